@@ -1,0 +1,287 @@
+"""The run's configuration: every key with its type, default, unit and a sentence, checked where it is declared.
+
+`load_config` reads a YAML file and `section.key=value` overrides, reports every problem at once (an unknown key with
+the nearest known one), and returns a frozen RunConfig whose local paths are absolute, so that the copy kept in the
+run directory means the same from anywhere. configs/README.md explains each key once more for reading.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qlora_trainer.errors import ConfigError, FileMissingError
+
+DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    name: str = Field(description="Hub name, directory of safetensors, or a .gguf file.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the hub; null for the newest.")
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Dtype of activations. auto: bfloat16 on CUDA (float16 below Ampere), float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: CUDA where there is one.")
+    minimum_4bit_share: float = Field(
+        0.9,
+        ge=0.0,
+        le=1.0,
+        description="Refuse a base of which less than this share of the linear weights (output head left out) "
+        "becomes 4-bit, for example a mixture of experts.",
+    )
+
+
+class AdapterConfig(Section):
+    """The trainable part."""
+
+    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
+    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
+    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="all-linear, or names of linear modules such as [q_proj, v_proj] (the end of their path).",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
+    )
+    init_from: str | None = Field(None, description="Directory of a PEFT adapter to start from, optimizer fresh.")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is empty; use all-linear, or a list such as [q_proj, v_proj]")
+        return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+class Source(Section):
+    """One data set of several."""
+
+    path: str = Field(description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a hub data set's name.")
+    format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
+    columns: dict[str, str] = Field(
+        {}, description="Rename columns: {what we call it: what the file calls it}, such as {prompt: query}."
+    )
+    split: str = Field("train", description="Which split of a hub data set.")
+
+
+class DataConfig(Section):
+    """What is learned."""
+
+    train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
+    heldout: float | str = Field(
+        0.05, description="Share of the rows kept out of training for evaluation (0 for none), or a file of them."
+    )
+    format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to a longer row. Plain text is split into rows of max_length instead."
+    )
+    packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
+    learn: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Which tokens carry loss: all assistant turns, the last one, or every token."
+    )
+
+    @field_validator("heldout")
+    @classmethod
+    def _heldout_is_a_share_or_path(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0.0 <= value < 1.0:
+            raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
+        return value
+
+
+class OptimizerConfig(Section):
+    """How adapters are updated."""
+
+    name: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
+        "paged_adamw_32bit", description="bitsandbytes' paged AdamW with 32- or 8-bit state, or torch's AdamW."
+    )
+    learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of Adam's first moment.")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of Adam's second moment.")
+    epsilon: float = Field(1e-8, gt=0.0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are scaled down to this global norm.")
+
+
+class TrainingConfig(Section):
+    """The run."""
+
+    output_dir: str = Field("runs/my-run", description="The run directory; must be new or empty.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: by epochs.")
+    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    batch_size: int = Field(16, ge=1, description="Rows of one optimizer step, over all micro-batches.")
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Most tokens of one forward pass. auto: max_length."
+    )
+    activations: Literal["auto", "keep", "recompute"] = Field(
+        "auto", description="Keep layers' activations for backward or recompute them. auto: recompute on CUDA."
+    )
+    seed: int = Field(0, ge=0, description="Seed of adapter initialisation, dropout, and the order of rows.")
+    evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
+    save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
+
+
+class EvaluationConfig(Section):
+    """What is measured besides the held-out loss."""
+
+    samples: int = Field(3, ge=0, description="Held-out rows answered before and after training, for the report.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    keep: int = Field(3, ge=1, description="Checkpoints kept; older ones are deleted after a new one is safe.")
+
+
+class RunConfig(Section):
+    """Everything `qlora train` needs to know."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _micro_batch_holds_a_row(self) -> "RunConfig":
+        limit = self.training.micro_batch_tokens
+        if limit != "auto" and limit < self.data.max_length:
+            raise ValueError(
+                f"training.micro_batch_tokens is {limit}, less than data.max_length {self.data.max_length}: a row of "
+                "full length would fit no micro-batch. Raise the former or lower the latter"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides.
+
+    Relative local paths are taken from the current directory, and made absolute.
+
+    Raises:
+        FileMissingError: there is no such file.
+        ConfigError: not YAML, or wrong keys or values; the message lists all of them.
+    """
+    if not path.is_file():
+        raise FileMissingError(f"There is no config file {path}. configs/ in the project has some to start from.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return make_config(raw, origin=str(path))
+
+
+def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig:
+    """Check a nested mapping and return the config with absolute local paths; ConfigError lists every problem."""
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)) from None
+    return _with_absolute_paths(config)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML, every key present."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not of the form section.key=value, such as adapter.rank=8.")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value in the config, not a section.")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One pydantic error as a sentence with the full key, and the near miss for an unknown key."""
+    location = ".".join(str(part) for part in problem["loc"] if not _is_union_label(part))
+    if problem["type"] == "extra_forbidden":
+        near = _nearest_key(location)
+        return f"unknown key {location}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(_keys())}")
+    if problem["type"] == "missing":
+        return f"{location} is missing, and has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{location}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+
+
+def _is_union_label(part: int | str) -> bool:
+    """pydantic names the branch of a union it tried, which no user wrote."""
+    return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int"} or "[" in part)
+
+
+def _keys() -> list[str]:
+    keys = []
+    for section, info in RunConfig.model_fields.items():
+        fields = getattr(info.annotation, "model_fields", {})
+        keys += [f"{section}.{name}" for name in fields]
+    return keys
+
+
+def _nearest_key(unknown: str) -> str | None:
+    keys = _keys()
+    leaf = unknown.rsplit(".", 1)[-1]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    candidates = difflib.get_close_matches(unknown, keys + list(RunConfig.model_fields), n=1, cutoff=0.75)
+    if candidates:
+        return candidates[0]
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    return by_leaf[close[0]] if close else None
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make what exists on disk absolute; a name that is no file here stays, it may be a hub name."""
+    data = config.data
+    train = (
+        _absolute(data.train)
+        if isinstance(data.train, str)
+        else [source.model_copy(update={"path": _absolute(source.path)}) for source in data.train]
+    )
+    heldout = _absolute(data.heldout) if isinstance(data.heldout, str) else data.heldout
+    init_from = config.adapter.init_from and _absolute(config.adapter.init_from)
+    output_dir = str(Path(config.training.output_dir).expanduser().absolute())
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            "adapter": config.adapter.model_copy(update={"init_from": init_from}),
+            "data": data.model_copy(update={"train": train, "heldout": heldout}),
+            "training": config.training.model_copy(update={"output_dir": output_dir}),
+        }
+    )
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name

@@ -1,0 +1,62 @@
+"""The errors a user can cause, each a short letter: what was found, what was expected, what to do.
+
+Every kind inherits QLoRATrainerError, which the command line turns into one message and exit code 2, and the
+stdlib kind that fits, so that a program using the library can catch either. What only we could break is an
+assertion and ends with a traceback and exit code 1.
+"""
+
+
+class QLoRATrainerError(Exception):
+    """Something the user can mend. The message says what was found, where, and what to do."""
+
+
+class ConfigError(QLoRATrainerError, ValueError):
+    """A config key is unknown, or a value has the wrong type or is out of range."""
+
+
+class DataError(QLoRATrainerError, ValueError):
+    """A data file or row cannot be used. The message names the file and the line or row."""
+
+
+class ModelError(QLoRATrainerError, ValueError):
+    """A base model cannot be read, or is of a kind that cannot be trained here."""
+
+
+class QuantizationError(QLoRATrainerError, ValueError):
+    """Weights cannot be quantised, or are quantised otherwise than asked for."""
+
+
+class AdapterError(QLoRATrainerError, ValueError):
+    """An adapter does not fit the model, or its files are not what they should be."""
+
+
+class CheckpointError(QLoRATrainerError, ValueError):
+    """A checkpoint is missing, damaged, or belongs to another run or base."""
+
+
+class MergeError(QLoRATrainerError, ValueError):
+    """A merge cannot be made, or the merged model failed its verification."""
+
+
+class TrainingError(QLoRATrainerError, ArithmeticError):
+    """Training cannot go on, for example after several non-finite gradients in a row."""
+
+
+class InsufficientMemoryError(QLoRATrainerError, MemoryError):
+    """The device or host has too little memory. The message says what would fit."""
+
+
+class FileMissingError(QLoRATrainerError, FileNotFoundError):
+    """A file or directory that the user named does not exist."""
+
+
+class OutputExistsError(QLoRATrainerError, FileExistsError):
+    """An output directory exists and is not empty; nothing was overwritten."""
+
+
+class DiskError(QLoRATrainerError, OSError):
+    """A write failed: the disk is full or the directory cannot be written."""
+
+
+class NotInstalledError(QLoRATrainerError, ImportError):
+    """An optional package is needed for what was asked. The message has the pip command."""
