@@ -198,7 +198,9 @@ def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
-        raise ConfigError(f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        raise ConfigError(
+            f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
     return _with_absolute_paths(config)
 
 

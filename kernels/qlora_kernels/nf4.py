@@ -1,0 +1,247 @@
+"""NF4 with double quantisation: four bits a weight, and eight a block of 64 for its scale.
+
+The format is that of QLoRA (https://arxiv.org/abs/2305.14314) as bitsandbytes lays it out, so its weights are read and
+made here bit for bit. Two formulas are the whole contract, in fp32 with every operation rounded (no fused multiply-add):
+
+    scale[block] = nested_code[absmax[block]] * nested_absmax[block // 256] + offset
+    value[i]     = NF4_CODE[code i] * scale[i // 64]                  then one cast to the dtype asked for
+
+The plain torch below is that contract and the CPU's path. CUDA tensors go to `nf4_triton` through the dispatcher op
+`qlora::dequantize_nf4`, which has a fake implementation, so a step can be planned on fake tensors. Left out: other
+block formats (fp4), and quantising on a GPU, where bitsandbytes' own kernel does it.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_kernels import kernel_choice
+
+NF4_CODE = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
+"""The sixteen values of NF4: quantiles of the normal distribution, zero among them (QLoRA, appendix E)."""
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+# Elements handled at a time. On a CPU a chunk should stay in the cache; on a GPU each chunk costs a few launches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A quantised weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
+
+    packed: Tensor  # (ceil(O*I/2),) uint8, two codes a byte, the first element in the high nibble
+    absmax: Tensor  # (blocks,) uint8: the largest magnitude of each block, less the offset, as an index into nested_code
+    nested_absmax: Tensor  # (ceil(blocks/nested_block_size),) fp32
+    nested_code: Tensor  # (256,) fp32
+    offset: Tensor  # () fp32: the mean of the block maxima
+    shape: tuple[int, int]  # (O, I)
+    block_size: int = BLOCK_SIZE
+    nested_block_size: int = NESTED_BLOCK_SIZE
+
+
+def quantize_nf4(weight: Tensor) -> NF4Weight:
+    """Quantises a finite (O, I) weight of any floating dtype, bit for bit as bitsandbytes does on a CPU.
+
+    Blocks hold 64 elements; every value is divided by its block's largest magnitude and takes the nearest of the 16
+    codes, a tie the lower one. The block maxima, less their mean, are quantised in turn (see `_quantize_maxima`).
+    """
+    assert weight.dim() == 2, "quantize_nf4 takes one matrix"
+    flat, elements = weight.detach().reshape(-1), weight.numel()
+    packed = torch.empty((elements + 1) // 2, dtype=torch.uint8, device=weight.device)
+    maxima = torch.empty(-(elements // -BLOCK_SIZE), dtype=torch.float32, device=weight.device)
+    chunk = _CHUNK_ELEMENTS.get(weight.device.type, 1 << 24)
+    for begin in range(0, elements, chunk):
+        codes, maximum = _nearest_codes(flat[begin : begin + chunk].float())
+        packed[begin // 2 : (begin + chunk) // 2] = (codes[0::2] << 4) | codes[1::2]
+        maxima[begin // BLOCK_SIZE : (begin + chunk) // BLOCK_SIZE] = maximum
+    offset = maxima.mean()
+    absmax, nested_absmax = _quantize_maxima(maxima - offset)
+    nested_code = dynamic_code().to(weight.device)
+    return NF4Weight(packed, absmax, nested_absmax, nested_code, offset, (weight.shape[0], weight.shape[1]))
+
+
+def _nearest_codes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 values -> their codes (n rounded up to even,) uint8 and the maximum magnitude of each block, fp32."""
+    whole = values.numel() // BLOCK_SIZE * BLOCK_SIZE
+    blocks, rest = values[:whole].view(-1, BLOCK_SIZE), values[whole:]
+    maxima = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / maxima.clamp(min=1e-38))[:, None]).view(-1)
+    if rest.numel():  # bitsandbytes divides a short last block where it multiplies the others by the inverse
+        last = rest.abs().amax().clamp(min=1e-38)
+        maxima, scaled = torch.cat([maxima, last[None]]), torch.cat([scaled, rest / last])
+        scaled = F.pad(scaled, (0, scaled.numel() % 2))
+    # The code is the number of midpoints between neighbouring codes that lie below the value.
+    codes = torch.zeros(scaled.shape, dtype=torch.uint8, device=values.device)
+    for midpoint in ((NF4_CODE[1:] + NF4_CODE[:-1]) / 2).tolist():
+        codes += scaled > midpoint
+    return codes, maxima
+
+
+def _quantize_maxima(values: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (blocks,) -> indices into the dynamic code (blocks,) uint8, and the scale of each 256 of them, fp32.
+
+    As bitsandbytes rounds here: a value over its scale, in [-1, 1], is first rounded to a grid of 65,536 points, and
+    takes the code nearest to that point. Where all 256 values are zero, the index is 0: it is multiplied by zero.
+    """
+    count = values.numel()
+    blocks = F.pad(values, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    scale = blocks.abs().amax(dim=1)
+    normalised = blocks * (1.0 / scale)[:, None]
+    point = ((normalised.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5).int()
+    # A scale below fp32's normal range has an infinite inverse: zeros there become NaN, and take index 0.
+    point = torch.where(normalised.isnan(), 0, point).view(-1)[:count]
+    return _nearest_dynamic_code().to(values.device).index_select(0, point), scale
+
+
+@functools.cache
+def dynamic_code() -> Tensor:
+    """(256,) fp32, sorted: bitsandbytes' signed 8-bit dynamic map (https://arxiv.org/abs/1511.04561).
+
+    Seven decades, each with twice the steps of the one below it: the midpoints of 2**k equal parts of [0.1, 1], times
+    10**(k - 6), with both signs; then zero and one.
+    """
+    decades = []
+    for k in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**k + 1, dtype=torch.float32, device="cpu")
+        decades.append((edges[1:] + edges[:-1]) / 2.0 * 10.0 ** (k - 6))
+    positive = torch.cat(decades)
+    return torch.cat([-positive, torch.tensor([0.0, 1.0], device="cpu"), positive]).sort().values
+
+
+@functools.cache
+def _nearest_dynamic_code() -> Tensor:
+    """(65536,) uint8: the dynamic code nearest to each point of the even grid over [-1, 1]."""
+    code = dynamic_code()
+    grid = torch.arange(65536, dtype=torch.float32, device="cpu") / 65535.0 * 2.0 - 1.0
+    return torch.bucketize(grid, (code[1:] + code[:-1]) / 2.0).to(torch.uint8)
+
+
+def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, rows: slice | None = None) -> Tensor:
+    """The weight as (O, I), or its `rows` as (rows, I), in any floating dtype: the fp32 value, cast once.
+
+    Rows need not begin at a block; they have the same bits as the slice of the whole. The step of `rows` must be 1.
+    """
+    out_features, in_features = weight.shape
+    start, stop, step = (rows or slice(None)).indices(out_features)
+    assert step == 1, "rows must be a slice with step 1"
+    count = max(stop - start, 0)
+    flat = torch.ops.qlora.dequantize_nf4(
+        weight.packed.view(-1),
+        weight.absmax,
+        weight.nested_absmax,
+        weight.nested_code,
+        weight.offset,
+        start * in_features,
+        count * in_features,
+        weight.block_size,
+        weight.nested_block_size,
+        dtype,
+    )
+    return flat.view(count, in_features)
+
+
+def dequantize_torch(
+    packed: Tensor,  # (bytes,) uint8
+    absmax: Tensor,  # (blocks,) uint8
+    nested_absmax: Tensor,  # (nested blocks,) fp32
+    nested_code: Tensor,  # (256,) fp32
+    offset: Tensor,  # () fp32
+    start: int,  # the first element wanted
+    count: int,  # how many
+    block_size: int,
+    nested_block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (count,)
+    """The contract in plain torch. Chunks keep the fp32 values in the cache, and memory at one result."""
+    assert block_size % 2 == 0, "a block must begin at a byte"
+    if count == 0:
+        return torch.empty(0, dtype=dtype, device=packed.device)
+    first = start // block_size
+    last = -((start + count) // -block_size)
+    begin = first * block_size  # whole blocks are decoded from here; what was not asked for is cut off at the end
+    packed = packed[begin // 2 : (start + count + 1) // 2]
+    nested = torch.arange(first, last, device=packed.device) // nested_block_size
+    scale = nested_code.index_select(0, absmax[first:last].int()) * nested_absmax.index_select(0, nested) + offset
+
+    out = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
+    pairs = _pair_table(packed.device)
+    chunk_blocks = max(_CHUNK_ELEMENTS.get(packed.device.type, 1 << 24) // block_size, 1)
+    for block in range(0, last - first, chunk_blocks):
+        part = out[block * block_size : (block + chunk_blocks) * block_size]
+        codes = packed[block * block_size // 2 : (block + chunk_blocks) * block_size // 2].int()
+        # fp32 is made in place; for another dtype the chunk is made aside and cast once.
+        values = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        torch.index_select(pairs, 0, codes, out=values.view(torch.int64))
+        _multiply_blocks_(values, scale[block : block + chunk_blocks], block_size)
+        if values is not part:
+            part.copy_(values)
+    return out[start - begin : start - begin + count]
+
+
+def _multiply_blocks_(values: Tensor, scale: Tensor, block_size: int) -> Tensor:
+    """Each block of `values` times its scale, in place; the last block may be short."""
+    whole = values.numel() // block_size
+    values[: whole * block_size].view(whole, block_size).mul_(scale[:whole, None])
+    if values.numel() > whole * block_size:
+        values[whole * block_size :].mul_(scale[whole])
+    return values
+
+
+@functools.cache
+def _pair_table(device: torch.device) -> Tensor:
+    """(256,) int64: for each packed byte its two fp32 values as one 8-byte word, so that one lookup fetches both."""
+    byte = torch.arange(256, device="cpu")
+    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).view(torch.int64).view(256).to(device)
+
+
+def _dequantize_cuda(packed: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]  # those of dequantize_torch
+    choice = kernel_choice()
+    if choice == "torch":
+        return dequantize_torch(packed, *arguments)
+    try:
+        from qlora_kernels import nf4_triton
+    except ImportError as error:
+        if choice == "auto":
+            return dequantize_torch(packed, *arguments)
+        raise ImportError("QLORA_KERNELS=triton, but Triton is not installed: pip install triton") from error
+    return nf4_triton.dequantize(packed, *arguments)
+
+
+def _dequantize_fake(packed: Tensor, absmax, nested_absmax, nested_code, offset, start, count, *rest) -> Tensor:  # type: ignore[no-untyped-def]
+    return packed.new_empty((count,), dtype=rest[-1])
+
+
+torch.library.define(
+    "qlora::dequantize_nf4",
+    "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset,"
+    " SymInt start, SymInt count, int block_size, int nested_block_size, ScalarType dtype) -> Tensor",
+)
+torch.library.impl("qlora::dequantize_nf4", "CompositeExplicitAutograd", dequantize_torch)
+torch.library.impl("qlora::dequantize_nf4", "CUDA", _dequantize_cuda)
+torch.library.register_fake("qlora::dequantize_nf4", _dequantize_fake)

@@ -1,0 +1,114 @@
+"""Adapters of one group live in one flat fp32 buffer, and so do their gradients.
+
+Why: an adapter is hundreds of small tensors. As one flat parameter they take one optimizer launch, one all-reduce and
+one norm, and optimizer state large enough to be paged (bitsandbytes pages tensors of 100,000 elements or more, which
+a single rank-16 adapter rarely reaches). Every nn.Parameter keeps its identity and shape: its `.data` and `.grad`
+become views. Autograd accumulates in place into a gradient that exists, so after backward the flat gradient is full,
+as long as gradients are zeroed in place and never set to None.
+
+Each parameter starts at a multiple of 4 elements (16 bytes); the padding between is zero and stays zero, since its
+gradient and so its moments are zero. Left out: anything about what the parameters mean (inject.py), and saving them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 4  # elements
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Parameters that share a flat buffer and a weight decay. Build it with `flatten_parameters`."""
+
+    name: str
+    data: nn.Parameter  # (N,) fp32; .grad is the flat gradient (N,) fp32, never None
+    weight_decay: float
+    parameters: dict[str, nn.Parameter]  # in the order of the buffer
+    slices: dict[str, slice]  # where each parameter lies in the buffer
+
+    @property
+    def grad(self) -> Tensor:
+        """The flat gradient, (N,) fp32."""
+        assert self.data.grad is not None
+        return self.data.grad
+
+    def zero_grad(self) -> None:
+        """Zero all gradients in place: set to None they would stop being views."""
+        self.grad.zero_()
+
+    def layout(self) -> list[dict[str, object]]:
+        """Names and shapes in the order of the buffer, for JSON; with ALIGNMENT they give every offset."""
+        return [{"name": name, "shape": list(parameter.shape)} for name, parameter in self.parameters.items()]
+
+    def check_views(self) -> None:
+        """Assert that every parameter and gradient is still a view of the flat buffers.
+
+        `module.to(...)`, `zero_grad(set_to_none=True)` or an assignment to `.data` would detach one silently: it
+        would no longer train.
+        """
+        for name, parameter in self.parameters.items():
+            offset = self.slices[name].start
+            assert _is_view(parameter, self.data, offset), f"{name} is no longer a view of the flat buffer {self.name}"
+            assert parameter.grad is not None, f"the gradient of {name} was set to None; zero it in place"
+            assert _is_view(parameter.grad, self.grad, offset), (
+                f"the gradient of {name} is no longer a view of the flat gradient of {self.name}"
+            )
+
+
+def flatten_parameters(
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    name: str,
+    weight_decay: float,
+) -> FlatGroup:
+    """Move parameters into one flat buffer, keeping their values; gradients start at zero.
+
+    All parameters are fp32, trainable and on one device. Their order is the order given.
+    """
+    parameters = dict(named)
+    assert parameters, f"the group {name} has no parameters"
+    assert len({id(parameter) for parameter in parameters.values()}) == len(parameters), "a parameter is given twice"
+    device = next(iter(parameters.values())).device
+    slices: dict[str, slice] = {}
+    end = 0
+    for key, parameter in parameters.items():
+        assert parameter.dtype == torch.float32, f"{key} is {parameter.dtype}; adapters train in fp32"
+        assert parameter.requires_grad, f"{key} is frozen"
+        assert parameter.device == device, f"{key} is on {parameter.device}, the others on {device}"
+        start = math.ceil(end / ALIGNMENT) * ALIGNMENT
+        end = start + parameter.numel()
+        slices[key] = slice(start, end)
+
+    size = math.ceil(end / ALIGNMENT) * ALIGNMENT
+    flat = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+    flat.grad = torch.zeros_like(flat)
+    for key, parameter in parameters.items():
+        where = slices[key]
+        view = flat.detach()[where].view(parameter.shape)
+        view.copy_(parameter.detach())
+        parameter.data = view
+        parameter.grad = flat.grad[where].view(parameter.shape)
+    return FlatGroup(name, flat, weight_decay, parameters, slices)
+
+
+def grad_norm(groups: Sequence[FlatGroup]) -> Tensor:  # () fp32
+    """L2 norm of all gradients together; NaN or infinite where any gradient is."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(group.grad) for group in groups]))
+
+
+def clip_(groups: Sequence[FlatGroup], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients in place so that their norm is at most `max_norm`; `norm` is what `grad_norm` gave.
+
+    The caller has checked that `norm` is finite: scaling by NaN would poison every gradient.
+    """
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch.nn.utils.clip_grad_norm_ does the same
+    for group in groups:
+        group.grad.mul_(coefficient)
+
+
+def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
+    return tensor.untyped_storage() is flat.untyped_storage() and tensor.storage_offset() == offset

@@ -1,0 +1,250 @@
+"""Read and write adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+An adapter from elsewhere is data from strangers, so reading is strict where other loaders are lenient. Safetensors and
+JSON only, never pickle. Only lora_A, lora_B and (where the config says so) bias tensors are allowed: a file that also
+holds `lm_head.weight` would silently overwrite the base in loaders that accept it. What would make the adapter another
+function than s * B A added to the weight (DoRA, ranks that differ, modules saved whole, initialisations that changed
+the base) is refused by name instead of ignored.
+
+Legend: R rank, I in features, O out features.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlora_trainer.errors import AdapterError, DiskError, FileMissingError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 2**20
+MAX_RANK = 1024
+MAX_TENSORS = 100_000
+
+_LORA = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
+_BIAS = re.compile(r"base_model\.model\.(?P<path>.+)\.bias")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Keys of PEFT's config that say how an adapter came about or where it was put, which its tensors tell better.
+_IGNORED = {
+    "auto_mapping",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+}
+# Keys that change what an adapter does, and what to do about them. Neutral (null, false, empty) they pass.
+_REFUSED = {
+    "use_dora": "DoRA is not supported yet",
+    "rank_pattern": "layers of different rank are not supported; train it with one rank",
+    "alpha_pattern": "layers of different alpha are not supported; train it with one alpha",
+    "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
+    "trainable_token_indices": "trained tokens are not supported; merge it with PEFT first",
+    "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
+    "layer_replication": "replicated layers are not supported; merge it with PEFT first",
+    "lora_bias": "a bias on lora_B is not supported; merge it with PEFT first",
+    "alora_invocation_tokens": "activated LoRA is not supported",
+}
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
+
+
+class AdapterFileConfig(BaseModel):
+    """The keys of adapter_config.json that we write and read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: Literal["CAUSAL_LM"] | None = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = Field(ge=1, le=MAX_RANK)
+    lora_alpha: float = Field(gt=0.0)
+    lora_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    target_modules: list[str] | str | None  # ends of module paths, or a regex; reading goes by the tensors instead
+    bias: Literal["none", "lora_only", "all"] = "none"
+    use_rslora: bool = False
+    use_dora: Literal[False] = False
+    fan_in_fan_out: bool = False  # the base stores these weights (I, O), as GPT-2's Conv1D does
+    init_lora_weights: bool | str | None = True
+    modules_to_save: None = None
+    inference_mode: bool = True
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as read from its files."""
+
+    config: AdapterFileConfig
+    tensors: dict[str, Tensor]  # PEFT's names; lora_A (R, I), lora_B (O, R), biases (O,); fp32 on the CPU
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted modules in the base model, in the order of the file."""
+        return [match["path"] for name in self.tensors if (match := _LORA.fullmatch(name)) and match["part"] == "A"]
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterFileConfig) -> None:
+    """Write the adapter's two files into an existing directory.
+
+    `tensors` have PEFT's names and shapes as in Adapter; lists of target modules are written sorted.
+
+    Raises:
+        AdapterError: the tensors do not fit the config, or hold values that are not finite.
+        DiskError: a write failed.
+    """
+    _check_tensors(tensors, config, origin="The adapter to be saved")
+    content = config.model_dump()
+    if content["lora_alpha"].is_integer():
+        content["lora_alpha"] = int(content["lora_alpha"])  # as PEFT writes it; some readers insist
+    if isinstance(content["target_modules"], list):
+        content["target_modules"] = sorted(content["target_modules"])
+    weights = directory / WEIGHTS_NAME
+    try:
+        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+        weights.chmod((directory / CONFIG_NAME).stat().st_mode & 0o777)  # safetensors creates its files with 0600
+    except (OSError, SafetensorError) as error:
+        raise DiskError(f"The adapter could not be written to {directory}: {error}. Free some space.") from error
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read an adapter in PEFT's format, ours or another's.
+
+    Raises:
+        FileMissingError: there is no such directory, or no adapter in it.
+        AdapterError: it is of a kind not supported here, or not what an adapter should be.
+    """
+    _check_files(directory)
+    config = _read_config(directory / CONFIG_NAME)
+    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
+    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _check_files(directory: Path) -> None:
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileMissingError(
+            f"{directory} is not an adapter: it has no {CONFIG_NAME}. Give the directory of a PEFT adapter, such as a "
+            "run's adapter/ or one of its checkpoints."
+        )
+    if not (directory / WEIGHTS_NAME).is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{directory} has its weights in adapter_model.bin, a pickle, which can run code when it is read. Ask "
+                "for the adapter as safetensors, or load it with PEFT where you trust it and save it again."
+            )
+        raise FileMissingError(f"{directory} has no {WEIGHTS_NAME}; the adapter is incomplete.")
+
+
+def _read_config(path: Path) -> AdapterFileConfig:
+    """Check adapter_config.json: kinds we cannot train are refused by name, all problems at once."""
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} that are read.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path} should hold a JSON object, but holds {type(raw).__name__}.")
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} is an adapter of type {raw.get('peft_type')!r}; only LORA is supported.")
+    known = {}
+    problems = []
+    for key, value in raw.items():
+        if key in _REFUSED and value:
+            problems.append(f"{key} is {_short(value)}: {_REFUSED[key]}")
+        elif key in AdapterFileConfig.model_fields:
+            known[key] = value
+        elif key not in _IGNORED and value:
+            problems.append(
+                f"{key} is {_short(value)}: this key is not known here, and may change what the adapter does"
+            )
+    if known.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+        problems.append(
+            f"init_lora_weights is {_short(known['init_lora_weights'])}, which changes the base's weights too; convert "
+            "it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    try:
+        # What is refused has been told; here it must not be told again.
+        config = AdapterFileConfig.model_validate({k: v for k, v in known.items() if k not in _REFUSED})
+    except ValidationError as error:
+        problems += [f"{'.'.join(map(str, item['loc'][:1]))}: {item['msg'].lower()}" for item in error.errors()]
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
+        raise AdapterError(f"{path} describes an adapter that cannot be used here:\n{lines}")
+    return config
+
+
+def _read_tensors(path: Path, config: AdapterFileConfig) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if len(names) > MAX_TENSORS:
+                raise AdapterError(f"{path} holds {len(names)} tensors, more than the {MAX_TENSORS} that are read.")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+    _check_tensors(tensors, config, origin=str(path))
+    return tensors
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: AdapterFileConfig, origin: str) -> None:
+    """Raise AdapterError unless these are pairs of lora_A and lora_B of the config's rank, and biases it names."""
+    pairs: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        match = _LORA.fullmatch(name)
+        if match is None:
+            continue
+        path, part = match["path"], match["part"]
+        pairs.setdefault(path, set()).add(part)
+        rank_dimension = 0 if part == "A" else 1
+        if tensor.dim() != 2 or tensor.shape[rank_dimension] != config.r:
+            wanted = f"({config.r}, in features)" if part == "A" else f"(out features, {config.r})"
+            raise AdapterError(
+                f"{origin}: {name} has shape {tuple(tensor.shape)}; with r {config.r} it should be {wanted}."
+            )
+    if not pairs:
+        raise AdapterError(f"{origin} holds no lora_A and lora_B tensors.")
+    for path, parts in pairs.items():
+        if len(parts) == 1:
+            raise AdapterError(f"{origin}: {path} has lora_{parts.pop()} but not the other half of the pair.")
+    for name, tensor in tensors.items():
+        if _LORA.fullmatch(name) is None:
+            _check_bias(name, tensor, config, pairs, origin)
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(f"{origin}: {name} is {tensor.dtype}; float32, float16 or bfloat16 is expected.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{origin}: {name} holds values that are not finite; the adapter is broken.")
+
+
+def _check_bias(
+    name: str, tensor: Tensor, config: AdapterFileConfig, adapted: Mapping[str, object], origin: str
+) -> None:
+    """A bias of an adapted layer is called `<path>.base_layer.bias`, any other `<path>.bias`."""
+    match = _BIAS.fullmatch(name)
+    if match is None:
+        raise AdapterError(
+            f"{origin} also holds {name}, which is no part of a LoRA adapter and would overwrite the base. Trained "
+            "heads, embeddings, DoRA magnitudes and modules saved whole are not supported."
+        )
+    path = match["path"]
+    of_adapted = path.endswith(".base_layer") and path.removesuffix(".base_layer") in adapted
+    if config.bias == "none" or (config.bias == "lora_only" and not of_adapted):
+        raise AdapterError(f"{origin} holds the bias {name}, though its config says bias: {config.bias}.")
+    if tensor.dim() != 1:
+        raise AdapterError(f"{origin}: the bias {name} has shape {tuple(tensor.shape)}; one dimension is expected.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,163 @@
+"""Text becomes tokens once, as a whole, with a flag for each token that is learned.
+
+Pieces that are encoded apart tokenise differently from the whole, so learned stretches are marked in the text and
+found again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
+"<|im_start|>", that stays text. Leaves out: tokenizers without offsets (slow ones), which are refused.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from qlora_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of text. `ordinary` text spells a control token and must not become one."""
+
+    text: str
+    learned: bool
+    ordinary: bool = False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: list[int]
+    learned: list[bool]
+
+
+class Encoder:
+    """Encodes text for one fast tokenizer.
+
+    `bos_ids` is what the tokenizer itself puts before a text (nothing, for many); chat templates write it themselves.
+
+    Raises:
+        DataError: the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"The tokenizer {type(tokenizer).__name__} is a slow one, which cannot say where its tokens lie in the "
+                "text, so learned tokens cannot be found. Use a model with a tokenizer.json, or convert it with "
+                "transformers (AutoTokenizer with use_fast=True)."
+            )
+        self.tokenizer = tokenizer
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.control_tokens = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
+        self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        self.bos_ids = self._leading_ids()
+        self._escaping: _EscapingTokenizer | None = None
+
+    def encode(self, texts: Sequence[Sequence[Stretch]]) -> list[Encoded]:
+        """Each text, given as its stretches, in tokens; a token is learned if any of its characters is."""
+        plain = [index for index, text in enumerate(texts) if not any(stretch.ordinary for stretch in text)]
+        joined = ["".join(stretch.text for stretch in texts[index]) for index in plain]
+        results: dict[int, Encoded] = {}
+        if joined:
+            batch = self.tokenizer(
+                joined,
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                truncation=False,
+                padding=False,
+                verbose=False,
+            )
+            for index, ids, offsets in zip(plain, batch["input_ids"], batch["offset_mapping"], strict=True):
+                results[index] = Encoded(ids, _learned_flags(texts[index], offsets))
+        for index, text in enumerate(texts):
+            if index not in results:
+                results[index] = self._escaping_tokenizer(text).encode(text)
+        return [results[index] for index in range(len(texts))]
+
+    def as_stretches(self, text: str, learned: bool) -> list[Stretch]:
+        """A row's own text, in which nothing is a control token."""
+        return list(_split(self.control_pattern, text, learned))
+
+    def _leading_ids(self) -> list[int]:
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
+        return []
+
+    def _escaping_tokenizer(self, text: Sequence[Stretch]) -> "_EscapingTokenizer":
+        joined = "".join(stretch.text for stretch in text)
+        while self._escaping is None or self._escaping.nonce in joined:
+            previous = self._escaping.nonce if self._escaping else ""
+            self._escaping = _EscapingTokenizer(self.tokenizer, self.control_tokens, self.control_pattern, previous)
+        return self._escaping
+
+
+class _EscapingTokenizer:
+    """The same tokenizer with its control tokens under secret names, so that their usual spelling is plain text.
+
+    The text is still encoded whole: splitting it at such places would change the tokens around them.
+    """
+
+    def __init__(self, tokenizer: Any, control_tokens: Sequence[str], pattern: re.Pattern[str], previous: str) -> None:
+        self.pattern = pattern
+        self.nonce = hashlib.sha256(f"control tokens {previous}".encode()).hexdigest()[:16]
+        self.names = {token: f"\uf8ff{self.nonce}.{index}\uf8ff" for index, token in enumerate(control_tokens)}
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition |= {"truncation": None, "padding": None, "post_processor": None}
+        own_ids = {}
+        for token in definition["added_tokens"]:
+            token["content"] = self.names.get(token["content"], token["content"])
+            own_ids[token["content"]] = token["id"]
+        self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
+        self.control_ids = {own_ids[name] for name in self.names.values() if name in own_ids}
+        self.control_ids.discard(tokenizer.unk_token_id)
+
+    def encode(self, text: Sequence[Stretch]) -> Encoded:
+        renamed = [
+            stretch
+            if stretch.ordinary
+            else Stretch(self.pattern.sub(lambda match: self.names[match[0]], stretch.text), stretch.learned)
+            for stretch in text
+        ]
+        encoding = self.backend.encode("".join(stretch.text for stretch in renamed), add_special_tokens=False)
+        ids = [self.ids.get(token, token) for token in encoding.ids]
+        wanted = sum(stretch.text.count(self.nonce) for stretch in renamed)
+        found = sum(token in self.control_ids for token in ids)
+        if found > wanted:
+            spelled = next(stretch.text for stretch in text if stretch.ordinary)
+            raise DataError(f"This tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
+        return Encoded(ids, _learned_flags(renamed, encoding.offsets))
+
+
+def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stretch]:
+    position = 0
+    for match in pattern.finditer(text):
+        if match.start() > position:
+            yield Stretch(text[position : match.start()], learned)
+        yield Stretch(match[0], learned, ordinary=True)
+        position = match.end()
+    if position < len(text):
+        yield Stretch(text[position:], learned)
+
+
+def _learned_flags(text: Iterable[Stretch], offsets: Sequence[tuple[int, int]]) -> list[bool]:
+    """One flag a token. Whitespace that a tokenizer trims from its offsets counts to the token after it."""
+    if not offsets:
+        return []
+    learned = np.concatenate([np.full(len(stretch.text), stretch.learned) for stretch in text])
+    before = np.concatenate([[0], np.cumsum(learned)])
+    bounds = np.asarray(offsets)
+    starts, ends = bounds[:, 0].copy(), bounds[:, 1]
+    starts[1:] = np.minimum(starts[1:], ends[:-1])
+    return (before[ends] - before[starts] > 0).tolist()

@@ -1,0 +1,157 @@
+"""Rows of tokens become packs: the tensors of one forward pass, labels shifted here and nowhere else.
+
+With packing, rows are laid end to end without any padding and `cu_seqlens` says where each begins, so that attention
+keeps them apart. Without it, rows of like length are padded on the right. Both hold the same labels, so a step's
+summed loss is the same either way. Which rows make a step is the loader's business; attention is the model's.
+
+B rows of the batch, T tokens, N documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as tokens. labels[i] is input_ids[i] where it is learned, else -100: not shifted yet."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learned_tokens(self) -> int:
+        """Labels that carry loss. The first token has nothing before it to be predicted from."""
+        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The tensors of one forward pass.
+
+    labels[t] is the token after t in the same document, or -100; it is always -100 at a document's last token.
+    """
+
+    input_ids: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, already shifted
+    position_ids: Tensor  # (B, T) int64, from 0 in each document
+    cu_seqlens: Tensor | None  # (N + 1,) int32, where documents begin and the last ends; None: padded rows
+    tokens: int  # without padding
+    label_tokens: int
+
+    def to(self, device: torch.device) -> "Pack":
+        """The pack with its tensors on `device`; document bounds stay on the host, where they are read."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+        )
+
+
+def make_packs(examples: Sequence[Example], micro_batch_tokens: int, packing: bool) -> list[Pack]:
+    """Lay rows out in as few packs of at most `micro_batch_tokens` tokens as are found, balanced.
+
+    A row longer than that gets a pack of its own. The result depends on nothing but the arguments.
+    """
+    lengths = [len(example.input_ids) for example in examples]
+    groups = group_for_packing(lengths, micro_batch_tokens) if packing else _group_padded(lengths, micro_batch_tokens)
+    lay_out = _packed if packing else _padded
+    return [lay_out([examples[index] for index in group]) for group in groups]
+
+
+def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of rows by group; each group's lengths sum to at most `limit`, or it is one longer row.
+
+    Starts from the fewest groups that could hold the tokens. The longest row next goes to the emptiest group, which
+    balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits.
+    """
+    oversized = [[index] for index, length in enumerate(lengths) if length > limit]
+    order = sorted((index for index, length in enumerate(lengths) if length <= limit), key=lambda i: (-lengths[i], i))
+    groups = _first_fit(order, lengths, limit)
+    fewest = -(-sum(lengths[index] for index in order) // limit)
+    for count in range(fewest, len(groups) + 1):
+        balanced = _emptiest_first(order, lengths, count)
+        if all(sum(lengths[index] for index in group) <= limit for group in balanced):
+            groups = balanced
+            break
+    return sorted(sorted(group) for group in groups + oversized if group)
+
+
+def _first_fit(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    totals: list[int] = []
+    for index in order:
+        place = next((g for g, total in enumerate(totals) if total + lengths[index] <= limit), None)
+        if place is None:
+            groups.append([index])
+            totals.append(lengths[index])
+        else:
+            groups[place].append(index)
+            totals[place] += lengths[index]
+    return groups
+
+
+def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for index in order:
+        place = totals.index(min(totals))
+        groups[place].append(index)
+        totals[place] += lengths[index]
+    return groups
+
+
+def _group_padded(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Groups of like length, so that rows * longest is at most `limit`; the longest rows come first."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _shifted(labels: list[int]) -> list[int]:
+    return [*labels[1:], IGNORED_LABEL]
+
+
+def _packed(examples: Sequence[Example]) -> Pack:
+    input_ids = [token for example in examples for token in example.input_ids]
+    labels = [label for example in examples for label in _shifted(example.labels)]
+    positions = [position for example in examples for position in range(len(example.input_ids))]
+    bounds = [0]
+    for example in examples:
+        bounds.append(bounds[-1] + len(example.input_ids))
+    return Pack(
+        input_ids=torch.tensor([input_ids]),
+        labels=torch.tensor([labels]),
+        position_ids=torch.tensor([positions]),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        tokens=len(input_ids),
+        label_tokens=sum(example.learned_tokens for example in examples),
+    )
+
+
+def _padded(examples: Sequence[Example]) -> Pack:
+    """Padded on the right with token 0, whose label is -100: what is padding goes by place, never by id."""
+    longest = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+        labels[row, : len(example.labels)] = torch.tensor(_shifted(example.labels))
+    return Pack(
+        input_ids=input_ids,
+        labels=labels,
+        position_ids=torch.arange(longest).repeat(len(examples), 1),
+        cu_seqlens=None,
+        tokens=sum(len(example.input_ids) for example in examples),
+        label_tokens=sum(example.learned_tokens for example in examples),
+    )

@@ -1,0 +1,421 @@
+"""The demo's rows: spoken requests, each with the one JSON command a home assistant should run for it.
+
+Fine-tuning is worth showing only where the score before is honestly low and the score after can be checked by a
+program. A base model cannot know this command language (its actions, keys and their order are ours), and an answer is
+right only as the exact string. Training and held-out rows share no sentence frame and no slot value, not even a word
+of one (messages apart, which are compared whole), so a right answer is understood and copied, never remembered.
+
+Every sentence here is our own. Frames and values are the tables below; `demo_rows` only combines them. What it leaves
+out: requests that lack a value, and requests that are no command at all.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SYSTEM_MESSAGE = "Answer with a JSON command."
+
+TRAIN_ROWS_PER_ACTION = 75
+HELDOUT_ROWS_PER_ACTION = 8
+
+
+class Values(NamedTuple):
+    """The values of one slot. Integers are written as digits in the request and as numbers in the command."""
+
+    train: tuple[str | int, ...]
+    heldout: tuple[str | int, ...]
+
+
+class Action(NamedTuple):
+    """One command: its keys after "action", in their order, with the slot that fills each, and its sentences."""
+
+    slots: dict[str, str]
+    train_frames: tuple[str, ...]
+    heldout_frames: tuple[str, ...]
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(value.strip() for value in text.split(","))
+
+
+HELDOUT_NUMBERS = (4, 7, 9, 13, 24, 28, 36, 41, 47, 52, 58, 63, 69, 74, 85, 92)
+
+# One set of numbers and one of times for all actions, so that no action has seen another's held-out digits.
+VALUES: dict[str, Values] = {
+    "number": Values(
+        train=tuple(n for n in range(2, 100) if n not in HELDOUT_NUMBERS),
+        heldout=HELDOUT_NUMBERS,
+    ),
+    "guests": Values(
+        train=(2, 3, 5, 6, 8, 10, 11, 12, 14, 15, 16, 18, 20),
+        heldout=(4, 7, 9, 13),
+    ),
+    "time": Values(
+        train=_split(
+            "5:15, 5:50, 6:05, 6:20, 6:45, 7:00, 7:25, 7:40, 8:10, 8:35, 8:55, 9:20, 9:45, 10:05, 10:30, 11:15, "
+            "11:50, 12:10, 12:45, 13:05, 13:30, 14:20, 14:55, 15:10, 15:40, 16:25, 17:05, 17:50, 18:15, 18:40, "
+            "19:00, 19:35, 20:10, 20:45, 21:20, 21:55, 22:05, 22:30, 23:15, 23:40"
+        ),
+        heldout=_split(
+            "5:35, 6:30, 7:10, 7:55, 8:20, 9:05, 10:50, 11:25, 12:30, 13:45, 15:25, 16:40, 17:20, 18:55, 20:30, 21:05"
+        ),
+    ),
+    "day": Values(
+        train=("Monday", "Tuesday", "Thursday", "Saturday", "Sunday"),
+        heldout=("Wednesday", "Friday"),
+    ),
+    "label": Values(
+        train=_split(
+            "rice, pasta, pizza, laundry, yoga, homework, soup, boiled eggs, green tea, bread dough, dishwasher, "
+            "nap, roast chicken, potatoes, meditation, chess, cookies, piano practice, face mask, charcoal grill, "
+            "lentils, hair dye, reading, stretching, cheesecake, video call, washing machine, steak, garden hose, "
+            "parking meter"
+        ),
+        heldout=_split("noodles, oven, coffee, apple pie, workout, dryer, quiz, baked salmon"),
+    ),
+    "room": Values(
+        train=_split(
+            "kitchen, bedroom, hallway, garage, attic, study, nursery, pantry, living room, guest room, "
+            "staircase, cellar, terrace, laundry corner, entrance, workshop, library, playroom, front porch, "
+            "wardrobe, sauna, shed, dressing room, landing, studio"
+        ),
+        heldout=_split("bathroom, office, balcony, dining area, basement, greenhouse, lobby, gym"),
+    ),
+    "artist": Values(
+        train=_split(
+            "Silver Harbor, Nina Brandt, The Paper Kites Club, Velvet Engine, Oskar Lind, Blue Lanterns, Marble "
+            "Foxes, Tara Quinn, Electric Orchard, Northern Radio, Juno Vale, The Copper Wolves, Salt Cathedral, "
+            "Mira Santos, Golden Arcade, Wild Cassette, Leo Ferrante, The Quiet Machines, Amber Tide, Rusty "
+            "Comets, Delta Parade, Ivy Monroe, Glass Rivers, Hollow Pines, Sonja Kral, Midnight Bakery, The Lost "
+            "Umbrellas, Papaya, Zephyr, Kestrel"
+        ),
+        heldout=_split(
+            "Crimson Meadow, Hugo Delacroix, Falling Satellites, Winter Tigers, Bella Okafor, Neon Pilgrims, "
+            "Thunder Saint, Mosaic"
+        ),
+    ),
+    "device": Values(
+        train=_split(
+            "soundbar, tablet, laptop, phone, television, headphones, kitchen speaker, desktop, stereo, radio, "
+            "earbuds, car system, projector, smart clock, jukebox, record player, console, hi-fi, bookshelf "
+            "speaker, walkie"
+        ),
+        heldout=_split("amplifier, monitor, gramophone, bluetooth box, subwoofer, smartwatch, boombox, receiver"),
+    ),
+    "item": Values(
+        train=_split(
+            "oat milk, bananas, batteries, olive oil, sunscreen, paper towels, garlic, tent pegs, toothpaste, "
+            "butter, rain jacket, light bulbs, dog food, cinnamon, sponges, red onions, candles, screws, wool "
+            "socks, matches, brown sugar, cucumbers, tape, envelopes, yoghurt, water bottle, black pepper, "
+            "shampoo, chickpeas, rope, flour, cat litter, mustard, tissues, sandpaper, balloons"
+        ),
+        heldout=_split("cherry tomatoes, honey, soap, sleeping bag, nails, goat cheese, spinach, gift wrap"),
+    ),
+    "list": Values(
+        train=_split(
+            "shopping, camping, party, hardware, packing, pharmacy, birthday, weekend, grocery, stationery, "
+            "holiday, market, picnic, wedding, school, baby, kitchen stock, renovation, beach, ski trip"
+        ),
+        heldout=_split("errands, travel, barbecue, household, moving, hiking, festival, wish"),
+    ),
+    "person": Values(
+        train=_split(
+            "Anna, Tom, Priya, Carlos, my sister, Grandma, Yusuf, Lena, Mr Becker, Chloe, Ivan, Sofia, my boss, "
+            "Daniel, Aisha, Uncle Ray, Marta, Kenji, Olivia, Ben, Dr Patel, Fatima, Jonas, the plumber, Ella, "
+            "Victor, Mum, Samir, Nadia, Coach Lewis, Pete, Ingrid"
+        ),
+        heldout=_split("Rosa, Malik, Felix, my brother, Helen, Mrs Novak, Theo, the landlord"),
+    ),
+    "text": Values(
+        train=_split(
+            "I am running late, dinner is ready, call me back, the train is delayed, happy birthday, see you "
+            "soon, bring the charger, we won the game, I found your keys, lunch was great, the meeting moved, I "
+            "am home, thanks for the ride, do not wait for me, pick up the kids, the parcel arrived, I need the "
+            "address, good luck today, the dog is fine, I will be there, please feed the cat, the door is open, "
+            "miss you, the report is done, it is snowing here, I lost my wallet, the flight landed, sleep well, "
+            "tickets are booked, I missed the bus, the cake is perfect, turn off the stove"
+        ),
+        heldout=_split(
+            "I am on my way, the car broke down, congratulations, we are out of bread, the baby is asleep, save "
+            "me a seat, practice is cancelled, I left my umbrella"
+        ),
+    ),
+    "city": Values(
+        train=_split(
+            "Oslo, Madrid, Toronto, Nairobi, Kyoto, Berlin, Lima, Cape Town, Dublin, Vienna, Hanoi, New York, "
+            "Prague, Sydney, Chicago, Cairo, Lyon, Porto, San Jose, Mumbai, Helsinki, Athens, Bogota, Naples, "
+            "Hong Kong, Tunis, Boston, Geneva, Krakow, Rio, Zagreb, Austin"
+        ),
+        heldout=_split("Lisbon, Seoul, Glasgow, Buenos Aires, Denver, Warsaw, Jakarta, Milan"),
+    ),
+    "place": Values(
+        train=_split(
+            "Luna Verde, Chez Paul, The Oak Table, Sakura, Bistro Nord, Casa Pepe, Blue Lagoon, Trattoria Gino, "
+            "Saffron, The Old Mill, Pho House, La Paloma, Ember, Taverna Nikos, Green Fork, El Camino, Dragon "
+            "Palace, Brasserie Lux, Olive Garden Inn, Mirabelle, Harvest, Smokehouse Joe, Maharaja, The "
+            "Lighthouse, Basilico, Cafe Arlo, Red Pepper, Villa Rosso, Tamarind, Noma Lane"
+        ),
+        heldout=_split(
+            "Osteria Bianca, Lotus, The Brass Spoon, Chalet Suisse, Marrakesh, Pier Seven, Juniper, Cantina Diego"
+        ),
+    ),
+}
+
+# A slot in braces takes a value of the table above. Held-out frames say the same things in other words.
+ACTIONS: dict[str, Action] = {
+    "set_timer": Action(
+        slots={"minutes": "number", "label": "label"},
+        train_frames=(
+            "Set a timer for {number} minutes for the {label}.",
+            "Start a {number} minute timer called {label}.",
+            "I need a {label} timer, {number} minutes please.",
+            "Count down {number} minutes for {label}.",
+            "Timer for {label}: {number} minutes.",
+            "Could you time the {label} for {number} minutes?",
+            "Begin a countdown of {number} minutes named {label}.",
+            "Give me {number} minutes on the clock for {label}.",
+            "The {label} takes {number} minutes, start the timer.",
+            "Put {number} minutes on a timer, label it {label}.",
+            "Please run a timer of {number} minutes, it is for {label}.",
+            "New {label} countdown lasting {number} minutes.",
+        ),
+        heldout_frames=(
+            "Ring when {number} minutes have passed, this is for the {label}.",
+            "{label} timer, {number} minutes, go.",
+            "Can you track {number} minutes for my {label}?",
+            "Make it a {number} minutes countdown with the name {label}.",
+        ),
+    ),
+    "set_alarm": Action(
+        slots={"time": "time", "day": "day"},
+        train_frames=(
+            "Wake me at {time} on {day}.",
+            "Set an alarm for {day} at {time}.",
+            "I have to get up at {time} on {day}.",
+            "On {day} my alarm should ring at {time}.",
+            "Alarm at {time}, {day} please.",
+            "Can you wake me up on {day}, at {time} sharp?",
+            "Please put an alarm on {day} for {time}.",
+            "Get me out of bed at {time} this {day}.",
+            "{day} alarm, {time}.",
+            "Make the alarm go off at {time} on {day}.",
+            "I want to be awake by {time} on {day}.",
+            "Create a {day} wake-up alarm for {time}.",
+        ),
+        heldout_frames=(
+            "Do not let me sleep past {time} on {day}.",
+            "For {day} I want the alarm clock to start at {time}.",
+            "My {day} wake-up should be {time}.",
+            "Schedule the morning alarm: {time}, next {day}.",
+        ),
+    ),
+    "set_light": Action(
+        slots={"room": "room", "brightness": "number"},
+        train_frames=(
+            "Set the {room} light to {number} percent.",
+            "Dim the {room} to {number} percent.",
+            "Turn the lamps in the {room} up to {number} percent.",
+            "I want {number} percent light in the {room}.",
+            "Lights in the {room} at {number} percent, please.",
+            "Make the {room} {number} percent bright.",
+            "Could you lower the {room} lights to {number} percent?",
+            "Brightness {number} percent for the {room}.",
+            "Change the lighting in the {room} to {number} percent.",
+            "The {room} is too dark, go to {number} percent.",
+            "Put the {room} lamp on {number} percent.",
+            "Give the {room} {number} percent brightness.",
+        ),
+        heldout_frames=(
+            "Adjust the brightness in my {room}: {number} percent.",
+            "It is gloomy, raise the {room} lights until {number} percent.",
+            "{room} lights, {number} percent.",
+            "Bring the lamp of the {room} down to {number} percent.",
+        ),
+    ),
+    "play_music": Action(
+        slots={"artist": "artist", "device": "device"},
+        train_frames=(
+            "Play {artist} on the {device}.",
+            "I want to hear {artist} on my {device}.",
+            "Put on some {artist}, use the {device}.",
+            "Start {artist} songs on the {device}.",
+            "On the {device}, play something by {artist}.",
+            "Can the {device} play {artist}?",
+            "Music by {artist} on the {device}, please.",
+            "Let me listen to {artist} through the {device}.",
+            "Use my {device} to play {artist}.",
+            "Stream {artist} to the {device}.",
+            "Shuffle {artist} on the {device}.",
+            "Give us a track by {artist} over the {device}.",
+        ),
+        heldout_frames=(
+            "Fill the house with {artist} from the {device}.",
+            "Send the latest {artist} album to my {device}.",
+            "I am in the mood for {artist}, the {device} will do.",
+            "Have the {device} put {artist} on.",
+        ),
+    ),
+    "add_item": Action(
+        slots={"item": "item", "list": "list"},
+        train_frames=(
+            "Add {item} to the {list} list.",
+            "Put {item} on my {list} list.",
+            "We need {item}, note it on the {list} list.",
+            "The {list} list should include {item}.",
+            "Write {item} down on the {list} list.",
+            "On the {list} list, add {item}.",
+            "Please add {item} to our {list} list.",
+            "Can you put {item} onto the {list} list?",
+            "My {list} list needs {item}.",
+            "I am out of {item}, add it to the {list} list.",
+            "Remember {item} for the {list} list.",
+            "New entry for the {list} list: {item}.",
+        ),
+        heldout_frames=(
+            "Include {item} in the {list} list.",
+            "Do not forget {item} on the {list} list.",
+            "{item} goes on the {list} list.",
+            "Extend my {list} list with {item}.",
+        ),
+    ),
+    "send_message": Action(
+        slots={"to": "person", "text": "text"},
+        train_frames=(
+            "Tell {person}: {text}.",
+            "Send {person} a message saying {text}.",
+            "Text {person} that {text}.",
+            "Message {person}: {text}.",
+            "Let {person} know that {text}.",
+            "Write to {person}: {text}.",
+            "Can you send a text to {person}? Say {text}.",
+            "Send '{text}' to {person}.",
+            "Please tell {person} that {text}.",
+            "New message for {person}: {text}.",
+            "I want to message {person} that {text}.",
+            "Drop {person} a note saying {text}.",
+        ),
+        heldout_frames=(
+            "Inform {person} that {text}.",
+            "A quick message to {person} please: {text}.",
+            "Reply to {person} with '{text}'.",
+            "Pass this on to {person}: {text}.",
+        ),
+    ),
+    "get_weather": Action(
+        slots={"city": "city", "day": "day"},
+        train_frames=(
+            "What is the weather in {city} on {day}?",
+            "Will it rain in {city} on {day}?",
+            "Weather for {city}, {day}.",
+            "How cold will {city} be on {day}?",
+            "Give me the {day} forecast for {city}.",
+            "On {day}, is it sunny in {city}?",
+            "Do I need an umbrella in {city} this {day}?",
+            "Tell me the forecast for {city} on {day}.",
+            "Is snow expected on {day} in {city}?",
+            "Check {city} weather for {day}.",
+            "How warm does it get in {city} on {day}?",
+            "I am visiting {city} on {day}, what will the weather be?",
+        ),
+        heldout_frames=(
+            "Should I expect storms in {city} by {day}?",
+            "Look up the conditions in {city} for {day}.",
+            "What does the {day} sky look like over {city}?",
+            "Any wind or rain coming to {city} {day}?",
+        ),
+    ),
+    "book_table": Action(
+        slots={"place": "place", "people": "guests", "time": "time"},
+        train_frames=(
+            "Book a table at {place} for {guests} people at {time}.",
+            "Reserve {place} for {guests} at {time}.",
+            "We are {guests} people, get us into {place} at {time}.",
+            "Table for {guests} at {place}, {time} please.",
+            "I would like to eat at {place} at {time}, party of {guests}.",
+            "Make a reservation for {guests} at {place} for {time}.",
+            "At {time} we want a table for {guests} at {place}.",
+            "Can you book {place} at {time} for {guests} guests?",
+            "Dinner at {place}, {time}, {guests} people.",
+            "Get {guests} seats at {place} for {time}.",
+            "Ask {place} for a table at {time} for {guests} people.",
+            "Reserve a table for {guests} guests, {time}, at {place}.",
+        ),
+        heldout_frames=(
+            "Hold {guests} places at {place} from {time}.",
+            "Find us a spot at {place}: {guests} guests, {time}.",
+            "There will be {guests} of us dining at {place} at {time}.",
+            "Arrange a {time} booking for {guests} persons at {place}.",
+        ),
+    ),
+}
+
+Row = dict[str, list[dict[str, str]]]
+
+
+def demo_rows(seed: int = 0) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, each {"messages": [system, user, assistant]}; equal seeds give equal rows."""
+    train_frames = {name: action.train_frames for name, action in ACTIONS.items()}
+    train_values = {slot: values.train for slot, values in VALUES.items()}
+    heldout_frames = {name: action.heldout_frames for name, action in ACTIONS.items()}
+    heldout_values = {slot: values.heldout for slot, values in VALUES.items()}
+    return (
+        _rows(train_frames, train_values, TRAIN_ROWS_PER_ACTION, f"train {seed}"),
+        _rows(heldout_frames, heldout_values, HELDOUT_ROWS_PER_ACTION, f"heldout {seed}"),
+    )
+
+
+def _rows(
+    frames: dict[str, tuple[str, ...]],
+    values: dict[str, tuple[str | int, ...]],
+    rows_per_action: int,
+    seed: str,
+) -> list[Row]:
+    """Different rows in a random order; an action's frames, and a slot's values, are used equally often."""
+    next_frame = {name: _evenly(choices, f"{seed} {name}") for name, choices in frames.items()}
+    next_value = {slot: _evenly(choices, f"{seed} {slot}") for slot, choices in values.items()}
+    commands: dict[str, str] = {}
+    for name, action in ACTIONS.items():
+        wanted = len(commands) + rows_per_action
+        while len(commands) < wanted:
+            chosen = {slot: next(next_value[slot]) for slot in action.slots.values()}
+            request = next(next_frame[name]).format(**chosen)
+            command = {"action": name} | {key: chosen[slot] for key, slot in action.slots.items()}
+            commands[request[0].upper() + request[1:]] = json.dumps(command, ensure_ascii=False, separators=(",", ":"))
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": SYSTEM_MESSAGE},
+                {"role": "user", "content": request},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for request, answer in commands.items()
+    ]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _evenly(choices: tuple[Any, ...], seed: str) -> Iterator[Any]:
+    """Endless choices: every one once, in a random order, before any comes again."""
+    generator = random.Random(seed)
+    while True:
+        yield from generator.sample(choices, len(choices))
+
+
+def write_demo_data(directory: Path, seed: int = 0) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `heldout.jsonl` into `directory`, made where it is missing, and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "train.jsonl", directory / "heldout.jsonl"
+    for path, rows in zip(paths, demo_rows(seed), strict=True):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return paths
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m qlora_trainer.demo_data DIRECTORY")
+    for written in write_demo_data(Path(sys.argv[1])):
+        print(written)

@@ -1,0 +1,102 @@
+"""Output that is either whole or not there: new directories and small files, written aside and renamed.
+
+A run that is killed, or a disk that fills up, must never leave a directory that looks finished. So work goes into a
+temporary sibling, is flushed to the disk, and gets its name last. A kill at the worst moment leaves a hidden
+`.name.partial-…` directory, which nothing reads and which may be deleted.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora_trainer.errors import DiskError, OutputExistsError, QLoRATrainerError
+
+DISK_FAILURES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        OutputExistsError: `path` is a file, or a directory that is not empty.
+        DiskError: the disk is full or cannot be written.
+    """
+    path = path.expanduser().resolve()
+    refuse_existing(path)
+    work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with disk_errors(path.parent):
+            work.mkdir(parents=True)
+        with disk_errors(path.parent, DISK_FAILURES):
+            yield work
+        with disk_errors(path.parent):
+            _sync_tree(work)
+            refuse_existing(path)
+            if path.exists():
+                path.rmdir()
+            work.rename(path)
+            _sync_directory(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """OutputExistsError if `path` is anything but missing or an empty directory."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise OutputExistsError(f"{path} exists and is not empty. Choose a new directory, or empty that one.")
+    elif path.exists():
+        raise OutputExistsError(f"{path} is a file. Choose a new directory.")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it to the disk, and rename it; DiskError where that fails."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with disk_errors(path.parent):
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(
+    directory: Path,
+    failures: frozenset[int] | None = None,  # error numbers; None for all
+) -> Iterator[None]:
+    """Turn the system's errors of writing into a DiskError; errors that are letters already pass."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, QLoRATrainerError) or (failures is not None and error.errno not in failures):
+            raise
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        advice = "Free some space or choose another disk" if full else "Check the path and its permissions"
+        raise DiskError(f"Writing in {directory} failed: {error}. {advice}; nothing half-made is left.") from error
+
+
+def _sync_tree(directory: Path) -> None:
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with (Path(parent) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(Path(parent))
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable; not every system can, and losing power then loses only the rename."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,82 @@
+"""What a model is worth on held-out rows: its loss on their label tokens, and answers that match exactly.
+
+The loss is taken by the training forward, without dropout and without gradients: what is measured is what was
+trained. Exact match is by real generation, since a low loss does not say that an answer comes out right.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_trainer.data.packing import make_packs
+from qlora_trainer.data.preparation import ExampleSet
+from qlora_trainer.forward import ForwardPlan, loss_sum
+from qlora_trainer.generation import generate_answers
+from qlora_trainer.progress import Progress, silent
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A held-out request, what was expected, and what the model said."""
+
+    request: str
+    expected: str
+    answer: str
+
+    @property
+    def is_exact(self) -> bool:
+        return self.answer.strip() == self.expected.strip()
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
+) -> float:
+    """Mean cross entropy over all label tokens of `examples`; the model's training mode is restored."""
+    packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    try:
+        for done, pack in enumerate(packs):
+            progress("held-out loss", done, len(packs))
+            total += loss_sum(model, pack.to(device), forward.loss_path).double().cpu()
+    finally:
+        model.train(was_training)
+    progress("held-out loss", len(packs), len(packs))
+    return float(total) / max(sum(pack.label_tokens for pack in packs), 1)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[tuple[str, list[int], str]],  # (request, prompt ids, expected answer)
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[Answer]:
+    """Generate an answer to each question, in order."""
+    texts = generate_answers(
+        model,
+        tokenizer,
+        [prompt for _, prompt, _ in questions],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [Answer(request, expected, text) for (request, _, expected), text in zip(questions, texts, strict=True)]
+
+
+def exact_match(answers: Sequence[Answer]) -> float:
+    """Share of answers that equal what was expected, surrounding blanks aside."""
+    return sum(answer.is_exact for answer in answers) / len(answers) if answers else math.nan

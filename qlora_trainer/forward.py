@@ -1,0 +1,118 @@
+"""The training forward: a pack of rows through the model, and the summed loss of its label tokens.
+
+Most of a language model's memory in training is its logits, so the loss is taken from hidden states, label tokens
+only, in chunks. That needs the formula from hidden state to logit; `find_loss_path` reads it from the config (logit
+scale, soft-capping, head bias), compares it with the model's own logits once, and falls back to the model's own where
+they differ.
+
+Legend: B rows, T tokens, H hidden size, V vocabulary.
+"""
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_trainer.attention import attends_apart, packed_documents
+from qlora_trainer.data.packing import Pack
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPath:
+    """How a model's hidden states become logits: logits = softcap(scale * (hidden @ head^T + bias))."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    own_logits: bool = False  # the formula above is not this model's: take its own logits
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPlan:
+    """What was found out about a model before training it."""
+
+    loss_path: LossPath
+    can_pack: bool
+    notices: tuple[str, ...]
+
+
+def examine_forward(model: Any) -> ForwardPlan:
+    """Try packing and the loss path on a few tokens; two short forward passes each."""
+    can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
+    loss_path = find_loss_path(model)
+    notices = []
+    if not can_pack:
+        notices.append(
+            "This model's attention cannot keep packed documents apart; its rows are batched with right padding instead."
+        )
+    if loss_path.own_logits:
+        notices.append(
+            "This model computes its logits in a way of its own; the loss takes them whole, which needs more memory."
+        )
+    return ForwardPlan(loss_path, can_pack, tuple(notices))
+
+
+@torch.no_grad()
+def find_loss_path(model: Any) -> LossPath:
+    """Read the logit formula from the config and check it against the model's own logits on eight tokens."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    path = LossPath(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return LossPath(own_logits=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(head.weight.device)
+    positions = torch.arange(8, device=ids.device)[None]
+    pack = Pack(ids[:, :8], ids[:, 1:], positions, cu_seqlens=None, tokens=8, label_tokens=8)
+    was_training = model.training
+    model.eval()
+    try:
+        ours, theirs = loss_sum(model, pack, path), loss_sum(model, pack, LossPath(own_logits=True))
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
+    return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
+
+
+def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
+    """Cross entropy summed over the pack's label tokens; the caller divides by the label tokens of its whole step."""
+    if path.own_logits:
+        logits, labels = label_logits(model, pack)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+    head = model.get_output_embeddings()
+    labels = pack.labels.reshape(-1)
+    with attention_for(model, pack):
+        hidden = model.base_model(**_inputs(pack)).last_hidden_state
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        labels,
+        bias=head.bias,
+        softcap=path.softcap,
+        logit_scale=path.logit_scale,
+    )
+
+
+def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
+    """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
+    with attention_for(model, pack):
+        logits = model(**_inputs(pack)).logits
+    is_label = pack.labels != -100
+    return logits[is_label], pack.labels[is_label]
+
+
+def attention_for(model: nn.Module, pack: Pack) -> AbstractContextManager[None]:
+    """The attention that `pack` needs. Hold it around backward too: recomputed layers run their forward there."""
+    # Right-padded rows need no mask: a causal row never sees the padding behind it.
+    return nullcontext() if pack.cu_seqlens is None else packed_documents(model)
+
+
+def _inputs(pack: Pack) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
+    if pack.cu_seqlens is not None:
+        inputs["document_bounds"] = pack.cu_seqlens.tolist()
+    return inputs

@@ -1,0 +1,107 @@
+"""Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
+
+Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed.
+"""
+
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer
+
+from qlora_trainer.progress import Progress, silent
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],  # token ids, rendered with the generation prompt
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[str]:
+    """The greedy answer to each prompt as text, without the end-of-turn token, in the order given.
+
+    Prompts of like length share a batch. The model's training mode is restored.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            progress("answering", start, len(order))
+            chosen = order[start : start + batch_size]
+            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], _device(model))
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=_greedy(model, tokenizer, max_new_tokens),
+            )
+            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text
+    finally:
+        model.train(was_training)
+    progress("answering", len(order), len(order))
+    return answers
+
+
+def stream_answer(model: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> Iterator[str]:
+    """Yield pieces of the greedy answer to one prompt as they come."""
+    input_ids, attention_mask = _left_padded([prompt], _device(model))
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: SimpleQueue[BaseException] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=_greedy(model, tokenizer, max_new_tokens),
+                    streamer=streamer,
+                )
+        except BaseException as error:
+            failures.put(error)
+            streamer.end()
+
+    model.eval()
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if not failures.empty():
+        raise failures.get()
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Stop at the model's own end tokens and the tokenizer's."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    stop = sorted(token for token in ends if token is not None)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=stop or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0],
+    )
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

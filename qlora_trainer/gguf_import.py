@@ -1,0 +1,406 @@
+"""A .gguf file as a plain checkpoint: safetensors, config and tokenizer in the user's cache, made once.
+
+Training, fingerprints and the merge all read safetensors by the checkpoint's own names, so a GGUF base is taken
+through that door too, instead of being a second kind of base everywhere. transformers knows how a GGUF file's names,
+head permutations, norms and metadata translate; its tables are used here tensor by tensor, so that the whole model is
+never in memory. The values are those of `from_pretrained(gguf_file=...)`, cast once to the dtype they are stored in.
+That dtype decides the NF4 codes, so it is recorded: float16 for quantised tensors (their scales are float16, so it
+keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the dtype they have.
+
+Left out: mixtures of experts (their layers are merged from several tensors, and cannot become 4-bit here anyway) and
+files split into several.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from qlora_trainer.directories import new_directory
+from qlora_trainer.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
+from qlora_trainer.progress import Progress
+from qlora_trainer.tensor_io import ShardWriter, TensorSpec
+
+IMPORT_RECORD = "import.json"
+MAX_SHARD_BYTES = 4 * 2**30
+FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
+READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
+
+TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What becomes of one GGUF tensor: its name and shape in the checkpoint, and its values there."""
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], Tensor]  # dequantised float32 values -> float32, in the checkpoint's layout
+
+
+class _Float16OverflowError(Exception):
+    def __init__(self, tensor_name: str) -> None:
+        super().__init__(tensor_name)
+        self.tensor_name = tensor_name
+
+
+def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
+    """The directory under `cache_dir` that holds `path` as a safetensors checkpoint; made at the first call.
+
+    It is named after the file and its sha256, and written under a temporary name, so one that exists is whole.
+
+    Raises:
+        FileMissingError: there is no such file.
+        ModelError: not a readable GGUF file, or of an architecture that transformers cannot read from GGUF.
+        NotInstalledError: the package gguf is missing.
+        DiskError: the copy cannot be written.
+    """
+    if not path.is_file():
+        raise FileMissingError(f"There is no model file {path}.")
+    digest = _sha256(path, progress)
+    directory = cache_dir / "gguf" / f"{path.stem}-{digest[:16]}"
+    if (directory / IMPORT_RECORD).is_file():
+        return directory
+    with _quiet_transformers():
+        reader = _open(path)
+        config = _read_config(path)
+        with torch.device("meta"):
+            model = _build_model(config, path)
+        translations = _translations(reader, model, path)
+        tokenizer = _read_tokenizer(path, config)
+        try:
+            with new_directory(directory) as temporary:
+                stored = _write_tensors(temporary, reader, translations, progress)
+                _write_config(temporary, config, model, stored)
+                _write_tokenizer(temporary, tokenizer, path)
+                _write_record(temporary, path, digest, reader, translations, stored)
+        except OutputExistsError:
+            # Another process made the same copy meanwhile; only a whole one can stand under this name.
+            if not (directory / IMPORT_RECORD).is_file():
+                raise
+    return directory
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+            done += len(block)
+            progress(f"Reading {path.name}", done, size)
+    return digest.hexdigest()
+
+
+def _open(path: Path) -> Any:
+    """gguf's reader over the memory-mapped file; a truncated one fails here."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise NotInstalledError(f"{path} is a GGUF file; reading it needs a package: pip install gguf") from error
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'. Download it again?")
+    try:
+        reader = GGUFReader(path)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"{path} cannot be read as GGUF: it is damaged, or was not downloaded to its end "
+            f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
+        ) from error
+    split = reader.get_field("split.count")
+    if split is not None and split.contents() > 1:
+        raise ModelError(
+            f"{path} is one of {split.contents()} parts of a model. Join them first: llama-gguf-split --merge "
+            f"{path.name} whole.gguf"
+        )
+    return reader
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
+            f"From GGUF files it reads: {', '.join(_readable_architectures())}. For another model, use its "
+            "safetensors directory or hub name."
+        ) from error
+    # What transformers notes about where the config came from, which is not true of the copy.
+    for note in ("quantization_config", "_model_name_or_path"):
+        vars(config).pop(note, None)
+    return config
+
+
+def _readable_architectures() -> list[str]:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return sorted((set(GGUF_SUPPORTED_ARCHITECTURES) | set(_newer_conversions())) - {"general", "tokenizer"})
+
+
+def _newer_conversions() -> dict[str, Callable]:
+    """Architectures that transformers reads by weight conversions rather than by its older tables."""
+    try:
+        from transformers.integrations.gguf import GGUF_ARCHS
+    except ImportError:  # before transformers 5.23
+        return {}
+    return dict(GGUF_ARCHS)
+
+
+def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(
+            f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
+        ) from error
+
+
+def _translations(reader: Any, model: PreTrainedModel, path: Path) -> dict[str, Translation]:
+    """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
+    architecture = reader.get_field("general.architecture").contents()
+    names = [tensor.name for tensor in reader.tensors]
+    if architecture in _newer_conversions():
+        translations = _newer_translations(architecture, names, model)
+    else:
+        translations = _table_translations(architecture, names, model)
+    if any(".experts." in name for name in model.state_dict()):
+        raise ModelError(
+            f"{path} holds a mixture of experts ({architecture}). Its experts cannot be taken from GGUF here; use the "
+            "safetensors directory or hub name of the model."
+        )
+    tied = set(model.all_tied_weights_keys)
+    expected = {name for name in model.state_dict() if name not in tied}
+    made = Counter(translation.name for translation in translations.values())
+    if missing := sorted(expected - set(made)):
+        raise ModelError(
+            f"{path} lacks {len(missing)} of the {len(expected)} tensors of a {architecture} model, such as "
+            f"{', '.join(missing[:3])}. It may be damaged, or of a variant that transformers does not know."
+        )
+    if doubled := sorted(name for name in expected if made[name] > 1):
+        raise ModelError(f"{path} holds more than one tensor for {', '.join(doubled[:3])}.")
+    return {gguf_name: found for gguf_name, found in translations.items() if found.name in expected}
+
+
+def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    name_map: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+
+    def convert(values: np.ndarray, gguf_name: str) -> Tensor:
+        side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        result = processor.process(
+            weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output
+        )
+        # One processor (GPT-2's, for its head) hands a tensor back by the side instead of returning it.
+        return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
+
+    shapes = _shapes(model)
+    return {
+        name: Translation(name_map[name], shapes[name_map[name]], partial(convert, gguf_name=name))
+        for name in names
+        if name in name_map
+    }
+
+
+def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.gguf import get_gguf_conversion_mapping
+
+    mapping = get_gguf_conversion_mapping(architecture, model.config)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    def convert(values: np.ndarray, operations: list[Any], name: str) -> Tensor:
+        tensor = torch.tensor(values)
+        for operation in operations:
+            (tensor,) = operation.convert({name: tensor}, [name], [name], full_layer_name=name).values()
+        return tensor
+
+    shapes = _shapes(model)
+    translations = {}
+    for gguf_name in names:
+        name, pattern = rename_source_key(gguf_name, renamings, converters)
+        operations = by_pattern[pattern].operations if pattern is not None else []
+        if name in shapes:
+            translations[gguf_name] = Translation(
+                name, shapes[name], partial(convert, operations=operations, name=name)
+            )
+    return translations
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _write_tensors(
+    directory: Path, reader: Any, translations: dict[str, Translation], progress: Progress
+) -> dict[str, torch.dtype]:
+    """Write every tensor in the file's order; returns checkpoint name -> dtype.
+
+    A float16 overflow is so rare that it is not looked for beforehand: the tensor is noted, and writing starts again.
+    """
+    in_float32: set[str] = set()
+    while True:
+        try:
+            return _try_to_write_tensors(directory, reader, translations, in_float32, progress)
+        except _Float16OverflowError as overflow:
+            in_float32.add(overflow.tensor_name)
+            for leftover in directory.iterdir():
+                leftover.unlink()
+
+
+def _try_to_write_tensors(
+    directory: Path, reader: Any, translations: dict[str, Translation], in_float32: set[str], progress: Progress
+) -> dict[str, torch.dtype]:
+    sources = [tensor for tensor in reader.tensors if tensor.name in translations]
+    specs = []
+    for source in sources:
+        dtype = torch.float32 if source.name in in_float32 else FLOAT_TYPES.get(source.tensor_type.name, torch.float16)
+        specs.append(TensorSpec(translations[source.name].name, dtype, translations[source.name].shape))
+    done, total = 0, sum(int(source.n_elements) for source in sources)
+    with ShardWriter(directory, specs, MAX_SHARD_BYTES) as writer:
+        for source, spec in zip(sources, specs, strict=True):
+            writer.write(spec.name, _stored_values(source, translations[source.name], spec.dtype))
+            done += int(source.n_elements)
+            progress("Unpacking the GGUF file", done, total)
+    return {spec.name: spec.dtype for spec in specs}
+
+
+def _stored_values(source: Any, translation: Translation, dtype: torch.dtype) -> Tensor:
+    """Dequantised to float32, laid out as the checkpoint has it, and cast once."""
+    from gguf.quants import dequantize
+
+    try:
+        values = translation.convert(dequantize(source.data, source.tensor_type))
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"Tensor {source.name} is stored as {source.tensor_type.name}, which cannot be unpacked here: {error}"
+        ) from error
+    if values.shape != translation.shape:
+        raise ModelError(
+            f"Tensor {source.name} has shape {tuple(values.shape)}, but the model's {translation.name} has "
+            f"{translation.shape}. The file's metadata and tensors disagree."
+        )
+    lowest, highest = (bound.item() for bound in values.aminmax())
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
+    if dtype == torch.float16 and max(-lowest, highest) >= FLOAT16_OVERFLOW:
+        raise _Float16OverflowError(source.name)
+    return values.to(dtype)
+
+
+def _write_config(
+    directory: Path, config: PretrainedConfig, model: PreTrainedModel, stored: dict[str, torch.dtype]
+) -> None:
+    """config.json with the class, and the dtype that most values are stored in; and generation_config.json."""
+    config.architectures = [type(model).__name__]
+    config.dtype = _main_dtype(model, stored)
+    config.save_pretrained(directory)
+    GenerationConfig.from_model_config(config).save_pretrained(directory)
+
+
+def _main_dtype(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> torch.dtype:
+    elements: Counter[torch.dtype] = Counter()
+    for name, tensor in model.state_dict().items():
+        if name in stored:
+            elements[stored[name]] += tensor.numel()
+    return elements.most_common(1)[0][0]
+
+
+def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
+        ) from error
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    return tokenizer
+
+
+def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
+    """Save the tokenizer, and check that a fresh one read back from the files is the same."""
+    tokenizer.save_pretrained(directory)
+    settings_file = directory / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    # The name that every transformers release since 4.0 knows for "whatever tokenizer.json says".
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for note in ("is_local", "local_files_only"):
+        settings.pop(note, None)
+    settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    same = (
+        again(TOKENIZER_PROBE).input_ids == tokenizer(TOKENIZER_PROBE).input_ids
+        and again.special_tokens_map == tokenizer.special_tokens_map
+        and again.chat_template == tokenizer.chat_template
+        and len(again) == len(tokenizer)
+    )
+    if not same:
+        raise ModelError(
+            f"The tokenizer in {path} changes when transformers saves and reads it. Use the model's safetensors "
+            "directory or hub name."
+        )
+
+
+def _write_record(
+    directory: Path,
+    path: Path,
+    digest: str,
+    reader: Any,
+    translations: dict[str, Translation],
+    stored: dict[str, torch.dtype],
+) -> None:
+    """What this checkpoint was made from, for people, fingerprints and the merge; its presence means it is whole."""
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    record = {
+        "source": path.name,
+        "sha256": digest,
+        "gguf_types": dict(types.most_common()),
+        "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in translations],
+        "storage_dtypes": {
+            str(dtype).removeprefix("torch."): count for dtype, count in Counter(stored.values()).most_common()
+        },
+        "transformers": transformers.__version__,
+    }
+    (directory / IMPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No log lines or bars of transformers in between; what it cannot do comes as an exception."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,253 @@
+"""The merge: fold an adapter into its base and write a plain dense checkpoint, tensor by tensor, without a model.
+
+The adapter was trained beside the base *as NF4 gave it back*, so by default each weight is taken through NF4 once
+more, exactly as in training: cast to the recorded dtype, quantised, compared with the recorded fingerprint, and
+dequantised. `base="original"` folds into the checkpoint's own weights instead, which is another function than the one
+trained, sometimes a better one: callers measure both (`choose_base` in merge_verification.py).
+
+All arithmetic is fp32, with a single cast to the output dtype: dequantising in bf16 and adding there would cost about
+25 times the error. NF4 is no output dtype, since rounding to the same grid again would erase the adapter. The source
+checkpoint's names and order drive the merge: what goes in comes out, under the same names, tied weights included.
+What goes where is decided beforehand, in merge_plan.py.
+
+Legend: O out features, I in features, R rank.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_trainer.adapters.delta import fold_lora
+from qlora_trainer.directories import disk_errors, new_directory, refuse_existing, write_text
+from qlora_trainer.errors import DiskError, MergeError
+from qlora_trainer.merge_plan import (
+    MergeBase,
+    MergeInputs,
+    TensorPlan,
+    dtype_name,
+    plan_merge,
+    prequantized_weight,
+    read_config,
+)
+from qlora_trainer.merge_verification import Verification, verify_files
+from qlora_trainer.progress import Progress, silent
+from qlora_trainer.quantization import quantize_weight
+from qlora_trainer.tensor_io import ShardWriter, file_inside, read_tensor, row_blocks
+
+PROVENANCE_NAME = "qlora_merge.json"
+OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean, whose last bits depend on the device that summed it
+
+_COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
+_COPIED_STEMS = {"LICENSE", "NOTICE"}
+_NOT_COPIED = {
+    "config.json",  # written by us
+    "adapter_config.json",  # would be applied a second time
+    "quantize_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+    "import.json",
+    "manifest.json",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    PROVENANCE_NAME,
+}
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; also in qlora_merge.json of its output."""
+
+    base: MergeBase
+    dtype: str
+    tensors: int
+    bytes: int
+    folded: int  # weights that took in an adapter
+    dequantized: int  # weights taken through NF4
+    flushed_to_zero: int  # elements that became zero in the output dtype
+    verification: Verification | None
+
+
+def merge(
+    inputs: MergeInputs,
+    output: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    base: MergeBase = "dequantized",
+    max_shard_bytes: int = 5 * 10**9,
+    verify: Callable[[Path], Verification] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Write the merged model to `output`, a new or empty directory that appears only when all has been verified.
+
+    `verify` is called with the directory while it still has its temporary name, after every file has been checked;
+    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json beside the report.
+
+    Raises:
+        MergeError: the base is not the one trained, the adapter does not fit, a value overflows the dtype, or the
+            verification failed.
+        OutputExistsError, DiskError: nothing is left, nothing was overwritten.
+    """
+    refuse_existing(output)
+    plans = plan_merge(inputs, dtype, base)
+    copied = _files_to_copy(inputs.base)
+    _check_space(output, sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied))
+    with new_directory(output) as work:
+        flushed = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
+        _copy_files(inputs.base, copied, work)
+        _write_config(inputs.base, work, dtype)
+        verify_files(work, [plan.output for plan in plans], progress)
+        report = MergeReport(
+            base=base,
+            dtype=dtype_name(dtype),
+            tensors=len(plans),
+            bytes=sum(plan.output.nbytes for plan in plans),
+            folded=sum(plan.lora is not None for plan in plans),
+            dequantized=sum(plan.trained_as is not None for plan in plans) if base == "dequantized" else 0,
+            flushed_to_zero=flushed,
+            verification=verify(work) if verify else None,
+        )
+        record = dataclasses.asdict(report) | dict(provenance or {})
+        write_text(work / PROVENANCE_NAME, json.dumps(record, indent=2) + "\n")
+    return report
+
+
+def _write_tensors(
+    plans: list[TensorPlan],
+    inputs: MergeInputs,
+    base: MergeBase,
+    work: Path,
+    max_shard_bytes: int,
+    progress: Progress,
+) -> int:
+    """Write every tensor; returns how many elements the output dtype flushed to zero."""
+    total = sum(plan.output.nbytes for plan in plans)
+    done = flushed = 0
+    with ShardWriter(work, [plan.output for plan in plans], max_shard_bytes) as writer:
+        for plan in plans:
+            for block in _merged_blocks(plan, inputs, base):
+                cast = block.to(plan.output.dtype)
+                if cast.is_floating_point():
+                    _check_finite(plan.source.name, block, cast)
+                    flushed += int(torch.count_nonzero(block)) - int(torch.count_nonzero(cast))
+                writer.write(plan.output.name, cast)
+                done += cast.nbytes
+                progress("merging", done, total)
+    return flushed
+
+
+def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase) -> Iterator[Tensor]:
+    """The merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating."""
+    if plan.replacement is not None:
+        yield plan.replacement.float()
+        return
+    if not plan.output.dtype.is_floating_point:
+        for rows in row_blocks(plan.source.shape):
+            yield read_tensor(plan.source, rows)
+        return
+    if plan.transposed:  # the rows of the file are columns here: gather the whole weight, which Conv1D models can bear
+        yield torch.cat(list(_weight_blocks(plan, inputs, base))).T
+    else:
+        yield from _weight_blocks(plan, inputs, base)
+
+
+def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase) -> Iterator[Tensor]:
+    """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
+    shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape
+    quantized = _weight_as_trained(plan, inputs) if plan.trained_as else None
+    for rows in row_blocks(shape):
+        if quantized is not None and base == "dequantized":
+            block = dequantize_nf4(quantized, torch.float32, rows=rows)
+        elif plan.transposed:
+            block = read_tensor(plan.source).T[rows].float().to(inputs.device)
+        else:
+            block = read_tensor(plan.source, rows).float().to(inputs.device)
+        if plan.lora is not None:
+            lora_A, lora_B = (factor.to(inputs.device) for factor in plan.lora)
+            block = fold_lora(block, lora_A, lora_B[rows], inputs.scaling)
+        yield block
+
+
+def _weight_as_trained(plan: TensorPlan, inputs: MergeInputs) -> NF4Weight:
+    """The weight in NF4 as training had it, checked against the fingerprint, with the offset training used."""
+    assert plan.trained_as is not None
+    if plan.statistics:
+        weight = prequantized_weight(plan, inputs.device)
+    else:
+        source = read_tensor(plan.source).to(inputs.device, getattr(torch, inputs.fingerprint.source_dtype))
+        weight = quantize_weight(source.T if plan.transposed else source, plan.source.name)
+    found = hashlib.sha256(weight.packed.cpu().numpy().data).hexdigest()
+    offset = float(weight.offset)
+    recorded = plan.trained_as
+    if found != recorded.packed_sha256 or not math.isclose(offset, recorded.offset, rel_tol=OFFSET_TOLERANCE):
+        raise MergeError(
+            f"{plan.source.name} in {inputs.base} does not give the 4-bit weights that the adapter was trained on "
+            f"(offset {offset:.8g}, in training {recorded.offset:.8g}). This base is another one, or was changed "
+            "since. Give the base of the run; where it was trained on CUDA, merge on CUDA too."
+        )
+    return dataclasses.replace(weight, offset=torch.full_like(weight.offset, recorded.offset))
+
+
+def _check_finite(name: str, block: Tensor, cast: Tensor) -> None:
+    if torch.isfinite(cast).all():
+        return
+    if torch.isfinite(block).all():
+        raise MergeError(
+            f"{name} has a value of {float(block.abs().max()):.6g}, too large for {dtype_name(cast.dtype)}. Merge with "
+            "--dtype bfloat16, which has the range."
+        )
+    raise MergeError(f"{name} holds values that are not finite. The base or the adapter is damaged.")
+
+
+def _files_to_copy(directory: Path) -> list[Path]:
+    """Tokenizer, templates, generation settings and licence: kept byte for byte, for readers older than ours."""
+    templates = directory / "additional_chat_templates"
+    names = [path for path in sorted(directory.iterdir()) if path.is_file()]
+    copied = [
+        path
+        for path in names
+        if path.name not in _NOT_COPIED
+        and not path.name.endswith(".index.json")
+        and (path.suffix in _COPIED_SUFFIXES or path.name.partition(".")[0].upper() in _COPIED_STEMS)
+    ]
+    if templates.is_dir():
+        copied += sorted(templates.glob("*.jinja"))
+    return [file_inside(path.parent, path.name) for path in copied]
+
+
+def _copy_files(directory: Path, files: list[Path], work: Path) -> None:
+    for path in files:
+        target = work / path.relative_to(directory)
+        with disk_errors(work):
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
+    """config.json as it was, but for the quantisation, gone, and the dtype, under its new name and its old one."""
+    config = read_config(directory)
+    config.pop("quantization_config", None)
+    config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
+    write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_space(output: Path, needed: int) -> None:
+    home = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(home).free
+    if needed + 2**24 > free:  # headers, index and record are far below 16 MiB
+        raise DiskError(
+            f"The merged model takes {needed / 1e9:.2f} GB, and the disk of {home} has {free / 1e9:.2f} GB free. "
+            "Free some space or choose another disk; nothing was written."
+        )

@@ -1,0 +1,256 @@
+"""The base model and its tokenizer: from a hub name, a directory of safetensors, or a GGUF file, to a frozen NF4 model.
+
+transformers reads the checkpoint and bitsandbytes quantises each linear weight as it arrives; every Linear4bit is then
+taken over by an NF4Linear. Weights are quantised from the widest dtype the checkpoint holds, whatever the dtype of
+computation, so the codes are the same on a CPU and on any GPU, and a merge can make them again.
+
+Left out: loading that never gathers 16-bit weights, which transformers' own loader decides.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from qlora_trainer.config import ModelConfig
+from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError
+from qlora_trainer.gguf_import import import_gguf
+from qlora_trainer.progress import Progress, silent
+from qlora_trainer.quantization import (
+    BaseFingerprint,
+    adopt_linear4bit,
+    base_fingerprint,
+    check_dequantization,
+    check_four_bit_share,
+)
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
+
+WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Base:
+    """A frozen NF4 model in evaluation mode, and what identifies it."""
+
+    model: Any  # transformers' PreTrainedModel
+    directory: Path
+    fingerprint: BaseFingerprint
+    four_bit_share: float
+    compute_dtype: torch.dtype
+    device: torch.device
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to train on; ModelError where CUDA is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device is cuda, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """fp32 on a CPU, where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Progress = silent) -> Path:
+    """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
+
+    Raises:
+        FileMissingError: it looks like a path and does not exist.
+        ModelError: the directory holds an adapter or no config, or the hub does not give it.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return import_gguf(path, cache_dir, progress)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path} holds an adapter, not a base model. Name the base as model.name, and this directory as "
+                "adapter.init_from to start from it."
+            )
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json, so it is not a transformers model directory.")
+        return path
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
+        raise FileMissingError(f"There is no model at {name}.{hint}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES))
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"The hub has no model {name}, or it needs a login (`hf auth login`), and there is no such directory here."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"The model {name} could not be fetched from the hub: {error}") from error
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; ModelError where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"The tokenizer in {directory} cannot be read: {_first_line(error)}") from error
+
+
+def max_positions(directory: Path) -> int | None:
+    """How many positions the model was made for, or None where its config does not say."""
+    config = _read_config(directory).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
+    """Load and quantise a model directory; everything frozen, every linear layer but the output head in NF4.
+
+    Raises:
+        ModelError: not a causal language model that transformers knows, weights missing, or too little becomes 4-bit.
+        QuantizationError: weights that are not finite, or prequantised otherwise.
+        InsufficientMemoryError: the 4-bit model would not fit.
+    """
+    device = choose_device(settings.device)
+    compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
+    config = _read_config(directory)
+    tensors = checkpoint_tensors(directory)
+    _check_memory(tensors, compute_dtype, device)
+    check_dequantization(device)
+    prequantized = getattr(config, "quantization_config", None)
+    if prequantized is None:
+        _check_finite(tensors, progress)
+    else:
+        _check_prequantized(prequantized, directory)
+    source_dtype = _widest_dtype(tensors)
+
+    progress("loading the base", 0, None)
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=source_dtype,
+            device_map={"": device},
+            quantization_config=None if prequantized else _nf4(source_dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InsufficientMemoryError(
+                f"Loading {directory} ran out of memory on {device}: {_first_line(error)}"
+            ) from error
+        raise ModelError(f"{directory} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    _check_complete(info, directory)
+    if adopt_linear4bit(model) == 0:
+        raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
+    share = check_four_bit_share(model, settings.minimum_4bit_share)
+    _compute_in(model, compute_dtype)
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return Base(
+        model=model,
+        directory=directory,
+        fingerprint=base_fingerprint(model, raw_config, source_dtype),
+        four_bit_share=share,
+        compute_dtype=compute_dtype,
+        device=device,
+    )
+
+
+def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=source_dtype,
+        bnb_4bit_quant_storage="uint8",
+    )
+
+
+def _read_config(directory: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory / 'config.json'} cannot be read as a model's config: {_first_line(error)}"
+        ) from error
+
+
+def _check_prequantized(config: Any, directory: Path) -> None:
+    """A prequantised checkpoint brings its own quantisation; take only the one we train on, and never override it."""
+    found = config if isinstance(config, dict) else config.to_dict()
+    method = str(found.get("quant_method"))
+    if not method.endswith("bitsandbytes") or not found.get("load_in_4bit"):
+        raise QuantizationError(
+            f"{directory} is already quantised ({method}), in a way that cannot be trained here. Use the model's 16-bit "
+            "checkpoint, or one prequantised by bitsandbytes to NF4 with double quantisation."
+        )
+
+
+def _check_finite(tensors: dict[str, TensorInfo], progress: Progress) -> None:
+    """One value that is not finite turns its whole tensor into NaN when block maxima are quantised too."""
+    for done, (name, info) in enumerate(tensors.items()):
+        progress("checking the weights", done, len(tensors))
+        if info.dtype in FLOAT_DTYPES and not torch.isfinite(read_tensor(info)).all():
+            raise QuantizationError(
+                f"{name} in {info.file.name} holds values that are not finite. The checkpoint is damaged: fetch it again."
+            )
+
+
+def _widest_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
+    """The dtype that holds every float tensor of the checkpoint exactly."""
+    found = {info.dtype for info in tensors.values() if info.dtype in FLOAT_DTYPES}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _check_memory(tensors: dict[str, TensorInfo], compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse early what cannot fit: 4.127 bits a linear weight, and the largest tensor once in its own dtype."""
+    needed, largest = 0.0, 0
+    for name, info in tensors.items():
+        numel = math.prod(info.shape)
+        is_linear = len(info.shape) == 2 and "embed" not in name and "lm_head" not in name
+        needed += numel * 4.127 / 8 if is_linear else numel * compute_dtype.itemsize
+        largest = max(largest, numel * info.dtype.itemsize)
+    needed += largest
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"The base takes about {needed / 2**30:.1f} GiB in 4-bit, and {device} has {free / 2**30:.1f} GiB free. "
+            "Choose a smaller base, or free memory."
+        )
+
+
+def _check_complete(info: dict[str, Any], directory: Path) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = [str(key) for key in info.get("mismatched_keys", ())]
+    if missing or mismatched:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another shape, "
+            f"such as {(missing + mismatched)[0]}. They would be random; fetch the checkpoint again."
+        )
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,311 @@
+"""The frozen 4-bit base: the only owner of bitsandbytes' weights.
+
+A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantised block maxima, held as plain buffers, so
+that nothing can cast them, move them halfway or hand them to an optimizer. bitsandbytes quantises (QLoRA, Dettmers et
+al. 2023); dequantisation is qlora_kernels' own, checked against bitsandbytes' at start-up, because bitsandbytes'
+module forwards rewrite biases and, on some CPUs, repack the weights they were given.
+
+A fingerprint of what was quantised (a hash of every tensor's packed bytes, and its offset) travels with each
+checkpoint: an adapter belongs to these very bytes, and resume, evaluate and merge compare them.
+
+Legend: O out features, I in features.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.lora_linear import nf4_linear
+from qlora_kernels.nf4 import NF4_CODE, NF4Weight, dequantize_nf4
+from qlora_trainer.errors import ModelError, QuantizationError
+
+
+def _import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its attempt to download CPU kernels through the package `kernels`, if installed."""
+    missing = object()
+    previous = sys.modules.get("kernels", missing)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+    try:
+        import bitsandbytes
+    finally:
+        if previous is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = previous  # type: ignore[assignment]
+    return bitsandbytes
+
+
+bitsandbytes = _import_bitsandbytes()
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantised where it is used."""
+
+    def __init__(
+        self,
+        weight: NF4Weight,
+        bias: Tensor | None,  # (O,)
+        fan_in_fan_out: bool = False,  # the checkpoint stores (I, O), as GPT-2's Conv1D does
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.fan_in_fan_out = fan_in_fan_out
+        for name in ("packed", "absmax", "nested_absmax", "nested_code", "offset"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def nf4_weight(self) -> NF4Weight:
+        """The weight as the kernels take it; shares memory with this module's buffers."""
+        return NF4Weight(
+            packed=self.packed,
+            absmax=self.absmax,
+            nested_absmax=self.nested_absmax,
+            nested_code=self.nested_code,
+            offset=self.offset,
+            shape=(self.out_features, self.in_features),
+            block_size=BLOCK_SIZE,
+            nested_block_size=NESTED_BLOCK_SIZE,
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # (..., I)
+    ) -> Tensor:  # (..., O), dtype of x
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nf4_linear(x, self.nf4_weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantize_weight(
+    weight: Tensor,  # (O, I), any float dtype
+    name: str = "the weight",
+) -> NF4Weight:
+    """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
+
+    Raises:
+        QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
+    """
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise QuantizationError(
+            f"{name} holds {bad} value(s) that are not finite, and cannot be quantised. The checkpoint is damaged: "
+            "fetch it again, or choose another base."
+        )
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+    )
+    return _from_bitsandbytes(packed, state, name)
+
+
+def adopt_linear4bit(model: nn.Module) -> int:
+    """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
+
+    Raises:
+        QuantizationError: a layer is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+    """
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for path, layer in layers:
+        weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
+        bias = None if layer.bias is None else layer.bias.data
+        source_class = getattr(layer, "source_cls", nn.Linear)
+        model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=source_class.__name__ == "Conv1D"))
+    return len(layers)
+
+
+def weight_from_checkpoint(
+    packed: Tensor,  # (O*I/2, 1) uint8, the checkpoint's "<name>.weight"
+    stats: Mapping[str, Tensor],  # the checkpoint's "<name>.weight.<key>" by key
+    name: str,
+) -> NF4Weight:
+    """Rebuild a weight from a prequantised bitsandbytes checkpoint's tensors.
+
+    Raises:
+        QuantizationError: it is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+    """
+    try:
+        state = bitsandbytes.functional.QuantState.from_dict(dict(stats), device=packed.device)
+    except (KeyError, ValueError, StopIteration) as error:
+        raise QuantizationError(f"{name}: the checkpoint's quantisation keys cannot be read: {error}") from error
+    return _from_bitsandbytes(packed, state, name)
+
+
+def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
+    nested = getattr(state, "state2", None)
+    found = {
+        "type": state.quant_type,
+        "block size": state.blocksize,
+        "double quantisation": nested is not None,
+        "nested block size": nested.blocksize if nested else NESTED_BLOCK_SIZE,
+        "storage": str(packed.dtype).removeprefix("torch."),
+    }
+    wanted = {
+        "type": "nf4",
+        "block size": BLOCK_SIZE,
+        "double quantisation": True,
+        "nested block size": NESTED_BLOCK_SIZE,
+        "storage": "uint8",
+    }
+    if found != wanted:
+        differences = ", ".join(
+            f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if found[key] != wanted[key]
+        )
+        raise QuantizationError(
+            f"{name} is quantised otherwise than this trainer keeps its base: {differences}. Use the model's 16-bit "
+            "checkpoint, which is quantised while loading, or one prequantised to NF4 with double quantisation."
+        )
+    statistics = (state.offset, nested.absmax)
+    if not all(torch.isfinite(statistic).all() for statistic in statistics):
+        raise QuantizationError(f"{name} was quantised from values that are not finite. The checkpoint is damaged.")
+    return NF4Weight(
+        packed=packed.reshape(-1),
+        absmax=state.absmax,
+        nested_absmax=nested.absmax,
+        nested_code=nested.code,
+        offset=state.offset.reshape(()),
+        shape=(int(state.shape[0]), int(state.shape[1])),
+        block_size=BLOCK_SIZE,
+        nested_block_size=NESTED_BLOCK_SIZE,
+    )
+
+
+def check_dequantization(device: torch.device) -> list[str]:
+    """Compare dequantisation on `device` with its definition, on even and awkward shapes, to the last bit.
+
+    Returns one notice for each shape on which bitsandbytes' own function differs (its CPU code does for widths that
+    are no multiple of the block size, on some processors); training here does not use that function.
+
+    Raises:
+        QuantizationError: ours differs, so that training would adapt to another base than the merge writes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    notices = []
+    for shape in ((64, 64), (3, 80), (96, 192), (1, 576)):
+        values = torch.randn(shape, generator=generator).to(device)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+        )
+        weight = _from_bitsandbytes(packed, state, "a sample")
+        expected = _dequantize_by_definition(weight)
+        if not torch.equal(dequantize_nf4(weight, torch.float32), expected):
+            raise QuantizationError(
+                f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
+                "QLORA_KERNELS=torch to use the plain implementation, and please report this with the output of "
+                "`qlora doctor`."
+            )
+        if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):
+            notices.append(
+                f"bitsandbytes dequantises NF4 of shape {shape} wrongly on {device}; it is not used for that."
+            )
+    return notices
+
+
+def _dequantize_by_definition(weight: NF4Weight) -> Tensor:  # (O, I) fp32
+    """value = NF4_CODE[code] * (nested_code[absmax] * nested_absmax + offset), element by element."""
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1).long()
+    element = torch.arange(weight.shape[0] * weight.shape[1], device=codes.device)
+    block = element // weight.block_size
+    scale = weight.nested_code[weight.absmax.long()[block]] * weight.nested_absmax[block // weight.nested_block_size]
+    values = NF4_CODE.to(codes.device)[codes[: element.numel()]] * (scale + weight.offset)
+    return values.reshape(weight.shape)
+
+
+def four_bit_share(model: nn.Module) -> tuple[float, list[str]]:
+    """Share of the linear weights, the output embedding left out, that is 4-bit; and what is not, largest first.
+
+    Fused expert weights, 3-D parameters without a module of their own, count as linear weights.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    four_bit, other = 0, {}
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            four_bit += module.out_features * module.in_features
+        elif module is not head and not isinstance(module, nn.Embedding):
+            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 or (is_linear and parameter.ndim == 2):
+                    other[f"{path}.{name}"] = parameter.numel()
+    total = four_bit + sum(other.values())
+    return (four_bit / total if total else 0.0), sorted(other, key=lambda name: -other[name])
+
+
+def check_four_bit_share(model: nn.Module, minimum: float) -> float:
+    """Return the 4-bit share; ModelError if it is below `minimum`."""
+    share, others = four_bit_share(model)
+    if share < minimum:
+        raise ModelError(
+            f"Only {share:.1%} of this model's linear weights become 4-bit; {len(others)} tensor(s) stay 16-bit, such "
+            f"as {', '.join(others[:3])}. The model would take far more memory than a 4-bit base. To train it all the "
+            f"same, set model.minimum_4bit_share={max(share - 0.005, 0.0):.2f}."
+        )
+    return share
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFingerprint:
+    """What was quantised: sha256 of the packed bytes, and the nested offset, a mean whose last bit is the device's."""
+
+    packed_sha256: str
+    offset: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseFingerprint:
+    """The identity of a quantised base: its config, the dtype it was quantised from, and every 4-bit tensor."""
+
+    config_sha256: str
+    source_dtype: str  # dtype the weights had when they were quantised, such as "bfloat16"
+    tensors: dict[str, TensorFingerprint]  # by module path, such as "model.layers.0.self_attn.q_proj"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        tensors = {path: TensorFingerprint(**fields) for path, fields in data["tensors"].items()}
+        return cls(config_sha256=data["config_sha256"], source_dtype=data["source_dtype"], tensors=tensors)
+
+    def difference(self, other: "BaseFingerprint") -> str | None:
+        """A sentence on how `other` differs from this base, or None where the quantised bytes are the same."""
+        if missing := self.tensors.keys() ^ other.tensors.keys():
+            return f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+        changed = [p for p, t in self.tensors.items() if t.packed_sha256 != other.tensors[p].packed_sha256]
+        if changed:
+            hint = (
+                f"; they were quantised from {self.source_dtype} there and from {other.source_dtype} here"
+                if self.source_dtype != other.source_dtype
+                else ""
+            )
+            return f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}{hint}"
+        return None
+
+
+def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
+    """Hash every NF4Linear of `model`; one pass over the packed bytes (3.5 GB for a 7B)."""
+    tensors = {
+        path: TensorFingerprint(
+            packed_sha256=hashlib.sha256(module.packed.cpu().numpy()).hexdigest(),
+            offset=float(module.offset),
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, NF4Linear)
+    }
+    canonical = json.dumps(config, sort_keys=True, default=str)
+    return BaseFingerprint(
+        config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        source_dtype=str(source_dtype).removeprefix("torch."),
+        tensors=tensors,
+    )

@@ -1,0 +1,158 @@
+"""Curves as inline SVG: axes with round ticks, one or more lines, and the points that a hover script reads.
+
+Drawn by hand because a report must open offline, follow the reader's light or dark colours, and need no plotting
+package. Colours and fonts come from the page's style sheet by class; nothing here knows what is plotted. Left out:
+logarithmic axes, and more than the three line styles that a style sheet can tell apart.
+"""
+
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Point = tuple[int, float]  # step, value
+
+HEIGHT = 250
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 66, 16, 12, 38
+MAX_DRAWN_POINTS = 600
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve. `style` is its class in the style sheet: first, faint (behind first), or second."""
+
+    name: str
+    points: Sequence[tuple[int, float | None]]  # by rising step; None where the value was not finite
+    style: str = "first"
+    marks: bool = False  # a dot at each point, for curves of few points
+
+
+def draw_plot(
+    lines: Sequence[Line], *, describe: Callable[[float], str], label: str, from_zero: bool, width: int = 560
+) -> str:
+    """An svg element and its points as JSON. `describe` turns a value into text with its unit."""
+    finite = [(step, value) for line in lines for step, value in line.points if value is not None]
+    if not finite:
+        return '<p class="empty">No values yet.</p>'
+    first, last = min(step for step, _ in finite), max(step for step, _ in finite)
+    x_ticks = [tick for tick in nice_ticks(first, last, 8, whole=True) if first <= tick <= last] or [first]
+    low = 0.0 if from_zero else min(value for _, value in finite)
+    y_ticks = nice_ticks(low, max(value for _, value in finite), 5)
+    bottom, top = y_ticks[0], y_ticks[-1]
+
+    def x_of(step: float) -> float:
+        inner = width - MARGIN_LEFT - MARGIN_RIGHT
+        return MARGIN_LEFT + inner * ((step - first) / (last - first) if last > first else 0.5)
+
+    def y_of(value: float) -> float:
+        return HEIGHT - MARGIN_BOTTOM - (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM) * (value - bottom) / (top - bottom)
+
+    parts = [_horizontal(tick, y_of(tick), width, describe) for tick in y_ticks]
+    parts += [_vertical(tick, x_of(tick)) for tick in x_ticks]
+    parts.append(f'<text class="axis" x="{(MARGIN_LEFT + width - MARGIN_RIGHT) / 2}" y="{HEIGHT - 4}">step</text>')
+    hover = []
+    for line in lines:
+        drawn = thin(line.points)
+        parts += _curve(drawn, line, x_of, y_of)
+        hover.append(
+            {
+                "name": line.name,
+                "style": line.style,
+                "points": [
+                    [round(x_of(step), 1), round(y_of(value), 1), step, describe(value)]
+                    for step, value in drawn
+                    if value is not None
+                ],
+            }
+        )
+    parts.append(f'<g class="cursor"><line y1="{MARGIN_TOP}" y2="{HEIGHT - MARGIN_BOTTOM}"/></g>')
+    # "</" would end the script element; in JSON a slash may be escaped.
+    data = json.dumps(hover, ensure_ascii=False).replace("</", "<\\/")
+    return (
+        f'<div class="plot"><svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
+        f'{"".join(parts)}</svg><script type="application/json">{data}</script></div>'
+    )
+
+
+def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
+    """Round numbers, at most about `most`, whose first is at or below `low` and last at or above `high`."""
+    if high <= low:  # a single value gets room around it, but no negative side where it has none
+        spread = abs(low) * 0.1 or 1.0
+        low, high = (0.0 if 0 <= low <= spread else low - spread), high + spread
+    raw = (high - low) / most
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    size = next(multiple * magnitude for multiple in (1, 2, 2.5, 5, 10) if multiple * magnitude >= raw * (1 - 1e-9))
+    if whole:
+        size = max(1.0, math.ceil(size))
+    begin, end = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
+    return [round(index * size, 12) if size > 1e-6 else index * size for index in range(begin, end + 1)]
+
+
+def thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
+    """At most about MAX_DRAWN_POINTS: of each stretch of steps the lowest and the highest, so that no spike is lost."""
+    if len(points) <= MAX_DRAWN_POINTS:
+        return list(points)
+    stretch = math.ceil(len(points) / (MAX_DRAWN_POINTS // 2))
+    kept: set[int] = {0, len(points) - 1}
+    for start in range(0, len(points), stretch):
+        places = range(start, min(start + stretch, len(points)))
+        valued = [(value, place) for place in places if (value := points[place][1]) is not None]
+        if valued:
+            kept |= {min(valued)[1], max(valued)[1]}
+        else:
+            kept.add(start)  # a gap stays a gap
+    return [points[place] for place in sorted(kept)]
+
+
+def smooth(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
+    """Exponential moving average over about a twentieth of the points, its start corrected as in Adam; gaps stay."""
+    decay = 1 - 2 / (max(5, len(points) // 20) + 1)
+    average, weight = 0.0, 0.0
+    smoothed: list[tuple[int, float | None]] = []
+    for step, value in points:
+        if value is not None:
+            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
+        smoothed.append((step, average / weight if value is not None else None))
+    return smoothed
+
+
+def _horizontal(tick: float, y: float, width: int, describe: Callable[[float], str]) -> str:
+    return (
+        f'<line class="grid" x1="{MARGIN_LEFT}" x2="{width - MARGIN_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick y" x="{MARGIN_LEFT - 8}" y="{y + 4:.1f}">{html.escape(describe(tick))}</text>'
+    )
+
+
+def _vertical(tick: float, x: float) -> str:
+    base = HEIGHT - MARGIN_BOTTOM
+    return (
+        f'<line class="notch" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>'
+        f'<text class="tick" x="{x:.1f}" y="{base + 17}">{tick:,.0f}</text>'
+    )
+
+
+def _curve(
+    points: Sequence[tuple[int, float | None]],
+    line: Line,
+    x_of: Callable[[float], float],
+    y_of: Callable[[float], float],
+) -> list[str]:
+    """A path with a new stretch after each gap; a dot for every point that has no neighbour to be joined to."""
+    stretches: list[list[Point]] = [[]]
+    for step, value in points:
+        if value is not None:
+            stretches[-1].append((step, value))
+        elif stretches[-1]:
+            stretches.append([])
+    path = " ".join(
+        "M" + " L".join(f"{x_of(step):.1f} {y_of(value):.1f}" for step, value in stretch)
+        for stretch in stretches
+        if len(stretch) > 1
+    )
+    dots = [point for stretch in stretches for point in stretch if line.marks or len(stretch) == 1]
+    parts = [f'<path class="curve {line.style}" d="{path}"/>'] if path else []
+    parts += [
+        f'<circle class="dot {line.style}" cx="{x_of(step):.1f}" cy="{y_of(value):.1f}" r="3"/>' for step, value in dots
+    ]
+    return parts

@@ -1,0 +1,343 @@
+"""Safetensors checkpoints as streams: which tensors a directory holds, reading them by rows, writing them by rows.
+
+A merge of a 7B model should need the memory of a few rows, so nothing here holds a whole shard. Reading maps the
+file and takes slices. Writing lays out every shard before the first tensor is known: a safetensors file opens with a
+header of names, dtypes, shapes and offsets, and those follow from the shapes alone.
+
+A checkpoint is data from strangers. Only safetensors and JSON are read, never pickle; an index may only name files of
+its own directory; what a loader would guess at (two sets of weights side by side) is refused here.
+
+A file's format: 8 bytes of little-endian header length, the header in JSON padded to 8 bytes, the tensors' bytes.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qlora_trainer.directories import disk_errors, write_text
+from qlora_trainer.directories import new_directory as new_directory
+from qlora_trainer.errors import FileMissingError, ModelError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 100 * 2**20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before it has values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorInfo(TensorSpec):
+    """A tensor on disk."""
+
+    file: Path
+
+
+def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Every tensor that transformers would load from `directory`, by name, in the order they lie on disk.
+
+    Raises:
+        FileMissingError: there is no such directory.
+        ModelError: it holds no safetensors weights, an adapter, two sets of weights, an index that names a file
+            outside or a file or tensor that is missing, or a damaged shard.
+    """
+    if not directory.is_dir():
+        raise FileMissingError(f"There is no model directory {directory}.")
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"{directory} holds adapter_config.json: it is an adapter, or a model that loaders would apply an adapter "
+            "to a second time. Give the directory of the base model alone."
+        )
+    tensors: dict[str, TensorInfo] = {}
+    index = _read_index(directory)
+    for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
+        for info in _tensors_of_file(file_inside(directory, file_name)):
+            if info.name in tensors:
+                raise ModelError(
+                    f"{directory}: tensor {info.name} is both in {tensors[info.name].file.name} and in {file_name}; "
+                    "which one counts is left to chance. Fetch the model again."
+                )
+            tensors[info.name] = info
+    for name, file_name in (index or {}).items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise ModelError(
+                f"{directory}: the index says that {file_name} holds tensor {name}, but it does not. The checkpoint "
+                "is incomplete: fetch it again."
+            )
+    return tensors
+
+
+def file_inside(directory: Path, name: str) -> Path:
+    """The path of a file of `directory`; a link may lead elsewhere inside it, or to the hub cache's own blobs.
+
+    Raises:
+        ModelError: `name` is not a plain file name, or the file is missing or leads outside.
+    """
+    if Path(name).name != name or "\\" in name or name in {"", ".", ".."}:
+        raise ModelError(f"{directory} names a file outside of itself, {name!r}. That is not read; mend the index.")
+    path = directory / name
+    if not path.is_file():
+        raise ModelError(f"{directory} should hold {name}, but the file is missing. Fetch the model again.")
+    real, home = path.resolve(), directory.resolve()
+    # The hub cache: models--owner--name/snapshots/<commit>/file links to models--owner--name/blobs/<hash>.
+    in_hub_cache = real.parent.name == "blobs" and home.is_relative_to(real.parent.parent / "snapshots")
+    if not real.is_relative_to(home) and not in_hub_cache:
+        raise ModelError(f"{path} is a link that leads outside its directory, to {real}. Copy the file there instead.")
+    return path
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor name -> file name; None for a checkpoint of one file."""
+    index_path, single = directory / INDEX_NAME, directory / WEIGHTS_NAME
+    if not index_path.exists():
+        if single.exists():
+            return None
+        pickled = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in directory.glob(suffix))
+        if pickled:
+            raise ModelError(
+                f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when opened and is not "
+                "read here. If you trust it, convert it once with transformers: AutoModelForCausalLM.from_pretrained("
+                "directory).save_pretrained(new_directory), and copy the tokenizer's files beside it."
+            )
+        raise ModelError(f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: it is no safetensors model.")
+    weight_map = _read_json(file_inside(directory, INDEX_NAME)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(f"{index_path} has no weight_map of tensor names and file names. Fetch the model again.")
+    if single.exists() and set(weight_map.values()) != {WEIGHTS_NAME}:
+        raise ModelError(
+            f"{directory} holds both {WEIGHTS_NAME} and {INDEX_NAME}. transformers reads the former and ignores the "
+            "index without a word; one of them is stale. Move the stale one away."
+        )
+    if bad := [file for file in weight_map.values() if not file.endswith(".safetensors")]:
+        raise ModelError(f"{index_path} names {bad[0]!r}, which is no safetensors file; others are not read.")
+    return weight_map
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise ModelError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_INDEX_BYTES} that are read.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}. Fetch the model again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
+    return content
+
+
+def _tensors_of_file(path: Path) -> list[TensorInfo]:
+    tensors = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                tensor = file.get_slice(name)
+                dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+                if dtype not in _DTYPES:
+                    raise ModelError(f"{path}: tensor {name} has dtype {dtype}, which this trainer does not know.")
+                tensors.append(TensorInfo(name, _DTYPES[dtype], shape, path))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or cut short ({error}). Fetch the file again.") from error
+    return tensors
+
+
+def read_tensor(
+    info: TensorInfo,
+    rows: slice | None = None,  # of the first dimension; step 1
+) -> Tensor:
+    """The tensor, or some of its rows, mapped from the file: read it, but do not write into it.
+
+    Raises:
+        ModelError: the file is damaged, or changed since it was listed.
+    """
+    try:
+        with safe_open(info.file, framework="pt") as file:
+            tensor = file.get_tensor(info.name) if rows is None else file.get_slice(info.name)[rows]
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{info.file}: tensor {info.name} cannot be read ({error}). Fetch the file again.") from error
+    if tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
+        raise ModelError(f"{info.file} was changed while it was being read. Start again when nothing writes to it.")
+    return tensor
+
+
+def row_blocks(
+    shape: tuple[int, ...],
+    block_elements: int = 2**24,  # 64 MiB of fp32
+    minimum_rows: int = 256,
+) -> list[slice | None]:
+    """Rows to take at a time: near `block_elements`, never fewer than `minimum_rows`; [None], all, for a scalar.
+
+    Matrix products of a few rows run in other kernels, and round otherwise, than the whole product would.
+    """
+    if not shape:
+        return [None]
+    rows = shape[0]
+    row_elements = max(1, math.prod(shape[1:]))
+    count = max(1, rows // max(minimum_rows, block_elements // row_elements))
+    edges = [rows * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+class ShardWriter:
+    """Writes tensors whose names, dtypes and shapes are known beforehand; the values follow by rows, in order.
+
+    One shard is called model.safetensors; several are numbered, and `close` writes their index. A shard holds at most
+    `max_shard_bytes`, or one larger tensor. In a file wider dtypes come first, so that every tensor lies aligned. Use
+    it as a context manager; leaving it by an exception writes no index.
+
+    Raises:
+        DiskError: the disk is full or cannot be written.
+    """
+
+    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int = 5 * 10**9) -> None:
+        self.directory = directory
+        self.shards = _split_into_shards(specs, max_shard_bytes)
+        self.file_names = _shard_names(len(self.shards))
+        self._shard = 0
+        self._file: BinaryIO | None = None
+        self._offsets: dict[str, int] = {}  # where each tensor of the open shard begins in the file
+        self._pending: list[TensorSpec] = []  # of the open shard, the one being written first
+        self._written = 0  # bytes of the tensor being written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        elif self._file is not None:
+            with contextlib.suppress(OSError):  # closing flushes; a full disk has been reported already
+                self._file.close()
+
+    def write(
+        self,
+        name: str,
+        rows: Tensor,  # the next rows of the tensor, or all of it
+    ) -> None:
+        """Append rows to a tensor. Tensors come in the order of the specs, each whole before the next."""
+        with disk_errors(self.directory):
+            if not self._pending:
+                self._open_shard()
+            spec = self._pending[0]
+            assert name == spec.name, f"{name} comes before {spec.name}"
+            assert rows.dtype == spec.dtype, f"{name} is {rows.dtype}, announced as {spec.dtype}"
+            assert rows.shape[1:] == spec.shape[1:], f"{name} has rows {rows.shape[1:]}, announced {spec.shape}"
+            assert self._written + rows.nbytes <= spec.nbytes, f"{name} has more rows than announced"
+            assert self._file is not None
+            self._file.seek(self._offsets[name] + self._written)
+            if rows.numel():
+                self._file.write(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._written += rows.nbytes
+            if self._written == spec.nbytes:
+                self._pending.pop(0)
+                self._written = 0
+            if not self._pending:
+                self._close_shard()
+
+    def close(self) -> None:
+        """Check that every tensor is complete, and write the index of several shards."""
+        assert self._shard == len(self.shards), f"not written: {[spec.name for spec in self._pending][:3]}"
+        if len(self.shards) == 1:
+            return
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for shard in self.shards for spec in shard)},
+            "weight_map": {
+                spec.name: file_name
+                for shard, file_name in zip(self.shards, self.file_names, strict=True)
+                for spec in shard
+            },
+        }
+        write_text(self.directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+    def _open_shard(self) -> None:
+        assert self._shard < len(self.shards), "every announced tensor has been written"
+        specs = self.shards[self._shard]
+        header, self._offsets = _header(specs)
+        self._file = (self.directory / self.file_names[self._shard]).open("xb")
+        self._file.write(header)
+        self._pending = list(specs)
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._shard += 1
+
+
+def _split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    assert specs, "a checkpoint of no tensors"
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS_NAME]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the first tensor, and where in the file each tensor begins."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts = {}
+    end = 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        starts[spec.name] = end
+        end += spec.nbytes
+        entries[spec.name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [starts[spec.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in starts.items()}

@@ -1,0 +1,242 @@
+"""The training loop: one optimizer step, and the loop that repeats it, logs, evaluates and saves.
+
+A step is a set of rows: its loss is the summed loss of all their label tokens divided by their number, so the
+gradient is the same in one micro-batch or many, packed or padded. Everything that a resumed run needs is in TrainState
+and its state_dict; a run stopped and resumed does the same arithmetic as one that was not.
+"""
+
+import dataclasses
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, grad_norm
+from qlora_trainer.adapters.inject import trainable_parameters
+from qlora_trainer.checkpoint import restore_rng, rng_state
+from qlora_trainer.config import RunConfig
+from qlora_trainer.data.loader import StepLoader
+from qlora_trainer.data.packing import Pack
+from qlora_trainer.data.preparation import ExampleSet
+from qlora_trainer.errors import TrainingError
+from qlora_trainer.evaluation import heldout_loss
+from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
+from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
+
+MOST_SKIPPED_IN_A_ROW = 5
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that changes while training, and what the step needs to change it."""
+
+    model: Any
+    groups: list[FlatGroup]
+    optimizer: Optimizer
+    grad_scale: GradScale
+    loader: StepLoader
+    forward: ForwardPlan
+    config: RunConfig
+    total_steps: int
+    step: int = 0  # optimizer steps taken or skipped
+    updates: int = 0  # optimizer steps taken; the schedule follows these
+    skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups[0].data.device
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Optimizer, loss scale, data cursor and random state: (tensors, JSON). Adapters are saved apart."""
+        tensors, optimizer = self.optimizer.state_dict()
+        random_tensors, random_json = rng_state()
+        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **random_tensors}, {
+            "step": self.step,
+            "updates": self.updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "total_steps": self.total_steps,
+            "optimizer": optimizer,
+            "grad_scale": self.grad_scale.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": random_json,
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the random state last. CheckpointError where it belongs to another run."""
+        prefix = "optimizer."
+        optimizer_tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.optimizer.load_state_dict(optimizer_tensors, state["optimizer"])
+        self.grad_scale.load_state_dict(state["grad_scale"])
+        self.loader.load_state_dict(state["loader"])
+        self.step = state["step"]
+        self.updates = state["updates"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        restore_rng(tensors, state["random"])
+
+
+def build_state(model: Any, config: RunConfig, train: ExampleSet, compute_dtype: torch.dtype) -> TrainState:
+    """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
+    forward = examine_forward(model)
+    trainable = list(trainable_parameters(model))
+    weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
+    biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
+    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay)]
+    if biases:
+        groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
+    loader = StepLoader(
+        train,
+        batch_size=config.training.batch_size,
+        micro_batch_tokens=micro_batch_tokens(config),
+        packing=config.data.packing and forward.can_pack,
+        seed=config.training.seed,
+    )
+    return TrainState(
+        model=model,
+        groups=groups,
+        optimizer=build_optimizer(config.optimizer, groups),
+        grad_scale=GradScale(enabled=compute_dtype == torch.float16),
+        loader=loader,
+        forward=forward,
+        config=config,
+        total_steps=config.training.max_steps or config.training.epochs * loader.steps_per_epoch,
+    )
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Most tokens of one forward pass; auto is the longest row allowed."""
+    limit = config.training.micro_batch_tokens
+    return config.data.max_length if limit == "auto" else limit
+
+
+def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
+    """Forward and backward over the micro-batches of one optimizer step, then clip and update.
+
+    A step whose gradient is not finite, or that has no label tokens, updates nothing and does not advance the schedule.
+    """
+    label_tokens = sum(pack.label_tokens for pack in packs)
+    rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
+    state.optimizer.zero_grad()
+    loss = torch.zeros((), device=state.device)
+    for pack in packs:
+        if pack.label_tokens == 0:
+            continue
+        pack = pack.to(state.device)
+        with attention_for(state.model, pack):
+            # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
+            part = loss_sum(state.model, pack, state.forward.loss_path) / label_tokens
+            state.grad_scale.scale(part).backward()
+        loss += part.detach()
+    state.grad_scale.unscale_(state.groups)
+    norm = grad_norm(state.groups)
+    finite = bool(torch.isfinite(norm))
+    if finite and label_tokens:
+        clip_(state.groups, state.config.optimizer.max_grad_norm, norm)
+        state.optimizer.step(rate)
+        state.updates += 1
+    state.grad_scale.update(found_non_finite=not finite)
+    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+    state.step += 1
+    return {
+        "loss": float(loss),
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "tokens": sum(pack.tokens for pack in packs),
+        "label_tokens": label_tokens,
+    }
+
+
+def train(
+    state: TrainState,
+    heldout: ExampleSet,
+    *,
+    on_step: Callable[[dict[str, Any]], None],
+    save: Callable[[TrainState], None],
+    stop_after: int | None = None,
+) -> bool:
+    """Train to the end, or until asked to stop; returns whether the end was reached.
+
+    `on_step` gets each step's metrics; `save` writes a checkpoint. Either way a checkpoint of the last step is saved.
+
+    Args:
+        stop_after: stop at this step, as an interruption would.
+
+    Raises:
+        TrainingError: the gradient was not finite in several steps in a row.
+    """
+    training = state.config.training
+    state.model.train()
+    with stop_requests() as stop_requested:
+        while state.step < state.total_steps:
+            started = time.perf_counter()
+            packs = state.loader.next()
+            metrics = train_step(state, packs)
+            seconds = time.perf_counter() - started
+            check_finite(state, metrics)
+            record = {
+                "step": state.step,
+                "epoch": state.step / state.loader.steps_per_epoch,
+                **metrics,
+                "tokens_per_second": metrics["tokens"] / seconds,
+                "peak_memory_bytes": peak_memory_bytes(state.device),
+            }
+            is_last = state.step == state.total_steps
+            if len(heldout) and (state.step % training.evaluate_every == 0 or is_last):
+                record["heldout_loss"] = measure_heldout(state, heldout)
+            on_step(record)
+            stopping = stop_requested() or state.step == stop_after
+            if state.step % training.save_every == 0 or is_last or stopping:
+                save(state)
+            if stopping:
+                return is_last
+    return True
+
+
+def measure_heldout(state: TrainState, heldout: ExampleSet) -> float:
+    """Mean loss of the held-out label tokens, by the training forward without dropout."""
+    return heldout_loss(state.model, heldout, state.forward, micro_batch_tokens(state.config))
+
+
+def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
+    """TrainingError after several steps in a row without a finite gradient."""
+    if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        raise TrainingError(
+            f"The gradient was not finite in {state.skipped_in_a_row} steps in a row (step {state.step}, loss "
+            f"{metrics['loss']}); nothing was updated in them. Lower optimizer.learning_rate, or compute in bfloat16 or "
+            "float32 (model.compute_dtype). The last checkpoint is sound."
+        )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of torch's allocator on CUDA; on a CPU the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within, the first SIGINT or SIGTERM is only noted, for the next step boundary; the second acts at once."""
+    requested = False
+    previous: dict[int, Any] = {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signum, previous[signum])
+
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, note)
+    except ValueError:  # only the main thread may; a caller in another thread handles its own signals
+        previous.clear()
+    try:
+        yield lambda: requested
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

