@@ -48,7 +48,7 @@ def packed_attention(
 def packed_documents(model: nn.Module) -> Iterator[None]:
     """Within, the model's attention is `packed_attention`, and every forward must pass `document_bounds`."""
     AttentionInterface.register(NAME, packed_attention)
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
         config._attn_implementation_internal = NAME

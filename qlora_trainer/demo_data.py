@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 SYSTEM_MESSAGE = "Answer with a JSON command."
 
-TRAIN_ROWS_PER_ACTION = 75
-HELDOUT_ROWS_PER_ACTION = 8
+TRAIN_ROWS_PER_ACTION = 90
+HELDOUT_ROWS_PER_ACTION = 10
 
 
 class Values(NamedTuple):
@@ -41,17 +41,17 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in text.split(","))
 
 
-HELDOUT_NUMBERS = (4, 7, 9, 13, 24, 28, 36, 41, 47, 52, 58, 63, 69, 74, 85, 92)
+HELDOUT_NUMBERS = (4, 7, 9, 13, 24, 28, 36, 41, 44, 47, 52, 58, 61, 63, 69, 74, 78, 85, 92, 97)
 
-# One set of numbers and one of times for all actions, so that no action has seen another's held-out digits.
+# Many training values, most used once or twice: a slot whose values come back often is learned by heart, not copied.
 VALUES: dict[str, Values] = {
     "number": Values(
         train=tuple(n for n in range(2, 100) if n not in HELDOUT_NUMBERS),
         heldout=HELDOUT_NUMBERS,
     ),
-    "guests": Values(
-        train=(2, 3, 5, 6, 8, 10, 11, 12, 14, 15, 16, 18, 20),
-        heldout=(4, 7, 9, 13),
+    "day": Values(
+        train=("Monday", "Tuesday", "Thursday", "Saturday", "Sunday"),
+        heldout=("Wednesday", "Friday"),
     ),
     "time": Values(
         train=_split(
@@ -59,30 +59,32 @@ VALUES: dict[str, Values] = {
             "11:50, 12:10, 12:45, 13:05, 13:30, 14:20, 14:55, 15:10, 15:40, 16:25, 17:05, 17:50, 18:15, 18:40, "
             "19:00, 19:35, 20:10, 20:45, 21:20, 21:55, 22:05, 22:30, 23:15, 23:40"
         ),
-        heldout=_split(
-            "5:35, 6:30, 7:10, 7:55, 8:20, 9:05, 10:50, 11:25, 12:30, 13:45, 15:25, 16:40, 17:20, 18:55, 20:30, 21:05"
-        ),
-    ),
-    "day": Values(
-        train=("Monday", "Tuesday", "Thursday", "Saturday", "Sunday"),
-        heldout=("Wednesday", "Friday"),
+        heldout=_split("5:35, 6:30, 7:10, 7:55, 8:20, 9:05, 10:50, 11:25, 12:30, 20:15"),
     ),
     "label": Values(
         train=_split(
             "rice, pasta, pizza, laundry, yoga, homework, soup, boiled eggs, green tea, bread dough, dishwasher, "
             "nap, roast chicken, potatoes, meditation, chess, cookies, piano practice, face mask, charcoal grill, "
             "lentils, hair dye, reading, stretching, cheesecake, video call, washing machine, steak, garden hose, "
-            "parking meter"
+            "parking meter, oatmeal, muffins, chicken wings, pancakes, sauce, brownies, plank, spelling test, "
+            "guitar lesson, bath, coffee break, study session, lasagna, risotto, dumplings, broccoli, banana "
+            "bread, shower, board game, presentation, ironing, jam, wet paint, glue, jogging, choir, popcorn, "
+            "kettle, casserole, sourdough, turnips, speech, debate, handstand, knitting, sudoku, stew, fudge, "
+            "granola, gardening"
         ),
-        heldout=_split("noodles, oven, coffee, apple pie, workout, dryer, quiz, baked salmon"),
+        heldout=_split("noodles, oven, gravy, apple pie, workout, dryer, quiz, baked salmon, waffles, jigsaw puzzle"),
     ),
     "room": Values(
         train=_split(
             "kitchen, bedroom, hallway, garage, attic, study, nursery, pantry, living room, guest room, "
-            "staircase, cellar, terrace, laundry corner, entrance, workshop, library, playroom, front porch, "
-            "wardrobe, sauna, shed, dressing room, landing, studio"
+            "staircase, cellar, terrace, laundry room, entrance, workshop, library, playroom, front porch, "
+            "wardrobe, sauna, shed, dressing room, landing, studio, courtyard, closet, hall, conservatory, den, "
+            "loft, veranda, barn, chapel, gallery, kiosk, reading corner, breakfast nook, corridor, patio, "
+            "driveway, carport, music room, sewing room, utility room, back yard, foyer, reception, wine cellar, "
+            "darkroom, pool house, garden path, meeting room, classroom, canteen, stable, cabin, archive, "
+            "pavilion, boiler room, bay window, stairwell, lounge, tower, vault"
         ),
-        heldout=_split("bathroom, office, balcony, dining area, basement, greenhouse, lobby, gym"),
+        heldout=_split("bathroom, office, balcony, dining area, basement, greenhouse, lobby, gym, cottage, toilet"),
     ),
     "artist": Values(
         train=_split(
@@ -90,44 +92,69 @@ VALUES: dict[str, Values] = {
             "Foxes, Tara Quinn, Electric Orchard, Northern Radio, Juno Vale, The Copper Wolves, Salt Cathedral, "
             "Mira Santos, Golden Arcade, Wild Cassette, Leo Ferrante, The Quiet Machines, Amber Tide, Rusty "
             "Comets, Delta Parade, Ivy Monroe, Glass Rivers, Hollow Pines, Sonja Kral, Midnight Bakery, The Lost "
-            "Umbrellas, Papaya, Zephyr, Kestrel"
+            "Umbrellas, Papaya, Zephyr, Kestrel, Broken Mirrors, Rafael Ortega, Distant Avenue, Frozen Sparrows, "
+            "Lucky Theory, Greta Holm, Purple Giants, Secret Circus, Tremolo, Nimbus, Bravado, Ondine, Karim "
+            "Haddad, Desert Pianos, Polite Robots, The Sunday Sailors, Clara Whitfield, Burning Maps, Cobalt, Tin "
+            "Soldiers, Emil Novotny, Lemon Drive, Starling, Hidden Valley, Yara Costa, Steel Daisies, Fever "
+            "Garden, Otto Blum, Echo Street, Panther Lane, Wooden Hearts, Misty Canyon, Anika Rao, Ghost Ferry, "
+            "Rocket Aunt"
         ),
         heldout=_split(
             "Crimson Meadow, Hugo Delacroix, Falling Satellites, Winter Tigers, Bella Okafor, Neon Pilgrims, "
-            "Thunder Saint, Mosaic"
+            "Thunder Saint, Mosaic, Pablo Reyes, Violet"
         ),
     ),
     "device": Values(
         train=_split(
             "soundbar, tablet, laptop, phone, television, headphones, kitchen speaker, desktop, stereo, radio, "
-            "earbuds, car system, projector, smart clock, jukebox, record player, console, hi-fi, bookshelf "
-            "speaker, walkie"
+            "earbuds, car system, projector, smart clock, jukebox, record player, console, bookshelf speaker, "
+            "intercom, turntable, media center, headset, alarm clock, tape deck, home cinema, notebook, party "
+            "speaker, doorbell, shower speaker, mini speaker, game console, sound dock, wall panel, smart mirror, "
+            "docking station, dashboard, megaphone, wireless pods, synthesizer, big screen, smart lamp, computer, "
+            "music box, ceiling speaker, hearing aid, robot, fridge, glasses, web player, piano"
         ),
-        heldout=_split("amplifier, monitor, gramophone, bluetooth box, subwoofer, smartwatch, boombox, receiver"),
+        heldout=_split(
+            "amplifier, monitor, gramophone, bluetooth cube, subwoofer, smartwatch, boombox, receiver, mixer, "
+            "karaoke kit"
+        ),
     ),
     "item": Values(
         train=_split(
             "oat milk, bananas, batteries, olive oil, sunscreen, paper towels, garlic, tent pegs, toothpaste, "
             "butter, rain jacket, light bulbs, dog food, cinnamon, sponges, red onions, candles, screws, wool "
             "socks, matches, brown sugar, cucumbers, tape, envelopes, yoghurt, water bottle, black pepper, "
-            "shampoo, chickpeas, rope, flour, cat litter, mustard, tissues, sandpaper, balloons"
+            "shampoo, chickpeas, rope, flour, cat litter, mustard, tissues, sandpaper, balloons, maple syrup, "
+            "lettuce, pencils, frozen peas, vinegar, scissors, hand cream, walnuts, ketchup, raisins, oranges, "
+            "dish soap, lip balm, almonds, tuna, printer paper, basil, stamps, blankets, peanut butter, cocoa, "
+            "hiking boots, swimsuit, camera, passport, ginger, mushrooms, ice cubes, cheddar, grapes, crackers, "
+            "bin bags, lamp oil, first aid box"
         ),
-        heldout=_split("cherry tomatoes, honey, soap, sleeping bag, nails, goat cheese, spinach, gift wrap"),
+        heldout=_split(
+            "cherry tomatoes, honey, cereal, sleeping mat, nails, goat cheese, spinach, gift wrap, carrots, toothbrush"
+        ),
     ),
     "list": Values(
         train=_split(
             "shopping, camping, party, hardware, packing, pharmacy, birthday, weekend, grocery, stationery, "
-            "holiday, market, picnic, wedding, school, baby, kitchen stock, renovation, beach, ski trip"
+            "holiday, market, picnic, wedding, school, baby, kitchen, renovation, beach, ski trip, garden, "
+            "cleaning, supermarket, vacation, repair, cooking, hospital, bakery, road trip, workshop, breakfast, "
+            "dinner, summer, wine, pet, sports, gifts, sailing, craft, monthly, family, medicine, clothes, "
+            "emergency, fishing, spring, drinks, art class, dessert, charity"
         ),
-        heldout=_split("errands, travel, barbecue, household, moving, hiking, festival, wish"),
+        heldout=_split(
+            "errands, travel, barbecue, household, moving, trekking, festival, wish, electronics, Christmas"
+        ),
     ),
     "person": Values(
         train=_split(
-            "Anna, Tom, Priya, Carlos, my sister, Grandma, Yusuf, Lena, Mr Becker, Chloe, Ivan, Sofia, my boss, "
-            "Daniel, Aisha, Uncle Ray, Marta, Kenji, Olivia, Ben, Dr Patel, Fatima, Jonas, the plumber, Ella, "
-            "Victor, Mum, Samir, Nadia, Coach Lewis, Pete, Ingrid"
+            "Anna, Tom, Priya, Carlos, Grandma, Yusuf, Lena, Mr Becker, Chloe, Ivan, Sofia, Daniel, Aisha, Uncle "
+            "Ray, Marta, Kenji, Olivia, Ben, Dr Patel, Fatima, Jonas, Ella, Victor, Mum, Samir, Nadia, Coach "
+            "Lewis, Pete, Ingrid, Maria, Ahmed, Aunt Sue, Lucas, Hannah, Wei, Dmitri, Zoe, Captain Moss, Gabriel, "
+            "Amara, Finn, Julia, Omar, Professor Klein, Isabel, Noah, Keiko, Stefan, Ruth, Dad, Bruno, Leila, "
+            "Oscar, Tanya, Mrs Green, Paulo, Emma, Rahul, Simon, Vera, Walter, Judge Ortiz, Camille, Adam, Sven, "
+            "Monica, George, Lily, Arjun, Beatrice"
         ),
-        heldout=_split("Rosa, Malik, Felix, my brother, Helen, Mrs Novak, Theo, the landlord"),
+        heldout=_split("Rosa, Malik, Felix, Grandpa, Helen, Miss Novak, Theo, Francesca, Cousin Eddie, Sanjay"),
     ),
     "text": Values(
         train=_split(
@@ -136,35 +163,33 @@ VALUES: dict[str, Values] = {
             "am home, thanks for the ride, do not wait for me, pick up the kids, the parcel arrived, I need the "
             "address, good luck today, the dog is fine, I will be there, please feed the cat, the door is open, "
             "miss you, the report is done, it is snowing here, I lost my wallet, the flight landed, sleep well, "
-            "tickets are booked, I missed the bus, the cake is perfect, turn off the stove"
+            "tickets are booked, I missed the bus, the cake is perfect, turn off the stove, we are at the "
+            "station, the movie starts soon, I can not come, the doctor called, check your email, the soup is "
+            "cold, they said yes, I bought flowers, the bike is fixed, my phone is dead, the shop is closed, "
+            "welcome back, I passed the exam, the kids are hungry, come over tonight, the water is hot, my shift "
+            "is over, grandma says hello, I have the tickets, the room is ready, stay where you are, the band is "
+            "playing, your turn to cook"
         ),
         heldout=_split(
             "I am on my way, the car broke down, congratulations, we are out of bread, the baby is asleep, save "
-            "me a seat, practice is cancelled, I left my umbrella"
+            "me a seat, practice is cancelled, I left my umbrella, the taxi is outside, bring warm clothes"
         ),
     ),
     "city": Values(
         train=_split(
             "Oslo, Madrid, Toronto, Nairobi, Kyoto, Berlin, Lima, Cape Town, Dublin, Vienna, Hanoi, New York, "
             "Prague, Sydney, Chicago, Cairo, Lyon, Porto, San Jose, Mumbai, Helsinki, Athens, Bogota, Naples, "
-            "Hong Kong, Tunis, Boston, Geneva, Krakow, Rio, Zagreb, Austin"
+            "Hong Kong, Tunis, Boston, Geneva, Krakow, Rio, Zagreb, Austin, Rome, Tokyo, London, Paris, Havana, "
+            "Bergen, Tel Aviv, Manila, Seattle, Quito, Leeds, Osaka, Dakar, Munich, Santa Fe, Perth, Montreal, "
+            "Bristol, Accra, Valencia, Riga, Dallas, Salt Lake City, Turin, Shanghai, Bern, Kampala, Ottawa, "
+            "Bruges, Panama City, Delhi, Cork, Phoenix, Utrecht, Malaga, Sofia, Hamburg, Nantes"
         ),
-        heldout=_split("Lisbon, Seoul, Glasgow, Buenos Aires, Denver, Warsaw, Jakarta, Milan"),
-    ),
-    "place": Values(
-        train=_split(
-            "Luna Verde, Chez Paul, The Oak Table, Sakura, Bistro Nord, Casa Pepe, Blue Lagoon, Trattoria Gino, "
-            "Saffron, The Old Mill, Pho House, La Paloma, Ember, Taverna Nikos, Green Fork, El Camino, Dragon "
-            "Palace, Brasserie Lux, Olive Garden Inn, Mirabelle, Harvest, Smokehouse Joe, Maharaja, The "
-            "Lighthouse, Basilico, Cafe Arlo, Red Pepper, Villa Rosso, Tamarind, Noma Lane"
-        ),
-        heldout=_split(
-            "Osteria Bianca, Lotus, The Brass Spoon, Chalet Suisse, Marrakesh, Pier Seven, Juniper, Cantina Diego"
-        ),
+        heldout=_split("Lisbon, Seoul, Glasgow, Buenos Aires, Denver, Warsaw, Jakarta, Milan, Las Vegas, Stockholm"),
     ),
 }
 
-# A slot in braces takes a value of the table above. Held-out frames say the same things in other words.
+# A slot in braces takes a value of the table above. Held-out frames say the same things in other words. No frame starts
+# with a slot, so that every value is written in the request as it is in the command.
 ACTIONS: dict[str, Action] = {
     "set_timer": Action(
         slots={"minutes": "number", "label": "label"},
@@ -181,12 +206,16 @@ ACTIONS: dict[str, Action] = {
             "Put {number} minutes on a timer, label it {label}.",
             "Please run a timer of {number} minutes, it is for {label}.",
             "New {label} countdown lasting {number} minutes.",
+            "For the {label}, set {number} minutes on the timer.",
+            "My {label} should be done in {number} minutes, count them.",
+            "Time {number} minutes of {label}.",
         ),
         heldout_frames=(
-            "Ring when {number} minutes have passed, this is for the {label}.",
-            "{label} timer, {number} minutes, go.",
-            "Can you track {number} minutes for my {label}?",
-            "Make it a {number} minutes countdown with the name {label}.",
+            "Set up a {label} timer that lasts {number} minutes.",
+            "I would like {number} minutes on the {label} timer.",
+            "Start timing {number} minutes now, it is for {label}.",
+            "Create a timer with the name {label} and {number} minutes.",
+            "Let the timer run {number} minutes for my {label}.",
         ),
     ),
     "set_alarm": Action(
@@ -200,16 +229,20 @@ ACTIONS: dict[str, Action] = {
             "Can you wake me up on {day}, at {time} sharp?",
             "Please put an alarm on {day} for {time}.",
             "Get me out of bed at {time} this {day}.",
-            "{day} alarm, {time}.",
+            "The {day} alarm is at {time}.",
             "Make the alarm go off at {time} on {day}.",
             "I want to be awake by {time} on {day}.",
             "Create a {day} wake-up alarm for {time}.",
+            "Schedule an alarm, {day}, {time}.",
+            "It is early on {day}, wake me at {time}.",
+            "Ring the alarm this {day} when it is {time}.",
         ),
         heldout_frames=(
-            "Do not let me sleep past {time} on {day}.",
-            "For {day} I want the alarm clock to start at {time}.",
-            "My {day} wake-up should be {time}.",
-            "Schedule the morning alarm: {time}, next {day}.",
+            "For {day} I want the alarm clock to ring at {time}.",
+            "I need to wake up at {time} next {day}.",
+            "Add an alarm, {time}, for {day} morning.",
+            "Please get me up on {day}, the alarm is for {time}.",
+            "Let the alarm wake me {day} at {time}.",
         ),
     ),
     "set_light": Action(
@@ -227,12 +260,16 @@ ACTIONS: dict[str, Action] = {
             "The {room} is too dark, go to {number} percent.",
             "Put the {room} lamp on {number} percent.",
             "Give the {room} {number} percent brightness.",
+            "Bring the light of the {room} down to {number} percent.",
+            "At night the {room} needs {number} percent light.",
+            "Increase the {room} lamps to {number} percent.",
         ),
         heldout_frames=(
-            "Adjust the brightness in my {room}: {number} percent.",
-            "It is gloomy, raise the {room} lights until {number} percent.",
-            "{room} lights, {number} percent.",
-            "Bring the lamp of the {room} down to {number} percent.",
+            "Adjust the light in my {room}, {number} percent please.",
+            "Could the {room} lamps go to {number} percent?",
+            "Raise the {room} brightness up to {number} percent.",
+            "I would like the {room} lit at {number} percent.",
+            "Lower the lamp of the {room} until {number} percent.",
         ),
     ),
     "play_music": Action(
@@ -250,12 +287,16 @@ ACTIONS: dict[str, Action] = {
             "Stream {artist} to the {device}.",
             "Shuffle {artist} on the {device}.",
             "Give us a track by {artist} over the {device}.",
+            "Could you put {artist} on the {device} now?",
+            "The {device} should play the new album of {artist}.",
+            "Some {artist} would be nice, on the {device}.",
         ),
         heldout_frames=(
-            "Fill the house with {artist} from the {device}.",
-            "Send the latest {artist} album to my {device}.",
-            "I am in the mood for {artist}, the {device} will do.",
-            "Have the {device} put {artist} on.",
+            "Could you play songs from {artist} on my {device}?",
+            "I would love some {artist} music on the {device}.",
+            "Put {artist} on, I am listening with the {device}.",
+            "Have the {device} play an album by {artist}.",
+            "Begin playing {artist}, the sound goes to the {device}.",
         ),
     ),
     "add_item": Action(
@@ -273,12 +314,16 @@ ACTIONS: dict[str, Action] = {
             "I am out of {item}, add it to the {list} list.",
             "Remember {item} for the {list} list.",
             "New entry for the {list} list: {item}.",
+            "We forgot {item} on the {list} list, add it.",
+            "Get {item} onto our {list} list.",
+            "Could {item} go on the {list} list?",
         ),
         heldout_frames=(
             "Include {item} in the {list} list.",
-            "Do not forget {item} on the {list} list.",
-            "{item} goes on the {list} list.",
-            "Extend my {list} list with {item}.",
+            "The {list} list is still missing {item}.",
+            "Make sure {item} is on our {list} list.",
+            "I also need {item}, please put that on the {list} list.",
+            "Could you write {item} on our {list} list?",
         ),
     ),
     "send_message": Action(
@@ -296,12 +341,16 @@ ACTIONS: dict[str, Action] = {
             "New message for {person}: {text}.",
             "I want to message {person} that {text}.",
             "Drop {person} a note saying {text}.",
+            "Could you tell {person} that {text}?",
+            "Say to {person} that {text}.",
+            "Reply to {person} with '{text}'.",
         ),
         heldout_frames=(
-            "Inform {person} that {text}.",
+            "Could you message {person} and say that {text}?",
             "A quick message to {person} please: {text}.",
-            "Reply to {person} with '{text}'.",
-            "Pass this on to {person}: {text}.",
+            "Send this text to {person}: {text}.",
+            "I need to tell {person} that {text}.",
+            "Write {person} a message: {text}.",
         ),
     ),
     "get_weather": Action(
@@ -319,35 +368,16 @@ ACTIONS: dict[str, Action] = {
             "Check {city} weather for {day}.",
             "How warm does it get in {city} on {day}?",
             "I am visiting {city} on {day}, what will the weather be?",
+            "Are there storms in {city} on {day}?",
+            "Show the weather for {day}, city {city}.",
+            "Could you say how windy {city} is on {day}?",
         ),
         heldout_frames=(
-            "Should I expect storms in {city} by {day}?",
-            "Look up the conditions in {city} for {day}.",
-            "What does the {day} sky look like over {city}?",
-            "Any wind or rain coming to {city} {day}?",
-        ),
-    ),
-    "book_table": Action(
-        slots={"place": "place", "people": "guests", "time": "time"},
-        train_frames=(
-            "Book a table at {place} for {guests} people at {time}.",
-            "Reserve {place} for {guests} at {time}.",
-            "We are {guests} people, get us into {place} at {time}.",
-            "Table for {guests} at {place}, {time} please.",
-            "I would like to eat at {place} at {time}, party of {guests}.",
-            "Make a reservation for {guests} at {place} for {time}.",
-            "At {time} we want a table for {guests} at {place}.",
-            "Can you book {place} at {time} for {guests} guests?",
-            "Dinner at {place}, {time}, {guests} people.",
-            "Get {guests} seats at {place} for {time}.",
-            "Ask {place} for a table at {time} for {guests} people.",
-            "Reserve a table for {guests} guests, {time}, at {place}.",
-        ),
-        heldout_frames=(
-            "Hold {guests} places at {place} from {time}.",
-            "Find us a spot at {place}: {guests} guests, {time}.",
-            "There will be {guests} of us dining at {place} at {time}.",
-            "Arrange a {time} booking for {guests} persons at {place}.",
+            "What kind of weather will {city} have on {day}?",
+            "Look up the {day} weather forecast in {city}.",
+            "Is rain coming to {city} on {day}?",
+            "How is the weather going to be {day} in {city}?",
+            "Will {day} be hot in {city}?",
         ),
     ),
 }
@@ -383,7 +413,7 @@ def _rows(
             chosen = {slot: next(next_value[slot]) for slot in action.slots.values()}
             request = next(next_frame[name]).format(**chosen)
             command = {"action": name} | {key: chosen[slot] for key, slot in action.slots.items()}
-            commands[request[0].upper() + request[1:]] = json.dumps(command, ensure_ascii=False, separators=(",", ":"))
+            commands[request] = json.dumps(command, ensure_ascii=False, separators=(",", ":"))
     rows = [
         {
             "messages": [

@@ -13,9 +13,20 @@ import torch
 
 from qlora_trainer.data.packing import make_packs
 from qlora_trainer.data.preparation import ExampleSet
+from qlora_trainer.data.rendering import Renderer, reference_answer
 from qlora_trainer.forward import ForwardPlan, loss_sum
 from qlora_trainer.generation import generate_answers
 from qlora_trainer.progress import Progress, silent
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A row to be answered: what is asked, as text and as the tokens before an answer, and what is expected."""
+
+    request: str
+    prompt_ids: list[int]
+    expected: str
+    stop_token_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +67,26 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None) -> list[Question]:
+    """The first `most` examples that have an answer to ask for, rendered as in training."""
+    found: list[Question] = []
+    for index in range(len(examples)):
+        if most is not None and len(found) == most:
+            break
+        if reference := reference_answer(examples.row(index)):
+            prompt, expected = reference
+            is_text = isinstance(prompt, str)
+            ends: list[int] = [renderer.tokenizer.eos_token_id] if is_text else renderer.stop_token_ids  # type: ignore[list-item,unused-ignore]
+            request = prompt if isinstance(prompt, str) else prompt[-1].content
+            ids = renderer.render_prompt(prompt, examples.where(index))
+            found.append(Question(request, ids, expected, tuple(ends)))
+    return found
+
+
 def answer_questions(
     model: Any,
     tokenizer: Any,
-    questions: Sequence[tuple[str, list[int], str]],  # (request, prompt ids, expected answer)
+    asked: Sequence[Question],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
@@ -69,12 +96,13 @@ def answer_questions(
     texts = generate_answers(
         model,
         tokenizer,
-        [prompt for _, prompt, _ in questions],
+        [question.prompt_ids for question in asked],
+        stop_token_ids=sorted({token for question in asked for token in question.stop_token_ids}),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )
-    return [Answer(request, expected, text) for (request, _, expected), text in zip(questions, texts, strict=True)]
+    return [Answer(q.request, q.expected, text) for q, text in zip(asked, texts, strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.attention import attends_apart, packed_documents
-from qlora_trainer.data.packing import Pack
+from qlora_trainer.data.packing import IGNORED_LABEL, Pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def examine_forward(model: Any) -> ForwardPlan:
     notices = []
     if not can_pack:
         notices.append(
-            "This model's attention cannot keep packed documents apart; its rows are batched with right padding instead."
+            "This model's attention cannot keep packed documents apart; its rows are padded on the right instead."
         )
     if loss_path.own_logits:
         notices.append(
@@ -81,8 +81,8 @@ def find_loss_path(model: Any) -> LossPath:
 def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
     """Cross entropy summed over the pack's label tokens; the caller divides by the label tokens of its whole step."""
     if path.own_logits:
-        logits, labels = label_logits(model, pack)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+        own, labels = label_logits(model, pack)
+        return F.cross_entropy(own.float(), labels, reduction="sum")
     head = model.get_output_embeddings()
     labels = pack.labels.reshape(-1)
     with attention_for(model, pack):
@@ -99,10 +99,14 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
     """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
+    is_label = pack.labels != IGNORED_LABEL
+    return logits(model, pack)[is_label], pack.labels[is_label]
+
+
+def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)
+    """The model's own logits at every token of the pack, documents kept apart as in training."""
     with attention_for(model, pack):
-        logits = model(**_inputs(pack)).logits
-    is_label = pack.labels != -100
-    return logits[is_label], pack.labels[is_label]
+        return model(**_inputs(pack)).logits
 
 
 def attention_for(model: nn.Module, pack: Pack) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ def generate_answers(
     tokenizer: Any,
     prompts: Sequence[list[int]],  # token ids, rendered with the generation prompt
     *,
+    stop_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int = 16,
     progress: Progress = silent,
@@ -40,7 +41,7 @@ def generate_answers(
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                generation_config=_greedy(model, tokenizer, max_new_tokens),
+                generation_config=_greedy(stop_token_ids, max_new_tokens),
             )
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
@@ -51,7 +52,9 @@ def generate_answers(
     return answers
 
 
-def stream_answer(model: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> Iterator[str]:
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: list[int], *, stop_token_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[str]:
     """Yield pieces of the greedy answer to one prompt as they come."""
     input_ids, attention_mask = _left_padded([prompt], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -63,7 +66,7 @@ def stream_answer(model: Any, tokenizer: Any, prompt: list[int], *, max_new_toke
                 model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    generation_config=_greedy(model, tokenizer, max_new_tokens),
+                    generation_config=_greedy(stop_token_ids, max_new_tokens),
                     streamer=streamer,
                 )
         except BaseException as error:
@@ -79,17 +82,13 @@ def stream_answer(model: Any, tokenizer: Any, prompt: list[int], *, max_new_toke
         raise failures.get()
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Stop at the model's own end tokens and the tokenizer's."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    stop = sorted(token for token in ends if token is not None)
+def _greedy(stop_token_ids: Sequence[int], max_new_tokens: int) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=stop or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stop or [0])[0],
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=stop_token_ids[0],  # what finished rows are filled with; it never reaches an answer
     )
 
 

@@ -15,14 +15,11 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -38,6 +35,13 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_trainer.directories import new_directory
 from qlora_trainer.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
+from qlora_trainer.gguf_tensors import (
+    ROPE_DIVISORS,
+    Translation,
+    readable_architectures,
+    restore_rope_scaling,
+    translate_tensors,
+)
 from qlora_trainer.progress import Progress
 from qlora_trainer.tensor_io import ShardWriter, TensorSpec
 
@@ -50,15 +54,6 @@ FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
 
 TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
-
-
-@dataclass(frozen=True)
-class Translation:
-    """What becomes of one GGUF tensor: its name and shape in the checkpoint, and its values there."""
-
-    name: str
-    shape: tuple[int, ...]
-    convert: Callable[[np.ndarray], Tensor]  # dequantised float32 values -> float32, in the checkpoint's layout
 
 
 class _Float16OverflowError(Exception):
@@ -85,18 +80,20 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     if (directory / IMPORT_RECORD).is_file():
         return directory
     with _quiet_transformers():
+        progress(f"Reading the metadata of {path.name}", 0, None)
         reader = _open(path)
         config = _read_config(path)
+        used = {ROPE_DIVISORS} if restore_rope_scaling(config, reader) else set()
         with torch.device("meta"):
             model = _build_model(config, path)
-        translations = _translations(reader, model, path)
+        translations = translate_tensors(reader, model, path)
         tokenizer = _read_tokenizer(path, config)
         try:
             with new_directory(directory) as temporary:
                 stored = _write_tensors(temporary, reader, translations, progress)
                 _write_config(temporary, config, model, stored)
                 _write_tokenizer(temporary, tokenizer, path)
-                _write_record(temporary, path, digest, reader, translations, stored)
+                _write_record(temporary, path, digest, reader, used | set(translations), stored)
         except OutputExistsError:
             # Another process made the same copy meanwhile; only a whole one can stand under this name.
             if not (directory / IMPORT_RECORD).is_file():
@@ -146,28 +143,13 @@ def _read_config(path: Path) -> PretrainedConfig:
     except READ_ERRORS as error:
         raise ModelError(
             f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
-            f"From GGUF files it reads: {', '.join(_readable_architectures())}. For another model, use its "
+            f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
             "safetensors directory or hub name."
         ) from error
     # What transformers notes about where the config came from, which is not true of the copy.
     for note in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(note, None)
     return config
-
-
-def _readable_architectures() -> list[str]:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    return sorted((set(GGUF_SUPPORTED_ARCHITECTURES) | set(_newer_conversions())) - {"general", "tokenizer"})
-
-
-def _newer_conversions() -> dict[str, Callable]:
-    """Architectures that transformers reads by weight conversions rather than by its older tables."""
-    try:
-        from transformers.integrations.gguf import GGUF_ARCHS
-    except ImportError:  # before transformers 5.23
-        return {}
-    return dict(GGUF_ARCHS)
 
 
 def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
@@ -177,85 +159,6 @@ def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
         raise ModelError(
             f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
         ) from error
-
-
-def _translations(reader: Any, model: PreTrainedModel, path: Path) -> dict[str, Translation]:
-    """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
-    architecture = reader.get_field("general.architecture").contents()
-    names = [tensor.name for tensor in reader.tensors]
-    if architecture in _newer_conversions():
-        translations = _newer_translations(architecture, names, model)
-    else:
-        translations = _table_translations(architecture, names, model)
-    if any(".experts." in name for name in model.state_dict()):
-        raise ModelError(
-            f"{path} holds a mixture of experts ({architecture}). Its experts cannot be taken from GGUF here; use the "
-            "safetensors directory or hub name of the model."
-        )
-    tied = set(model.all_tied_weights_keys)
-    expected = {name for name in model.state_dict() if name not in tied}
-    made = Counter(translation.name for translation in translations.values())
-    if missing := sorted(expected - set(made)):
-        raise ModelError(
-            f"{path} lacks {len(missing)} of the {len(expected)} tensors of a {architecture} model, such as "
-            f"{', '.join(missing[:3])}. It may be damaged, or of a variant that transformers does not know."
-        )
-    if doubled := sorted(name for name in expected if made[name] > 1):
-        raise ModelError(f"{path} holds more than one tensor for {', '.join(doubled[:3])}.")
-    return {gguf_name: found for gguf_name, found in translations.items() if found.name in expected}
-
-
-def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    name_map: dict[str, str] = get_gguf_hf_weights_map(model, processor)
-
-    def convert(values: np.ndarray, gguf_name: str) -> Tensor:
-        side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
-        result = processor.process(
-            weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output
-        )
-        # One processor (GPT-2's, for its head) hands a tensor back by the side instead of returning it.
-        return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
-
-    shapes = _shapes(model)
-    return {
-        name: Translation(name_map[name], shapes[name_map[name]], partial(convert, gguf_name=name))
-        for name in names
-        if name in name_map
-    }
-
-
-def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.integrations.gguf import get_gguf_conversion_mapping
-
-    mapping = get_gguf_conversion_mapping(architecture, model.config)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-
-    def convert(values: np.ndarray, operations: list[Any], name: str) -> Tensor:
-        tensor = torch.tensor(values)
-        for operation in operations:
-            (tensor,) = operation.convert({name: tensor}, [name], [name], full_layer_name=name).values()
-        return tensor
-
-    shapes = _shapes(model)
-    translations = {}
-    for gguf_name in names:
-        name, pattern = rename_source_key(gguf_name, renamings, converters)
-        operations = by_pattern[pattern].operations if pattern is not None else []
-        if name in shapes:
-            translations[gguf_name] = Translation(
-                name, shapes[name], partial(convert, operations=operations, name=name)
-            )
-    return translations
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _write_tensors(
@@ -373,7 +276,7 @@ def _write_record(
     path: Path,
     digest: str,
     reader: Any,
-    translations: dict[str, Translation],
+    used: set[str],
     stored: dict[str, torch.dtype],
 ) -> None:
     """What this checkpoint was made from, for people, fingerprints and the merge; its presence means it is whole."""
@@ -382,7 +285,7 @@ def _write_record(
         "source": path.name,
         "sha256": digest,
         "gguf_types": dict(types.most_common()),
-        "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in translations],
+        "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in used],
         "storage_dtypes": {
             str(dtype).removeprefix("torch."): count for dtype, count in Counter(stored.values()).most_common()
         },

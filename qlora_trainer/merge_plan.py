@@ -13,14 +13,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.adapters.delta import lora_scaling
+from qlora_trainer.adapters.peft_format import Adapter
 from qlora_trainer.errors import MergeError
-from qlora_trainer.quantization import BaseFingerprint, TensorFingerprint, weight_from_checkpoint
+from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint
+from qlora_trainer.quantization import weight_from_checkpoint
 from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, read_tensor
 
 MergeBase = Literal["dequantized", "original"]
@@ -38,7 +41,22 @@ class MergeInputs:
     adapter: Mapping[str, Tensor]  # by PEFT's names: lora_A (R, I), lora_B (O, R), and biases where they were trained
     scaling: float  # lora_scaling(rank, alpha, use_rslora)
     fan_in_fan_out: bool = False  # the checkpoint stores (I, O), as GPT-2's Conv1D does
-    device: torch.device = torch.device("cpu")  # noqa: RUF009  # of the arithmetic; the kind trained on gives its codes
+    device: torch.device | str = "cpu"  # of the arithmetic; the kind of device trained on gives its very codes
+
+    @classmethod
+    def from_adapter(
+        cls, base: Path, fingerprint: BaseFingerprint, adapter: Adapter, device: torch.device | str = "cpu"
+    ) -> Self:
+        """With the scaling and layout that the adapter's own config says."""
+        config = adapter.config
+        return cls(
+            base=base,
+            fingerprint=fingerprint,
+            adapter=adapter.tensors,
+            scaling=lora_scaling(config.r, config.lora_alpha, config.use_rslora),
+            fan_in_fan_out=config.fan_in_fan_out,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,7 @@ def _check_shapes(plan: TensorPlan) -> None:
         )
 
 
-def prequantized_weight(plan: TensorPlan, device: torch.device | None = None) -> NF4Weight:
+def prequantized_weight(plan: TensorPlan, device: torch.device | str | None = None) -> NF4Weight:
     statistics = {key: read_tensor(info).to(device) for key, info in plan.statistics.items()}
     return weight_from_checkpoint(read_tensor(plan.source).to(device), statistics, plan.source.name)
 

@@ -20,15 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_trainer.config import ModelConfig
 from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError
+from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import (
-    BaseFingerprint,
-    adopt_linear4bit,
-    base_fingerprint,
-    check_dequantization,
-    check_four_bit_share,
-)
+from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
 
 WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
@@ -45,6 +40,12 @@ class Base:
     four_bit_share: float
     compute_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the frozen weights: 4-bit codes with their statistics, and what stayed dense, ties once."""
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers()])
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -171,6 +172,45 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     )
 
 
+def load_dense_model(directory: Path, device: torch.device) -> Any:
+    """A model directory in fp32 by plain transformers, in evaluation mode, frozen; on the CPU where it fits no device.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights are missing.
+        InsufficientMemoryError: it does not fit in memory at 4 bytes a weight.
+    """
+    needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
+    if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0]:
+        device = torch.device("cpu")
+    free = _free_memory(device)
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"{directory} takes {needed / 2**30:.1f} GiB in fp32, and {device} has {free / 2**30:.1f} GiB free."
+        )
+    transformers_logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        device_map={"": device},
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    _check_complete(info, directory)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def is_prequantized(directory: Path) -> bool:
+    """Whether a model directory holds weights that are quantised already."""
+    return getattr(_read_config(directory), "quantization_config", None) is not None
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -196,8 +236,8 @@ def _check_prequantized(config: Any, directory: Path) -> None:
     method = str(found.get("quant_method"))
     if not method.endswith("bitsandbytes") or not found.get("load_in_4bit"):
         raise QuantizationError(
-            f"{directory} is already quantised ({method}), in a way that cannot be trained here. Use the model's 16-bit "
-            "checkpoint, or one prequantised by bitsandbytes to NF4 with double quantisation."
+            f"{directory} is already quantised ({method}), in a way that cannot be trained here. Use the model's "
+            "16-bit checkpoint, or one prequantised by bitsandbytes to NF4 with double quantisation."
         )
 
 
@@ -207,7 +247,8 @@ def _check_finite(tensors: dict[str, TensorInfo], progress: Progress) -> None:
         progress("checking the weights", done, len(tensors))
         if info.dtype in FLOAT_DTYPES and not torch.isfinite(read_tensor(info)).all():
             raise QuantizationError(
-                f"{name} in {info.file.name} holds values that are not finite. The checkpoint is damaged: fetch it again."
+                f"{name} in {info.file.name} holds values that are not finite. The checkpoint is damaged: "
+                "fetch it again."
             )
 
 
@@ -226,7 +267,7 @@ def _check_memory(tensors: dict[str, TensorInfo], compute_dtype: torch.dtype, de
         needed += numel * 4.127 / 8 if is_linear else numel * compute_dtype.itemsize
         largest = max(largest, numel * info.dtype.itemsize)
     needed += largest
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = _free_memory(device)
     if needed > free:
         raise InsufficientMemoryError(
             f"The base takes about {needed / 2**30:.1f} GiB in 4-bit, and {device} has {free / 2**30:.1f} GiB free. "
@@ -239,8 +280,8 @@ def _check_complete(info: dict[str, Any], directory: Path) -> None:
     mismatched = [str(key) for key in info.get("mismatched_keys", ())]
     if missing or mismatched:
         raise ModelError(
-            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another shape, "
-            f"such as {(missing + mismatched)[0]}. They would be random; fetch the checkpoint again."
+            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
+            f"shape, such as {(missing + mismatched)[0]}. They would be random; fetch the checkpoint again."
         )
 
 

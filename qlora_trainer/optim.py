@@ -59,6 +59,7 @@ class Optimizer:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of all state by "<group>.<key>", and the JSON that says what they belong to."""
+        self._wait_for_device()
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
         return tensors, self._description()
 
@@ -76,6 +77,7 @@ class Optimizer:
                 state["step"].fill_(steps[group.name])
             else:
                 state["step"] = steps[group.name]
+        self._wait_for_device()
         for name, buffer in self._tensors().items():
             buffer.copy_(tensors[name])
 
@@ -84,9 +86,8 @@ class Optimizer:
             self._make_torch_state()
             return
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Paged optimizers are not supported on CPU"
-            )  # paged_bytes says it
+            # Said by `paged_bytes` instead.
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             for index, settings in enumerate(self.optimizer.param_groups):
                 self.optimizer.init_state(settings, settings["params"][0], index, 0)
 
@@ -101,6 +102,11 @@ class Optimizer:
             for index, group in enumerate(self.groups)
         }
         self.optimizer.load_state_dict({"state": zeros, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _wait_for_device(self) -> None:
+        """Host and device share paged memory; on some systems the host may touch it only while the device is idle."""
+        if self.groups[0].data.is_cuda:
+            torch.cuda.synchronize()
 
     def _tensors(self) -> dict[str, Tensor]:
         """The live state. bitsandbytes' code books (qmap1, qmap2) are constants, not state."""

@@ -5,19 +5,13 @@ that nothing can cast them, move them halfway or hand them to an optimizer. bits
 al. 2023); dequantisation is qlora_kernels' own, checked against bitsandbytes' at start-up, because bitsandbytes'
 module forwards rewrite biases and, on some CPUs, repack the weights they were given.
 
-A fingerprint of what was quantised (a hash of every tensor's packed bytes, and its offset) travels with each
-checkpoint: an adapter belongs to these very bytes, and resume, evaluate and merge compare them.
-
 Legend: O out features, I in features.
 """
 
-import dataclasses
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +45,13 @@ NESTED_BLOCK_SIZE = 256
 
 class NF4Linear(nn.Module):
     """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantised where it is used."""
+
+    packed: Tensor  # and the others as in NF4Weight
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_code: Tensor
+    offset: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ def weight_from_checkpoint(
 
 
 def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
-    nested = getattr(state, "state2", None)
+    nested: Any = getattr(state, "state2", None)
     found = {
         "type": state.quant_type,
         "block size": state.blocksize,
@@ -252,60 +253,3 @@ def check_four_bit_share(model: nn.Module, minimum: float) -> float:
             f"same, set model.minimum_4bit_share={max(share - 0.005, 0.0):.2f}."
         )
     return share
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFingerprint:
-    """What was quantised: sha256 of the packed bytes, and the nested offset, a mean whose last bit is the device's."""
-
-    packed_sha256: str
-    offset: float
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseFingerprint:
-    """The identity of a quantised base: its config, the dtype it was quantised from, and every 4-bit tensor."""
-
-    config_sha256: str
-    source_dtype: str  # dtype the weights had when they were quantised, such as "bfloat16"
-    tensors: dict[str, TensorFingerprint]  # by module path, such as "model.layers.0.self_attn.q_proj"
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        tensors = {path: TensorFingerprint(**fields) for path, fields in data["tensors"].items()}
-        return cls(config_sha256=data["config_sha256"], source_dtype=data["source_dtype"], tensors=tensors)
-
-    def difference(self, other: "BaseFingerprint") -> str | None:
-        """A sentence on how `other` differs from this base, or None where the quantised bytes are the same."""
-        if missing := self.tensors.keys() ^ other.tensors.keys():
-            return f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
-        changed = [p for p, t in self.tensors.items() if t.packed_sha256 != other.tensors[p].packed_sha256]
-        if changed:
-            hint = (
-                f"; they were quantised from {self.source_dtype} there and from {other.source_dtype} here"
-                if self.source_dtype != other.source_dtype
-                else ""
-            )
-            return f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}{hint}"
-        return None
-
-
-def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
-    """Hash every NF4Linear of `model`; one pass over the packed bytes (3.5 GB for a 7B)."""
-    tensors = {
-        path: TensorFingerprint(
-            packed_sha256=hashlib.sha256(module.packed.cpu().numpy()).hexdigest(),
-            offset=float(module.offset),
-        )
-        for path, module in model.named_modules()
-        if isinstance(module, NF4Linear)
-    }
-    canonical = json.dumps(config, sort_keys=True, default=str)
-    return BaseFingerprint(
-        config_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
-        source_dtype=str(source_dtype).removeprefix("torch."),
-        tensors=tensors,
-    )

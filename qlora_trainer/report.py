@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from qlora_trainer.errors import CheckpointError, DiskError
 from qlora_trainer.directories import write_text
+from qlora_trainer.errors import CheckpointError, DiskError
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"

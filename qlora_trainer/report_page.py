@@ -6,14 +6,14 @@ came from a model, a row or a config is escaped. Left out: the numbers themselve
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.directories import write_text
-from qlora_trainer.report_plot import Line, draw_plot, smooth
+from qlora_trainer.report_plot import Line, draw_plot, in_words, smooth
 
 REPORT_NAME = "report.html"
 FEW_POINTS = 40
@@ -87,27 +87,24 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     if not metrics:
         return '<p class="empty">No step has been taken yet.</p>'
     loss, heldout = _series(metrics, "loss"), _series(metrics, "heldout_loss")
-    lines = [Line("loss", loss)]
+    lines = [Line("loss", loss, marks=len(loss) <= FEW_POINTS)]
     if len(loss) >= 20:
         lines = [Line("loss", loss, "faint"), Line("loss, smoothed", smooth(loss), "first")]
     if heldout:
         lines.append(Line("held-out loss", heldout, "second", marks=len(heldout) <= FEW_POINTS))
-    figures = [_figure("Loss", "nats per label token", lines, lambda value: f"{value:.4g}", wide=True)]
-    gib = 2.0**30
-    unit, size = ("GiB", gib) if max(_finite(metrics, "peak_memory_bytes"), default=0.0) >= gib else ("MiB", 2.0**20)
-    smaller: list[tuple[str, str, str, Callable[[float], str]]] = [
-        ("learning_rate", "Learning rate", "", lambda value: f"{value:.3g}"),
-        ("grad_norm", "Gradient norm", "before clipping", lambda value: f"{value:.3g}"),
-        ("tokens_per_second", "Speed", "tokens/s", lambda value: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"),
-        ("peak_memory_bytes", "Peak memory", unit, lambda value: f"{value / size:.3g}"),
-    ]
-    for key, name, note, describe in smaller:
-        points = _series(metrics, key)
-        scale = size if key == "peak_memory_bytes" else 1.0
-        if points:
-            line = Line(name.lower(), [(step, None if value is None else value / scale) for step, value in points])
-            shown = (lambda value: f"{value:,.4g}") if key == "peak_memory_bytes" else describe
-            figures.append(_figure(name, note, [line], shown, from_zero=True))
+    figures = [_figure("Loss", "nats per label token", lines, wide=True)]
+    memory = max(_finite(metrics, "peak_memory_bytes"), default=0.0)
+    memory_unit, unit_bytes = ("GiB", 2.0**30) if memory >= 2.0**30 else ("MiB", 2.0**20)
+    for key, name, note, unit in (
+        ("learning_rate", "Learning rate", "", 1.0),
+        ("grad_norm", "Gradient norm", "before clipping", 1.0),
+        ("tokens_per_second", "Speed", "tokens/s", 1.0),
+        ("peak_memory_bytes", "Peak memory", memory_unit, unit_bytes),
+    ):
+        if points := _series(metrics, key, unit):
+            figures.append(
+                _figure(name, note, [Line(name.lower(), points, marks=len(points) <= FEW_POINTS)], from_zero=True)
+            )
     return (
         f'<div class="figures">{"".join(figures)}</div>'
         '<p class="source">Every number is in <a href="metrics.jsonl">metrics.jsonl</a>, one step a line.</p>'
@@ -118,7 +115,6 @@ def _figure(
     name: str,
     note: str,
     lines: Sequence[Line],
-    describe: Callable[[float], str],
     *,
     from_zero: bool = False,
     wide: bool = False,
@@ -127,12 +123,12 @@ def _figure(
     values = [(step, value) for step, value in first.points if value is not None]
     gaps = sum(value is None for line in lines if line.style != "first" or line is first for _, value in line.points)
     last = " · ".join(
-        f"{escape(line.name)} {escape(describe(ends[-1]))}"
+        (f"{escape(line.name)} " if len(lines) > 1 else "") + in_words(ends[-1])
         for line in lines
         if (ends := [value for _, value in line.points if value is not None]) and line.style != "faint"
     )
     label = name + (
-        f" from {describe(values[0][1])} at step {values[0][0]} to {describe(values[-1][1])} at step {values[-1][0]}"
+        f" from {in_words(values[0][1])} at step {values[0][0]} to {in_words(values[-1][1])} at step {values[-1][0]}"
         if values
         else ": no values"
     )
@@ -141,20 +137,20 @@ def _figure(
         keys = "".join(f'<li class="{line.style}">{escape(line.name)}</li>' for line in lines)
         legend = f'<ul class="legend">{keys}</ul>'
     missing = f'<p class="gaps">{gaps} value(s) were not finite and are not drawn.</p>' if gaps else ""
-    drawing = draw_plot(lines, describe=describe, label=label, from_zero=from_zero, width=1140 if wide else 560)
+    drawing = draw_plot(lines, label=label, from_zero=from_zero, width=1140 if wide else 560)
     return (
         f'<figure class="{"wide" if wide else ""}"><figcaption><h3>{escape(name)} <small>{escape(note)}</small></h3>'
-        f'<span class="last">{"last: " + last if last else ""}</span></figcaption>{drawing}{legend}{missing}</figure>'
+        f'<span class="last">{"last " + last if last else ""}</span></figcaption>{drawing}{legend}{missing}</figure>'
     )
 
 
-def _series(metrics: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float | None]]:
-    """Step and value of the records that have the key; None for null, NaN and infinities."""
+def _series(metrics: Sequence[dict[str, Any]], key: str, unit: float = 1.0) -> list[tuple[int, float | None]]:
+    """Step, and value in multiples of `unit`, of the records that have the key; None for null, NaN and infinities."""
     points = []
     for record in metrics:
         if key in record:
             value = record[key]
-            number = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+            number = value / unit if isinstance(value, int | float) and math.isfinite(value) else None
             points.append((int(record["step"]), number))
     return points
 
@@ -214,9 +210,9 @@ h3 { font-size: 14px; margin: 0; } h3 small { color: var(--soft); font-weight: 4
 a { color: var(--first); }
 .notice { background: var(--notice); border-left: 4px solid var(--notice-edge); border-radius: 4px; margin: 0 0 12px;
   padding: 10px 14px; }
-.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 1px; margin: 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.summary div { background: var(--card); padding: 13px 16px; }
+.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin: 0; overflow: hidden;
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.summary div { padding: 13px 16px; box-shadow: 1px 1px 0 var(--line); }
 .summary dt { color: var(--soft); font-size: 13px; }
 .summary dd { margin: 2px 0 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }

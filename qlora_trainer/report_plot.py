@@ -14,7 +14,7 @@ from dataclasses import dataclass
 Point = tuple[int, float]  # step, value
 
 HEIGHT = 250
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 66, 16, 12, 38
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 66, 26, 12, 38
 MAX_DRAWN_POINTS = 600
 
 
@@ -28,13 +28,11 @@ class Line:
     marks: bool = False  # a dot at each point, for curves of few points
 
 
-def draw_plot(
-    lines: Sequence[Line], *, describe: Callable[[float], str], label: str, from_zero: bool, width: int = 560
-) -> str:
-    """An svg element and its points as JSON. `describe` turns a value into text with its unit."""
+def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int = 560) -> str:
+    """An svg element that `label` describes to those who cannot see it, and its points as JSON for the hover script."""
     finite = [(step, value) for line in lines for step, value in line.points if value is not None]
     if not finite:
-        return '<p class="empty">No values yet.</p>'
+        return '<p class="empty">There is no value to draw.</p>'
     first, last = min(step for step, _ in finite), max(step for step, _ in finite)
     x_ticks = [tick for tick in nice_ticks(first, last, 8, whole=True) if first <= tick <= last] or [first]
     low = 0.0 if from_zero else min(value for _, value in finite)
@@ -48,7 +46,7 @@ def draw_plot(
     def y_of(value: float) -> float:
         return HEIGHT - MARGIN_BOTTOM - (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM) * (value - bottom) / (top - bottom)
 
-    parts = [_horizontal(tick, y_of(tick), width, describe) for tick in y_ticks]
+    parts = [_horizontal(tick, y_of(tick), width) for tick in y_ticks]
     parts += [_vertical(tick, x_of(tick)) for tick in x_ticks]
     parts.append(f'<text class="axis" x="{(MARGIN_LEFT + width - MARGIN_RIGHT) / 2}" y="{HEIGHT - 4}">step</text>')
     hover = []
@@ -60,7 +58,7 @@ def draw_plot(
                 "name": line.name,
                 "style": line.style,
                 "points": [
-                    [round(x_of(step), 1), round(y_of(value), 1), step, describe(value)]
+                    [round(x_of(step), 1), round(y_of(value), 1), step, in_words(value)]
                     for step, value in drawn
                     if value is not None
                 ],
@@ -73,6 +71,16 @@ def draw_plot(
         f'<div class="plot"><svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
         f'{"".join(parts)}</svg><script type="application/json">{data}</script></div>'
     )
+
+
+def in_words(value: float) -> str:
+    """Four digits, as one would write them down: 1,234, 0.02512, 2.5e-5, 0."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if 0 < abs(value) < 1e-3:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
@@ -106,21 +114,24 @@ def thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | 
 
 
 def smooth(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """Exponential moving average over about a twentieth of the points, its start corrected as in Adam; gaps stay."""
-    decay = 1 - 2 / (max(5, len(points) // 20) + 1)
-    average, weight = 0.0, 0.0
+    """Mean over about a twentieth of the points around each, so that the line does not lag behind; gaps stay."""
+    reach = max(2, len(points) // 40)
+    sums, counts = [0.0], [0]
+    for _, value in points:
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
     smoothed: list[tuple[int, float | None]] = []
-    for step, value in points:
-        if value is not None:
-            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append((step, average / weight if value is not None else None))
+    for place, (step, value) in enumerate(points):
+        begin, end = max(0, place - reach), min(len(points), place + reach + 1)
+        mean = (sums[end] - sums[begin]) / max(1, counts[end] - counts[begin])
+        smoothed.append((step, None if value is None else mean))
     return smoothed
 
 
-def _horizontal(tick: float, y: float, width: int, describe: Callable[[float], str]) -> str:
+def _horizontal(tick: float, y: float, width: int) -> str:
     return (
         f'<line class="grid" x1="{MARGIN_LEFT}" x2="{width - MARGIN_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text class="tick y" x="{MARGIN_LEFT - 8}" y="{y + 4:.1f}">{html.escape(describe(tick))}</text>'
+        f'<text class="tick y" x="{MARGIN_LEFT - 8}" y="{y + 4:.1f}">{in_words(tick)}</text>'
     )
 
 

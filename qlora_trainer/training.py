@@ -156,7 +156,7 @@ def train(
     heldout: ExampleSet,
     *,
     on_step: Callable[[dict[str, Any]], None],
-    save: Callable[[TrainState], None],
+    save: Callable[[], object],
     stop_after: int | None = None,
 ) -> bool:
     """Train to the end, or until asked to stop; returns whether the end was reached.
@@ -191,7 +191,7 @@ def train(
             on_step(record)
             stopping = stop_requested() or state.step == stop_after
             if state.step % training.save_every == 0 or is_last or stopping:
-                save(state)
+                save()
             if stopping:
                 return is_last
     return True
@@ -207,8 +207,8 @@ def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
     if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
         raise TrainingError(
             f"The gradient was not finite in {state.skipped_in_a_row} steps in a row (step {state.step}, loss "
-            f"{metrics['loss']}); nothing was updated in them. Lower optimizer.learning_rate, or compute in bfloat16 or "
-            "float32 (model.compute_dtype). The last checkpoint is sound."
+            f"{metrics['loss']}); nothing was updated in them. Lower optimizer.learning_rate, or compute in bfloat16 "
+            "or float32 (model.compute_dtype). The last checkpoint is sound."
         )
 
 
@@ -231,7 +231,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         signal.signal(signum, previous[signum])
 
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (int(signal.SIGINT), int(signal.SIGTERM)):
             previous[signum] = signal.signal(signum, note)
     except ValueError:  # only the main thread may; a caller in another thread handles its own signals
         previous.clear()

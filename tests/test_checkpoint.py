@@ -105,6 +105,32 @@ def test_a_killed_runs_leftovers_go_with_the_next_save(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
+def test_a_replaced_checkpoint_is_used_until_its_replacement_is_there(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    aside = path.with_name("step-000001.replaced")
+    path.rename(aside)
+    assert newest_checkpoint(tmp_path) == (aside, 1, [])
+    save(tmp_path, 2)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+    (tmp_path / "checkpoints" / "step-000002.replaced").mkdir()
+    save(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_all_is_synced_before_the_checkpoint_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    monkeypatch.setattr(Path, "rename", lambda self, to: events.append("rename") or rename(self, to))
+    save(tmp_path, 1)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before[:-2]) == FILES - {"manifest.json"}
+    assert before[-2] == "manifest.json"
+    assert before[-1].startswith(".tmp-000001-")
+    assert after == ["checkpoints"]
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_flipped_bit_anywhere_is_noticed_and_the_older_checkpoint_is_used(tmp_path: Path, name: str) -> None:
     save(tmp_path, 1)

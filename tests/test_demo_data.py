@@ -41,18 +41,18 @@ def words(text: str) -> set[str]:
 
 def occurs(value: str, text: str) -> bool:
     """Whether the value stands in the text as whole words; 6 does not stand in 6:40."""
-    return re.search(rf"(?<!\w)(?<!\d:){re.escape(value.lower())}(?!\w|:\d)", text.lower()) is not None
+    return re.search(rf"(?<!\w)(?<!\d:){re.escape(value)}(?!\w|:\d)", text, re.IGNORECASE) is not None
 
 
 def test_train_and_heldout_have_the_promised_sizes() -> None:
-    assert len(TRAIN) == 600
-    assert len(HELDOUT) == 64
+    assert len(TRAIN) == 630
+    assert len(HELDOUT) == 70
     for rows in (TRAIN, HELDOUT):
         counts = {action: sum(json.loads(answer(row))["action"] == action for row in rows) for action in ACTIONS}
         assert len(set(counts.values())) == 1
 
 
-def test_every_action_has_more_than_ten_training_and_four_heldout_frames() -> None:
+def test_every_action_has_ten_training_and_four_heldout_frames_or_more() -> None:
     for action in ACTIONS.values():
         assert len(action.train_frames) >= 10
         assert len(action.heldout_frames) >= 4
@@ -82,17 +82,20 @@ def test_no_slot_value_is_shared_whatever_the_slot() -> None:
 
 
 def test_no_word_of_a_heldout_value_is_in_a_training_value() -> None:
-    """Messages are compared whole: a sentence cannot do without "the" and "I". Articles and "my" are no values."""
+    """Messages are compared whole: a sentence cannot do without "the" and "I"."""
     named = {slot: values for slot, values in VALUES.items() if slot != "text"}
     train = {word for values in named.values() for value in values.train for word in words(str(value))}
     heldout = {word for values in named.values() for value in values.heldout for word in words(str(value))}
-    assert train & heldout <= {"the", "my"}
+    assert not train & heldout
 
 
-def test_no_heldout_value_occurs_in_a_training_request() -> None:
+def test_no_heldout_value_occurs_in_a_training_frame_or_request() -> None:
+    frames = [frame for action in ACTIONS.values() for frame in action.train_frames]
+    texts = "\n".join([*frames, *(str(value) for values in VALUES.values() for value in values.train)])
     requests = "\n".join(request(row) for row in TRAIN)
     for slot, values in VALUES.items():
         for value in values.heldout:
+            assert not occurs(str(value), texts), (slot, value)
             assert not occurs(str(value), requests), (slot, value)
 
 
@@ -112,6 +115,7 @@ def test_every_answer_is_a_command_whose_values_stand_in_its_request(rows: list[
         assert answer(row) == json.dumps(command, ensure_ascii=False, separators=(",", ":"))
         for value in slot_values(row).values():
             assert occurs(value, request(row)), request(row)
+            assert value in request(row), "copied as it is written"
 
 
 def test_every_frame_names_each_slot_of_its_action_once() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -80,12 +81,34 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
+def add_tokenizer(writer: GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+
+
+def finish(writer: GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write_gguf(
     path: Path,
     weights: dict[str, np.ndarray],
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     architecture: str = "llama",
     leave_out: str | None = None,
+    rope_divisors: np.ndarray | None = None,
 ) -> Path:
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -99,16 +122,9 @@ def write_gguf(
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template(TEMPLATE)
+    add_tokenizer(writer)
+    if rope_divisors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_divisors)
     for name, weight in weights.items():
         if name == leave_out:
             continue
@@ -121,11 +137,42 @@ def write_gguf(
             writer.add_tensor(GGUF_NAMES[name], values)
         else:
             writer.add_tensor(GGUF_NAMES[name], gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finish(writer, path)
+
+
+def write_convolutional_gguf(path: Path) -> Path:
+    """An LFM2 of one convolution and one attention layer, which transformers reads by its newer tables."""
+    generator = np.random.default_rng(0)
+    writer = GGUFWriter(path, "lfm2")
+    writer.add_context_length(256)
+    writer.add_block_count(2)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_rope_freq_base(50000.0)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv([0, KEY_HEADS])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_shortconv_l_cache(3)
+    add_tokenizer(writer)
+    shapes = {"token_embd.weight": (len(TOKENS), HIDDEN), "token_embd_norm.weight": (HIDDEN,)}
+    for block in ("blk.0", "blk.1"):
+        shapes |= {f"{block}.{norm}.weight": (HIDDEN,) for norm in ("attn_norm", "ffn_norm")}
+        shapes |= {f"{block}.{name}.weight": (INTERMEDIATE, HIDDEN) for name in ("ffn_gate", "ffn_up")}
+        shapes[f"{block}.ffn_down.weight"] = (HIDDEN, INTERMEDIATE)
+    shapes["blk.0.shortconv.in_proj.weight"] = (3 * HIDDEN, HIDDEN)
+    shapes["blk.0.shortconv.out_proj.weight"] = (HIDDEN, HIDDEN)
+    shapes["blk.0.shortconv.conv.weight"] = (HIDDEN, 3)
+    shapes["blk.1.attn_q.weight"] = shapes["blk.1.attn_output.weight"] = (HIDDEN, HIDDEN)
+    shapes["blk.1.attn_k.weight"] = shapes["blk.1.attn_v.weight"] = (KEY_HEADS * HEAD_DIM, HIDDEN)
+    shapes["blk.1.attn_q_norm.weight"] = shapes["blk.1.attn_k_norm.weight"] = (HEAD_DIM,)
+    for name, shape in shapes.items():
+        values = generator.normal(size=shape).astype(np.float32)
+        if len(shape) == 2 and shape[1] % 32 == 0:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
+    return finish(writer, path)
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -158,6 +205,19 @@ def test_imported_values_are_those_transformers_reads(tmp_path: Path, kind: GGML
     config = json.loads((directory / "config.json").read_text())
     assert config["dtype"] == str(matrix_dtype).removeprefix("torch.")
     assert config["tie_word_embeddings"] is not untied
+
+
+def test_architecture_read_by_weight_conversions_has_the_values_transformers_reads(tmp_path: Path) -> None:
+    path = write_convolutional_gguf(tmp_path / "lfm2.gguf")
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
+    stored = stored_tensors(directory)
+    assert stored.keys() == reference.keys() - {"lm_head.weight"}
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
+    assert stored["model.layers.0.conv.conv.weight"].shape == (HIDDEN, 1, 3)
+    _, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(loading.values())
 
 
 def test_imported_directory_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
@@ -215,6 +275,40 @@ def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
     assert record["gguf_types"] == {"Q4_1": 8, "F32": 3}
     assert record["storage_dtypes"] == {"float16": 8, "float32": 3}
     assert record["unused_tensors"] == []
+
+
+def llama3_divisors(factor: float) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3.1's settings: low frequencies divided, the middle blended."""
+    divisors = []
+    for place in range(0, HEAD_DIM, 2):
+        wavelength = 2 * math.pi * 50000.0 ** (place / HEAD_DIM)
+        if wavelength < 8192 / 4.0:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            divisors.append(factor)
+        else:
+            blend = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            divisors.append(1 / ((1 - blend) / factor + blend))
+    return np.array(divisors, np.float32)
+
+
+def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
+    divisors = llama3_divisors(32.0)
+    assert len(set(divisors)) > 2  # the blended middle is there too
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    rotary = AutoModelForCausalLM.from_pretrained(directory).model.rotary_emb
+    plain = 50000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    assert rotary.inv_freq.numpy() == pytest.approx(plain / divisors, rel=1e-5)
+    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
+
+
+def test_rope_divisors_of_another_kind_are_recorded_as_unused(tmp_path: Path) -> None:
+    divisors = np.linspace(1.0, 3.0, HEAD_DIM // 2, dtype=np.float32)
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == ["rope_freqs.weight"]
+    assert json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
 
 
 def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_path: Path) -> None:

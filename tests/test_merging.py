@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from qlora_trainer import merging
-from qlora_trainer.adapters.delta import lora_scaling
-from qlora_trainer.adapters.inject import add_adapters, adapter_state_dict, trainable_parameters
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
+from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.config import AdapterConfig, ModelConfig
 from qlora_trainer.errors import DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
@@ -76,14 +76,12 @@ def train(directory: Path, bias: str = "none") -> Run:
         for name, parameter in trainable_parameters(base.model):
             if "lora_B" in name or name.endswith("bias"):
                 parameter.normal_(0.0, 0.2, generator=generator)
-    inputs = MergeInputs(
-        base=directory,
-        fingerprint=base.fingerprint,
-        adapter=adapter_state_dict(base.model),
-        scaling=lora_scaling(8, 16.0, use_rslora=False),
-        fan_in_fan_out=any(getattr(module, "fan_in_fan_out", False) for module in base.model.modules()),
+    stored_transposed = any(getattr(module, "fan_in_fan_out", False) for module in base.model.modules())
+    config = AdapterFileConfig(
+        r=8, lora_alpha=16.0, target_modules="all-linear", bias=bias, fan_in_fan_out=stored_transposed
     )
-    return Run(inputs, base.model)
+    adapter = Adapter(config, adapter_state_dict(base.model))
+    return Run(MergeInputs.from_adapter(directory, base.fingerprint, adapter), base.model)
 
 
 def load_plain(directory: Path) -> Any:
@@ -248,9 +246,11 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
 
     with pytest.raises(MergeError, match="offset"):
         merge(with_offset(1.00001), tmp_path / "merged")
-    merge(with_offset(1.0000004), tmp_path / "merged")  # summed in another order: the recorded offset counts
-    whole = stored(tmp_path / "merged")[f"{path}.weight"]
-    assert torch.allclose(whole.float(), by_hand(llama, f"{path}.weight", stored(llama.inputs.base)[f"{path}.weight"]))
+    merge(with_offset(1.0000004), tmp_path / "merged", dtype=torch.float32)  # as summed in another order
+    found = stored(tmp_path / "merged")[f"{path}.weight"]
+    expected = by_hand(llama, f"{path}.weight", stored(llama.inputs.base)[f"{path}.weight"])
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(found, expected)  # the recorded offset was used
 
 
 def spoil(directory: Path, change: Any) -> None:
@@ -395,17 +395,18 @@ def test_files_beside_the_weights_are_copied_and_the_config_barely_touched(tmp_p
     (directory / "config.json").write_text(json.dumps(config))
 
     inputs = dataclasses.replace(llama.inputs, base=directory)
-    merge(inputs, tmp_path / "merged", dtype=torch.bfloat16, provenance={"run": "r1"})
+    merge(inputs, tmp_path / "merged", provenance={"run": "r1"})
     for name, content in kept.items():
         assert (tmp_path / "merged" / name).read_bytes() == content
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     expected = {key: value for key, value in config.items() if key != "quantization_config"}
-    assert written == expected | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert config["dtype"] == "bfloat16"
+    assert written == expected | {"dtype": "float16", "torch_dtype": "float16"}
     assert list(written)[: len(expected)] == list(expected)
     generation = (directory / "generation_config.json").read_bytes()
     assert (tmp_path / "merged" / "generation_config.json").read_bytes() == generation
     record = json.loads((tmp_path / "merged" / "qlora_merge.json").read_text())
-    assert (record["base"], record["dtype"], record["run"]) == ("dequantized", "bfloat16", "r1")
+    assert (record["base"], record["dtype"], record["run"]) == ("dequantized", "float16", "r1")
     names = {str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*") if path.is_file()}
     ours = {"config.json", "generation_config.json", "qlora_merge.json", "model.safetensors"}
     assert names == kept.keys() | ours

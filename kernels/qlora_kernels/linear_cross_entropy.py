@@ -37,9 +37,8 @@ def linear_cross_entropy(
     settings = (softcap, logit_scale, chunk_tokens)
     if not torch.is_grad_enabled():
         return _loss_and_gradient(hidden, head, labels, bias, *settings, with_gradient=False)[0]
-    assert not head.requires_grad and (bias is None or not bias.requires_grad), (
-        "linear_cross_entropy gives the head and its bias no gradient: freeze them with requires_grad_(False)"
-    )
+    frozen = not any(tensor.requires_grad for tensor in (head, bias) if tensor is not None)
+    assert frozen, "linear_cross_entropy gives the head and its bias no gradient: freeze them (requires_grad_(False))"
     return _LinearCrossEntropy.apply(hidden, head, labels, bias, *settings)
 
 
@@ -76,6 +75,7 @@ def _loss_and_gradient(
         logits = F.linear(hidden.index_select(0, rows), head, bias).to(dtype)  # (C, V)
         if logit_scale != 1.0:
             logits *= logit_scale
+        slope = None
         if softcap is not None:
             logits = logits.div_(softcap).tanh_()
             slope = 1 - logits.square() if with_gradient else None  # of softcap * tanh(z / softcap)
@@ -86,7 +86,7 @@ def _loss_and_gradient(
             continue
         grad_logits = logits.sub_(log_normaliser).exp_()  # the probabilities
         grad_logits.scatter_add_(1, targets, torch.full_like(log_normaliser, -1.0))
-        if softcap is not None:
+        if slope is not None:
             grad_logits *= slope
         if logit_scale != 1.0:
             grad_logits *= logit_scale

@@ -1,7 +1,7 @@
 """NF4 with double quantisation: four bits a weight, and eight a block of 64 for its scale.
 
 The format is that of QLoRA (https://arxiv.org/abs/2305.14314) as bitsandbytes lays it out, so its weights are read and
-made here bit for bit. Two formulas are the whole contract, in fp32 with every operation rounded (no fused multiply-add):
+made here bit for bit. Two formulas are the whole contract, in fp32, each operation rounded (no fused multiply-add):
 
     scale[block] = nested_code[absmax[block]] * nested_absmax[block // 256] + offset
     value[i]     = NF4_CODE[code i] * scale[i // 64]                  then one cast to the dtype asked for
@@ -13,6 +13,7 @@ block formats (fp4), and quantising on a GPU, where bitsandbytes' own kernel doe
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,9 @@ class NF4Weight:
     """A quantised weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
 
     packed: Tensor  # (ceil(O*I/2),) uint8, two codes a byte, the first element in the high nibble
-    absmax: Tensor  # (blocks,) uint8: the largest magnitude of each block, less the offset, as an index into nested_code
+    absmax: (
+        Tensor  # (blocks,) uint8: the largest magnitude of each block, less the offset, as an index into nested_code
+    )
     nested_absmax: Tensor  # (ceil(blocks/nested_block_size),) fp32
     nested_code: Tensor  # (256,) fp32
     offset: Tensor  # () fp32: the mean of the block maxima
@@ -201,7 +204,8 @@ def dequantize_torch(
         _multiply_blocks_(values, scale[block : block + chunk_blocks], block_size)
         if values is not part:
             part.copy_(values)
-    return out[start - begin : start - begin + count]
+    out = out[start - begin : start - begin + count]
+    return out if start == begin else out.clone()
 
 
 def _multiply_blocks_(values: Tensor, scale: Tensor, block_size: int) -> Tensor:
@@ -220,7 +224,7 @@ def _pair_table(device: torch.device) -> Tensor:
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).view(torch.int64).view(256).to(device)
 
 
-def _dequantize_cuda(packed: Tensor, *arguments) -> Tensor:  # type: ignore[no-untyped-def]  # those of dequantize_torch
+def _dequantize_cuda(packed: Tensor, *arguments: Any) -> Tensor:  # those of dequantize_torch
     choice = kernel_choice()
     if choice == "torch":
         return dequantize_torch(packed, *arguments)
@@ -233,8 +237,9 @@ def _dequantize_cuda(packed: Tensor, *arguments) -> Tensor:  # type: ignore[no-u
     return nf4_triton.dequantize(packed, *arguments)
 
 
-def _dequantize_fake(packed: Tensor, absmax, nested_absmax, nested_code, offset, start, count, *rest) -> Tensor:  # type: ignore[no-untyped-def]
-    return packed.new_empty((count,), dtype=rest[-1])
+def _dequantize_fake(packed: Tensor, *arguments: Any) -> Tensor:
+    *_, count, _block_size, _nested_block_size, dtype = arguments
+    return packed.new_empty((count,), dtype=dtype)
 
 
 torch.library.define(

@@ -19,7 +19,7 @@ BYTES_PER_PROGRAM = 1024
 
 
 @triton.jit
-def dequantize_kernel(
+def dequantize_kernel(  # type: ignore[no-untyped-def]
     packed_ptr,
     absmax_ptr,
     nested_absmax_ptr,

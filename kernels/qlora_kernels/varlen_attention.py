@@ -37,26 +37,29 @@ def varlen_attention(
     """
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    assert bounds[0] == 0 and bounds[-1] == query.shape[2] and min(lengths) > 0, "cu_seqlens must go from 0 up to T"
+    covers = bounds[0] == 0 and bounds[-1] == query.shape[2] and min(lengths) > 0
+    assert covers, "cu_seqlens must rise from 0 to the number of tokens"
     if softcap is None and dropout == 0.0 and _flash_varlen_fits(query):
         return _flash_varlen(query, key, value, tuple(bounds), max(lengths), scale, window)
 
-    # split, not slices: its backward is one concatenation, where each slice would fill a zero tensor of the whole length
+    # split, not slices: its backward is one concatenation, where each slice's would fill a zero tensor of all tokens.
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    attend = _softcap_attention if softcap is not None else _document_attention
-    documents = [attend(q, k, v, scale, window, softcap, dropout).transpose(1, 2) for q, k, v in parts]
+    documents = [_attend(q, k, v, scale, window, softcap, dropout).transpose(1, 2) for q, k, v in parts]
     return documents[0] if len(documents) == 1 else torch.cat(documents, dim=1)
 
 
-def _document_attention(
+def _attend(
     query: Tensor,  # (1, Hq, L, D)
     key: Tensor,  # (1, Hkv, L, D)
-    value: Tensor,
+    value: Tensor,  # (1, Hkv, L, D)
     scale: float,
     window: int | None,
-    _softcap: None,
+    softcap: float | None,
     dropout: float,
 ) -> Tensor:  # (1, Hq, L, D)
+    """Causal attention in one document. A mask exists only where the document is longer than the window."""
+    if softcap is not None:
+        return _attend_with_softcap(query, key, value, scale, window, softcap, dropout)
     length = query.shape[2]
     windowed = window is not None and length > window
     return F.scaled_dot_product_attention(
@@ -71,7 +74,7 @@ def _document_attention(
     )
 
 
-def _softcap_attention(
+def _attend_with_softcap(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,6 +148,7 @@ def _flash_varlen(
         window_size=(-1 if window is None else window - 1, 0),  # tokens to the left, the query's own not counted
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(output, Tensor)  # it returns a pair only where the normalisers are asked for
     return output.unsqueeze(0)
 
 

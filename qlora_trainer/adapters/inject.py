@@ -89,7 +89,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     """(PEFT's name, parameter) of all that trains, in the model's order."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield PEFT_PREFIX + name.replace(".base.bias", ".bias"), parameter
+            yield PEFT_PREFIX + name.replace(".base.bias", ".base_layer.bias"), parameter
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

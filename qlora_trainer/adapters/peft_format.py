@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_trainer.directories import write_text
 from qlora_trainer.errors import AdapterError, DiskError, FileMissingError
 
 CONFIG_NAME = "adapter_config.json"
@@ -97,7 +98,8 @@ class Adapter:
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterFileConfig) -> None:
     """Write the adapter's two files into an existing directory.
 
-    `tensors` have PEFT's names and shapes as in Adapter; lists of target modules are written sorted.
+    `tensors` have PEFT's names and shapes as in Adapter; lists of target modules are written sorted. The config comes
+    last, so that a directory with a config has its weights.
 
     Raises:
         AdapterError: the tensors do not fit the config, or hold values that are not finite.
@@ -111,9 +113,13 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Adapte
         content["target_modules"] = sorted(content["target_modules"])
     weights = directory / WEIGHTS_NAME
     try:
-        (directory / CONFIG_NAME).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        weights.touch()
+        mode = weights.stat().st_mode & 0o777  # what the umask leaves; safetensors would make it 0600
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
-        weights.chmod((directory / CONFIG_NAME).stat().st_mode & 0o777)  # safetensors creates its files with 0600
+        weights.chmod(mode)
+        write_text(
+            directory / CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n"
+        )  # last: it makes it whole
     except (OSError, SafetensorError) as error:
         raise DiskError(f"The adapter could not be written to {directory}: {error}. Free some space.") from error
 
@@ -171,8 +177,8 @@ def _read_config(path: Path) -> AdapterFileConfig:
             )
     if known.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
         problems.append(
-            f"init_lora_weights is {_short(known['init_lora_weights'])}, which changes the base's weights too; convert "
-            "it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights is {_short(known['init_lora_weights'])}, which may change the base's weights "
+            "too; convert it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
     try:
         # What is refused has been told; here it must not be told again.

@@ -6,19 +6,39 @@ found again through the tokenizer's offsets. Control tokens come from the templa
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
 
 from qlora_trainer.errors import DataError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer, which this room needs not import."""
+
+    is_fast: bool
+    backend_tokenizer: tokenizers.Tokenizer
+    added_tokens_decoder: Mapping[int, tokenizers.AddedToken]
+    all_special_tokens: list[str]
+    special_tokens_map: Mapping[str, Any]
+    chat_template: Any
+    eos_token: str | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def convert_tokens_to_ids(self, token: str) -> int: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class Encoder:
         DataError: the tokenizer is a slow one.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {type(tokenizer).__name__} is a slow one, which cannot say where its tokens lie in the "
@@ -108,11 +128,15 @@ class _EscapingTokenizer:
     The text is still encoded whole: splitting it at such places would change the tokens around them.
     """
 
-    def __init__(self, tokenizer: Any, control_tokens: Sequence[str], pattern: re.Pattern[str], previous: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, control_tokens: Sequence[str], pattern: re.Pattern[str], previous: str
+    ) -> None:
         self.pattern = pattern
         self.nonce = hashlib.sha256(f"control tokens {previous}".encode()).hexdigest()[:16]
-        self.names = {token: f"\uf8ff{self.nonce}.{index}\uf8ff" for index, token in enumerate(control_tokens)}
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        known = {token["content"] for token in definition["added_tokens"]}
+        secret = (f"\uf8ff{self.nonce}.{index}\uf8ff" for index in itertools.count())
+        self.names = {token: next(secret) for token in control_tokens if token in known}
         definition |= {"truncation": None, "padding": None, "post_processor": None}
         own_ids = {}
         for token in definition["added_tokens"]:
@@ -120,14 +144,16 @@ class _EscapingTokenizer:
             own_ids[token["content"]] = token["id"]
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
-        self.control_ids = {own_ids[name] for name in self.names.values() if name in own_ids}
+        self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 
     def encode(self, text: Sequence[Stretch]) -> Encoded:
         renamed = [
             stretch
             if stretch.ordinary
-            else Stretch(self.pattern.sub(lambda match: self.names[match[0]], stretch.text), stretch.learned)
+            else Stretch(
+                self.pattern.sub(lambda match: self.names.get(match[0], match[0]), stretch.text), stretch.learned
+            )
             for stretch in text
         ]
         encoding = self.backend.encode("".join(stretch.text for stretch in renamed), add_special_tokens=False)
@@ -138,6 +164,11 @@ class _EscapingTokenizer:
             spelled = next(stretch.text for stretch in text if stretch.ordinary)
             raise DataError(f"This tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
         return Encoded(ids, _learned_flags(renamed, encoding.offsets))
+
+    def _renamed(self, stretch: Stretch) -> Stretch:
+        return Stretch(
+            self.pattern.sub(lambda match: self.names.get(match[0], match[0]), stretch.text), stretch.learned
+        )
 
 
 def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stretch]:

@@ -147,25 +147,6 @@ def parse_record(record: Mapping[str, Any], format: DataFormat, columns: Mapping
     return _conversation(messages, where)
 
 
-def row_to_json(row: Row) -> dict[str, Any]:
-    """A row as plain JSON; `row_from_json` is its inverse."""
-    match row:
-        case Document(text):
-            return {"text": text}
-        case PromptCompletion(prompt, completion):
-            return {"prompt": prompt, "completion": completion}
-        case Conversation(messages):
-            return {"messages": [[message.role, message.content, message.learn] for message in messages]}
-
-
-def row_from_json(value: Mapping[str, Any]) -> Row:
-    if "text" in value:
-        return Document(value["text"])
-    if "prompt" in value:
-        return PromptCompletion(value["prompt"], value["completion"])
-    return Conversation(tuple(Message(*message) for message in value["messages"]))
-
-
 def _conversation(messages: Sequence[Message], where: str) -> Conversation:
     if not messages:
         raise DataError(f"{where}: the conversation is empty. Every row needs at least one assistant turn.")
@@ -194,18 +175,16 @@ def _alpaca(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _prompt_completion(prompt: Any, completion: Any, where: str) -> Row:
-    if isinstance(prompt, list) or isinstance(completion, list):
-        # Answers inside the prompt are context; only the completion is learned.
-        context = _turns(prompt, "prompt", where) if isinstance(prompt, list) else [Message("user", prompt)]
-        answer = (
-            _turns(completion, "completion", where) if isinstance(completion, list) else [_answer(completion, where)]
-        )
-        return _conversation([Message(m.role, m.content, bool(m.learn)) for m in context] + answer, where)
-    return PromptCompletion(_text(prompt, "prompt", where), _text(completion, "completion", where))
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return PromptCompletion(_text(prompt, "prompt", where), _text(completion, "completion", where))
+    context = _turns_or_text(prompt, "prompt", "user", where)
+    answer = _turns_or_text(completion, "completion", "assistant", where)
+    # Answers inside the prompt are context; only the completion is learned.
+    return _conversation([Message(m.role, m.content, bool(m.learn)) for m in context] + answer, where)
 
 
-def _answer(completion: Any, where: str) -> Message:
-    return Message("assistant", _text(completion, "completion", where))
+def _turns_or_text(value: Any, column: str, role: str, where: str) -> list[Message]:
+    return _turns(value, column, where) if isinstance(value, list) else [Message(role, _text(value, column, where))]
 
 
 def _turns(turns: Any, column: str, where: str) -> list[Message]:

@@ -12,62 +12,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from qlora_trainer.config import DataConfig, DataFormat, Source
+from qlora_trainer.data.encoding import Tokenizer
 from qlora_trainer.data.files import Record, RecordSource, open_source
 from qlora_trainer.data.messages import Row, known_columns, parse_record, resolve_format
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.data.store import ExampleStore, StoreWriter, new_store
+from qlora_trainer.data.store import ExampleSet, ExampleStore, StoreWriter, new_store
 from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 PREPARATION_VERSION = 1  # raise it whenever the same files would give other tokens or another layout
 _BATCH_ROWS = 256
-
-
-class ExampleSet:
-    """Some of the prepared examples: a list of Example, with the rows that they show."""
-
-    def __init__(self, store: ExampleStore, indices: np.ndarray) -> None:
-        self._store = store
-        self._indices = indices  # (examples of this set,) int64
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._store.example(int(self._indices[index]))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, (len,) int64."""
-        return np.diff(self._store.arrays["bounds"])[self._indices]
-
-    @property
-    def learned_counts(self) -> np.ndarray:
-        """Labels that carry loss, of each example, (len,) int64."""
-        return self._store.arrays["learned_counts"][self._indices]
-
-    @property
-    def digests(self) -> np.ndarray:
-        """A hash of each example's tokens, (len,) uint64."""
-        return self._store.arrays["digests"][self._indices]
-
-    def row(self, index: int) -> Row:
-        """The row as it was read; of a long document, the part that this example holds."""
-        return self._store.row(int(self._indices[index]))[1]
-
-    def where(self, index: int) -> str:
-        """File and line that an example came from."""
-        return self._store.row(int(self._indices[index]))[0]
 
 
 @dataclass
@@ -139,7 +100,7 @@ class _Input:
 
 def prepare(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     *,
     max_positions: int | None,
     seed: int,
@@ -208,7 +169,7 @@ def _inputs(config: DataConfig) -> list[_Input]:
     ]
 
 
-def _key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenizer: Tokenizer) -> str:
     parts = {
         "version": PREPARATION_VERSION,
         "tokenizers": tokenizers.__version__,
@@ -219,11 +180,10 @@ def _key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenize
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of what decides tokens: vocabulary, merges, added tokens, template; not the last call's padding."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    definition |= {"truncation": None, "padding": None}
-    parts = [definition, tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
+def _tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """A hash of what decides tokens: vocabulary, merges, added tokens, template."""
+    tokenizer("a", padding=False, truncation=False)  # the definition also holds the last call's padding
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

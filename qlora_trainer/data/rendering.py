@@ -8,16 +8,13 @@ dropped, and both are reported to the caller, who counts. Leaves out: padding an
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from qlora_trainer.data.encoding import Encoded, Encoder, Stretch
+from qlora_trainer.data.encoding import Encoded, Encoder, Stretch, Tokenizer
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
 from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.data.templates import ChatTemplate
 from qlora_trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NOTHING_LEARNED = "nothing to learn: no turn is learned, or the answers are empty"
 CUT_AWAY = "longer than max_length, and nothing learned within it"
@@ -56,14 +53,18 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: Tokenizer,
         learn: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "error"] = "truncate",
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise DataError("The tokenizer has no end-of-text token (eos_token), so no text could be ended.")
+            raise DataError(
+                "The tokenizer has no end-of-text token, so no answer could be ended. Set eos_token in the model's "
+                "tokenizer_config.json, or use its instruct variant."
+            )
         self.tokenizer = tokenizer
+        self.eos_id = tokenizer.eos_token_id
         self.learn = learn
         self.max_length = max_length
         self.too_long = too_long
@@ -80,7 +81,7 @@ class Renderer:
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end an answer in generation: the template's end of a turn, and the end of text."""
-        ids = {self.tokenizer.eos_token_id}
+        ids = {self.eos_id}
         if self.template.end_of_turn:
             ids.add(self.tokenizer.convert_tokens_to_ids(self.template.end_of_turn))
         return sorted(ids)
@@ -141,7 +142,7 @@ class Renderer:
         return {index for index in chosen if messages[index].learn is not False and messages[index].content.strip()}
 
     def _finished(self, where: str, row: Row, tokens: Encoded, notices: tuple[str, ...]) -> Rendered:
-        start, end = self.encoder.bos_ids, [self.tokenizer.eos_token_id]
+        start, end = self.encoder.bos_ids, [self.eos_id]
         match row:
             case Document(text):
                 return self._windows(text, start + tokens.ids + end)

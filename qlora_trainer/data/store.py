@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from qlora_trainer.data.messages import Row, row_from_json, row_to_json
+from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
 from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
@@ -65,6 +65,43 @@ class ExampleStore:
             file.seek(int(begin))
             value = json.loads(file.read(int(end - begin)))
         return value["where"], row_from_json(value["row"])
+
+
+class ExampleSet:
+    """Some of the prepared examples: a list of Example, with the rows that they show."""
+
+    def __init__(self, store: ExampleStore, indices: np.ndarray) -> None:
+        self._store = store
+        self._indices = indices  # (examples of this set,) int64
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._store.example(int(self._indices[index]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (len,) int64."""
+        return np.diff(self._store.arrays["bounds"])[self._indices]
+
+    @property
+    def learned_counts(self) -> np.ndarray:
+        """Labels that carry loss, of each example, (len,) int64."""
+        return self._store.arrays["learned_counts"][self._indices]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """A hash of each example's tokens, (len,) uint64."""
+        return self._store.arrays["digests"][self._indices]
+
+    def row(self, index: int) -> Row:
+        """The row as it was read; of a long document, the part that this example holds."""
+        return self._store.row(int(self._indices[index]))[1]
+
+    def where(self, index: int) -> str:
+        """File and line that an example came from."""
+        return self._store.row(int(self._indices[index]))[0]
 
 
 class StoreWriter:
@@ -136,8 +173,27 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def row_to_json(row: Row) -> dict[str, Any]:
+    """A row as plain JSON; `row_from_json` is its inverse."""
+    match row:
+        case Document(text):
+            return {"text": text}
+        case PromptCompletion(prompt, completion):
+            return {"prompt": prompt, "completion": completion}
+        case Conversation(messages):
+            return {"messages": [[message.role, message.content, message.learn] for message in messages]}
+
+
+def row_from_json(value: Mapping[str, Any]) -> Row:
+    if "text" in value:
+        return Document(value["text"])
+    if "prompt" in value:
+        return PromptCompletion(value["prompt"], value["completion"])
+    return Conversation(tuple(Message(*message) for message in value["messages"]))
+
+
 class _ArrayWriter:
-    """A one-dimensional .npy file that grows; its header, which has room for any length, is written again at the end."""
+    """A one-dimensional .npy file that grows. Its header has room for any length and is written again at the end."""
 
     def __init__(self, path: Path, dtype: type) -> None:
         self.dtype = np.dtype(dtype)

@@ -13,16 +13,12 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import jinja2
 
-from qlora_trainer.data.encoding import Stretch
+from qlora_trainer.data.encoding import Stretch, Tokenizer
 from qlora_trainer.data.messages import Message
 from qlora_trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
 PLAIN_TEMPLATE = """\
@@ -61,15 +57,11 @@ class ChatTemplate:
         DataError: the template cannot render one question and its answer.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", control_pattern: re.Pattern[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, control_pattern: re.Pattern[str]) -> None:
         self.tokenizer = tokenizer
         self.control_pattern = control_pattern
         self.is_plain = tokenizer.chat_template is None
-        if self.is_plain and tokenizer.eos_token is None:
-            raise DataError(
-                "The tokenizer has neither a chat template nor an end-of-text token, so no answer could be ended. "
-                "Use a model's instruct variant, or set eos_token in its tokenizer_config.json."
-            )
+        self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
         question, marker = Message("user", "question"), "Qm0Q"
         whole = self.text([question, Message("assistant", marker)], where="the chat template, tried on one exchange")
         before = self.text([question], where="the chat template, tried on a question")
@@ -107,20 +99,29 @@ class ChatTemplate:
         """
         shielded, shields = self._shielded(messages)
         text = self.text(shielded, where=where)
+        _check_nothing_left_out(shielded, text, where)
         notices = []
         try:
             spans = self._spans(shielded, text, sorted(targets), where)
         except DataError:
             spans = None  # the template reads contents and stumbled over a marker
         if spans is None:
+            if others:
+                raise DataError(
+                    f"{where}: the row excludes turns from learning, and this model's chat template hides where they "
+                    "stand. Set data.learn to assistant or last."
+                )
             last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+            shielded = shielded[: last + 1]
             text, start, end = self._last_turn(shielded, last, where)
             spans = [(start, end)] if last in targets else []
             notices.append(LAST_TURN_ONLY)
-        pieces = _cut(text, spans, others)
-        if self.end_of_turn is None and spans and spans[-1][1] >= len(text.rstrip()) and self.tokenizer.eos_token:
-            pieces = [*_cut(text.rstrip(), spans, others), Stretch(self.tokenizer.eos_token, learned=not others)]
+        if self.end_of_turn is None and shielded[-1].role == "assistant":
+            pieces = _cut(text.rstrip(), spans, others)
+            pieces.append(Stretch(self.eos_token, learned=(len(shielded) - 1 in targets) != others))
             notices.append(END_ADDED)
+        else:
+            pieces = _cut(text, spans, others)
         return Rendering(_unshielded(pieces, shields), tuple(notices))
 
     def render_prompt(self, messages: Sequence[Message], *, where: str) -> list[Stretch]:
@@ -205,6 +206,23 @@ class ChatTemplate:
                 content = self.control_pattern.sub(lambda match: shields[match[0]], content)
             shielded.append(replace(message, content=content))
         return shielded, {shield: token for token, shield in shields.items()}
+
+
+def _check_nothing_left_out(messages: Sequence[Message], text: str, where: str) -> None:
+    """Some templates skip roles they do not know, without a word. What each turn says must be in the text.
+
+    Looked for by its longest plain word, since templates trim contents or write them as JSON. Of answers, a template
+    may drop the reasoning on purpose.
+    """
+    for index, message in enumerate(messages):
+        word = max(re.findall(r"[A-Za-z0-9]+", message.content), key=len, default="")
+        if message.role == "assistant" or not word:
+            continue
+        if text.count(word) < sum(other.content.count(word) for other in messages if other.role != "assistant"):
+            raise DataError(
+                f"{where}: the model's chat template leaves out turn {index + 1}, of role {message.role}: it has no "
+                "place for such turns. Write its text into a user turn, or use a model whose template knows the role."
+            )
 
 
 def _nonce(messages: Sequence[Message]) -> str:

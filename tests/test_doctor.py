@@ -1,0 +1,93 @@
+"""`qlora doctor` tells what is well and what is not, and never falls over what is broken."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_trainer import doctor
+from qlora_trainer.doctor import Finding, examine
+
+
+def named(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_every_problem_comes_with_advice(tmp_path: Path) -> None:
+    findings = examine(tmp_path)
+    assert len(named(findings)) == len(findings)
+    for finding in findings:
+        assert finding.detail
+        assert finding.advice or finding.status != "problem", finding
+        assert not (finding.advice and finding.status == "ok"), finding
+
+
+def test_quantisation_is_checked_to_the_bit() -> None:
+    assert named(examine())["NF4 to the bit"].status in ("ok", "note")
+
+
+def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_trainer import quantization
+
+    right = quantization.quantize_weight
+    monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))
+    finding = doctor._nf4()
+    assert finding.status == "problem"
+    assert "other codes" in finding.detail
+
+
+def test_untested_version_is_a_note_and_a_missing_package_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "accelerate":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return {"transformers": "99.0", "torch": doctor.TESTED_VERSIONS["torch"] + "+cu130"}.get(package) or real(
+            package
+        )
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    findings = named(doctor._versions())
+    assert findings["transformers"].status == "note"
+    assert findings["transformers"].detail == f"99.0; tests ran with {doctor.TESTED_VERSIONS['transformers']}"
+    assert findings["accelerate"].status == "problem"
+    assert findings["accelerate"].advice == f"pip install accelerate=={doctor.TESTED_VERSIONS['accelerate']}"
+    assert findings["torch"].status == "ok"
+
+
+def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("qlora_trainer.quantization", "qlora_trainer.model"):
+        monkeypatch.setitem(sys.modules, module, None)
+    findings = named(examine())
+    for name in ("bitsandbytes' library", "NF4 to the bit", "Compute dtype"):
+        assert findings[name].status == "problem"
+
+
+def test_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    (finding,) = doctor._devices()
+    assert finding.status == "problem"
+    assert "CUDA build of torch" in finding.advice
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    (finding,) = doctor._devices()
+    assert finding.status == "note"
+
+
+def test_disk_of_a_directory_that_is_yet_to_be_made_is_its_parents(tmp_path: Path) -> None:
+    finding = doctor._disk("Disk", tmp_path / "a" / "b")
+    assert "GiB free for" in finding.detail
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_is_described_and_ready() -> None:
+    findings = named(examine())
+    assert findings["GPU 0"].status in ("ok", "note")
+    assert torch.cuda.get_device_name(0) in findings["GPU 0"].detail
+    assert findings["bitsandbytes' library"].detail == "loaded, for CUDA"
+    assert findings["NF4 to the bit"].status in ("ok", "note")
+    assert findings["Paged optimizer"].status in ("ok", "note")
