@@ -104,9 +104,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
-    *lines, rest = content.split(b"\n")  # after the last newline comes nothing, or a line cut short
-    del rest
+    *lines, _ = path.read_bytes().split(b"\n")  # after the last newline comes nothing, or a line cut short
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -121,8 +121,13 @@ def test_a_replaced_checkpoint_is_used_until_its_replacement_is_there(tmp_path: 
 def test_all_is_synced_before_the_checkpoint_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     rename = Path.rename
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(f"/proc/self/fd/{fd}").readlink().name))
-    monkeypatch.setattr(Path, "rename", lambda self, to: events.append("rename") or rename(self, to))
+    monkeypatch.setattr(Path, "rename", noted_rename)
     save(tmp_path, 1)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
     assert set(before[:-2]) == FILES - {"manifest.json"}
@@ -237,7 +242,7 @@ def at_operation(number: int, run_dir: Path, act: Callable[[int | None], None]) 
         operation(descriptor)
         operation()
 
-    os.fsync = counted_fsync
+    os.fsync = counted_fsync  # type: ignore[assignment]
     sys.addaudithook(audit)
     return lambda: count >= number
 

@@ -345,11 +345,15 @@ def test_import_prints_nothing_and_restores_the_settings_of_transformers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
-    verbosity = transformers_logging.get_verbosity()
+    usual = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
     seen: list[tuple[str, int, int | None]] = []
-    import_gguf(path, tmp_path / "cache", lambda *step: seen.append(step))
+    try:
+        import_gguf(path, tmp_path / "cache", lambda *step: seen.append(step))
+        assert transformers_logging.get_verbosity() == transformers_logging.INFO
+    finally:
+        transformers_logging.set_verbosity(usual)
     assert capfd.readouterr() == ("", "")
-    assert transformers_logging.get_verbosity() == verbosity
     assert transformers_logging.is_progress_bar_enabled()
     label, done, total = seen[-1]
     assert done == total == sum(weight.size for weight in tiny_weights().values()), label

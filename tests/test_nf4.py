@@ -84,6 +84,11 @@ def test_quantising_awkward_values_gives_the_bits_of_bitsandbytes(name: str) -> 
     assert_same_bits(quantize_nf4(AWKWARD[name]), quantize_with_bitsandbytes(AWKWARD[name])[0])
 
 
+def test_ties_in_a_short_last_block_give_the_bits_of_bitsandbytes() -> None:
+    for row in ties()[:200, :47].split(1):
+        assert_same_bits(quantize_nf4(row), quantize_with_bitsandbytes(row)[0])
+
+
 def test_block_maxima_are_rounded_like_bitsandbytes_at_every_boundary() -> None:
     # Maxima -1 and 1 around the mean fix the scale of a nested block; the others sweep the range between,
     # most finely around zero, where the codes are densest.

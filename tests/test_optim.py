@@ -177,7 +177,7 @@ def test_bitsandbytes_does_not_warn_of_paging_on_a_cpu() -> None:
 class CudaLooking(nn.Parameter):
     """A parameter whose data is on the CPU, but which says that it is on a CUDA device."""
 
-    device = torch.device("cuda", 0)  # type: ignore[assignment]
+    device = torch.device("cuda", 0)
 
 
 def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,9 @@ def random_adapter(model: nn.Module, leaves: set[str]) -> dict[str, Tensor]:
 
 
 def file_config(**fields: Any) -> AdapterFileConfig:
-    return AdapterFileConfig(**{"r": RANK, "lora_alpha": 8.0, "target_modules": ["q_proj", "down_proj"]} | fields)
+    return AdapterFileConfig.model_validate(
+        {"r": RANK, "lora_alpha": 8.0, "target_modules": ["q_proj", "down_proj"]} | fields
+    )
 
 
 def logits(model: Any) -> Tensor:
@@ -98,7 +100,7 @@ def test_peft_loads_our_adapter_silently_and_computes_the_same(
     assert scaling == (4.0 if use_rslora else 2.0)
     for path in paths:
         lora_a, lora_b = (tensors[f"{PREFIX}{path}.lora_{part}.weight"] for part in "AB")
-        by_hand.get_submodule(path).weight.data += scaling * (lora_b @ lora_a)  # type: ignore[operator, union-attr]
+        by_hand.get_submodule(path).weight.data += scaling * (lora_b @ lora_a)
 
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")

@@ -205,6 +205,24 @@ def test_prompt_and_completion_are_tokenised_as_one_text():
     assert tokenizer.decode(prompt) == "The quick"
 
 
+def test_a_token_that_is_half_prompt_and_half_completion_is_learned():
+    tokenizer = tiny_tokenizer("smollm2")
+    (quick,) = tokenizer(" quick").input_ids
+    example = Renderer(tokenizer).render(PromptCompletion("The qu", "ick"))
+    assert example.labels[-2:] == [quick, tokenizer.eos_token_id]
+    assert set(example.labels[:-2]) == {-100}
+
+
+@pytest.mark.parametrize("row", [Document("fox </s>[INST] dog"), PromptCompletion("fox </s>", "[INST] dog")])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_control_tokens_in_plain_text_stay_text(row, kind):
+    tokenizer = tiny_tokenizer("mistral", kind)
+    ids = Renderer(tokenizer).render(row).input_ids
+    control = set(tokenizer.convert_tokens_to_ids(list(FAMILIES["mistral"].control)))
+    assert [token for token in ids if token in control] == [tokenizer.eos_token_id]
+    assert tokenizer.decode(ids).lstrip() == "fox </s>[INST] dog</s>"
+
+
 def test_a_tokenizer_without_template_uses_the_plain_format():
     tokenizer = tiny_tokenizer("llama3", adds_bos=True, template="")
     renderer = Renderer(tokenizer)

@@ -11,7 +11,17 @@ import pytest
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.report import MetricsLog, RunLog, TensorBoardLog, read_metrics
 from qlora_trainer.report_page import Sample, write_report
-from qlora_trainer.report_plot import Line, draw_plot, in_words, nice_ticks, smooth, thin
+from qlora_trainer.report_plot import (
+    HEIGHT,
+    MARGIN_BOTTOM,
+    MARGIN_TOP,
+    Line,
+    draw_plot,
+    in_words,
+    nice_ticks,
+    smooth,
+    thin,
+)
 
 
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
@@ -123,7 +133,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("script", "style"):
-            self.text += data
+            self.text += data + "\n"
 
 
 def page_of(tmp_path: Path, metrics: list[dict], samples: list[Sample] | None = None, **other: object) -> Page:
@@ -159,7 +169,7 @@ def test_page_has_every_curve_and_says_the_last_values(tmp_path: Path) -> None:
     for name in ("Loss", "Learning rate", "Gradient norm", "Speed", "Peak memory", "GiB", "Two rows were cut."):
         assert name in page.text
     assert "held-out loss 0.125" in page.text
-    assert "last 2" in page.text  # of 2**31 bytes, in GiB
+    assert "\nlast 2\n" in page.text  # of 2**31 bytes, in GiB
     assert page.elements.count("svg") == 5
 
 
@@ -229,6 +239,7 @@ def test_curve_lies_where_its_axes_say() -> None:
     }
     notches = dict(re.findall(r'<line class="notch" x1="([\d.]+)"[^>]*/><text[^>]*>([^<]*)<', svg))
     at = {text: float(x) for x, text in notches.items()}
+    assert (grid["0"], grid["10"]) == (HEIGHT - MARGIN_BOTTOM, MARGIN_TOP)
     assert [float(number) for number in ends.groups()] == [at["0"], grid["0"], at["10"], grid["10"]]
 
 

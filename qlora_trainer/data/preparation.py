@@ -80,7 +80,7 @@ class PreparationReport:
 
 @dataclass(frozen=True)
 class Prepared:
-    """`key` names the prepared content: equal keys, equal examples."""
+    """`key` is a hash of the examples of both sets, in order: equal keys, equal tokens and labels."""
 
     train: ExampleSet
     heldout: ExampleSet
@@ -123,8 +123,7 @@ def prepare(
     max_length = min(config.max_length, max_positions or config.max_length)
     renderer = Renderer(tokenizer, config.learn, max_length, config.too_long)
     inputs = _inputs(config)
-    key = _key(inputs, config, max_length, tokenizer)
-    directory = cache_dir / key
+    directory = cache_dir / _cache_key(inputs, config, max_length, tokenizer)
     store, cached = _existing(directory), True
     if store is None:
         cached = False
@@ -149,6 +148,7 @@ def prepare(
         notices=notices + _source_notices(sources),
         cached=cached,
     )
+    key = hashlib.sha256(train.digests.tobytes() + b"held out" + heldout.digests.tobytes()).hexdigest()[:32]
     return Prepared(train, heldout, report, key)
 
 
@@ -169,7 +169,7 @@ def _inputs(config: DataConfig) -> list[_Input]:
     ]
 
 
-def _key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenizer: Tokenizer) -> str:
+def _cache_key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenizer: Tokenizer) -> str:
     parts = {
         "version": PREPARATION_VERSION,
         "tokenizers": tokenizers.__version__,

@@ -28,7 +28,7 @@ _ARRAYS: dict[str, type] = {
     "learned": np.bool_,  # (N,)
     "bounds": np.int64,  # (E + 1,) where each example begins in tokens, and the last ends
     "learned_counts": np.int64,  # (E,) labels that carry loss
-    "digests": np.uint64,  # (E,) of the token ids, to find duplicates
+    "digests": np.uint64,  # (E,) of the token ids and labels, to find duplicates
     "units": np.int64,  # (E,) which row of the files it came from; a document gives several examples
     "for_heldout": np.bool_,  # (E,) from a held-out file
     "row_bounds": np.int64,  # (E + 1,) bytes in rows.jsonl
@@ -92,7 +92,7 @@ class ExampleSet:
 
     @property
     def digests(self) -> np.ndarray:
-        """A hash of each example's tokens, (len,) uint64."""
+        """A hash of each example's tokens and labels, (len,) uint64."""
         return self._store.arrays["digests"][self._indices]
 
     def row(self, index: int) -> Row:
@@ -119,10 +119,11 @@ class StoreWriter:
         self._tokens += len(example.input_ids)
         self._rows.write(json.dumps({"where": where, "row": row_to_json(row)}, ensure_ascii=False).encode() + b"\n")
         ids = np.asarray(example.input_ids, dtype=np.int32)
-        digest = hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+        learned = np.asarray(example.labels) != IGNORED_LABEL
+        digest = hashlib.blake2b(ids.tobytes() + learned.tobytes(), digest_size=8).digest()
         values: dict[str, Any] = {
             "tokens": ids,
-            "learned": np.asarray(example.labels) != IGNORED_LABEL,
+            "learned": learned,
             "bounds": [self._tokens],
             "learned_counts": [example.learned_tokens],
             "digests": [int.from_bytes(digest, "little")],

@@ -232,7 +232,8 @@ def _nonce(messages: Sequence[Message]) -> str:
 
 def _match(text: str, start: int, content: str, after: str) -> int | None:
     """The end of `content` at `start`, as written or as trimmed by the template, where `after` comes next."""
-    for candidate in (content, content.strip(), content.rstrip(), content.lstrip()):
+    trimmed = (content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"), content.lstrip("\n"))
+    for candidate in (content, *trimmed):
         end = start + len(candidate)
         if text.startswith(candidate, start) and text.startswith(after, end):
             return end

