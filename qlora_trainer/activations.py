@@ -30,4 +30,6 @@ def apply_policy(model: Any, policy: Policy) -> None:
         raise ModelError(
             f"{type(model).__name__} cannot recompute its layers' activations; set training.activations=keep."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": True}
+    )

@@ -11,7 +11,26 @@ from tiny_models import make_model_directory
 
 from qlora_trainer.config import RunConfig, make_config
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "good", "wizards", "mix", "black", "quartz", "and", "vinegar"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "good",
+    "wizards",
+    "mix",
+    "black",
+    "quartz",
+    "and",
+    "vinegar",
+]
 
 
 @pytest.fixture(scope="session")

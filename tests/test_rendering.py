@@ -1,11 +1,14 @@
 import importlib.util
+import json
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.data.files import read_records
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, parse_record
@@ -113,10 +116,16 @@ def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
     assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
 
 
-def test_a_template_that_hides_the_answer_is_refused():
-    hiding = (
-        "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}"
-    )
+@pytest.mark.parametrize(
+    "hiding",
+    [
+        "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}",
+        "{{ messages | length }}{% for m in messages %}{{ m.content | length ~ m.content ~ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}",
+    ],
+    ids=["answer rewritten", "beginning depends on the end"],
+)
+def test_a_template_that_hides_the_answer_is_refused(hiding):
     with pytest.raises(DataError, match=r"rows.jsonl, line 3.*hides where the last answer stands"):
         Renderer(tiny_tokenizer("smollm2", template=hiding)).render(chat("a", "b"), "rows.jsonl, line 3")
 
@@ -221,6 +230,20 @@ def test_control_tokens_in_plain_text_stay_text(row, kind):
     control = set(tokenizer.convert_tokens_to_ids(list(FAMILIES["mistral"].control)))
     assert [token for token in ids if token in control] == [tokenizer.eos_token_id]
     assert tokenizer.decode(ids).lstrip() == "fox </s>[INST] dog</s>"
+
+
+def test_a_header_that_swallows_an_answers_first_blanks_is_not_learned():
+    definition = json.loads(tiny_tokenizer("phi3").backend_tokenizer.to_str())
+    for token in definition["added_tokens"]:
+        token["rstrip"] = True  # as Phi-3's are
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(definition)),
+        eos_token="<|endoftext|>",
+        chat_template=tiny_tokenizer("phi3").chat_template,
+    )
+    for question in ("a", "spelled <|user|>"):
+        example = Renderer(tokenizer).render(chat(question, "\n dog"))
+        assert learned_texts(tokenizer, example) == ["dog<|end|>"]
 
 
 def test_a_tokenizer_without_template_uses_the_plain_format():

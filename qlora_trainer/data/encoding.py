@@ -76,6 +76,7 @@ class Encoder:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.control_tokens = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
         self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        self._control_ids = np.array([tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens])
         self.bos_ids = self._leading_ids()
         self._escaping: _EscapingTokenizer | None = None
 
@@ -96,7 +97,7 @@ class Encoder:
                 verbose=False,
             )
             for index, ids, offsets in zip(plain, batch["input_ids"], batch["offset_mapping"], strict=True):
-                results[index] = Encoded(ids, _learned_flags(texts[index], offsets))
+                results[index] = Encoded(ids, _learned_flags(texts[index], offsets, np.isin(ids, self._control_ids)))
         for index, text in enumerate(texts):
             if index not in results:
                 results[index] = self._escaping_tokenizer(text).encode(text)
@@ -163,7 +164,7 @@ class _EscapingTokenizer:
         if found > wanted:
             spelled = next(stretch.text for stretch in text if stretch.ordinary)
             raise DataError(f"This tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
-        return Encoded(ids, _learned_flags(renamed, encoding.offsets))
+        return Encoded(ids, _learned_flags(renamed, encoding.offsets, np.isin(ids, list(self.control_ids))))
 
     def _renamed(self, stretch: Stretch) -> Stretch:
         return Stretch(
@@ -182,13 +183,22 @@ def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stret
         yield Stretch(text[position:], learned)
 
 
-def _learned_flags(text: Iterable[Stretch], offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """One flag a token. Whitespace that a tokenizer trims from its offsets counts to the token after it."""
+def _learned_flags(
+    text: Iterable[Stretch],
+    offsets: Sequence[tuple[int, int]],
+    control: np.ndarray,  # (tokens,) bool
+) -> list[bool]:
+    """One flag a token: is any of its characters learned? Of a control token the first: some swallow blanks after them.
+
+    Whitespace that a tokenizer trims from its offsets counts to the token after it.
+    """
     if not offsets:
         return []
     learned = np.concatenate([np.full(len(stretch.text), stretch.learned) for stretch in text])
     before = np.concatenate([[0], np.cumsum(learned)])
     bounds = np.asarray(offsets)
-    starts, ends = bounds[:, 0].copy(), bounds[:, 1]
+    starts, ends = bounds[:, 0].copy(), bounds[:, 1].copy()
     starts[1:] = np.minimum(starts[1:], ends[:-1])
+    starts[control] = bounds[control, 0]
+    ends[control] = starts[control] + 1
     return (before[ends] - before[starts] > 0).tolist()

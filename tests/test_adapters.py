@@ -1,0 +1,167 @@
+"""Promises of the adapters: the formula, what trains, what is targeted, and agreement with PEFT."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from torch import nn
+
+from qlora_trainer.adapters.delta import fold_lora, lora_delta, lora_scaling
+from qlora_trainer.adapters.inject import (
+    adapter_state_dict,
+    add_adapters,
+    check_trainable,
+    find_targets,
+    load_adapter_state,
+    trainable_parameters,
+)
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.config import AdapterConfig, ModelConfig
+from qlora_trainer.errors import AdapterError
+from qlora_trainer.model import load_base_model
+
+Models = Callable[[str], Path]
+
+
+def base_model(directory: Path) -> Any:
+    return load_base_model(directory, ModelConfig(name=str(directory))).model
+
+
+def randomise(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_scaling_is_alpha_over_rank_or_its_root() -> None:
+    assert lora_scaling(16, 32.0, use_rslora=False) == 2.0
+    assert lora_scaling(16, 32.0, use_rslora=True) == 8.0
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_layer_is_the_folded_weight(use_rslora: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 80)
+    layer = LoRALinear(linear, rank=6, alpha=9.0, use_rslora=use_rslora)
+    with torch.no_grad():
+        layer.lora_A.weight.normal_()
+        layer.lora_B.weight.normal_()
+    x = torch.randn(7, 96, dtype=torch.float64)
+    A, B, W = (w.detach().double() for w in (layer.lora_A.weight, layer.lora_B.weight, linear.weight))
+    scaling = lora_scaling(6, 9.0, use_rslora)
+    expected = x @ (W + scaling * B @ A).T + linear.bias.double()
+    assert torch.allclose(layer(x.float()).double(), expected, rtol=1e-5, atol=1e-4)
+    folded = fold_lora(linear.weight.detach(), layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), scaling)
+    assert torch.allclose(folded.double(), W + scaling * B @ A, atol=1e-5)
+    assert torch.equal(folded - lora_delta(A, B, scaling), folded - scaling * (B.float() @ A.float()))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_fresh_adapter_changes_nothing(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        add_adapters(model, AdapterConfig(rank=4), seed=0)
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    paths = add_adapters(model, AdapterConfig(rank=4), seed=0)
+    ends = {path.rsplit(".", 1)[-1] for path in paths}
+    separate = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert ends == (fused if family == "phi3" else separate)
+    assert len(paths) == 2 * len(ends)
+    assert not any("lm_head" in path or "embed" in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("family", "bias", "count"),
+    [("llama", "none", 0), ("qwen2", "none", 0), ("qwen2", "lora_only", 6), ("qwen2", "all", 6)],
+)
+def test_only_adapters_and_the_biases_named_train(family: str, bias: str, count: int, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    paths = add_adapters(model, AdapterConfig(rank=4, bias=bias), seed=0)
+    names = [name for name, _ in trainable_parameters(model)]
+    assert sum(name.endswith(".bias") for name in names) == count
+    assert len(names) == 2 * len(paths) + count
+    assert all(parameter.dtype == torch.float32 for _, parameter in trainable_parameters(model))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match="must be frozen"):
+        check_trainable(model)
+
+
+def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Models) -> None:
+    model = base_model(tiny_models("qwen2"))
+    add_adapters(model, AdapterConfig(rank=4, bias="lora_only", targets=["q_proj"]), seed=0)
+    biases = [name for name, _ in trainable_parameters(model) if name.endswith("bias")]
+    assert biases == [f"base_model.model.model.layers.{i}.self_attn.q_proj.base_layer.bias" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "message"),
+    [
+        (
+            "phi3",
+            ["q_proj", "down_proj"],
+            r"names q_proj, which .* There are: down_proj, gate_up_proj, o_proj, qkv_proj",
+        ),
+        ("llama", ["q_proj", "lm_head"], "names lm_head.*output head are not adapted"),
+        ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
+        ("llama", ["proj"], "names proj, which"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_told_with_what_exists(
+    family: str, targets: list[str], message: str, tiny_models: Models
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        find_targets(base_model(tiny_models(family)), targets)
+
+
+def test_targets_match_whole_names_only(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    assert find_targets(model, ["self_attn.q_proj"]) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert find_targets(model, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_adapters_start_the_same_from_the_same_seed(tiny_models: Models) -> None:
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        model = base_model(tiny_models("llama"))
+        torch.manual_seed(seed + 77)  # the global generator does not matter
+        add_adapters(model, AdapterConfig(rank=4), seed)
+        return adapter_state_dict(model)
+
+    one, same, other = initial(1), initial(1), initial(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapter_state_round_trips_and_takes_nothing_else(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    add_adapters(model, AdapterConfig(rank=4), seed=0)
+    randomise(model)
+    state = adapter_state_dict(model)
+    add_again = base_model(tiny_models("llama"))
+    add_adapters(add_again, AdapterConfig(rank=4), seed=5)
+    load_adapter_state(add_again, state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in adapter_state_dict(add_again).items())
+
+    name = next(iter(state))
+    spoilt = {
+        "1 tensor\\(s\\) missing": {k: v for k, v in state.items() if k != name},
+        "no place for, such as lm_head.weight": {**state, "lm_head.weight": torch.zeros(1)},
+        "has shape": {**state, name: state[name][:2]},
+        "not finite": {**state, name: torch.full_like(state[name], float("nan"))},
+    }
+    before = adapter_state_dict(add_again)
+    for message, tensors in spoilt.items():
+        with pytest.raises(AdapterError, match=message):
+            load_adapter_state(add_again, tensors)
+    assert all(torch.equal(before[key], tensor) for key, tensor in adapter_state_dict(add_again).items())

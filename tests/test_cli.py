@@ -1,0 +1,223 @@
+"""The command line's promises: the whole way works as typed, and every mistake is one letter and exit code 2."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_trainer import cli
+from qlora_trainer.config import RunConfig, save_config
+
+Config = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def qlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, " ".join(printed.err.split())
+
+    return run
+
+
+@pytest.fixture
+def config_file(tiny_config: Config, tmp_path: Path) -> Path:
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    return tmp_path / "config.yaml"
+
+
+def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, told = qlora("train", config_file, "training.max_steps=4")
+    assert code == 0, told
+    assert "held-out loss" in told
+    assert f"qlora merge {run}" in told.replace("\n", "")
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "https://" not in page.replace("https://www.w3.org", "")
+    assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "adapter", "checkpoints"}
+    samples = json.loads((run / "samples.json").read_text())
+    assert len(samples) == 2
+    assert all(sample["before"] is not None and sample["after"] is not None for sample in samples)
+
+    code, out, _ = qlora("evaluate", run, "--answers", 2, "--json")
+    assert code == 0
+    assert json.loads(out).keys() == {
+        "heldout_loss", "perplexity", "rows", "label_tokens", "exact_match", "answered"
+    }  # fmt: skip
+    code, out, _ = qlora("generate", run, "--prompt", "the quick brown fox", "--max-new-tokens", 5)
+    assert code == 0
+    assert out.endswith("\n")
+    code, out, _ = qlora("merge", run, "--output", tmp_path / "merged", "--json")
+    assert code == 0
+    assert json.loads(out)["report"]["verification"]["difference"]["kl"] < 1e-5
+    code, _, told = qlora("resume", run)
+    assert code == 0
+    assert "step 4 of 4" in told
+
+
+def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
+    qlora: Callable, config_file: Path, tiny_llama: Path
+) -> None:
+    code, _, told = qlora("inspect", config_file, "--rows", 1)
+    assert code == 0
+    assert "rows read" in told
+    assert "row 0," in told
+    assert "<|im_start|>user" in told
+    code, out, _ = qlora("inspect", config_file, "--json")
+    report = json.loads(out)
+    assert report["train"]["examples"] + report["heldout"]["examples"] == 20
+    code, _, told = qlora("inspect", config_file, "--row", 99)
+    assert code == 2
+    assert "no training row 99" in told
+
+
+def test_doctor_answers(qlora: Callable) -> None:
+    code, out, _ = qlora("doctor", "--json")
+    assert code in (0, 1)
+    assert {"name", "status", "detail", "advice"} == json.loads(out)[0].keys()
+
+
+def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]]:
+    """Name -> (arguments, what the letter must say)."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}\n')
+    missing_field = tmp_path / "fields.jsonl"
+    missing_field.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    masked = tmp_path / "masked.jsonl"
+    masked.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}\n' * 3)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("")
+    no_model = tmp_path / "no-model"
+    no_model.mkdir()
+    return {
+        "missing config": (["train", tmp_path / "none.yaml"], "no config file"),
+        "misspelt key": (["train", config, "adapter.rnak=3"], "did you mean adapter.rank"),
+        "wrong type": (["train", config, "adapter.rank=three"], "adapter.rank"),
+        "missing data": (["train", config, f"data.train={tmp_path / 'no.jsonl'}"], "no.jsonl"),
+        "broken row": (["train", config, f"data.train={broken}"], "broken.jsonl, line 2"),
+        "row without a field": (["train", config, f"data.train={missing_field}"], "fields.jsonl, line 2"),
+        "rows empty after masking": (["train", config, f"data.train={masked}"], "none of the 3 rows"),
+        "unreadable model": (["train", config, f"model.name={no_model}"], "no config.json"),
+        "missing model": (["train", config, f"model.name={tmp_path / 'nowhere'}"], "no model at"),
+        "targets that match nothing": (["train", config, "adapter.targets=[query]"], "There are: down_proj"),
+        "taken output": (["train", config, f"training.output_dir={taken}"], "not empty"),
+        "no run directory": (["resume", taken], "no config.yaml"),
+        "run without checkpoint": (["evaluate", tmp_path / "nowhere"], "no config.yaml"),
+        "no cuda": (["train", config, "model.device=cuda"], "no CUDA device"),
+    }
+
+
+MISTAKES = """missing config, misspelt key, wrong type, missing data, broken row, row without a field, rows empty after
+masking, unreadable model, missing model, targets that match nothing, taken output, no run directory, run without
+checkpoint, no cuda"""
+
+
+@pytest.mark.parametrize("name", " ".join(MISTAKES.split()).split(", "))
+def test_a_mistake_is_one_letter_and_exit_code_2(qlora: Callable, config_file: Path, tmp_path: Path, name: str) -> None:
+    arguments, message = mistakes(tmp_path, config_file)[name]
+    code, out, told = qlora(*arguments)
+    assert code == 2
+    assert message in told
+    assert told.count("error ") == 1
+    assert "Traceback" not in told
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_a_letter_and_leaves_the_last_checkpoint(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_trainer import checkpoint
+
+    right, calls = checkpoint.save_file, []
+
+    def full(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, _, told = qlora("train", config_file)
+    assert code == 2
+    assert "step 8 could not be written" in told
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    monkeypatch.setattr(checkpoint, "save_file", right)
+    code, _, told = qlora("resume", tmp_path / "run")
+    assert code == 0, told
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_running_out_of_memory_is_a_letter(
+    qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from qlora_trainer import runs
+
+    def raise_it(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, "train", raise_it)
+    code, _, told = qlora("train", config_file)
+    assert code == 2
+    assert "Memory ran out" in told
+    assert "training.activations=recompute" in told
+
+
+def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None:
+    code = (
+        "import sys; from qlora_trainer import cli, config\n"
+        "config.load_config = lambda *a: 1 / 0\n"
+        f"sys.argv = ['qlora', 'train', {str(config_file)!r}]\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["", "train", "resume", "evaluate", "generate", "merge", "inspect", "doctor", "demo"]
+)
+def test_every_command_explains_itself(qlora: Callable, command: str) -> None:
+    code, out, _ = qlora(*command.split(), "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = "import sys, qlora_trainer.cli; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_demos_config_is_the_shipped_one() -> None:
+    from qlora_trainer.demo import demo_settings
+
+    shipped = yaml.safe_load((Path(__file__).parents[1] / "configs" / "demo.yaml").read_text())
+    used = demo_settings("m", Path("demo-run/data"), Path("x"))
+    shipped["model"]["name"], shipped["training"]["output_dir"] = "m", used["training"]["output_dir"]
+    assert shipped == used

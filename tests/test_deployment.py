@@ -1,0 +1,182 @@
+"""Promises of the merge command: the base is chosen by measurement, and what is written answers as trained."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_trainer import merging
+from qlora_trainer.config import RunConfig
+from qlora_trainer.data.packing import Example, make_packs
+from qlora_trainer.data.rendering import Renderer
+from qlora_trainer.deployment import merge_run
+from qlora_trainer.errors import CheckpointError, MergeError, OutputExistsError
+from qlora_trainer.evaluation import answer_questions, questions
+from qlora_trainer.forward import logits
+from qlora_trainer.run_directory import prepare_data
+from qlora_trainer.runs import start_run
+from qlora_trainer.trained import evaluate_trained, open_trained
+
+Config = Callable[..., RunConfig]
+
+
+def quiet(record: dict[str, Any]) -> None:
+    """A display that shows nothing."""
+
+
+@pytest.fixture
+def run_dir(tiny_config: Config) -> Path:
+    """A run trained hard enough that its adapter matters."""
+    run = start_run(tiny_config(optimizer={"learning_rate": 2e-2}))
+    assert run.train(quiet)
+    return run.directory
+
+
+def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_dir: Path, tmp_path: Path) -> None:
+    done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
+    assert done.report.verification is not None
+    assert done.report.verification.difference.kl < 1e-5
+    assert done.report.folded == 14
+
+    trained = open_trained(run_dir)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory)
+    asked = questions(Renderer(trained.tokenizer), prepared.heldout)
+    theirs = answer_questions(model, tokenizer, asked, max_new_tokens=12)
+    ours = answer_questions(trained.base.model, trained.tokenizer, asked, max_new_tokens=12)
+    assert [a.answer for a in theirs] == [a.answer for a in ours]
+    row = prepared.heldout[0].input_ids
+    with torch.no_grad():
+        plain = model(torch.tensor([row])).logits
+        pack = make_packs([Example(row, row)], 1000, packing=True)[0]
+        expected = logits(trained.base.model, pack)
+    assert float((plain - expected).norm() / expected.norm()) < 3e-3
+
+
+def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: Path) -> None:
+    done = merge_run(run_dir, tmp_path / "merged")
+    losses = done.choice.heldout_loss
+    assert losses.keys() == {"dequantized", "original"}
+    assert done.choice.base == min(losses, key=lambda name: losses[name])
+    assert losses["dequantized"] == pytest.approx(evaluate_trained(open_trained(run_dir))["heldout_loss"], rel=1e-6)
+    record = json.loads((tmp_path / "merged" / "qlora_merge.json").read_text())
+    assert record["base"] == done.choice.base
+    assert record["base_choice"]["heldout_loss"] == losses
+
+
+def test_the_original_base_is_verified_against_itself_and_its_difference_reported(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    done = merge_run(run_dir, tmp_path / "merged", base="original")
+    assert done.report.base == "original"
+    assert done.report.verification is not None
+    assert done.report.verification.difference.kl < 1e-5
+    assert done.difference_from_trained is not None
+    assert done.difference_from_trained.kl > 10 * done.report.verification.difference.kl
+
+
+def test_without_held_out_rows_the_dequantised_base_is_taken_and_told(tiny_config: Config, tmp_path: Path) -> None:
+    run = start_run(tiny_config(data={"heldout": 0.0}))
+    run.train(quiet)
+    done = merge_run(run.directory, tmp_path / "merged")
+    assert done.choice.base == "dequantized"
+    assert "no held-out rows" in done.notices[0]
+
+
+def test_a_merge_works_where_the_data_is_gone(run_dir: Path, rows: Path, tmp_path: Path) -> None:
+    rows.unlink()
+    done = merge_run(run_dir, tmp_path / "merged")
+    assert done.choice.base == "dequantized"
+    assert "data could not be read" in done.notices[0]
+    assert done.report.verification is not None
+
+
+def test_one_spoilt_tensor_is_caught_and_nothing_is_left(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spoilt value is finite and of the right shape: only the comparison of answers can see it."""
+    right = merging.verify_files
+
+    def spoil(directory: Path, *args: Any) -> None:
+        path = directory / "model.safetensors"
+        tensors = load_file(path)
+        weight = tensors["model.layers.1.self_attn.v_proj.weight"]
+        weight[3] = -weight[3]
+        save_file(tensors, path, metadata={"format": "pt"})
+        right(directory, *args)
+
+    monkeypatch.setattr(merging, "verify_files", spoil)
+    with pytest.raises(MergeError, match="does not answer as the trained one"):
+        merge_run(run_dir, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
+
+
+def test_an_output_that_is_taken_is_left_alone(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        merge_run(run_dir, tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
+
+
+def test_an_adapter_is_refused_on_another_base(tiny_config: Config, tmp_path: Path) -> None:
+    from tiny_models import make_model_directory
+
+    own = make_model_directory(tmp_path / "own")
+    run = start_run(tiny_config(model={"name": str(own)}))
+    run.train(quiet)
+    (own / "model.safetensors").unlink()
+    make_model_directory(own, seed=9)
+    with pytest.raises(CheckpointError, match="not the one this adapter was trained on"):
+        merge_run(run.directory, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_every_family_trains_resumes_and_merges(
+    family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from qlora_trainer.runs import resume_run
+
+    changes = {"model": {"name": str(tiny_models(family))}, "training": {"max_steps": 3}}
+    whole = start_run(tiny_config("whole", **changes))
+    assert whole.train(quiet)
+    parts = start_run(tiny_config("parts", **changes))
+    parts.train(quiet, stop_after=1)
+    assert resume_run(parts.directory).train(quiet)
+    adapters = [load_file(run.directory / "adapter" / "adapter_model.safetensors") for run in (whole, parts)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    done = merge_run(parts.directory, tmp_path / "merged", base="dequantized")
+    assert done.report.verification is not None
+    assert done.report.verification.difference.kl < 1e-5
+
+
+def test_a_prequantised_base_merges_without_its_originals(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from test_quantization import prequantized
+
+    base = prequantized(tiny_llama, tmp_path / "nf4")
+    run = start_run(tiny_config(model={"name": str(base)}))
+    run.train(quiet)
+    done = merge_run(run.directory, tmp_path / "merged")
+    assert done.choice.base == "dequantized"
+    with pytest.raises(MergeError, match="prequantised"):
+        merge_run(run.directory, tmp_path / "other", base="original")
+
+
+def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
+    trained = open_trained(run_dir)
+    result = evaluate_trained(trained, answers=-1)
+    assert result["answered"] == result["rows"] == 4
+    assert 0.0 <= result["exact_match"] <= 1.0
+    assert result["perplexity"] == pytest.approx(torch.tensor(result["heldout_loss"]).exp().item(), rel=1e-6)
