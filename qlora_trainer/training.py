@@ -30,6 +30,7 @@ from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, l
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 5
+MOST_SKIPPED_WITH_SCALING = 16  # each halves the loss scale, which starts at 2^16
 
 
 @dataclasses.dataclass
@@ -204,7 +205,8 @@ def measure_heldout(state: TrainState, heldout: ExampleSet) -> float:
 
 def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
     """TrainingError after several steps in a row without a finite gradient."""
-    if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+    most = MOST_SKIPPED_WITH_SCALING if state.grad_scale.enabled else MOST_SKIPPED_IN_A_ROW
+    if state.skipped_in_a_row >= most:
         raise TrainingError(
             f"The gradient was not finite in {state.skipped_in_a_row} steps in a row (step {state.step}, loss "
             f"{metrics['loss']}); nothing was updated in them. Lower optimizer.learning_rate, or compute in bfloat16 "

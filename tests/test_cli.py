@@ -95,7 +95,7 @@ def test_doctor_answers(qlora: Callable) -> None:
 def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]]:
     """Name -> (arguments, what the letter must say)."""
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}\n')
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
     missing_field = tmp_path / "fields.jsonl"
     missing_field.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     masked = tmp_path / "masked.jsonl"

@@ -234,8 +234,10 @@ def test_all_problems_of_a_config_are_told_at_once(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
-def test_neutral_values_of_unsupported_keys_are_accepted(tmp_path: Path) -> None:
+def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     write_raw(tmp_path, small_adapter(), use_dora=False, rank_pattern={}, modules_to_save=None, a_future_key=None)
+    assert read_adapter(tmp_path).config.r == RANK
+    write_raw(tmp_path, small_adapter(), exclude_modules="lm_head", layers_to_transform=[0], layers_pattern="layers")
     assert read_adapter(tmp_path).config.r == RANK
 
 

@@ -1,0 +1,1 @@
+"""What the project claims, one command each, beside its peers in the same run."""
