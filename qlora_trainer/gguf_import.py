@@ -307,3 +307,14 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
+
+
+def import_notices(directory: Path) -> list[str]:
+    """What an imported checkpoint leaves out of its GGUF file, for people; empty for any other directory."""
+    record = directory / IMPORT_RECORD
+    if not record.is_file():
+        return []
+    unused = json.loads(record.read_text(encoding="utf-8"))["unused_tensors"]
+    if not unused:
+        return []
+    return [f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {', '.join(unused[:3])}."]

@@ -24,6 +24,7 @@ from qlora_trainer.directories import disk_errors, refuse_existing
 from qlora_trainer.errors import AdapterError, CheckpointError
 from qlora_trainer.evaluation import answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
+from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
@@ -231,7 +232,7 @@ def _assemble(config: RunConfig, directory: Path, progress: Progress) -> Run:
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     apply_policy(base.model, choose_policy(config.training.activations, base.device))
     state = build_state(base.model, config, prepared.train, base.compute_dtype)
-    notices = [*prepared.report.notices, *state.forward.notices]
+    notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
     if base.device.type == "cuda":
         notices.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "

@@ -130,3 +130,12 @@ def test_every_shipped_config_is_valid() -> None:
     assert shipped
     for path in shipped:
         load_config(path)
+
+
+def test_the_configs_readme_explains_every_key_as_it_is() -> None:
+    """One table row a field, with its description word for word."""
+    text = (Path(__file__).parents[1] / "configs" / "README.md").read_text()
+    for section, info in RunConfig.model_fields.items():
+        for name, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{section}.{name}` |")]
+            assert row.endswith(f"| {field.description} |")

@@ -1,0 +1,80 @@
+"""The whole job on real rows: train, stop half way, resume, merge, reload in plain transformers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.data.rendering import Renderer
+from qlora_trainer.demo import packaged_model
+from qlora_trainer.deployment import merge_run
+from qlora_trainer.errors import FileMissingError
+from qlora_trainer.evaluation import answer_questions, questions
+from qlora_trainer.report import read_metrics
+from qlora_trainer.runs import resume_run, start_run
+
+
+def quiet(record: dict[str, Any]) -> None:
+    """A display that shows nothing."""
+
+
+def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
+    run = start_run(config)
+    half = run.state.total_steps // 2
+    assert not run.train(quiet, stop_after=half)
+    run.release()
+    run = resume_run(run.directory)
+    assert run.state.step == half
+    assert run.train(quiet)
+    assert len(read_metrics(run.directory / "metrics.jsonl")) == run.state.total_steps
+
+    done = merge_run(run.directory, output)
+    assert done.report.verification is not None
+    assert done.report.verification.difference.kl < 1e-5
+    assert done.choice.heldout_loss.keys() == {"dequantized", "original"}
+
+    merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    asked = questions(Renderer(run.tokenizer), run.prepared.heldout, 2)
+    theirs = answer_questions(merged, tokenizer, asked, max_new_tokens=8)
+    if done.choice.base == "dequantized":
+        ours = answer_questions(run.base.model, run.tokenizer, asked, max_new_tokens=8)
+        assert [answer.answer for answer in theirs] == [answer.answer for answer in ours]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [("alpaca_en_demo", "alpaca_en_demo.json"), ("fastchat_dummy", "dummy_conversation.json")],
+)
+def test_two_hundred_real_rows_from_start_to_merged_model(
+    folder: str, file: str, shared_data: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    rows = json.loads((shared_data / folder / file).read_text())[:200]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = tiny_config(
+        data={"train": str(tmp_path / "rows.json"), "heldout": 0.05, "max_length": 256},
+        training={"batch_size": 16, "max_steps": 6, "save_every": 3, "evaluate_every": 3},
+    )
+    train_stop_resume_merge_reload(config, tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_a_real_small_model_from_gguf_to_merged_model(rows: Path, tmp_path: Path) -> None:
+    try:
+        model = packaged_model()
+    except FileMissingError as error:
+        pytest.skip(str(error))
+    config = make_config(
+        {
+            "model": {"name": model, "device": "cpu"},
+            "data": {"train": str(rows), "heldout": 0.2, "max_length": 128},
+            "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2},
+            "evaluation": {"samples": 0},
+        }
+    )
+    train_stop_resume_merge_reload(config, tmp_path / "merged")
