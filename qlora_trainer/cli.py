@@ -302,7 +302,7 @@ def _memory_advice(error: BaseException) -> str:
     return str(
         InsufficientMemoryError(
             f"Memory ran out: {first} Nothing saved was lost. Lower data.max_length or training.micro_batch_tokens, "
-            "set training.activations=recompute, or choose a smaller base; then `qlora resume`, if there is a checkpoint."
+            "set training.activations=recompute, or choose a smaller base; with a checkpoint, `qlora resume` goes on."
         )
     )
 

@@ -120,10 +120,12 @@ def test_a_package_called_kernels_is_neither_shadowed_nor_run(tmp_path: Path) ->
     stub.mkdir()
     (stub / "__init__.py").write_text(
         "__version__ = '0.18.5'\n"
+        "def get_kernel(*args, **kwargs):\n"
+        "    raise SystemExit('a kernel was fetched')\n"
         "def __getattr__(name):\n"
-        "    if name == 'get_kernel':\n"
-        "        raise SystemExit('a kernel was asked for')\n"
-        "    return lambda *a, **k: (lambda f: f)\n"
+        "    if name.startswith('__'):\n"
+        "        raise AttributeError(name)\n"
+        "    return lambda *args, **kwargs: (lambda wrapped: wrapped)\n"
     )
     info = tmp_path / "kernels-0.18.5.dist-info"
     info.mkdir()
