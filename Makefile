@@ -11,7 +11,7 @@ demo: .venv/.demo
 	.venv/bin/qlora demo
 
 test: .venv/.dev .venv/.demo
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2
 
 # What a check before committing runs.
 check: .venv/.dev

@@ -118,7 +118,7 @@ def verify_merge(
     with torch.no_grad():
         difference = compare_logits(reference(), merged())
     limit = math.inf if kl_bound is None else kl_bound
-    if not (math.isfinite(difference.relative_error) and difference.kl <= limit):
+    if not math.isfinite(difference.kl) or difference.kl > limit:
         raise MergeError(
             f"The merged model does not answer as the trained one: KL {difference.kl:.2e} (at most {limit:.0e}), "
             f"relative error {difference.relative_error:.2e}, same first choice for {difference.top1_agreement:.1%} of "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import make_model_directory
 
 from qlora_trainer.config import RunConfig, make_config
@@ -31,6 +32,8 @@ WORDS = [
     "and",
     "vinegar",
 ]
+
+torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other are slower than none
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,10 @@ def test_columns_are_renamed_and_the_renamed_ones_decide_the_format():
     assert parse({"query": "q", "reply": "a"}, columns={"question": "query", "answer": "reply"}) == Conversation(ASKED)
     record = {"text": "t", "a": "p", "b": "c"}
     assert parse(record, columns={"prompt": "a", "completion": "b"}) == PromptCompletion("p", "c")
+    both = {"messages": [], "q": "q", "r": "a"}
+    assert parse(both, columns={"question": "q", "answer": "r"}) == Conversation(ASKED)
+    moved = {"input": "q", "output": "a"}
+    assert parse(moved, columns={"instruction": "input", "output": "output"}) == Conversation(ASKED)
     swapped = {"prompt": "c", "completion": "p"}
     assert parse(swapped, columns={"prompt": "completion", "completion": "prompt"}) == PromptCompletion("p", "c")
 

@@ -27,6 +27,7 @@ CASES = {
     "rows inside a byte": ((51, 65), slice(3, 46)),
     "last row": ((51, 65), slice(-1, None)),
     "nested blocks": ((3, 64 * 257), slice(1, 2)),
+    "one column": ((2049, 1), slice(1, None)),  # half a byte more than one program's
     "no row": ((3, 64), slice(2, 2)),
 }
 

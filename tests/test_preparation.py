@@ -94,6 +94,8 @@ def test_the_key_follows_the_examples_and_nothing_else(tmp_path):
     assert run(tmp_path, write(tmp_path, "other_name.jsonl", ROWS)).key == key
     assert run(tmp_path, path, heldout=0.1).key != key
     assert run(tmp_path, path, heldout=0.1).key != run(tmp_path, path, heldout=0.1, seed=1).key
+    heldout = [write(tmp_path, f"{n}.jsonl", ROWS[n : n + 1]) for n in range(2)]
+    assert run(tmp_path, path, heldout=heldout[0]).key != run(tmp_path, path, heldout=heldout[1]).key
     assert run(tmp_path, path, learn="all").key != key
     assert run(tmp_path, write(tmp_path, "x.jsonl", ROWS[::-1])).key != key
 
@@ -108,14 +110,14 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     assert as_lists(run(tmp_path / "fresh", path).train) == as_lists(first.train)
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
+@pytest.mark.parametrize("name", ["tokens.npy", "learned.npy", "units.npy", "rows.jsonl", "summary.json"])
+def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
-    first = run(tmp_path, path)
-    expected = as_lists(first.train)
-    (tokens,) = (tmp_path / "cache").glob("*/tokens.npy")
-    content = tokens.read_bytes()
-    tokens.unlink()
-    tokens.write_bytes(content[:-40])
+    expected = as_lists(run(tmp_path, path).train)
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-40])
     again = run(tmp_path, path)
     assert not again.report.cached
     assert as_lists(again.train) == expected

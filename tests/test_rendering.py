@@ -130,6 +130,13 @@ def test_a_template_that_hides_the_answer_is_refused(hiding):
         Renderer(tiny_tokenizer("smollm2", template=hiding)).render(chat("a", "b"), "rows.jsonl, line 3")
 
 
+def test_answers_of_which_a_template_trims_newlines_only_are_found():
+    tokenizer = tiny_tokenizer("qwen3")
+    rendered = Renderer(tokenizer).render_batch([("row", chat("a", "\n dog "))])[0]
+    assert rendered.notices == ()
+    assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\n\n</think>\n\n dog <|im_end|>"]
+
+
 def test_a_template_without_ends_of_turns_gets_an_end_of_text():
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     tokenizer = tiny_tokenizer("smollm2", template=bare)
@@ -209,6 +216,7 @@ def test_prompt_and_completion_are_tokenised_as_one_text():
     example = renderer.render(PromptCompletion("The quick ", "brown fox"))
     assert example.input_ids[:-1] == tokenizer("The quick brown fox").input_ids
     assert learned_texts(tokenizer, example) == [" brown fox<|im_end|>"]
+    assert learned_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
     prompt = renderer.render_prompt("The quick ")
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt) == "The quick"

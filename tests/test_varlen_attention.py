@@ -55,6 +55,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 1},
     {"window": 5},
+    {"window": 19},
     {"window": 20},
     {"window": 1000},
     {"softcap": 0.7},
@@ -97,6 +98,15 @@ def test_lower_precision_errs_little_more_than_the_dense_mask(options: dict[str,
     output = varlen_attention(*tensors, BOUNDS, scale=0.25, **options)
     assert output.dtype == dtype
     assert (output - exact).norm() <= 1.2 * (dense - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_soft_cap_and_softmax_are_taken_in_fp32(dtype: torch.dtype) -> None:
+    tensors, options = heads(dtype=dtype), {"scale": 2.0, "softcap": 30.0}  # scores large enough for rounding to show
+    exact = dense_attention(*(tensor.double() for tensor in tensors), BOUNDS, **options)
+    all_in_dtype = dense_attention(*tensors, BOUNDS, **options)
+    output = varlen_attention(*tensors, BOUNDS, **options)
+    assert (output - exact).norm() <= 0.75 * (all_in_dtype - exact).norm()
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -123,7 +123,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, from 1, without their newline (a carriage return before it goes too)."""
+    """Numbered lines, from 1, without their newline; a carriage return before it is white space to the readers of lines."""
     start = 0
     with path.open("rb") as file:
         for number in range(1, 1 << 62):
@@ -137,7 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 )
             text = _decoded(raw, path, f"line {number}", start)
             start += len(raw)
-            yield number, text.removesuffix("\n").removesuffix("\r")
+            yield number, text.removesuffix("\n")
 
 
 def _decoded(raw: bytes, path: Path, place: str, start: int) -> str:
