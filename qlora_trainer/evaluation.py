@@ -76,7 +76,7 @@ def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None)
         if reference := reference_answer(examples.row(index)):
             prompt, expected = reference
             is_text = isinstance(prompt, str)
-            ends: list[int] = [renderer.tokenizer.eos_token_id] if is_text else renderer.stop_token_ids  # type: ignore[list-item,unused-ignore]
+            ends = [renderer.eos_id] if is_text else renderer.stop_token_ids
             request = prompt if isinstance(prompt, str) else prompt[-1].content
             ids = renderer.render_prompt(prompt, examples.where(index))
             found.append(Question(request, ids, expected, tuple(ends)))

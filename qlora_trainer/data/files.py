@@ -123,7 +123,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, from 1, without their newline; a carriage return before it is white space to the readers of lines."""
+    """Numbered lines, from 1, without their newline; a carriage return before it is white space to all readers."""
     start = 0
     with path.open("rb") as file:
         for number in range(1, 1 << 62):
@@ -223,7 +223,10 @@ def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, Record]]:
             if header is None:
                 header = fields
                 if len(set(header)) < len(header):
-                    raise DataError(f"{path.name}, {place}: a column name appears twice: {', '.join(header)}.")
+                    raise DataError(
+                        f"{path.name}, {place}: a column name appears twice: {', '.join(header)}. The first line "
+                        "should name the columns."
+                    )
                 continue
             if len(fields) != len(header):
                 raise DataError(
