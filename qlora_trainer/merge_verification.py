@@ -23,8 +23,8 @@ from qlora_trainer.errors import MergeError, ModelError
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, row_blocks
 
-# Rounding the merged weights to the output dtype costs a KL of about 5e-7 in fp16 and 3e-5 in bf16.
-KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-4}
+# Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
+KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
 _CHUNK_TOKENS = 64  # of fp64 log-probabilities at a time
 
 

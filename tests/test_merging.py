@@ -217,9 +217,9 @@ def test_trained_biases_replace_those_of_the_base(tmp_path: Path) -> None:
     run = train(make_base(tmp_path / "base", Qwen2Config(**LLAMA)), bias="all")
     assert sum(name.endswith(".bias") for name in run.inputs.adapter) == 6
     merge(run.inputs, tmp_path / "merged", verify=verifier(run))
-    name = "model.layers.0.self_attn.q_proj.bias"
-    merged, source = stored(tmp_path / "merged")[name], stored(run.inputs.base)[name]
-    assert torch.equal(merged, run.inputs.adapter[f"base_model.model.{name}"].half())
+    path = "model.layers.0.self_attn.q_proj"
+    merged, source = stored(tmp_path / "merged")[f"{path}.bias"], stored(run.inputs.base)[f"{path}.bias"]
+    assert torch.equal(merged, run.inputs.adapter[f"base_model.model.{path}.base_layer.bias"].half())
     assert not torch.equal(merged, source.half())
 
 

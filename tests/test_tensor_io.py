@@ -127,7 +127,7 @@ def test_an_index_may_not_name_files_outside(tmp_path: Path) -> None:
     save_file({"secret": torch.ones(2)}, tmp_path / "outside.safetensors")
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-        with pytest.raises(ModelError, match="outside"):
+        with pytest.raises(ModelError, match="a file outside of itself"):
             checkpoint_tensors(model)
     (model / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": "link.safetensors"}}))
@@ -223,6 +223,10 @@ def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     for failure in (ValueError("mine"), KeyboardInterrupt()):
         with pytest.raises(type(failure)):
             fail_in_new_directory(tmp_path / "failed", failure)
+    with pytest.raises(DiskError, match="Free some space"):
+        fail_in_new_directory(tmp_path / "failed", OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(FileNotFoundError):  # not a failure of this disk
+        fail_in_new_directory(tmp_path / "failed", FileNotFoundError(errno.ENOENT, "elsewhere"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
