@@ -40,7 +40,13 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
             "max_length": 512,
         },
         "optimizer": {"learning_rate": 1.0e-3, "schedule": "cosine", "warmup_ratio": 0.05},
-        "training": {"output_dir": str(output / "run"), "batch_size": 8, "epochs": 1, "save_every": 20},
+        "training": {
+            "output_dir": str(output / "run"),
+            "batch_size": 8,
+            "epochs": 1,
+            "evaluate_every": 40,
+            "save_every": 20,
+        },
         "evaluation": {"samples": SAMPLES_SHOWN, "max_new_tokens": MAX_NEW_TOKENS},
     }
 
@@ -87,7 +93,7 @@ def run_demo(model: str | None, output: Path) -> None:
     _keep_samples(run.directory, before, after)
     measured = _measured(run, before, after, from_merged, merged, adapter_bytes, base_bytes)
     measured.append(("time", f"{(time.monotonic() - started) / 60:.1f} minutes"))
-    report = run.write_report(measured)
+    report = run.write_report(measured, title="Demo: spoken requests to JSON commands")
     print_table("Demo", [*measured, ("merged model", str(output / "merged")), ("report", str(report))])
     example = from_merged[0]
     console.print(f"The merged model, asked: {example.request!r}\nanswers: [bold]{example.answer}[/]")

@@ -5,10 +5,10 @@ program. A base model cannot know this command language (its actions, keys and t
 right only as the exact string. Training and held-out rows share no sentence frame and no slot value, not even a word
 of one (messages apart, which are compared whole), so a right answer is understood and copied, never remembered.
 
-Held-out values, numbers and times apart, keep one more rule, chosen by it and not by the answers they got: after a
-quote, as JSON writes them, they take no more tokens of SmolLM2's than after a space. Other words come apart behind the
-quote, and a model of 135 million parameters then spells a neighbour (Manchester for Milan). So the demo's score is for
-copying everyday words; training values follow no such rule.
+The held-out words keep one more rule, learned from the mistakes on an earlier set of them: after a quote, as JSON
+writes them, they take no more tokens of SmolLM2's than after a space. Other words come apart behind the quote, and a
+model of 135 million parameters then spells a neighbour (Manchester for Milan). All held-out words were chosen by this
+rule, none by the answer it got; training values do not follow it. So the score is for copying everyday words.
 
 Every sentence here is our own. Frames and values are the tables below; `demo_rows` only combines them. What it leaves
 out: requests that lack a value, and requests that are no command at all.

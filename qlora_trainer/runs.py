@@ -110,13 +110,14 @@ class Run:
         """What a person wants to know before the run begins: (name, value)."""
         trainable = sum(parameter.numel() for group in self.state.groups for parameter in group.parameters.values())
         data, optimizer = self.prepared.report, self.state.optimizer
+        name = Path(self.config.model.name).name if Path(self.config.model.name).exists() else self.config.model.name
         pages = (
             f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
             if self.base.device.type == "cuda"
             else "not paged: nothing pages on a CPU"
         )
         return [
-            ("base", f"{self.config.model.name}, {self.base.four_bit_share:.0%} of linear weights in NF4"),
+            ("base", f"{name}, {self.base.four_bit_share:.0%} of its linear weights in NF4"),
             ("compute", f"{str(self.base.compute_dtype).removeprefix('torch.')} on {self.base.device}"),
             (
                 "adapters",
@@ -128,20 +129,22 @@ class Run:
                 f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
             ),
             ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
-            ("steps", f"{self.state.total_steps:,} of up to {self.config.training.batch_size} rows"),
+            ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
         ]
 
-    def write_report(self, measured: Sequence[tuple[str, str]] = ()) -> Path:
+    def write_report(self, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
         """report.html of the run as it stands; `measured` are (name, value) pairs to show first."""
         metrics = read_metrics(self.directory / METRICS_NAME)
         losses = [record["heldout_loss"] for record in metrics if record.get("heldout_loss") is not None]
+        is_finished = self.state.step == self.state.total_steps
+        unfinished = [] if is_finished else [("stopped at", f"step {self.state.step:,}")]
         loss = [("held-out loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
         return write_report(
             self.directory,
-            title=self.directory.name,
+            title=title or self.directory.name,
             config_yaml=(self.directory / "config.yaml").read_text(encoding="utf-8"),
             metrics=metrics,
-            summary=[*measured, *loss, ("steps taken", f"{self.state.step:,}"), *self.summary()],
+            summary=[*measured, *loss, *unfinished, *self.summary()],
             samples=[Sample(**sample) for sample in read_samples(self.directory)],
             notices=self.notices,
         )
