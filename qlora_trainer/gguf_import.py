@@ -15,8 +15,6 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from qlora_trainer.directories import new_directory
 from qlora_trainer.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
@@ -43,6 +40,7 @@ from qlora_trainer.gguf_tensors import (
     translate_tensors,
 )
 from qlora_trainer.progress import Progress
+from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.tensor_io import ShardWriter, TensorSpec
 
 IMPORT_RECORD = "import.json"
@@ -79,7 +77,7 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     directory = cache_dir / "gguf" / f"{path.stem}-{digest[:16]}"
     if (directory / IMPORT_RECORD).is_file():
         return directory
-    with _quiet_transformers():
+    with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
         reader = _open(path)
         config = _read_config(path)
@@ -292,21 +290,6 @@ def _write_record(
         "transformers": transformers.__version__,
     }
     (directory / IMPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No log lines or bars of transformers in between; what it cannot do comes as an exception."""
-    verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def import_notices(directory: Path) -> list[str]:
