@@ -90,7 +90,7 @@ def peer_losses(run: Run, initial: dict[str, torch.Tensor], order: list[list[Exa
             group["lr"] = learning_rate(run.config.optimizer, step, len(order))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

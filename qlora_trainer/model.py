@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from qlora_trainer.config import ModelConfig
 from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError
@@ -24,6 +23,7 @@ from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
+from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
 
 WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
@@ -135,18 +135,18 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     source_dtype = _widest_dtype(tensors)
 
     progress("loading the base", 0, None)
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=source_dtype,
-            device_map={"": device},
-            quantization_config=None if prequantized else _nf4(source_dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=source_dtype,
+                device_map={"": device},
+                quantization_config=None if prequantized else _nf4(source_dtype),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise InsufficientMemoryError(
@@ -187,15 +187,15 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
         raise InsufficientMemoryError(
             f"{directory} takes {needed / 2**30:.1f} GiB in fp32, and {device} has {free / 2**30:.1f} GiB free."
         )
-    transformers_logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     _check_complete(info, directory)
     model.requires_grad_(False)
     model.config.use_cache = False

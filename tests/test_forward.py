@@ -84,7 +84,7 @@ def test_the_lean_loss_is_the_models_own(family: str, tiny_models: Models) -> No
     assert not path.own_logits
     (pack,) = make_packs(examples(model.config.vocab_size), 1000, packing=True)
     own = loss_sum(model, pack, LossPath(own_logits=True))
-    assert float(loss_sum(model, pack, path)) == pytest.approx(own.item(), rel=1e-5)
+    assert loss_sum(model, pack, path).item() == pytest.approx(own.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

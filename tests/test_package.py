@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     {"qlora_kernels"},
     {"errors", "config", "progress", "demo_data"},
-    {"directories", "quantization", "fingerprint", "tensor_io"},
+    {"directories", "quantization", "fingerprint", "quiet", "tensor_io"},
     {"adapters"},
     {"attention", "data", "gguf_import", "gguf_tensors", "model"},
     {"activations", "checkpoint", "forward", "generation", "optim", "report", "report_page", "report_plot"},
@@ -30,6 +30,7 @@ OWNERS = {
     "transformers": {
         "attention",
         "model",
+        "quiet",
         "gguf_import",
         "gguf_tensors",
         "generation",
