@@ -26,7 +26,7 @@ from qlora_trainer.run_directory import write_samples
 from qlora_trainer.runs import Run, resume_run, start_run
 
 SAMPLES_SHOWN = 6
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 32
 
 
 def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def packaged_model() -> str:
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:
     asked = questions(Renderer(run.tokenizer), run.prepared.heldout)
     return answer_questions(
-        model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=32, progress=progress
+        model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress
     )
 
 
