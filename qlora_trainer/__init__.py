@@ -1,1 +1,61 @@
-"""The QLoRA trainer: adapt a large language model on one consumer GPU. See DESIGN in README.md."""
+"""The QLoRA trainer: adapt a large language model on one consumer GPU.
+
+As a library, on any nn.Module with linear layers and in a training loop of your own:
+
+    from qlora_trainer import AdapterConfig, add_adapters, lora_state_dict
+
+    add_adapters(model, AdapterConfig(rank=8, targets=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+
+Whole runs: `start_run(load_config(path)).train(...)`, `resume_run`, `merge_run`. Names are loaded when first used, so
+that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_trainer.adapters.inject import (
+        add_adapters,
+        load_adapter_state,
+        lora_state_dict,
+        mark_only_lora_as_trainable,
+    )
+    from qlora_trainer.config import AdapterConfig, RunConfig, load_config
+    from qlora_trainer.deployment import merge_run
+    from qlora_trainer.errors import QLoRATrainerError
+    from qlora_trainer.runs import resume_run, start_run
+
+_HOMES = {
+    "AdapterConfig": "config",
+    "QLoRATrainerError": "errors",
+    "RunConfig": "config",
+    "add_adapters": "adapters.inject",
+    "load_adapter_state": "adapters.inject",
+    "load_config": "config",
+    "lora_state_dict": "adapters.inject",
+    "mark_only_lora_as_trainable": "adapters.inject",
+    "merge_run": "deployment",
+    "resume_run": "runs",
+    "start_run": "runs",
+}
+
+__all__ = [
+    "AdapterConfig",
+    "QLoRATrainerError",
+    "RunConfig",
+    "add_adapters",
+    "load_adapter_state",
+    "load_config",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_run",
+    "resume_run",
+    "start_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ run directory means the same from anywhere. configs/README.md explains each key 
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,7 +50,8 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
     targets: str | list[str] = Field(
         "all-linear",
-        description="all-linear, or names of linear modules such as [q_proj, v_proj] (the end of their path).",
+        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
+        "expression that whole paths must match.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
@@ -61,8 +63,13 @@ class AdapterConfig(Section):
     @classmethod
     def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
         if not value:
-            raise ValueError("is empty; use all-linear, or a list such as [q_proj, v_proj]")
-        return [value] if isinstance(value, str) and value != "all-linear" else value
+            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
 
 
 class Source(Section):

@@ -16,6 +16,8 @@ from qlora_trainer.adapters.inject import (
     check_trainable,
     find_targets,
     load_adapter_state,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
     trainable_parameters,
 )
 from qlora_trainer.adapters.layers import LoRALinear
@@ -116,10 +118,11 @@ def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Model
         ("llama", ["q_proj", "lm_head"], "names lm_head.*output head are not adapted"),
         ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
         ("llama", ["proj"], "names proj, which"),
+        ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.targets=\[q_proj\]"),
     ],
 )
 def test_a_target_that_matches_nothing_is_told_with_what_exists(
-    family: str, targets: list[str], message: str, tiny_models: Models
+    family: str, targets: str | list[str], message: str, tiny_models: Models
 ) -> None:
     with pytest.raises(AdapterError, match=message):
         find_targets(base_model(tiny_models(family)), targets)
@@ -165,3 +168,143 @@ def test_adapter_state_round_trips_and_takes_nothing_else(tiny_models: Models) -
         with pytest.raises(AdapterError, match=message):
             load_adapter_state(add_again, tensors)
     assert all(torch.equal(before[key], tensor) for key, tensor in adapter_state_dict(add_again).items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_and_mlp_share_out_every_linear_layer(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    attention, mlp = find_targets(model, "attention"), find_targets(model, "mlp")
+    assert sorted(attention + mlp) == sorted(find_targets(model, "all-linear"))
+    assert all("attn" in path for path in attention)
+    assert all("mlp" in path for path in mlp)
+
+
+def test_a_regular_expression_matches_whole_paths(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    found = find_targets(model, r"model\.layers\.1\..*(q|v)_proj")
+    assert found == [f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v")]
+
+
+class OneLayer(nn.Module):
+    """A model that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(768, 768)
+        self.norm = nn.LayerNorm(768)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.dense(x))
+
+
+def test_the_worked_example_holds() -> None:
+    model = nn.Sequential(nn.Linear(768, 768))
+    x = torch.randn(3, 768)
+    before = model(x)
+    add_adapters(model, AdapterConfig(rank=8))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert (trainable, total) == (12_288, 602_880)
+    assert round(100 * trainable / total, 2) == 2.04
+    assert torch.equal(model(x), before)
+
+
+def test_rank_4_on_the_attention_of_gpt2_small_is_small() -> None:
+    """147,456 numbers on the query and value projections, were they apart: 12 layers of two 768 x 768."""
+    model = nn.ModuleList(nn.ModuleDict({n: nn.Linear(768, 768) for n in ("q_proj", "v_proj")}) for _ in range(12))
+    add_adapters(model, AdapterConfig(rank=4, targets=["q_proj", "v_proj"]))
+    state = lora_state_dict(model)
+    assert sum(tensor.numel() for tensor in state.values()) == 147_456
+    assert sum(tensor.nbytes for tensor in state.values()) < 0.6 * 2**20
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_a_plain_loop_trains_any_module_and_saves_what_the_mode_trains(bias: Any) -> None:
+    torch.manual_seed(0)
+    model = OneLayer()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    add_adapters(model, AdapterConfig(rank=4, bias=bias))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = torch.randn(32, 768), torch.randn(32, 768)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    state = lora_state_dict(model, bias=bias)
+    expected = {"none": 0, "lora_only": 1, "all": 2}[bias]
+    assert sum(name.endswith(".bias") for name in state) == expected
+    assert len(state) == 2 + expected
+    assert torch.equal(model.dense.base.weight, frozen["dense.weight"])
+    assert torch.equal(model.norm.weight, frozen["norm.weight"])
+    for other in {"none", "lora_only", "all"} - {bias}:
+        with pytest.raises(AdapterError, match=f"bias mode {bias}, and its state was asked for under {other}"):
+            lora_state_dict(model, bias=other)
+
+    again = OneLayer()
+    add_adapters(again, AdapterConfig(rank=4, bias=bias), seed=9)
+    with torch.no_grad():
+        again.dense.base.weight.copy_(model.dense.base.weight)
+        again.dense.base.bias.copy_(frozen["dense.bias"])
+    load_adapter_state(again, state)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_bias_mode_that_differs_between_save_and_load_is_refused_by_name() -> None:
+    saved, other = OneLayer(), OneLayer()
+    add_adapters(saved, AdapterConfig(rank=4, bias="all"))
+    add_adapters(other, AdapterConfig(rank=4, bias="lora_only"))
+    with pytest.raises(AdapterError, match="saved under the bias mode all, and the model trains under lora_only"):
+        load_adapter_state(other, lora_state_dict(saved, bias="all"))
+
+
+def test_marking_again_under_another_mode_changes_what_trains() -> None:
+    model = OneLayer()
+    add_adapters(model, AdapterConfig(rank=4))
+    mark_only_lora_as_trainable(model, bias="all")
+    assert [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")] == [
+        "dense.base.bias",
+        "norm.bias",
+    ]
+    mark_only_lora_as_trainable(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+
+
+def test_a_bias_trains_in_fp32_beside_16_bit_weights() -> None:
+    """A layer norm takes one dtype only; the bias is cast where it runs, and small updates are not lost."""
+    model = OneLayer().to(torch.bfloat16)
+    add_adapters(model, AdapterConfig(rank=4, bias="all"))
+    state = lora_state_dict(model, bias="all")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert set(state) >= {"base_model.model.norm.bias", "base_model.model.dense.base_layer.bias"}
+    model(torch.randn(2, 768, dtype=torch.bfloat16)).float().square().mean().backward()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
+    assert len(biases) == 2
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in biases)
+
+
+def test_a_lone_linear_is_told_where_to_put_it() -> None:
+    with pytest.raises(AdapterError, match=r"nn\.Sequential"):
+        add_adapters(nn.Linear(8, 8), AdapterConfig())
+
+
+def test_gpt2s_conv1d_is_a_linear_layer_too() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(24, 8))  # 8 in, 24 out; weight (8, 24)
+    x = torch.randn(3, 8)
+    before = model(x)
+    add_adapters(model, AdapterConfig(rank=2))
+    assert torch.equal(model(x), before)
+    assert model[0].lora_A.weight.shape == (2, 8)
+    assert model[0].lora_B.weight.shape == (24, 2)
+
+
+def test_the_library_names_are_where_they_are_promised() -> None:
+    import qlora_trainer
+
+    for name in qlora_trainer.__all__:
+        assert callable(getattr(qlora_trainer, name)), name

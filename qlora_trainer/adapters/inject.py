@@ -1,67 +1,94 @@
-"""Put adapters on a model, freeze everything else, and read or write what is trainable under PEFT's names.
+"""Put adapters on a model, freeze everything else, and read or write what trains under PEFT's names.
+
+Works on any nn.Module with linear layers, so that it can be used as a library, with a training loop of one's own:
+
+    add_adapters(model, AdapterConfig(rank=8))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    ...
+    save_file(lora_state_dict(model), "adapter.safetensors")
 
 Targets are found by what the modules are, not by a list of model names: every linear layer but the output embedding,
-or those whose path ends in a given name. A name that matches nothing is an error with the names that exist, because a
-fused projection (Phi-3's qkv_proj) makes a familiar list match half of what was meant.
+those of attention or of the MLP, or those whose path ends in a given name. A name that matches nothing is an error with
+the names that exist, because a fused projection (Phi-3's qkv_proj) makes a familiar list match half of what was meant.
 """
 
+import re
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
 from qlora_trainer.config import AdapterConfig
 from qlora_trainer.errors import AdapterError
 from qlora_trainer.quantization import NF4Linear
 
 PEFT_PREFIX = "base_model.model."
 
+BiasMode = Literal["none", "lora_only", "all"]
+
 
 def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Paths of the linear layers to adapt, in the model's order.
 
+    Args:
+        targets: "all-linear"; "attention" or "mlp", the linear layers in a decoder layer's attention, or beside it;
+            a list of names, each the end of a path; or a regular expression that a whole path must match.
+
     Raises:
-        AdapterError: a name matches nothing, or names an embedding or the output head.
+        AdapterError: something matches nothing, or names an embedding or the output head; the message says what exists.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    candidates = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, NF4Linear | nn.Linear) and module is not head
-    ]
-    if targets == "all-linear":
-        if not candidates:
-            raise AdapterError("This model has no linear layers to put adapters on; it cannot be trained here.")
-        return candidates
-    wanted = [targets] if isinstance(targets, str) else targets
-    unmatched = [name for name in wanted if not any(_ends_in(path, name) for path in candidates)]
-    if unmatched:
-        exists = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-        excluded = sorted(path for path, m in model.named_modules() if m is head or isinstance(m, nn.Embedding))
-        reason = (
-            " Embeddings and the output head are not adapted: they may share one weight, and merging would change both."
-            if any(_ends_in(path, name) for path in excluded for name in unmatched)
-            else ""
-        )
+    candidates = [path for path, module in model.named_modules() if path and is_linear(module) and module is not head]
+    if not candidates:
         raise AdapterError(
-            f"adapter.targets names {', '.join(unmatched)}, which no linear layer of this model is called. "
-            f"There are: {', '.join(exists)}.{reason}"
+            "This model has no linear layers to put adapters on. (A single nn.Linear must lie in a module, such as "
+            "nn.Sequential, where it can be replaced.)"
         )
-    return [path for path in candidates if any(_ends_in(path, name) for name in wanted)]
+    names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
+    if isinstance(targets, list):
+        if unmatched := [name for name in targets if not any(_ends_in(path, name) for path in candidates)]:
+            excluded = [path for path, m in model.named_modules() if m is head or isinstance(m, nn.Embedding)]
+            reason = (
+                " Embeddings and the output head are not adapted: they may share one weight, and merging would change "
+                "both."
+                if any(_ends_in(path, name) for path in excluded for name in unmatched)
+                else ""
+            )
+            raise AdapterError(
+                f"adapter.targets names {', '.join(unmatched)}, which no linear layer of this model is called. "
+                f"There are: {', '.join(names)}.{reason}"
+            )
+        return [path for path in candidates if any(_ends_in(path, name) for name in targets)]
+    if targets == "all-linear":
+        return candidates
+    if targets in ("attention", "mlp"):
+        found = [path for path in candidates if _part(model, path) == targets]
+    else:
+        found = [path for path in candidates if re.fullmatch(targets, path)]
+    if not found:
+        hint = "" if targets in ("attention", "mlp") else f" To name layers, give a list: adapter.targets=[{targets}]."
+        raise AdapterError(
+            f"adapter.targets={targets} matches no linear layer of this model. Their paths look like {candidates[0]}, "
+            f"and their names are: {', '.join(names)}.{hint}"
+        )
+    return found
 
 
-def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int) -> list[str]:
-    """Wrap the targets in LoRALinear, freeze all else but the biases `settings.bias` names; returns the paths.
+def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> list[str]:
+    """Wrap the targets in LoRALinear, and freeze all else but the biases `settings.bias` names; returns the paths.
 
     Biases that train become fp32. lora_A is drawn from `seed` alone, on the CPU, so it is the same on every device.
+
+    Raises:
+        AdapterError: the targets match nothing.
     """
-    model.requires_grad_(False)
     paths = find_targets(model, settings.targets)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
         layer = LoRALinear.from_base(
-            model.get_submodule(path),  # type: ignore[arg-type]  # find_targets returns linear layers only
+            model.get_submodule(path),
             rank=settings.rank,
             alpha=settings.alpha,
             dropout=settings.dropout,
@@ -69,27 +96,64 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int) -> list[s
             generator=generator,
         )
         model.set_submodule(path, layer)
-    for path, module in model.named_modules():
-        bias = module._parameters.get("bias")
-        if bias is not None and _bias_trains(path, settings.bias, paths):
-            module._parameters["bias"] = nn.Parameter(bias.detach().float(), requires_grad=True)
-    check_trainable(model)
+    mark_only_lora_as_trainable(model, settings.bias)
     return paths
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> None:
+    """Freeze everything but lora_A, lora_B and the biases that the mode names.
+
+    Args:
+        bias: "none"; "lora_only", the biases of adapted layers; or "all", every bias of the model. They become fp32.
+    """
+    model.requires_grad_(False)
+    for layer in _lora_layers(model).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    for path, module in _biased_modules(model, bias):
+        parameter = module.get_parameter("bias")
+        if parameter.dtype == torch.float32:
+            parameter.requires_grad_(True)
+        elif isinstance(module, NF4Linear):
+            module.bias = nn.Parameter(parameter.detach().float())  # NF4Linear casts its bias itself
+        else:
+            model.set_submodule(path, TrainableBias(module))
+    check_trainable(model)
 
 
 def check_trainable(model: nn.Module) -> None:
     """Assert that nothing trains but adapters and biases, all in fp32."""
     for name, parameter in model.named_parameters():
-        is_ours = ".lora_A." in name or ".lora_B." in name or (name.endswith(".bias") and parameter.requires_grad)
-        assert parameter.requires_grad == is_ours, f"{name} must {'train' if is_ours else 'be frozen'}"
-        assert not is_ours or parameter.dtype == torch.float32, f"{name} trains in {parameter.dtype}"
+        is_adapter = ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
+        is_bias = name.rsplit(".", 1)[-1] == "bias"
+        may_train = is_adapter or (is_bias and parameter.requires_grad)
+        assert parameter.requires_grad == may_train, f"{name} must {'train' if may_train else 'be frozen'}"
+        assert not may_train or parameter.dtype == torch.float32, f"{name} trains in {parameter.dtype}"
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(PEFT's name, parameter) of all that trains, in the model's order."""
+    adapted = _lora_layers(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield PEFT_PREFIX + name.replace(".base.bias", ".base_layer.bias"), parameter
+            path, found, rest = name.rpartition(".base.")
+            inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
+            yield PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name), parameter
+
+
+def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:
+    """Copies on the CPU of what the bias mode trains, fp32, by PEFT's names: what a checkpoint holds of a model.
+
+    Raises:
+        AdapterError: the model trains under another bias mode.
+    """
+    named = {id(module.get_parameter("bias")) for _, module in _biased_modules(model, bias)}
+    state = adapter_state_dict(model)
+    if named != {id(parameter) for name, parameter in trainable_parameters(model) if name.endswith(".bias")}:
+        raise AdapterError(
+            f"The model trains under the bias mode {_bias_mode(state)}, and its state was asked for under {bias}."
+        )
+    return state
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -105,12 +169,17 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """
     parameters = dict(trainable_parameters(model))
     missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if (missing or unknown) and all(name.endswith(".bias") for name in missing + unknown):
+        raise AdapterError(
+            f"The adapter was saved under the bias mode {_bias_mode(tensors)}, and the model trains under "
+            f"{_bias_mode(parameters)}. Set adapter.bias={_bias_mode(tensors)}."
+        )
     if missing or unknown:
         parts = [f"{len(missing)} tensor(s) missing, such as {missing[0]}"] if missing else []
         parts += [f"{len(unknown)} that this model has no place for, such as {unknown[0]}"] if unknown else []
         raise AdapterError(
-            f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, "
-            "another bias mode, or another architecture."
+            f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, or "
+            "another architecture."
         )
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
@@ -125,11 +194,42 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
 def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _bias_trains(path: str, mode: str, adapted: list[str]) -> bool:
-    if mode == "all":
-        return True
-    return mode == "lora_only" and path.endswith(".base") and path.removesuffix(".base") in set(adapted)
+def _part(model: nn.Module, path: str) -> str | None:
+    """What a linear layer belongs to: "attention", or "mlp" for anything else in a decoder layer; None outside."""
+    parts = path.split(".")
+    ancestors = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    if not any(isinstance(ancestor, nn.ModuleList) for ancestor in ancestors):
+        return None
+    is_attention = any("attention" in type(ancestor).__name__.lower() for ancestor in ancestors) or any(
+        "attn" in part or "attention" in part for part in parts
+    )
+    return "attention" if is_attention else "mlp"
+
+
+def _biased_modules(model: nn.Module, mode: BiasMode) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the modules whose bias trains under a mode."""
+    adapted = {id(layer.base) for layer in _lora_layers(model).values()}
+    inner = {id(module.base) for module in model.modules() if isinstance(module, TrainableBias)}
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if module._parameters.get("bias") is not None
+        and id(module) not in inner
+        and (mode == "all" or (mode == "lora_only" and id(module) in adapted))
+    ]
+
+
+def _bias_mode(names: Mapping[str, object]) -> BiasMode:
+    """The narrowest mode that trains what has these names."""
+    biases = [name for name in names if name.endswith(".bias")]
+    if not biases:
+        return "none"
+    return "lora_only" if all(name.endswith(".base_layer.bias") for name in biases) else "all"

@@ -8,7 +8,7 @@ Legend: O out features, I in features, R rank.
 """
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,30 @@ from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.quantization import NF4Linear
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: 4-bit, plain, or GPT-2's Conv1D, which stores its weight (I, O)."""
+    return isinstance(module, NF4Linear | nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 class LoRALinear(nn.Module):
+    """See above. `base` is what `is_linear` says; the adapter lies on its device, on the CPU for a meta base."""
+
     def __init__(
-        self, base: NF4Linear | nn.Linear, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
+        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
     ) -> None:
         super().__init__()
-        device = next(base.buffers()).device if isinstance(base, NF4Linear) else base.weight.device
+        in_features, out_features, device = _facts(base)
         self.base = base
         self.scaling = lora_scaling(rank, alpha, use_rslora)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         options = {"bias": False, "dtype": torch.float32, "device": device}
-        self.lora_A = skip_init(nn.Linear, base.in_features, rank, **options)  # weight (R, I)
-        self.lora_B = skip_init(nn.Linear, rank, base.out_features, **options)  # weight (O, R)
+        self.lora_A = skip_init(nn.Linear, in_features, rank, **options)  # weight (R, I)
+        self.lora_B = skip_init(nn.Linear, rank, out_features, **options)  # weight (O, R)
 
     @classmethod
     def from_base(
         cls,
-        base: NF4Linear | nn.Linear,
+        base: nn.Module,
         *,
         rank: int,
         alpha: float,
@@ -43,9 +50,9 @@ class LoRALinear(nn.Module):
         use_rslora: bool,
         generator: torch.Generator,
     ) -> Self:
-        """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it, and B zero."""
+        """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it (Kaiming-uniform), and B zero."""
         layer = cls(base, rank, alpha, dropout, use_rslora)
-        bound = math.sqrt(1.0 / base.in_features)  # kaiming_uniform with a = sqrt(5)
+        bound = math.sqrt(1.0 / layer.lora_A.in_features)  # kaiming_uniform with a = sqrt(5)
         drawn = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             layer.lora_A.weight.copy_(drawn)
@@ -58,3 +65,28 @@ class LoRALinear(nn.Module):
     ) -> Tensor:  # (..., O)
         low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))  # (..., R)
         return self.base(x) + F.linear(low_rank * self.scaling, self.lora_B.weight.to(x.dtype))
+
+
+class TrainableBias(nn.Module):
+    """A module whose bias trains in fp32 beside weights of 16 bits: the bias is cast where the module runs.
+
+    A layer norm, for one, takes weight and bias of one dtype only, and a bias that trains in bf16 loses its updates.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.bias = nn.Parameter(base.get_parameter("bias").detach().float())
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        bias = self.bias.to(self.base.get_parameter("bias").dtype)
+        return torch.func.functional_call(self.base, {"bias": bias}, inputs, named)
+
+
+def _facts(base: nn.Module) -> tuple[int, int, torch.device]:
+    """(I, O, device of the adapter) of a linear layer."""
+    if isinstance(base, NF4Linear):
+        return base.in_features, base.out_features, base.packed.device
+    weight = base.get_parameter("weight")
+    out_features, in_features = weight.shape if isinstance(base, nn.Linear) else weight.shape[::-1]
+    return in_features, out_features, torch.device("cpu") if weight.is_meta else weight.device
