@@ -5,6 +5,7 @@ imported inside the commands, so that `qlora --help` answers at once.
 """
 
 import json
+import math
 import os
 import sys
 from enum import StrEnum
@@ -21,6 +22,7 @@ from qlora_trainer.console import (
     print_error,
     print_notices,
     print_table,
+    say,
     write_out,
 )
 from qlora_trainer.errors import InsufficientMemoryError, QLoRATrainerError
@@ -68,13 +70,16 @@ def train(
 
 
 @app.command()
-def resume(run_dir: RunDirectory) -> None:
-    """Continue an interrupted run from its newest valid checkpoint, bit for bit."""
+def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
+    """Continue an interrupted run from its newest valid checkpoint, bit for bit.
+
+    Only what does not change the run may be set anew, such as training.activations=recompute when memory ran out.
+    """
     from qlora_trainer.runs import resume_run
 
     with ProgressBars() as progress:
-        run = resume_run(run_dir, progress)
-    console.print(f"Resuming {run_dir} at step {run.state.step} of {run.state.total_steps}.")
+        run = resume_run(run_dir, overrides=overrides or [], progress=progress)
+    say(f"Resuming {run_dir} at step {run.state.step} of {run.state.total_steps}.")
     _train(run)
 
 
@@ -96,7 +101,7 @@ def evaluate(
         trained = open_trained(run_dir, progress=progress)
         result = evaluate_trained(trained, answers, progress)
     if as_json:
-        write_out(json.dumps(result) + "\n")
+        write_out(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}) + "\n")
     else:
         print_table(f"{run_dir}, {trained.source}", [(key, f"{value:.6g}") for key, value in result.items()])
 
@@ -105,32 +110,36 @@ def evaluate(
 def generate(
     run_dir: RunDirectory,
     prompt: Annotated[str | None, typer.Option(help="Answer this and exit; without it, chat.")] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat", help="Continue the prompt as plain text, or answer it in turns; default: as trained."
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin the conversation with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
-    """Answer a prompt with a run's adapter, or chat in the terminal (an empty line ends)."""
+    """Answer a prompt with a run's adapter, or chat in the terminal (an empty line or Ctrl-D ends)."""
     from qlora_trainer.data.messages import Message
     from qlora_trainer.data.rendering import Renderer
     from qlora_trainer.generation import stream_answer
-    from qlora_trainer.trained import open_trained
+    from qlora_trainer.trained import learned_plain_text, open_trained
 
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
+        as_text = learned_plain_text(trained, progress) if raw is None else raw
     renderer = Renderer(trained.tokenizer)
     conversation = [Message("system", system)] if system else []
     while True:
-        text = prompt if prompt is not None else console.input("[bold cyan]you[/] ").strip()
+        text = prompt if prompt is not None else _read_line()
         if not text:
             return
         conversation.append(Message("user", text))
         answer = ""
-        ids = renderer.render_prompt(conversation)
+        ids = renderer.render_prompt(text if as_text else conversation)
+        ends = [renderer.eos_id] if as_text else renderer.stop_token_ids
         for piece in stream_answer(
-            trained.base.model,
-            trained.tokenizer,
-            ids,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=renderer.stop_token_ids,
+            trained.base.model, trained.tokenizer, ids, max_new_tokens=max_new_tokens, stop_token_ids=ends
         ):
             write_out(piece)
             answer += piece
@@ -236,6 +245,13 @@ def demo(
     run_demo(model, output)
 
 
+def _read_line() -> str:
+    try:
+        return console.input("[bold cyan]you[/] ").strip()
+    except EOFError:
+        return ""
+
+
 def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
     print_notices(run.notices)
@@ -247,10 +263,11 @@ def _train(run: "Run") -> None:
             run.answer_samples("after", progress)
     report = run.write_report()
     if not finished:
-        console.print(f"Stopped at step {run.state.step} and saved. To go on: [bold]qlora resume {run.directory}[/]")
+        say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")
         return
-    console.print(f"Adapter: {run.directory / 'adapter'}\nReport:  {report}")
-    console.print(f"Next:    [bold]qlora merge {run.directory} --output {run.directory}-merged[/]")
+    say(f"Adapter: {run.directory / 'adapter'}")
+    say(f"Report:  {report}")
+    say("Next:    ", command=f"qlora merge {run.directory} --output {run.directory}-merged")
 
 
 def merge_rows(done: Any) -> list[tuple[str, str]]:
@@ -302,7 +319,8 @@ def _memory_advice(error: BaseException) -> str:
     return str(
         InsufficientMemoryError(
             f"Memory ran out: {first} Nothing saved was lost. Lower data.max_length or training.micro_batch_tokens, "
-            "set training.activations=recompute, or choose a smaller base; with a checkpoint, `qlora resume` goes on."
+            "set training.activations=recompute, or choose a smaller base. To go on with less memory: "
+            "qlora resume RUN_DIR training.activations=recompute"
         )
     )
 

@@ -7,7 +7,7 @@ run directory means the same from anywhere. configs/README.md explains each key 
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", 
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -100,6 +100,15 @@ class DataConfig(Section):
         "assistant", description="Which tokens carry loss: all assistant turns, the last one, or every token."
     )
 
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _number_is_a_share(cls, value: object) -> object:
+        """YAML reads 1e-1 as text, as it has no dot; a file of such a name can be given as ./1e-1."""
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
     @field_validator("heldout")
     @classmethod
     def _heldout_is_a_share_or_path(cls, value: float | str) -> float | str:
@@ -137,7 +146,9 @@ class TrainingConfig(Section):
     activations: Literal["auto", "keep", "recompute"] = Field(
         "auto", description="Keep layers' activations for backward or recompute them. auto: recompute on CUDA."
     )
-    seed: int = Field(0, ge=0, description="Seed of adapter initialisation, dropout, and the order of rows.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of adapter initialisation, dropout, and the order of rows."
+    )
     evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
     save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
 
@@ -166,6 +177,14 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_section_is_empty(cls, raw: Any) -> Any:
+        """A section whose every key is commented out arrives as null."""
+        if not isinstance(raw, Mapping):
+            return raw
+        return {key: {} if value is None and key in cls.model_fields else value for key, value in raw.items()}
+
     @model_validator(mode="after")
     def _micro_batch_holds_a_row(self) -> "RunConfig":
         limit = self.training.micro_batch_tokens
@@ -189,9 +208,10 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     if not path.is_file():
         raise FileMissingError(f"There is no config file {path}. configs/ in the project has some to start from.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            raw = yaml.load(file, _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
     for override in overrides:
@@ -204,7 +224,7 @@ def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
+        lines = _describe(error.errors())
         raise ConfigError(
             f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
         ) from None
@@ -216,6 +236,21 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error: plain YAML would let the last one win without a word."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value} stands twice in one section; join them"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -223,32 +258,67 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = raw
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:  # absent, or a bare section
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{override!r}: {parent} is a value in the config, not a section.")
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
-    """One pydantic error as a sentence with the full key, and the near miss for an unknown key."""
-    location = ".".join(str(part) for part in problem["loc"] if not _is_union_label(part))
-    if problem["type"] == "extra_forbidden":
-        near = _nearest_key(location)
-        return f"unknown key {location}" + (f"; did you mean {near}?" if near else f"; known: {', '.join(_keys())}")
-    if problem["type"] == "missing":
-        return f"{location} is missing, and has no default"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    return f"{location}: {message[0].lower()}{message[1:]} (found {problem['input']!r})"
+def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """pydantic's errors as one sentence a place, with the full key.
+
+    Where a key takes several types pydantic tells what each of them finds wrong. What lies deeper says most (a key
+    inside a list that could also have been a name); what lies at one place is joined.
+    """
+    by_place: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        by_place.setdefault(_place(problem), []).append(problem)
+    return [
+        _sentence(place, found)
+        for place, found in by_place.items()
+        if not any(other.startswith(f"{place}.") for other in by_place)
+    ]
+
+
+def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {place}{_suggestion(place)}"
+    if first["type"] == "missing":
+        return f"{place} is missing, and has no default"
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    if not place:
+        return messages[0]
+    return f"{place}: {', or '.join(m[0].lower() + m[1:] for m in messages)} (found {first['input']!r})"
+
+
+def _place(problem: Mapping[str, Any]) -> str:
+    """The key as the user wrote it, such as data.train.0.path."""
+    *parents, leaf = problem["loc"] or ("",)
+    is_users = problem["type"] == "extra_forbidden" or not _is_union_label(leaf)
+    return ".".join(str(part) for part in [p for p in parents if not _is_union_label(p)] + [leaf] * is_users)
 
 
 def _is_union_label(part: int | str) -> bool:
     """pydantic names the branch of a union it tried, which no user wrote."""
     return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int"} or "[" in part)
+
+
+def _suggestion(unknown: str) -> str:
+    """What may have been meant by an unknown key, or what there is."""
+    if unknown.startswith("data.train."):  # inside a source of a list
+        source = unknown.rpartition(".")[0]
+        keys = [f"{source}.{name}" for name in Source.model_fields]
+        near = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.75)
+        return f"; did you mean {near[0]}?" if near else f"; a source has {', '.join(Source.model_fields)}"
+    keys = _keys()
+    near = _nearest_key(unknown, keys)
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(keys)}"
 
 
 def _keys() -> list[str]:
@@ -259,8 +329,7 @@ def _keys() -> list[str]:
     return keys
 
 
-def _nearest_key(unknown: str) -> str | None:
-    keys = _keys()
+def _nearest_key(unknown: str, keys: list[str]) -> str | None:
     leaf = unknown.rsplit(".", 1)[-1]
     by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
     candidates = difflib.get_close_matches(unknown, keys + list(RunConfig.model_fields), n=1, cutoff=0.75)

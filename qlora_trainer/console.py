@@ -6,14 +6,14 @@ text). Where standard error is no terminal, a line now and then replaces the mov
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 5.0
@@ -96,7 +96,7 @@ def gibibytes(count: float) -> str:
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     """A table of names and values."""
-    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:
@@ -113,15 +113,9 @@ def print_error(message: str) -> None:
     console.print(f"[bold red]error[/] {escape(message)}", soft_wrap=True)
 
 
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """Yields a list that holds the seconds the block took, afterwards."""
-    seconds: list[float] = []
-    started = time.monotonic()
-    try:
-        yield seconds
-    finally:
-        seconds.append(time.monotonic() - started)
+def say(text: str, *, command: object = "") -> None:
+    """A line of text and, in bold, a command to copy: nothing in either is markup, and neither is wrapped."""
+    console.print(Text.assemble(text, (str(command), "bold")), soft_wrap=True)
 
 
 def write_out(text: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.config import make_config
-from qlora_trainer.console import ProgressBars, TrainingBar, console, gibibytes, print_notices, print_table
+from qlora_trainer.console import ProgressBars, TrainingBar, console, gibibytes, print_notices, print_table, say
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.demo_data import write_demo_data
 from qlora_trainer.deployment import Deployment, merge_run
@@ -75,7 +75,7 @@ def run_demo(model: str | None, output: Path) -> None:
     run.release()
     _say(f"Resuming from the checkpoint of step {half}")
     with ProgressBars() as progress:
-        run = resume_run(run.directory, progress)
+        run = resume_run(run.directory, progress=progress)
     with TrainingBar(run.state.total_steps, half) as bar:
         run.train(bar)
     with ProgressBars() as progress:
@@ -96,8 +96,8 @@ def run_demo(model: str | None, output: Path) -> None:
     report = run.write_report(measured, title="Demo: spoken requests to JSON commands")
     print_table("Demo", [*measured, ("merged model", str(output / "merged")), ("report", str(report))])
     example = from_merged[0]
-    console.print(f"The merged model, asked: {example.request!r}\nanswers: [bold]{example.answer}[/]")
-    console.print(f"Ask it yourself: [bold]qlora generate {run.directory}[/]")
+    say(f"The merged model, asked {example.request!r}, answers: ", command=example.answer)
+    say("Ask it yourself: ", command=f".venv/bin/qlora generate {run.directory}")
 
 
 def packaged_model() -> str:

@@ -113,7 +113,7 @@ def _gpu(index: int) -> Finding:
         works = bool((ones @ ones == 64).all())
     except RuntimeError as error:
         return Finding(
-            name, "problem", f"{detail}: {_first_line(error)}", "Update the driver, or install another torch."
+            name, "problem", f"{detail}: {first_line(error)}", "Update the driver, or install another torch."
         )
     detail += f", {free / GIB:.1f} of {total / GIB:.1f} GiB free, torch built for CUDA {torch.version.cuda}"
     if not works:
@@ -132,7 +132,7 @@ def _compute_dtype() -> Finding:
         device = choose_device("auto")
         dtype = str(choose_compute_dtype("auto", device)).removeprefix("torch.")
     except IMPORT_FAILURES as error:
-        return Finding("Compute dtype", "problem", _first_line(error), "See the packages above.")
+        return Finding("Compute dtype", "problem", first_line(error), "See the packages above.")
     if dtype == "float16":
         return Finding(
             "Compute dtype",
@@ -150,7 +150,7 @@ def _bitsandbytes() -> Finding:
 
         library = bitsandbytes.cextension.lib
     except IMPORT_FAILURES as error:
-        return Finding("bitsandbytes' library", "problem", _first_line(error), advice)
+        return Finding("bitsandbytes' library", "problem", first_line(error), advice)
     kind = type(library).__name__
     if "ErrorHandler" in kind:
         return Finding("bitsandbytes' library", "problem", "the native library did not load", advice)
@@ -174,7 +174,7 @@ def _nf4() -> Finding:
     except QuantizationError as error:
         return Finding(name, "problem", str(error))
     except IMPORT_FAILURES as error:
-        return Finding(name, "problem", _first_line(error), "See bitsandbytes above.")
+        return Finding(name, "problem", first_line(error), "See bitsandbytes above.")
     if not torch.equal(ours.packed, theirs.packed.cpu()):
         return Finding(
             name,
@@ -244,12 +244,8 @@ def _hub() -> Finding:
     try:
         from huggingface_hub import constants
     except IMPORT_FAILURES as error:
-        return Finding("Model hub", "problem", _first_line(error), "pip install huggingface_hub")
+        return Finding("Model hub", "problem", first_line(error), "pip install huggingface_hub")
     detail = f"downloads are kept in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         return Finding("Model hub", "note", f"{detail}; HF_HUB_OFFLINE is set, so only those are used")
     return Finding("Model hub", "ok", f"{detail}; the network is used only for hub names")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -60,3 +60,8 @@ class DiskError(QLoRATrainerError, OSError):
 
 class NotInstalledError(QLoRATrainerError, ImportError):
     """An optional package is needed for what was asked. The message has the pip command."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line, or its kind where it says nothing; for use in a letter."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

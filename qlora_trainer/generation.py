@@ -4,6 +4,7 @@ Prompts are padded on the left, where a mask hides the padding; the model attend
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -38,11 +39,12 @@ def generate_answers(
             progress("answering", start, len(order))
             chosen = order[start : start + batch_size]
             input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], _device(model))
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=_greedy(stop_token_ids, max_new_tokens),
-            )
+            with _no_hidden_settings(model):
+                output = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=_greedy(stop_token_ids, max_new_tokens),
+                )
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = text
@@ -62,7 +64,7 @@ def stream_answer(
 
     def run() -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _no_hidden_settings(model):
                 model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -90,6 +92,20 @@ def _greedy(stop_token_ids: Sequence[int], max_new_tokens: int) -> GenerationCon
         eos_token_id=list(stop_token_ids),
         pad_token_id=stop_token_ids[0],  # what finished rows are filled with; it never reaches an answer
     )
+
+
+@contextmanager
+def _no_hidden_settings(model: Any) -> Iterator[None]:
+    """Put the model's own generation settings aside: transformers fills in from them whatever a call leaves open.
+
+    A repetition penalty that some models ship would punish the repeated quotes of JSON, and greedy were not greedy.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from qlora_trainer.adapters.peft_format import Adapter
 from qlora_trainer.errors import MergeError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint
 from qlora_trainer.quantization import weight_from_checkpoint
-from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_name, checkpoint_tensors, read_tensor
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,7 +92,7 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
             "dequantized, or give the 16-bit checkpoint."
         )
     trained = {
-        _checkpoint_name(f"{path}.weight", tensors, "was 4-bit in training"): fingerprint
+        _name_of(f"{path}.weight", tensors, "was 4-bit in training"): fingerprint
         for path, fingerprint in inputs.fingerprint.tensors.items()
     }
     loras, biases = _sort_adapter(inputs.adapter, tensors)
@@ -119,11 +119,10 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
     return plans
 
 
-def _checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str:
-    """A parameter's name in the checkpoint: the same, or without the model's prefix where the body was saved alone."""
-    for name in (parameter, parameter.partition(".")[2]):
-        if name in tensors:
-            return name
+def _name_of(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str:
+    """The checkpoint's name of a parameter."""
+    if name := checkpoint_name(parameter, tensors):
+        return name
     raise MergeError(
         f"{parameter} {what}, but the base's checkpoint has no such tensor. Either this is another base than the one "
         "trained, or transformers renames or fuses this architecture's tensors while loading, and then it cannot be "
@@ -143,10 +142,10 @@ def _sort_adapter(
             raise MergeError(f"The adapter holds {key}, which is neither a LoRA factor nor a bias, and is not merged.")
         path, factor = match["path"], match["factor"]
         if factor:
-            name = _checkpoint_name(f"{path}.weight", tensors, "has an adapter")
+            name = _name_of(f"{path}.weight", tensors, "has an adapter")
             factors.setdefault(name, {})[factor] = tensor
         else:
-            biases[_checkpoint_name(f"{path}.bias", tensors, "was trained")] = tensor
+            biases[_name_of(f"{path}.bias", tensors, "was trained")] = tensor
     if not factors:
         raise MergeError("The adapter holds no LoRA factors; there is nothing to merge.")
     if halves := [name for name, pair in factors.items() if len(pair) != 2]:

@@ -2,7 +2,7 @@
 
 transformers reads the checkpoint and bitsandbytes quantises each linear weight as it arrives; every Linear4bit is then
 taken over by an NF4Linear. Weights are quantised from the widest dtype the checkpoint holds, whatever the dtype of
-computation, so the codes are the same on a CPU and on any GPU, and a merge can make them again.
+computation, so the codes depend on the checkpoint alone, and a merge can make them again.
 
 Left out: loading that never gathers 16-bit weights, which transformers' own loader decides.
 """

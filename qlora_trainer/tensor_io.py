@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -106,6 +106,11 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
                 "is incomplete: fetch it again."
             )
     return tensors
+
+
+def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """A parameter's name in the checkpoint: the same, or without the model's prefix where the body was saved alone."""
+    return next((name for name in (parameter, parameter.partition(".")[2]) if name in tensors), None)
 
 
 def file_inside(directory: Path, name: str) -> Path:

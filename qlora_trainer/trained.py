@@ -8,9 +8,10 @@ from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import Adapter, read_adapter
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.config import RunConfig
+from qlora_trainer.data.messages import Conversation
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.errors import CheckpointError, DataError
+from qlora_trainer.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.forward import examine_forward
@@ -80,3 +81,12 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
         given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
         result |= {"exact_match": exact_match(given), "answered": len(given)}
     return result
+
+
+def learned_plain_text(trained: Trained, progress: Progress = silent) -> bool:
+    """Whether the run learned to continue plain text rather than to answer in turns; no, where its data is gone."""
+    try:
+        prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+    except (DataError, FileMissingError):
+        return False
+    return not isinstance(prepared.train.row(0), Conversation)
