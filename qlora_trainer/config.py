@@ -239,7 +239,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML, but a key that stands twice is an error: plain YAML would let the last one win without a word."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
@@ -312,10 +312,9 @@ def _is_union_label(part: int | str) -> bool:
 def _suggestion(unknown: str) -> str:
     """What may have been meant by an unknown key, or what there is."""
     if unknown.startswith("data.train."):  # inside a source of a list
-        source = unknown.rpartition(".")[0]
-        keys = [f"{source}.{name}" for name in Source.model_fields]
-        near = difflib.get_close_matches(unknown, keys, n=1, cutoff=0.75)
-        return f"; did you mean {near[0]}?" if near else f"; a source has {', '.join(Source.model_fields)}"
+        source, _, leaf = unknown.rpartition(".")
+        close = difflib.get_close_matches(leaf, Source.model_fields, n=1, cutoff=0.7)
+        return f"; did you mean {source}.{close[0]}?" if close else f"; a source has {', '.join(Source.model_fields)}"
     keys = _keys()
     near = _nearest_key(unknown, keys)
     return f"; did you mean {near}?" if near else f"; known: {', '.join(keys)}"

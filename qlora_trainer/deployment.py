@@ -1,47 +1,53 @@
 """From a run directory to a merged, verified model: choose the base, merge, and compare answers.
 
 The trained model, computing in fp32, gives the reference: logits on sample rows, and the held-out loss. Then it is
-dropped, and what was written is loaded in plain transformers and must give the same. On the dequantised base the
-merged model is the trained function, so the bound is tight. The original base makes another function: its merge is
-held to the same bound against original weights + adapter, and how far that is from what was trained is reported, with
-the held-out losses of both.
+dropped, and what was written is run by plain transformers and must give the same. On the dequantised base the merged
+model is the trained function, so the bound is tight. The original base makes another function: its merge is held to
+the same bound against original weights + adapter, and how far that is from what was trained is reported, with the
+held-out losses of both; where it is clearly worse it is refused.
+
+Dense fp32 models are never whole in memory: each pass reads their weights from disk, so there are few passes, of many
+tokens. Where the GPU is too small for the fp32 reference, all is measured on the CPU.
 """
 
+import contextlib
 import dataclasses
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.directories import refuse_existing
 from qlora_trainer.errors import DataError, FileMissingError, InsufficientMemoryError, MergeError
 from qlora_trainer.evaluation import heldout_loss
-from qlora_trainer.forward import examine_forward, logits
+from qlora_trainer.forward import ForwardPlan, examine_forward, logits
 from qlora_trainer.merge_plan import MergeInputs
 from qlora_trainer.merge_verification import (
     KL_BOUNDS,
     BaseChoice,
     LogitDifference,
+    check_original,
     choose_base,
     compare_logits,
+    row_logits,
     verify_merge,
 )
 from qlora_trainer.merging import MergeReport, merge
-from qlora_trainer.model import is_prequantized, load_dense_model
+from qlora_trainer.model import is_prequantized
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import prepare_data
+from qlora_trainer.streamed_model import check_streaming, load_streamed_model, resident
 from qlora_trainer.trained import Trained, open_trained
 from qlora_trainer.training import micro_batch_tokens
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row: logits are kept, (tokens, vocabulary) in fp32
+STREAMED_TOKENS = 8192  # of a pass that reads all weights
 FALLBACK_SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "To make bread, mix flour, water, salt and yeast, and let the dough rest.",
@@ -63,6 +69,16 @@ class Deployment:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Sample:
+    """What models are measured on."""
+
+    rows: list[list[int]]  # tokens to compare logits on
+    heldout: ExampleSet | None
+    forward: ForwardPlan
+    notices: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Measured:
     """A model's answers: logits (1, T, V) fp32 for each sample row, and its held-out loss."""
 
@@ -81,44 +97,44 @@ def merge_run(
     """Merge a run's adapter into its base, verify it, and write it to `output`, a new or empty directory.
 
     Raises:
-        MergeError: the merge or its verification failed; nothing was left.
+        MergeError: the merge or its verification failed, or the original base was asked for and is clearly worse;
+            nothing was left.
         OutputExistsError, DiskError, CheckpointError, InsufficientMemoryError: as named.
     """
     refuse_existing(output)
-    trained = open_trained(run_dir, compute_dtype="float32", progress=progress)
-    heldout, rows, notices = _sample(trained, progress)
-    as_trained = _measure(trained.base.model, trained, heldout, rows, progress)
-    inputs = _inputs(trained)
-    trained.base.model = None  # the original weights need its place
-    gc.collect()
+    trained, sample, as_trained = _measure_trained(run_dir, progress)
+    trained.base.model = None  # the others need its place
+    _free_memory()
+    device = trained.base.device
+    check_streaming(trained.base.directory, device)
 
-    on_original: _Measured | None = None
-    if base != "dequantized":
-        try:
-            on_original = _measure_original(trained, heldout, rows, progress, required=base == "original")
-        except InsufficientMemoryError as error:
-            if base == "original":
-                raise
-            notices.append(f"The original base was not measured: {error}")
+    on_original = (
+        _measure_original(trained, sample, progress, required=base == "original") if base != "dequantized" else None
+    )
+    original_loss = on_original.loss if on_original else None
     if base == "auto":
-        choice = choose_base(as_trained.loss, on_original.loss if on_original else None)
+        choice = choose_base(as_trained.loss, original_loss)
     else:
-        losses = {"dequantized": as_trained.loss, "original": on_original.loss if on_original else None}
+        losses = {"dequantized": as_trained.loss, "original": original_loss}
         choice = BaseChoice(base, {k: v for k, v in losses.items() if v is not None}, "it was asked for")
-    reference = on_original if choice.base == "original" else as_trained
-    assert reference is not None
-    difference = compare_logits(as_trained.logits, reference.logits) if choice.base == "original" else None
+    reference = as_trained
+    difference = None
+    if choice.base == "original":
+        assert on_original is not None
+        check_original(as_trained.loss, on_original.loss)
+        reference = on_original
+        difference = compare_logits(as_trained.logits, on_original.logits)
 
     report = merge(
-        inputs,
+        MergeInputs.from_adapter(trained.base.directory, trained.fingerprint, trained.adapter, device),
         output,
         dtype=dtype,
         base=choice.base,
         verify=lambda directory: verify_merge(
             directory,
-            rows,
+            sample.rows,
             reference.logits,
-            lambda path: load_dense_model(path, trained.base.device),
+            lambda path: load_streamed_model(path, device),
             KL_BOUNDS[dtype],
             progress,
         ),
@@ -130,38 +146,46 @@ def merge_run(
         },
         progress=progress,
     )
-    return Deployment(report, choice, difference, notices)
+    return Deployment(report, choice, difference, sample.notices)
 
 
-def _inputs(trained: Trained) -> MergeInputs:
-    settings = trained.adapter.config
-    return MergeInputs(
-        base=trained.base.directory,
-        fingerprint=trained.fingerprint,
-        adapter=trained.adapter.tensors,
-        scaling=lora_scaling(settings.r, settings.lora_alpha, settings.use_rslora),
-        fan_in_fan_out=settings.fan_in_fan_out,
-        device=trained.base.device,
-    )
+def _measure_trained(run_dir: Path, progress: Progress) -> tuple[Trained, _Sample, _Measured]:
+    """The run's model in fp32, and its answers; on the CPU where the GPU it was trained on in 16 bits is too small."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(InsufficientMemoryError, torch.OutOfMemoryError):
+            return _measure_trained_on(None, run_dir, progress)
+        _free_memory()
+        trained, sample, measured = _measure_trained_on("cpu", run_dir, progress)
+        sample.notices.append("The GPU has too little memory for measuring in fp32, so the merge ran on the CPU.")
+        return trained, sample, measured
+    return _measure_trained_on(None, run_dir, progress)
 
 
-def _sample(trained: Trained, progress: Progress) -> tuple[ExampleSet | None, list[list[int]], list[str]]:
+def _measure_trained_on(device: str | None, run_dir: Path, progress: Progress) -> tuple[Trained, _Sample, _Measured]:
+    trained = open_trained(run_dir, compute_dtype="float32", progress=progress, device=device)
+    sample = _sample(trained, progress)
+    measured = _measure(trained.base.model, sample, micro_batch_tokens(trained.config), progress)
+    return trained, sample, measured
+
+
+def _sample(trained: Trained, progress: Progress) -> _Sample:
     """Held-out rows to measure on; token rows to compare on: held-out ones, else training's, else fixed sentences."""
+    forward = examine_forward(trained.base.model)
     try:
         prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
     except (DataError, FileMissingError) as error:
         rows = [trained.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
-        return None, rows, [f"The run's data could not be read, so nothing was measured on held-out rows. {error}"]
+        told = f"The run's data could not be read, so nothing was measured on held-out rows. {error}"
+        return _Sample(rows, None, forward, [told])
     examples: ExampleSet = prepared.heldout if len(prepared.heldout) else prepared.train
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.heldout):
-        return None, rows, ["The run has no held-out rows, so the two bases could not be measured against each other."]
-    return prepared.heldout, rows, []
+        told = "The run has no held-out rows, so the two bases could not be measured against each other."
+        return _Sample(rows, None, forward, [told])
+    return _Sample(rows, prepared.heldout, forward, [])
 
 
-def _measure_original(
-    trained: Trained, heldout: ExampleSet | None, rows: Sequence[list[int]], progress: Progress, *, required: bool
-) -> _Measured | None:
+def _measure_original(trained: Trained, sample: _Sample, progress: Progress, *, required: bool) -> _Measured | None:
     """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
     if is_prequantized(trained.base.directory):
         if required:
@@ -170,24 +194,35 @@ def _measure_original(
                 "dequantised base (--base dequantized), which is the function that was trained."
             )
         return None
-    if heldout is None and not required:
+    if sample.heldout is None and not required:
         return None
-    model = load_dense_model(trained.base.directory, trained.base.device)
+    model = load_streamed_model(trained.base.directory, trained.base.device)
     add_adapters(model, trained.config.adapter, trained.config.training.seed)
     load_adapter_state(model, trained.adapter.tensors)
-    return _measure(model, trained, heldout, rows, progress)
+    # Whole logits of a large pack would take more memory than the weights.
+    least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
+    return _measure(model, sample, max(micro_batch_tokens(trained.config), least), progress)
 
 
 @torch.no_grad()
-def _measure(
-    model: Any, trained: Trained, heldout: ExampleSet | None, rows: Sequence[list[int]], progress: Progress
-) -> _Measured:
-    forward = examine_forward(model)
+def _measure(model: Any, sample: _Sample, most_tokens: int, progress: Progress) -> _Measured:
+    """In one pass over the sample rows, by the training forward, and one for each pack of held-out rows."""
     model.eval()
-    device = next(model.parameters()).device
-    kept = []
-    for row in rows:
-        pack = make_packs([Example(row, row)], len(row), forward.can_pack)[0]
-        kept.append(logits(model, pack.to(device)).float().cpu())
-    loss = heldout_loss(model, heldout, forward, micro_batch_tokens(trained.config), progress) if heldout else None
-    return _Measured(kept, loss)
+    if sample.forward.can_pack:
+        lengths = [len(row) for row in sample.rows]
+        (pack,) = make_packs([Example(row, row) for row in sample.rows], sum(lengths), packing=True)
+        device = next(model.parameters()).device
+        found = list(logits(model, pack.to(device)).float().cpu().split(lengths, dim=1))
+    else:
+        found = row_logits(model, sample.rows)
+    if sample.heldout is None:
+        return _Measured(found, None)
+    with resident(model.get_output_embeddings()):  # the loss multiplies by its weight
+        return _Measured(found, heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress))
+
+
+def _free_memory() -> None:
+    """Of what was just dropped: cycles, and what torch keeps on the GPU, which would count as taken."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

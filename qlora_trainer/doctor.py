@@ -19,7 +19,7 @@ from typing import Literal
 import psutil
 import torch
 
-from qlora_trainer.errors import QuantizationError
+from qlora_trainer.errors import QuantizationError, first_line
 
 GIB = 2**30
 SMALL_HOST_BYTES = 8 * GIB

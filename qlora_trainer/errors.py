@@ -63,5 +63,6 @@ class NotInstalledError(QLoRATrainerError, ImportError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says in its first line, or its kind where it says nothing; for use in a letter."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Another library's error for use in a letter: its kind, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

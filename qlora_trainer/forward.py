@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
-from qlora_trainer.attention import attends_apart, packed_documents
+from qlora_trainer.attention import (
+    DEVICE_FAILURES,
+    attends_apart,
+    is_out_of_host_memory,
+    packed_documents,
+    refusals_as_model_error,
+)
 from qlora_trainer.data.packing import IGNORED_LABEL, Pack
 
 
@@ -39,11 +45,25 @@ class ForwardPlan:
     notices: tuple[str, ...]
 
 
-def examine_forward(model: Any) -> ForwardPlan:
-    """Try packing and the loss path on a few tokens; two short forward passes each."""
+def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
+    """Try packing and the loss path on a few tokens, in five short forward passes.
+
+    Args:
+        max_length: the longest row to come, in tokens, for a notice where the model treats long rows otherwise.
+
+    Raises:
+        ModelError: the model cannot run a plain forward.
+    """
     can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
     loss_path = find_loss_path(model)
     notices = []
+    limit = _longest_with_own_positions(model)
+    if limit is not None and max_length is not None and max_length > limit:
+        notices.append(
+            f"This model encodes positions otherwise in a forward pass with a row of more than {limit} tokens, and in "
+            "all its rows: shorter ones change with what lies in their micro-batch. data.max_length="
+            f"{limit} keeps every row on its own."
+        )
     if not can_pack:
         notices.append(
             "This model's attention cannot keep packed documents apart; its rows are padded on the right instead."
@@ -57,13 +77,17 @@ def examine_forward(model: Any) -> ForwardPlan:
 
 @torch.no_grad()
 def find_loss_path(model: Any) -> LossPath:
-    """Read the logit formula from the config and check it against the model's own logits on eight tokens."""
+    """Read the logit formula from the config and check it against the model's own logits on eight tokens.
+
+    Raises:
+        ModelError: the model gives no logits of its own either.
+    """
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     path = LossPath(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        return LossPath(own_logits=True)
+    if not isinstance(head, nn.Linear) or (head.bias is not None and head.bias.requires_grad):
+        return LossPath(own_logits=True)  # the lean loss gives a head's bias no gradient
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(head.weight.device)
     positions = torch.arange(8, device=ids.device)[None]
@@ -71,11 +95,30 @@ def find_loss_path(model: Any) -> LossPath:
     was_training = model.training
     model.eval()
     try:
-        ours, theirs = loss_sum(model, pack, path), loss_sum(model, pack, LossPath(own_logits=True))
+        with refusals_as_model_error(model):
+            theirs = loss_sum(model, pack, LossPath(own_logits=True))
+        ours = loss_sum(model, pack, path)
+    except DEVICE_FAILURES:
+        raise
+    except (AttributeError, RuntimeError, TypeError) as error:
+        if is_out_of_host_memory(error):
+            raise
+        return LossPath(own_logits=True)  # its hidden states are not what the head takes
     finally:
         model.train(was_training)
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
+
+
+def _longest_with_own_positions(model: Any) -> int | None:
+    """Tokens up to which a row's rotary frequencies are its own; None: always.
+
+    LongRoPE (Ding et al. 2024), as transformers has it, takes other frequencies for the whole forward pass once its
+    longest row is beyond the original positions. Dynamic NTK does so beyond all positions, where rows are cut.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one a layer type
+    return min((k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"), default=None)
 
 
 def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32

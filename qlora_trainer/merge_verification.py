@@ -25,6 +25,9 @@ from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor,
 
 # Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
 KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
+# How much worse on held-out rows an adapter may be on the original base than on the one it was trained on: a share of
+# the loss, or nats where the loss is so small that its share says nothing.
+MOST_WORSE_RELATIVE, MOST_WORSE_NATS = 0.10, 0.01
 _CHUNK_TOKENS = 64  # of fp64 log-probabilities at a time
 
 
@@ -101,22 +104,13 @@ def verify_merge(
     Raises:
         MergeError: the KL is above the bound, or a logit is not finite.
     """
+    assert sample_rows, "no rows to compare on"
+    progress("comparing answers", 0, None)
+    merged = row_logits(load_merged(directory), sample_rows)
     rows = [torch.tensor([row], dtype=torch.int64) for row in sample_rows]
-    assert rows, "no rows to compare on"
-    model = load_merged(directory)
-    device = next(model.parameters()).device
-
-    def reference() -> Iterable[Tensor]:
-        return map(trained_logits, rows) if callable(trained_logits) else iter(trained_logits)
-
-    def merged() -> Iterable[Tensor]:
-        for done, row in enumerate(rows):
-            progress("comparing answers", done, len(rows))
-            yield model(input_ids=row.to(device), use_cache=False).logits
-        progress("comparing answers", len(rows), len(rows))
-
+    reference = map(trained_logits, rows) if callable(trained_logits) else trained_logits
     with torch.no_grad():
-        difference = compare_logits(reference(), merged())
+        difference = compare_logits(reference, merged)
     limit = math.inf if kl_bound is None else kl_bound
     if not math.isfinite(difference.kl) or difference.kl > limit:
         raise MergeError(
@@ -125,6 +119,20 @@ def verify_merge(
             f"{difference.tokens} tokens. Nothing was kept. Please report it with the output of `qlora doctor`."
         )
     return Verification(rows=len(rows), difference=difference, kl_bound=kl_bound)
+
+
+@torch.no_grad()
+def row_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (1, T, V) each, on the CPU
+    """A transformers model's logits for each token row, in one pass.
+
+    Rows are padded on the right and not masked: the tokens of a causal model do not see what is behind them.
+    """
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    device = next(model.parameters()).device
+    found = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
+    return [found[index : index + 1, : len(row)] for index, row in enumerate(rows)]
 
 
 def compare_logits(
@@ -169,3 +177,19 @@ def choose_base(dequantized_loss: float | None, original_loss: float | None) -> 
     better: Literal["dequantized", "original"] = "original" if original_loss < dequantized_loss else "dequantized"
     reason = f"held-out loss {dequantized_loss:.4f} on the dequantized base, {original_loss:.4f} on the original"
     return BaseChoice(better, losses, reason)
+
+
+def check_original(dequantized_loss: float | None, original_loss: float | None) -> None:
+    """MergeError where the adapter answers clearly worse on the original base than on the one it was trained on.
+
+    The comparison of logits cannot say so: a merge into the original base is compared with original + adapter.
+    """
+    if dequantized_loss is None or original_loss is None:
+        return
+    most = max(dequantized_loss * (1 + MOST_WORSE_RELATIVE), dequantized_loss + MOST_WORSE_NATS)
+    if not original_loss <= most:
+        raise MergeError(
+            f"On the original base this adapter has a held-out loss of {original_loss:.4f}, and of "
+            f"{dequantized_loss:.4f} on the dequantised base it was trained on: more than {MOST_WORSE_RELATIVE:.0%} "
+            "worse. Merge with --base dequantized. Nothing was written."
+        )

@@ -10,24 +10,28 @@ Left out: loading that never gathers 16-bit weights, which transformers' own loa
 import dataclasses
 import json
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.config import ModelConfig
-from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError
+from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError, first_line
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
 
 WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
+NOT_FETCHED = ["original/*", "onnx/*", "consolidated*.safetensors"]  # the same weights again, in other formats
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
 @dataclasses.dataclass
@@ -86,17 +90,44 @@ def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Pr
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
         raise FileMissingError(f"There is no model at {name}.{hint}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    return _fetch(name, revision)
 
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """A hub model's files in the hub's own cache, which another run finds again."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    # The hub's errors derive from those of its HTTP library, which is another one in each of its major versions.
+    http_errors = [k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k.__name__ == "HTTPError"]
+    not_fetched: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, OSError, *http_errors)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES, ignore_patterns=NOT_FETCHED)
+        )
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"The hub has no model {name}, or it needs a login (`hf auth login`), and there is no such directory here."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"The model {name} could not be fetched from the hub: {error}") from error
+    except HFValidationError as error:
+        raise FileMissingError(
+            f"There is no directory {name}, and a hub name has the form owner/model, in letters, digits, -, _ and '.'."
+        ) from error
+    except not_fetched as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"The model {name} is not in the hub's cache, and HF_HUB_OFFLINE is set, so it was not fetched. Unset "
+                "it, or name a directory."
+            ) from error
+        raise ModelError(
+            f"The model {name} could not be fetched from the hub: {first_line(error)}. What has arrived is kept; try "
+            "again when the network is there."
+        ) from error
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -104,7 +135,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"The tokenizer in {directory} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
 def max_positions(directory: Path) -> int | None:
@@ -113,19 +144,26 @@ def max_positions(directory: Path) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def vocabulary_size(directory: Path) -> int | None:
+    """Rows of the model's embedding, or None where its config does not say."""
+    return getattr(_read_config(directory).get_text_config(), "vocab_size", None)
+
+
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
     """Load and quantise a model directory; everything frozen, every linear layer but the output head in NF4.
 
     Raises:
-        ModelError: not a causal language model that transformers knows, weights missing, or too little becomes 4-bit.
+        ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, or names
+            that a merge could not find again.
         QuantizationError: weights that are not finite, or prequantised otherwise.
         InsufficientMemoryError: the 4-bit model would not fit.
     """
     device = choose_device(settings.device)
     compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
     config = _read_config(directory)
+    _refuse_multi_modal(config, directory)
     tensors = checkpoint_tensors(directory)
-    _check_memory(tensors, compute_dtype, device)
+    _check_memory(tensors, config, compute_dtype, device)
     check_dequantization(device)
     prequantized = getattr(config, "quantization_config", None)
     if prequantized is None:
@@ -147,29 +185,38 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise InsufficientMemoryError(
-                f"Loading {directory} ran out of memory on {device}: {_first_line(error)}"
-            ) from error
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise _loading_error(error, directory, device) from error
     _check_complete(info, directory)
     if adopt_linear4bit(model) == 0:
         raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
     share = check_four_bit_share(model, settings.minimum_4bit_share)
+    raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    fingerprint = base_fingerprint(model, raw_config, source_dtype)  # before the cast: it is the same on any device
     _compute_in(model, compute_dtype)
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    check_mergeable(directory, fingerprint.tensors, tensors)
     return Base(
         model=model,
         directory=directory,
-        fingerprint=base_fingerprint(model, raw_config, source_dtype),
+        fingerprint=fingerprint,
         four_bit_share=share,
         compute_dtype=compute_dtype,
         device=device,
     )
+
+
+def check_mergeable(directory: Path, paths: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
+    """ModelError where a 4-bit layer's weight has no tensor of its name on disk, before an adapter is trained on it."""
+    lost = [path for path in paths if checkpoint_name(f"{path}.weight", tensors) is None]
+    if lost:
+        raise ModelError(
+            f"{directory} stores its weights under other names than the model has ({len(lost)} of them, such as "
+            f"{lost[0]}.weight): transformers renames or fuses them while loading. It could be trained, but its "
+            "adapter could not be merged here. Choose another architecture."
+        )
 
 
 def load_dense_model(directory: Path, device: torch.device) -> Any:
@@ -180,26 +227,53 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
         InsufficientMemoryError: it does not fit in memory at 4 bytes a weight.
     """
     needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
-    if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0]:
-        device = torch.device("cpu")
-    free = _free_memory(device)
-    if needed > free:
-        raise InsufficientMemoryError(
-            f"{directory} takes {needed / 2**30:.1f} GiB in fp32, and {device} has {free / 2**30:.1f} GiB free."
-        )
-    with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    device = device_with_room(needed, device, f"{directory} in fp32")
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except LOADING_ERRORS as error:
+        raise _loading_error(error, directory, device) from error
     _check_complete(info, directory)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def empty_model(directory: Path) -> Any:
+    """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    config = _read_config(directory)
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise _loading_error(error, directory, torch.device("meta")) from error
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def device_with_room(needed: int, device: torch.device, what: str) -> torch.device:
+    """`device`, or the CPU where a GPU has fewer bytes free than needed; InsufficientMemoryError where neither has."""
+    if device.type == "cuda" and needed > _free_memory(device):
+        device = torch.device("cpu")
+    free = _free_memory(device)
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"{what} takes {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free."
+        )
+    return device
 
 
 def is_prequantized(directory: Path) -> bool:
@@ -226,8 +300,25 @@ def _read_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"{directory / 'config.json'} cannot be read as a model's config: {_first_line(error)}"
+            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
         ) from error
+
+
+def _loading_error(error: Exception, directory: Path, device: torch.device) -> ModelError | InsufficientMemoryError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return InsufficientMemoryError(f"Loading {directory} ran out of memory on {device}: {first_line(error)}")
+    return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
+
+
+def _refuse_multi_modal(config: Any, directory: Path) -> None:
+    """transformers gives some of them whole as causal language models; the adapter would train the vision tower too."""
+    towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
+    if towers:
+        raise ModelError(
+            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
+            f"{' and '.join(towers)}). Only text models are trained here: choose one "
+            "that takes text alone."
+        )
 
 
 def _check_prequantized(config: Any, directory: Path) -> None:
@@ -258,14 +349,21 @@ def _widest_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
-def _check_memory(tensors: dict[str, TensorInfo], compute_dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(
+    tensors: Mapping[str, TensorInfo], config: Any, compute_dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse early what cannot fit: 4.127 bits a linear weight, and the largest tensor once in its own dtype."""
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     needed, largest = 0.0, 0
     for name, info in tensors.items():
-        numel = math.prod(info.shape)
-        is_linear = len(info.shape) == 2 and "embed" not in name and "lm_head" not in name
-        needed += numel * 4.127 / 8 if is_linear else numel * compute_dtype.itemsize
-        largest = max(largest, numel * info.dtype.itemsize)
+        is_embedding = info.shape[:1] == (vocab_size,)  # or the output head; they stay dense
+        if ".weight." in name or not info.dtype.is_floating_point:
+            needed += info.nbytes  # prequantised: packed codes and their statistics
+        elif len(info.shape) == 2 and not is_embedding:
+            needed += info.numel * 4.127 / 8
+        else:
+            needed += info.numel * compute_dtype.itemsize
+        largest = max(largest, info.nbytes)
     needed += largest
     free = _free_memory(device)
     if needed > free:
@@ -291,7 +389,3 @@ def _compute_in(model: Any, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -47,6 +47,12 @@ class Optimizer:
         for group in self.groups:
             group.zero_grad()
 
+    def release(self) -> None:
+        """Take this optimizer's paged buffers off bitsandbytes' list, which would hold them for ever."""
+        manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+        ours = {id(tensor) for tensor in self._tensors().values()}
+        manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in ours]
+
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state, paged or not."""

@@ -1,26 +1,64 @@
-"""What a run keeps on disk beside its checkpoints, and what its last bits depend on.
+"""What a run keeps on disk beside its checkpoints, what a resumed run may change, and what its last bits depend on.
 
 A run directory holds config.yaml (resolved), metrics.jsonl, samples.json, report.html, checkpoints/ and, when training
-has ended, adapter/. Imported models and prepared data lie in the user's cache instead, shared by all runs.
+has ended, adapter/: PEFT's two files, and base.json, which says what base the adapter belongs to. Imported models and
+prepared data lie in the user's cache instead, shared by all runs.
 """
 
 import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from qlora_trainer.config import RunConfig, load_config
+from qlora_kernels import kernel_choice
+from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
+from qlora_trainer.config import RunConfig, load_config, save_config
 from qlora_trainer.data.preparation import Prepared, prepare
-from qlora_trainer.directories import write_text
-from qlora_trainer.errors import FileMissingError
-from qlora_trainer.model import max_positions
+from qlora_trainer.directories import disk_errors, new_directory, write_text
+from qlora_trainer.errors import CheckpointError, FileMissingError
+from qlora_trainer.fingerprint import BaseFingerprint
+from qlora_trainer.model import max_positions, vocabulary_size
 from qlora_trainer.progress import Progress, silent
 
-RECORDED_PACKAGES = ("torch", "bitsandbytes", "transformers", "tokenizers", "numpy")
+RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
+CONFIG_NAME = "config.yaml"
+BASE_NAME = "base.json"
+MAX_BASE_BYTES = 64 * 2**20
+
+# What a resumed run may change: memory, logging and where things lie. All else makes it another run.
+# The data and the base are known by their contents, wherever they lie now.
+_FREE_SECTIONS = ("data", "evaluation", "checkpoint")
+_FREE_KEYS = {
+    "model.device",
+    "model.minimum_4bit_share",
+    "model.name",
+    "model.revision",
+    "training.activations",
+    "training.evaluate_every",
+    "training.micro_batch_tokens",
+    "training.output_dir",
+    "training.save_every",
+}
+_TOLD = {
+    "data.packing": "a step's rows are summed in another order, so last bits may differ",
+    "model.device": "its last bits may differ from an uninterrupted run's",
+    "training.micro_batch_tokens": "a step's rows are summed in another order, so last bits may differ",
+}
+
+
+class BaseRecord(NamedTuple):
+    """What an adapter says of itself beyond PEFT's files: the base it was trained on, and when."""
+
+    fingerprint: BaseFingerprint
+    step: int
+    run: str
 
 
 def user_cache() -> Path:
@@ -29,11 +67,43 @@ def user_cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "qlora-trainer"
 
 
-def read_run_config(directory: Path) -> RunConfig:
-    """A run directory's resolved config; FileMissingError where it is no run directory."""
-    if not (directory / "config.yaml").is_file():
-        raise FileMissingError(f"{directory} is not a run directory: it has no config.yaml.")
-    return load_config(directory / "config.yaml")
+def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run directory's resolved config; FileMissingError where it is no run directory.
+
+    The output directory is where the run lies now, wherever it was started.
+    """
+    if not (directory / CONFIG_NAME).is_file():
+        raise FileMissingError(f"{directory} is not a run directory: it has no {CONFIG_NAME}.")
+    config = load_config(directory / CONFIG_NAME, overrides)
+    training = config.training.model_copy(update={"output_dir": str(directory.absolute())})
+    return config.model_copy(update={"training": training})
+
+
+def write_run_config(config: RunConfig, directory: Path) -> None:
+    """Write config.yaml at once, so that a kill leaves the old one or the new one."""
+    temporary = directory / f".{CONFIG_NAME}.new"
+    with disk_errors(directory):
+        save_config(config, temporary)
+        temporary.replace(directory / CONFIG_NAME)
+
+
+def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> tuple[list[str], list[str]]:
+    """How `config` differs from the one a checkpoint was made with.
+
+    Returns (changes that would make it another run, notices on changes that may be made), each "key: was → is".
+    """
+    refused, notices = [], []
+    for section, values in config.model_dump(mode="json").items():
+        before = saved.get(section, {})
+        for name in sorted(values.keys() | before.keys()):
+            key, was, now = f"{section}.{name}", before.get(name), values.get(name)
+            if was == now:
+                continue
+            if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
+                refused.append(f"{key}: {was} → {now}")
+            elif key in _TOLD:
+                notices.append(f"{key} was {was} and is {now}: training goes on, but {_TOLD[key]}.")
+    return refused, notices
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progress: Progress = silent) -> Prepared:
@@ -44,34 +114,96 @@ def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progr
         max_positions=max_positions(model_directory),
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
+        vocab_size=vocabulary_size(model_directory),
         progress=progress,
     )
 
 
-def write_samples(directory: Path, samples: list[dict[str, str]]) -> None:
+@contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Work in a temporary sibling of `path`, which takes its place, whole, when the block ends well."""
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    with disk_errors(path.parent):
+        for leftover in (fresh, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+    with new_directory(fresh) as work:
+        yield work
+    with disk_errors(path.parent):
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_base_record(directory: Path, record: BaseRecord) -> None:
+    """Say beside an adapter's files which base it belongs to; PEFT ignores the file."""
+    content = {"run": record.run, "step": record.step, "base": record.fingerprint.to_json()}
+    write_text(directory / BASE_NAME, json.dumps(content, indent=1) + "\n")
+
+
+def read_base_record(directory: Path) -> BaseRecord | None:
+    """The base that an adapter of ours belongs to, from a final adapter or a checkpoint; None for another's adapter.
+
+    Raises:
+        CheckpointError: the record is there and cannot be read, or the checkpoint is damaged.
+    """
+    path = directory / BASE_NAME
+    if (directory / MANIFEST).is_file():  # one of our checkpoints; a trainer_state.json alone may be any trainer's
+        _, state = load_checkpoint(directory)
+        return BaseRecord(BaseFingerprint.from_json(state["base"]), state["training"]["step"], directory.name)
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > MAX_BASE_BYTES:
+            raise ValueError(f"it has more than {MAX_BASE_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return BaseRecord(BaseFingerprint.from_json(content["base"]), int(content["step"]), str(content["run"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it; "
+            "without it the adapter is taken as it is, for whatever base."
+        ) from error
+
+
+def write_samples(directory: Path, samples: list[dict[str, Any]]) -> None:
     """Keep generated samples in the run directory, for the report of this run or of its resumption."""
     write_text(directory / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_samples(directory: Path) -> list[dict[str, str]]:
+def read_samples(directory: Path) -> list[dict[str, Any]]:
     """What `write_samples` kept; empty where there is none."""
     path = directory / "samples.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
     """What the last bits of a run depend on, recorded with each checkpoint."""
     return {
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "kernels": kernel_choice(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in RECORDED_PACKAGES},
     }
 
 
-def environment_differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model, as Linux tells it; elsewhere what Python knows."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One notice where a checkpoint comes from another machine or other versions; empty where all is the same."""
     changed = [f"{key} was {saved.get(key)} and is {value}" for key, value in here.items() if saved.get(key) != value]
     if not changed:

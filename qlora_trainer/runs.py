@@ -2,11 +2,13 @@
 
 This is where the rooms below are put together, in the order that lets a mistake cost least: the config and the output
 directory, then the tokenizer and the data (bad rows fail in seconds), then the base, the adapters and the optimizer.
-`resume_run` makes the same objects from the run directory and puts the newest valid checkpoint into them.
+`resume_run` makes the same objects from the run directory and puts the newest valid checkpoint into them; a new run has
+one of step 0, so that it can be resumed from its first moment on.
 """
 
 import dataclasses
 import gc
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,29 +16,42 @@ from typing import Any, Literal
 import torch
 
 from qlora_trainer.activations import apply_policy, choose_policy
+from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_format import (
+    AdapterFileConfig,
+    read_adapter,
+    setting_differences,
+    write_adapter,
+)
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from qlora_trainer.config import AdapterConfig, RunConfig, save_config
+from qlora_trainer.config import RunConfig, save_config
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.directories import disk_errors, refuse_existing
-from qlora_trainer.errors import AdapterError, CheckpointError
-from qlora_trainer.evaluation import answer_questions, questions
+from qlora_trainer.directories import new_directory, refuse_existing
+from qlora_trainer.errors import CheckpointError
+from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.gguf_import import import_notices
+from qlora_trainer.initial_adapter import check_base, check_settings, target_names
 from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.report import METRICS_NAME, RunLog, read_metrics
 from qlora_trainer.report_page import Sample, write_report
 from qlora_trainer.run_directory import (
+    CONFIG_NAME,
+    BaseRecord,
+    config_changes,
     environment,
     environment_differences,
     prepare_data,
     read_run_config,
     read_samples,
+    replaced_directory,
     user_cache,
+    write_base_record,
+    write_run_config,
     write_samples,
 )
 from qlora_trainer.training import TrainState, build_state, train
@@ -68,17 +83,16 @@ class Run:
         finally:
             log.close()
         if finished:
-            directory = self.directory / "adapter"
-            with disk_errors(self.directory):
-                directory.mkdir(exist_ok=True)
-            self.write_adapter(directory)
+            with replaced_directory(self.directory / "adapter") as work:
+                self.write_adapter(work)
+                write_base_record(work, BaseRecord(self.base.fingerprint, self.state.step, self.directory.name))
         return finished
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present state."""
+    def save(self, directory: Path | None = None) -> Path:
+        """Write a checkpoint of the present state, into the run directory unless another is given."""
         tensors, state = self.state.state_dict()
         return save_checkpoint(
-            self.directory,
+            directory or self.directory,
             self.state.step,
             write_adapter=self.write_adapter,
             tensors=tensors,
@@ -86,7 +100,8 @@ class Run:
                 "training": state,
                 "base": self.base.fingerprint.to_json(),
                 "data": self.prepared.key,
-                "environment": environment(self.base.device),
+                "config": self.config.model_dump(mode="json"),
+                "environment": environment(self.base.device, self.base.compute_dtype),
             },
             keep=self.config.checkpoint.keep,
         )
@@ -99,12 +114,8 @@ class Run:
             return
         limit = self.config.evaluation.max_new_tokens
         answers = answer_questions(self.base.model, self.tokenizer, asked, max_new_tokens=limit, progress=progress)
-        kept: list[dict[str, Any]] = read_samples(self.directory) or [
-            {"prompt": a.request, "reference": a.expected, "before": None, "after": None} for a in answers
-        ]
-        for sample, answer in zip(kept, answers, strict=True):
-            sample[when] = answer.answer
-        write_samples(self.directory, kept)
+        kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}
+        write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
 
     def summary(self) -> list[tuple[str, str]]:
         """What a person wants to know before the run begins: (name, value)."""
@@ -151,9 +162,12 @@ class Run:
 
     def release(self) -> None:
         """Let go of the model and its optimizer, to load another in their place."""
+        self.state.optimizer.release()
         self.base.model = None
         del self.state
         gc.collect()
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def write_adapter(self, directory: Path) -> None:
         """The adapter as it is now, in PEFT's format."""
@@ -166,45 +180,72 @@ class Run:
                 base_model_name_or_path=self.config.model.name,
                 revision=self.config.model.revision,
                 r=settings.rank,
-                lora_alpha=settings.alpha,
+                # The scaling as alpha / rank, for rsLoRA too: some readers know lora_alpha alone.
+                lora_alpha=lora_scaling(settings.rank, settings.alpha, settings.use_rslora) * settings.rank,
                 lora_dropout=settings.dropout,
-                target_modules=_target_names(self.base.model, self.adapted),
+                target_modules=target_names(self.base.model, self.adapted),
                 bias=settings.bias,
-                use_rslora=settings.use_rslora,
                 fan_in_fan_out=isinstance(first, NF4Linear) and first.fan_in_fan_out,
             ),
         )
 
 
 def start_run(config: RunConfig, progress: Progress = silent) -> Run:
-    """Make a new run; its directory is created last, with the config, when all else has succeeded."""
+    """Make a new run; its directory appears last, with the config and a checkpoint of step 0, when all has succeeded.
+
+    Raises:
+        QLoRATrainerError: of any kind; its text says what to do. Nothing was left in the output directory.
+    """
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
-    run = _assemble(config, directory, progress)
-    if config.adapter.init_from:
-        initial = read_adapter(Path(config.adapter.init_from))
-        _check_same_function(initial.config, config.adapter)
+    initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    config = _with_commit(config, path)
+    if initial:
+        check_settings(initial, config, path)
+    run = _assemble(config, directory, path, progress)
+    if initial:
+        run.notices += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.yaml")
+    with new_directory(directory) as work:
+        save_config(config, work / CONFIG_NAME)
+        run.save(work)
     return run
 
 
-def resume_run(directory: Path, progress: Progress = silent) -> Run:
+def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Run:
     """Put a run back to where its newest valid checkpoint stands.
+
+    Args:
+        directory: the run directory.
+        overrides: `section.key=value` of what only concerns memory, logging or where things lie, such as
+            training.activations=recompute; written to config.yaml. Edits of config.yaml count in the same way.
 
     Raises:
         CheckpointError: no valid checkpoint, or it belongs to other data, another base, or other settings.
     """
-    config = read_run_config(directory)
+    config = read_run_config(directory, overrides)
     found = newest_checkpoint(directory)
     tensors, state = load_checkpoint(found.path)
-    run = _assemble(config, directory, progress)
+    refused, notices = config_changes(state["config"], config)
+    adapter = read_adapter(found.path)
+    refused += [
+        f"{key}: {was} → {now}, by the adapter's own file"
+        for key, (was, now) in setting_differences(adapter.config, config.adapter).items()
+        if not any(change.startswith(f"{key}:") for change in refused)
+    ]
+    if refused:
+        changes = "\n".join(f"  - {change}" for change in refused)
+        raise CheckpointError(
+            f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
+            f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
+        )
+    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    run = _assemble(config, directory, path, progress)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
-            "run with adapter.init_from."
+            "run on this one."
         )
     if state["data"] != run.prepared.key:
         raise CheckpointError(
@@ -212,22 +253,16 @@ def resume_run(directory: Path, progress: Progress = silent) -> Run:
             "A resumed run would not be the one that was started. Restore the data, or start a new run with "
             f"adapter.init_from={found.path}."
         )
-    load_adapter_state(run.base.model, read_adapter(found.path).tensors)
+    load_adapter_state(run.base.model, adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
-    run.notices += found.passed_over
-    run.notices += environment_differences(state["environment"], environment(run.base.device))
+    here = environment(run.base.device, run.base.compute_dtype)
+    run.notices += [*found.passed_over, *notices, *environment_differences(state["environment"], here)]
+    if config != read_run_config(directory):
+        write_run_config(config, directory)
     return run
 
 
-def _target_names(model: Any, adapted: list[str]) -> list[str]:
-    """The shortest names that PEFT resolves to exactly the adapted layers: the ends of their paths, or the paths."""
-    ends = {path.rsplit(".", 1)[-1] for path in adapted}
-    matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
-    return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)
-
-
-def _assemble(config: RunConfig, directory: Path, progress: Progress) -> Run:
-    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress) -> Run:
     tokenizer = load_tokenizer(path)
     prepared = prepare_data(config, tokenizer, path, progress)
     base = load_base_model(path, config.model, progress)
@@ -244,16 +279,20 @@ def _assemble(config: RunConfig, directory: Path, progress: Progress) -> Run:
     return Run(directory, config, tokenizer, prepared, base, adapted, state, notices)
 
 
-def _check_same_function(found: AdapterFileConfig, wanted: AdapterConfig) -> None:
-    """An adapter's numbers mean something only with its own rank, alpha and scaling rule."""
-    pairs = {
-        "adapter.rank": (found.r, wanted.rank),
-        "adapter.alpha": (found.lora_alpha, wanted.alpha),
-        "adapter.use_rslora": (found.use_rslora, wanted.use_rslora),
-        "adapter.bias": (found.bias, wanted.bias),
-    }
-    if changes := [f"{key}={value}" for key, (value, ours) in pairs.items() if value != ours]:
-        raise AdapterError(
-            f"The adapter {wanted.init_from} was made with other settings than this config has. To start from it, set "
-            f"{' '.join(str(change).lower() for change in changes)}."
-        )
+def _with_commit(config: RunConfig, path: Path) -> RunConfig:
+    """A hub name stands for other weights tomorrow: record the commit that its branch, tag or newest state was."""
+    if (
+        path.parent.name != "snapshots"
+        or Path(config.model.name).exists()
+        or not re.fullmatch("[0-9a-f]{40}", path.name)
+    ):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+
+
+def _sample(answer: Answer) -> dict[str, Any]:
+    return {"prompt": answer.request, "reference": answer.expected, "before": None, "after": None}
+
+
+def _key(answer: Answer) -> tuple[str, str]:
+    return answer.request, answer.expected

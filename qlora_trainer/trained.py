@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import Adapter, read_adapter
-from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint
+from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
+from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.messages import Conversation
 from qlora_trainer.data.preparation import ExampleSet
@@ -17,7 +17,14 @@ from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.forward import examine_forward
 from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.run_directory import prepare_data, read_run_config, user_cache
+from qlora_trainer.run_directory import (
+    CONFIG_NAME,
+    BaseRecord,
+    prepare_data,
+    read_base_record,
+    read_run_config,
+    user_cache,
+)
 from qlora_trainer.training import micro_batch_tokens
 
 
@@ -34,26 +41,57 @@ class Trained:
     fingerprint: BaseFingerprint  # of the base as it was trained
 
 
-def open_trained(directory: Path, compute_dtype: str | None = None, progress: Progress = silent) -> Trained:
-    """Load a run's base with its adapter: the final one, or of an unfinished run the newest checkpoint's."""
+def open_trained(
+    directory: Path, compute_dtype: str | None = None, progress: Progress = silent, *, device: str | None = None
+) -> Trained:
+    """Load a run's base with its adapter: the final one, or the newest checkpoint's where that is further.
+
+    `compute_dtype` and `device` are those of the run's config where they are None. A finished run needs no checkpoints.
+
+    Raises:
+        CheckpointError: there is no adapter, it is damaged, or it belongs to another base or other settings.
+    """
     config = read_run_config(directory)
-    newest = newest_checkpoint(directory)
-    _, state = load_checkpoint(newest.path)
-    final = directory / "adapter"
-    source = final if (final / "adapter_config.json").is_file() else newest.path
+    source, record = _newest_adapter(directory)
     adapter = read_adapter(source)
-    model_settings = config.model.model_copy(update={"compute_dtype": compute_dtype or config.model.compute_dtype})
+    if differences := setting_differences(adapter.config, config.adapter):
+        changes = "; ".join(
+            f"{key} is {now} in {CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
+        )
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
+            "adapter's values."
+        )
+    wanted = {"compute_dtype": compute_dtype, "device": device}
+    model_settings = config.model.model_copy(update={key: value for key, value in wanted.items() if value})
     path = resolve_model(model_settings.name, model_settings.revision, user_cache(), progress)
     tokenizer = load_tokenizer(path)
     base = load_base_model(path, model_settings, progress)
-    trained_on = BaseFingerprint.from_json(state["base"])
-    if difference := trained_on.difference(base.fingerprint):
+    if difference := record.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {config.model.name} is not the one this adapter was trained on: {difference}.")
     add_adapters(base.model, config.adapter, config.training.seed)
     load_adapter_state(base.model, adapter.tensors)
     base.model.eval()
-    name = "the final adapter" if source == final else f"the checkpoint of step {newest.step}; training has not ended"
-    return Trained(directory, config, tokenizer, base, adapter, name, trained_on)
+    is_final = source == directory / "adapter"
+    name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"
+    return Trained(directory, config, tokenizer, base, adapter, name, record.fingerprint)
+
+
+def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
+    """The final adapter or the newest valid checkpoint, whichever has more steps, and what it says of itself."""
+    final = directory / "adapter"
+    ended = read_base_record(final)
+    try:
+        newest = newest_checkpoint(directory)
+    except CheckpointError:
+        if ended is None:
+            raise
+        return final, ended
+    if ended and ended.step >= newest.step:
+        return final, ended
+    record = read_base_record(newest.path)
+    assert record is not None, "a checkpoint says which base it belongs to"
+    return newest.path, record
 
 
 def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:

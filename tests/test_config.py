@@ -61,7 +61,12 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter", "targets", []),
         ("data", "heldout", 1.5),
         ("optimizer", "name", "sgd"),
+        ("data", "heldout", "1.5"),
+        ("data", "heldout", float("nan")),
         ("optimizer", "learning_rate", -1.0),
+        ("optimizer", "learning_rate", float("inf")),
+        ("optimizer", "weight_decay", float("nan")),
+        ("training", "seed", 2**63),
         ("training", "micro_batch_tokens", "some"),
         ("training", "max_steps", 0),
     ],
@@ -93,6 +98,64 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
         load_config(write(tmp_path / "c.yaml", MINIMAL), [override])
 
 
+@pytest.mark.parametrize(
+    ("heldout", "expected"), [("1e-1", 0.1), ("0.25", 0.25), ("0", 0.0), ("rows.jsonl", "rows.jsonl")]
+)
+def test_a_number_is_a_share_however_it_is_written(tmp_path: Path, heldout: str, expected: object) -> None:
+    """YAML 1.1 reads 1e-1 as text."""
+    assert load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.heldout={heldout}"]).data.heldout == expected
+
+
+def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  # name: owner/model\ndata: {train: rows.jsonl}\nadapter:\n")
+    config = load_config(path, ["model.name=owner/model"])
+    assert (config.model.name, config.adapter.rank) == ("owner/model", 16)
+    with pytest.raises(ConfigError, match=r"model\.name is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {name: a/b}\ndata: {train: x}\nadapter: {rank: 8}\nadapter: {alpha: 8}\n",
+        "model: {name: a/b}\ndata: {train: x}\nadapter: {rank: 8, alpha: 8, rank: 4}\n",
+    ],
+    ids=["section", "key"],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) stands twice[^$]*c\.yaml\", line [34]"):
+        load_config(path)
+
+
+def test_merged_yaml_mappings_may_still_be_overruled(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name: a/b}\ndata:\n  train:\n    - &first {path: a, format: chat, split: train}\n"
+        "    - {<<: *first, path: b}\n"
+    )
+    sources = load_config(path).data.train
+    assert [(s.path, s.format) for s in sources if not isinstance(s, str)] == [("a", "chat"), ("b", "chat")]
+
+
+def test_a_key_of_several_types_has_one_problem() -> None:
+    message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": "foo"}})
+    assert "1 problem(s)" in message
+    assert message.count("training.micro_batch_tokens") == 1
+    assert "valid integer" in message
+    assert "'auto'" in message
+
+
+def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
+    message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "fromat": "chat"}, {"path": "b", "rank": 3}]}})
+    assert message.splitlines()[1:] == [
+        "  - unknown key data.train.0.fromat; did you mean data.train.0.format?",
+        "  - unknown key data.train.1.rank; a source has path, format, columns, split",
+    ]
+
+
 def test_a_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["adapter.rank=4", "training.max_steps=7"])
     save_config(config, tmp_path / "saved.yaml")
@@ -112,7 +175,7 @@ def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no config file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("model: [unclosed")
-    with pytest.raises(ConfigError, match="not a YAML file"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load_config(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="should hold sections"):

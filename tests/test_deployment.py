@@ -11,16 +11,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_trainer import merging
+from qlora_trainer import deployment, merging, streamed_model
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.deployment import merge_run
-from qlora_trainer.errors import CheckpointError, MergeError, OutputExistsError
+from qlora_trainer.errors import CheckpointError, InsufficientMemoryError, MergeError, OutputExistsError
 from qlora_trainer.evaluation import answer_questions, questions
 from qlora_trainer.forward import logits
+from qlora_trainer.merge_verification import check_original
 from qlora_trainer.run_directory import prepare_data
-from qlora_trainer.runs import start_run
+from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.trained import evaluate_trained, open_trained
 
 Config = Callable[..., RunConfig]
@@ -85,6 +86,72 @@ def test_the_original_base_is_verified_against_itself_and_its_difference_reporte
     assert done.difference_from_trained.kl > 10 * done.report.verification.difference.kl
 
 
+def test_an_adapter_much_worse_on_the_original_base_is_not_merged_into_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trained, original in [(2.0, 2.2), (1e-4, 0.01), (None, 9.0), (2.0, None)]:
+        check_original(trained, original)
+    for trained, original in [(2.0, 2.21), (1e-4, 0.0102), (2.0, float("nan"))]:
+        with pytest.raises(MergeError, match="--base dequantized"):
+            check_original(trained, original)
+    losses = iter([2.0, 2.3])
+    monkeypatch.setattr(deployment, "heldout_loss", lambda *args: next(losses))
+    with pytest.raises(MergeError, match=r"loss of 2\.3000, and of 2\.0000 .* more than 10% worse"):
+        merge_run(run_dir, tmp_path / "merged", base="original")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(*args: Any) -> None:
+        raise AssertionError("a dense model was loaded whole")
+
+    monkeypatch.setattr(streamed_model, "load_dense_model", whole)
+    assert len(merge_run(run_dir, tmp_path / "merged").choice.heldout_loss) == 2
+
+
+def test_too_little_memory_to_verify_is_told_before_anything_is_written(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_trainer import model
+
+    monkeypatch.setattr(model, "_free_memory", lambda device: 2**29)
+    monkeypatch.setattr(deployment, "merge", lambda *args, **kwargs: pytest.fail("the merge was begun"))
+    with pytest.raises(InsufficientMemoryError, match="Comparing answers"):
+        merge_run(run_dir, tmp_path / "merged", base="dequantized")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str | None] = []
+
+    def open_on(directory: Path, *, device: str | None, **kwargs: Any) -> Any:
+        tried.append(device)
+        if device != "cpu":
+            raise InsufficientMemoryError("too small")
+        return open_trained(directory, device=device, **kwargs)
+
+    monkeypatch.setattr(deployment, "open_trained", open_on)
+    monkeypatch.setattr(deployment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(deployment.torch.cuda, "empty_cache", lambda: None)
+    done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
+    assert tried == [None, "cpu"]
+    assert "merge ran on the CPU" in done.notices[0]
+    assert done.report.verification is not None
+
+
+def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
+    tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = start_run(tiny_config(model={"name": str(tiny_models("gpt2"))}, training={"max_steps": 2}))
+    run.train(quiet)
+    for base in ("auto", "original"):
+        done = merge_run(run.directory, tmp_path / base, base=base)
+        assert done.choice.heldout_loss.keys() == {"dequantized", "original"}
+        assert done.report.verification is not None
+
+
 def test_without_held_out_rows_the_dequantised_base_is_taken_and_told(tiny_config: Config, tmp_path: Path) -> None:
     run = start_run(tiny_config(data={"heldout": 0.0}))
     run.train(quiet)
@@ -145,8 +212,6 @@ def test_an_adapter_is_refused_on_another_base(tiny_config: Config, tmp_path: Pa
 def test_every_family_trains_resumes_and_merges(
     family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from qlora_trainer.runs import resume_run
-
     changes = {"model": {"name": str(tiny_models(family))}, "training": {"max_steps": 3}}
     whole = start_run(tiny_config("whole", **changes))
     assert whole.train(quiet)

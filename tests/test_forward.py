@@ -1,5 +1,6 @@
 """Promises of the training forward: packed documents never meet, and the lean loss is the model's own loss."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,24 @@ import torch
 from tiny_models import FAMILIES, SHAPE
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, CohereConfig, FalconConfig, GraniteConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPTJConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Phi3Config,
+)
 
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
 from qlora_trainer.attention import attends_apart, packed_documents
 from qlora_trainer.config import AdapterConfig, ModelConfig
 from qlora_trainer.data.packing import Example, make_packs
+from qlora_trainer.errors import ModelError
 from qlora_trainer.forward import LossPath, examine_forward, find_loss_path, logits, loss_sum
 from qlora_trainer.model import load_base_model
 
@@ -136,6 +149,164 @@ def test_a_model_that_cannot_keep_documents_apart_is_padded_and_told() -> None:
     plan = examine_forward(model)
     assert not plan.can_pack
     assert "padded on the right" in plan.notices[0]
+
+
+def test_a_model_that_needs_a_mask_is_padded_and_told() -> None:
+    """MPT's layers take the mask for granted, and a packed forward makes none."""
+    torch.manual_seed(0)
+    config = MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64)
+    assert not examine_forward(AutoModelForCausalLM.from_config(config)).can_pack
+
+
+def windowed_model(window: int, handed: int | None) -> Any:
+    """A Mistral whose mask has the window, and whose layers hand `handed` to the attention function."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SHAPE, vocab_size=64, sliding_window=window)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.12)
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.copy(config)
+        layer.self_attn.config.sliding_window = handed
+    return model
+
+
+@pytest.mark.parametrize(
+    ("window", "handed", "expected"),
+    [(6, 6, True), (6, None, False), (100, 100, True), (100, 200, False), (4096, 4096, True), (4096, None, False)],
+)
+def test_a_window_that_packing_would_lose_is_found_out(window: int, handed: int | None, expected: bool) -> None:
+    assert attends_apart(windowed_model(window, handed), 64) is expected
+
+
+def test_chunked_attention_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer hands its chunk to the attention function, so a packed forward would lose it."""
+    model = windowed_model(4096, 4096)
+    monkeypatch.setattr(model.config, "sliding_window", None)
+    monkeypatch.setattr(model.config, "attention_chunk_size", 8192, raising=False)
+    for layer in model.model.layers:
+        layer.self_attn.config.sliding_window = None
+    assert not attends_apart(model, 64)
+
+
+def test_layer_types_say_whether_a_window_is_used() -> None:
+    """A config may name a window that none of its layers has."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **SHAPE, vocab_size=64, head_dim=16, sliding_window=4096, layer_types=["full_attention"] * 2
+    )
+    assert attends_apart(AutoModelForCausalLM.from_config(config), 64)
+
+
+def raising_model(error: Exception, when: Callable[[dict[str, Any]], bool]) -> Any:
+    """A model whose decoder raises `error` where its inputs are of that kind."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, vocab_size=64)).requires_grad_(False)
+    forward = model.model.forward
+
+    def raise_or_run(**inputs: Any) -> Any:
+        if when(inputs):
+            raise error
+        return forward(**inputs)
+
+    model.model.forward = raise_or_run
+    return model
+
+
+def always(inputs: dict[str, Any]) -> bool:
+    return True
+
+
+def packed_only(inputs: dict[str, Any]) -> bool:
+    return "document_bounds" in inputs
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("forward() got an unexpected keyword argument 'position_ids'"), AttributeError("no 'to'"), KeyError(3)],
+)
+def test_a_model_that_cannot_run_is_refused_by_name(error: Exception) -> None:
+    model = raising_model(error, always)
+    for examine in (examine_forward, find_loss_path):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be trained here") as caught:
+            examine(model)
+        assert str(error) in str(caught.value)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+]
+
+
+@pytest.mark.parametrize("when", [always, packed_only])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "accelerator", "host"])
+def test_a_full_or_failing_device_is_never_taken_for_a_models_way(
+    error: Exception, when: Callable[[dict[str, Any]], bool]
+) -> None:
+    with pytest.raises(type(error)) as caught:
+        examine_forward(raising_model(error, when))
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "accelerator", "host"])
+def test_memory_that_runs_out_in_the_lean_loss_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qlora_trainer.forward.linear_cross_entropy", fail)
+    with pytest.raises(type(error)):
+        find_loss_path(raising_model(error, packed_only))
+
+
+def test_hidden_states_that_the_head_cannot_take_leave_the_model_its_own_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = raising_model(ValueError(), packed_only)
+    fail = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr("qlora_trainer.forward.linear_cross_entropy", lambda *a, **k: (_ for _ in ()).throw(fail))
+    assert find_loss_path(model) == LossPath(own_logits=True)
+
+
+def test_a_heads_bias_that_trains_gets_its_gradient() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPTJConfig(n_embd=64, n_head=4, n_layer=1, vocab_size=64, rotary_dim=16))
+    model.requires_grad_(False)
+    assert not find_loss_path(model).own_logits
+    model.lm_head.bias.requires_grad_(True)
+    path = find_loss_path(model)
+    (pack,) = make_packs(examples(64)[:1], 100, packing=False)
+    loss_sum(model, pack, path).backward()
+    expected = torch.autograd.grad(loss_sum(model, pack, LossPath(own_logits=True)), model.lm_head.bias)[0]
+    assert model.lm_head.bias.grad.abs().sum() > 0
+    assert torch.equal(model.lm_head.bias.grad, expected)
+
+
+def longrope_model() -> Any:
+    torch.manual_seed(0)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        **{**SHAPE, "max_position_embeddings": 256},
+        vocab_size=64,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_rows_whose_positions_hang_on_their_neighbours_are_told() -> None:
+    """Long-rope models take other frequencies for all rows of a forward pass once one of them is long."""
+    model = longrope_model()
+    assert examine_forward(model, max_length=16).notices == ()
+    (notice,) = examine_forward(model, max_length=17).notices
+    assert "data.max_length=16" in notice
+    with torch.no_grad():
+        short, long = (Example(ids, ids) for ids in (list(range(3, 13)), list(range(3, 33))))
+        (alone,), (beside,) = (make_packs(rows, 1000, packing=True) for rows in ([short], [short, long]))
+        assert not torch.allclose(logits(model, alone), logits(model, beside)[:, :10], rtol=1e-3)
 
 
 def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:

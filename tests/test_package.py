@@ -19,7 +19,7 @@ ROWS = [
     {"attention", "data", "gguf_import", "gguf_tensors", "model"},
     {"activations", "checkpoint", "forward", "generation", "optim", "report", "report_page", "report_plot"},
     {"evaluation", "run_directory"},
-    {"merge_plan", "merge_verification", "merging", "training"},
+    {"initial_adapter", "merge_plan", "merge_verification", "merging", "training"},
     {"runs", "trained", "doctor"},
     {"deployment"},
     {"console", "demo", "inspection"},

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, MixtralConfig
 
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.config import ModelConfig
@@ -22,7 +22,7 @@ from qlora_trainer.errors import (
     QuantizationError,
 )
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.model import Base, load_base_model, resolve_model
+from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model, resolve_model
 from qlora_trainer.quantization import (
     NF4Linear,
     adopt_linear4bit,
@@ -30,6 +30,7 @@ from qlora_trainer.quantization import (
     four_bit_share,
     quantize_weight,
 )
+from qlora_trainer.tensor_io import checkpoint_tensors
 
 CPU = torch.device("cpu")
 
@@ -218,9 +219,10 @@ def cut_short(directory: Path) -> Path:
 @pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
 def test_an_unreadable_model_directory_is_a_letter(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
     directory = damage(make_model_directory(tmp_path / "m"))
-    with pytest.raises(ModelError) as caught:
-        load(directory)
-    assert str(directory) in str(caught.value)
+    for opener in (load, lambda path: load_dense_model(path, CPU)):
+        with pytest.raises(ModelError) as caught:
+            opener(directory)
+        assert str(directory) in str(caught.value)
 
 
 def test_what_is_no_base_model_is_told_apart(tmp_path: Path) -> None:
@@ -245,6 +247,41 @@ def test_a_hub_name_that_cannot_be_fetched_is_a_letter(tmp_path: Path, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(QLoRATrainerError, match="owner/model could not be fetched"):
         resolve_model("owner/model", None, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        resolve_model("owner/model", None, tmp_path)
+
+
+def test_a_download_that_breaks_off_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    (library,) = {kind.__module__.split(".")[0] for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"}
+    broken = __import__(library).ReadTimeout("nothing came for 10 seconds")
+    assert not isinstance(broken, OSError)
+
+    def breaks_off(*args: object, **kwargs: object) -> str:
+        raise broken
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(ModelError, match="could not be fetched from the hub: ReadTimeout: nothing came"):
+        resolve_model("owner/model", None, tmp_path)
+
+
+def test_a_name_that_is_neither_a_directory_nor_a_hub_name_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="There is no directory my models/foo"):
+        resolve_model("my models/foo", None, tmp_path)
+
+
+def test_weights_in_other_formats_beside_the_shards_are_not_fetched() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from qlora_trainer.model import NOT_FETCHED, WEIGHT_FILES
+
+    files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]
+    kept = filter_repo_objects(files + others, allow_patterns=WEIGHT_FILES, ignore_patterns=NOT_FETCHED)
+    assert list(kept) == files
 
 
 def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +290,47 @@ def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch:
     monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError, match="Choose a smaller base"):
         load(tiny_llama)
+
+
+def test_the_memory_a_base_needs_is_what_it_takes(
+    tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings are dense whatever they are called, and prequantised codes take what they take."""
+    from qlora_trainer import model
+
+    for directory in (tiny_models("gpt2"), tiny_models("llama"), prequantized(tiny_models("llama"), tmp_path / "nf4")):
+        base = load(directory)
+        once = max(info.nbytes for info in checkpoint_tensors(directory).values())
+        # Learned positions count as 4-bit: their shape says nothing, and in earnest they are small.
+        positions = sum(p.nbytes for name, p in base.model.named_parameters() if "wpe" in name)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_free_memory", lambda device, free=once + 1.05 * base.bytes: free)
+            load(directory)
+            patch.setattr(model, "_free_memory", lambda device, free=once + 0.93 * (base.bytes - positions): free)
+            with pytest.raises(InsufficientMemoryError):
+                load(directory)
+
+
+def test_what_could_be_trained_but_not_merged_is_refused_before_training(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = checkpoint_tensors(tiny_llama)
+    check_mergeable(tiny_llama, ["model.layers.0.mlp.up_proj"], tensors)
+    from qlora_trainer import model
+
+    def renamed(path: Path) -> dict:
+        return {name.replace("self_attn", "attention"): info for name, info in tensors.items()}
+
+    monkeypatch.setattr(model, "checkpoint_tensors", renamed)
+    with pytest.raises(ModelError, match=r"other names .*\(8 of them, such as model\.layers\.0\.self_attn\.q_proj\.w"):
+        load(tiny_llama)
+
+
+def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path / "m")
+    assert AutoConfig.from_pretrained(tmp_path / "m").model_type == "gemma3"
+    with pytest.raises(ModelError, match=r"several kinds of input \(gemma3, with a part for vision\)"):
+        load(tmp_path / "m")
 
 
 @pytest.mark.gpu

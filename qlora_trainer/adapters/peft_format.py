@@ -10,6 +10,7 @@ Legend: R rank, I in features, O out features.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qlora_trainer.adapters.delta import lora_scaling
+from qlora_trainer.config import AdapterConfig
 from qlora_trainer.directories import write_text
 from qlora_trainer.errors import AdapterError, DiskError, FileMissingError
 
@@ -135,6 +138,20 @@ def read_adapter(directory: Path) -> Adapter:
     config = _read_config(directory / CONFIG_NAME)
     tensors = _read_tensors(directory / WEIGHTS_NAME, config)
     return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()})
+
+
+def setting_differences(found: AdapterFileConfig, wanted: AdapterConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that make an adapter's numbers another function: config key -> (the file's value, the config's)."""
+    pairs: dict[str, tuple[Any, Any]] = {
+        "adapter.rank": (found.r, wanted.rank),
+        "adapter.bias": (found.bias, wanted.bias),
+    }
+    scaling = lora_scaling(found.r, found.lora_alpha, found.use_rslora)
+    ours = lora_scaling(wanted.rank, wanted.alpha, wanted.use_rslora)
+    if not math.isclose(scaling, ours, rel_tol=1e-12):  # one scaling can be written in two ways
+        pairs["adapter.alpha"] = (found.lora_alpha, wanted.alpha)
+        pairs["adapter.use_rslora"] = (found.use_rslora, wanted.use_rslora)
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def _check_files(directory: Path) -> None:

@@ -123,7 +123,7 @@ def prepare(
     max_length = min(config.max_length, max_positions or config.max_length)
     renderer = Renderer(tokenizer, config.learn, max_length, config.too_long)
     inputs = _inputs(config)
-    directory = cache_dir / _cache_key(inputs, config, max_length, tokenizer)
+    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer)
     store, cached = _existing(directory), True
     if store is None:
         cached = False
@@ -169,13 +169,15 @@ def _inputs(config: DataConfig) -> list[_Input]:
     ]
 
 
-def _cache_key(inputs: Sequence[_Input], config: DataConfig, max_length: int, tokenizer: Tokenizer) -> str:
+def _cache_key(
+    inputs: Sequence[_Input], config: DataConfig, max_length: int, vocab_size: int | None, tokenizer: Tokenizer
+) -> str:
     parts = {
         "version": PREPARATION_VERSION,
         "tokenizers": tokenizers.__version__,
         "tokenizer": _tokenizer_identity(tokenizer),
         "sources": [[i.source.name, i.source.digest, i.format, i.columns, i.for_heldout] for i in inputs],
-        "settings": [config.learn, config.too_long, max_length],
+        "settings": [config.learn, config.too_long, max_length, vocab_size],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

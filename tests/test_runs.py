@@ -1,0 +1,400 @@
+"""Promises of a run's directory: it resumes from its first moment on, only as what it was, and says what changed."""
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model_directory
+from torch import Tensor
+
+from qlora_trainer import checkpoint, runs
+from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.config import RunConfig
+from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
+from qlora_trainer.fingerprint import base_fingerprint
+from qlora_trainer.quantization import bitsandbytes
+from qlora_trainer.run_directory import cpu_name, environment, read_samples, replaced_directory
+from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.trained import evaluate_trained, open_trained
+
+Config = Callable[..., RunConfig]
+
+
+def quiet(record: dict[str, Any]) -> None:
+    """A display that shows nothing."""
+
+
+def edit_config(directory: Path, section: str, **fields: Any) -> None:
+    """Change a run's config.yaml by hand."""
+    path = directory / "config.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw[section] |= fields
+    path.write_text(yaml.safe_dump(raw))
+
+
+def final_adapter(directory: Path) -> dict[str, Tensor]:
+    return load_file(directory / "adapter" / "adapter_model.safetensors")
+
+
+def no_load(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the base was loaded, though the mistake could be seen before")
+
+
+@pytest.fixture
+def own_base(tmp_path: Path) -> Path:
+    """A model directory that a test may change."""
+    return make_model_directory(tmp_path / "own-base")
+
+
+@pytest.fixture
+def finished(tiny_config: Config) -> Path:
+    run = start_run(tiny_config("finished", training={"max_steps": 2}))
+    assert run.train(quiet)
+    return run.directory
+
+
+def change_tensor(base: Path, name: str, factor: float) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_base_with_another_dense_tensor_is_refused_on_resume(tiny_config: Config, own_base: Path, name: str) -> None:
+    run = start_run(tiny_config(model={"name": str(own_base)}))
+    change_tensor(own_base, name, 1.5)
+    with pytest.raises(CheckpointError, match=rf"1 of 7 tensors that are not 4-bit differ, such as {name}"):
+        resume_run(run.directory)
+
+
+def test_a_base_with_the_same_codes_and_other_scales_is_refused_on_resume(tiny_config: Config, own_base: Path) -> None:
+    """Twice the weights have the same 4-bit codes."""
+    run = start_run(tiny_config(model={"name": str(own_base)}))
+    change_tensor(own_base, "model.layers.1.mlp.up_proj.weight", 2.0)
+    with pytest.raises(CheckpointError, match=r"1 of 14 layers hold other weights, such as model\.layers\.1\.mlp\.up_"):
+        resume_run(run.directory)
+
+
+def test_another_config_of_the_base_is_refused_with_the_key_that_changed(tiny_config: Config, own_base: Path) -> None:
+    run = start_run(tiny_config(model={"name": str(own_base)}))
+    path = own_base / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"transformers_version": "4.0.0", "use_cache": False, "dtype": "float32"}))
+    resume_run(run.directory)
+    path.write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json differs in rms_norm_eps \(rms_norm_eps was .* and is 0\.5"
+    ):
+        resume_run(run.directory)
+
+
+def test_a_base_is_the_same_in_every_compute_dtype(tiny_config: Config) -> None:
+    fingerprints = [
+        start_run(tiny_config(dtype, model={"compute_dtype": dtype})).base.fingerprint
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_a_last_bit_of_the_statistics_does_not_make_another_base(tiny_config: Config) -> None:
+    """The offset is a mean, summed otherwise by other devices and numbers of threads."""
+    run = start_run(tiny_config())
+    layer = run.base.model.get_submodule("model.layers.0.mlp.up_proj").base
+    original = base_fingerprint(run.base.model, {}, torch.bfloat16)
+    layer.offset.copy_(torch.nextafter(layer.offset, torch.tensor(1.0)))
+    assert original.difference(base_fingerprint(run.base.model, {}, torch.bfloat16)) is None
+    layer.offset.mul_(1.001)
+    assert original.difference(base_fingerprint(run.base.model, {}, torch.bfloat16)) is not None
+
+
+def test_a_new_run_from_our_adapter_is_refused_on_another_base(
+    tiny_config: Config, finished: Path, own_base: Path
+) -> None:
+    change_tensor(own_base, "model.norm.weight", 1.5)
+    for source in (finished / "adapter", finished / "checkpoints" / "step-000002"):
+        config = tiny_config("second", model={"name": str(own_base)}, adapter={"init_from": str(source)})
+        with pytest.raises(AdapterError, match=r"trained on another base .* such as model\.norm\.weight"):
+            start_run(config)
+        assert not Path(config.training.output_dir).exists()
+
+
+def test_a_new_run_from_anothers_adapter_says_which_base_it_names(tiny_config: Config, finished: Path) -> None:
+    foreign = finished / "adapter"
+    (foreign / "base.json").unlink()
+    (foreign / "trainer_state.json").write_text("{}")  # other trainers write one too
+    run = start_run(tiny_config("same", adapter={"init_from": str(foreign)}))
+    assert not [notice for notice in run.notices if "was made for" in notice]
+    path = foreign / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "someone/else"}))
+    run = start_run(tiny_config("other", adapter={"init_from": str(foreign)}))
+    assert [notice for notice in run.notices if "was made for someone/else" in notice]
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "letter"),
+    [
+        ({"targets": ["q_proj", "v_proj"]}, {}, r"set adapter\.targets=\[q_proj,v_proj\]"),
+        ({}, {"targets": ["q_proj"]}, r"adapter\.targets=\[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj\]"),
+        ({"bias": "lora_only"}, {}, r"set adapter\.bias=lora_only"),
+        ({"use_rslora": True}, {}, r"set adapter\.alpha=16\.0"),
+    ],
+)
+def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, letter: str
+) -> None:
+    first = start_run(tiny_config("first", adapter=trained))
+    monkeypatch.setattr(runs, "load_base_model", no_load)
+    source = first.directory / "checkpoints" / "step-000000"
+    with pytest.raises(AdapterError, match=letter):
+        start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
+
+
+def test_a_missing_adapter_is_told_before_the_base_is_looked_for(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "resolve_model", no_load)
+    with pytest.raises(FileMissingError, match="nowhere"):
+        start_run(tiny_config(adapter={"init_from": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "change"),
+    [
+        ("adapter", {"dropout": 0.5}, r"adapter\.dropout: 0\.0 → 0\.5"),
+        ("adapter", {"alpha": 9.0}, r"adapter\.alpha: 8\.0 → 9\.0"),
+        ("optimizer", {"learning_rate": 0.1}, r"optimizer\.learning_rate: 0\.005 → 0\.1"),
+        ("training", {"max_steps": 9}, r"training\.max_steps: 8 → 9"),
+        ("training", {"epochs": 2}, r"training\.epochs: 1 → 2"),
+        ("training", {"batch_size": 4}, r"training\.batch_size: 3 → 4"),
+        ("training", {"seed": 1}, r"training\.seed: 0 → 1"),
+        ("model", {"compute_dtype": "bfloat16"}, r"model\.compute_dtype: auto → bfloat16"),
+    ],
+)
+def test_a_setting_that_would_make_another_run_is_refused_on_resume(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, section: str, fields: dict, change: str
+) -> None:
+    run = start_run(tiny_config())
+    monkeypatch.setattr(runs, "load_base_model", no_load)
+    (key, value) = next(iter(fields.items()))
+    with pytest.raises(CheckpointError, match=change):
+        resume_run(run.directory, [f"{section}.{key}={json.dumps(value)}"])
+    edit_config(run.directory, section, **fields)
+    with pytest.raises(CheckpointError, match=change):
+        resume_run(run.directory)
+
+
+def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny_config: Config) -> None:
+    whole = start_run(tiny_config("whole", adapter={"dropout": 0.2}))
+    assert whole.train(quiet)
+    parts = start_run(tiny_config("parts", adapter={"dropout": 0.2}))
+    assert not parts.train(quiet, stop_after=3)
+    overrides = ["training.activations=recompute", "training.save_every=1", "checkpoint.keep=1", "evaluation.samples=1"]
+    resumed = resume_run(parts.directory, overrides)
+    assert resumed.notices == []
+    assert resumed.train(quiet)
+    expected, found = final_adapter(whole.directory), final_adapter(parts.directory)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    written = yaml.safe_load((parts.directory / "config.yaml").read_text())
+    assert written["training"]["activations"] == "recompute"
+    assert written["checkpoint"]["keep"] == 1
+    assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
+
+
+def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
+    tiny_config: Config, tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    run = start_run(tiny_config(model={"name": str(base)}))
+    assert not run.train(quiet, stop_after=2)
+    base.rename(tmp_path / "moved-base")
+    rows.rename(tmp_path / "moved.jsonl")
+    moved = [f"model.name={tmp_path / 'moved-base'}", f"data.train={tmp_path / 'moved.jsonl'}"]
+    assert resume_run(run.directory, moved).train(quiet)
+
+
+def test_packing_changed_on_resume_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+    run = start_run(tiny_config())
+    (notice,) = resume_run(run.directory, ["data.packing=false"]).notices
+    assert "data.packing was True and is False" in notice
+
+
+def test_a_changed_micro_batch_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+    run = start_run(tiny_config())
+    (notice,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).notices
+    assert "training.micro_batch_tokens was auto and is 512" in notice
+    assert "last bits may differ" in notice
+
+
+def test_a_refused_override_leaves_the_config_as_it_was(tiny_config: Config) -> None:
+    run = start_run(tiny_config())
+    before = (run.directory / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError):
+        resume_run(run.directory, ["training.activations=recompute", "adapter.rank=8"])
+    assert (run.directory / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_bias_mode_that_differs_between_save_and_load_is_refused_by_name(finished: Path, bias: str) -> None:
+    edit_config(finished, "adapter", bias=bias)
+    with pytest.raises(CheckpointError, match=rf"adapter\.bias is {bias} in config\.yaml and none there"):
+        open_trained(finished)
+    with pytest.raises(CheckpointError, match=rf"adapter\.bias: none → {bias}"):
+        resume_run(finished)
+
+
+def test_a_run_that_died_in_its_first_step_resumes_as_if_it_had_not(tiny_config: Config) -> None:
+    whole = start_run(tiny_config("whole", adapter={"dropout": 0.2}))
+    whole.answer_samples("before")
+    assert whole.train(quiet)
+    dead = start_run(tiny_config("dead", adapter={"dropout": 0.2}))
+    torch.manual_seed(12345)  # what a new process would hold
+    resumed = resume_run(dead.directory)
+    assert resumed.state.step == 0
+    assert resumed.train(quiet)
+    expected, found = final_adapter(whole.directory), final_adapter(dead.directory)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_the_first_checkpoint_is_deleted_like_any_other(tiny_config: Config) -> None:
+    run = start_run(tiny_config(checkpoint={"keep": 2}))
+    assert [path.name for path in (run.directory / "checkpoints").iterdir()] == ["step-000000"]
+    run.train(quiet)
+    assert {path.name for path in (run.directory / "checkpoints").iterdir()} == {"step-000004", "step-000008"}
+
+
+def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = tiny_config()
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DiskError, match="step 0"):
+        start_run(config)
+    directory = Path(config.training.output_dir)
+    assert [path for path in directory.parent.iterdir() if directory.name in path.name] == []
+
+
+def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
+    expected = evaluate_trained(open_trained(finished))
+    shutil.rmtree(finished / "checkpoints")
+    trained = open_trained(finished)
+    assert trained.source == "the final adapter"
+    assert evaluate_trained(trained) == expected
+
+
+def test_the_adapter_with_more_steps_is_opened(tiny_config: Config, finished: Path) -> None:
+    longer = start_run(tiny_config("longer", training={"max_steps": 4}))
+    longer.train(quiet, stop_after=3)
+    shutil.copytree(finished / "adapter", longer.directory / "adapter")
+    assert open_trained(longer.directory).source == "the checkpoint of step 3; training has not ended"
+    shutil.rmtree(longer.directory / "checkpoints")
+    assert open_trained(longer.directory).source == "the final adapter"
+
+
+def write_half(final: Path) -> None:
+    with replaced_directory(final) as work:
+        (work / "adapter_config.json").write_text("half")
+        raise ZeroDivisionError
+
+
+def test_the_final_adapter_is_replaced_whole_or_not_at_all(finished: Path) -> None:
+    final = finished / "adapter"
+    before = {path.name: path.read_bytes() for path in final.iterdir()}
+    assert before.keys() == {"adapter_config.json", "adapter_model.safetensors", "base.json"}
+    with pytest.raises(ZeroDivisionError):
+        write_half(final)
+    assert {path.name: path.read_bytes() for path in final.iterdir()} == before
+    (final / "leftover").write_text("")
+    assert resume_run(finished).train(quiet)
+    assert {path.name: path.read_bytes() for path in final.iterdir()} == before
+    assert [path.name for path in finished.iterdir() if path.name.startswith(".")] == []
+    assert read_adapter(final).paths
+
+
+def test_a_hub_name_is_recorded_with_the_commit_it_was(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / commit
+    shutil.copytree(tiny_llama, snapshot)
+    asked = []
+
+    def resolve(name: str, revision: str | None, *rest: object) -> Path:
+        asked.append((name, revision))
+        return snapshot
+
+    monkeypatch.setattr(runs, "resolve_model", resolve)
+    run = start_run(tiny_config(model={"name": "owner/model"}))
+    assert yaml.safe_load((run.directory / "config.yaml").read_text())["model"]["revision"] == commit
+    resume_run(run.directory)
+    assert asked == [("owner/model", None), ("owner/model", commit)]
+    local = start_run(tiny_config("local", model={"name": str(snapshot)}))
+    assert local.config.model.revision is None
+
+
+def test_a_checkpoint_records_what_its_last_bits_depend_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "torch")
+    recorded = environment(torch.device("cpu"), torch.float32)
+    assert recorded["kernels"] == "torch"
+    assert recorded["compute_dtype"] == "float32"
+    assert {"cpu", "cuda", "device", "accelerate", "qlora-trainer", "bitsandbytes"} <= recorded.keys()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3: fast\n\nprocessor\t: 1\n")
+    assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3: fast"
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_config: Config, samples: int) -> None:
+    run = start_run(tiny_config(training={"max_steps": 1}))
+    run.answer_samples("before")
+    before = [sample["before"] for sample in read_samples(run.directory)]
+    resumed = resume_run(run.directory, [f"evaluation.samples={samples}"])
+    resumed.train(quiet)
+    resumed.answer_samples("after")
+    kept = read_samples(run.directory)
+    assert len(kept) == samples
+    assert [sample["before"] for sample in kept] == [*before, None][:samples]
+    assert all(sample["after"] is not None for sample in kept)
+    assert resumed.write_report().is_file()
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_before_the_base_is_loaded(
+    tiny_config: Config, own_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own_base / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 64}))
+    monkeypatch.setattr(runs, "load_base_model", no_load)
+    with pytest.raises(DataError, match="has only 64"):
+        start_run(tiny_config(model={"name": str(own_base)}))
+
+
+def test_a_released_run_leaves_no_paged_buffer_of_its_own(tiny_config: Config) -> None:
+    run = start_run(tiny_config())
+    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    others = torch.zeros(3)
+    state = run.state.optimizer.optimizer.state[run.state.groups[0].data]
+    manager.paged_tensors += [state["state1"], others, state["state2"]]  # as on CUDA; nothing is paged on a CPU
+    try:
+        run.release()
+        assert len(manager.paged_tensors) == 1
+        assert manager.paged_tensors[0] is others
+    finally:
+        manager.paged_tensors.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
+    runs_of = [start_run(tiny_config(device, model={"device": device})) for device in ("cpu", "cuda")]
+    first, second = (run.base.fingerprint for run in runs_of)
+    assert first.difference(second) is None
+    assert dataclasses.replace(first, dense={}).difference(second) is not None

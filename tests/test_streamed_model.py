@@ -1,0 +1,145 @@
+"""Promises of the streamed model: the dense model's answers, in the memory of one matrix."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model_directory
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
+
+from qlora_trainer import model as model_room
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
+from qlora_trainer.config import AdapterConfig
+from qlora_trainer.errors import InsufficientMemoryError, ModelError
+from qlora_trainer.model import load_dense_model
+from qlora_trainer.streamed_model import StreamedMatrix, check_streaming, load_streamed_model, resident
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 65).reshape(3, 20)
+
+
+def assert_same_answers(streamed: Any, dense: Any) -> None:
+    with torch.no_grad():
+        found, expected = streamed(input_ids=IDS).logits, dense(input_ids=IDS).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def live_bytes(model: nn.Module) -> int:
+    """What the model's parameters take, each storage once; a matrix that is away takes four bytes."""
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def matrices(model: nn.Module) -> list[StreamedMatrix]:
+    return [parameter for parameter in model.parameters() if isinstance(parameter, StreamedMatrix)]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
+def test_a_streamed_model_answers_as_the_dense_one(family: str, tiny_models: Callable[[str], Path]) -> None:
+    streamed = load_streamed_model(tiny_models(family), CPU)
+    assert_same_answers(streamed, load_dense_model(tiny_models(family), CPU))
+    assert all(isinstance(parameter, StreamedMatrix) == (parameter.ndim >= 2) for parameter in streamed.parameters())
+    assert all(torch.isnan(matrix).all() for matrix in matrices(streamed))
+    assert not any(parameter.requires_grad for parameter in streamed.parameters())
+
+
+def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """As GPT-2's own checkpoint has them: the body saved alone."""
+    AutoModel.from_pretrained(tiny_models("gpt2")).save_pretrained(tmp_path / "gpt2")
+    assert "wte.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
+    streamed = load_streamed_model(tmp_path / "gpt2", CPU)
+    assert len(matrices(streamed)) == 2 + 4 * 2
+    assert_same_answers(streamed, load_dense_model(tmp_path / "gpt2", CPU))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_never_more_than_one_matrix_is_live(family: str, tiny_models: Callable[[str], Path]) -> None:
+    streamed = load_streamed_model(tiny_models(family), CPU)
+    idle = live_bytes(streamed)
+    vectors = sum(parameter.nbytes for parameter in streamed.parameters() if parameter.ndim < 2)
+    assert idle <= vectors + 4 * len(matrices(streamed))
+    seen: list[int] = []
+    for module in streamed.modules():
+        if any(isinstance(parameter, StreamedMatrix) for parameter in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda *_: seen.append(live_bytes(streamed)))  # runs after the fetch
+    with torch.no_grad():
+        streamed(input_ids=IDS)
+    assert len(seen) == 2 + 7 * 2
+    largest = 4 * max(matrix.numel() for matrix in matrices(streamed))
+    assert idle + largest - 4 <= max(seen) <= idle + largest
+    assert live_bytes(streamed) == idle
+
+
+def test_a_resident_head_stays_while_the_rest_streams_and_goes_afterwards(tiny_models: Callable[[str], Path]) -> None:
+    """Tied, so that the embedding uses the same matrix and drops it before the head is done with it."""
+    streamed = load_streamed_model(tiny_models("llama_tied"), CPU)
+    head = streamed.get_output_embeddings()
+    assert head.weight is streamed.get_input_embeddings().weight
+    expected = load_file(tiny_models("llama_tied") / "model.safetensors")["model.embed_tokens.weight"].float()
+    with resident(head), torch.no_grad():
+        streamed(input_ids=IDS)
+        assert torch.equal(head.weight, expected)
+    assert torch.isnan(head.weight).all()
+
+
+def test_a_matrix_is_dropped_when_the_forward_fails(tiny_llama: Path) -> None:
+    streamed = load_streamed_model(tiny_llama, CPU)
+    idle = live_bytes(streamed)
+    with pytest.raises(IndexError):
+        streamed(input_ids=torch.tensor([[10**6]]))
+    assert live_bytes(streamed) == idle
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_adapters_work_on_a_streamed_model(bias: str, tiny_models: Callable[[str], Path]) -> None:
+    settings = AdapterConfig(rank=4, alpha=8.0, bias=bias)
+    dense = load_dense_model(tiny_models("qwen2"), CPU)
+    add_adapters(dense, settings, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(dense):
+            parameter.normal_(0.0, 0.2, generator=generator)
+    streamed = load_streamed_model(tiny_models("qwen2"), CPU)
+    add_adapters(streamed, settings, seed=0)
+    load_adapter_state(streamed, adapter_state_dict(dense))
+    assert_same_answers(streamed, dense)
+
+
+def test_a_head_stored_beside_its_embedding_is_tied_only_where_both_are_equal(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m", "llama_tied")
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.flip(0).contiguous()):
+        save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
+        assert_same_answers(load_streamed_model(directory, CPU), load_dense_model(directory, CPU))
+
+
+def test_what_is_renamed_while_loading_is_loaded_whole(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, num_local_experts=4,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    model = load_streamed_model(tmp_path / "moe", CPU)
+    assert matrices(model) == []
+    assert_same_answers(model, load_dense_model(tmp_path / "moe", CPU))
+
+
+def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight .* has shape .* the config asks for"):
+        load_streamed_model(directory, CPU)
+
+
+def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_streaming(tiny_llama, CPU)
+    monkeypatch.setattr(model_room, "_free_memory", lambda device: 10**9)
+    with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
+        check_streaming(tiny_llama, CPU)
