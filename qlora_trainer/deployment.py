@@ -23,7 +23,7 @@ from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.directories import refuse_existing
-from qlora_trainer.errors import DataError, FileMissingError, InsufficientMemoryError, MergeError
+from qlora_trainer.errors import DataError, FileMissingError, InsufficientMemoryError, MergeError, first_line
 from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, examine_forward, logits
 from qlora_trainer.merge_plan import MergeInputs
@@ -47,7 +47,7 @@ from qlora_trainer.training import micro_batch_tokens
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row: logits are kept, (tokens, vocabulary) in fp32
-STREAMED_TOKENS = 8192  # of a pass that reads all weights
+STREAMED_TOKENS = 4096  # of a pass that reads all weights
 FALLBACK_SAMPLES = (
     "The quick brown fox jumps over the lazy dog.",
     "To make bread, mix flour, water, salt and yeast, and let the dough rest.",
@@ -108,9 +108,18 @@ def merge_run(
     device = trained.base.device
     check_streaming(trained.base.directory, device)
 
-    on_original = (
-        _measure_original(trained, sample, progress, required=base == "original") if base != "dequantized" else None
-    )
+    on_original: _Measured | None = None
+    if base != "dequantized":
+        try:
+            on_original = _measure_original(trained, sample, progress, required=base == "original")
+        except torch.OutOfMemoryError as error:
+            if base == "original":
+                raise InsufficientMemoryError(
+                    f"Measuring the original base ran out of memory on {device} ({first_line(error)}). Free memory "
+                    "there, or merge with --base dequantized."
+                ) from error
+            sample.notices.append(f"The original base was not measured: {first_line(error)}")
+    _free_memory()
     original_loss = on_original.loss if on_original else None
     if base == "auto":
         choice = choose_base(as_trained.loss, original_loss)

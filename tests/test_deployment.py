@@ -121,6 +121,20 @@ def test_too_little_memory_to_verify_is_told_before_anything_is_written(
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(deployment, "_measure_original", lambda *args, required: full())
+    done = merge_run(run_dir, tmp_path / "merged")
+    assert done.choice.base == "dequantized"
+    assert "not measured: OutOfMemoryError: CUDA out of memory" in done.notices[0]
+    with pytest.raises(InsufficientMemoryError, match="--base dequantized"):
+        merge_run(run_dir, tmp_path / "other", base="original")
+
+
 def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
