@@ -89,6 +89,15 @@ def test_the_layer_over_four_bits_is_the_layer_over_the_dequantised_weight() -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
+def test_the_layer_over_four_bits_keeps_its_input_and_a_rank_sized_product() -> None:
+    layer = make_layer(NF4Linear(quantize_weight(torch.randn(64, 128)), None), dropout=0.4)
+    kept: list[torch.Tensor] = []
+    x = torch.randn(7, 128, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert [tensor.shape for tensor in kept] == [(7, 128), (7, 6)]
+
+
 @pytest.mark.parametrize("kind", ["four bits", "dense"])
 def test_dropout_is_random_in_training_only_and_follows_the_global_random_state(kind: str) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels.lora_linear import add_lora, draw_seed, drop, lora_nf4_linear, nf4_linear
+from qlora_kernels.lora_linear import add_lora, draw_seed, keep_mask, lora_nf4_linear, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 
 
@@ -136,12 +136,16 @@ def fused(weight: NF4Weight, dropout: float = 0.0) -> Callable[..., Tensor]:
     return lambda x, bias, A, B: lora_nf4_linear(x, weight, bias, A, B, SCALING, dropout=dropout, dropout_seed=seed)
 
 
+def mask_like(x: Tensor, dropout: float) -> Tensor:
+    return keep_mask(x.reshape(-1, x.shape[-1]), x.shape[-1], dropout, SEED).view(x.shape)
+
+
 def plain(weight: NF4Weight, dropout: float = 0.0) -> Callable[..., Tensor]:
     """The formula in plain torch; dropout by an explicit mask."""
 
     def formula(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = F.linear(x, dequantize_nf4(weight, x.dtype), bias.to(x.dtype))
-        mask = drop(torch.ones_like(x).reshape(-1, x.shape[-1]), dropout, SEED).view(x.shape)
+        mask = mask_like(x, dropout)
         return add_lora(base, x * mask / (1.0 - dropout), A, B, SCALING)
 
     return formula
@@ -174,7 +178,7 @@ def test_layer_with_adapter_errs_no_more_than_the_plain_formula(dtype: torch.dty
     exact_inputs: Inputs = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)  # type: ignore
 
     def formula(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        mask = drop(torch.ones_like(x), dropout, SEED)
+        mask = mask_like(x, dropout)
         return add_lora(F.linear(x, dense, bias), x * mask / (1.0 - dropout), A, B, SCALING)
 
     exact = output_and_gradients(formula, exact_inputs)
@@ -226,14 +230,14 @@ def test_first_layers_backward_does_not_dequantise(weight: NF4Weight, monkeypatc
     assert inputs[2].grad is not None
 
 
-def saved_by(function: Callable[[], Tensor]) -> list[Tensor]:
-    """What autograd saves for the backward of `function`; asserts that its nodes hold no other activation."""
+def saved_by(function: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
+    """What autograd saves for backward; asserts that the node itself holds parameters and a seed, and no activation."""
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        output = function()
+        output = function(*inputs)
     assert output.grad_fn is not None
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, Tensor)]
-    assert all(value.is_leaf and (value.requires_grad or value.dim() == 0) for value in held)
+    assert all(any(value is parameter for parameter in (*inputs[1:], SEED)) for value in held)
     return kept
 
 
@@ -243,7 +247,7 @@ def test_the_input_and_a_rank_sized_product_are_all_that_is_saved(
     weight: NF4Weight, dtype: torch.dtype, dropout: float
 ) -> None:
     inputs = adapter_inputs(4, 5, dtype=dtype, parameters=torch.float32)
-    kept = saved_by(lambda: fused(weight, dropout)(*inputs))
+    kept = saved_by(fused(weight, dropout), inputs)
     assert [tensor.shape for tensor in kept] == [(4, 5, 45), (20, 3)]
     assert kept[0].data_ptr() == inputs[0].data_ptr()
     assert kept[1].dtype == dtype
@@ -251,7 +255,7 @@ def test_the_input_and_a_rank_sized_product_are_all_that_is_saved(
 
 def test_layers_with_the_same_input_save_it_once(weight: NF4Weight) -> None:
     inputs = adapter_inputs(4, 5)
-    kept = [tensor for _ in range(3) for tensor in saved_by(lambda: fused(weight, 0.3)(*inputs))]
+    kept = [tensor for _ in range(3) for tensor in saved_by(fused(weight, 0.3), inputs)]
     assert len(kept) == 6
     assert {tensor.data_ptr() for tensor in kept if tensor.shape[-1] == 45} == {inputs[0].data_ptr()}
 
@@ -259,9 +263,7 @@ def test_layers_with_the_same_input_save_it_once(weight: NF4Weight) -> None:
 @pytest.mark.parametrize(("trained", "shapes"), [("x A", [(4, 45)]), ("x B", [(4, 3)]), ("x bias", [])])
 def test_what_no_gradient_needs_is_not_saved(weight: NF4Weight, trained: str, shapes: list[tuple[int, int]]) -> None:
     inputs = adapter_inputs(4, trained=trained)
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fused(weight)(*inputs)
+    kept = saved_by(fused(weight), inputs)
     assert [tensor.shape for tensor in kept] == shapes
 
 
@@ -279,19 +281,26 @@ def test_dropout_is_the_same_under_the_same_global_random_state() -> None:
     torch.set_rng_state(state)
     assert (draw_seed(), draw_seed()) == (first, second)
     assert first != second
-    x = normal(50, 64)
-    assert torch.equal(drop(x, 0.3, first), drop(x, 0.3, first))
-    assert not torch.equal(drop(x, 0.3, first), drop(x, 0.3, second))
+    like = normal(50, 7)
+    assert torch.equal(keep_mask(like, 64, 0.3, first), keep_mask(like, 64, 0.3, first))
+    assert not torch.equal(keep_mask(like, 64, 0.3, first), keep_mask(like, 64, 0.3, second))
 
 
-def test_dropout_keeps_the_share_asked_for_and_leaves_the_rest_as_it_is() -> None:
-    x = normal(500, 64)
-    dropped = drop(x, 0.3, SEED)
-    kept = dropped != 0.0
-    assert torch.equal(dropped[kept], x[kept])
-    assert float(kept.float().mean()) == pytest.approx(0.7, abs=0.01)  # four standard deviations
-    assert (kept.float().mean(0) > 0.5).all()  # no column or row is dropped more than others
-    assert (kept.float().mean(1) > 0.3).all()
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_the_share_asked_for_everywhere(dropout: float, dtype: torch.dtype) -> None:
+    kept = keep_mask(normal(1000, 7, dtype=dtype), 402, dropout, SEED)
+    assert (kept.shape, kept.dtype) == ((1000, 402), dtype)
+    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    variance = dropout * (1.0 - dropout)
+    parts = {"all": kept.double().view(1, -1), "rows": kept.double(), "columns": kept.double().T}
+    parts |= {f"each fourth from {lane}": kept.view(-1)[lane::4].double().view(1, -1) for lane in range(4)}
+    for name, part in parts.items():
+        bound = 5.0 * (variance / part.shape[1]) ** 0.5 + 1e-5  # five standard deviations, and the rounding
+        assert float((part.mean(1) - (1.0 - dropout)).abs().max()) <= bound, name
+    if dropout == 0.5:  # neighbours, drawn together, are independent
+        together = (kept[:, 1:] * kept[:, :-1]).double().mean()
+        assert float(together) == pytest.approx(0.25, abs=5.0 * (0.25 * 0.75 / kept.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

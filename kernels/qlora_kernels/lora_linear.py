@@ -55,7 +55,8 @@ def lora_nf4_linear(
     makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
     """
     assert (dropout_seed is not None) or dropout == 0.0, "dropout needs a seed"
-    return _LoRANF4Linear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, dropout_seed)
+    seed = dropout_seed if dropout else None
+    return _LoRANF4Linear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
 
 
 def add_lora(
@@ -78,13 +79,14 @@ def draw_seed() -> Tensor:  # () int64, on the CPU
     return torch.randint(2**63 - 1, (), device="cpu")
 
 
-def drop(
-    x: Tensor,  # (N, I)
-    probability: float,
+def keep_mask(
+    like: Tensor,  # (N, any)
+    in_features: int,
+    dropout: float,  # a probability below 1, rounded to a multiple of 1/65,536
     seed: Tensor,  # () int64 on the CPU
-) -> Tensor:  # (N, I)
-    """x with elements set to zero with `probability`, the others not scaled. Same seed and shape, same elements."""
-    return torch.ops.qlora.drop(x, probability, seed)
+) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
+    """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
+    return torch.ops.qlora.keep_mask(like.detach(), in_features, dropout, seed)
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -117,17 +119,19 @@ class _LoRANF4Linear(torch.autograd.Function):
         lora_B: Tensor,
         scaling: float,
         dropout: float,
-        dropout_seed: Tensor | None,
+        seed: Tensor | None,  # None: no dropout
     ) -> Tensor:
         _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         factor = scaling / (1.0 - dropout)  # dropout's own factor goes where the tensor is small
         tokens = x.reshape(-1, x.shape[-1])  # (N, I)
-        low_rank = _dropped(tokens, dropout, dropout_seed) @ lora_A.to(x.dtype).T  # (N, R)
+        dropped = tokens if seed is None else keep_mask(tokens, tokens.shape[1], dropout, seed).mul_(tokens)
+        low_rank = dropped @ lora_A.to(x.dtype).T  # (N, R)
+        del dropped  # before the weight is dequantised, the largest thing here
         output = _base_output(x, weight, bias)
         output.view(-1, output.shape[-1]).addmm_(low_rank, lora_B.to(x.dtype).T, alpha=factor)
         # Handles, as above: the adapter is there until backward anyway, and its casts are made again.
         ctx.weight, ctx.lora_A, ctx.lora_B, ctx.factor = weight, lora_A, lora_B, factor
-        ctx.dropout, ctx.dropout_seed = dropout, dropout_seed
+        ctx.dropout, ctx.seed = dropout, seed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x if needs_A else None, low_rank if needs_B else None)
         return output
@@ -144,17 +148,20 @@ class _LoRANF4Linear(torch.autograd.Function):
             grad_B = (tokens_grad.T @ low_rank).to(lora_B.dtype).mul_(ctx.factor)
         if needs_x or needs_A:
             low_rank_grad = tokens_grad @ lora_B.to(dtype)  # (N, R), not yet scaled
+            mask = None if ctx.seed is None else keep_mask(tokens_grad, lora_A.shape[1], ctx.dropout, ctx.seed)
         if needs_A:
-            dropped = _dropped(x.reshape(-1, x.shape[-1]), ctx.dropout, ctx.dropout_seed)
+            tokens = x.reshape(-1, x.shape[-1])
+            dropped = tokens if mask is None else mask * tokens
             grad_A = (low_rank_grad.T @ dropped).to(lora_A.dtype).mul_(ctx.factor)
-            del dropped  # before the weight is dequantised, the largest thing here
+            del dropped
         if needs_x:
-            grad_x = tokens_grad @ dequantize_nf4(ctx.weight, dtype)  # (N, I)
-            if ctx.dropout:
-                adapters_part = _dropped(low_rank_grad @ lora_A.to(dtype), ctx.dropout, ctx.dropout_seed)
-                grad_x.add_(adapters_part, alpha=ctx.factor)
-            else:
+            if mask is None:
+                grad_x = tokens_grad @ dequantize_nf4(ctx.weight, dtype)  # (N, I)
                 grad_x.addmm_(low_rank_grad, lora_A.to(dtype), alpha=ctx.factor)
+            else:  # the other way round, so that the mask goes before the weight comes
+                grad_x = (low_rank_grad @ lora_A.to(dtype)).mul_(mask)
+                del mask
+                grad_x.addmm_(tokens_grad, dequantize_nf4(ctx.weight, dtype), beta=ctx.factor)
             grad_x = grad_x.view(*grad.shape[:-1], lora_A.shape[1])
         if needs_bias:
             grad_bias = _bias_gradient(grad, ctx.bias_dtype)
@@ -169,21 +176,21 @@ def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
 
 
-def _dropped(tokens: Tensor, probability: float, seed: Tensor | None) -> Tensor:  # (N, I)
-    return drop(tokens, probability, seed) if probability and seed is not None else tokens
+def _keep_mask(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
+    """Four elements from each 64-bit draw: several times faster on a CPU than a draw for each, as bernoulli_ makes."""
+    elements = like.shape[0] * in_features
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    draws = torch.empty(-(elements // -4), dtype=torch.int64, device=like.device)
+    lanes = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:elements]
+    threshold = min(round(dropout * 65536), 65535) - 32768
+    return (lanes >= threshold).view(like.shape[0], in_features).to(like.dtype)
 
 
-def _drop(x: Tensor, probability: float, seed: Tensor) -> Tensor:
-    generator = torch.Generator(x.device).manual_seed(int(seed))
-    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - probability, generator=generator)
-    return kept.mul_(x)
-
-
-def _drop_fake(x: Tensor, probability: float, seed: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _keep_mask_fake(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
+    return like.new_empty((like.shape[0], in_features))
 
 
 # An op, so that on fake tensors, whose seed cannot be read, nothing is drawn.
-torch.library.define("qlora::drop", "(Tensor x, float probability, Tensor seed) -> Tensor")
-torch.library.impl("qlora::drop", "CompositeExplicitAutograd", _drop)
-torch.library.register_fake("qlora::drop", _drop_fake)
+torch.library.define("qlora::keep_mask", "(Tensor like, SymInt in_features, float dropout, Tensor seed) -> Tensor")
+torch.library.impl("qlora::keep_mask", "CompositeExplicitAutograd", _keep_mask)
+torch.library.register_fake("qlora::keep_mask", _keep_mask_fake)
