@@ -1,8 +1,10 @@
 """A linear layer with a LoRA adapter beside it: y = base(x) + s (dropout(x) A^T) B^T.
 
-The base is frozen (NF4Linear, or a plain Linear that stayed 16-bit) and knows nothing of the adapter. A and B are
-fp32 parameters; they are cast to the activations' dtype where they are multiplied, so their gradients and updates are
-fp32. lora_B starts at zero: before the first step the layer gives the base's own output, bit for bit.
+The base is frozen (NF4Linear, or a plain layer that stayed 16-bit) and knows nothing of the adapter. Over an NF4Linear
+both are one autograd function, which keeps the input and a rank-sized product for backward; over a plain layer it is
+the formula in plain torch. A and B are fp32 parameters; they are cast to the activations' dtype where they are
+multiplied, so their gradients and updates are fp32. lora_B starts at zero: before the first step the layer gives the
+base's own output, bit for bit.
 
 Legend: O out features, I in features, R rank.
 """
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from qlora_kernels.lora_linear import add_lora, draw_seed, lora_nf4_linear
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.quantization import NF4Linear
 
@@ -34,7 +37,7 @@ class LoRALinear(nn.Module):
         in_features, out_features, device = _facts(base)
         self.base = base
         self.scaling = lora_scaling(rank, alpha, use_rslora)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = dropout  # a probability, of the adapter's input
         options = {"bias": False, "dtype": torch.float32, "device": device}
         self.lora_A = skip_init(nn.Linear, in_features, rank, **options)  # weight (R, I)
         self.lora_B = skip_init(nn.Linear, rank, out_features, **options)  # weight (O, R)
@@ -63,8 +66,15 @@ class LoRALinear(nn.Module):
         self,
         x: Tensor,  # (..., I)
     ) -> Tensor:  # (..., O)
-        low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))  # (..., R)
-        return self.base(x) + F.linear(low_rank * self.scaling, self.lora_B.weight.to(x.dtype))
+        base, A, B = self.base, self.lora_A.weight, self.lora_B.weight
+        dropout = self.dropout if self.training else 0.0
+        if not isinstance(base, NF4Linear):
+            return add_lora(base(x), F.dropout(x, dropout), A, B, self.scaling)
+        seed = draw_seed() if dropout else None
+        return lora_nf4_linear(x, base.nf4_weight, base.bias, A, B, self.scaling, dropout=dropout, dropout_seed=seed)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_A.out_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class TrainableBias(nn.Module):
