@@ -105,7 +105,7 @@ def main() -> None:
     groups = projections(options.shape, options.rank, options.dropout)
     dtype = getattr(torch, options.dtype)
     inputs = [
-        torch.randn(options.tokens, group[0].base.in_features, dtype=dtype, requires_grad=True) for group in groups
+        torch.randn(options.tokens, group[0].lora_A.in_features, dtype=dtype, requires_grad=True) for group in groups
     ]
     contenders: dict[str, Apply] = {"plain": plain, "ours": ours}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

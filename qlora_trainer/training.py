@@ -83,7 +83,7 @@ class TrainState:
 
 def build_state(model: Any, config: RunConfig, train: ExampleSet, compute_dtype: torch.dtype) -> TrainState:
     """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
-    forward = examine_forward(model)
+    forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))
     weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
     biases = [(name, p) for name, p in trainable if name.endswith(".bias")]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, SHAPE
+from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -25,11 +26,12 @@ from transformers import (
 
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
 from qlora_trainer.attention import attends_apart, packed_documents
-from qlora_trainer.config import AdapterConfig, ModelConfig
+from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.errors import ModelError
 from qlora_trainer.forward import LossPath, examine_forward, find_loss_path, logits, loss_sum
 from qlora_trainer.model import load_base_model
+from qlora_trainer.runs import start_run
 
 Models = Callable[[str], Path]
 
@@ -285,12 +287,12 @@ def test_a_heads_bias_that_trains_gets_its_gradient() -> None:
     assert torch.equal(model.lm_head.bias.grad, expected)
 
 
-def longrope_model() -> Any:
+def longrope_model(vocab_size: int = 64) -> Any:
     torch.manual_seed(0)
     factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     config = Phi3Config(
         **{**SHAPE, "max_position_embeddings": 256},
-        vocab_size=64,
+        vocab_size=vocab_size,
         original_max_position_embeddings=16,
         rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
     )
@@ -307,6 +309,14 @@ def test_rows_whose_positions_hang_on_their_neighbours_are_told() -> None:
         short, long = (Example(ids, ids) for ids in (list(range(3, 13)), list(range(3, 33))))
         (alone,), (beside,) = (make_packs(rows, 1000, packing=True) for rows in ([short], [short, long]))
         assert not torch.allclose(logits(model, alone), logits(model, beside)[:, :10], rtol=1e-3)
+
+
+def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer("smollm2")
+    longrope_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = start_run(tiny_config(model={"name": str(tmp_path / "model")}, data={"max_length": 100}))
+    assert any("data.max_length=16" in notice for notice in run.notices)
 
 
 def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
