@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.attention import attends_apart, packed_documents
-from qlora_trainer.data.packing import IGNORED_LABEL, Pack
+from qlora_trainer.data.packing import Pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,9 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
     """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
-    is_label = pack.labels != IGNORED_LABEL
-    return logits(model, pack)[is_label], pack.labels[is_label]
+    labels = pack.labels.reshape(-1)
+    rows = torch.ops.qlora.label_rows(labels)
+    return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
 
 
 def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)

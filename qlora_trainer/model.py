@@ -10,6 +10,7 @@ Left out: loading that never gathers 16-bit weights, which transformers' own loa
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, Mode
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
+from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share, empty_nf4
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
 
-WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
+WEIGHT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # no pickles
+CONFIG_FILES = ("config.json",)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,8 +66,12 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Progress = silent) -> Path:
+def resolve_model(
+    name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
+) -> Path:
     """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
+
+    Of a hub name only `files` are fetched.
 
     Raises:
         FileMissingError: it looks like a path and does not exist.
@@ -90,7 +96,7 @@ def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Pr
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"The hub has no model {name}, or it needs a login (`hf auth login`), and there is no such directory here."
@@ -170,6 +176,48 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
         compute_dtype=compute_dtype,
         device=device,
     )
+
+
+def build_skeleton(directory: Path, layers: int | None = None) -> Any:
+    """The model of a directory's config.json on the meta device: shapes without weights.
+
+    Args:
+        layers: build only so many of the decoder's layers.
+
+    Raises:
+        ModelError: not a causal language model that transformers knows.
+    """
+    config = _read_config(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is dense, and becomes NF4 in `fill_skeleton`
+    if layers is not None:
+        _keep_layers(config.get_text_config(), layers)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{directory} is not a causal language model: {_first_line(error)}") from error
+
+
+def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
+    """Make a skeleton what `load_base_model` gives, its memory uninitialised: for planning, on fake tensors.
+
+    Raises:
+        ModelError: too little becomes 4-bit.
+    """
+    empty_nf4(model)
+    check_four_bit_share(model, settings.minimum_4bit_share)
+    _make_empty(model)
+    _compute_in(model, compute_dtype)
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+
+
+def layer_kinds(directory: Path) -> list[str]:
+    """The kind of each decoder layer, where the config tells them apart (attention windows); else all the same."""
+    config = _read_config(directory).get_text_config()
+    return list(getattr(config, "layer_types", None) or ["layer"] * config.num_hidden_layers)
 
 
 def load_dense_model(directory: Path, device: torch.device) -> Any:
@@ -291,6 +339,28 @@ def _compute_in(model: Any, dtype: torch.dtype) -> None:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+
+
+def _make_empty(model: Any) -> None:
+    """Give parameters and buffers on the meta device uninitialised memory; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            if old is None or old.device.type != "meta":
+                continue
+            if id(old) not in made:
+                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                made[id(old)] = torch.nn.Parameter(new, requires_grad=False) if name in module._parameters else new
+            (module._parameters if name in module._parameters else module._buffers)[name] = made[id(old)]
 
 
 def _first_line(error: BaseException) -> str:

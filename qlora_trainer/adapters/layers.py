@@ -13,7 +13,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.quantization import NF4Linear
@@ -28,9 +27,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scaling = lora_scaling(rank, alpha, use_rslora)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        options = {"bias": False, "dtype": torch.float32, "device": device}
-        self.lora_A = skip_init(nn.Linear, base.in_features, rank, **options)  # weight (R, I)
-        self.lora_B = skip_init(nn.Linear, rank, base.out_features, **options)  # weight (O, R)
+        self.lora_A = _uninitialised(base.in_features, rank, device)  # weight (R, I)
+        self.lora_B = _uninitialised(rank, base.out_features, device)  # weight (O, R)
 
     @classmethod
     def from_base(
@@ -58,3 +56,10 @@ class LoRALinear(nn.Module):
     ) -> Tensor:  # (..., O)
         low_rank = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))  # (..., R)
         return self.base(x) + F.linear(low_rank * self.scaling, self.lora_B.weight.to(x.dtype))
+
+
+def _uninitialised(in_features: int, out_features: int, device: torch.device) -> nn.Linear:
+    """An fp32 Linear without bias that draws no random numbers. (torch's skip_init cannot make fake tensors.)"""
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32, device=device))
+    return layer
