@@ -213,7 +213,10 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     moments = [
-        (value, on_cuda and state.optimizer.is_paged and key in ("state1", "state2") and value.numel() >= PAGED_ELEMENTS)
+        (
+            value,
+            on_cuda and state.optimizer.is_paged and key in ("state1", "state2") and value.numel() >= PAGED_ELEMENTS,
+        )
         for values in state.optimizer.optimizer.state.values()
         for key, value in values.items()
         if isinstance(value, Tensor)
