@@ -2,8 +2,8 @@
 
 A plan of a large model takes seconds for each length. Its live bytes are linear in the number of like layers (a test
 shows it), so the search goes by two models of a few layers, and only its outcome is planned whole; what the allocator
-wastes is not linear, and its share is taken from the last whole plan. Sizes are tried at a grain, so what is found fits and the
-next size was found not to.
+wastes is not linear, and its share is taken from the last whole plan. What is found fits, and the next size was found
+not to.
 """
 
 import bisect
@@ -41,7 +41,7 @@ def longest_context(
 def largest_micro_batch(
     directory: Path, config: RunConfig, near: MemoryPlan, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the most rows of full length in one micro-batch that fit; at most the step's; None where none fits."""
+    """The plan of the most rows of full length that fit in one micro-batch, of those of a step; None where none does."""
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
     progress("planning other micro-batches", 0, None)
