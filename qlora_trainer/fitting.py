@@ -41,7 +41,7 @@ def longest_context(
 def largest_micro_batch(
     directory: Path, config: RunConfig, near: MemoryPlan, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the most rows of full length that fit in one micro-batch, of those of a step; None where none does."""
+    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does."""
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
     progress("planning other micro-batches", 0, None)

@@ -77,14 +77,12 @@ def test_fake_and_real_steps_take_the_same_bytes(
 
 
 def with_live_tensor(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
-    """Make the step hold one more fp32 tensor until its backward."""
+    """Make the step hold one more fp32 tensor."""
     original = forward.loss_sum
 
     def hoarding(model: Any, pack: Any, path: Any) -> torch.Tensor:
-        extra = torch.empty(numel, device=pack.input_ids.device)
-        loss = original(model, pack, path)
-        loss.register_hook(lambda grad: None if extra is None else None)
-        return loss
+        model.extra = torch.empty(numel, device=pack.input_ids.device)
+        return original(model, pack, path)
 
     monkeypatch.setattr(training, "loss_sum", hoarding)
 
@@ -122,33 +120,43 @@ def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama
         assert plan.components[planning.STATE] >= 2 * plan.components[planning.ADAPTERS]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "memory"), [(f"{size}gb.yaml", f"{size}GB") for size in (8, 12, 16, 24)])
+def test_the_shipped_configs_fit_their_cards(llama_8b: Path, config: str, memory: str) -> None:
+    """In decimal gigabytes, of which a card has a little more."""
+    settings = load_config(Path(__file__).parents[1] / "configs" / config)
+    plan = plan_memory(llama_8b, settings)
+    assert plan.total <= parse_memory(memory)
+    assert plan.micro_batch_tokens == settings.data.max_length
+
+
 def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
     config = make_config({"model": {"name": str(llama_8b)}, "data": {"train": "rows.jsonl", "max_length": 1024}})
     two, three, seven = (plan_memory(llama_8b, config, layers).allocated for layers in (2, 3, 7))
     assert seven - two == 5 * (three - two)
 
 
-@pytest.mark.parametrize("policy", ["keep", "recompute"])
-def test_a_search_finds_the_last_size_that_fits(llama_8b: Path, policy: str) -> None:
-    """On a model of few layers, against trying: the found fits, the next does not."""
-    raw = json.loads((llama_8b / "config.json").read_text()) | {"num_hidden_layers": 4, "max_position_embeddings": 4096}
+@pytest.mark.slow
+def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
+    """On a model of few layers, against trying: what is found fits, the next size does not."""
+    raw = json.loads((llama_8b / "config.json").read_text()) | {"num_hidden_layers": 4, "max_position_embeddings": 2048}
     (llama_8b / "config.json").write_text(json.dumps(raw))
     config = make_config(
         {
             "model": {"name": str(llama_8b)},
             "data": {"train": "rows.jsonl", "max_length": 512},
-            "training": {"activations": policy, "batch_size": 4},
+            "training": {"activations": "keep", "batch_size": 3},
         }
     )
     near = plan_memory(llama_8b, config)
-    budget = near.total + 200 * 2**20
+    budget = near.total + 800 * 2**20
     longest = longest_context(llama_8b, config, near, budget)
     assert longest is not None
+    assert 512 < longest.max_length < 2048
     assert longest.total <= budget < plan_memory(llama_8b, with_length(config, longest.max_length + GRAIN)).total
     largest = largest_micro_batch(llama_8b, config, near, budget)
     assert largest is not None
     assert largest.total <= budget
-    assert longest_context(llama_8b, config, near, budget=2**30) is None
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
@@ -161,7 +169,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
     with pytest.raises(InsufficientMemoryError, match=r"fits with data\.max_length=256"):
         check_fits(tiny_llama, tiny_config(data={"max_length": 512}), recomputed.total - 1)
     with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
-        check_fits(tiny_llama, keeping, 2**20)
+        check_fits(tiny_llama, tiny_config(), 2**20)
 
 
 @pytest.mark.parametrize(
