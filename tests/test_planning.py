@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_trainer import forward, planning, training
+from qlora_trainer import fitting, forward, planning, runs, training
 from qlora_trainer.config import RunConfig, load_config, make_config
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.fitting import (
@@ -183,3 +183,25 @@ def test_memory_is_read_in_both_kinds_of_units(text: str, expected: int) -> None
 def test_no_amount_of_memory_is_a_letter(text: str) -> None:
     with pytest.raises(ConfigError, match="no amount of memory"):
         parse_memory(text)
+
+
+def test_a_cuda_run_is_refused_before_its_weights_are_read(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "choose_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
+    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    config = tiny_config()
+    with pytest.raises(InsufficientMemoryError, match="This run needs"):
+        start_run(config)
+    assert not Path(config.training.output_dir).exists()
+
+
+def test_the_report_sets_the_peak_beside_the_plan(tiny_config: Config, tiny_llama: Path) -> None:
+    run = start_run(tiny_config(training={"max_steps": 1}))
+    assert run.plan is None, "nothing is planned on a CPU"
+    assert run.train(lambda record: None)
+    run.plan = plan_memory(tiny_llama, run.config)
+    page = run.write_report().read_text()
+    assert "planned memory" in page
+    assert f"planned {fitting.gib(run.plan.allocated)}" in page
