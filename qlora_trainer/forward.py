@@ -24,7 +24,7 @@ from qlora_trainer.attention import (
     packed_documents,
     refusals_as_model_error,
 )
-from qlora_trainer.data.packing import IGNORED_LABEL, Pack
+from qlora_trainer.data.packing import Pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,9 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
     """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
-    is_label = pack.labels != IGNORED_LABEL
-    return logits(model, pack)[is_label], pack.labels[is_label]
+    labels = pack.labels.reshape(-1)
+    rows = torch.ops.qlora.label_rows(labels)
+    return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
 
 
 def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)

@@ -10,7 +10,7 @@ Left out: loading that never gathers 16-bit weights, which transformers' own loa
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, c
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
 
-WEIGHT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
-NOT_FETCHED = ["original/*", "onnx/*", "consolidated*.safetensors"]  # the same weights again, in other formats
+WEIGHT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # no pickles
+CONFIG_FILES = ("config.json",)
+NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same weights again, in other formats
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
@@ -68,8 +69,12 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Progress = silent) -> Path:
+def resolve_model(
+    name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
+) -> Path:
     """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
+
+    Of a hub name only `files` are fetched.
 
     Raises:
         FileMissingError: it looks like a path and does not exist.
@@ -90,11 +95,11 @@ def resolve_model(name: str, revision: str | None, cache_dir: Path, progress: Pr
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
         raise FileMissingError(f"There is no model at {name}.{hint}")
-    return _fetch(name, revision)
+    return _fetch(name, revision, files)
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    """A hub model's files in the hub's own cache, which another run finds again."""
+def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Those of a hub model's files, in the hub's own cache, which another run finds again."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -108,7 +113,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     not_fetched: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, OSError, *http_errors)
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES, ignore_patterns=NOT_FETCHED)
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED))
         )
     except RepositoryNotFoundError as error:
         raise ModelError(
@@ -138,15 +143,25 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error
 
 
+def read_config(directory: Path) -> Any:
+    """transformers' config of a model directory; ModelError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
+        ) from error
+
+
 def max_positions(directory: Path) -> int | None:
     """How many positions the model was made for, or None where its config does not say."""
-    config = _read_config(directory).get_text_config()
+    config = read_config(directory).get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
 def vocabulary_size(directory: Path) -> int | None:
     """Rows of the model's embedding, or None where its config does not say."""
-    return getattr(_read_config(directory).get_text_config(), "vocab_size", None)
+    return getattr(read_config(directory).get_text_config(), "vocab_size", None)
 
 
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
@@ -160,8 +175,8 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     """
     device = choose_device(settings.device)
     compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
-    config = _read_config(directory)
-    _refuse_multi_modal(config, directory)
+    config = read_config(directory)
+    refuse_multi_modal(config, directory)
     tensors = checkpoint_tensors(directory)
     _check_memory(tensors, config, compute_dtype, device)
     check_dequantization(device)
@@ -193,7 +208,7 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     share = check_four_bit_share(model, settings.minimum_4bit_share)
     raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     fingerprint = base_fingerprint(model, raw_config, source_dtype)  # before the cast: it is the same on any device
-    _compute_in(model, compute_dtype)
+    compute_in(model, compute_dtype)
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
@@ -246,22 +261,34 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     return model.eval()
 
 
-def empty_model(directory: Path) -> Any:
+def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+
+    Args:
+        config: take this one, such as the directory's own with fewer layers.
+        dtype: of the parameters, and of buffers that follow them.
 
     Raises:
         ModelError: it cannot be made.
     """
-    config = _read_config(directory)
+    config = config or read_config(directory)
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise _loading_error(error, directory, torch.device("meta")) from error
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def device_with_room(needed: int, device: torch.device, what: str) -> torch.device:
@@ -278,7 +305,7 @@ def device_with_room(needed: int, device: torch.device, what: str) -> torch.devi
 
 def is_prequantized(directory: Path) -> bool:
     """Whether a model directory holds weights that are quantised already."""
-    return getattr(_read_config(directory), "quantization_config", None) is not None
+    return getattr(read_config(directory), "quantization_config", None) is not None
 
 
 def _free_memory(device: torch.device) -> int:
@@ -295,22 +322,13 @@ def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _read_config(directory: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
-        ) from error
-
-
 def _loading_error(error: Exception, directory: Path, device: torch.device) -> ModelError | InsufficientMemoryError:
     if isinstance(error, torch.OutOfMemoryError):
         return InsufficientMemoryError(f"Loading {directory} ran out of memory on {device}: {first_line(error)}")
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
 
 
-def _refuse_multi_modal(config: Any, directory: Path) -> None:
+def refuse_multi_modal(config: Any, directory: Path) -> None:
     """transformers gives some of them whole as causal language models; the adapter would train the vision tower too."""
     towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
     if towers:
@@ -381,11 +399,3 @@ def _check_complete(info: dict[str, Any], directory: Path) -> None:
             f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
             f"shape, such as {(missing + mismatched)[0]}. They would be random; fetch the checkpoint again."
         )
-
-
-def _compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype

@@ -63,6 +63,11 @@ class Optimizer:
         """Bytes of state that bitsandbytes really pages: none on a CPU, none of a group under 100,000 elements."""
         return sum(tensor.nbytes for tensor in self._tensors().values() if getattr(tensor, "is_paged", False))
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether state is asked for that pages where the device can."""
+        return bool(getattr(self.optimizer, "is_paged", False))
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of all state by "<group>.<key>", and the JSON that says what they belong to."""
         self._wait_for_device()

@@ -127,6 +127,35 @@ def adopt_linear4bit(model: nn.Module) -> int:
     return len(layers)
 
 
+def empty_nf4(model: nn.Module) -> None:
+    """Turn every linear layer of `model` but the output head into an NF4Linear whose buffers are uninitialised.
+
+    It has the shapes of a quantised model, for planning: under fake tensors, nothing is allocated.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for path, layer in list(model.named_modules()):
+        is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, which stores (I, O)
+        if layer is not head and (isinstance(layer, nn.Linear) or is_conv1d):
+            out_features, in_features = reversed(layer.weight.shape) if is_conv1d else layer.weight.shape
+            weight = _empty_weight(out_features, in_features)
+            model.set_submodule(path, NF4Linear(weight, layer.bias, fan_in_fan_out=is_conv1d))
+
+
+def _empty_weight(out_features: int, in_features: int) -> NF4Weight:
+    elements = out_features * in_features
+    blocks = -(-elements // BLOCK_SIZE)
+    return NF4Weight(
+        packed=torch.empty(-(-elements // 2), dtype=torch.uint8, device="cpu"),
+        absmax=torch.empty(blocks, dtype=torch.uint8, device="cpu"),
+        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device="cpu"),
+        nested_code=torch.empty(256, dtype=torch.float32, device="cpu"),
+        offset=torch.empty((), dtype=torch.float32, device="cpu"),
+        shape=(out_features, in_features),
+        block_size=BLOCK_SIZE,
+        nested_block_size=NESTED_BLOCK_SIZE,
+    )
+
+
 def weight_from_checkpoint(
     packed: Tensor,  # (O*I/2, 1) uint8, the checkpoint's "<name>.weight"
     stats: Mapping[str, Tensor],  # the checkpoint's "<name>.weight.<key>" by key

@@ -32,9 +32,11 @@ from qlora_trainer.directories import new_directory, refuse_existing
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
+from qlora_trainer.fitting import check_fits_card, gib
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings, target_names
 from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
+from qlora_trainer.planning import MemoryPlan
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.report import METRICS_NAME, RunLog, read_metrics
@@ -69,10 +71,13 @@ class Run:
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
     notices: list[str]
+    plan: MemoryPlan | None = None  # on CUDA
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
         log = RunLog(self.directory, after_step=self.state.step)
+        if self.plan:
+            torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
 
         def record(metrics: dict[str, Any]) -> None:
             log.append(metrics)
@@ -141,6 +146,7 @@ class Run:
             ),
             ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
             ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
+            *([("planned memory", f"{gib(self.plan.total)}, peak at {self.plan.operation}")] if self.plan else []),
         ]
 
     def write_report(self, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
@@ -155,10 +161,17 @@ class Run:
             title=title or self.directory.name,
             config_yaml=(self.directory / "config.yaml").read_text(encoding="utf-8"),
             metrics=metrics,
-            summary=[*measured, *loss, *unfinished, *self.summary()],
+            summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
             samples=[Sample(**sample) for sample in read_samples(self.directory)],
             notices=self.notices,
         )
+
+    def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+        """What torch allocated at most, beside what was planned; empty without a plan or a step."""
+        if self.plan is None or not metrics:
+            return []
+        peak, planned = max(record["peak_memory_bytes"] for record in metrics), self.plan.allocated
+        return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
 
     def release(self) -> None:
         """Let go of the model and its optimizer, to load another in their place."""
@@ -265,6 +278,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
 def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress) -> Run:
     tokenizer = load_tokenizer(path)
     prepared = prepare_data(config, tokenizer, path, progress)
+    plan = check_fits_card(path, config, progress)
     base = load_base_model(path, config.model, progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
@@ -276,7 +290,7 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit."
         )
-    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices)
+    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan)
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:

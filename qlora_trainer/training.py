@@ -21,7 +21,7 @@ from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, gr
 from qlora_trainer.adapters.inject import trainable_parameters
 from qlora_trainer.checkpoint import restore_rng, rng_state
 from qlora_trainer.config import RunConfig
-from qlora_trainer.data.loader import StepLoader
+from qlora_trainer.data.loader import Examples, StepLoader
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.errors import TrainingError
@@ -81,7 +81,7 @@ class TrainState:
         restore_rng(tensors, state["random"])
 
 
-def build_state(model: Any, config: RunConfig, train: ExampleSet, compute_dtype: torch.dtype) -> TrainState:
+def build_state(model: Any, config: RunConfig, train: Examples, compute_dtype: torch.dtype) -> TrainState:
     """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
     forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))

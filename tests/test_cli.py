@@ -86,6 +86,26 @@ def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
     assert "no training row 99" in told
 
 
+def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
+    code, out, told = qlora("plan", config_file, "--gpu-memory", "8GiB", "--json")
+    assert code == 0, told
+    answer = json.loads(out)
+    assert answer.keys() == {"plan", "gpu_memory", "fits", "longest_context", "largest_micro_batch"}
+    assert answer["gpu_memory"] == 8 * 2**30
+    assert answer["fits"] is True
+    assert answer["plan"]["total"] == sum(answer["plan"]["components"].values()) < answer["gpu_memory"]
+    assert answer["longest_context"]["max_length"] == 512, "the model's positions end the search"
+    assert answer["largest_micro_batch"]["micro_batch_tokens"] == 3 * 128, "a step's rows end the search"
+    assert not (tmp_path / "run").exists()
+
+    code, out, told = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
+    assert code == 0
+    assert out == ""
+    assert "it does not fit" in told
+    assert "CUDA context (allowance)" in told
+    assert "full fine-tuning would need" in told
+
+
 def test_doctor_answers(qlora: Callable) -> None:
     code, out, _ = qlora("doctor", "--json")
     assert code in (0, 1)
@@ -120,12 +140,13 @@ def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]
         "no run directory": (["resume", taken], "no config.yaml"),
         "run without checkpoint": (["evaluate", tmp_path / "nowhere"], "no config.yaml"),
         "no cuda": (["train", config, "model.device=cuda"], "no CUDA device"),
+        "no amount of memory": (["plan", config, "--gpu-memory", "24"], "no amount of memory"),
     }
 
 
 MISTAKES = """missing config, misspelt key, wrong type, missing data, broken row, row without a field, rows empty after
 masking, unreadable model, missing model, targets that match nothing, taken output, no run directory, run without
-checkpoint, no cuda"""
+checkpoint, no cuda, no amount of memory"""
 
 
 @pytest.mark.parametrize("name", " ".join(MISTAKES.split()).split(", "))
@@ -200,7 +221,7 @@ def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "resume", "evaluate", "generate", "merge", "inspect", "doctor", "demo"]
+    "command", ["", "train", "resume", "evaluate", "generate", "merge", "plan", "inspect", "doctor", "demo"]
 )
 def test_every_command_explains_itself(qlora: Callable, command: str) -> None:
     code, out, _ = qlora(*command.split(), "--help")

@@ -14,14 +14,15 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from rows above its own, never from a room beside it; so no imports go in circles. Packages are
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
-    {"console", "demo_data", "errors", "progress", "quiet", "report_plot"},
+    {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot"},
     {"activations", "attention", "checkpoint", "config", "directories", "generation", "gguf_tensors", "quantization"},
     {"adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
     {"forward", "gguf_import", "inspection", "merge_plan", "merge_verification", "optim"},
     {"evaluation", "merging", "model"},
-    {"doctor", "run_directory", "streamed_model", "training"},
-    {"initial_adapter", "trained"},
-    {"deployment", "runs"},
+    {"doctor", "run_directory", "skeleton", "streamed_model", "training"},
+    {"initial_adapter", "planning", "trained"},
+    {"deployment", "fitting"},
+    {"runs"},
     {"demo"},
     {"cli"},
 ]

@@ -15,7 +15,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from qlora_kernels.lora_linear import add_lora, draw_seed, lora_nf4_linear
 from qlora_trainer.adapters.delta import lora_scaling
@@ -38,9 +37,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.scaling = lora_scaling(rank, alpha, use_rslora)
         self.dropout = dropout  # a probability, of the adapter's input
-        options = {"bias": False, "dtype": torch.float32, "device": device}
-        self.lora_A = skip_init(nn.Linear, in_features, rank, **options)  # weight (R, I)
-        self.lora_B = skip_init(nn.Linear, rank, out_features, **options)  # weight (O, R)
+        self.lora_A = _uninitialised(in_features, rank, device)  # weight (R, I)
+        self.lora_B = _uninitialised(rank, out_features, device)  # weight (O, R)
 
     @classmethod
     def from_base(
@@ -100,3 +98,10 @@ def _facts(base: nn.Module) -> tuple[int, int, torch.device]:
     weight = base.get_parameter("weight")
     out_features, in_features = weight.shape if isinstance(base, nn.Linear) else weight.shape[::-1]
     return in_features, out_features, torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _uninitialised(in_features: int, out_features: int, device: torch.device) -> nn.Linear:
+    """An fp32 Linear without bias that draws no random numbers. (torch's skip_init cannot make fake tensors.)"""
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32, device=device))
+    return layer

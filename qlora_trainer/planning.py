@@ -1,0 +1,258 @@
+"""The memory plan: what a training step will need on a card, found by running the step itself on fake tensors.
+
+A fake tensor has a shape, a dtype and a lifetime, but no memory. The model is built from its config.json, with the
+dtypes it will have on the card, and goes through the functions that a run calls, up to two calls of `train_step` on
+the longest micro-batch. Every storage is followed, so the plan is right for whatever the step does: there is no second
+model of memory to keep true.
+
+Not seen by fake tensors, and so stated: the CUDA context, cuBLAS' workspace, and what flash attention's backward uses
+inside. Left out: loading the base, evaluation and generation, which need less than a step of training, and the choice
+of settings.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_trainer.activations import Policy, apply_policy, choose_policy
+from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.config import RunConfig
+from qlora_trainer.data.packing import Example, Pack, make_packs
+from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes
+from qlora_trainer.model import max_positions
+from qlora_trainer.quantization import NF4Linear
+from qlora_trainer.skeleton import build_skeleton, fill_skeleton
+from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
+
+CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB, by card and driver
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # an allowance: torch's default on Hopper; older cards take 8 MiB
+PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
+
+BASE, HEAD, DENSE = "base in NF4", "embeddings and head", "norms, biases, other dense"
+ADAPTERS, GRADIENTS, STATE, PAGED = "adapters", "gradients", "optimizer state", "optimizer state, paged (resident)"
+DEQUANTIZED, ACTIVATIONS, INSIDE = "dequantised weights", "activations and loss", "inside one operation (by formula)"
+SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspace (allowance)", "CUDA context (allowance)"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What one setting needs on a card, in bytes."""
+
+    max_length: int  # tokens of the longest row
+    micro_batch_tokens: int
+    activations: str
+    components: dict[str, int]  # by name, at the fullest moment; they sum to `total`
+    operation: str  # at which that moment comes
+    allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
+    reserved: int  # by torch's allocator
+    base_parameters: int  # numbers of the base, ties once, and the adapters'
+    adapter_parameters: int
+
+    @property
+    def total(self) -> int:
+        """All that the card must hold."""
+        return sum(self.components.values())
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """The same training otherwise, by formula, activations as here: 2 bytes a base weight for 16-bit LoRA; for full
+        fine-tuning 16 (weight and gradient in 16 bits; fp32 weight and two moments), without adapters."""
+        adapters = sum(self.components.get(name, 0) for name in (ADAPTERS, GRADIENTS, STATE, PAGED))
+        base = sum(self.components.get(name, 0) for name in (BASE, HEAD, DENSE))
+        rest = self.total - base - adapters - self.components.get(DEQUANTIZED, 0)
+        return {
+            "16-bit LoRA": 2 * self.base_parameters + adapters + rest,
+            "full fine-tuning": 16 * self.base_parameters + rest,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "total": self.total, "elsewhere": self.elsewhere}
+
+
+def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+    """What `config` needs on a CUDA card.
+
+    Args:
+        directory: holds the base's config.json.
+        layers: plan a base cut to so many layers.
+
+    Raises:
+        ModelError: the base cannot be built or trained here.
+    """
+    dtype, policy = compute_dtype(config), choose_policy(config.training.activations, torch.device("cuda"))
+    state, pack, fake = empty_run(directory, config, dtype, policy, layers)
+    with fake:
+        live, persistent = track_steps(state, pack, on_cuda=True)
+    base = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)
+    base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
+    adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
+    allocator = CachingAllocator().play(live.trace, without=persistent[PAGED])
+    kinds = dict(live.peak.by_kind)
+    order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, DEQUANTIZED, INSIDE)
+    components = {name: kinds.pop(name, 0) for name in order}
+    assert not kinds, f"memory of unknown kinds {kinds}"
+    allocated = live.peak.bytes - components[PAGED]
+    components |= {
+        SLACK: allocator.reserved - allocated,
+        CUBLAS: CUBLAS_WORKSPACE_BYTES,
+        CONTEXT: CUDA_CONTEXT_BYTES,
+    }
+    return MemoryPlan(
+        max_length=longest_row(directory, config),
+        micro_batch_tokens=pack.tokens,
+        activations=policy,
+        components=components,
+        operation=live.peak.operation,
+        allocated=allocated,
+        reserved=allocator.reserved,
+        base_parameters=base,
+        adapter_parameters=adapters,
+    )
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """Of a card from Ampere on; older ones compute in float16, which takes the same memory."""
+    wanted = config.model.compute_dtype
+    return torch.bfloat16 if wanted == "auto" else getattr(torch, wanted)
+
+
+def longest_row(directory: Path, config: RunConfig) -> int:
+    """The longest row that the run can meet, in tokens."""
+    return min(config.data.max_length, max_positions(directory) or config.data.max_length)
+
+
+class FakeRun:
+    """Within, tensors are made without memory, and a number read from one is 1.
+
+    Training reads a loss, a norm, and whether it is finite; to a plan, all is well.
+    """
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode()
+        self._answers = _NumbersAreOne()
+
+    def __enter__(self) -> None:
+        self.mode.__enter__()
+        self._answers.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._answers.__exit__(*error)
+        self.mode.__exit__(*error)
+
+
+class _NumbersAreOne(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+def empty_run(
+    directory: Path, config: RunConfig, dtype: torch.dtype, policy: Policy, layers: int | None = None
+) -> tuple[TrainState, Pack, FakeRun]:
+    """A run before its first step and its longest micro-batch, by the functions that a run calls, on fake tensors."""
+    fake = FakeRun()
+    model = build_skeleton(directory, layers)
+    with fake:
+        fill_skeleton(model, config.model, dtype)
+        add_adapters(model, config.adapter, config.training.seed)
+        apply_policy(model, policy)
+        state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype)
+    state.total_steps = max(state.total_steps, 2)  # the plan takes two
+    pack = longest_pack(directory, config, config.data.packing and state.forward.can_pack)
+    return state, _as_fake(pack, fake.mode), fake
+
+
+def longest_pack(directory: Path, config: RunConfig, packing: bool) -> Pack:
+    """The largest micro-batch: rows of full length, every token learned."""
+    length = longest_row(directory, config)
+    rows = max(min(micro_batch_tokens(config) // length, config.training.batch_size), 1)
+    (pack,) = make_packs([Example([1] * length, [1] * length)] * rows, rows * length, packing)
+    return dataclasses.replace(pack, labels=pack.input_ids.clone(), label_tokens=pack.tokens)
+
+
+def _as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
+    """Without memory, but for the documents' bounds, which the host reads."""
+    ids, labels, positions = (mode.from_tensor(tensor) for tensor in (pack.input_ids, pack.labels, pack.position_ids))
+    return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
+
+
+def track_steps(state: TrainState, pack: Pack, on_cuda: bool) -> tuple[LiveBytes, dict[str, list[int]]]:
+    """Take two optimizer steps and count the second, real or fake: (what was seen, persistent blocks by kind).
+
+    Args:
+        on_cuda: count as a card would: large optimizer state pages, and attention's backward needs room inside.
+    """
+    live = LiveBytes(
+        kinds={torch.ops.qlora.dequantize_nf4.default: DEQUANTIZED},
+        workspaces=(WORKSPACES_ON_CUDA if on_cuda else {}) | WORKSPACES,
+        other=ACTIVATIONS,
+        inside=INSIDE,
+    )
+    persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
+    live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
+    state.model.train()
+    with live:
+        train_step(state, [pack])
+        live.restart_peak()
+        train_step(state, [pack])
+    return live, persistent
+
+
+def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tensor]]:
+    """What lives from step to step, by kind. The adapters' parameters are views of their groups' buffers."""
+    model = state.model
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    moments = [
+        (
+            value,
+            on_cuda and state.optimizer.is_paged and key in ("state1", "state2") and value.numel() >= PAGED_ELEMENTS,
+        )
+        for values in state.optimizer.optimizer.state.values()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    ]
+    return {
+        BASE: [buffer for layer in layers for buffer in layer.buffers()],
+        HEAD: [p for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()],
+        ADAPTERS: [group.data for group in state.groups],
+        GRADIENTS: [group.grad for group in state.groups],
+        STATE: [moment for moment, is_paged in moments if not is_paged],
+        PAGED: [moment for moment, is_paged in moments if is_paged],
+        DENSE: [*model.parameters(), *model.buffers()],  # what was not named above
+    }
+
+
+def flash_backward_bytes(arguments: tuple[Any, ...]) -> int:
+    """What CUDA's variable-length flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
+
+    The gradient of the queries in fp32 and one number a query, over tokens padded by 128; for grouped queries also
+    the keys' and values' gradients of every query head.
+    """
+    query, key = arguments[1], arguments[2]  # (B, Hq, T, D), (B, Hkv, T, D)
+    batch, heads, tokens, head_dim = query.shape
+    rounding = 32 if head_dim <= 128 else 64
+    padded, rounded_dim = batch * (tokens + 128), -(-head_dim // rounding) * rounding
+    inside = 4 * heads * padded * (rounded_dim + 1)
+    if key.shape[1] != heads:
+        inside += 2 * batch * key.shape[2] * heads * head_dim * query.element_size()
+    return inside
+
+
+def logsumexp_bytes(arguments: tuple[Any, ...]) -> int:
+    """torch's logsumexp makes the exponentials of all its input (aten/src/ATen/native/ReduceOps.cpp)."""
+    return arguments[0].nbytes
+
+
+WORKSPACES = {torch.ops.aten.logsumexp.default: logsumexp_bytes}
+WORKSPACES_ON_CUDA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_backward_bytes}

@@ -1,0 +1,71 @@
+"""A model without weights: what `load_base_model` gives, made from config.json alone, for planning on fake tensors.
+
+Left out: the checkpoint. Whether its weights are there, finite and of the config's shapes, loading says.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_trainer.config import ModelConfig
+from qlora_trainer.model import compute_in, empty_model, read_config, refuse_multi_modal
+from qlora_trainer.quantization import check_four_bit_share, empty_nf4
+
+
+def build_skeleton(directory: Path, layers: int | None = None) -> Any:
+    """The model of a directory's config.json, dense, without memory for its weights.
+
+    Args:
+        layers: build only so many of the decoder's layers.
+
+    Raises:
+        ModelError: not a causal language model that transformers knows.
+    """
+    config = read_config(directory)
+    refuse_multi_modal(config, directory)
+    if layers is not None:
+        _keep_layers(config.get_text_config(), layers)
+    return empty_model(directory, config, config.dtype or torch.float32)  # the checkpoint's, as it is loaded
+
+
+def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
+    """Make a skeleton what `load_base_model` gives, its memory uninitialised; called where tensors are fake.
+
+    Raises:
+        ModelError: too little becomes 4-bit.
+    """
+    _make_empty(model)
+    empty_nf4(model)
+    check_four_bit_share(model, settings.minimum_4bit_share)
+    compute_in(model, compute_dtype)
+
+
+def layer_kinds(directory: Path) -> list[str]:
+    """The kind of each decoder layer, where the config tells them apart (attention windows); else all the same."""
+    config = read_config(directory).get_text_config()
+    return list(getattr(config, "layer_types", None) or ["layer"] * config.num_hidden_layers)
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+
+
+def _make_empty(model: nn.Module) -> None:
+    """Put uninitialised tensors in the place of all parameters and buffers; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = nn.Parameter(new, requires_grad=False) if tensors is module._parameters else new
+                tensors[name] = made[id(old)]

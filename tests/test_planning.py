@@ -1,0 +1,207 @@
+"""The plan's promises: it is the step itself, it counts as real memory counts, and it says what fits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_trainer import fitting, forward, planning, runs, training
+from qlora_trainer.config import RunConfig, load_config, make_config
+from qlora_trainer.errors import ConfigError, InsufficientMemoryError
+from qlora_trainer.fitting import (
+    GRAIN,
+    check_fits,
+    largest_micro_batch,
+    longest_context,
+    parse_memory,
+    with_length,
+)
+from qlora_trainer.planning import empty_run, longest_pack, plan_memory, track_steps
+from qlora_trainer.runs import start_run
+
+Config = Callable[..., RunConfig]
+LLAMA_8B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+SETTINGS: list[dict[str, dict[str, Any]]] = [
+    {"training": {"activations": "keep"}},
+    {"training": {"activations": "recompute"}},
+    {"training": {"activations": "recompute", "micro_batch_tokens": 256}, "adapter": {"rank": 16}},
+    {"training": {"activations": "keep"}, "data": {"max_length": 256}, "adapter": {"dropout": 0.1}},
+    {"training": {"activations": "recompute"}, "data": {"max_length": 512}, "optimizer": {"name": "adamw"}},
+    {"training": {"activations": "keep"}, "adapter": {"rank": 32}, "optimizer": {"name": "paged_adamw_8bit"}},
+    {"training": {"activations": "keep"}, "adapter": {"targets": ["q_proj", "v_proj"], "bias": "all"}},
+]
+
+
+FAMILIES = ["llama_tied", "mistral", "gemma2", "gemma3", "qwen2", "phi3"]
+COMPARED = [("llama", setting) for setting in SETTINGS] + [(family, SETTINGS[1]) for family in FAMILIES]
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    """A directory that holds nothing but the config.json of an 8B model."""
+    directory = tmp_path / "llama-8b"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA_8B))
+    return directory
+
+
+@pytest.mark.parametrize(("family", "changes"), COMPARED, ids=str)
+def test_fake_and_real_steps_take_the_same_bytes(
+    tiny_config: Config, tiny_models: Callable[[str], Path], family: str, changes: dict[str, Any]
+) -> None:
+    directory = tiny_models(family)
+    config = tiny_config(**changes, model={"name": str(directory)})
+    policy: Any = config.training.activations
+    state, pack, fake = empty_run(directory, config, torch.float32, policy)
+    with fake:
+        planned, _ = track_steps(state, pack, on_cuda=False)
+
+    real = start_run(config).state
+    real_pack = longest_pack(directory, config, real.loader.packing)
+    measured, _ = track_steps(real, real_pack, on_cuda=False)
+    assert planned.peak == measured.peak
+    assert [event.bytes for event in planned.trace] == [event.bytes for event in measured.trace]
+
+
+def with_live_tensor(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
+    """Make the step hold one more fp32 tensor."""
+    original = forward.loss_sum
+
+    def hoarding(model: Any, pack: Any, path: Any) -> torch.Tensor:
+        model.extra = torch.empty(numel, device=pack.input_ids.device)
+        return original(model, pack, path)
+
+    monkeypatch.setattr(training, "loss_sum", hoarding)
+
+
+def test_a_change_of_the_step_changes_the_plan(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plan_memory(tiny_llama, tiny_config())
+    with_live_tensor(monkeypatch, numel=10_000)
+    after = plan_memory(tiny_llama, tiny_config())
+    assert after.allocated - before.allocated == 40_000
+    assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
+
+
+def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
+    plan = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}))
+    parts = plan.components
+    allowances = parts[planning.CUBLAS] + parts[planning.CONTEXT]
+    assert plan.total == plan.reserved + parts[planning.PAGED] + allowances
+    run = start_run(tiny_config(adapter={"rank": 64}, model={"compute_dtype": "bfloat16"}))
+    assert parts[planning.BASE] + parts[planning.HEAD] + parts[planning.DENSE] == run.base.bytes
+    (group,) = run.state.groups
+    assert parts[planning.ADAPTERS] == parts[planning.GRADIENTS] == group.data.nbytes
+    # Of the same bytes the moments page, as the group has over 100,000 numbers.
+    assert group.data.numel() > planning.PAGED_ELEMENTS
+    assert parts[planning.PAGED] == run.state.optimizer.state_bytes
+    assert parts[planning.STATE] == 0
+
+
+def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
+    small = plan_memory(tiny_llama, tiny_config(adapter={"rank": 2}))
+    plain = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
+    for plan in (small, plain):
+        assert plan.components[planning.PAGED] == 0
+        assert plan.components[planning.STATE] >= 2 * plan.components[planning.ADAPTERS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "memory"), [(f"{size}gb.yaml", f"{size}GB") for size in (8, 12, 16, 24)])
+def test_the_shipped_configs_fit_their_cards(llama_8b: Path, config: str, memory: str) -> None:
+    """In decimal gigabytes, of which a card has a little more."""
+    settings = load_config(Path(__file__).parents[1] / "configs" / config)
+    plan = plan_memory(llama_8b, settings)
+    assert plan.total <= parse_memory(memory)
+    assert plan.micro_batch_tokens == settings.data.max_length
+
+
+def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
+    config = make_config({"model": {"name": str(llama_8b)}, "data": {"train": "rows.jsonl", "max_length": 1024}})
+    two, three, seven = (plan_memory(llama_8b, config, layers).allocated for layers in (2, 3, 7))
+    assert seven - two == 5 * (three - two)
+
+
+@pytest.mark.slow
+def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
+    """On a model of few layers, against trying: what is found fits, the next size does not."""
+    raw = json.loads((llama_8b / "config.json").read_text()) | {"num_hidden_layers": 4, "max_position_embeddings": 2048}
+    (llama_8b / "config.json").write_text(json.dumps(raw))
+    config = make_config(
+        {
+            "model": {"name": str(llama_8b)},
+            "data": {"train": "rows.jsonl", "max_length": 512},
+            "training": {"activations": "keep", "batch_size": 3},
+        }
+    )
+    near = plan_memory(llama_8b, config)
+    budget = near.total + 800 * 2**20
+    longest = longest_context(llama_8b, config, near, budget)
+    assert longest is not None
+    assert 512 < longest.max_length < 2048
+    assert longest.total <= budget < plan_memory(llama_8b, with_length(config, longest.max_length + GRAIN)).total
+    largest = largest_micro_batch(llama_8b, config, near, budget)
+    assert largest is not None
+    assert largest.total <= budget
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
+    keeping = tiny_config(data={"max_length": 512}, training={"activations": "keep"})
+    kept = plan_memory(tiny_llama, keeping)
+    assert check_fits(tiny_llama, keeping, kept.total) == kept
+    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activations=recompute"):
+        check_fits(tiny_llama, keeping, kept.total - 1)
+    recomputed = plan_memory(tiny_llama, tiny_config(data={"max_length": 512}))
+    with pytest.raises(InsufficientMemoryError, match=r"fits with data\.max_length=256"):
+        check_fits(tiny_llama, tiny_config(data={"max_length": 512}), recomputed.total - 1)
+    with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
+        check_fits(tiny_llama, tiny_config(), 2**20)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("0.5gib", 2**29), ("512MiB", 2**29)]
+)
+def test_memory_is_read_in_both_kinds_of_units(text: str, expected: int) -> None:
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["24", "a lot", "24G", "-1GiB", "0GiB", ""])
+def test_no_amount_of_memory_is_a_letter(text: str) -> None:
+    with pytest.raises(ConfigError, match="no amount of memory"):
+        parse_memory(text)
+
+
+def test_a_cuda_run_is_refused_before_its_weights_are_read(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "choose_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
+    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    config = tiny_config()
+    with pytest.raises(InsufficientMemoryError, match="This run needs"):
+        start_run(config)
+    assert not Path(config.training.output_dir).exists()
+
+
+def test_the_report_sets_the_peak_beside_the_plan(tiny_config: Config, tiny_llama: Path) -> None:
+    run = start_run(tiny_config(training={"max_steps": 1}))
+    assert run.plan is None, "nothing is planned on a CPU"
+    assert run.train(lambda record: None)
+    run.plan = plan_memory(tiny_llama, run.config)
+    page = run.write_report().read_text()
+    assert "planned memory" in page
+    assert f"planned {fitting.gib(run.plan.allocated)}" in page
