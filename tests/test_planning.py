@@ -23,7 +23,8 @@ from qlora_trainer.planning import empty_run, longest_pack, plan_memory, track_s
 from qlora_trainer.runs import start_run
 
 Config = Callable[..., RunConfig]
-LLAMA_8B = {
+CONFIGS = Path(__file__).parents[1] / "configs"
+LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 128256,
@@ -121,13 +122,23 @@ def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "memory"), [(f"{size}gb.yaml", f"{size}GB") for size in (8, 12, 16, 24)])
-def test_the_shipped_configs_fit_their_cards(llama_8b: Path, config: str, memory: str) -> None:
-    """In decimal gigabytes, of which a card has a little more."""
-    settings = load_config(Path(__file__).parents[1] / "configs" / config)
+def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
+    """In decimal gigabytes, of which a card has a little more. Planned whole: it has the least to spare."""
+    settings = load_config(CONFIGS / "8gb.yaml")
     plan = plan_memory(llama_8b, settings)
-    assert plan.total <= parse_memory(memory)
+    assert plan.total <= parse_memory("8GB")
     assert plan.micro_batch_tokens == settings.data.max_length
+
+
+@pytest.mark.parametrize("size", [12, 16, 24])
+def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
+    """By two models of a few layers, and along the line that the next test shows."""
+    settings = load_config(CONFIGS / f"{size}gb.yaml")
+    fewer, more = (plan_memory(llama_8b, settings, layers) for layers in (2, 3))
+    lean = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
+    whole = lean[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (lean[1] - lean[0])
+    assert 1.15 * whole <= parse_memory(f"{size}GB"), "the allocator wastes 8 to 10% in their whole plans"
+    assert fewer.micro_batch_tokens == settings.data.max_length
 
 
 def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
@@ -139,20 +150,20 @@ def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
 @pytest.mark.slow
 def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
     """On a model of few layers, against trying: what is found fits, the next size does not."""
-    raw = json.loads((llama_8b / "config.json").read_text()) | {"num_hidden_layers": 4, "max_position_embeddings": 2048}
+    raw = json.loads((llama_8b / "config.json").read_text()) | {"num_hidden_layers": 4, "max_position_embeddings": 1536}
     (llama_8b / "config.json").write_text(json.dumps(raw))
     config = make_config(
         {
             "model": {"name": str(llama_8b)},
             "data": {"train": "rows.jsonl", "max_length": 512},
-            "training": {"activations": "keep", "batch_size": 3},
+            "training": {"activations": "keep", "batch_size": 2},
         }
     )
     near = plan_memory(llama_8b, config)
-    budget = near.total + 800 * 2**20
+    budget = near.total + 500 * 2**20
     longest = longest_context(llama_8b, config, near, budget)
     assert longest is not None
-    assert 512 < longest.max_length < 2048
+    assert 512 < longest.max_length < 1536
     assert longest.total <= budget < plan_memory(llama_8b, with_length(config, longest.max_length + GRAIN)).total
     largest = largest_micro_batch(llama_8b, config, near, budget)
     assert largest is not None
