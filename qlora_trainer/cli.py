@@ -340,9 +340,8 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
 
 def main() -> None:
     """The entry point: errors a user can mend become one message and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _set_up_libraries()
     try:
-        _quiet_libraries()
         app()
     except QLoRATrainerError as error:
         print_error(str(error))
@@ -357,8 +356,13 @@ def main() -> None:
         sys.exit(2)
 
 
-def _quiet_libraries() -> None:
-    """What libraries log at import is for their developers; what matters to a run we say ourselves."""
+def _set_up_libraries() -> None:
+    """Before torch and transformers are imported; what the user has set stays."""
+    # Threads that wait for each other sleep instead of spinning: beside any other busy process, spinning makes a step
+    # on a CPU several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # What libraries log at import is for their developers; what matters to a run we say ourselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

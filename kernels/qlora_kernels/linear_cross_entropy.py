@@ -83,6 +83,7 @@ def _loss_and_gradient(
         log_normaliser = logits.logsumexp(dim=1, keepdim=True)  # (C, 1)
         loss += (log_normaliser - logits.gather(1, targets)).sum()
         if gradient is None:
+            del logits  # or the next chunk's would be made beside them
             continue
         grad_logits = logits.sub_(log_normaliser).exp_()  # the probabilities
         grad_logits.scatter_add_(1, targets, torch.full_like(log_normaliser, -1.0))
@@ -91,6 +92,7 @@ def _loss_and_gradient(
         if logit_scale != 1.0:
             grad_logits *= logit_scale
         gradient.index_copy_(0, rows, grad_logits.to(hidden.dtype) @ head)
+        del logits, grad_logits
     return loss, gradient
 
 
