@@ -137,7 +137,7 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     fewer, more = (plan_memory(llama_8b, settings, layers) for layers in (2, 3))
     lean = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
     whole = lean[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (lean[1] - lean[0])
-    assert 1.15 * whole <= parse_memory(f"{size}GB"), "the allocator wastes 8 to 10% in their whole plans"
+    assert 1.15 * whole <= parse_memory(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
 
