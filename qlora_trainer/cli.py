@@ -25,7 +25,7 @@ from qlora_trainer.console import (
     say,
     write_out,
 )
-from qlora_trainer.errors import InsufficientMemoryError, QLoRATrainerError
+from qlora_trainer.errors import QLoRATrainerError, first_line
 
 if TYPE_CHECKING:
     from qlora_trainer.runs import Run
@@ -191,7 +191,7 @@ def inspect(
     """
     from qlora_trainer.config import load_config
     from qlora_trainer.inspection import show_report, show_row
-    from qlora_trainer.model import load_tokenizer, resolve_model
+    from qlora_trainer.model_source import load_tokenizer, resolve_model
     from qlora_trainer.run_directory import prepare_data, user_cache
 
     settings = load_config(config, overrides or [])
@@ -225,7 +225,7 @@ def plan(
     """
     from qlora_trainer.config import load_config
     from qlora_trainer.fitting import card_memory, describe, largest_micro_batch, longest_context, parse_memory
-    from qlora_trainer.model import CONFIG_FILES, resolve_model
+    from qlora_trainer.model_source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import plan_memory
     from qlora_trainer.run_directory import user_cache
 
@@ -346,13 +346,16 @@ def main() -> None:
     except QLoRATrainerError as error:
         print_error(str(error))
         sys.exit(2)
-    except MemoryError as error:
-        print_error(_memory_advice(error))
-        sys.exit(2)
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch tells both kinds of it by RuntimeErrors, of which only the text is sure.
+        told = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+        if not told:
             raise
-        print_error(_memory_advice(error))
+        print_error(
+            f"Memory ran out: {first_line(error)} Nothing saved was lost. Lower data.max_length or "
+            "training.micro_batch_tokens, set training.activations=recompute, or choose a smaller base. To go on with "
+            "less memory: qlora resume RUN_DIR training.activations=recompute"
+        )
         sys.exit(2)
 
 
@@ -365,17 +368,6 @@ def _set_up_libraries() -> None:
     # What libraries log at import is for their developers; what matters to a run we say ourselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _memory_advice(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or ["out of memory"])[0]
-    return str(
-        InsufficientMemoryError(
-            f"Memory ran out: {first} Nothing saved was lost. Lower data.max_length or training.micro_batch_tokens, "
-            "set training.activations=recompute, or choose a smaller base. To go on with less memory: "
-            "qlora resume RUN_DIR training.activations=recompute"
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -233,7 +233,12 @@ def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config as YAML, every key present."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -12,7 +12,6 @@ tokens. Where the GPU is too small for the fp32 reference, all is measured on th
 
 import contextlib
 import dataclasses
-import gc
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,8 @@ from qlora_trainer.merge_verification import (
     verify_merge,
 )
 from qlora_trainer.merging import MergeReport, merge
-from qlora_trainer.model import is_prequantized
+from qlora_trainer.model import give_back_memory
+from qlora_trainer.model_source import is_prequantized
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import prepare_data
 from qlora_trainer.streamed_model import check_streaming, load_streamed_model, resident
@@ -104,7 +104,7 @@ def merge_run(
     refuse_existing(output)
     trained, sample, as_trained = _measure_trained(run_dir, progress)
     trained.base.model = None  # the others need its place
-    _free_memory()
+    give_back_memory()
     device = trained.base.device
     check_streaming(trained.base.directory, device)
 
@@ -119,7 +119,7 @@ def merge_run(
                     "there, or merge with --base dequantized."
                 ) from error
             sample.notices.append(f"The original base was not measured: {first_line(error)}")
-    _free_memory()
+    give_back_memory()
     original_loss = on_original.loss if on_original else None
     if base == "auto":
         choice = choose_base(as_trained.loss, original_loss)
@@ -163,7 +163,7 @@ def _measure_trained(run_dir: Path, progress: Progress) -> tuple[Trained, _Sampl
     if torch.cuda.is_available():
         with contextlib.suppress(InsufficientMemoryError, torch.OutOfMemoryError):
             return _measure_trained_on(None, run_dir, progress)
-        _free_memory()
+        give_back_memory()
         trained, sample, measured = _measure_trained_on("cpu", run_dir, progress)
         sample.notices.append("The GPU has too little memory for measuring in fp32, so the merge ran on the CPU.")
         return trained, sample, measured
@@ -228,10 +228,3 @@ def _measure(model: Any, sample: _Sample, most_tokens: int, progress: Progress) 
         return _Measured(found, None)
     with resident(model.get_output_embeddings()):  # the loss multiplies by its weight
         return _Measured(found, heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress))
-
-
-def _free_memory() -> None:
-    """Of what was just dropped: cycles, and what torch keeps on the GPU, which would count as taken."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -45,6 +45,23 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Work in a temporary sibling of `path`, which takes its place, whole, when the block ends well."""
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    with disk_errors(path.parent):
+        for leftover in (fresh, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+    with new_directory(fresh) as work:
+        yield work
+    with disk_errors(path.parent):
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def refuse_existing(path: Path) -> None:
     """OutputExistsError if `path` is anything but missing or an empty directory."""
     if path.is_dir():

@@ -16,7 +16,8 @@ import torch
 
 from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
-from qlora_trainer.model import choose_device, max_positions
+from qlora_trainer.model import choose_device
+from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.skeleton import layer_kinds

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from a hub name, a directory of safetensors, or a GGUF file, to a frozen NF4 model.
+"""The base model: from a directory of safetensors to a frozen NF4 model, or a dense or empty one of the same kind.
 
 transformers reads the checkpoint and bitsandbytes quantises each linear weight as it arrives; every Linear4bit is then
 taken over by an NF4Linear. Weights are quantised from the widest dtype the checkpoint holds, whatever the dtype of
@@ -8,29 +8,27 @@ Left out: loading that never gathers 16-bit weights, which transformers' own loa
 """
 
 import dataclasses
+import gc
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.config import ModelConfig
-from qlora_trainer.errors import FileMissingError, InsufficientMemoryError, ModelError, QuantizationError, first_line
+from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, first_line
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.gguf_import import import_gguf
+from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
 
-WEIGHT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # no pickles
-CONFIG_FILES = ("config.json",)
-NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same weights again, in other formats
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
@@ -69,101 +67,6 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def resolve_model(
-    name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
-) -> Path:
-    """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
-
-    Of a hub name only `files` are fetched.
-
-    Raises:
-        FileMissingError: it looks like a path and does not exist.
-        ModelError: the directory holds an adapter or no config, or the hub does not give it.
-    """
-    path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return import_gguf(path, cache_dir, progress)
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            raise ModelError(
-                f"{path} holds an adapter, not a base model. Name the base as model.name, and this directory as "
-                "adapter.init_from to start from it."
-            )
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json, so it is not a transformers model directory.")
-        return path
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
-        raise FileMissingError(f"There is no model at {name}.{hint}")
-    return _fetch(name, revision, files)
-
-
-def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Those of a hub model's files, in the hub's own cache, which another run finds again."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    # The hub's errors derive from those of its HTTP library, which is another one in each of its major versions.
-    http_errors = [k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k.__name__ == "HTTPError"]
-    not_fetched: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, OSError, *http_errors)
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED))
-        )
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"The hub has no model {name}, or it needs a login (`hf auth login`), and there is no such directory here."
-        ) from error
-    except HFValidationError as error:
-        raise FileMissingError(
-            f"There is no directory {name}, and a hub name has the form owner/model, in letters, digits, -, _ and '.'."
-        ) from error
-    except not_fetched as error:
-        if constants.HF_HUB_OFFLINE:
-            raise ModelError(
-                f"The model {name} is not in the hub's cache, and HF_HUB_OFFLINE is set, so it was not fetched. Unset "
-                "it, or name a directory."
-            ) from error
-        raise ModelError(
-            f"The model {name} could not be fetched from the hub: {first_line(error)}. What has arrived is kept; try "
-            "again when the network is there."
-        ) from error
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; ModelError where it cannot be read."""
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error
-
-
-def read_config(directory: Path) -> Any:
-    """transformers' config of a model directory; ModelError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
-        ) from error
-
-
-def max_positions(directory: Path) -> int | None:
-    """How many positions the model was made for, or None where its config does not say."""
-    config = read_config(directory).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
-def vocabulary_size(directory: Path) -> int | None:
-    """Rows of the model's embedding, or None where its config does not say."""
-    return getattr(read_config(directory).get_text_config(), "vocab_size", None)
-
-
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
     """Load and quantise a model directory; everything frozen, every linear layer but the output head in NF4.
 
@@ -188,21 +91,13 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     source_dtype = _widest_dtype(tensors)
 
     progress("loading the base", 0, None)
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=source_dtype,
-                device_map={"": device},
-                quantization_config=None if prequantized else _nf4(source_dtype),
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except LOADING_ERRORS as error:
-        raise _loading_error(error, directory, device) from error
-    _check_complete(info, directory)
+    model = _load_pretrained(
+        directory,
+        device,
+        source_dtype,
+        config=config,
+        quantization_config=None if prequantized else _nf4(source_dtype),
+    )
     if adopt_linear4bit(model) == 0:
         raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
     share = check_four_bit_share(model, settings.minimum_4bit_share)
@@ -243,19 +138,7 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     """
     needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
     device = device_with_room(needed, device, f"{directory} in fp32")
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except LOADING_ERRORS as error:
-        raise _loading_error(error, directory, device) from error
-    _check_complete(info, directory)
+    model = _load_pretrained(directory, device, torch.float32)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -303,13 +186,34 @@ def device_with_room(needed: int, device: torch.device, what: str) -> torch.devi
     return device
 
 
-def is_prequantized(directory: Path) -> bool:
-    """Whether a model directory holds weights that are quantised already."""
-    return getattr(read_config(directory), "quantization_config", None) is not None
+def give_back_memory() -> None:
+    """Free what was just dropped: cycles, and what torch keeps on the GPU, which would count as taken."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+    """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except LOADING_ERRORS as error:
+        raise _loading_error(error, directory, device) from error
+    _check_complete(info, directory)
+    return model
 
 
 def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -326,17 +230,6 @@ def _loading_error(error: Exception, directory: Path, device: torch.device) -> M
     if isinstance(error, torch.OutOfMemoryError):
         return InsufficientMemoryError(f"Loading {directory} ran out of memory on {device}: {first_line(error)}")
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
-
-
-def refuse_multi_modal(config: Any, directory: Path) -> None:
-    """transformers gives some of them whole as causal language models; the adapter would train the vision tower too."""
-    towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
-    if towers:
-        raise ModelError(
-            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
-            f"{' and '.join(towers)}). Only text models are trained here: choose one "
-            "that takes text alone."
-        )
 
 
 def _check_prequantized(config: Any, directory: Path) -> None:

@@ -25,7 +25,7 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes
-from qlora_trainer.model import max_positions
+from qlora_trainer.model_source import max_positions
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.skeleton import build_skeleton, fill_skeleton
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step

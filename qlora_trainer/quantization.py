@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.lora_linear import nf4_linear
-from qlora_kernels.nf4 import NF4_CODE, NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4
 from qlora_trainer.errors import ModelError, QuantizationError
 
 
@@ -38,9 +38,6 @@ def _import_bitsandbytes() -> Any:
 
 
 bitsandbytes = _import_bitsandbytes()
-
-BLOCK_SIZE = 64
-NESTED_BLOCK_SIZE = 256
 
 
 class NF4Linear(nn.Module):

@@ -8,9 +8,7 @@ prepared data lie in the user's cache instead, shared by all runs.
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +17,12 @@ import torch
 
 from qlora_kernels import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
-from qlora_trainer.config import RunConfig, load_config, save_config
+from qlora_trainer.config import RunConfig, dump_config, load_config
 from qlora_trainer.data.preparation import Prepared, prepare
-from qlora_trainer.directories import disk_errors, new_directory, write_text
+from qlora_trainer.directories import write_text
 from qlora_trainer.errors import CheckpointError, FileMissingError
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.model import max_positions, vocabulary_size
+from qlora_trainer.model_source import max_positions, vocabulary_size
 from qlora_trainer.progress import Progress, silent
 
 RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
@@ -81,10 +79,7 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
 
 def write_run_config(config: RunConfig, directory: Path) -> None:
     """Write config.yaml at once, so that a kill leaves the old one or the new one."""
-    temporary = directory / f".{CONFIG_NAME}.new"
-    with disk_errors(directory):
-        save_config(config, temporary)
-        temporary.replace(directory / CONFIG_NAME)
+    write_text(directory / CONFIG_NAME, dump_config(config))
 
 
 def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> tuple[list[str], list[str]]:
@@ -117,23 +112,6 @@ def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progr
         vocab_size=vocabulary_size(model_directory),
         progress=progress,
     )
-
-
-@contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which takes its place, whole, when the block ends well."""
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    with disk_errors(path.parent):
-        for leftover in (fresh, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-    with new_directory(fresh) as work:
-        yield work
-    with disk_errors(path.parent):
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_base_record(directory: Path, record: BaseRecord) -> None:

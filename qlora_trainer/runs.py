@@ -7,7 +7,6 @@ one of step 0, so that it can be resumed from its first moment on.
 """
 
 import dataclasses
-import gc
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,14 +27,15 @@ from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint, save_ch
 from qlora_trainer.config import RunConfig, save_config
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.directories import new_directory, refuse_existing
+from qlora_trainer.directories import new_directory, refuse_existing, replaced_directory
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.fitting import check_fits_card, gib
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings, target_names
-from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
+from qlora_trainer.model import Base, give_back_memory, load_base_model
+from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.planning import MemoryPlan
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
@@ -50,7 +50,6 @@ from qlora_trainer.run_directory import (
     prepare_data,
     read_run_config,
     read_samples,
-    replaced_directory,
     user_cache,
     write_base_record,
     write_run_config,
@@ -178,9 +177,7 @@ class Run:
         self.state.optimizer.release()
         self.base.model = None
         del self.state
-        gc.collect()
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory()
 
     def write_adapter(self, directory: Path) -> None:
         """The adapter as it is now, in PEFT's format."""

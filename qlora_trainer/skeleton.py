@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from qlora_trainer.config import ModelConfig
-from qlora_trainer.model import compute_in, empty_model, read_config, refuse_multi_modal
+from qlora_trainer.model import compute_in, empty_model
+from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.quantization import check_four_bit_share, empty_nf4
 
 

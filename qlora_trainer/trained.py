@@ -15,7 +15,8 @@ from qlora_trainer.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.forward import examine_forward
-from qlora_trainer.model import Base, load_base_model, load_tokenizer, resolve_model
+from qlora_trainer.model import Base, load_base_model
+from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
     CONFIG_NAME,

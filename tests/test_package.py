@@ -18,7 +18,8 @@ ROWS = [
     {"activations", "attention", "checkpoint", "config", "directories", "generation", "gguf_tensors", "quantization"},
     {"adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
     {"forward", "gguf_import", "inspection", "merge_plan", "merge_verification", "optim"},
-    {"evaluation", "merging", "model"},
+    {"evaluation", "merging", "model_source"},
+    {"model"},
     {"doctor", "run_directory", "skeleton", "streamed_model", "training"},
     {"initial_adapter", "planning", "trained"},
     {"deployment", "fitting"},
@@ -31,6 +32,7 @@ OWNERS = {
     "transformers": {
         "attention",
         "model",
+        "model_source",
         "quiet",
         "gguf_import",
         "gguf_tensors",

@@ -22,7 +22,8 @@ from qlora_trainer.errors import (
     QuantizationError,
 )
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model, resolve_model
+from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model
+from qlora_trainer.model_source import resolve_model
 from qlora_trainer.quantization import (
     NF4Linear,
     adopt_linear4bit,
@@ -276,7 +277,7 @@ def test_a_name_that_is_neither_a_directory_nor_a_hub_name_is_a_missing_file(tmp
 def test_weights_in_other_formats_beside_the_shards_are_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from qlora_trainer.model import NOT_FETCHED, WEIGHT_FILES
+    from qlora_trainer.model_source import NOT_FETCHED, WEIGHT_FILES
 
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
     others = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]

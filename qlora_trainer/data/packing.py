@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-IGNORED_LABEL = -100
+from qlora_kernels.linear_cross_entropy import IGNORED as IGNORED_LABEL
 
 
 @dataclass(frozen=True)
