@@ -143,8 +143,17 @@ class TrainingConfig(Section):
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Most tokens of one forward pass. auto: max_length."
     )
-    activations: Literal["auto", "keep", "recompute"] = Field(
-        "auto", description="Keep layers' activations for backward or recompute them. auto: recompute on CUDA."
+    activations: Literal["auto", "keep", "recompute", "offload", "tile"] = Field(
+        "auto",
+        description="What backward keeps of each decoder layer: keep all; recompute it from the layer's input; offload "
+        "that input to host memory; and tile, which also takes MLPs a tile of tokens at a time. auto: the fastest that "
+        "fits.",
+    )
+    kept_layers: int = Field(
+        0, ge=0, description="So many of the last decoder layers keep all, the others recompute, offload or tile."
+    )
+    offload_every: int = Field(
+        1, ge=1, description="Offload the input of every so many layers; those between are computed from it again."
     )
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="Seed of adapter initialisation, dropout, and the order of rows."

@@ -85,7 +85,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     Raises:
         ModelError: the base cannot be built or trained here.
     """
-    dtype, policy = compute_dtype(config), choose_policy(config.training.activations, torch.device("cuda"))
+    dtype, policy = compute_dtype(config), choose_policy(config.training, torch.device("cuda"))
     state, pack, fake = empty_run(directory, config, dtype, policy, layers)
     with fake:
         live, persistent = track_steps(state, pack, on_cuda=True)
@@ -106,7 +106,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     return MemoryPlan(
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
-        activations=policy,
+        activations=str(policy),
         components=components,
         operation=live.peak.operation,
         allocated=allocated,

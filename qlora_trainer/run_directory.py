@@ -39,6 +39,8 @@ _FREE_KEYS = {
     "model.name",
     "model.revision",
     "training.activations",
+    "training.kept_layers",
+    "training.offload_every",
     "training.evaluate_every",
     "training.micro_batch_tokens",
     "training.output_dir",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qlora_trainer import fitting, forward, planning, runs, training
+from qlora_trainer.activations import choose_policy
 from qlora_trainer.config import RunConfig, load_config, make_config
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.fitting import (
@@ -65,7 +66,7 @@ def test_fake_and_real_steps_take_the_same_bytes(
 ) -> None:
     directory = tiny_models(family)
     config = tiny_config(**changes, model={"name": str(directory)})
-    policy: Any = config.training.activations
+    policy = choose_policy(config.training, torch.device("cpu"))
     state, pack, fake = empty_run(directory, config, torch.float32, policy)
     with fake:
         planned, _ = track_steps(state, pack, on_cuda=False)
