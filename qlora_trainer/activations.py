@@ -34,7 +34,7 @@ class Policy:
         return Policy(later[0], offload_every=self.offload_every) if later else None
 
     def __str__(self) -> str:
-        parts = [self.level]
+        parts: list[str] = [self.level]
         if self.level != "keep" and self.kept_layers:
             parts.append(f"the last {self.kept_layers} layers keep all")
         if self.level in ("offload", "tile") and self.offload_every > 1:
