@@ -46,7 +46,8 @@ class LiveBytes(TorchDispatchMode):
     """Within, counts the bytes of live storages. Around fake tensors: `with FakeTensorMode(), LiveBytes() as live:`.
 
     What an operation makes is of the kind that `kinds` gives for it, else of `other`; what `workspaces` says that it
-    uses inside is of the kind `inside`. Tensors that exist already are counted once they are handed to `watch`.
+    uses inside is of the kind `inside`. Tensors that exist already are counted once they are handed to `watch`. What is
+    of the kind `host` is counted apart, and is in no peak and no trace.
     """
 
     def __init__(
@@ -56,11 +57,14 @@ class LiveBytes(TorchDispatchMode):
         *,
         other: str = "other",
         inside: str = "inside an operation",
+        host: str = "host memory",
     ) -> None:
         super().__init__()
         self.other = other
         self.inside = inside
+        self.host = host
         self.bytes = 0
+        self.host_bytes = self.host_peak = 0
         self.peak = Peak()
         self.trace: list[Event] = []
         self._kinds = kinds or {}
@@ -92,6 +96,7 @@ class LiveBytes(TorchDispatchMode):
     def restart_peak(self) -> None:
         """Forget the peak so far: the next one counts from what is alive now."""
         self.peak = Peak()
+        self.host_peak = self.host_bytes
         self._note_peak("between steps")
 
     def _see(self, storage: UntypedStorage, kind: str, operation: object) -> None:
@@ -101,6 +106,10 @@ class LiveBytes(TorchDispatchMode):
         self._count += 1
         reference = weakref.ref(storage, lambda _: self._freed(address))
         self._blocks[address] = (self._count, size, kind, reference)
+        if kind == self.host:
+            self.host_bytes += size
+            self.host_peak = max(self.host_peak, self.host_bytes)
+            return
         self.trace.append(Event(self._count, size))
         self.bytes += size
         self._by_kind[kind] += size
@@ -108,6 +117,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _freed(self, address: int) -> None:
         block, size, kind, _ = self._blocks.pop(address)
+        if kind == self.host:
+            self.host_bytes -= size
+            return
         self.trace.append(Event(block, -size))
         self.bytes -= size
         self._by_kind[kind] -= size

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_trainer.activations import Policy, apply_policy, choose_policy
+from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
@@ -36,7 +36,8 @@ PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
 
 BASE, HEAD, DENSE = "base in NF4", "embeddings and head", "norms, biases, other dense"
 ADAPTERS, GRADIENTS, STATE, PAGED = "adapters", "gradients", "optimizer state", "optimizer state, paged (resident)"
-DEQUANTIZED, ACTIVATIONS, INSIDE = "dequantised weights", "activations and loss", "inside one operation (by formula)"
+WORKSPACE, ACTIVATIONS, INSIDE = "dequantisation workspace", "activations and loss", "inside one operation (by formula)"
+HOST = "host memory"
 SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspace (allowance)", "CUDA context (allowance)"
 
 
@@ -51,6 +52,7 @@ class MemoryPlan:
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
     reserved: int  # by torch's allocator
+    host: int  # bytes of host memory for what is offloaded, in no component
     base_parameters: int  # numbers of the base, ties once, and the adapters'
     adapter_parameters: int
 
@@ -65,7 +67,7 @@ class MemoryPlan:
         fine-tuning 16 (weight and gradient in 16 bits; fp32 weight and two moments), without adapters."""
         adapters = sum(self.components.get(name, 0) for name in (ADAPTERS, GRADIENTS, STATE, PAGED))
         base = sum(self.components.get(name, 0) for name in (BASE, HEAD, DENSE))
-        rest = self.total - base - adapters - self.components.get(DEQUANTIZED, 0)
+        rest = self.total - base - adapters - self.components.get(WORKSPACE, 0)
         return {
             "16-bit LoRA": 2 * self.base_parameters + adapters + rest,
             "full fine-tuning": 16 * self.base_parameters + rest,
@@ -75,17 +77,20 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "total": self.total, "elsewhere": self.elsewhere}
 
 
-def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+def plan_memory(
+    directory: Path, config: RunConfig, layers: int | None = None, policy: Policy | None = None
+) -> MemoryPlan:
     """What `config` needs on a CUDA card.
 
     Args:
         directory: holds the base's config.json.
         layers: plan a base cut to so many layers.
+        policy: what backward keeps; by default what the config names.
 
     Raises:
         ModelError: the base cannot be built or trained here.
     """
-    dtype, policy = compute_dtype(config), choose_policy(config.training, torch.device("cuda"))
+    dtype, policy = compute_dtype(config), policy or choose_policy(config.training, torch.device("cuda"))
     state, pack, fake = empty_run(directory, config, dtype, policy, layers)
     with fake:
         live, persistent = track_steps(state, pack, on_cuda=True)
@@ -94,7 +99,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
     allocator = CachingAllocator().play(live.trace, without=persistent[PAGED])
     kinds = dict(live.peak.by_kind)
-    order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, DEQUANTIZED, INSIDE)
+    order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
     components = {name: kinds.pop(name, 0) for name in order}
     assert not kinds, f"memory of unknown kinds {kinds}"
     allocated = live.peak.bytes - components[PAGED]
@@ -111,6 +116,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
         operation=live.peak.operation,
         allocated=allocated,
         reserved=allocator.reserved,
+        host=live.host_peak,
         base_parameters=base,
         adapter_parameters=adapters,
     )
@@ -165,8 +171,7 @@ def empty_run(
     with fake:
         fill_skeleton(model, config.model, dtype)
         add_adapters(model, config.adapter, config.training.seed)
-        apply_policy(model, policy)
-        state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype)
+        state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype, policy)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
     pack = longest_pack(directory, config, config.data.packing and state.forward.can_pack)
     return state, _as_fake(pack, fake.mode), fake
@@ -193,10 +198,11 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool) -> tuple[LiveBytes
         on_cuda: count as a card would: large optimizer state pages, and attention's backward needs room inside.
     """
     live = LiveBytes(
-        kinds={torch.ops.qlora.dequantize_nf4.default: DEQUANTIZED},
+        kinds={torch.ops.qlora.copy_to_host.default: HOST},
         workspaces=(WORKSPACES_ON_CUDA if on_cuda else {}) | WORKSPACES,
         other=ACTIVATIONS,
         inside=INSIDE,
+        host=HOST,
     )
     persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
@@ -224,6 +230,7 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     ]
     return {
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
+        WORKSPACE: [layer.workspace for layer in layers if layer.workspace is not None],
         HEAD: [p for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()],
         ADAPTERS: [group.data for group in state.groups],
         GRADIENTS: [group.grad for group in state.groups],

@@ -62,6 +62,7 @@ class NF4Linear(nn.Module):
         for name in ("packed", "absmax", "nested_absmax", "nested_code", "offset"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.workspace: Tensor | None = None  # see `share_workspace`; no buffer, as it is not this layer's alone
 
     @property
     def nf4_weight(self) -> NF4Weight:
@@ -75,17 +76,35 @@ class NF4Linear(nn.Module):
             shape=(self.out_features, self.in_features),
             block_size=BLOCK_SIZE,
             nested_block_size=NESTED_BLOCK_SIZE,
+            workspace=self.workspace,
         )
 
     def forward(
         self,
         x: Tensor,  # (..., I)
     ) -> Tensor:  # (..., O), dtype of x
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nf4_linear(x, self.nf4_weight, bias)
+        return nf4_linear(x, self.nf4_weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> Tensor:
+    """Give the 4-bit layers of a model one buffer to dequantise into, in the place of any they had; returns it.
+
+    Args:
+        most_elements: make it so small at most, and take larger weights in parts; by default it holds the largest.
+    """
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    for layer in layers:
+        layer.workspace = None  # an old one goes before the new one comes
+    largest = max((layer.out_features * layer.in_features for layer in layers), default=0)
+    widest_row = max((layer.in_features for layer in layers), default=0)
+    elements = largest if most_elements is None else min(largest, max(most_elements, widest_row))
+    workspace = torch.empty(elements, dtype=dtype, device=layers[0].packed.device if layers else None)
+    for layer in layers:
+        layer.workspace = workspace
+    return workspace
 
 
 def quantize_weight(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_trainer.activations import apply_policy, choose_policy
+from qlora_trainer.activations import choose_policy
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import (
@@ -138,6 +138,7 @@ class Run:
                 "adapters",
                 f"rank {self.config.adapter.rank} on {len(self.adapted)} layers, {trainable:,} numbers in fp32",
             ),
+            ("backward", f"{self.state.policy}; little is kept by {self.state.lean}"),
             ("optimizer", f"{self.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
             (
                 "training rows",
@@ -279,8 +280,8 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
     base = load_base_model(path, config.model, progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
-    apply_policy(base.model, choose_policy(config.training, base.device))
-    state = build_state(base.model, config, prepared.train, base.compute_dtype)
+    policy = choose_policy(config.training, base.device)
+    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy)
     notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
     if base.device.type == "cuda":
         notices.append(

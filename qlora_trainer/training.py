@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.activations import Policy, apply_policy
 from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, grad_norm
-from qlora_trainer.adapters.inject import trainable_parameters
+from qlora_trainer.adapters.inject import adapters_cast, trainable_parameters
 from qlora_trainer.checkpoint import restore_rng, rng_state
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.loader import Examples, StepLoader
@@ -27,6 +28,7 @@ from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.errors import TrainingError
 from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
+from qlora_trainer.lean_modules import LeanReport, make_lean
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
 
 MOST_SKIPPED_IN_A_ROW = 5
@@ -45,6 +47,8 @@ class TrainState:
     forward: ForwardPlan
     config: RunConfig
     total_steps: int
+    policy: Policy  # what backward keeps
+    lean: LeanReport
     step: int = 0  # optimizer steps taken or skipped
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
@@ -81,8 +85,12 @@ class TrainState:
         restore_rng(tensors, state["random"])
 
 
-def build_state(model: Any, config: RunConfig, train: Examples, compute_dtype: torch.dtype) -> TrainState:
+def build_state(
+    model: Any, config: RunConfig, train: Examples, compute_dtype: torch.dtype, policy: Policy
+) -> TrainState:
     """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
+    lean = make_lean(model)
+    apply_policy(model, policy)
     forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))
     weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
@@ -106,6 +114,8 @@ def build_state(model: Any, config: RunConfig, train: Examples, compute_dtype: t
         forward=forward,
         config=config,
         total_steps=config.training.max_steps or config.training.epochs * loader.steps_per_epoch,
+        policy=policy,
+        lean=lean,
     )
 
 
@@ -124,15 +134,16 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
     rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
     state.optimizer.zero_grad()
     loss = torch.zeros((), device=state.device)
-    for pack in packs:
-        if pack.label_tokens == 0:
-            continue
-        pack = pack.to(state.device)
-        with attention_for(state.model, pack):
-            # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
-            part = loss_sum(state.model, pack, state.forward.loss_path) / label_tokens
-            state.grad_scale.scale(part).backward()
-        loss += part.detach()
+    with adapters_cast(state.model, state.groups, state.model.config.dtype):
+        for pack in packs:
+            if pack.label_tokens == 0:
+                continue
+            pack = pack.to(state.device)
+            with attention_for(state.model, pack):
+                # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
+                part = loss_sum(state.model, pack, state.forward.loss_path) / label_tokens
+                state.grad_scale.scale(part).backward()
+            loss += part.detach()
     state.grad_scale.unscale_(state.groups)
     norm = grad_norm(state.groups)
     finite = bool(torch.isfinite(norm))

@@ -69,6 +69,12 @@ def tiny_llama(tiny_models: Callable[[str], Path]) -> Path:
     return tiny_models("llama")
 
 
+@pytest.fixture(scope="session")
+def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of five layers, where what is done for every second or third differs."""
+    return make_model_directory(tmp_path_factory.mktemp("models") / "deep", "llama", num_hidden_layers=5)
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Twenty chat rows of uneven length."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels.lora_linear import add_lora, draw_seed, keep_mask, lora_nf4_linear, nf4_linear
+from qlora_kernels import lora_linear
+from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, gated_nf4_linear, keep_mask, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_trainer.memory_tracking import LiveBytes
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,7 +65,7 @@ def test_frozen_input_costs_no_backward(weight: NF4Weight, monkeypatch: pytest.M
     def refuse(*_arguments: object) -> Tensor:
         raise AssertionError("dequantised for a gradient that nobody wants")
 
-    monkeypatch.setattr("qlora_kernels.lora_linear.dequantize_nf4", refuse)
+    monkeypatch.setattr("qlora_kernels.lora_linear.dequantized_blocks", refuse)
     output.sum().backward()
     assert bias.grad is not None
 
@@ -133,7 +136,7 @@ def adapter_inputs(
 
 def fused(weight: NF4Weight, dropout: float = 0.0) -> Callable[..., Tensor]:
     seed = SEED if dropout else None
-    return lambda x, bias, A, B: lora_nf4_linear(x, weight, bias, A, B, SCALING, dropout=dropout, dropout_seed=seed)
+    return lambda x, bias, A, B: nf4_linear(x, weight, bias, Adapter(A, B, SCALING, dropout, seed))
 
 
 def mask_like(x: Tensor, dropout: float) -> Tensor:
@@ -225,7 +228,7 @@ def test_first_layers_backward_does_not_dequantise(weight: NF4Weight, monkeypatc
     def refuse(*_arguments: object) -> Tensor:
         raise AssertionError("dequantised for a gradient that nobody wants")
 
-    monkeypatch.setattr("qlora_kernels.lora_linear.dequantize_nf4", refuse)
+    monkeypatch.setattr("qlora_kernels.lora_linear.dequantized_blocks", refuse)
     output.sum().backward()
     assert inputs[2].grad is not None
 
@@ -308,7 +311,7 @@ def test_recomputing_an_adapted_layer_changes_no_bit(weight: NF4Weight, dtype: t
     def block(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         # Two layers and so two seeds, drawn where recomputation must draw them again.
         for _ in range(2):
-            y = lora_nf4_linear(F.silu(x), weight, bias, A, B, SCALING, dropout=0.3, dropout_seed=draw_seed())
+            y = nf4_linear(F.silu(x), weight, bias, Adapter(A, B, SCALING, 0.3, draw_seed()))
             x = F.pad(y, (0, 38))
         return y
 
@@ -334,9 +337,8 @@ def test_adapted_layer_runs_on_fake_tensors(weight: NF4Weight) -> None:
             for tensor, dtype in zip(adapter_inputs(4, 5), [torch.bfloat16] + 3 * [torch.float32], strict=True)
         ]
         x, bias, A, B = inputs
-        output = lora_nf4_linear(
-            x, NF4Weight(**fields, shape=weight.shape), bias, A, B, SCALING, dropout=0.3, dropout_seed=draw_seed()
-        )
+        adapter = Adapter(A, B, SCALING, 0.3, draw_seed())
+        output = nf4_linear(x, NF4Weight(**fields, shape=weight.shape), bias, adapter)
         assert (output.shape, output.dtype) == ((4, 5, 7), torch.bfloat16)
         output.sum().backward()
         assert all(tensor.grad is not None and tensor.grad.dtype == tensor.dtype for tensor in inputs)
@@ -356,3 +358,129 @@ def test_adapted_layer_changes_none_of_its_inputs(weight: NF4Weight) -> None:
         tensor.grad = None
     output.backward(grad)  # what was saved is as it was, too
     assert all(torch.equal(one, tensor.grad) for one, tensor in zip(first, inputs, strict=True))
+
+
+# A workspace, and adapters cast by somebody else.
+
+
+@pytest.mark.parametrize("rows", [1, 64, 130, 200, 500])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_workspace_of_any_size_gives_the_same_result(rows: int, dropout: float) -> None:
+    """From one row of the weight at a time to more than all of it; in fp64, where blocks change only last bits."""
+    weight = quantize_nf4(normal(200, 96) / 96**0.5)
+    inputs = adapter_inputs(5, sizes=(200, 96, 3))
+    roomy = replace(weight, workspace=torch.full((rows * 96,), torch.nan, dtype=torch.float64))
+    expected = output_and_gradients(fused(weight, dropout), inputs)
+    found = output_and_gradients(fused(roomy, dropout), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_dequantised_values_are_only_in_the_workspace(weight: NF4Weight) -> None:
+    """No operation makes a tensor of the weight's size, forward or backward; the largest is x's."""
+    inputs = adapter_inputs(2)
+    workspace = torch.empty(weight.shape[0] * weight.shape[1], dtype=torch.float64)
+    live = LiveBytes()
+    live.watch([workspace], "workspace")
+    with live:
+        output_and_gradients(fused(replace(weight, workspace=workspace)), inputs)
+    assert max(event.bytes for event in live.trace[1:]) < workspace.nbytes
+
+
+def test_a_workspace_of_another_dtype_is_left_alone(weight: NF4Weight) -> None:
+    workspace = torch.full((315,), 7.0, dtype=torch.bfloat16)
+    inputs = adapter_inputs(5)
+    found = output_and_gradients(fused(replace(weight, workspace=workspace)), inputs)
+    for ours, theirs in zip(found, output_and_gradients(fused(weight), inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(workspace, torch.full_like(workspace, 7.0))
+
+
+def test_casts_made_beforehand_change_no_bit(weight: NF4Weight) -> None:
+    inputs = adapter_inputs(5, dtype=torch.bfloat16, parameters=torch.float32)
+
+    def with_casts(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        casts = A.detach().bfloat16(), B.detach().bfloat16()
+        return nf4_linear(x, weight, bias, Adapter(A, B, SCALING, casts=casts))
+
+    found, expected = (output_and_gradients(function, inputs) for function in (with_casts, fused(weight)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+# The end of a gated MLP: gate and up (..., I) in the place of x.
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "tanh": torch.tanh}
+
+
+def gated_inputs(*lead: int, dtype: torch.dtype = torch.float64, parameters: torch.dtype | None = None) -> list[Tensor]:
+    x, *others = adapter_inputs(*lead, dtype=dtype, parameters=parameters)
+    return [x, normal(*lead, 45, seed=9, dtype=dtype).requires_grad_(), *others]
+
+
+def gated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[..., Tensor]:
+    seed = SEED if dropout else None
+
+    def function(gate: Tensor, up: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        adapter = Adapter(A, B, SCALING, dropout, seed)
+        return gated_nf4_linear(gate, up, ACTIVATIONS[activation], weight, bias, adapter)
+
+    return function
+
+
+def ungated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[..., Tensor]:
+    """The same with the product as autograd keeps it."""
+    return lambda gate, up, *others: fused(weight, dropout)(ACTIVATIONS[activation](gate) * up, *others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_making_the_gated_product_again_changes_no_bit(
+    weight: NF4Weight, activation: str, dropout: float, dtype: torch.dtype
+) -> None:
+    inputs = gated_inputs(2, 3, dtype=dtype, parameters=None if dtype == torch.float64 else torch.float32)
+    found = output_and_gradients(gated(weight, activation, dropout), inputs)  # type: ignore[arg-type]
+    expected = output_and_gradients(ungated(weight, activation, dropout), inputs)  # type: ignore[arg-type]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_gated_gradients_are_those_of_finite_differences(weight: NF4Weight) -> None:
+    assert torch.autograd.gradcheck(gated(weight, "silu", 0.3), gated_inputs(2))
+
+
+def test_a_gated_layer_without_an_adapter_has_the_same_gradients(weight: NF4Weight) -> None:
+    gate, up, *_ = gated_inputs(4)
+    grad = normal(4, 7, seed=2, dtype=torch.float64)
+    found = torch.autograd.grad(gated_nf4_linear(gate, up, F.silu, weight, None), (gate, up), grad)
+    expected = torch.autograd.grad(nf4_linear(F.silu(gate) * up, weight, None), (gate, up), grad)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_gate_up_and_a_rank_sized_product_are_all_that_a_gated_layer_saves(weight: NF4Weight) -> None:
+    inputs = gated_inputs(4, 5)
+    kept = saved_by(gated(weight, "silu", 0.3), inputs)  # type: ignore[arg-type]
+    assert [tensor.shape for tensor in kept] == [(4, 5, 45), (4, 5, 45), (20, 3)]
+    assert [tensor.data_ptr() for tensor in kept[:2]] == [tensor.data_ptr() for tensor in inputs[:2]]
+
+
+def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two projections run forward; recomputed, only the first: backward needs nothing from the second's output."""
+    inputs = gated_inputs(4)
+    outputs = 0
+
+    def counting(*arguments: object) -> Tensor:
+        nonlocal outputs
+        outputs += 1
+        return original(*arguments)
+
+    original = lora_linear._output
+    monkeypatch.setattr(lora_linear, "_output", counting)
+
+    def block(gate: Tensor, up: Tensor, *others: Tensor) -> Tensor:
+        first = F.pad(nf4_linear(gate, weight, None), (0, 38))
+        return gated(weight, "silu")(first, up, *others)
+
+    output = checkpoint(block, *inputs, use_reentrant=False)
+    assert outputs == 2
+    output.sum().backward()
+    assert outputs == 3
+    assert all(tensor.grad is not None for tensor in inputs)

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot"},
     {"attention", "checkpoint", "config", "directories", "generation", "gguf_tensors", "quantization"},
-    {"activations", "adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
-    {"forward", "gguf_import", "inspection", "merge_plan", "merge_verification", "optim"},
-    {"evaluation", "merging", "model_source"},
+    {"adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
+    {"forward", "gguf_import", "lean_modules", "inspection", "merge_plan", "merge_verification", "optim"},
+    {"activations", "evaluation", "merging", "model_source"},
     {"model"},
     {"doctor", "run_directory", "skeleton", "streamed_model", "training"},
     {"initial_adapter", "planning", "trained"},

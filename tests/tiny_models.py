@@ -46,13 +46,13 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
 
 
 def make_model_directory(
-    directory: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    directory: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **shape: int
 ) -> Path:
     """A model of the family with random weights, large enough that tokens and positions matter, and a tokenizer."""
     tokenizer = tiny_tokenizer("smollm2")
     config_class, changes = FAMILIES[family]
     vocab_size = -(-len(tokenizer) // 64) * 64
-    config = config_class(**{**SHAPE, "vocab_size": vocab_size, **changes})
+    config = config_class(**{**SHAPE, "vocab_size": vocab_size, **changes, **shape})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

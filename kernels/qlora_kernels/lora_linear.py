@@ -1,19 +1,26 @@
-"""The linear layer over a frozen NF4 weight, alone and with its LoRA adapter, as autograd functions that keep little.
+"""Linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
 
-The weight gets no gradient, so backward needs no dequantised copy of it: it dequantises the four-bit weight again and
-multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the 16-bit weight, is what
-QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else is kept: no cast of A
-or B, no dropped-out input, no mask. The adapter's part is added into the base's output where it lies, and so is its
-part of grad_x: neither is ever a second tensor of that size.
+The weight gets no gradient, so backward needs no dequantised copy of it: it dequantises the four-bit weight again, into
+the same workspace, and multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the
+16-bit weight, is what QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else
+is kept: no cast of A or B, no dropped-out input, no mask. The adapter's part is added into the base's output where it
+lies, and so is its part of grad_x: neither is ever a second tensor of that size.
 
-`add_lora` is the adapter's formula (Hu et al. 2021, arXiv:2106.09685) in plain torch; the function computes the same.
+In a gated MLP the last layer's input is a product, activation(gate) * up. `gated_nf4_linear` keeps gate and up and
+makes the product again: two tensors of the MLP's width instead of the four that plain autograd keeps.
 
-Left out: casting A and B once a step (they are cast at each use, and are rank-sized), gradients of gradients, and
-autocast, which is not used here.
+What is kept is kept before the large product is made. So where a layer is recomputed (torch's checkpointing stops once
+it has what backward needs) a layer's last product is not made again.
+
+`add_lora` is the adapter's formula (Hu et al. 2021, arXiv:2106.09685) in plain torch; the functions compute the same.
+
+Left out: gradients of gradients, and autocast, which is not used here.
 
 Legend: N tokens, I in features, O out features, R rank.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,42 +28,69 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
+
+Activation = Callable[[Tensor], Tensor]  # elementwise
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """LoRA beside a linear layer: scaling * dropout(x) A^T B^T."""
+
+    lora_A: Tensor  # (R, I)
+    lora_B: Tensor  # (O, R)
+    scaling: float
+    dropout: float = 0.0  # a probability below 1, of the adapter's input
+    dropout_seed: Tensor | None = None  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
+    casts: tuple[Tensor, Tensor] | None = None  # A and B in the dtype of x, where somebody has cast them already
+
+    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(A, B) in a dtype."""
+        if self.casts is not None and self.casts[0].dtype == dtype:
+            return self.casts
+        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+
+    @property
+    def factor(self) -> float:
+        """Dropout's own factor goes where the tensor is small."""
+        return self.scaling / (1.0 - self.dropout)
+
+    def keep_mask(self, like: Tensor) -> Tensor | None:  # (N, I), or None without dropout
+        return keep_mask(like, self.lora_A.shape[1], self.dropout, self.dropout_seed) if self.dropout else None
 
 
 def nf4_linear(
     x: Tensor,  # (..., I)
     weight: NF4Weight,  # (O, I)
     bias: Tensor | None,  # (O,)
+    adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """x @ W.T + bias in x's dtype: the weight is dequantised to it, the bias cast to it.
+    """x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype: the weight is dequantised to it, the others cast.
 
-    Gradients go to x, and to the bias where it requires one (summed in the bias' dtype). Works under checkpointing.
+    Gradients go to x, A, B and the bias, each in its own dtype. For backward x itself is saved, so that layers with the
+    same input keep it once, and x A^T (N, R); of these only what the gradients asked for need. The dropout mask is a
+    function of the seed and the number of elements: backward makes it again. Works under checkpointing, where x is
+    recomputed, and on fake tensors.
     """
-    return _NF4Linear.apply(x, weight, bias)
+    _check(adapter)
+    if adapter is None:
+        return _NF4Linear.apply(x, bias, None, None, weight, None)
+    return _NF4Linear.apply(x, bias, adapter.lora_A, adapter.lora_B, weight, adapter)
 
 
-def lora_nf4_linear(
-    x: Tensor,  # (..., I)
+def gated_nf4_linear(
+    gate: Tensor,  # (..., I)
+    up: Tensor,  # (..., I)
+    activation: Activation,
     weight: NF4Weight,  # (O, I)
     bias: Tensor | None,  # (O,)
-    lora_A: Tensor,  # (R, I)
-    lora_B: Tensor,  # (O, R)
-    scaling: float,
-    *,
-    dropout: float = 0.0,  # a probability below 1, of the adapter's input
-    dropout_seed: Tensor | None = None,  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
+    adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """add_lora(nf4_linear(x, weight, bias), dropout(x), lora_A, lora_B, scaling), in x's dtype.
-
-    A and B are multiplied in x's dtype; their gradients, and the bias', have the dtypes of A, B and the bias. For
-    backward x itself is saved, so that layers with the same input keep it once, and x A^T (N, R); of these only what
-    the gradients asked for need. The dropout mask is a function of the seed and the number of elements: backward
-    makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
-    """
-    assert (dropout_seed is not None) or dropout == 0.0, "dropout needs a seed"
-    seed = dropout_seed if dropout else None
-    return _LoRANF4Linear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    """nf4_linear(activation(gate) * up, ...), keeping gate and up instead of the product: the end of a gated MLP."""
+    _check(adapter)
+    if adapter is None:
+        return _GatedNF4Linear.apply(gate, up, bias, None, None, activation, weight, None)
+    return _GatedNF4Linear.apply(gate, up, bias, adapter.lora_A, adapter.lora_B, activation, weight, adapter)
 
 
 def add_lora(
@@ -83,93 +117,178 @@ def keep_mask(
     like: Tensor,  # (N, any)
     in_features: int,
     dropout: float,  # a probability below 1, rounded to a multiple of 1/65,536
-    seed: Tensor,  # () int64 on the CPU
+    seed: Tensor | None,  # () int64 on the CPU
 ) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
     """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
     return torch.ops.qlora.keep_mask(like.detach(), in_features, dropout, seed)
 
 
+def keep(*tensors: Tensor | None) -> Any:
+    """Save tensors for backward now, inside a function's forward, instead of when it ends: the node to `fetch` from."""
+    with torch.enable_grad():
+        return _Kept.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+
+
+def fetch(kept: Any) -> tuple[Tensor | None, ...]:
+    """What `keep` saved; freed from there, unless the graph is to be used again."""
+    tensors = kept.saved_tensors
+    kept.maybe_clear_saved_tensors()
+    return tensors
+
+
+def _check(adapter: Adapter | None) -> None:
+    assert adapter is None or not adapter.dropout or adapter.dropout_seed is not None, "dropout needs a seed"
+
+
+class _Kept(torch.autograd.Function):
+    """Never a part of the graph: a node that holds saved tensors, seen by whoever hooks saved tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+
 class _NF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-        # Handles to the stored weight, not saved tensors: hooks that offload or recompute saved tensors pass them by.
-        ctx.weight = weight
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _base_output(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # grad: (..., O)
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ dequantize_nf4(ctx.weight, grad.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = _bias_gradient(grad, ctx.bias_dtype)
-        return grad_x, None, grad_bias
-
-
-class _LoRANF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: NF4Weight,
         bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dropout: float,
-        seed: Tensor | None,  # None: no dropout
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        weight: NF4Weight,
+        adapter: Adapter | None,
     ) -> Tensor:
-        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        factor = scaling / (1.0 - dropout)  # dropout's own factor goes where the tensor is small
-        tokens = x.reshape(-1, x.shape[-1])  # (N, I)
-        dropped = tokens if seed is None else keep_mask(tokens, tokens.shape[1], dropout, seed).mul_(tokens)
-        low_rank = dropped @ lora_A.to(x.dtype).T  # (N, R)
-        del dropped  # before the weight is dequantised, the largest thing here
-        output = _base_output(x, weight, bias)
-        output.view(-1, output.shape[-1]).addmm_(low_rank, lora_B.to(x.dtype).T, alpha=factor)
-        # Handles, as above: the adapter is there until backward anyway, and its casts are made again.
-        ctx.weight, ctx.lora_A, ctx.lora_B, ctx.factor = weight, lora_A, lora_B, factor
-        ctx.dropout, ctx.seed = dropout, seed
+        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        low_rank = None if adapter is None else _low_rank(x, adapter)
+        if needs_A or needs_B:
+            ctx.kept = keep(x if needs_A else None, low_rank if needs_B else None)
+        # Handles to weight and adapter, not saved tensors: hooks that offload or recompute saved tensors pass them by.
+        ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if needs_A else None, low_rank if needs_B else None)
-        return output
+        return _output(x, weight, bias, adapter, low_rank)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
-        needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        x, low_rank = ctx.saved_tensors
-        lora_A, lora_B, dtype = ctx.lora_A, ctx.lora_B, grad.dtype
-        grad_x = grad_bias = grad_A = grad_B = None
-        tokens_grad = grad.reshape(-1, grad.shape[-1])  # (N, O)
-        if needs_B:
-            grad_B = (tokens_grad.T @ low_rank).to(lora_B.dtype).mul_(ctx.factor)
-        if needs_x or needs_A:
-            low_rank_grad = tokens_grad @ lora_B.to(dtype)  # (N, R), not yet scaled
-            mask = None if ctx.seed is None else keep_mask(tokens_grad, lora_A.shape[1], ctx.dropout, ctx.seed)
-        if needs_A:
-            tokens = x.reshape(-1, x.shape[-1])
-            dropped = tokens if mask is None else mask * tokens
-            grad_A = (low_rank_grad.T @ dropped).to(lora_A.dtype).mul_(ctx.factor)
-            del dropped
-        if needs_x:
-            if mask is None:
-                grad_x = tokens_grad @ dequantize_nf4(ctx.weight, dtype)  # (N, I)
-                grad_x.addmm_(low_rank_grad, lora_A.to(dtype), alpha=ctx.factor)
-            else:  # the other way round, so that the mask goes before the weight comes
-                grad_x = (low_rank_grad @ lora_A.to(dtype)).mul_(mask)
-                del mask
-                grad_x.addmm_(tokens_grad, dequantize_nf4(ctx.weight, dtype), beta=ctx.factor)
-            grad_x = grad_x.view(*grad.shape[:-1], lora_A.shape[1])
-        if needs_bias:
-            grad_bias = _bias_gradient(grad, ctx.bias_dtype)
-        return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
+        needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        x, low_rank = fetch(ctx.kept) if needs_A or needs_B else (None, None)
+        adapter = _AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
+        grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
+        del low_rank
+        grad_A = adapter.grad_A(x) if adapter and needs_A and x is not None else None
+        del x
+        grad_x = _grad_x(grad, ctx.weight, adapter) if needs_x else None
+        grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
+        return grad_x, grad_bias, grad_A, grad_B, None, None
 
 
-def _base_output(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:  # (..., O), a new tensor, contiguous
-    return F.linear(x, dequantize_nf4(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+class _GatedNF4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        activation: Activation,
+        weight: NF4Weight,
+        adapter: Adapter | None,
+    ) -> Tensor:
+        product = activation(gate) * up
+        low_rank = None if adapter is None else _low_rank(product, adapter)
+        if any(ctx.needs_input_grad):
+            ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
+        ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _output(product, weight, bias, adapter, low_rank)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
+        needs_gate, needs_up, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        gate, up, low_rank = fetch(ctx.kept)
+        assert gate is not None
+        assert up is not None
+        adapter = _AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
+        grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
+        del low_rank
+        grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
+        with torch.enable_grad():
+            input = gate.detach().requires_grad_()
+            activated = ctx.activation(input)
+        grad_A = adapter.grad_A(activated.detach() * up) if adapter and needs_A else None
+        grad_gate = grad_up = None
+        if needs_gate or needs_up:
+            grad_product = _grad_x(grad, ctx.weight, adapter)
+            grad_up = grad_product * activated.detach() if needs_up else None
+            grad_product.mul_(up)
+            del up
+            if needs_gate:
+                (grad_gate,) = torch.autograd.grad(activated, input, grad_product)
+        return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
+
+
+class _AdapterBackward:
+    """The adapter's gradients from one output gradient, made in the order in which memory is least."""
+
+    def __init__(self, grad: Tensor, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.tokens_grad = grad.reshape(-1, grad.shape[-1])  # (N, O)
+        self.A, self.B = adapter.in_dtype(grad.dtype)
+        self.low_rank_grad = self.tokens_grad @ self.B  # (N, R), not yet scaled
+        self.mask = adapter.keep_mask(self.tokens_grad)
+
+    def grad_B(self, low_rank: Tensor) -> Tensor:
+        return (self.tokens_grad.T @ low_rank).to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
+
+    def grad_A(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        dropped = tokens if self.mask is None else self.mask * tokens
+        return (self.low_rank_grad.T @ dropped).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
+
+
+def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+    tokens = x.reshape(-1, x.shape[-1])
+    mask = adapter.keep_mask(tokens)
+    return (tokens if mask is None else mask.mul_(tokens)) @ adapter.in_dtype(x.dtype)[0].T
+
+
+def _output(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None, adapter: Adapter | None, low_rank: Tensor | None
+) -> Tensor:  # (..., O), a new tensor, contiguous
+    tokens, out_features = x.reshape(-1, x.shape[-1]), weight.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
+    output = None
+    for rows, values in dequantized_blocks(weight, x.dtype):
+        if len(values) == out_features:
+            output = F.linear(tokens, values, bias)
+            break
+        output = tokens.new_empty(len(tokens), out_features) if output is None else output
+        torch.mm(tokens, values.T, out=output[:, rows])
+        if bias is not None:
+            output[:, rows] += bias[rows]
+    assert output is not None
+    if adapter is not None and low_rank is not None:
+        output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
+    return output.view(*x.shape[:-1], out_features)
+
+
+def _grad_x(grad: Tensor, weight: NF4Weight, adapter: _AdapterBackward | None) -> Tensor:  # (..., I)
+    tokens_grad = grad.reshape(-1, grad.shape[-1])
+    grad_x = None
+    if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
+        grad_x = (adapter.low_rank_grad @ adapter.A).mul_(adapter.mask).mul_(adapter.adapter.factor)
+        adapter.mask = None
+    for rows, values in dequantized_blocks(weight, grad.dtype):
+        part = tokens_grad[:, rows]
+        grad_x = part @ values if grad_x is None else grad_x.addmm_(part, values)
+    assert grad_x is not None
+    if adapter is not None and not adapter.adapter.dropout:
+        grad_x.addmm_(adapter.low_rank_grad, adapter.A, alpha=adapter.adapter.factor)
+    return grad_x.view(*grad.shape[:-1], weight.shape[1])
 
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)

@@ -12,6 +12,7 @@ block formats (fp4), and quantising on a GPU, where bitsandbytes' own kernel doe
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,9 @@ class NF4Weight:
     shape: tuple[int, int]  # (O, I)
     block_size: int = BLOCK_SIZE
     nested_block_size: int = NESTED_BLOCK_SIZE
+    workspace: Tensor | None = (
+        None  # (any,) where `dequantized_blocks` puts values of its dtype, one block of rows a time
+    )
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
@@ -153,20 +157,43 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, rows: slice | None 
     out_features, in_features = weight.shape
     start, stop, step = (rows or slice(None)).indices(out_features)
     assert step == 1, "rows must be a slice with step 1"
-    count = max(stop - start, 0)
-    flat = torch.ops.qlora.dequantize_nf4(
+    out = torch.empty(max(stop - start, 0), in_features, dtype=dtype, device=weight.packed.device)
+    _dequantize_into(out, weight, start)
+    return out
+
+
+def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their values (rows, I)) from the first row to the last, as few blocks as the weight's workspace allows.
+
+    With a workspace of this dtype each block overwrites the one before it: use it at once. Without one the whole weight
+    is one new tensor.
+    """
+    workspace, (out_features, in_features) = weight.workspace, weight.shape
+    if workspace is None or workspace.dtype != dtype or workspace.numel() < in_features:
+        yield slice(0, out_features), dequantize_nf4(weight, dtype)
+        return
+    rows = min(workspace.numel() // in_features, out_features)
+    if rows < out_features:
+        rows = rows // BLOCK_SIZE * BLOCK_SIZE or rows  # so that a block of rows begins at a block of the format
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        block = workspace[: (stop - start) * in_features].view(stop - start, in_features)
+        _dequantize_into(block, weight, start)
+        yield slice(start, stop), block
+
+
+def _dequantize_into(out: Tensor, weight: NF4Weight, first_row: int) -> None:
+    torch.ops.qlora.dequantize_nf4(
         weight.packed.view(-1),
         weight.absmax,
         weight.nested_absmax,
         weight.nested_code,
         weight.offset,
-        start * in_features,
-        count * in_features,
+        first_row * weight.shape[1],
         weight.block_size,
         weight.nested_block_size,
-        dtype,
+        out.view(-1),
     )
-    return flat.view(count, in_features)
 
 
 def dequantize_torch(
@@ -176,36 +203,43 @@ def dequantize_torch(
     nested_code: Tensor,  # (256,) fp32
     offset: Tensor,  # () fp32
     start: int,  # the first element wanted
-    count: int,  # how many
     block_size: int,
     nested_block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (count,)
-    """The contract in plain torch. Chunks keep the fp32 values in the cache, and memory at one result."""
+    out: Tensor,  # (count,) contiguous, filled
+) -> None:
+    """The contract in plain torch: fills `out` with the elements from `start` on. Chunks keep fp32 in the cache."""
     assert block_size % 2 == 0, "a block must begin at a byte"
+    count = out.numel()
     if count == 0:
-        return torch.empty(0, dtype=dtype, device=packed.device)
+        return
     first = start // block_size
     last = -((start + count) // -block_size)
-    begin = first * block_size  # whole blocks are decoded from here; what was not asked for is cut off at the end
+    begin = first * block_size  # whole blocks are decoded from here
     packed = packed[begin // 2 : (start + count + 1) // 2]
     nested = torch.arange(first, last, device=packed.device) // nested_block_size
     scale = nested_code.index_select(0, absmax[first:last].int()) * nested_absmax.index_select(0, nested) + offset
 
-    out = torch.empty(packed.numel() * 2, dtype=dtype, device=packed.device)
+    # In place where `out` begins and ends with what is decoded; else aside, and what was not asked for is cut off.
+    decoded = packed.numel() * 2
+    aside = begin != start or decoded != count
+    values = torch.empty(decoded, dtype=out.dtype, device=out.device) if aside else out
+    _decode(packed, scale, block_size, values)
+    if aside:
+        out.copy_(values[start - begin :][:count])
+
+
+def _decode(packed: Tensor, scale: Tensor, block_size: int, out: Tensor) -> None:
+    """Every packed byte's two values, in chunks; fp32 is made in place, for another dtype aside and cast once."""
     pairs = _pair_table(packed.device)
     chunk_blocks = max(_CHUNK_ELEMENTS.get(packed.device.type, 1 << 24) // block_size, 1)
-    for block in range(0, last - first, chunk_blocks):
+    for block in range(0, scale.numel(), chunk_blocks):
         part = out[block * block_size : (block + chunk_blocks) * block_size]
         codes = packed[block * block_size // 2 : (block + chunk_blocks) * block_size // 2].int()
-        # fp32 is made in place; for another dtype the chunk is made aside and cast once.
-        values = part if dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+        values = part if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
         torch.index_select(pairs, 0, codes, out=values.view(torch.int64))
         _multiply_blocks_(values, scale[block : block + chunk_blocks], block_size)
         if values is not part:
             part.copy_(values)
-    out = out[start - begin : start - begin + count]
-    return out if start == begin else out.clone()
 
 
 def _multiply_blocks_(values: Tensor, scale: Tensor, block_size: int) -> Tensor:
@@ -224,7 +258,7 @@ def _pair_table(device: torch.device) -> Tensor:
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).view(torch.int64).view(256).to(device)
 
 
-def _dequantize_cuda(packed: Tensor, *arguments: Any) -> Tensor:  # those of dequantize_torch
+def _dequantize_cuda(packed: Tensor, *arguments: Any) -> None:  # those of dequantize_torch
     choice = kernel_choice()
     if choice == "torch":
         return dequantize_torch(packed, *arguments)
@@ -237,16 +271,11 @@ def _dequantize_cuda(packed: Tensor, *arguments: Any) -> Tensor:  # those of deq
     return nf4_triton.dequantize(packed, *arguments)
 
 
-def _dequantize_fake(packed: Tensor, *arguments: Any) -> Tensor:
-    *_, count, _block_size, _nested_block_size, dtype = arguments
-    return packed.new_empty((count,), dtype=dtype)
-
-
 torch.library.define(
     "qlora::dequantize_nf4",
     "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset,"
-    " SymInt start, SymInt count, int block_size, int nested_block_size, ScalarType dtype) -> Tensor",
+    " SymInt start, int block_size, int nested_block_size, Tensor(a!) out) -> ()",
 )
 torch.library.impl("qlora::dequantize_nf4", "CompositeExplicitAutograd", dequantize_torch)
 torch.library.impl("qlora::dequantize_nf4", "CUDA", _dequantize_cuda)
-torch.library.register_fake("qlora::dequantize_nf4", _dequantize_fake)
+torch.library.register_fake("qlora::dequantize_nf4", lambda *arguments: None)

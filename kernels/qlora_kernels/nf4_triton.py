@@ -58,30 +58,12 @@ def dequantize(
     nested_code: Tensor,  # (256,) fp32
     offset: Tensor,  # () fp32
     start: int,
-    count: int,
     block_size: int,
     nested_block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (count,)
-    """Elements start to start + count, as `nf4.dequantize_torch` gives them."""
-    assert block_size % 2 == 0, "a block must begin at a byte"
-    out = torch.empty(count, dtype=dtype, device=packed.device)
-    launch(packed, absmax, nested_absmax, nested_code, offset, out, start, block_size, nested_block_size)
-    return out
-
-
-def launch(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    nested_code: Tensor,
-    offset: Tensor,
     out: Tensor,  # (count,) contiguous, filled
-    start: int,
-    block_size: int,
-    nested_block_size: int,
 ) -> None:
-    """Fills `out` with the elements from `start` on."""
+    """Fills `out` with the elements from `start` on, as `nf4.dequantize_torch` does."""
+    assert block_size % 2 == 0, "a block must begin at a byte"
     count, odd = out.numel(), start % 2
     if count == 0:
         return

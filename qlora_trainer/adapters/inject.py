@@ -13,12 +13,14 @@ the names that exist, because a fused projection (Phi-3's qkv_proj) makes a fami
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.adapters.flat import FlatGroup
 from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
 from qlora_trainer.config import AdapterConfig
 from qlora_trainer.errors import AdapterError
@@ -139,6 +141,26 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             path, found, rest = name.rpartition(".base.")
             inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
             yield PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name), parameter
+
+
+@contextmanager
+def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
+    """Within, the adapters exist in `dtype` too, cast a whole group at once, instead of each at each use.
+
+    For a training step's forward and backward passes: the adapters must not change inside.
+    """
+    layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
+    casts: dict[int, Tensor] = {}
+    for group in groups if layers else ():
+        flat = group.data.detach().to(dtype)
+        casts |= {id(p): flat[group.slices[name]].view(p.shape) for name, p in group.parameters.items()}
+    for layer in layers:
+        layer.casts = casts[id(layer.lora_A.weight)], casts[id(layer.lora_B.weight)]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = None
 
 
 def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:

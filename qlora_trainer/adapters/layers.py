@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora_kernels.lora_linear import add_lora, draw_seed, lora_nf4_linear
+from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, nf4_linear
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.quantization import NF4Linear
 
@@ -39,6 +39,7 @@ class LoRALinear(nn.Module):
         self.dropout = dropout  # a probability, of the adapter's input
         self.lora_A = _uninitialised(in_features, rank, device)  # weight (R, I)
         self.lora_B = _uninitialised(rank, out_features, device)  # weight (O, R)
+        self.casts: tuple[Tensor, Tensor] | None = None  # A and B in the compute dtype, while `adapters_cast` holds
 
     @classmethod
     def from_base(
@@ -64,12 +65,17 @@ class LoRALinear(nn.Module):
         self,
         x: Tensor,  # (..., I)
     ) -> Tensor:  # (..., O)
-        base, A, B = self.base, self.lora_A.weight, self.lora_B.weight
+        base = self.base
+        if isinstance(base, NF4Linear):
+            return nf4_linear(x, base.nf4_weight, base.bias, self.adapter())
+        dropped = F.dropout(x, self.dropout, self.training)
+        return add_lora(base(x), dropped, self.lora_A.weight, self.lora_B.weight, self.scaling)
+
+    def adapter(self) -> Adapter:
+        """The adapter as the kernels take it, for one call: with dropout on, it draws the seed of that call."""
         dropout = self.dropout if self.training else 0.0
-        if not isinstance(base, NF4Linear):
-            return add_lora(base(x), F.dropout(x, dropout), A, B, self.scaling)
         seed = draw_seed() if dropout else None
-        return lora_nf4_linear(x, base.nf4_weight, base.bias, A, B, self.scaling, dropout=dropout, dropout_seed=seed)
+        return Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, seed, self.casts)
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.out_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"

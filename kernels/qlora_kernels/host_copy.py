@@ -1,0 +1,86 @@
+"""A tensor that waits in host memory between forward and backward, its copies overlapped with computing on CUDA.
+
+On CUDA the host side is pinned and copies go on a stream of their own. Who uses it decides when to wait: `release`
+waits for the copy out and gives the original's memory back, `prefetch` begins the copy in, `take` waits for it. So
+memory is given back at points of the program and not when a copy happens to end, and a step takes the same memory
+each time. On a CPU a copy is a plain copy at the same points, which is how this is tested and planned.
+
+Left out: which tensors go there, and when.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """A tensor on its way to host memory, and back."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._original: Tensor | None = tensor
+        self._returning: Tensor | None = None
+        self._host: Tensor = _beside(tensor.device, lambda: torch.ops.qlora.copy_to_host(tensor))
+        self._copied = _mark(tensor.device)
+
+    def release(self) -> None:
+        """Give the original's memory back: what comes next on the device waits for the copy."""
+        _wait(self._device, self._copied)
+        self._original = None
+
+    def prefetch(self) -> None:
+        """Begin to bring it back, where it is not here already."""
+        if self._original is not None or self._returning is not None:
+            return
+        returning = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+        _beside(self._device, lambda: returning.copy_(self._host, non_blocking=True))
+        self._returning, self._copied = returning, _mark(self._device)
+
+    def take(self) -> Tensor:
+        """The tensor on its device, the caller's alone from then on; taken once more, it is copied once more."""
+        if self._original is not None:
+            original, self._original = self._original, None
+            return original
+        self.prefetch()
+        _wait(self._device, self._copied)
+        returned, self._returning = self._returning, None
+        assert returned is not None
+        return returned
+
+
+def _beside(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
+    """Run a copy on the stream for copies, after all that the device was given so far."""
+    if device.type != "cuda":
+        return copy()
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        return copy()
+
+
+def _mark(device: torch.device) -> Any:
+    return _copy_stream(device).record_event() if device.type == "cuda" else None
+
+
+def _wait(device: torch.device, mark: Any) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_event(mark)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
+
+
+# An op, so that who counts memory can tell host memory from the device's where both are a CPU's.
+torch.library.define("qlora::copy_to_host", "(Tensor x) -> Tensor")
+torch.library.impl("qlora::copy_to_host", "CompositeExplicitAutograd", _copy_to_host)
+torch.library.register_fake("qlora::copy_to_host", lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))

@@ -1,0 +1,87 @@
+"""RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467) that keeps its input and one number a row for backward.
+
+Written in plain torch operations, autograd keeps two or three fp32 tensors of the input's size for each norm; here the
+input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Two forms are in use and
+differ in where they round; `Form` names them. The weight is frozen and gets no gradient.
+
+Rows are taken a chunk at a time, so that fp32 values of the whole input never exist. Left out: a fused kernel.
+
+Legend: N rows, H features.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora_kernels.lora_linear import fetch, keep
+
+Form = Literal["scale_after_cast", "scale_before_cast"]
+"""weight * x_hat.to(dtype), as Llama has it, or (x_hat * (1 + weight.float())).to(dtype), as Gemma has it."""
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+def rms_norm(
+    x: Tensor,  # (..., H)
+    weight: Tensor,  # (H,), frozen, of x's dtype
+    eps: float,
+    form: Form,
+) -> Tensor:  # (..., H)
+    """x_hat = x / sqrt(mean(x^2) + eps) in fp32 (fp64 for fp64 input), scaled by the weight as the form says."""
+    assert not weight.requires_grad, "rms_norm gives its weight no gradient: freeze it"
+    assert weight.dtype == x.dtype, "rms_norm takes a weight of its input's dtype"
+    return _RMSNorm.apply(x, weight, eps, form)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        output = torch.empty_like(rows)
+        inverse = rows.new_empty(len(rows), 1, dtype=_wide(x))
+        for part in _chunks(rows):
+            inverse[part] = torch.rsqrt(rows[part].to(inverse.dtype).pow(2).mean(-1, keepdim=True) + eps)
+            output[part] = _scaled(rows[part] * inverse[part], weight, form)
+        ctx.kept = keep(x, inverse) if ctx.needs_input_grad[0] else None
+        ctx.weight, ctx.form = weight, form
+        return output.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., H)
+        x, inverse = fetch(ctx.kept)
+        assert x is not None
+        assert inverse is not None
+        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        grad_x = torch.empty_like(rows)
+        for part in _chunks(rows):
+            x_hat = rows[part] * inverse[part]
+            grad_hat = _scaled_gradient(grads[part], ctx.weight, ctx.form)
+            along = (grad_hat * x_hat).mean(-1, keepdim=True)
+            grad_x[part] = (grad_hat - x_hat.mul_(along)).mul_(inverse[part])
+        return grad_x.view(x.shape), None, None, None
+
+
+def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
+    """x_hat, fp32 or wider, times the weight."""
+    if form == "scale_after_cast":
+        return weight * x_hat.to(weight.dtype)
+    return x_hat * (1.0 + weight.to(x_hat.dtype))
+
+
+def _scaled_gradient(grad: Tensor, weight: Tensor, form: Form) -> Tensor:
+    """The gradient of x_hat, fp32 or wider, from that of the output."""
+    if form == "scale_after_cast":
+        return (grad * weight).to(_wide(grad))
+    return grad * (1.0 + weight.to(_wide(grad)))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    size = max(CHUNK_ELEMENTS // rows.shape[-1], 1)
+    return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -1,0 +1,213 @@
+"""Modules that keep less for backward than their library's code: gated MLPs and norms, found by what they compute.
+
+A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are,
+is decided by trying: a copy of the module with small weights is run beside the lean formula, and where the results
+differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
+that only looks like another is taken for it.
+
+Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
+"""
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_kernels.lora_linear import Activation, gated_nf4_linear
+from qlora_kernels.rms_norm import Form, rms_norm
+from qlora_kernels.tiling import tiled
+from qlora_trainer.adapters.layers import LoRALinear, is_linear
+from qlora_trainer.quantization import NF4Linear
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+_PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeanReport:
+    """How many modules of each kind keep little for backward, and how many there are: (lean, all)."""
+
+    projections: tuple[int, int]
+    mlps: tuple[int, int]
+    norms: tuple[int, int]
+
+    def __str__(self) -> str:
+        kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
+        return ", ".join(f"{lean} of {count} {kind}" for kind, (lean, count) in kinds.items() if count)
+
+
+class GatedMLP:
+    """The forward of a gated MLP, down(activation(gate(x)) * up(x)), which keeps gate and up and not their product."""
+
+    def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | LoRALinear) -> None:
+        self.gate_and_up = gate_and_up
+        self.activation = activation
+        self.down = down
+        self.tiles = 1  # take the tokens in so many parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.tiles == 1:
+            return self.run(x)
+        tokens = x.numel() // x.shape[-1]
+        return tiled(self.run, x, -(-tokens // self.tiles))
+
+    def run(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x)
+        base, adapter = (
+            (self.down.base, self.down.adapter()) if isinstance(self.down, LoRALinear) else (self.down, None)
+        )
+        assert isinstance(base, NF4Linear)
+        return gated_nf4_linear(gate, up, self.activation, base.nf4_weight, base.bias, adapter)
+
+
+def make_lean(model: nn.Module) -> LeanReport:
+    """Replace the forward of every gated MLP and norm that is recognised; call it once adapters are in place."""
+    modules = list(model.modules())
+    linear = [module for module in modules if isinstance(module, LoRALinear)]
+    norms = [module for module in modules if _is_norm(module)]
+    mlps = [module for module in modules if _is_mlp(module)]
+    lean_norms = 0
+    for norm in norms:
+        found = rms_norm_form(norm)
+        if found is not None:
+            norm.forward = functools.partial(_norm_forward, norm, *found)
+        lean_norms += found is not None or isinstance(norm, nn.LayerNorm)  # torch's own keeps no more
+    lean_mlps = 0
+    for mlp in mlps:
+        gated = gated_mlp(mlp)
+        if gated is not None:
+            mlp.forward = gated
+            lean_mlps += 1
+    return LeanReport(
+        projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
+        mlps=(lean_mlps, len(mlps)),
+        norms=(lean_norms, len(norms)),
+    )
+
+
+def tile_mlps(model: nn.Module, tiles: int) -> int:
+    """Take the tokens of every lean MLP in so many parts; returns how many MLPs there are to which it applies."""
+    gated = [module.forward for module in model.modules() if isinstance(module.forward, GatedMLP)]
+    for forward in gated:
+        forward.tiles = tiles
+    return len(gated)
+
+
+def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
+    """(eps, form) where the module is RMS normalisation in a form that `rms_norm` has; else None."""
+    weight = norm._parameters.get("weight")
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
+    if (
+        weight is None
+        or weight.requires_grad
+        or not isinstance(eps, float)
+        or norm._buffers
+        or len(norm._parameters) != 1
+    ):
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(64, generator=generator).to(weight.dtype)
+        x = (torch.randn(8, 64, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(weight.dtype)
+        small = _copy_of(norm)
+        small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
+        forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast")
+        for form in forms:
+            if _agree(lambda: small(x), lambda form=form: rms_norm(x, probe, eps, form)):  # type: ignore[misc]
+                return eps, form
+    return None
+
+
+def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
+    """The lean forward where the module is a gated MLP over a 4-bit down projection; else None.
+
+    Its children are a gate and an up projection, or one that holds both, a down projection, and an activation.
+    """
+    linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
+    others = [child for name, child in mlp.named_children() if name not in linear]
+    if len(others) != 1 or next(others[0].parameters(), None) is not None:
+        return None
+    activation = others[0]
+    for names in itertools.permutations(linear):
+        down = linear[names[-1]]
+        is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
+        if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
+            return GatedMLP(_split([linear[name] for name in names[:-1]]), activation, down)  # type: ignore[arg-type]
+    return None
+
+
+def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module) -> bool:
+    """Whether the module computes down(activation(gate(x)) * up(x)) with the children of these names, down last."""
+    hidden, width = 4, 6
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
+        weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
+        stubs = [_stub(weight) for weight in weights]
+        x = torch.randn(8, hidden, generator=generator, dtype=torch.float64)
+        small = _copy_of(mlp)
+        small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
+
+        def expected() -> Tensor:
+            gate, up = _split(stubs[:-1])(x)
+            return stubs[-1](activation(gate) * up)
+
+        return _agree(lambda: small(x), expected)
+
+
+def _split(projections: Sequence[nn.Module]) -> Split:
+    """x -> (gate, up), by two projections or the halves of one."""
+    if len(projections) == 1:
+        return lambda x: projections[0](x).chunk(2, dim=-1)
+    gate, up = projections
+    return lambda x: (gate(x), up(x))
+
+
+def _agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
+    """Whether a module run in a way it may not be made for gives the same bits."""
+    try:
+        result = theirs()
+    except _PROBE_ERRORS:
+        return False
+    expected = ours()
+    return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """The module as its library made it. It shares all with the original: give it tables of its own to change them."""
+    copied = copy.copy(module)
+    copied.__dict__.pop("forward", None)
+    return copied
+
+
+def _stub(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _norm_forward(norm: nn.Module, eps: float, form: Form, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, eps, form)  # type: ignore[arg-type]
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear) or is_linear(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """At least two projections and something without weights that is no attention: an activation."""
+    if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
+        return False
+    children = list(module.children())
+    return sum(map(_is_projection, children)) >= 2 and any(next(c.parameters(), None) is None for c in children)
