@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,6 +68,7 @@ class LiveBytes(TorchDispatchMode):
         self.host_bytes = self.host_peak = 0
         self.peak = Peak()
         self.trace: list[Event] = []
+        self.began = 0  # where in the trace the peak's counting began
         self._kinds = kinds or {}
         self._workspaces = workspaces or {}
         self._by_kind: Counter[str] = Counter()
@@ -77,6 +79,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # a fake tensor is asked for it at every turn, and asks all modes
         out = func(*args, **(kwargs or {}))
         kind = self._kinds.get(func, self.other)
         for tensor in tree_leaves(out):
@@ -96,6 +100,7 @@ class LiveBytes(TorchDispatchMode):
     def restart_peak(self) -> None:
         """Forget the peak so far: the next one counts from what is alive now."""
         self.peak = Peak()
+        self.began = len(self.trace)
         self.host_peak = self.host_bytes
         self._note_peak("between steps")
 
@@ -136,6 +141,15 @@ class LiveBytes(TorchDispatchMode):
     def _note_peak(self, operation: object) -> None:
         if self.bytes > self.peak.bytes:
             self.peak = Peak(self.bytes, {k: v for k, v in self._by_kind.items() if v}, str(operation))
+
+
+def once_more(trace: Sequence[Event], start: int) -> list[Event]:
+    """What happened from `start` on, as if it happened again after the trace; what outlived it is not made twice."""
+    later = trace[start:]
+    freed = {event.block for event in later if event.bytes < 0}
+    made = {event.block for event in later if event.bytes > 0}
+    shift = max((event.block for event in trace), default=0)
+    return [Event(event.block + shift, event.bytes) for event in later if event.block in freed & made]
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
-from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes
+from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.skeleton import build_skeleton, fill_skeleton
@@ -93,11 +93,12 @@ def plan_memory(
     dtype, policy = compute_dtype(config), policy or choose_policy(config.training, torch.device("cuda"))
     state, pack, fake = empty_run(directory, config, dtype, policy, layers)
     with fake:
-        live, persistent = track_steps(state, pack, on_cuda=True)
+        live, persistent = track_steps(state, pack, on_cuda=True, steps=1)
     base = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)
     base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
-    allocator = CachingAllocator().play(live.trace, without=persistent[PAGED])
+    steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
+    allocator = CachingAllocator().play(steps, without=persistent[PAGED])
     kinds = dict(live.peak.by_kind)
     order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
     components = {name: kinds.pop(name, 0) for name in order}
@@ -191,8 +192,10 @@ def _as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
     return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
 
 
-def track_steps(state: TrainState, pack: Pack, on_cuda: bool) -> tuple[LiveBytes, dict[str, list[int]]]:
-    """Take two optimizer steps and count the second, real or fake: (what was seen, persistent blocks by kind).
+def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) -> tuple[LiveBytes, dict[str, list[int]]]:
+    """Take optimizer steps and count the last, real or fake: (what was seen, persistent blocks by kind).
+
+    Every step takes the same memory, as optimizer state exists before the first.
 
     Args:
         on_cuda: count as a card would: large optimizer state pages, and attention's backward needs room inside.
@@ -208,9 +211,9 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool) -> tuple[LiveBytes
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
     state.model.train()
     with live:
-        train_step(state, [pack])
-        live.restart_peak()
-        train_step(state, [pack])
+        for _ in range(steps):
+            live.restart_peak()
+            train_step(state, [pack])
     return live, persistent
 
 

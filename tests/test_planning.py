@@ -80,6 +80,11 @@ def test_fake_and_real_steps_take_the_same_bytes(
     measured, _ = track_steps(real, real_pack, on_cuda=False)
     assert planned.peak == measured.peak
     assert [event.bytes for event in planned.trace] == [event.bytes for event in measured.trace]
+    # The second step is the first once more, and so a plan takes but one.
+    trace = [event.bytes for event in planned.trace]
+    second = trace[planned.began :]
+    assert trace[planned.began - len(second) : planned.began] == second
+    assert sum(second) == 0
 
 
 def with_live_tensor(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:

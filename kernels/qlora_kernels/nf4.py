@@ -184,7 +184,7 @@ def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[
 
 def _dequantize_into(out: Tensor, weight: NF4Weight, first_row: int) -> None:
     torch.ops.qlora.dequantize_nf4(
-        weight.packed.view(-1),
+        weight.packed,
         weight.absmax,
         weight.nested_absmax,
         weight.nested_code,
@@ -192,7 +192,7 @@ def _dequantize_into(out: Tensor, weight: NF4Weight, first_row: int) -> None:
         first_row * weight.shape[1],
         weight.block_size,
         weight.nested_block_size,
-        out.view(-1),
+        out,
     )
 
 
@@ -205,11 +205,11 @@ def dequantize_torch(
     start: int,  # the first element wanted
     block_size: int,
     nested_block_size: int,
-    out: Tensor,  # (count,) contiguous, filled
+    out: Tensor,  # contiguous, filled
 ) -> None:
     """The contract in plain torch: fills `out` with the elements from `start` on. Chunks keep fp32 in the cache."""
     assert block_size % 2 == 0, "a block must begin at a byte"
-    count = out.numel()
+    packed, out, count = packed.view(-1), out.view(-1), out.numel()
     if count == 0:
         return
     first = start // block_size

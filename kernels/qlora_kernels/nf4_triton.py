@@ -60,7 +60,7 @@ def dequantize(
     start: int,
     block_size: int,
     nested_block_size: int,
-    out: Tensor,  # (count,) contiguous, filled
+    out: Tensor,  # contiguous, filled
 ) -> None:
     """Fills `out` with the elements from `start` on, as `nf4.dequantize_torch` does."""
     assert block_size % 2 == 0, "a block must begin at a byte"
