@@ -214,44 +214,51 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory of the card, such as 24GiB; that of the card present by default.")
     ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory for what is offloaded, such as 32GiB; what is free here by default.")
+    ] = None,
     search: Annotated[bool, typer.Option(help="Find the longest rows and largest micro-batch that fit.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a run needs on a card, before it has one: the training step itself, on tensors without memory.
 
     The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
-    total, components (all in bytes, they sum to total), operation, allocated, reserved, max_length,
-    micro_batch_tokens, activations, base_parameters, adapter_parameters and elsewhere.
+    total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
+    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters and elsewhere.
     """
+    from qlora_trainer import fitting
     from qlora_trainer.config import load_config
-    from qlora_trainer.fitting import card_memory, describe, largest_micro_batch, longest_context, parse_memory
     from qlora_trainer.model_source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import plan_memory
     from qlora_trainer.run_directory import user_cache
 
     settings = load_config(config, overrides or [])
-    budget = parse_memory(gpu_memory) if gpu_memory else card_memory()
-    longest = largest = None
+    card = fitting.parse_memory(gpu_memory) if gpu_memory else fitting.card_memory()
+    host = fitting.parse_memory(host_memory) if host_memory else fitting.host_memory()
+    budget = fitting.Budget(card, host) if card else None
+    planned = longest = largest = None
     with ProgressBars() as progress:
         directory = resolve_model(
             settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
         )
         progress("planning memory", 0, None)
-        planned = plan_memory(directory, settings)
+        if budget and settings.training.activations == "auto":
+            planned = fitting.fastest_plan(directory, settings, budget, progress)
+        planned = planned or plan_memory(directory, fitting.leanest(settings) if budget else settings)
         if budget and search:
-            longest = longest_context(directory, settings, planned, budget, progress)
-            largest = largest_micro_batch(directory, settings, planned, budget, progress)
+            longest = fitting.longest_context(directory, settings, planned, budget.card, progress)
+            largest = fitting.largest_micro_batch(directory, settings, planned, budget.card, progress)
     if as_json:
         answer = {
             "plan": planned.to_json(),
-            "gpu_memory": budget,
-            "fits": planned.total <= budget if budget else None,
+            "gpu_memory": card,
+            "fits": budget.holds(planned) if budget else None,
             "longest_context": longest and longest.to_json(),
             "largest_micro_batch": largest and largest.to_json(),
         }
         write_out(json.dumps(answer) + "\n")
         return
-    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
+    print_table(f"Memory of {settings.model.name}", fitting.describe(planned, budget, longest, largest))
     if budget and search and longest is None:
         console.print("No length of rows fits this card.")
 

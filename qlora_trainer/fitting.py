@@ -1,4 +1,4 @@
-"""What fits on a card: the longest context and the largest micro-batch, and a run that cannot fit refused.
+"""What fits on a card: the fastest policy, the longest context, the largest micro-batch; what cannot fit is refused.
 
 A plan of a large model takes seconds for each length. Its live bytes are linear in the number of like layers (a test
 shows it), so the search goes by two models of a few layers, and only its outcome is planned whole; what the allocator
@@ -7,13 +7,16 @@ not to.
 """
 
 import bisect
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
+from qlora_trainer.activations import Level, Policy
 from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.model import choose_device
@@ -23,8 +26,43 @@ from qlora_trainer.progress import Progress, silent
 from qlora_trainer.skeleton import layer_kinds
 
 GRAIN = 256  # tokens
+OFFLOADING: tuple[Level, ...] = ("offload", "tile")
+MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host stands for; more cost as much again in time
+HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may take."""
+
+    card: int
+    host: int  # for what is offloaded
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        return plan.total <= self.card and plan.host <= self.host
+
+
+def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan | None:
+    """The plan under the fastest policy that fits, for a config that leaves it open; None where none fits.
+
+    What fits is kept; else all is recomputed but for as many of the last layers as fit; else inputs are offloaded; else
+    MLPs are taken in tiles.
+    """
+    progress("planning memory", 0, None)
+    recompute = _plan(directory, config, Policy("recompute"))
+    if recompute.total <= budget.card:
+        return _keep_what_fits(directory, config, recompute, budget.card, progress)
+    for level in OFFLOADING:
+        progress(f"planning memory, {level}", 0, None)
+        plan = _plan(directory, config, Policy(level))
+        every = -(-plan.host // budget.host) if budget.host else MOST_BETWEEN_OFFLOADED + 1
+        if 1 < every <= MOST_BETWEEN_OFFLOADED:
+            plan = _plan(directory, config, Policy(level, offload_every=every))
+        if budget.holds(plan):
+            return plan
+    return None
 
 
 def longest_context(
@@ -32,22 +70,25 @@ def longest_context(
 ) -> MemoryPlan | None:
     """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
 
-    `near` is a plan of the same model.
+    Under the policy of the config, or the leanest where that is left open. `near` is a plan of the same model.
     """
     limit = max_positions(directory) or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return _largest(directory, sizes, lambda size: with_length(config, size), near, budget)
+    return _largest(directory, sizes, lambda size: with_length(leanest(config), size), near, budget)
 
 
 def largest_micro_batch(
     directory: Path, config: RunConfig, near: MemoryPlan, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does."""
+    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
+
+    Under the policy of the config, or the leanest where that is left open.
+    """
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    return _largest(directory, sizes, lambda size: with_micro_batch(config, size), near, budget)
+    return _largest(directory, sizes, lambda size: with_micro_batch(leanest(config), size), near, budget)
 
 
 def check_fits_card(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
@@ -55,56 +96,69 @@ def check_fits_card(directory: Path, config: RunConfig, progress: Progress = sil
     device = choose_device(config.model.device)
     if device.type != "cuda":
         return None
-    plan = check_fits(directory, config, torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, progress)
-    progress(f"the run fits: {gib(plan.total)} planned", 0, None)
+    budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_memory())
+    plan = check_fits(directory, config, budget, progress)
+    progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
     return plan
 
 
-def check_fits(directory: Path, config: RunConfig, free: int, progress: Progress = silent) -> MemoryPlan:
-    """The plan of a run, which fits `free` bytes.
+def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
+    """The plan of a run that fits, under the policy that the config names or the fastest that does.
 
     Raises:
-        InsufficientMemoryError: it does not; the message says what would.
+        InsufficientMemoryError: it does not fit; the message says what would.
     """
-    progress("planning memory", 0, None)
-    plan = plan_memory(directory, config)
-    if plan.total <= free:
+    open_policy = config.training.activations == "auto"
+    plan = None if open_policy else plan_memory(directory, config)
+    if plan is not None and budget.holds(plan):
         return plan
+    fastest = fastest_plan(directory, config, budget, progress)
+    if open_policy and fastest is not None:
+        return fastest
+    if plan is None:
+        plan = _plan(directory, config, Policy("tile"))
     found = (
-        f"This run needs {gib(plan.total)} on the card, {gib(plan.components[SLACK])} of it for fragmentation, and "
-        f"{gib(free)} are free."
+        f"This run needs {gib(plan.total)} on the card under training.activations={plan.policy.level}, "
+        f"{gib(plan.components[SLACK])} of it for fragmentation, and {gib(budget.card)} are free."
     )
-    leaner = _set(config, training={"activations": "recompute"})
-    if plan.activations != "recompute" and plan_memory(directory, leaner).total <= free:
-        raise InsufficientMemoryError(f"{found} It fits with training.activations=recompute.")
-    shorter = longest_context(directory, leaner, plan, free, progress)
+    if plan.host > budget.host:
+        found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
+    if fastest is not None:
+        raise InsufficientMemoryError(f"{found} It fits with {' '.join(_as_overrides(fastest.policy))}.")
+    shorter = longest_context(directory, _with_policy(config, Policy("tile")), plan, budget.card, progress)
     if shorter is not None:
-        recompute = "" if plan.activations == "recompute" else " training.activations=recompute"
         raise InsufficientMemoryError(
-            f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto{recompute}."
+            f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
+            "training.activations=tile."
         )
     raise InsufficientMemoryError(
-        f"{found} No length of rows fits. Take a smaller base; a lower adapter.rank or "
-        "optimizer.name=paged_adamw_8bit saves a little."
+        f"{found} No length of rows fits. Take a smaller base; model.output_head=4bit, model.embeddings=host, "
+        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save some."
     )
 
 
 def describe(
-    plan: MemoryPlan, budget: int | None, longest: MemoryPlan | None = None, largest: MemoryPlan | None = None
+    plan: MemoryPlan, budget: Budget | None, longest: MemoryPlan | None = None, largest: MemoryPlan | None = None
 ) -> list[tuple[str, str]]:
     """A plan for people: (name, value)."""
     rows = [
         (
             "planned",
-            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}, {plan.activations}",
+            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
+        ),
+        (
+            "backward",
+            f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
         *((name, gib(count)) for name, count in plan.components.items() if count),
         ("all that the card must hold", gib(plan.total)),
         ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}"),
     ]
     if budget:
-        verdict, margin = ("it fits", "to spare") if plan.total <= budget else ("it does not fit", "too much")
-        rows.append((f"on a card of {gib(budget)}", f"{verdict}, {gib(abs(budget - plan.total))} {margin}"))
+        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
+        rows.append((f"on a card of {gib(budget.card)}", f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        if plan.host > budget.host:
+            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
     if longest:
         rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
     if largest:
@@ -117,6 +171,16 @@ def describe(
 def card_memory() -> int | None:
     """Bytes of the CUDA card here; None where there is none."""
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def host_memory() -> int:
+    """Bytes of host memory that may be taken for what is offloaded."""
+    return int(psutil.virtual_memory().available * HOST_SHARE)
+
+
+def leanest(config: RunConfig) -> RunConfig:
+    """The config with its policy, or the one that needs least of the card where that is left open."""
+    return _with_policy(config, Policy("tile")) if config.training.activations == "auto" else config
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
@@ -137,6 +201,57 @@ def parse_memory(text: str) -> int:
 
 def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
+
+
+def _keep_what_fits(
+    directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
+) -> MemoryPlan:
+    """The plan that keeps the activations of as many layers as fit; `recompute` fits, and keeps none."""
+    layers = len(layer_kinds(directory))
+    kept_bytes = _layer_bytes(directory, config, Policy("keep")) - _layer_bytes(directory, config, Policy("recompute"))
+    waste = recompute.total / _without_slack(recompute)
+    kept = min(int((budget - recompute.total) / (waste * kept_bytes)), layers)
+    while kept > 0:
+        progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
+        plan = _plan(directory, config, Policy("keep") if kept == layers else Policy("recompute", kept_layers=kept))
+        if plan.total <= budget:
+            return plan
+        kept -= -(-(plan.total - budget) // kept_bytes)
+    return recompute
+
+
+def _layer_bytes(directory: Path, config: RunConfig, policy: Policy) -> int:
+    """What one more layer needs under a policy, by models of a few layers."""
+    few = _repeating(layer_kinds(directory))
+    fewer, more = (_plan(directory, config, policy, layers) for layers in (2 * few, 3 * few))
+    return (_without_slack(more) - _without_slack(fewer)) // few
+
+
+def _plan(directory: Path, config: RunConfig, policy: Policy, layers: int | None = None) -> MemoryPlan:
+    return plan_memory(directory, _with_policy(config, policy), layers)
+
+
+def _with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    return _set(
+        config,
+        training={
+            "activations": policy.level,
+            "kept_layers": policy.kept_layers,
+            "offload_every": policy.offload_every,
+        },
+    )
+
+
+def _as_overrides(policy: Policy) -> list[str]:
+    """What to write on the command line to have a policy."""
+    named = {"kept_layers": (policy.kept_layers, 0), "offload_every": (policy.offload_every, 1)}
+    more = [f"training.{name}={value}" for name, (value, default) in named.items() if value != default]
+    return [f"training.activations={policy.level}", *more]
+
+
+def _repeating(kinds: Sequence[str]) -> int:
+    """After how many layers their kinds repeat."""
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
 
 
 def _largest(
@@ -165,7 +280,7 @@ def _largest(
 def _estimate(directory: Path, config: RunConfig) -> int:
     """What the whole model needs but for the allocator's slack, from two models of a few layers."""
     kinds = layer_kinds(directory)
-    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])  # after which the kinds repeat
+    period = _repeating(kinds)
     few = period * -(-2 // period)
     if few + period >= len(kinds):
         return _without_slack(plan_memory(directory, config))

@@ -47,7 +47,7 @@ class MemoryPlan:
 
     max_length: int  # tokens of the longest row
     micro_batch_tokens: int
-    activations: str
+    policy: Policy  # what backward keeps
     components: dict[str, int]  # by name, at the fullest moment; they sum to `total`
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
@@ -74,23 +74,25 @@ class MemoryPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "total": self.total, "elsewhere": self.elsewhere}
+        return {
+            **dataclasses.asdict(self),
+            "activations": str(self.policy),
+            "total": self.total,
+            "elsewhere": self.elsewhere,
+        }
 
 
-def plan_memory(
-    directory: Path, config: RunConfig, layers: int | None = None, policy: Policy | None = None
-) -> MemoryPlan:
+def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
     """What `config` needs on a CUDA card.
 
     Args:
         directory: holds the base's config.json.
         layers: plan a base cut to so many layers.
-        policy: what backward keeps; by default what the config names.
 
     Raises:
         ModelError: the base cannot be built or trained here.
     """
-    dtype, policy = compute_dtype(config), policy or choose_policy(config.training, torch.device("cuda"))
+    dtype, policy = compute_dtype(config), choose_policy(config.training, torch.device("cuda"))
     state, pack, fake = empty_run(directory, config, dtype, policy, layers)
     with fake:
         live, persistent = track_steps(state, pack, on_cuda=True, steps=1)
@@ -112,7 +114,7 @@ def plan_memory(
     return MemoryPlan(
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
-        activations=str(policy),
+        policy=policy,
         components=components,
         operation=live.peak.operation,
         allocated=allocated,

@@ -280,7 +280,7 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
     base = load_base_model(path, config.model, progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
-    policy = choose_policy(config.training, base.device)
+    policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy)
     notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
     if base.device.type == "cuda":

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from qlora_trainer import fitting, forward, planning, runs, training
-from qlora_trainer.activations import choose_policy
+from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.config import RunConfig, load_config, make_config
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.fitting import (
     GRAIN,
+    Budget,
     check_fits,
+    fastest_plan,
     largest_micro_batch,
     longest_context,
     parse_memory,
     with_length,
 )
-from qlora_trainer.planning import empty_run, longest_pack, plan_memory, track_steps
+from qlora_trainer.planning import MemoryPlan, empty_run, longest_pack, plan_memory, track_steps
 from qlora_trainer.runs import start_run
 
 Config = Callable[..., RunConfig]
@@ -180,17 +182,73 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
     assert largest.total <= budget
 
 
+@pytest.fixture
+def narrow_8b(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The 8B's shape at a quarter of its width, with four layers; what was planned once is not planned again."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
+    raw = LLAMA_8B | shape | {"num_hidden_layers": 4, "vocab_size": 8192, "max_position_embeddings": 8192}
+    (llama_8b / "config.json").write_text(json.dumps(raw))
+    known: dict[tuple[str, int | None], MemoryPlan] = {}
+
+    def remembered(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+        key = config.model_dump_json(), layers
+        if key not in known:
+            known[key] = plan_memory(directory, config, layers)
+        return known[key]
+
+    monkeypatch.setattr(fitting, "plan_memory", remembered)
+    return llama_8b
+
+
+def named(directory: Path, **training: Any) -> RunConfig:
+    data = {"train": "rows.jsonl", "max_length": 2048}
+    return make_config({"model": {"name": str(directory)}, "data": data, "training": training})
+
+
+@pytest.mark.slow
+def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
+    """Each time a byte less than the last one needs: layers are kept one by one no more, then offloaded, then tiled."""
+    config, host = named(narrow_8b), 2**40
+    plan = fastest_plan(narrow_8b, config, Budget(2**40, host))
+    found = []
+    while plan is not None:
+        found.append(plan.policy)
+        smaller = fastest_plan(narrow_8b, config, Budget(plan.total - 1, host))
+        assert smaller is None or smaller.total < plan.total
+        plan = smaller
+    assert found[0] == Policy("keep")
+    kept = [policy.kept_layers for policy in found if policy.level == "recompute"]
+    assert len(kept) >= 2
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] == 0
+    assert [policy.level for policy in found if policy.level != "recompute"] == ["keep", "offload", "tile"]
+
+
+def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Path) -> None:
+    whole = plan_memory(narrow_8b, named(narrow_8b, activations="tile"))
+    assert whole.host == 4 * 2048 * 1024 * 2
+    for share, every in ((2, 2), (3, None)):
+        found = fastest_plan(narrow_8b, named(narrow_8b), Budget(whole.total + 2**20, whole.host // share))
+        assert (found and found.policy.offload_every) == every  # a third of four layers' inputs: two are needed
+
+
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
     keeping = tiny_config(data={"max_length": 512}, training={"activations": "keep"})
-    kept = plan_memory(tiny_llama, keeping)
-    assert check_fits(tiny_llama, keeping, kept.total) == kept
-    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activations=recompute"):
-        check_fits(tiny_llama, keeping, kept.total - 1)
-    recomputed = plan_memory(tiny_llama, tiny_config(data={"max_length": 512}))
+    kept, host = plan_memory(tiny_llama, keeping), 2**40
+    assert check_fits(tiny_llama, keeping, Budget(kept.total, host)) == kept
+    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activations=\w+"):
+        check_fits(tiny_llama, keeping, Budget(kept.total - 1, host))
+    tiled = plan_memory(tiny_llama, tiny_config(data={"max_length": 512}, training={"activations": "tile"}))
     with pytest.raises(InsufficientMemoryError, match=r"fits with data\.max_length=256"):
-        check_fits(tiny_llama, tiny_config(data={"max_length": 512}), recomputed.total - 1)
+        check_fits(tiny_llama, tiny_config(data={"max_length": 512}), Budget(tiled.total - 1, host))
     with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
-        check_fits(tiny_llama, tiny_config(), 2**20)
+        check_fits(tiny_llama, tiny_config(), Budget(2**20, host))
+
+
+def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -> None:
+    offloading = tiny_config(training={"activations": "offload"})
+    with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
+        check_fits(tiny_llama, offloading, Budget(2**40, 0))
 
 
 @pytest.mark.parametrize(

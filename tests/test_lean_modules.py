@@ -1,0 +1,118 @@
+"""Every layer of every listed family keeps little for backward; what only looks like one that can stays as it is."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
+from qlora_trainer.lean_modules import GatedMLP, gated_mlp, make_lean, rms_norm_form
+from qlora_trainer.model import load_base_model
+from qlora_trainer.quantization import NF4Linear, quantize_weight
+from qlora_trainer.runs import start_run
+
+LISTED = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", LISTED)
+def test_every_layer_of_every_listed_family_is_lean_and_gives_the_same_logits(
+    tiny_models: Callable[[str], Path], family: str, dtype: str
+) -> None:
+    directory = tiny_models(family)
+    model = load_base_model(directory, ModelConfig(name=str(directory), compute_dtype=dtype)).model
+    add_adapters(model, AdapterConfig(rank=4))
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        report = make_lean(model)
+        assert torch.equal(model(ids).logits, before)
+    layers = model.config.num_hidden_layers
+    for lean, count in (report.projections, report.mlps, report.norms):
+        assert lean == count >= layers
+    assert report.mlps[1] == layers
+    assert make_lean(model) == report, "twice is as once"
+
+
+def test_what_has_no_lean_form_is_counted_and_left_alone(tiny_models: Callable[[str], Path]) -> None:
+    """GPT-2's MLPs have no gate; torch's own layer norms keep no more than ours would."""
+    directory = tiny_models("gpt2")
+    model = load_base_model(directory, ModelConfig(name=str(directory))).model
+    add_adapters(model, AdapterConfig(rank=4))
+    report = make_lean(model)
+    assert report.mlps == (0, 2)
+    assert report.norms == (5, 5)
+    assert "0 of 2 MLPs" in str(report)
+
+
+def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:
+    summary = dict(start_run(tiny_config()).summary())
+    assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["backward"]
+
+
+def nf4(out_features: int, in_features: int, seed: int) -> NF4Linear:
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+    return NF4Linear(quantize_weight(weight), None)
+
+
+class MLP(nn.Module):
+    """What a library might call so; `swap` and `scale` make it another function."""
+
+    def __init__(self, swap: bool = False, scale: float = 1.0) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nf4(128, 64, 0), nf4(128, 64, 1), nf4(64, 128, 2)
+        self.activation = nn.SiLU()
+        self.swap, self.scale = swap, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.one(x), self.two(x)
+        gate, up = (up, gate) if self.swap else (gate, up)
+        return self.three(self.activation(gate) * up) * self.scale
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_which_projection_is_the_gate_is_found_by_trying(swap: bool) -> None:
+    mlp, x = MLP(swap), torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    found = gated_mlp(mlp)
+    assert isinstance(found, GatedMLP)
+    assert torch.equal(found(x), mlp(x))
+
+
+def test_an_mlp_that_computes_something_else_stays_as_it_is() -> None:
+    assert gated_mlp(MLP(scale=1.001)) is None
+
+
+def test_an_mlp_whose_down_projection_is_not_4bit_stays_as_it_is() -> None:
+    mlp = MLP()
+    mlp.three = nn.Linear(128, 64)
+    assert gated_mlp(mlp) is None
+
+
+class OtherNorm(LlamaRMSNorm):
+    """Looks like the library's, and is not: it takes the mean away."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+def test_a_norm_is_known_by_its_numbers_and_not_by_its_name() -> None:
+    ours, other = LlamaRMSNorm(64, eps=1e-5).requires_grad_(False), OtherNorm(64, eps=1e-5).requires_grad_(False)
+    assert rms_norm_form(ours) == (1e-5, "scale_after_cast")
+    assert rms_norm_form(other) is None
+    trained = LlamaRMSNorm(64).requires_grad_(True)
+    assert rms_norm_form(trained) is None, "the lean form gives the weight no gradient"
+
+
+def test_a_gated_mlp_in_tiles_has_the_same_gradients() -> None:
+    mlp = gated_mlp(MLP())
+    assert mlp is not None
+    x = torch.randn(2, 11, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    expected = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
+    mlp.tiles = 4
+    found = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
