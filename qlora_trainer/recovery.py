@@ -68,7 +68,7 @@ def probe(state: TrainState, lengths: np.ndarray) -> None:
 def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -> Result:
     """What `attempt` returns, repeated from the same state with less memory as often as it raises MicroBatchError.
 
-    An attempt that fails leaves partial gradients, which the next begins by zeroing in place, and moves the random state,
+    An attempt that fails leaves partial gradients, which the next begins by zeroing in place, and another random state,
     which is put back.
 
     Args:

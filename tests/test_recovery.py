@@ -100,15 +100,18 @@ def differences(one: tuple[dict[str, Tensor], dict], other: tuple[dict[str, Tens
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("where", "activations"), [("forward", "keep"), ("backward", "keep"), ("backward", "recompute")]
+)
 def test_a_step_that_ran_out_of_memory_is_taken_again_with_the_same_gradient(
-    wide_config: Config, scarcity: Scarcity, where: str, packing: bool
+    wide_config: Config, scarcity: Scarcity, where: str, activations: str, packing: bool
 ) -> None:
     """As if the smaller micro-batches had been configured from the start: dropout's draws are the same, too."""
-    small = started(wide_config("small", data={"packing": packing}))
+    changes = {"data": {"packing": packing}, "training": {"activations": activations}}
+    small = started(wide_config("small", **changes))
     largest = max(pack.input_ids.numel() for pack in small.state.loader.peek())
     torch.manual_seed(7)
-    run = started(wide_config("run", data={"packing": packing}))
+    run = started(wide_config("run", **changes))
     if where == "backward":
         scarcity.fail_in_backward(run.state)
     scarcity.room = lambda: largest - 1
