@@ -2,6 +2,8 @@
 
 import gc
 import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -417,16 +419,54 @@ def test_held_out_rows_are_measured_in_micro_batches_of_the_size_in_force(
     assert limits == [77]
 
 
+def long_rows(path: Path, count: int) -> Path:
+    """Plain text, two rows of up to 256 tokens each line."""
+    text = "the quick brown fox jumps over a lazy dog " * 60
+    path.write_text("".join(json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(count)))
+    return path
+
+
+LIMITED_RUN = """
+import gc, resource, sys
+from pathlib import Path
+from qlora_trainer.runs import resume_run
+
+run = resume_run(Path(sys.argv[1]))
+gc.collect()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
+assert run.train(lambda record: None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and limits a process's address space")
+def test_a_host_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) -> None:
+    """A real allocation fails: the process may take 60 MiB more than it has before its step, which takes some 300."""
+    config = {
+        "data": {"train": str(long_rows(tmp_path / "long.jsonl", 32)), "heldout": 0, "max_length": 256},
+        "training": {"batch_size": 64, "micro_batch_tokens": 64 * 256, "max_steps": 1, "activations": "keep"},
+    }
+    roomy, tight = start_run(tiny_config("roomy", **config)), start_run(tiny_config("tight", **config))
+    roomy.train(lambda record: None)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED_RUN, str(tight.directory)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (expected,), (found,) = (read_metrics(run.directory / "metrics.jsonl") for run in (roomy, tight))
+    assert "recovered" not in expected
+    assert "Memory ran out in step 1, on 64 rows" in found["recovered"]
+    assert found["micro_batch_tokens"] < found["tokens"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) -> None:
     """A real allocation fails: torch may take no more than half of what the first step took beside the weights."""
-    rows = tmp_path / "long.jsonl"
-    text = "the quick brown fox jumps over a lazy dog " * 60
-    rows.write_text("".join(json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(300)))
     whole_step = 256 * 256
     config = {
-        "data": {"train": str(rows), "heldout": 0.1, "max_length": 256},
+        "data": {"train": str(long_rows(tmp_path / "long.jsonl", 300)), "heldout": 0.1, "max_length": 256},
         "training": {"batch_size": 256, "micro_batch_tokens": whole_step, "max_steps": 2, "activations": "keep"},
     }
     device = torch.device("cuda", torch.cuda.current_device())
