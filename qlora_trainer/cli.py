@@ -25,7 +25,7 @@ from qlora_trainer.console import (
     say,
     write_out,
 )
-from qlora_trainer.errors import QLoRATrainerError, first_line
+from qlora_trainer.errors import QLoRATrainerError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from qlora_trainer.runs import Run
@@ -354,9 +354,7 @@ def main() -> None:
         print_error(str(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        # torch tells both kinds of it by RuntimeErrors, of which only the text is sure.
-        told = isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
-        if not told:
+        if not is_out_of_memory(error):
             raise
         print_error(
             f"Memory ran out: {first_line(error)} Nothing saved was lost. Lower data.max_length or "

@@ -82,6 +82,8 @@ class TrainingBar:
         if not console.is_terminal and is_due:
             self._last_line = time.monotonic()
             console.print(f"step {record['step']}/{self.total_steps}  {line}")
+        if "recovered" in record:
+            print_notices([record["recovered"]])
         if "heldout_loss" in record:
             console.print(f"step {record['step']}  held-out loss {record['heldout_loss']:.4f}")
 

@@ -46,6 +46,18 @@ class InsufficientMemoryError(QLoRATrainerError, MemoryError):
     """The device or host has too little memory. The message says what would fit."""
 
 
+class MicroBatchError(InsufficientMemoryError):
+    """Memory ran out in the forward or backward pass of one micro-batch; nothing was updated."""
+
+    def __init__(self, row_lengths: list[int], error: BaseException) -> None:
+        self.row_lengths = row_lengths  # tokens of each of its rows, padding counted
+        self.reason = first_line(error)
+        super().__init__(
+            f"Memory ran out in a micro-batch of {len(row_lengths)} rows, {sum(row_lengths):,} tokens ({self.reason}). "
+            "Lower training.micro_batch_tokens or data.max_length, or take a leaner training.activations."
+        )
+
+
 class FileMissingError(QLoRATrainerError, FileNotFoundError):
     """A file or directory that the user named does not exist."""
 
@@ -60,6 +72,19 @@ class DiskError(QLoRATrainerError, OSError):
 
 class NotInstalledError(QLoRATrainerError, ImportError):
     """An optional package is needed for what was asked. The message has the pip command."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's or the host's memory ran out; torch tells several kinds of it by the text alone.
+
+    InsufficientMemoryError, which we raise, is not one: it is a MemoryError that has been dealt with.
+    """
+    if isinstance(error, QLoRATrainerError):
+        return False
+    told = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
 
 
 def first_line(error: BaseException) -> str:

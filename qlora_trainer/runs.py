@@ -39,6 +39,7 @@ from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.planning import MemoryPlan
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
+from qlora_trainer.recovery import probe, take_step
 from qlora_trainer.report import METRICS_NAME, RunLog, read_metrics
 from qlora_trainer.report_page import Sample, write_report
 from qlora_trainer.run_directory import (
@@ -74,16 +75,24 @@ class Run:
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
-        log = RunLog(self.directory, after_step=self.state.step)
         if self.plan:
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
+            probe(self.state, self.prepared.train.lengths)
+        log = RunLog(self.directory, after_step=self.state.step)
 
         def record(metrics: dict[str, Any]) -> None:
             log.append(metrics)
             on_step(metrics)
 
         try:
-            finished = train(self.state, self.prepared.heldout, on_step=record, save=self.save, stop_after=stop_after)
+            finished = train(
+                self.state,
+                self.prepared.heldout,
+                take_step=take_step,
+                on_step=record,
+                save=self.save,
+                stop_after=stop_after,
+            )
         finally:
             log.close()
         if finished:
@@ -163,7 +172,7 @@ class Run:
             metrics=metrics,
             summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
             samples=[Sample(**sample) for sample in read_samples(self.directory)],
-            notices=self.notices,
+            notices=[*self.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
         )
 
     def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

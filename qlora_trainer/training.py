@@ -7,17 +7,14 @@ and its state_dict; a run stopped and resumed does the same arithmetic as one th
 
 import dataclasses
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.activations import Policy, apply_policy
+from qlora_trainer.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, grad_norm
 from qlora_trainer.adapters.inject import adapters_cast, trainable_parameters
 from qlora_trainer.checkpoint import restore_rng, rng_state
@@ -25,14 +22,16 @@ from qlora_trainer.config import RunConfig
 from qlora_trainer.data.loader import Examples, StepLoader
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.data.preparation import ExampleSet
-from qlora_trainer.errors import TrainingError
+from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, TrainingError, is_out_of_memory
 from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
 from qlora_trainer.lean_modules import LeanReport, make_lean
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
+from qlora_trainer.signals import stop_requests
 
 MOST_SKIPPED_IN_A_ROW = 5
 MOST_SKIPPED_WITH_SCALING = 16  # each halves the loss scale, which starts at 2^16
+POLICY_SETTINGS = ("activations", "kept_layers", "offload_every")
 
 
 @dataclasses.dataclass
@@ -47,15 +46,26 @@ class TrainState:
     forward: ForwardPlan
     config: RunConfig
     total_steps: int
-    policy: Policy  # what backward keeps
+    policy: Policy  # in force on the model; with loader.micro_batch_tokens, what a micro-batch's memory depends on
     lean: LeanReport
     step: int = 0  # optimizer steps taken or skipped
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
+    notices: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
 
     @property
     def device(self) -> torch.device:
         return self.groups[0].data.device
+
+    def set_memory(self, micro_batch_tokens: int, policy: Policy) -> None:
+        """Take other micro-batches and another policy from here on.
+
+        Raises:
+            ModelError: the model cannot train under the policy; nothing was changed.
+        """
+        if policy != self.policy:
+            apply_policy(self.model, policy)
+        self.loader.micro_batch_tokens, self.policy = micro_batch_tokens, policy
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Optimizer, loss scale, data cursor and random state: (tensors, JSON). Adapters are saved apart."""
@@ -69,6 +79,11 @@ class TrainState:
             "optimizer": optimizer,
             "grad_scale": self.grad_scale.state_dict(),
             "loader": self.loader.state_dict(),
+            "memory": {
+                "micro_batch_tokens": self.loader.micro_batch_tokens,
+                "policy": dataclasses.asdict(self.policy),
+                "settings": memory_settings(self.config),
+            },
             "random": random_json,
         }
 
@@ -79,10 +94,22 @@ class TrainState:
         self.optimizer.load_state_dict(optimizer_tensors, state["optimizer"])
         self.grad_scale.load_state_dict(state["grad_scale"])
         self.loader.load_state_dict(state["loader"])
+        if "memory" in state:  # checkpoints of earlier versions have none
+            self._load_memory(state["memory"])
         self.step = state["step"]
         self.updates = state["updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         restore_rng(tensors, state["random"])
+
+    def _load_memory(self, saved: dict[str, Any]) -> None:
+        """What was lowered when memory ran out stays lowered, but for a setting that the user has changed since."""
+        limit, policy, settings = self.loader.micro_batch_tokens, self.policy, memory_settings(self.config)
+        if saved["settings"]["micro_batch_tokens"] == settings["micro_batch_tokens"]:
+            limit = min(limit, saved["micro_batch_tokens"])
+        if all(saved["settings"][name] == settings[name] for name in POLICY_SETTINGS):
+            before = Policy(**saved["policy"])
+            policy = max(policy, before, key=lambda p: (LEVELS.index(p.level), -p.kept_layers))
+        self.set_memory(limit, policy)
 
 
 def build_state(
@@ -125,27 +152,22 @@ def micro_batch_tokens(config: RunConfig) -> int:
     return config.data.max_length if limit == "auto" else limit
 
 
+def memory_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings, as the user wrote them, that decide a micro-batch's memory."""
+    return {name: getattr(config.training, name) for name in ("micro_batch_tokens", *POLICY_SETTINGS)}
+
+
 def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
     """Forward and backward over the micro-batches of one optimizer step, then clip and update.
 
     A step whose gradient is not finite, or that has no label tokens, updates nothing and does not advance the schedule.
+
+    Raises:
+        MicroBatchError: memory ran out; all but the gradients and the random state is as before the step.
     """
     label_tokens = sum(pack.label_tokens for pack in packs)
     rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
-    state.optimizer.zero_grad()
-    loss = torch.zeros((), device=state.device)
-    with adapters_cast(state.model, state.groups, state.model.config.dtype):
-        for pack in packs:
-            if pack.label_tokens == 0:
-                continue
-            pack = pack.to(state.device)
-            with attention_for(state.model, pack):
-                # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
-                part = loss_sum(state.model, pack, state.forward.loss_path) / label_tokens
-                state.grad_scale.scale(part).backward()
-            loss += part.detach()
-    state.grad_scale.unscale_(state.groups)
-    norm = grad_norm(state.groups)
+    loss, norm = accumulate_gradients(state, packs)
     finite = bool(torch.isfinite(norm))
     if finite and label_tokens:
         clip_(state.groups, state.config.optimizer.max_grad_norm, norm)
@@ -163,10 +185,43 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
     }
 
 
+def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, Tensor]:
+    """The loss of all packs together and the norm of its gradient, which is left in the groups: ((), ())."""
+    label_tokens = sum(pack.label_tokens for pack in packs)
+    state.optimizer.zero_grad()
+    loss = torch.zeros((), device=state.device)
+    with adapters_cast(state.model, state.groups, state.model.config.dtype):
+        for pack in packs:
+            if pack.label_tokens:
+                # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
+                loss += add_gradient(state, pack, label_tokens)
+    state.grad_scale.unscale_(state.groups)
+    return loss, grad_norm(state.groups)
+
+
+def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
+    """Forward and backward of one micro-batch; returns its part of the loss, ().
+
+    Raises:
+        MicroBatchError: memory ran out.
+    """
+    try:
+        on_device = pack.to(state.device)
+        with attention_for(state.model, on_device):
+            part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
+            state.grad_scale.scale(part).backward()
+        return part.detach()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MicroBatchError(pack.row_lengths, error) from error
+
+
 def train(
     state: TrainState,
     heldout: ExampleSet,
     *,
+    take_step: Callable[[TrainState], dict[str, float]],
     on_step: Callable[[dict[str, Any]], None],
     save: Callable[[], object],
     stop_after: int | None = None,
@@ -176,18 +231,23 @@ def train(
     `on_step` gets each step's metrics; `save` writes a checkpoint. Either way a checkpoint of the last step is saved.
 
     Args:
+        take_step: takes the loader's next step and moves its cursor on; recovery.take_step.
         stop_after: stop at this step, as an interruption would.
 
     Raises:
         TrainingError: the gradient was not finite in several steps in a row.
+        InsufficientMemoryError: a step does not fit; a checkpoint of the one before is saved.
     """
     training = state.config.training
     state.model.train()
     with stop_requests() as stop_requested:
         while state.step < state.total_steps:
             started = time.perf_counter()
-            packs = state.loader.next()
-            metrics = train_step(state, packs)
+            try:
+                metrics = take_step(state)
+            except InsufficientMemoryError:
+                save()
+                raise
             seconds = time.perf_counter() - started
             check_finite(state, metrics)
             record = {
@@ -196,8 +256,13 @@ def train(
                 **metrics,
                 "tokens_per_second": metrics["tokens"] / seconds,
                 "peak_memory_bytes": peak_memory_bytes(state.device),
+                "micro_batch_tokens": state.loader.micro_batch_tokens,
+                "activations": str(state.policy),
             }
             is_last = state.step == state.total_steps
+            if state.notices:
+                record["recovered"] = " ".join(state.notices)
+                state.notices.clear()
             if len(heldout) and (state.step % training.evaluate_every == 0 or is_last):
                 record["heldout_loss"] = measure_heldout(state, heldout)
             on_step(record)
@@ -211,7 +276,7 @@ def train(
 
 def measure_heldout(state: TrainState, heldout: ExampleSet) -> float:
     """Mean loss of the held-out label tokens, by the training forward without dropout."""
-    return heldout_loss(state.model, heldout, state.forward, micro_batch_tokens(state.config))
+    return heldout_loss(state.model, heldout, state.forward, state.loader.micro_batch_tokens)
 
 
 def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
@@ -230,26 +295,3 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM is only noted, for the next step boundary; the second acts at once."""
-    requested = False
-    previous: dict[int, Any] = {}
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal requested
-        requested = True
-        signal.signal(signum, previous[signum])
-
-    try:
-        for signum in (int(signal.SIGINT), int(signal.SIGTERM)):
-            previous[signum] = signal.signal(signum, note)
-    except ValueError:  # only the main thread may; a caller in another thread handles its own signals
-        previous.clear()
-    try:
-        yield lambda: requested
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

@@ -208,6 +208,21 @@ def test_running_out_of_memory_is_a_letter(
     assert "training.activations=recompute" in told
 
 
+def test_a_row_that_fits_no_memory_is_a_letter(
+    qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_trainer import training
+
+    def run_out(*args: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(training, "loss_sum", run_out)
+    code, _, told = qlora("train", config_file)
+    assert code == 2
+    assert "tokens does not fit the memory of cpu by itself" in " ".join(told.split())
+    assert "Traceback" not in told
+
+
 def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None:
     code = (
         "import sys; from qlora_trainer import cli, config\n"

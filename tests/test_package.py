@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from rows above its own, never from a room beside it; so no imports go in circles. Packages are
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
-    {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot"},
+    {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot", "signals"},
     {"attention", "checkpoint", "config", "directories", "generation", "gguf_tensors", "quantization"},
     {"adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
     {"forward", "gguf_import", "lean_modules", "inspection", "merge_plan", "merge_verification", "optim"},
     {"activations", "evaluation", "merging", "model_source"},
     {"model"},
     {"doctor", "run_directory", "skeleton", "streamed_model", "training"},
-    {"initial_adapter", "planning", "trained"},
+    {"initial_adapter", "planning", "recovery", "trained"},
     {"deployment", "fitting"},
     {"runs"},
     {"demo"},

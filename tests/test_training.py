@@ -17,7 +17,8 @@ from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import CheckpointError, TrainingError
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import Run, resume_run, start_run
-from qlora_trainer.training import stop_requests, train_step
+from qlora_trainer.signals import stop_requests
+from qlora_trainer.training import train_step
 
 Config = Callable[..., RunConfig]
 

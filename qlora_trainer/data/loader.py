@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qlora_trainer.data.packing import Example, Pack, make_packs
+from qlora_trainer.data.packing import Example, Pack, group_rows, make_packs
 from qlora_trainer.errors import CheckpointError, DataError
 
 
@@ -24,7 +24,8 @@ class Examples(Protocol):
 class StepLoader:
     """Endless steps over `examples`: after an epoch's last step comes the next epoch's first.
 
-    `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch.
+    `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch. `micro_batch_tokens` may be set
+    anew at any time, and holds from the next packs on: it changes no step's rows.
     """
 
     def __init__(self, examples: Examples, batch_size: int, micro_batch_tokens: int, packing: bool, seed: int) -> None:
@@ -45,12 +46,43 @@ class StepLoader:
 
     def next(self) -> list[Pack]:
         """The packs of one optimizer step; moves the cursor."""
-        rows = self._order[self.step * self.batch_size : (self.step + 1) * self.batch_size]
-        packs = make_packs([self.examples[int(row)] for row in rows], self.micro_batch_tokens, self.packing)
+        packs = self.peek()
+        self.advance()
+        return packs
+
+    def peek(self) -> list[Pack]:
+        """The packs of the step to come, under the present micro_batch_tokens; the cursor stays."""
+        return self._packs(self._rows(self._order, self.step), self.micro_batch_tokens)
+
+    def advance(self) -> None:
+        """Move the cursor to the step after."""
         self.step += 1
         if self.step == self.steps_per_epoch:
             self._move_to(self.epoch + 1, 0)
-        return packs
+
+    def largest_pack(self, lengths: np.ndarray, steps: int) -> Pack:
+        """The pack that lays out the most tokens, padding counted, of the next `steps` steps; the cursor stays.
+
+        Args:
+            lengths: tokens of each row of `examples`, (rows,): every step is laid out by these alone, which takes
+                some 30 microseconds.
+        """
+        largest, most = self._order[:0], 0
+        epoch, step, order = self.epoch, self.step, self._order
+        for _ in range(steps):
+            rows = self._rows(order, step)
+            row_lengths = lengths[rows].tolist()
+            for group in group_rows(row_lengths, self.micro_batch_tokens, self.packing):
+                laid_out = [row_lengths[index] for index in group]
+                tokens = sum(laid_out) if self.packing else len(group) * max(laid_out)
+                if tokens > most:
+                    largest, most = rows[group], tokens
+            step += 1
+            if step == self.steps_per_epoch:
+                epoch, step = epoch + 1, 0
+                order = epoch_order(len(self.examples), self.seed, epoch)
+        (pack,) = self._packs(largest, most)
+        return pack
 
     def state_dict(self) -> dict[str, int]:
         return {
@@ -86,6 +118,12 @@ class StepLoader:
                 f"{self.steps_per_epoch} steps."
             )
         self._move_to(state["epoch"], state["step"])
+
+    def _rows(self, order: np.ndarray, step: int) -> np.ndarray:
+        return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
+        return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)
 
     def _move_to(self, epoch: int, step: int) -> None:
         self._order = epoch_order(len(self.examples), self.seed, epoch)

@@ -43,6 +43,13 @@ class Pack:
     tokens: int  # without padding
     label_tokens: int
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each row as it is laid out: a padded row is as long as the longest beside it."""
+        if self.cu_seqlens is None:
+            return [self.input_ids.shape[1]] * self.input_ids.shape[0]
+        return self.cu_seqlens.diff().tolist()
+
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`; document bounds stay on the host, where they are read."""
         return replace(
@@ -58,10 +65,14 @@ def make_packs(examples: Sequence[Example], micro_batch_tokens: int, packing: bo
 
     A row longer than that gets a pack of its own. The result depends on nothing but the arguments.
     """
-    lengths = [len(example.input_ids) for example in examples]
-    groups = group_for_packing(lengths, micro_batch_tokens) if packing else _group_padded(lengths, micro_batch_tokens)
     lay_out = _packed if packing else _padded
+    groups = group_rows([len(example.input_ids) for example in examples], micro_batch_tokens, packing)
     return [lay_out([examples[index] for index in group]) for group in groups]
+
+
+def group_rows(lengths: Sequence[int], micro_batch_tokens: int, packing: bool) -> list[list[int]]:
+    """Indices of rows by pack, as `make_packs` lays them out."""
+    return group_for_packing(lengths, micro_batch_tokens) if packing else _group_padded(lengths, micro_batch_tokens)
 
 
 def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
