@@ -204,7 +204,7 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
     """
     live = LiveBytes(
         kinds={torch.ops.qlora.copy_to_host.default: HOST},
-        workspaces=(WORKSPACES_ON_CUDA if on_cuda else {}) | WORKSPACES,
+        workspaces=WORKSPACES_ON_CUDA if on_cuda else {},
         other=ACTIVATIONS,
         inside=INSIDE,
         host=HOST,
@@ -236,7 +236,7 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     return {
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
         WORKSPACE: [layer.workspace for layer in layers if layer.workspace is not None],
-        HEAD: [p for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()],
+        HEAD: [t for m in embeddings if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())],
         ADAPTERS: [group.data for group in state.groups],
         GRADIENTS: [group.grad for group in state.groups],
         STATE: [moment for moment, is_paged in moments if not is_paged],
@@ -261,10 +261,4 @@ def flash_backward_bytes(arguments: tuple[Any, ...]) -> int:
     return inside
 
 
-def logsumexp_bytes(arguments: tuple[Any, ...]) -> int:
-    """torch's logsumexp makes the exponentials of all its input (aten/src/ATen/native/ReduceOps.cpp)."""
-    return arguments[0].nbytes
-
-
-WORKSPACES = {torch.ops.aten.logsumexp.default: logsumexp_bytes}
 WORKSPACES_ON_CUDA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_backward_bytes}

@@ -35,6 +35,7 @@ MAX_BASE_BYTES = 64 * 2**20
 _FREE_SECTIONS = ("data", "evaluation", "checkpoint")
 _FREE_KEYS = {
     "model.device",
+    "model.embeddings",
     "model.minimum_4bit_share",
     "model.name",
     "model.revision",

@@ -36,9 +36,11 @@ def test_flattening_keeps_values_identity_and_order() -> None:
     group.check_views()
 
 
-def test_parameters_are_aligned_and_do_not_overlap() -> None:
-    slices = list(flatten(parameters()).slices.values())
-    assert all(piece.start % ALIGNMENT == 0 for piece in slices)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_aligned_and_do_not_overlap(dtype: torch.dtype) -> None:
+    named = {name: nn.Parameter(parameter.detach().to(dtype)) for name, parameter in parameters().items()}
+    slices = list(flatten(named).slices.values())
+    assert all(piece.start * dtype.itemsize % ALIGNMENT == 0 for piece in slices)
     assert all(left.stop <= right.start for left, right in itertools.pairwise(slices))
 
 
