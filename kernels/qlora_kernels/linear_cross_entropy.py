@@ -3,7 +3,7 @@
 For a large vocabulary the logits (tokens x vocabulary, fp32, and their gradient) are the peak of a training step. Here
 only tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
 probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one fp32 tensor of the chunk's
-logits; products of lower precision are made a block of the vocabulary at a time. What is kept for backward is a tensor
+logits, products of lower precision too (head_rows.py). What is kept for backward is a tensor
 of the hidden states' size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
 
 Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.head_rows import BLOCK_ELEMENTS, DenseRows, HeadRows, blocks, multiply_into
+from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_into, multiply_transposed_
 
 IGNORED = -100
 """The label of a token that is not learned, as in torch's cross_entropy and transformers."""
@@ -41,8 +41,7 @@ def linear_cross_entropy(
     Logits are z = (hidden @ head.T + bias) * logit_scale, then softcap * tanh(z / softcap) where given. Products are in
     hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows without
     a label get zero and never enter the arithmetic. Backward can be called once. Memory beyond the hidden states and
-    their gradient: one (C, V) in fp32, and of the head and its products 16M elements, where they are not used as they
-    lie.
+    their gradient: one (C, V) in fp32, and where the head or its products are not used as they lie, a block of them.
     """
     rows = DenseRows(head) if isinstance(head, Tensor) else head
     settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0]))
@@ -112,7 +111,7 @@ def _loss_and_gradient(
                 _through_softcap_(probabilities, log_normaliser, targets, target_logits, softcap)
             if logit_scale != 1.0:
                 probabilities *= logit_scale
-            gradient.index_copy_(0, rows, _times_head(probabilities, head, hidden.dtype))
+            gradient.index_copy_(0, rows, multiply_transposed_(probabilities, head, hidden.dtype))
             del probabilities
         del logits  # or the next chunk's would be made beside them
     return loss, gradient
@@ -130,27 +129,11 @@ def _through_softcap_(
     The capped logits are read back from the probabilities, a few columns at a time, instead of being kept: where a
     probability is too small for that, so is its product. The target's own is exact.
     """
-    columns = max(BLOCK_ELEMENTS // 8 // probabilities.shape[0], 1)
-    for part in probabilities.split(columns, dim=1):
+    for part in probabilities.tensor_split(FEWEST_BLOCKS, dim=1):
         capped = part.log().add_(log_normaliser).clamp_(-softcap, softcap)
         part.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
         del capped
     probabilities.scatter_add_(1, targets, (target_logits / softcap).square_().sub_(1.0))
-
-
-def _times_head(
-    grad_logits: Tensor,  # (C, V)
-    head: HeadRows,
-    dtype: torch.dtype,
-) -> Tensor:  # (C, H) in `dtype`
-    """grad_logits @ head, multiplied in `dtype`, summed over blocks in grad_logits' own."""
-    total = None
-    for block in blocks(head, dtype):
-        part = grad_logits[:, block].to(dtype) @ head.rows(block.start, block.stop, dtype)
-        total = part.to(grad_logits.dtype) if total is None else total.add_(part)
-        del part
-    assert total is not None
-    return total.to(dtype)
 
 
 def _label_rows(labels: Tensor) -> Tensor:
