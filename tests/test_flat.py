@@ -109,6 +109,21 @@ def test_norm_and_clipping_equal_torch_over_the_plain_parameters() -> None:
     torch.testing.assert_close(grad_norm(groups), torch.tensor(1.0), rtol=1e-5, atol=0.0)
 
 
+def test_the_norm_of_16_bit_gradients_is_summed_in_fp32() -> None:
+    group = flatten({"a": nn.Parameter(torch.zeros(300, 300, dtype=torch.bfloat16))})
+    assert group.grad.dtype == group.data.dtype == torch.bfloat16
+    group.grad.copy_(torch.randn(90_000, generator=torch.Generator().manual_seed(0)))
+    norm = grad_norm([group])
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, group.grad.double().norm().float(), rtol=1e-5, atol=0.0)
+
+
+def test_one_group_holds_one_dtype() -> None:
+    named = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
+    with pytest.raises(AssertionError, match=r"b is torch\.bfloat16, the others torch\.float32"):
+        flatten(named)
+
+
 def test_small_gradients_are_not_scaled_up() -> None:
     named = parameters()
     group = flatten(named)
