@@ -41,7 +41,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
         values = weight.detach()[start : start + rows].float()
         part = values.abs().amax(dim=1) / 127.0
         scale[start : start + rows] = part
-        # A tiny scale may round to a subnormal number or to 0, so the quotient is kept in range.
+        # A row of zeros would give 0 / 0, and an integer of NaN is undefined.
         quotient = values / part.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes[start : start + rows] = quotient.round_().clamp_(-127, 127).to(torch.int8)
     return Int8Weight(codes, scale)
