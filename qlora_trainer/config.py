@@ -39,6 +39,16 @@ class ModelConfig(Section):
         description="Refuse a base of which less than this share of the linear weights (output head left out) "
         "becomes 4-bit, for example a mixture of experts.",
     )
+    embeddings: Literal["device", "host"] = Field(
+        "device",
+        description="Where the input embedding lies. host: in host memory, from where the rows of a micro-batch are "
+        "copied; the results are the same.",
+    )
+    output_head: Literal["dense", "8bit", "4bit"] = Field(
+        "dense",
+        description="How the output head is held. 8bit (a scale a row) and 4bit (NF4) approximate it in training; the "
+        "merged model has the original one.",
+    )
 
 
 class AdapterConfig(Section):
@@ -56,6 +66,10 @@ class AdapterConfig(Section):
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="Which biases of the base train too: none, those of adapted layers, or all."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 halves both and loses small updates.",
     )
     init_from: str | None = Field(None, description="Directory of a PEFT adapter to start from, optimizer fresh.")
 
@@ -193,6 +207,16 @@ class RunConfig(Section):
         if not isinstance(raw, Mapping):
             return raw
         return {key: {} if value is None and key in cls.model_fields else value for key, value in raw.items()}
+
+    @model_validator(mode="after")
+    def _moments_are_not_in_bfloat16(self) -> "RunConfig":
+        """torch's AdamW keeps its moments in the parameters' dtype, and in bf16 the second one stops moving."""
+        if self.adapter.dtype == "bfloat16" and self.optimizer.name == "adamw":
+            raise ValueError(
+                "adapter.dtype is bfloat16 and optimizer.name is adamw, which would keep Adam's moments in bfloat16 "
+                "too. Set optimizer.name to paged_adamw_32bit or paged_adamw_8bit, or adapter.dtype to float32"
+            )
+        return self
 
     @model_validator(mode="after")
     def _micro_batch_holds_a_row(self) -> "RunConfig":

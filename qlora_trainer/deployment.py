@@ -171,7 +171,10 @@ def _measure_trained(run_dir: Path, progress: Progress) -> tuple[Trained, _Sampl
 
 
 def _measure_trained_on(device: str | None, run_dir: Path, progress: Progress) -> tuple[Trained, _Sample, _Measured]:
-    trained = open_trained(run_dir, compute_dtype="float32", progress=progress, device=device)
+    # With the base's own output head, which the merged model has, not with the approximation it was trained by.
+    trained = open_trained(
+        run_dir, progress=progress, device=device, compute_dtype="float32", output_head="dense", embeddings="device"
+    )
     sample = _sample(trained, progress)
     measured = _measure(trained.base.model, sample, micro_batch_tokens(trained.config), progress)
     return trained, sample, measured

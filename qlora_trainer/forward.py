@@ -25,6 +25,7 @@ from qlora_trainer.attention import (
     refusals_as_model_error,
 )
 from qlora_trainer.data.packing import Pack
+from qlora_trainer.output_head import QuantizedHead, head_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +87,10 @@ def find_loss_path(model: Any) -> LossPath:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     path = LossPath(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or (head.bias is not None and head.bias.requires_grad):
+    if not isinstance(head, nn.Linear | QuantizedHead) or (head.bias is not None and head.bias.requires_grad):
         return LossPath(own_logits=True)  # the lean loss gives a head's bias no gradient
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(head.weight.device)
+    ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(next(model.parameters()).device)
     positions = torch.arange(8, device=ids.device)[None]
     pack = Pack(ids[:, :8], ids[:, 1:], positions, cu_seqlens=None, tokens=8, label_tokens=8)
     was_training = model.training
@@ -106,7 +107,7 @@ def find_loss_path(model: Any) -> LossPath:
         return LossPath(own_logits=True)  # its hidden states are not what the head takes
     finally:
         model.train(was_training)
-    tolerance = 1e-4 if head.weight.dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
 
 
@@ -132,7 +133,7 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
         hidden = model.base_model(**_inputs(pack)).last_hidden_state
     return linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        head.weight,
+        head_weight(head),
         labels,
         bias=head.bias,
         softcap=path.softcap,

@@ -4,6 +4,9 @@ transformers reads the checkpoint and bitsandbytes quantises each linear weight 
 taken over by an NF4Linear. Weights are quantised from the widest dtype the checkpoint holds, whatever the dtype of
 computation, so the codes depend on the checkpoint alone, and a merge can make them again.
 
+What the config asks to hold otherwise, the output head in 8 or 4 bits or the embedding in host memory, is made so after
+loading: for a moment the device holds both densely.
+
 Left out: loading that never gathers 16-bit weights, which transformers' own loader decides.
 """
 
@@ -23,7 +26,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_trainer.config import ModelConfig
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, first_line
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
+from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host
 from qlora_trainer.model_source import read_config, refuse_multi_modal
+from qlora_trainer.output_head import quantize_head
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
@@ -46,9 +51,9 @@ class Base:
 
     @property
     def bytes(self) -> int:
-        """Memory of the frozen weights: 4-bit codes with their statistics, and what stayed dense, ties once."""
+        """Memory of the frozen weights, host's too: codes with their statistics, and what stayed dense, ties once."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers()])
+        return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -68,11 +73,11 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
-    """Load and quantise a model directory; everything frozen, every linear layer but the output head in NF4.
+    """Load and quantise a model directory; everything frozen, every linear layer in NF4, the output head as asked for.
 
     Raises:
-        ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, or names
-            that a merge could not find again.
+        ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, names that a
+            merge could not find again, or an embedding asked to the host that the output head needs.
         QuantizationError: weights that are not finite, or prequantised otherwise.
         InsufficientMemoryError: the 4-bit model would not fit.
     """
@@ -103,8 +108,11 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     share = check_four_bit_share(model, settings.minimum_4bit_share)
     raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     fingerprint = base_fingerprint(model, raw_config, source_dtype)  # before the cast: it is the same on any device
-    compute_in(model, compute_dtype)
     model.requires_grad_(False)
+    quantize_head(model, settings.output_head)  # from the checkpoint's dtype, as the linear layers
+    compute_in(model, compute_dtype)
+    if settings.embeddings == "host":
+        keep_embeddings_on_host(model, device)
     model.eval()
     model.config.use_cache = False
     check_mergeable(directory, fingerprint.tensors, tensors)

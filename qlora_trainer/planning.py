@@ -11,6 +11,7 @@ of settings.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
+from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
 from qlora_trainer.model_source import max_positions
+from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.skeleton import build_skeleton, fill_skeleton
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
@@ -52,7 +55,7 @@ class MemoryPlan:
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
     reserved: int  # by torch's allocator
-    host: int  # bytes of host memory for what is offloaded, in no component
+    host: int  # bytes of host memory for what is offloaded and for an embedding kept there, in no component
     base_parameters: int  # numbers of the base, ties once, and the adapters'
     adapter_parameters: int
 
@@ -96,8 +99,9 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     state, pack, fake = empty_run(directory, config, dtype, policy, layers)
     with fake:
         live, persistent = track_steps(state, pack, on_cuda=True, steps=1)
-    base = sum(p.numel() for p in state.model.parameters() if not p.requires_grad)
+    base = sum(p.numel() for p in (*state.model.parameters(), *host_tensors(state.model)) if not p.requires_grad)
     base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
+    base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
     steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
     allocator = CachingAllocator().play(steps, without=persistent[PAGED])
@@ -204,7 +208,7 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
     """
     live = LiveBytes(
         kinds={torch.ops.qlora.copy_to_host.default: HOST},
-        workspaces=(WORKSPACES_ON_CUDA if on_cuda else {}) | WORKSPACES,
+        workspaces=WORKSPACES_ON_CUDA if on_cuda else {},
         other=ACTIVATIONS,
         inside=INSIDE,
         host=HOST,
@@ -236,7 +240,8 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     return {
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
         WORKSPACE: [layer.workspace for layer in layers if layer.workspace is not None],
-        HEAD: [p for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()],
+        HOST: list(host_tensors(model)),
+        HEAD: [t for m in embeddings if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())],
         ADAPTERS: [group.data for group in state.groups],
         GRADIENTS: [group.grad for group in state.groups],
         STATE: [moment for moment, is_paged in moments if not is_paged],
@@ -261,10 +266,4 @@ def flash_backward_bytes(arguments: tuple[Any, ...]) -> int:
     return inside
 
 
-def logsumexp_bytes(arguments: tuple[Any, ...]) -> int:
-    """torch's logsumexp makes the exponentials of all its input (aten/src/ATen/native/ReduceOps.cpp)."""
-    return arguments[0].nbytes
-
-
-WORKSPACES = {torch.ops.aten.logsumexp.default: logsumexp_bytes}
 WORKSPACES_ON_CUDA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_backward_bytes}

@@ -153,11 +153,12 @@ def empty_nf4(model: nn.Module) -> None:
         is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, which stores (I, O)
         if layer is not head and (isinstance(layer, nn.Linear) or is_conv1d):
             out_features, in_features = reversed(layer.weight.shape) if is_conv1d else layer.weight.shape
-            weight = _empty_weight(out_features, in_features)
+            weight = empty_weight(out_features, in_features)
             model.set_submodule(path, NF4Linear(weight, layer.bias, fan_in_fan_out=is_conv1d))
 
 
-def _empty_weight(out_features: int, in_features: int) -> NF4Weight:
+def empty_weight(out_features: int, in_features: int) -> NF4Weight:
+    """The tensors of a quantised (O, I) weight, uninitialised, on the CPU."""
     elements = out_features * in_features
     blocks = -(-elements // BLOCK_SIZE)
     return NF4Weight(

@@ -35,6 +35,7 @@ MAX_BASE_BYTES = 64 * 2**20
 _FREE_SECTIONS = ("data", "evaluation", "checkpoint")
 _FREE_KEYS = {
     "model.device",
+    "model.embeddings",
     "model.minimum_4bit_share",
     "model.name",
     "model.revision",
@@ -91,9 +92,11 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
     """
     refused, notices = [], []
     for section, values in config.model_dump(mode="json").items():
-        before = saved.get(section, {})
+        before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
         for name in sorted(values.keys() | before.keys()):
-            key, was, now = f"{section}.{name}", before.get(name), values.get(name)
+            # A checkpoint of an earlier version lacks newer keys: it was trained by their defaults.
+            default = fields[name].default if name in fields else None
+            key, was, now = f"{section}.{name}", before.get(name, default), values.get(name)
             if was == now:
                 continue
             if section not in _FREE_SECTIONS and key not in _FREE_KEYS:

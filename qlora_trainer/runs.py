@@ -133,7 +133,7 @@ class Run:
     def summary(self) -> list[tuple[str, str]]:
         """What a person wants to know before the run begins: (name, value)."""
         trainable = sum(parameter.numel() for group in self.state.groups for parameter in group.parameters.values())
-        data, optimizer = self.prepared.report, self.state.optimizer
+        data, optimizer, settings = self.prepared.report, self.state.optimizer, self.config.adapter
         name = Path(self.config.model.name).name if Path(self.config.model.name).exists() else self.config.model.name
         pages = (
             f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
@@ -145,7 +145,7 @@ class Run:
             ("compute", f"{str(self.base.compute_dtype).removeprefix('torch.')} on {self.base.device}"),
             (
                 "adapters",
-                f"rank {self.config.adapter.rank} on {len(self.adapted)} layers, {trainable:,} numbers in fp32",
+                f"rank {settings.rank} on {len(self.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
             ),
             ("backward", f"{self.state.policy}; little is kept by {self.state.lean}"),
             ("optimizer", f"{self.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),

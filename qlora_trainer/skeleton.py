@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from qlora_trainer.config import ModelConfig
+from qlora_trainer.host_embeddings import keep_embeddings_on_host
 from qlora_trainer.model import compute_in, empty_model
 from qlora_trainer.model_source import read_config, refuse_multi_modal
+from qlora_trainer.output_head import empty_head
 from qlora_trainer.quantization import check_four_bit_share, empty_nf4
 
 
@@ -35,12 +37,15 @@ def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype)
     """Make a skeleton what `load_base_model` gives, its memory uninitialised; called where tensors are fake.
 
     Raises:
-        ModelError: too little becomes 4-bit.
+        ModelError: too little becomes 4-bit, or the embedding is asked to the host and the output head needs it.
     """
     _make_empty(model)
     empty_nf4(model)
     check_four_bit_share(model, settings.minimum_4bit_share)
+    empty_head(model, settings.output_head)
     compute_in(model, compute_dtype)
+    if settings.embeddings == "host":
+        keep_embeddings_on_host(model, torch.device("cpu"))
 
 
 def layer_kinds(directory: Path) -> list[str]:

@@ -42,12 +42,11 @@ class Trained:
     fingerprint: BaseFingerprint  # of the base as it was trained
 
 
-def open_trained(
-    directory: Path, compute_dtype: str | None = None, progress: Progress = silent, *, device: str | None = None
-) -> Trained:
+def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
     """Load a run's base with its adapter: the final one, or the newest checkpoint's where that is further.
 
-    `compute_dtype` and `device` are those of the run's config where they are None. A finished run needs no checkpoints.
+    `model_settings` are taken in the place of those of the run's config, such as compute_dtype="float32", where they
+    are not None. A finished run needs no checkpoints.
 
     Raises:
         CheckpointError: there is no adapter, it is damaged, or it belongs to another base or other settings.
@@ -63,11 +62,10 @@ def open_trained(
             f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
             "adapter's values."
         )
-    wanted = {"compute_dtype": compute_dtype, "device": device}
-    model_settings = config.model.model_copy(update={key: value for key, value in wanted.items() if value})
-    path = resolve_model(model_settings.name, model_settings.revision, user_cache(), progress)
+    settings = config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
+    path = resolve_model(settings.name, settings.revision, user_cache(), progress)
     tokenizer = load_tokenizer(path)
-    base = load_base_model(path, model_settings, progress)
+    base = load_base_model(path, settings, progress)
     if difference := record.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {config.model.name} is not the one this adapter was trained on: {difference}.")
     add_adapters(base.model, config.adapter, config.training.seed)

@@ -208,6 +208,21 @@ def test_adapters_start_the_same_from_the_same_seed(tiny_models: Models) -> None
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def test_bf16_adapters_are_the_fp32_ones_rounded_and_take_any_float_dtype(tiny_models: Models) -> None:
+    models = {}
+    for dtype in ("float32", "bfloat16"):
+        models[dtype] = base_model(tiny_models("qwen2"))
+        add_adapters(models[dtype], AdapterConfig(rank=4, dtype=dtype, bias="all"), seed=3)  # type: ignore[arg-type]
+    wide, low = (dict(trainable_parameters(model)) for model in models.values())
+    assert wide.keys() == low.keys()
+    for name, parameter in low.items():
+        assert parameter.dtype == (torch.float32 if name.endswith(".bias") else torch.bfloat16)
+        assert torch.equal(parameter, wide[name].to(parameter.dtype))
+    given = {name: torch.full_like(parameter, 0.3) for name, parameter in wide.items()}
+    load_adapter_state(models["bfloat16"], given)
+    assert all(torch.equal(p, given[name].to(p.dtype)) for name, p in low.items())
+
+
 def test_adapter_state_round_trips_and_takes_nothing_else(tiny_models: Models) -> None:
     model = base_model(tiny_models("llama"))
     add_adapters(model, AdapterConfig(rank=4), seed=0)

@@ -29,6 +29,11 @@ def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
     assert config.model.name == "owner/model"
 
 
+def test_adams_moments_in_bfloat16_are_refused() -> None:
+    message = problems_of({**MINIMAL, "adapter": {"dtype": "bfloat16"}, "optimizer": {"name": "adamw"}})
+    assert "Set optimizer.name to paged_adamw_32bit" in message
+
+
 def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
     message = problems_of({**MINIMAL, "adapter": {"rnak": 8}})
     assert "unknown key adapter.rnak; did you mean adapter.rank?" in message

@@ -36,9 +36,11 @@ def test_flattening_keeps_values_identity_and_order() -> None:
     group.check_views()
 
 
-def test_parameters_are_aligned_and_do_not_overlap() -> None:
-    slices = list(flatten(parameters()).slices.values())
-    assert all(piece.start % ALIGNMENT == 0 for piece in slices)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_are_aligned_and_do_not_overlap(dtype: torch.dtype) -> None:
+    named = {name: nn.Parameter(parameter.detach().to(dtype)) for name, parameter in parameters().items()}
+    slices = list(flatten(named).slices.values())
+    assert all(piece.start * dtype.itemsize % ALIGNMENT == 0 for piece in slices)
     assert all(left.stop <= right.start for left, right in itertools.pairwise(slices))
 
 
@@ -105,6 +107,21 @@ def test_norm_and_clipping_equal_torch_over_the_plain_parameters() -> None:
     for name, parameter in plain.items():
         torch.testing.assert_close(named[name].grad, parameter.grad, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(grad_norm(groups), torch.tensor(1.0), rtol=1e-5, atol=0.0)
+
+
+def test_the_norm_of_16_bit_gradients_is_summed_in_fp32() -> None:
+    group = flatten({"a": nn.Parameter(torch.zeros(300, 300, dtype=torch.bfloat16))})
+    assert group.grad.dtype == group.data.dtype == torch.bfloat16
+    group.grad.copy_(torch.randn(90_000, generator=torch.Generator().manual_seed(0)))
+    norm = grad_norm([group])
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, group.grad.double().norm().float(), rtol=1e-5, atol=0.0)
+
+
+def test_one_group_holds_one_dtype() -> None:
+    named = {"a": nn.Parameter(torch.zeros(4)), "b": nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))}
+    with pytest.raises(AssertionError, match=r"b is torch\.bfloat16, the others torch\.float32"):
+        flatten(named)
 
 
 def test_small_gradients_are_not_scaled_up() -> None:

@@ -121,7 +121,7 @@ class OddHead(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.inner, self.config, self.base_model = model, model.config, model.base_model
-        self.get_output_embeddings = model.get_output_embeddings
+        self.get_input_embeddings, self.get_output_embeddings = model.get_input_embeddings, model.get_output_embeddings
 
     def forward(self, **inputs: Any) -> Any:
         output = self.inner(**inputs)

@@ -9,7 +9,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_kernels import head_rows
+from qlora_kernels.head_rows import HeadRows, head_logits
+from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_trainer.memory_tracking import LiveBytes
 
 TOKENS, WIDTH, VOCABULARY = 37, 20, 101
 
@@ -155,3 +160,110 @@ def test_step_can_be_planned_on_fake_tensors() -> None:
         loss.backward()
     assert (loss.shape, loss.dtype) == ((), torch.float32)
     assert hidden.grad is not None
+
+
+class Quantized:
+    """HeadRows over a weight of 4 or 8 bits, which notes how many elements it made at once."""
+
+    def __init__(self, weight: NF4Weight | Int8Weight) -> None:
+        self.weight, self.shape, self.made = weight, weight.shape, [0]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        self.made.append((stop - start) * self.shape[1])
+        if isinstance(self.weight, NF4Weight):
+            return dequantize_nf4(self.weight, dtype, rows=slice(start, stop))
+        return dequantize_int8(self.weight, dtype, rows=slice(start, stop))
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return Quantized(self.weight).rows(0, self.shape[0], dtype)
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_quantised_heads_loss_equals_the_loss_with_its_dequantised_rows(
+    options: dict[str, float], quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more of the head is ever made at once than a block."""
+    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 6 * WIDTH + 3)
+    hidden, head, labels, bias = problem()
+    quantized = Quantized(quantize(head))
+    settings: dict[str, Any] = {**options, "bias": bias, "chunk_tokens": 5}
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, quantized, labels, **settings)
+    wanted, wanted_gradient = value_and_gradient(
+        plain_loss, hidden, quantized.whole(torch.float64), labels, **options, bias=bias
+    )
+    torch.testing.assert_close(value, wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-13)
+    assert max(quantized.made) == 6 * WIDTH
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_a_quantised_heads_logits_and_gradient_are_those_of_its_dequantised_rows(quantize: Any) -> None:
+    hidden, head, _, _ = problem()
+    quantized: HeadRows = Quantized(quantize(head))
+    batch = hidden.detach()[:36].view(4, 9, WIDTH).requires_grad_()
+    logits = head_logits(batch, quantized)
+    plain = batch.detach().clone().requires_grad_()
+    wanted = F.linear(plain, Quantized(quantize(head)).whole(torch.float64))
+    torch.testing.assert_close(logits, wanted, rtol=1e-13, atol=1e-13)
+    incoming = normal(4, 9, VOCABULARY, seed=5)
+    logits.backward(incoming)
+    wanted.backward(incoming)
+    torch.testing.assert_close(batch.grad, plain.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("held", ["dense", "nf4", "int8"])
+def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
+    held: str, softcap: float | None, dtype: torch.dtype
+) -> None:
+    tokens, width, vocabulary, chunk_tokens = 300, 64, 8192, 128
+    hidden = normal(tokens, width, seed=0, dtype=dtype).requires_grad_()
+    dense = normal(vocabulary, width, seed=1, dtype=dtype)
+    head = {
+        "dense": lambda w: w,
+        "nf4": lambda w: Quantized(quantize_nf4(w)),
+        "int8": lambda w: Quantized(quantize_int8(w)),
+    }
+    labels = torch.arange(tokens)
+    rows = head[held](dense)
+    held_in = list(vars(rows.weight).values()) if isinstance(rows, Quantized) else [rows]
+    with LiveBytes() as live:
+        live.watch([labels, hidden, *(t for t in held_in if isinstance(t, Tensor))], "given")
+        given = live.bytes
+        loss = linear_cross_entropy(hidden, rows, labels, softcap=softcap, chunk_tokens=chunk_tokens)
+        assert live.bytes == given + hidden.nbytes + loss.nbytes, (
+            "between forward and backward the gradient is all there is"
+        )
+        loss.backward()
+    chunk = chunk_tokens * vocabulary * 4
+    assert chunk <= live.peak.bytes - given - hidden.nbytes <= 1.1 * chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch.dtype) -> None:
+    """To the bit what a second tensor would give, though each overwrites what it is read from."""
+    hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
+    out = torch.full((96, 9001), torch.nan)
+    head_rows.multiply_into(out, hidden, head_rows.DenseRows(weight))
+    assert torch.equal(out, (hidden @ weight.T).float())
+    grad = normal(96, 9001, seed=2, dtype=torch.float32)
+    expected = grad.to(dtype) @ weight
+    assert torch.equal(head_rows.multiply_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
+
+
+def test_a_chunks_logits_take_about_32_mib() -> None:
+    assert [tokens_of_a_chunk(v) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
+
+
+def test_backward_scales_the_gradient_where_it_lies_and_so_only_once() -> None:
+    hidden, head, labels, _ = problem()
+    with LiveBytes() as live:
+        loss = linear_cross_entropy(hidden, head, labels)
+        live.restart_peak()
+        before = live.bytes
+        loss.backward(retain_graph=True)
+    assert live.peak.bytes == before + loss.nbytes, "the gradient that was there, and no copy"
+    with pytest.raises(AssertionError, match="called once"):
+        loss.backward()

@@ -78,6 +78,28 @@ def test_8bit_state_trains_close_to_32bit_state() -> None:
     assert 0 < (wide["lora_A"] - narrow["lora_A"]).norm() < 0.05 * moved
 
 
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_width(name: str) -> None:
+    def built(dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], Optimizer]:
+        named = {key: nn.Parameter(p.detach().bfloat16().to(dtype)) for key, p in parameters().items()}
+        return named, build_optimizer(config(name=name), groups_of(named))
+
+    (low, lean), (full, wide) = built(torch.bfloat16), built(torch.float32)
+    for optimizer in (lean, wide):
+        for group in optimizer.groups:
+            for index, parameter in enumerate(group.parameters.values()):
+                generator = torch.Generator().manual_seed(index)
+                assert parameter.grad is not None
+                parameter.grad.copy_(torch.randn(parameter.shape, generator=generator).bfloat16())
+        optimizer.step(learning_rate=1e-2)
+    for key, parameter in full.items():
+        assert torch.equal(low[key], parameter.bfloat16())
+    (lean_state, _), (wide_state, _) = lean.state_dict(), wide.state_dict()
+    assert lean_state.keys() == wide_state.keys()
+    assert all(lean_state[k].dtype == wide_state[k].dtype for k in wide_state)
+    assert torch.float32 in {tensor.dtype for tensor in lean_state.values()}
+
+
 def test_padding_stays_zero() -> None:
     for name in NAMES:
         group = flatten_parameters([("a", nn.Parameter(torch.ones(5)))], name="all", weight_decay=0.1)
@@ -223,13 +245,14 @@ def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
-def test_paged_state_stays_paged_after_resume_on_cuda(name: str) -> None:
-    whole = parameters("cuda", rows=2000)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_state_stays_paged_after_resume_on_cuda(name: str, dtype: torch.dtype) -> None:
+    whole = {key: nn.Parameter(p.detach().to(dtype)) for key, p in parameters("cuda", rows=2000).items()}
     uninterrupted = build_optimizer(config(name=name), groups_of(whole))
     assert uninterrupted.paged_bytes >= 2 * 128_000
     take_steps(uninterrupted, 0, 6)
 
-    first = parameters("cuda", rows=2000)
+    first = {key: nn.Parameter(p.detach().to(dtype)) for key, p in parameters("cuda", rows=2000).items()}
     interrupted = build_optimizer(config(name=name), groups_of(first))
     take_steps(interrupted, 0, 3)
     saved = through_a_file(*interrupted.state_dict())

@@ -15,8 +15,17 @@ ROOT = Path(__file__).parents[1]
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
     {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot", "signals"},
-    {"attention", "checkpoint", "config", "directories", "generation", "gguf_tensors", "quantization"},
-    {"adapters", "data", "fingerprint", "report", "report_page", "tensor_io"},
+    {
+        "attention",
+        "checkpoint",
+        "config",
+        "directories",
+        "generation",
+        "gguf_tensors",
+        "host_embeddings",
+        "quantization",
+    },
+    {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {"forward", "gguf_import", "lean_modules", "inspection", "merge_plan", "merge_verification", "optim"},
     {"activations", "evaluation", "merging", "model_source"},
     {"model"},

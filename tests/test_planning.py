@@ -50,11 +50,23 @@ SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"training": {"activations": "offload"}, "adapter": {"dropout": 0.1}},
     {"training": {"activations": "offload", "offload_every": 2}, "data": {"max_length": 256}},
     {"training": {"activations": "tile"}, "data": {"max_length": 512}},
+    {"model": {"embeddings": "host"}},
+    {"model": {"output_head": "8bit"}},
+    {"model": {"output_head": "4bit"}, "training": {"activations": "recompute"}},
+    {"adapter": {"dtype": "bfloat16", "rank": 16}},
+    {
+        "model": {"embeddings": "host", "output_head": "4bit"},
+        "adapter": {"dtype": "bfloat16"},
+        "optimizer": {"name": "paged_adamw_8bit"},
+        "training": {"activations": "offload"},
+    },
 ]
+LEAN = SETTINGS[-1]
 
 
 FAMILIES = ["llama_tied", "mistral", "gemma2", "gemma3", "qwen2", "phi3"]
 COMPARED = [("llama", setting) for setting in SETTINGS] + [(family, SETTINGS[1]) for family in FAMILIES]
+COMPARED += [("llama_tied", LEAN), ("gemma3", LEAN)]
 
 
 @pytest.fixture
@@ -71,7 +83,7 @@ def test_fake_and_real_steps_take_the_same_bytes(
     tiny_config: Config, tiny_models: Callable[[str], Path], family: str, changes: dict[str, Any]
 ) -> None:
     directory = tiny_models(family)
-    config = tiny_config(**changes, model={"name": str(directory)})
+    config = tiny_config(**{**changes, "model": {**changes.get("model", {}), "name": str(directory)}})
     policy = choose_policy(config.training, torch.device("cpu"))
     state, pack, fake = empty_run(directory, config, torch.float32, policy)
     with fake:
@@ -123,6 +135,28 @@ def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_lla
     assert group.data.numel() > planning.PAGED_ELEMENTS
     assert parts[planning.PAGED] == run.state.optimizer.state_bytes
     assert parts[planning.STATE] == 0
+
+
+def test_lean_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
+    """Of the dense embeddings and head, bf16 each, one goes to the host, and the other becomes codes and scales."""
+
+    def planned(**changes: dict[str, Any]) -> planning.MemoryPlan:
+        return plan_memory(tiny_llama, tiny_config(**changes))
+
+    plain, host = planned(), planned(model={"embeddings": "host"})
+    dense = plain.components[planning.HEAD] // 2
+    assert (host.host, host.components[planning.HEAD]) == (dense, dense)
+    assert host.base_parameters == plain.base_parameters
+    numbers = dense // 2
+    eight, four = planned(model={"output_head": "8bit"}), planned(model={"output_head": "4bit"})
+    assert eight.components[planning.HEAD] == dense + numbers + 4 * (numbers // 64)
+    assert dense + 0.5 * numbers < four.components[planning.HEAD] < dense + 0.55 * numbers + 4 * 256
+    assert eight.base_parameters == four.base_parameters == plain.base_parameters
+    halved = planned(adapter={"dtype": "bfloat16", "rank": 64})
+    whole = planned(adapter={"rank": 64})
+    for part in (planning.ADAPTERS, planning.GRADIENTS):
+        assert 2 * halved.components[part] == whole.components[part]
+    assert halved.components[planning.PAGED] == whole.components[planning.PAGED], "Adam's moments stay fp32"
 
 
 def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
@@ -238,9 +272,10 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
     assert check_fits(tiny_llama, keeping, Budget(kept.total, host)) == kept
     with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activations=\w+"):
         check_fits(tiny_llama, keeping, Budget(kept.total - 1, host))
-    tiled = plan_memory(tiny_llama, tiny_config(data={"max_length": 512}, training={"activations": "tile"}))
-    with pytest.raises(InsufficientMemoryError, match=r"fits with data\.max_length=256"):
-        check_fits(tiny_llama, tiny_config(data={"max_length": 512}), Budget(tiled.total - 1, host))
+    rows = {"data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
+    tiled = plan_memory(tiny_llama, tiny_config(**{**rows, "training": {**rows["training"], "activations": "tile"}}))
+    with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
+        check_fits(tiny_llama, tiny_config(**rows), Budget(tiled.total - 1, host))
     with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
         check_fits(tiny_llama, tiny_config(), Budget(2**20, host))
 

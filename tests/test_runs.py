@@ -22,7 +22,7 @@ from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
 from qlora_trainer.quantization import bitsandbytes
-from qlora_trainer.run_directory import cpu_name, environment, read_samples
+from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.trained import evaluate_trained, open_trained
 
@@ -207,6 +207,36 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert written["training"]["activations"] == "recompute"
     assert written["checkpoint"]["keep"] == 1
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_bf16_adapters_resume_bit_for_bit(tiny_config: Config, optimizer: str) -> None:
+    settings = {"adapter": {"dtype": "bfloat16", "rank": 16}, "optimizer": {"name": optimizer, "learning_rate": 5e-3}}
+    whole = start_run(tiny_config("whole", **settings))
+    losses: list[float] = []
+    assert whole.train(lambda record: losses.append(record["loss"]))
+    assert losses[-1] < losses[0]
+    parts = start_run(tiny_config("parts", **settings))
+    assert not parts.train(quiet, stop_after=3)
+    assert resume_run(parts.directory).train(quiet)
+    expected, found = final_adapter(whole.directory), final_adapter(parts.directory)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_adapters_of_another_dtype_are_another_run(tiny_config: Config) -> None:
+    run = start_run(tiny_config())
+    with pytest.raises(CheckpointError, match=r"adapter\.dtype: float32 → bfloat16"):
+        resume_run(run.directory, ["adapter.dtype=bfloat16"])
+
+
+def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_config: Config) -> None:
+    config = tiny_config()
+    saved = config.model_dump(mode="json")
+    del saved["adapter"]["dtype"], saved["model"]["output_head"]
+    assert config_changes(saved, config) == ([], [])
+    changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": "bfloat16"})})
+    assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
 
 
 def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(

@@ -1,7 +1,7 @@
 """Tensor operations of the QLoRA trainer: torch and triton only, no knowledge of models.
 
 Each operation is a contract in plain torch; some have a faster version for CUDA with the same results. Import them
-from their modules: `nf4`, `lora_linear`, `linear_cross_entropy`, `varlen_attention`.
+from their modules, which README.md beside this package lists.
 """
 
 import os

@@ -2,63 +2,79 @@
 
 For a large vocabulary the logits (tokens x vocabulary, fp32, and their gradient) are the peak of a training step. Here
 only tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
-probabilities exist: softmax - one_hot, times the head. What is kept for backward is one tensor of the hidden states'
-size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
+probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one fp32 tensor of the chunk's
+logits, products of lower precision too (head_rows.py). What is kept for backward is a tensor
+of the hidden states' size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
+
+Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_into, multiply_transposed_
 
 IGNORED = -100
 """The label of a token that is not learned, as in torch's cross_entropy and transformers."""
 
+CHUNK_BYTES = 32 * 2**20
+"""Of a chunk's logits in fp32, as far as FEWEST_TOKENS and MOST_TOKENS allow."""
+
+FEWEST_TOKENS, MOST_TOKENS = 64, 1024
+
 
 def linear_cross_entropy(
     hidden: Tensor,  # (T, H)
-    head: Tensor,  # (V, H)
+    head: Tensor | HeadRows,  # (V, H)
     labels: Tensor,  # (T,) int64, already shifted; -100: no label
     *,
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,  # None: by the vocabulary
 ) -> Tensor:  # () fp32
     """The cross entropy SUMMED over the tokens that have a label; 0 where none has.
 
     Logits are z = (hidden @ head.T + bias) * logit_scale, then softcap * tanh(z / softcap) where given. Products are in
-    hidden's dtype, softmax and sum in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows
-    without a label get zero and never enter the arithmetic. Memory: a few tensors of (chunk_tokens, V).
+    hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows without
+    a label get zero and never enter the arithmetic. Backward can be called once. Memory beyond the hidden states and
+    their gradient: one (C, V) in fp32, and where the head or its products are not used as they lie, a block of them.
     """
-    head, bias = head.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    settings = (softcap, logit_scale, chunk_tokens)
+    rows = DenseRows(head) if isinstance(head, Tensor) else head
+    settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0]))
     if not torch.is_grad_enabled():
-        return _loss_and_gradient(hidden, head, labels, bias, *settings, with_gradient=False)[0]
-    frozen = not any(tensor.requires_grad for tensor in (head, bias) if tensor is not None)
+        return _loss_and_gradient(hidden, rows, labels, bias, *settings, with_gradient=False)[0]
+    frozen = not any(tensor.requires_grad for tensor in (head, bias) if isinstance(tensor, Tensor))
     assert frozen, "linear_cross_entropy gives the head and its bias no gradient: freeze them (requires_grad_(False))"
-    return _LinearCrossEntropy.apply(hidden, head, labels, bias, *settings)
+    return _LinearCrossEntropy.apply(hidden, rows, labels, bias, *settings)
+
+
+def tokens_of_a_chunk(vocabulary: int) -> int:
+    """A multiple of 64, of logits of about CHUNK_BYTES."""
+    fitting = CHUNK_BYTES // (4 * vocabulary) // FEWEST_TOKENS * FEWEST_TOKENS
+    return min(max(fitting, FEWEST_TOKENS), MOST_TOKENS)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *arguments: Any) -> Tensor:
-        loss, gradient = _loss_and_gradient(hidden, *arguments, with_gradient=ctx.needs_input_grad[0])
-        ctx.save_for_backward(gradient)
+        loss, ctx.gradient = _loss_and_gradient(hidden, *arguments, with_gradient=ctx.needs_input_grad[0])
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss, *([None] * 6))
+        gradient, ctx.gradient = ctx.gradient, None
+        assert gradient is not None, "linear_cross_entropy gives its gradient away in backward: it can be called once"
+        return (gradient.mul_(grad_loss), *([None] * 6))
 
 
 def _loss_and_gradient(
     hidden: Tensor,
-    head: Tensor,
+    head: HeadRows,
     labels: Tensor,
     bias: Tensor | None,
     softcap: float | None,
@@ -72,28 +88,52 @@ def _loss_and_gradient(
     gradient = torch.zeros_like(hidden) if with_gradient else None
     for rows in torch.ops.qlora.label_rows(labels).split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
-        logits = F.linear(hidden.index_select(0, rows), head, bias).to(dtype)  # (C, V)
+        chunk = hidden.index_select(0, rows)  # (C, H)
+        logits = chunk.new_empty((chunk.shape[0], head.shape[0]), dtype=dtype)  # (C, V)
+        multiply_into(logits, chunk, head)
+        del chunk
+        if bias is not None:
+            logits += bias
         if logit_scale != 1.0:
             logits *= logit_scale
-        slope = None
         if softcap is not None:
-            logits = logits.div_(softcap).tanh_()
-            slope = 1 - logits.square() if with_gradient else None  # of softcap * tanh(z / softcap)
-            logits *= softcap
-        log_normaliser = logits.logsumexp(dim=1, keepdim=True)  # (C, 1)
-        loss += (log_normaliser - logits.gather(1, targets)).sum()
-        if gradient is None:
-            del logits  # or the next chunk's would be made beside them
-            continue
-        grad_logits = logits.sub_(log_normaliser).exp_()  # the probabilities
-        grad_logits.scatter_add_(1, targets, torch.full_like(log_normaliser, -1.0))
-        if slope is not None:
-            grad_logits *= slope
-        if logit_scale != 1.0:
-            grad_logits *= logit_scale
-        gradient.index_copy_(0, rows, grad_logits.to(hidden.dtype) @ head)
-        del logits, grad_logits
+            logits.div_(softcap).tanh_().mul_(softcap)
+        target_logits = logits.gather(1, targets)  # (C, 1)
+        largest = logits.amax(dim=1, keepdim=True)
+        sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+        log_normaliser = sums.log() + largest
+        loss += (log_normaliser - target_logits).sum()
+        if gradient is not None:
+            probabilities = logits.div_(sums)
+            if softcap is None:
+                probabilities.scatter_add_(1, targets, torch.full_like(sums, -1.0))
+            else:
+                _through_softcap_(probabilities, log_normaliser, targets, target_logits, softcap)
+            if logit_scale != 1.0:
+                probabilities *= logit_scale
+            gradient.index_copy_(0, rows, multiply_transposed_(probabilities, head, hidden.dtype))
+            del probabilities
+        del logits  # or the next chunk's would be made beside them
     return loss, gradient
+
+
+def _through_softcap_(
+    probabilities: Tensor,  # (C, V); becomes the gradient of the logits before the cap
+    log_normaliser: Tensor,  # (C, 1)
+    targets: Tensor,  # (C, 1)
+    target_logits: Tensor,  # (C, 1), capped
+    softcap: float,
+) -> None:
+    """(probabilities - one_hot) times the slope of softcap * tanh(z / softcap), which is 1 - (capped / softcap)^2.
+
+    The capped logits are read back from the probabilities, a few columns at a time, instead of being kept: where a
+    probability is too small for that, so is its product. The target's own is exact.
+    """
+    for part in probabilities.tensor_split(FEWEST_BLOCKS, dim=1):
+        capped = part.log().add_(log_normaliser).clamp_(-softcap, softcap)
+        part.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
+        del capped
+    probabilities.scatter_add_(1, targets, (target_logits / softcap).square_().sub_(1.0))
 
 
 def _label_rows(labels: Tensor) -> Tensor:

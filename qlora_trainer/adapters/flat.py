@@ -1,4 +1,4 @@
-"""Adapters of one group live in one flat fp32 buffer, and so do their gradients.
+"""Adapters of one group live in one flat buffer, and so do their gradients.
 
 Why: an adapter is hundreds of small tensors. As one flat parameter they take one optimizer launch, one all-reduce and
 one norm, and optimizer state large enough to be paged (bitsandbytes pages tensors of 100,000 elements or more, which
@@ -6,8 +6,8 @@ a single rank-16 adapter rarely reaches). Every nn.Parameter keeps its identity 
 become views. Autograd accumulates in place into a gradient that exists, so after backward the flat gradient is full,
 as long as gradients are zeroed in place and never set to None.
 
-Each parameter starts at a multiple of 4 elements (16 bytes); the padding between is zero and stays zero, since its
-gradient and so its moments are zero. Left out: anything about what the parameters mean (inject.py), and saving them.
+Each parameter starts at a multiple of 16 bytes; the padding between is zero and stays zero, since its gradient and so
+its moments are zero. Left out: anything about what the parameters mean (inject.py), and saving them.
 """
 
 import math
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-ALIGNMENT = 4  # elements
+ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class FlatGroup:
     """Parameters that share a flat buffer and a weight decay. Build it with `flatten_parameters`."""
 
     name: str
-    data: nn.Parameter  # (N,) fp32; .grad is the flat gradient (N,) fp32, never None
+    data: nn.Parameter  # (N,) fp32 or bf16; .grad is the flat gradient (N,) of the same dtype, never None
     weight_decay: float
     parameters: dict[str, nn.Parameter]  # in the order of the buffer
     slices: dict[str, slice]  # where each parameter lies in the buffer
 
     @property
     def grad(self) -> Tensor:
-        """The flat gradient, (N,) fp32."""
+        """The flat gradient, (N,)."""
         assert self.data.grad is not None
         return self.data.grad
 
@@ -41,7 +41,7 @@ class FlatGroup:
         self.grad.zero_()
 
     def layout(self) -> list[dict[str, object]]:
-        """Names and shapes in the order of the buffer, for JSON; with ALIGNMENT they give every offset."""
+        """Names and shapes in the order of the buffer, for JSON; with ALIGNMENT and dtype they give every offset."""
         return [{"name": name, "shape": list(parameter.shape)} for name, parameter in self.parameters.items()]
 
     def check_views(self) -> None:
@@ -67,24 +67,27 @@ def flatten_parameters(
 ) -> FlatGroup:
     """Move parameters into one flat buffer, keeping their values; gradients start at zero.
 
-    All parameters are fp32, trainable and on one device. Their order is the order given.
+    All parameters are trainable, on one device, and all fp32 or all bf16. Their order is the order given.
     """
     parameters = dict(named)
     assert parameters, f"the group {name} has no parameters"
     assert len({id(parameter) for parameter in parameters.values()}) == len(parameters), "a parameter is given twice"
-    device = next(iter(parameters.values())).device
+    first = next(iter(parameters.values()))
+    device, dtype = first.device, first.dtype
+    assert dtype in (torch.float32, torch.bfloat16), f"adapters are {dtype}; they train in fp32 or bf16"
+    alignment = ALIGNMENT // dtype.itemsize  # elements
     slices: dict[str, slice] = {}
     end = 0
     for key, parameter in parameters.items():
-        assert parameter.dtype == torch.float32, f"{key} is {parameter.dtype}; adapters train in fp32"
+        assert parameter.dtype == dtype, f"{key} is {parameter.dtype}, the others {dtype}"
         assert parameter.requires_grad, f"{key} is frozen"
         assert parameter.device == device, f"{key} is on {parameter.device}, the others on {device}"
-        start = math.ceil(end / ALIGNMENT) * ALIGNMENT
+        start = math.ceil(end / alignment) * alignment
         end = start + parameter.numel()
         slices[key] = slice(start, end)
 
-    size = math.ceil(end / ALIGNMENT) * ALIGNMENT
-    flat = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
+    size = math.ceil(end / alignment) * alignment
+    flat = nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
     flat.grad = torch.zeros_like(flat)
     for key, parameter in parameters.items():
         where = slices[key]
@@ -96,8 +99,9 @@ def flatten_parameters(
 
 
 def grad_norm(groups: Sequence[FlatGroup]) -> Tensor:  # () fp32
-    """L2 norm of all gradients together; NaN or infinite where any gradient is."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(group.grad) for group in groups]))
+    """L2 norm of all gradients together, summed in fp32; NaN or infinite where any gradient is."""
+    norms = [torch.linalg.vector_norm(group.grad, dtype=torch.float32) for group in groups]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_(groups: Sequence[FlatGroup], max_norm: float, norm: Tensor) -> None:

@@ -51,7 +51,10 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     if isinstance(targets, list):
         if unmatched := [name for name in targets if not any(_ends_in(path, name) for path in candidates)]:
-            excluded = [path for path, m in model.named_modules() if m is head or isinstance(m, nn.Embedding)]
+            embedding = getattr(model, "get_input_embeddings", lambda: None)()
+            excluded = [
+                path for path, m in model.named_modules() if m in (head, embedding) or isinstance(m, nn.Embedding)
+            ]
             reason = (
                 " Embeddings and the output head are not adapted: they may share one weight, and merging would change "
                 "both."
@@ -81,7 +84,8 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
 def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> list[str]:
     """Wrap the targets in LoRALinear, and freeze all else but the biases `settings.bias` names; returns the paths.
 
-    Biases that train become fp32. lora_A is drawn from `seed` alone, on the CPU, so it is the same on every device.
+    Biases that train become fp32, lora_A and lora_B are of `settings.dtype`. lora_A is drawn from `seed` alone, in fp32
+    on the CPU, so it is the same on every device.
 
     Raises:
         AdapterError: the targets match nothing.
@@ -97,6 +101,8 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
             use_rslora=settings.use_rslora,
             generator=generator,
         )
+        for part in (layer.lora_A, layer.lora_B):
+            part.weight = nn.Parameter(part.weight.detach().to(getattr(torch, settings.dtype)))
         model.set_submodule(path, layer)
     mark_only_lora_as_trainable(model, settings.bias)
     return paths
@@ -124,13 +130,14 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: BiasMode = "none") -> No
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Assert that nothing trains but adapters and biases, all in fp32."""
+    """Assert that nothing trains but adapters, in fp32 or bf16, and biases, in fp32."""
     for name, parameter in model.named_parameters():
         is_adapter = ".lora_A." in f".{name}" or ".lora_B." in f".{name}"
         is_bias = name.rsplit(".", 1)[-1] == "bias"
         may_train = is_adapter or (is_bias and parameter.requires_grad)
         assert parameter.requires_grad == may_train, f"{name} must {'train' if may_train else 'be frozen'}"
-        assert not may_train or parameter.dtype == torch.float32, f"{name} trains in {parameter.dtype}"
+        dtypes = (torch.float32, torch.bfloat16) if is_adapter else (torch.float32,)
+        assert not may_train or parameter.dtype in dtypes, f"{name} trains in {parameter.dtype}"
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -164,7 +171,7 @@ def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dt
 
 
 def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:
-    """Copies on the CPU of what the bias mode trains, fp32, by PEFT's names: what a checkpoint holds of a model.
+    """Copies on the CPU of what the bias mode trains, by PEFT's names: what a checkpoint holds of a model.
 
     Raises:
         AdapterError: the model trains under another bias mode.
@@ -179,7 +186,7 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of all that trains, fp32, by PEFT's names."""
+    """Copies on the CPU of all that trains, in its dtype, by PEFT's names."""
     return {name: parameter.detach().cpu().clone() for name, parameter in trainable_parameters(model)}
 
 

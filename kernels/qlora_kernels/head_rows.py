@@ -1,0 +1,126 @@
+"""The output head as rows of the vocabulary, a block of them at a time.
+
+A head that is held in 4 or 8 bits is never whole in the dtype of computation: products with it, and with its transpose,
+go over blocks of at most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used as it lies.
+
+fp32 logits of 16-bit products are widened where they lie, and their gradients narrowed, so that no second tensor of
+their size exists.
+
+Legend: N tokens, H hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 1 << 24
+"""Elements of the head made at once: 32 MiB in 16 bits."""
+
+FEWEST_BLOCKS = 16
+"""Into which a vocabulary is cut where it is not taken whole."""
+
+
+class HeadRows(Protocol):
+    """A frozen matrix (V, H), whatever it is held in."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
+        """Rows of the matrix in `dtype`; a view where they are held so."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows:
+    """HeadRows of a plain tensor."""
+
+    weight: Tensor  # (V, H)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.weight[start:stop].to(dtype)
+
+
+def multiply_into(
+    out: Tensor,  # (N, V), of hidden's dtype, or fp32 where that has 16 bits
+    hidden: Tensor,  # (N, H)
+    head: HeadRows,
+) -> None:
+    """out = hidden @ head.T, multiplied in hidden's dtype, without a second tensor of out's size."""
+    vocabulary, _ = head.shape
+    if _is_ready(head, hidden.dtype):
+        product = out.view(hidden.dtype)[:, :vocabulary]
+        torch.mm(hidden, head.rows(0, vocabulary, hidden.dtype).T, out=product)
+        if product.dtype != out.dtype:
+            # What is written over has been read: the right half by blocks before, and a block itself is copied aside.
+            for block in reversed(_cut(vocabulary)):
+                out[:, block] = product[:, block].clone()
+        return
+    for block in _cut(*head.shape):
+        rows = head.rows(block.start, block.stop, hidden.dtype)
+        if out.dtype == hidden.dtype:
+            torch.mm(hidden, rows.T, out=out[:, block])
+        else:
+            out[:, block] = hidden @ rows.T
+        del rows  # or the next block's would be made beside them
+
+
+def multiply_transposed_(
+    grad: Tensor,  # (N, V); its contents are lost
+    head: HeadRows,
+    dtype: torch.dtype,  # grad's, or one of 16 bits where that is fp32
+) -> Tensor:  # (N, H) in `dtype`
+    """grad @ head, multiplied in `dtype`, without a second tensor of grad's size; blocks are summed in grad's own."""
+    vocabulary, hidden_size = head.shape
+    if _is_ready(head, dtype):
+        low = grad.view(dtype)[:, :vocabulary]
+        if low.dtype != grad.dtype:
+            for block in _cut(vocabulary):  # as above, from the left
+                low[:, block] = grad[:, block].to(dtype)
+        return low @ head.rows(0, vocabulary, dtype)
+    total = grad.new_zeros((grad.shape[0], hidden_size))
+    for block in _cut(*head.shape):
+        total += grad[:, block].to(dtype) @ head.rows(block.start, block.stop, dtype)
+    return total.to(dtype)
+
+
+def _is_ready(head: HeadRows, dtype: torch.dtype) -> bool:
+    return isinstance(head, DenseRows) and head.weight.dtype == dtype
+
+
+def _cut(vocabulary: int, hidden_size: int = 1) -> list[slice]:
+    """Blocks that cover the vocabulary."""
+    rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -FEWEST_BLOCKS)), 1)
+    return [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
+
+
+class _HeadLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: HeadRows) -> Tensor:
+        ctx.head = head
+        logits = hidden.new_empty((hidden.shape[0], head.shape[0]))
+        multiply_into(logits, hidden, head)
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # Summed in fp32: this is for models whose own logits are trained on.
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        return multiply_transposed_(wide, ctx.head, grad.dtype), None
+
+
+def head_logits(
+    hidden: Tensor,  # (..., H)
+    head: HeadRows,
+) -> Tensor:  # (..., V)
+    """hidden @ head.T in hidden's dtype; the gradient goes to hidden, and nothing is kept for it."""
+    logits = _HeadLogits.apply(hidden.reshape(-1, hidden.shape[-1]), head)
+    return logits.view(*hidden.shape[:-1], head.shape[0])
