@@ -71,19 +71,19 @@ def apply_policy(model: Any, policy: Policy) -> None:
     """Set the policy on a transformers model, in the place of another; it holds in training mode.
 
     Raises:
-        ModelError: the model's layers cannot be recomputed.
+        ModelError: the model's layers cannot be recomputed; nothing was changed.
     """
     layers = decoder_layers(model)
+    if policy.level != "keep" and not (layers and model.supports_gradient_checkpointing):
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute its layers' activations; set training.activations=keep."
+        )
     for layer in layers:
         layer.__dict__.pop("forward", None)
     tile_mlps(model, TILES if policy.level == "tile" else 1)
     share_workspace(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tile" else None)
     if policy.level == "keep":
         return
-    if not layers or not model.supports_gradient_checkpointing:
-        raise ModelError(
-            f"{type(model).__name__} cannot recompute its layers' activations; set training.activations=keep."
-        )
     inputs = None if policy.level == "recompute" else OffloadedInputs(policy.offload_every)
     for layer in layers[: max(len(layers) - policy.kept_layers, 0)]:
         layer.forward = RecomputedLayer(layer, inputs)
