@@ -2,9 +2,8 @@
 
     python -m benchmarks.peft_parity MODEL_DIRECTORY ROWS.jsonl [steps] [rows a step]
 
-The peer is what its documentation shows: transformers' 4-bit loading, get_peft_model, rows padded on the right with
-an attention mask, torch's AdamW, the summed loss over the step's label tokens. Prints both losses of every step and
-the largest relative difference.
+The peer is that of common.py, without checkpointing, under torch's AdamW. Prints both losses of every step and the
+largest relative difference.
 """
 
 import sys
@@ -12,13 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.adapters.inject import adapter_state_dict
+from benchmarks.common import load_peer, peer_step, rows_of_step, trainable_parameters
+from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.config import make_config
-from qlora_trainer.data.packing import Example
 from qlora_trainer.optim import learning_rate
 from qlora_trainer.runs import Run, start_run
 
@@ -37,75 +33,24 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
         }
     )
     run = start_run(config)
-    initial = adapter_state_dict(run.base.model)
-    order = [rows_of_step(run, step, batch_size) for step in range(steps)]
+    initial = newest_checkpoint(run.directory).path
+    peer = load_peer(run.base.directory, initial, source_dtype(run), checkpointing=False)
     ours: list[float] = []
     run.train(lambda record: ours.append(record["loss"]))
-    theirs = peer_losses(run, initial, order)
+    optimizer = torch.optim.AdamW(trainable_parameters(peer), weight_decay=0.0)
+    settings = config.optimizer
+    theirs = [
+        peer_step(
+            peer, optimizer, rows_of_step(run, step), learning_rate(settings, step, steps), settings.max_grad_norm
+        )
+        for step in range(steps)
+    ]
     return list(zip(ours, theirs, strict=True))
 
 
-def rows_of_step(run: Run, step: int, batch_size: int) -> list[Example]:
-    """The examples that our loader gives a step."""
-    from qlora_trainer.data.loader import epoch_order
-
-    epoch, within = divmod(step, run.state.loader.steps_per_epoch)
-    order = epoch_order(len(run.prepared.train), run.config.training.seed, epoch)
-    return [run.prepared.train[int(i)] for i in order[within * batch_size : (within + 1) * batch_size]]
-
-
-def peer_losses(run: Run, initial: dict[str, torch.Tensor], order: list[list[Example]]) -> list[float]:
-    """The same steps by peft + bitsandbytes."""
-    source = getattr(torch, run.base.fingerprint.source_dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        run.base.directory,
-        dtype=source,
-        device_map={"": "cpu"},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    )
-    for parameter in model.parameters():  # norms, embeddings and head in fp32, as ours compute
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    targets = sorted({path.rsplit(".", 1)[-1] for path in run.adapted})
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"))
-    set_peft_model_state_dict(model, initial)
-    model.train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
-    losses = []
-    for step, examples in enumerate(order):
-        input_ids, labels, mask = padded(examples)
-        logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        wanted = labels[:, 1:]
-        total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), wanted.reshape(-1), reduction="sum")
-        loss = total / (wanted != -100).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, run.config.optimizer.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.config.optimizer, step, len(order))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded (B, T) token ids, labels and attention mask."""
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.zeros((len(examples), width), dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        ids[row, :length] = torch.tensor(example.input_ids)
-        labels[row, :length] = torch.tensor(example.labels)
-        mask[row, :length] = 1
-    return ids, labels, mask
+def source_dtype(run: Run) -> torch.dtype:
+    """The dtype from which the run's base was quantised."""
+    return getattr(torch, run.base.fingerprint.source_dtype)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import cpu_contenders
 from benchmarks.peft_parity import compare
 from qlora_trainer.config import RunConfig
 from qlora_trainer.model import load_dense_model
@@ -26,6 +27,17 @@ def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Pat
     assert pairs[-1][1] < pairs[0][1]
     for ours, theirs in pairs:
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_contenders_of_the_cpu_benchmark_learn_the_same_from_the_same_rows(
+    tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    job = cpu_contenders.Job(str(tiny_llama), str(rows), steps=3, batch_size=4, rank=4, work=str(tmp_path))
+    mine, theirs = cpu_contenders.ours(job, "keep"), cpu_contenders.hand_written_loop(job)
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert mine.tokens == theirs.tokens == mine.computed_tokens
+    assert all(padded > useful for padded, useful in zip(theirs.computed_tokens, theirs.tokens, strict=True))
+    assert mine.peak_private_bytes > 0
 
 
 def test_peft_loads_our_adapter_with_the_same_logits(

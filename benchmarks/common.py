@@ -1,0 +1,94 @@
+"""What comparisons with peft + bitsandbytes share: the rows of our steps, and that peer's model and step.
+
+The peer is what its documentation shows: transformers' 4-bit loading, prepare_model_for_kbit_training, an adapter,
+rows padded on the right with an attention mask, and the model's own loss: the mean over the label tokens of the batch.
+It computes in fp32 and starts from an adapter in PEFT's format, such as each run of ours writes before its first step.
+Nothing of ours is imported but at need: a peer's process then holds only what the peer holds.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from qlora_trainer.runs import Run
+
+
+class Row(NamedTuple):
+    """Tokens, and labels not shifted: -100 where nothing is learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def rows_of_step(run: "Run", step: int) -> list[Row]:
+    """The rows that our loader gives the step of this 0-based index, in its order."""
+    from qlora_trainer.data.loader import epoch_order
+
+    training = run.config.training
+    epoch, within = divmod(step, run.state.loader.steps_per_epoch)
+    order = epoch_order(len(run.prepared.train), training.seed, epoch)
+    chosen = order[within * training.batch_size : (within + 1) * training.batch_size]
+    return [Row(example.input_ids, example.labels) for example in (run.prepared.train[int(i)] for i in chosen)]
+
+
+def load_peer(directory: Path, adapter: Path, dtype: torch.dtype, *, checkpointing: bool) -> Any:
+    """A model directory in NF4 by transformers and bitsandbytes, quantised from `dtype`, and PEFT's adapter on it."""
+    from peft import PeftModel, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    )
+    # Norms, embeddings and head in fp32, as ours compute.
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+
+
+def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def peer_step(
+    model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Row], learning_rate: float, max_grad_norm: float
+) -> float:
+    """One optimizer step on `rows` as one padded batch; returns the loss."""
+    input_ids, labels, mask = padded(rows)
+    loss = model(input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable_parameters(model), max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded (B, T) token ids, labels and attention mask."""
+    width = longest(rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids[index, :length] = torch.tensor(row.input_ids)
+        labels[index, :length] = torch.tensor(row.labels)
+        mask[index, :length] = 1
+    return ids, labels, mask
+
+
+def longest(rows: Iterable[Row]) -> int:
+    """Tokens of the longest row."""
+    return max(len(row.input_ids) for row in rows)

@@ -1,0 +1,245 @@
+"""The contenders of cpu_training.py, one a process: `python -m benchmarks.cpu_contenders NAME JOB.json RESULT.json`.
+
+`ours` goes first: it writes the rows of each step, tokenised, with the learning rate, and the adapter it starts from;
+the others read them. Peak private memory is counted from the beginning of the first step, so that loading a model,
+which takes a moment's memory of its own, is left out; Linux tells it. The library of one contender is imported in its
+own function: in the process of another it would count as that one's memory.
+"""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Row, load_peer, longest, peer_step, rows_of_step, trainable_parameters
+
+ALPHA = 32.0
+MAX_LENGTH = 1024  # tokens of a row: TRL's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all contenders do."""
+
+    model: str
+    rows: str
+    steps: int
+    batch_size: int
+    rank: int
+    work: str  # an empty directory for what is shared, and for runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What `ours` found out and the others need."""
+
+    model: str  # directory of safetensors
+    adapter: str  # directory of the initial adapter in PEFT's format
+    source_dtype: str
+    max_grad_norm: float
+    learning_rates: list[float]  # of each step
+    rows: list[list[Row]]  # of each step
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a contender measured."""
+
+    losses: list[float]  # of each step
+    seconds: list[float]  # of each step
+    cpu_seconds: list[float]  # of each step, over all threads: what others do on the machine changes it little
+    tokens: list[int]  # of each step, padding left out
+    computed_tokens: list[int]  # of each step, padding included
+    peak_private_bytes: int  # of all steps
+    settings: str  # what is worth knowing of how it trained
+
+
+class Meter:
+    """Losses and seconds of the steps, and the peak of private memory in them. Make it when the model is loaded."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.peak_private_bytes = 0
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        self._cpu_seconds_before = cpu_seconds()
+
+    def note(self, loss: float, seconds: float) -> None:
+        """Call after each step, before anything else takes memory."""
+        now = cpu_seconds()
+        self.losses.append(loss)
+        self.seconds.append(seconds)
+        self.cpu_seconds.append(now - self._cpu_seconds_before)
+        self.peak_private_bytes = peak_private_bytes()
+        self._cpu_seconds_before = now
+
+    def result(self, rows: Sequence[Sequence[Row]], *, is_padded: bool, settings: str) -> Result:
+        tokens = [sum(len(row.input_ids) for row in step) for step in rows]
+        padded = [len(step) * longest(step) for step in rows]
+        return Result(
+            losses=self.losses,
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            tokens=tokens,
+            computed_tokens=padded if is_padded else tokens,
+            peak_private_bytes=self.peak_private_bytes,
+            settings=settings,
+        )
+
+
+def cpu_seconds() -> float:
+    """Of this process so far, user and system, over all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_private_bytes() -> int:
+    """Peak resident memory less what files back, such as libraries and weights that are mapped."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    kibibytes = {key: int(status[key].split()[0]) for key in ("VmHWM", "RssFile", "RssShmem")}
+    return 1024 * (kibibytes["VmHWM"] - kibibytes["RssFile"] - kibibytes["RssShmem"])
+
+
+def ours(job: Job, activations: str) -> Result:
+    """A run of ours at its defaults, but for the model, rows, rank and steps; writes what the others need."""
+    from qlora_trainer.checkpoint import newest_checkpoint
+    from qlora_trainer.config import make_config
+    from qlora_trainer.optim import learning_rate
+    from qlora_trainer.runs import start_run
+
+    config = make_config(
+        {
+            "model": {"name": job.model, "device": "cpu", "compute_dtype": "float32"},
+            "adapter": {"rank": job.rank, "alpha": ALPHA},
+            "data": {"train": job.rows, "heldout": 0.0, "max_length": MAX_LENGTH},
+            "training": {
+                "output_dir": str(Path(job.work) / f"run-{activations}"),
+                "max_steps": job.steps,
+                "batch_size": job.batch_size,
+                "activations": activations,
+            },
+        }
+    )
+    run = start_run(config)
+    rows = [rows_of_step(run, step) for step in range(job.steps)]
+    shared = Shared(
+        model=str(run.base.directory),
+        adapter=str(newest_checkpoint(run.directory).path),
+        source_dtype=run.base.fingerprint.source_dtype,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        learning_rates=[learning_rate(config.optimizer, step, job.steps) for step in range(job.steps)],
+        rows=rows,
+    )
+    _shared_path(job).write_text(json.dumps(dataclasses.asdict(shared)), encoding="utf-8")
+    meter = Meter()
+    run.train(lambda record: meter.note(record["loss"], record["tokens"] / record["tokens_per_second"]))
+    settings = f"{config.optimizer.name}, packed into micro-batches of up to {MAX_LENGTH} tokens, float32"
+    return meter.result(rows, is_padded=False, settings=settings)
+
+
+def hand_written_loop(job: Job) -> Result:
+    """peft + bitsandbytes in twenty lines: padded batches, gradient checkpointing, a paged optimizer, fp32."""
+    import bitsandbytes
+
+    shared = _read_shared(job)
+    model = load_peer(Path(shared.model), Path(shared.adapter), getattr(torch, shared.source_dtype), checkpointing=True)
+    optimizer = bitsandbytes.optim.PagedAdamW32bit(trainable_parameters(model), weight_decay=0.0)
+    meter = Meter()
+    for rows, rate in zip(shared.rows, shared.learning_rates, strict=True):
+        started = time.perf_counter()
+        loss = peer_step(model, optimizer, rows, rate, shared.max_grad_norm)
+        meter.note(loss, time.perf_counter() - started)
+    settings = "paged_adamw_32bit, rows padded to the step's longest, gradient checkpointing, float32"
+    return meter.result(shared.rows, is_padded=True, settings=settings)
+
+
+def trl(job: Job) -> Result:
+    """TRL's SFTTrainer at its defaults, given NF4 with double quantisation, LoRA, and our rows in our order."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    shared = _read_shared(job)
+
+    class Clock(TrainerCallback):
+        """Times each step; its loss comes with the log after it."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.meter = Meter()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.finished = time.perf_counter()
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.meter.note(logs["loss"], self.finished - self.started)
+
+    clock = Clock()
+    arguments = SFTConfig(
+        output_dir=str(Path(job.work) / "trl"),
+        per_device_train_batch_size=job.batch_size,
+        max_steps=job.steps,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=shared.model,
+        args=arguments,
+        train_dataset=Dataset.from_list([row._asdict() for rows in shared.rows for row in rows]),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        peft_config=LoraConfig(r=job.rank, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[clock],
+    )
+    trainer.train()
+    adapters = next(p.dtype for name, p in trainer.model.named_parameters() if "lora_A" in name)
+    settings = (
+        f"{arguments.optim.value}, rows padded to the step's longest, gradient checkpointing "
+        f"{'on' if arguments.gradient_checkpointing else 'off'}, "
+        f"{'bfloat16 autocast' if arguments.bf16 else 'float32'}, adapters in {str(adapters).removeprefix('torch.')}, "
+        f"learning rate {arguments.learning_rate:g} {arguments.lr_scheduler_type.value}"
+    )
+    return clock.meter.result(shared.rows, is_padded=True, settings=settings)
+
+
+CONTENDERS: dict[str, Callable[[Job], Result]] = {
+    "ours": lambda job: ours(job, "auto"),
+    "ours, recompute": lambda job: ours(job, "recompute"),
+    "hand-written loop": hand_written_loop,
+    "TRL": trl,
+}
+
+
+def _shared_path(job: Job) -> Path:
+    return Path(job.work) / "shared.json"
+
+
+def _read_shared(job: Job) -> Shared:
+    content = json.loads(_shared_path(job).read_text(encoding="utf-8"))
+    return Shared(**{**content, "rows": [[Row(*row) for row in step] for step in content["rows"]]})
+
+
+def main() -> None:
+    name, job, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    measured = CONTENDERS[name](Job(**json.loads(job.read_text(encoding="utf-8"))))
+    result.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
