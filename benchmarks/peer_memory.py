@@ -22,7 +22,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes
 from qlora_trainer.planning import (
@@ -77,7 +77,7 @@ def plan_peer(
     model = _model_without_weights(directory, rank, layers, prepared)
     live = LiveBytes(workspaces=WORKSPACES_ON_CUDA | WORKSPACES)
     paged: list[int] = []
-    with FakeRun(), _no_mask_matrix():
+    with FakeRun():
         live.watch(_fill(model), "model")
         input_ids = torch.ones((1, tokens), dtype=torch.int64)
         live.watch([input_ids], "model")
@@ -202,17 +202,6 @@ def dequantized_bytes(arguments: tuple[Any, ...]) -> int:
 
 
 WORKSPACES = {torch.ops.bitsandbytes.gemm_4bit.default: dequantized_bytes}
-
-
-@contextmanager
-def _no_mask_matrix() -> Iterator[None]:
-    """Within, transformers takes no fake row for packed documents, for which it would build a mask of (T, T)."""
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager

@@ -14,6 +14,7 @@ inside; those no CPU can show.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -144,6 +145,7 @@ def profiled_peak(state: TrainState, pack: Pack) -> int:
     train_step(state, [pack])
     persistent = [tensor for tensors in persistent_tensors(state, on_cuda=False).values() for tensor in tensors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*persistent, *tensors_of(pack)]}
+    gc.collect()  # or what was left over before would be freed in the step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(state, [pack])
     alive = most = sum(storages.values())

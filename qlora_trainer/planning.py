@@ -10,6 +10,7 @@ inside. Left out: loading the base, evaluation and generation, which need less t
 of settings.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.attention import masks_as_for_real_tensors
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.host_embeddings import host_tensors
@@ -148,15 +150,16 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode()
-        self._answers = _NumbersAreOne()
+        self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
-        self.mode.__enter__()
-        self._answers.__enter__()
+        stack = contextlib.ExitStack()
+        for context in (self.mode, _NumbersAreOne(), masks_as_for_real_tensors()):
+            stack.enter_context(context)
+        self._entered.append(stack)
 
     def __exit__(self, *error: Any) -> None:
-        self._answers.__exit__(*error)
-        self.mode.__exit__(*error)
+        self._entered.pop().__exit__(*error)
 
 
 class _NumbersAreOne(TorchDispatchMode):
