@@ -98,7 +98,7 @@ def our_figure(model: str, rank: int, lean: bool, plan: MemoryPlan) -> Figure:
         allocated=plan.allocated,
         paged=paged,
         total=plan.total,
-        host=getattr(plan, "host", 0),
+        host=plan.host,
         operation=plan.operation,
     )
 

@@ -27,7 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.activations import apply_policy, choose_policy
+from qlora_trainer.activations import choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import RunConfig, make_config
 from qlora_trainer.data.packing import Example, Pack
@@ -71,6 +71,7 @@ SETTINGS: list[tuple[str, Changes]] = [
     ("llama_wide", {"training": {"activations": "keep"}, "adapter": {"dropout": 0.1}}),
     ("llama_wide", {"training": {"activations": "recompute"}, "optimizer": {"name": "adamw"}}),
     ("llama_wide", {"training": {"activations": "tile"}, "adapter": {"rank": 64}}),
+    ("llama_wide", {"data": {"max_length": 64}, "adapter": {"rank": 64}, "optimizer": {"name": "paged_adamw_8bit"}}),
     ("mistral", {"training": {"activations": "offload"}, "optimizer": {"name": "paged_adamw_8bit"}}),
     ("qwen2", {"training": {"activations": "keep"}, "adapter": {"targets": "attention", "bias": "all"}}),
     ("qwen2", {"training": {"activations": "recompute"}, "data": {"packing": False}}),
@@ -133,8 +134,9 @@ def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
     base = load_base_model(directory, config.model)
     torch.manual_seed(0)
     add_adapters(base.model, config.adapter, config.training.seed)
-    apply_policy(base.model, choose_policy(config.training, base.device))
-    state = build_state(base.model, config, [Example([1], [1])] * config.training.batch_size, base.compute_dtype)
+    rows = [Example([1], [1])] * config.training.batch_size
+    policy = choose_policy(config.training, base.device)
+    state = build_state(base.model, config, rows, base.compute_dtype, policy)
     state.total_steps = max(state.total_steps, 2)
     return state, longest_pack(directory, config, state.loader.packing)
 
