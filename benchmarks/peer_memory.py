@@ -100,7 +100,7 @@ def plan_peer(
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-    paged_bytes = live.peak.by_kind[PAGED]
+    paged_bytes = live.peak.by_kind.get(PAGED, 0)
     return PeerPlan(
         tokens=tokens,
         operation=live.peak.operation,
