@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes
+from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
 from qlora_trainer.planning import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -66,7 +66,7 @@ class PeerPlan:
 def plan_peer(
     directory: Path, tokens: int, rank: int, *, layers: int | None = None, prepared: bool = False
 ) -> PeerPlan:
-    """The second of two optimizer steps on one row.
+    """An optimizer step on one row, played twice to the allocator.
 
     Args:
         directory: holds the base's config.json.
@@ -90,22 +90,21 @@ def plan_peer(
             blocks = live.watch(moments, PAGED if pages else "state")
             paged += blocks if pages else []
         with live:
-            for step in range(2):
-                if step == 1:
-                    live.restart_peak()
-                with _autocast() if prepared else nullcontext():
-                    loss = model(input_ids=input_ids, labels=input_ids).loss
-                loss.backward()
-                del loss
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+            live.restart_peak()
+            with _autocast() if prepared else nullcontext():
+                loss = model(input_ids=input_ids, labels=input_ids).loss
+            loss.backward()
+            del loss
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    steps = [*live.trace, *once_more(live.trace, live.began)]  # as ours: every step takes the same
     paged_bytes = live.peak.by_kind.get(PAGED, 0)
     return PeerPlan(
         tokens=tokens,
         operation=live.peak.operation,
         allocated=live.peak.bytes - paged_bytes,
-        reserved=CachingAllocator().play(live.trace, without=paged).reserved,
+        reserved=CachingAllocator().play(steps, without=paged).reserved,
         paged=paged_bytes,
     )
 
