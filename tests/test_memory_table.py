@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks.memory_table import MODELS
+from benchmarks.memory_table import MODELS, longest_of_peer
 from benchmarks.peer_memory import WORKSPACES, plan_peer
+from qlora_trainer.fitting import GRAIN
 from qlora_trainer.memory_tracking import LiveBytes
 from qlora_trainer.planning import WORKSPACES_ON_CUDA
 
@@ -21,8 +22,9 @@ TOKENS, RANK = 128, 64
 def small_llama(tmp_path: Path) -> Path:
     """Llama-3.1's config with fewer and smaller layers, and random weights."""
     raw = json.loads((MODELS / "llama-3.1-8b" / "config.json").read_text())
-    raw |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 64}
-    raw |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+    raw |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+    raw |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    raw |= {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
@@ -67,3 +69,22 @@ def real_peak(directory: Path) -> int:
 def test_the_peer_on_fake_tensors_takes_the_bytes_of_the_real_one(small_llama: Path) -> None:
     plan = plan_peer(small_llama, TOKENS, RANK)
     assert plan.allocated + plan.paged == real_peak(small_llama)
+
+
+@pytest.mark.slow
+def test_the_search_finds_the_last_length_of_the_peer_that_fits(small_llama: Path) -> None:
+    budget = plan_peer(small_llama, 4 * GRAIN, RANK).total + 2**20
+    longest = longest_of_peer(small_llama, RANK, budget)
+    assert longest is not None
+    assert longest.tokens >= 4 * GRAIN
+    assert longest.total <= budget < plan_peer(small_llama, longest.tokens + GRAIN, RANK).total
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("llama-3.1-8b", 8.03), ("llama-2-7b", 6.74), ("mistral-7b-v0.3", 7.25), ("qwen2.5-7b", 7.62), ("qwen3-8b", 8.19)],
+)
+def test_the_models_have_the_published_number_of_parameters(model: str, billions: float) -> None:
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODELS / model))
+    assert round(shape.num_parameters() / 1e9, 2) == billions
