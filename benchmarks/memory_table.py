@@ -77,14 +77,8 @@ def our_config(directory: Path, rank: int, tokens: int, lean: bool) -> RunConfig
         "training": {"batch_size": 1},
     }
     for section, options in [*LEANEST.items(), *(LEAN_OPTIONS.items() if lean else ())]:
-        raw[section] = raw.get(section, {}) | known(section, options)
+        raw[section] = raw.get(section, {}) | options
     return make_config(raw)
-
-
-def known(section: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options those that this version's config has."""
-    fields = getattr(RunConfig.model_fields[section].annotation, "model_fields", {})
-    return {key: value for key, value in options.items() if key in fields}
 
 
 def our_figure(model: str, rank: int, lean: bool, plan: MemoryPlan) -> Figure:
