@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 
 from qlora_kernels.varlen_attention import varlen_attention
 from qlora_trainer.errors import ModelError
@@ -61,6 +61,18 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
+
+
+@contextmanager
+def masks_as_for_real_tensors() -> Iterator[None]:
+    """Within, transformers takes no fake tensor for one being traced: for such a row, whose position ids it must not
+    read, it would build a mask of tokens x tokens that a real row of one document never gets."""
+    original = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = original
 
 
 @torch.no_grad()

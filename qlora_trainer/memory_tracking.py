@@ -86,8 +86,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage(), kind, func)
-        if (workspace := self._workspaces.get(func)) is not None:
-            self._use_and_free(workspace(args), func)
+        if (workspace := self._workspaces.get(func)) is not None and (size := workspace(args)):
+            self._use_and_free(size, func)
         return out
 
     def watch(self, tensors: Iterable[Tensor], kind: str) -> list[int]:

@@ -10,6 +10,7 @@ inside. Left out: loading the base, evaluation and generation, which need less t
 of settings.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.attention import masks_as_for_real_tensors
 from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.host_embeddings import host_tensors
@@ -148,15 +150,16 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode()
-        self._answers = _NumbersAreOne()
+        self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
-        self.mode.__enter__()
-        self._answers.__enter__()
+        stack = contextlib.ExitStack()
+        for context in (self.mode, _NumbersAreOne(), masks_as_for_real_tensors()):
+            stack.enter_context(context)
+        self._entered.append(stack)
 
     def __exit__(self, *error: Any) -> None:
-        self._answers.__exit__(*error)
-        self.mode.__exit__(*error)
+        self._entered.pop().__exit__(*error)
 
 
 class _NumbersAreOne(TorchDispatchMode):
@@ -204,14 +207,15 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
     Every step takes the same memory, as optimizer state exists before the first.
 
     Args:
-        on_cuda: count as a card would: large optimizer state pages, and attention's backward needs room inside.
+        on_cuda: count as a card would: large optimizer state pages, attention's backward needs room inside, and host
+            memory is apart.
     """
     live = LiveBytes(
         kinds={torch.ops.qlora.copy_to_host.default: HOST},
-        workspaces=WORKSPACES_ON_CUDA if on_cuda else {},
+        workspaces=WORKSPACES_ON_CUDA if on_cuda else WORKSPACES_ON_CPU,
         other=ACTIVATIONS,
         inside=INSIDE,
-        host=HOST,
+        host=HOST if on_cuda else "",  # to a CPU's step, host memory is memory as any other
     )
     persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
@@ -266,4 +270,19 @@ def flash_backward_bytes(arguments: tuple[Any, ...]) -> int:
     return inside
 
 
+def adamw_32bit_bytes(arguments: tuple[Any, ...]) -> int:
+    """bitsandbytes' update on a CPU, written in torch, has three fp32 tensors of its own at once; on CUDA none."""
+    parameter = arguments[2]
+    return (3 + (parameter.dtype != torch.float32)) * 4 * parameter.numel()
+
+
+def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
+    """Likewise; both moments in fp32 come to them."""
+    return adamw_32bit_bytes(arguments) + 2 * 4 * arguments[2].numel()
+
+
 WORKSPACES_ON_CUDA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_backward_bytes}
+WORKSPACES_ON_CPU = {
+    torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
+    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
+}

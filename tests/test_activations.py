@@ -82,7 +82,7 @@ def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Pa
     peaks = []
     for level in LEVELS:
         apply_policy(state.model, Policy(level))
-        peaks.append(track_steps(state, pack, on_cuda=False)[0].peak.bytes)
+        peaks.append(track_steps(state, pack, on_cuda=True)[0].peak.bytes)
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(LEVELS)
 
@@ -94,7 +94,7 @@ def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: C
     layer_input = 512 * 64 * 4
     for every, inputs in ((1, 5), (2, 3), (3, 2), (5, 1)):
         apply_policy(state.model, Policy("offload", offload_every=every))
-        live, _ = track_steps(state, pack, on_cuda=False)
+        live, _ = track_steps(state, pack, on_cuda=True)
         assert live.host_peak == inputs * layer_input
         assert HOST not in live.peak.by_kind
 

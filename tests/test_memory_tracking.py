@@ -51,6 +51,14 @@ def test_kinds_and_bytes_inside_an_operation_are_told_at_the_peak() -> None:
     assert live.peak.bytes == 200
 
 
+def test_an_operation_that_uses_nothing_inside_leaves_no_trace() -> None:
+    exp = torch.ops.aten.exp.default
+    with LiveBytes(workspaces={exp: lambda arguments: 0}) as live:
+        torch.zeros(256).exp()
+    assert [event.bytes for event in live.trace] == [1024, 1024, -1024, -1024]
+    assert CachingAllocator().play(live.trace).allocated == 0
+
+
 def test_fake_tensors_count_as_real_ones() -> None:
     def work() -> None:
         x = torch.ones(64, 32, dtype=torch.bfloat16)

@@ -45,6 +45,7 @@ SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"training": {"activations": "keep"}, "data": {"max_length": 256}, "adapter": {"dropout": 0.1}},
     {"training": {"activations": "recompute"}, "data": {"max_length": 512}, "optimizer": {"name": "adamw"}},
     {"training": {"activations": "keep"}, "adapter": {"rank": 32}, "optimizer": {"name": "paged_adamw_8bit"}},
+    {"training": {"activations": "recompute"}, "data": {"packing": False, "max_length": 256}},
     {"training": {"activations": "keep"}, "adapter": {"targets": ["q_proj", "v_proj"], "bias": "all"}},
     {"training": {"activations": "recompute", "kept_layers": 1}, "data": {"max_length": 256}},
     {"training": {"activations": "offload"}, "adapter": {"dropout": 0.1}},

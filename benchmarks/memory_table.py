@@ -1,0 +1,255 @@
+"""Memory of a training step of 7B and 8B models: ours beside peft + bitsandbytes with checkpointing.
+
+    python -m benchmarks.memory_table [--model NAME ...] [--only-peak | --only-context] [--layers N] [--json]
+
+Both steps run on fake tensors, from the models' config.json in benchmarks/models, and are counted by the same tracker
+and the same simulation of CUDA's allocator; attention's backward needs room inside by the same formula. Nothing here
+ran on a card. Two tables:
+
+Peak: what the allocator reserves at one row of 2,048 tokens, rank 16 on all linear layers, and the paged optimizer
+state as if it were all resident. The allowances are left out, as they are the same for all.
+
+Context: the longest single row, in steps of 256 tokens, for rank 32 on cards of 8, 12, 16 and 24 GB (10^9 bytes), each
+by a whole plan of the whole model: reserved, paged state, and the stated allowances for the CUDA context and cuBLAS'
+workspace. Reserved includes all that the simulated allocator wastes; a real one that meets its limit gives empty
+segments back and tries again, and so may hold a little more, for both alike. Host memory is what ours keeps there.
+
+With --layers N models are cut to N layers: to try the command in seconds; those figures say nothing.
+The peer is described in peer_memory.py. Whole models take minutes; progress is on stderr.
+"""
+
+import argparse
+import bisect
+import functools
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_memory import PeerPlan, plan_peer
+from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED, longest_context
+from qlora_trainer.model_source import max_positions
+from qlora_trainer.planning import CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES, PAGED, MemoryPlan, plan_memory
+
+MODELS = Path(__file__).parent / "models"
+PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32
+CARDS = (8, 12, 16, 24)  # GB
+LEANEST = {"training": {"activations": "tile"}}
+LEAN_OPTIONS = {
+    "model": {"embeddings": "host", "output_head": "4bit"},
+    "adapter": {"dtype": "bfloat16"},
+    "optimizer": {"name": "paged_adamw_8bit"},
+}
+OURS, LEAN, PEER, PREPARED = "ours", "ours, lean options", "peft + bitsandbytes", "peft + bitsandbytes, prepared"
+UNSLOTH = "Unsloth (published)"
+PUBLISHED_CONTEXT = {UNSLOTH: {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}}  # Llama-3.1-8B, rank 32, one row
+PUBLISHED_PEAK = {"torchtune (published; 2 rows of 2,048)": 7.4 * 2**30}  # Llama-3.1-8B
+PUBLISHED_MODEL = "llama-3.1-8b"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plan, ours or the peer's; in bytes."""
+
+    model: str
+    who: str
+    tokens: int
+    rank: int
+    resident: int  # reserved by torch, and the paged state
+    allocated: int  # alive at the fullest moment, without the paged state
+    paged: int
+    total: int  # with the allowances
+    host: int  # kept in host memory, beside the paged state
+    operation: str  # at which most is alive
+
+
+def our_config(directory: Path, rank: int, tokens: int, lean: bool) -> RunConfig:
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"name": str(directory), "compute_dtype": "bfloat16"},
+        "adapter": {"rank": rank, "targets": "all-linear"},
+        "data": {"train": "rows.jsonl", "max_length": tokens},
+        "training": {"batch_size": 1},
+    }
+    for section, options in [*LEANEST.items(), *(LEAN_OPTIONS.items() if lean else ())]:
+        raw[section] = raw.get(section, {}) | options
+    return make_config(raw)
+
+
+def our_figure(model: str, rank: int, lean: bool, plan: MemoryPlan) -> Figure:
+    paged = plan.components[PAGED]
+    return Figure(
+        model=model,
+        who=LEAN if lean else OURS,
+        tokens=plan.max_length,
+        rank=rank,
+        resident=plan.reserved + paged,
+        allocated=plan.allocated,
+        paged=paged,
+        total=plan.total,
+        host=plan.host,
+        operation=plan.operation,
+    )
+
+
+def peer_figure(model: str, rank: int, who: str, plan: PeerPlan) -> Figure:
+    return Figure(
+        model=model,
+        who=who,
+        tokens=plan.tokens,
+        rank=rank,
+        resident=plan.resident,
+        allocated=plan.allocated,
+        paged=plan.paged,
+        total=plan.total,
+        host=0,
+        operation=plan.operation,
+    )
+
+
+def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figure]:
+    """The first table's figures of one model."""
+    figures = []
+    for lean in (False, True):
+        plan = plan_memory(directory, our_config(directory, PEAK_RANK, PEAK_TOKENS, lean))
+        figures.append(our_figure(model, PEAK_RANK, lean, plan))
+        say(f"{model}: {describe(figures[-1])}; {plan.base_parameters / 1e9:.2f}B parameters in the base")
+    for who in (PEER, PREPARED):
+        peer = plan_peer(directory, PEAK_TOKENS, PEAK_RANK, prepared=who == PREPARED)
+        figures.append(peer_figure(model, PEAK_RANK, who, peer))
+        say(f"{model}: {describe(figures[-1])}")
+    return figures
+
+
+def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[str, dict[int, Figure | None]]:
+    """The second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
+    found: dict[str, dict[int, Figure | None]] = {}
+    for lean in (False, True):
+        who = LEAN if lean else OURS
+        config = our_config(directory, CONTEXT_RANK, PEAK_TOKENS, lean)
+        near = plan_memory(directory, config)
+        found[who] = {}
+        for card in CARDS:
+            plan = longest_context(directory, config, near, card * 10**9)
+            found[who][card] = our_figure(model, CONTEXT_RANK, lean, plan) if plan else None
+            say(f"{model}, {card} GB: {describe(found[who][card])}")
+    found[PEER] = {}
+    for card in CARDS:
+        peer = longest_of_peer(directory, CONTEXT_RANK, card * 10**9)
+        found[PEER][card] = peer_figure(model, CONTEXT_RANK, PEER, peer) if peer else None
+        say(f"{model}, {card} GB: {describe(found[PEER][card])}")
+    return found
+
+
+def longest_of_peer(directory: Path, rank: int, budget: int) -> PeerPlan | None:
+    """As fitting.longest_context: by estimates without the allocator's waste, corrected by whole plans."""
+    layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+
+    @functools.cache
+    def estimate(steps: int) -> int:
+        """Live bytes are linear in the number of layers."""
+        two, three = (plan_peer(directory, steps * GRAIN, rank, layers=count).without_slack for count in (2, 3))
+        return two + (layers - 2) * (three - two)
+
+    best, waste = None, 1.0
+    low, high = 1, (max_positions(directory) or LONGEST_SEARCHED) // GRAIN + 1  # all below low fit, none from high on
+    while low < high:
+        guess = max(low, low - 1 + bisect.bisect_right(range(low, high), budget / waste, key=estimate))
+        plan = plan_peer(directory, guess * GRAIN, rank)
+        waste = plan.total / plan.without_slack
+        if plan.total <= budget:
+            best, low = plan, guess + 1
+        else:
+            high = guess
+    return best
+
+
+def describe(figure: Figure | None) -> str:
+    if figure is None:
+        return f"not even {GRAIN} tokens fit"
+    host = f", {figure.host / 2**30:.1f} GiB on the host" if figure.host else ""
+    return f"{figure.who}: {figure.tokens:,} tokens, {figure.resident / 2**30:.2f} GiB{host}"
+
+
+def print_peaks(figures: list[Figure]) -> None:
+    print(f"Peak at 1 x {PEAK_TOKENS:,} tokens, rank {PEAK_RANK}, GiB reserved with paged state (of it paged; alive):")
+    for model in dict.fromkeys(figure.model for figure in figures):
+        print(f"  {model}")
+        for figure in figures:
+            if figure.model == model:
+                parts = f"({figure.paged / 2**30:.2f}; {(figure.allocated + figure.paged) / 2**30:.2f})"
+                print(f"    {figure.who:<40}{figure.resident / 2**30:>7.2f}  {parts}")
+        if model == PUBLISHED_MODEL:
+            for who, count in PUBLISHED_PEAK.items():
+                print(f"    {who:<40}{count / 2**30:>7.2f}")
+
+
+def print_contexts(model: str, found: dict[str, dict[int, Figure | None]]) -> None:
+    allowance = (CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES) / 2**20
+    print(f"Longest row of {model}, rank {CONTEXT_RANK}, tokens, {allowance:.0f} MiB allowed for context and cuBLAS:")
+    print(f"  {'':<42}" + "".join(f"{f'{card} GB':>12}" for card in CARDS))
+    for who, by_card in found.items():
+        lengths = [f"{figure.tokens:,}" if figure else "none" for figure in by_card.values()]
+        print(f"  {who:<42}" + "".join(f"{length:>12}" for length in lengths))
+        if any(figure and figure.host for figure in by_card.values()):
+            hosts = [f"{figure.host / 2**30:.1f}" if figure else "-" for figure in by_card.values()]
+            print(f"  {'  GiB of host memory':<42}" + "".join(f"{host:>12}" for host in hosts))
+    if model == PUBLISHED_MODEL:
+        for who, tokens in PUBLISHED_CONTEXT.items():
+            print(f"  {who:<42}" + "".join(f"{tokens[card]:>12,}" for card in CARDS))
+
+
+def cut(directory: Path, layers: int, work: Path) -> Path:
+    """A directory with the same config but so many layers."""
+    raw = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": layers}
+    target = work / directory.name
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(raw))
+    return target
+
+
+def main() -> None:
+    names = sorted(path.name for path in MODELS.iterdir())
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--model", action="append", choices=names, help="default: all peaks, and llama-3.1-8b's context"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-peak", action="store_true")
+    only.add_argument("--only-context", action="store_true")
+    parser.add_argument("--layers", type=int, help="cut models to so many layers, to try the command")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")  # of libraries, about their own future
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    figures: list[Figure] = []
+    longest: dict[str, dict[str, dict[int, Figure | None]]] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for model in options.model or names:
+            directory = MODELS / model if options.layers is None else cut(MODELS / model, options.layers, Path(work))
+            if not options.only_context:
+                figures += peaks(model, directory, say)
+            if not options.only_peak and (options.model or model == PUBLISHED_MODEL):
+                longest[model] = contexts(model, directory, say)
+    if options.json:
+        print(json.dumps({"layers": options.layers, "peaks": figures, "contexts": longest}, default=vars, indent=2))
+        return
+    if options.layers is not None:
+        print(f"Models cut to {options.layers} layers: these figures only show that the command runs.")
+    if figures:
+        print_peaks(figures)
+    for model, found in longest.items():
+        print_contexts(model, found)
+
+
+if __name__ == "__main__":
+    main()

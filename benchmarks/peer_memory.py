@@ -1,0 +1,215 @@
+"""What a step of peft + bitsandbytes needs on a card, counted as ours is: on fake tensors, by the same tracker.
+
+The peer is made of the real libraries: transformers' model with torch's attention, its linear layers but the head as
+bitsandbytes' Linear4bit (NF4, double quantisation, bf16 compute), peft's LoRA in fp32 on all of them, non-reentrant
+gradient checkpointing over every layer, the loss that transformers computes from labels, gradients clipped, and paged
+AdamW with 32-bit state. What the libraries do beyond that in the leanest way of using them: the base stays in bf16.
+`prepared=True` is what peft's documentation shows first, `prepare_model_for_kbit_training`, which casts embeddings,
+head and norms to fp32, under bf16 autocast as transformers' Trainer sets it.
+
+Where a library's kernel allocates inside, a formula says how much; it counts for the peer only where that is sure.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
+from qlora_trainer.planning import (
+    CUBLAS_WORKSPACE_BYTES,
+    CUDA_CONTEXT_BYTES,
+    PAGED,
+    PAGED_ELEMENTS,
+    WORKSPACES_ON_CUDA,
+    FakeRun,
+)
+
+BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
+FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantising (its backends/cuda/ops.py)
+
+
+@dataclass(frozen=True)
+class PeerPlan:
+    """What the peer needs, in bytes; the same allowances as in MemoryPlan."""
+
+    tokens: int
+    operation: str  # at which most is alive
+    allocated: int
+    reserved: int
+    paged: int
+
+    @property
+    def resident(self) -> int:
+        """Reserved, and the paged state counted as resident."""
+        return self.reserved + self.paged
+
+    @property
+    def total(self) -> int:
+        return self.resident + CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES
+
+    @property
+    def without_slack(self) -> int:
+        """All but what the allocator wastes."""
+        return self.total - self.reserved + self.allocated
+
+
+def plan_peer(
+    directory: Path, tokens: int, rank: int, *, layers: int | None = None, prepared: bool = False
+) -> PeerPlan:
+    """An optimizer step on one row, played twice to the allocator.
+
+    Args:
+        directory: holds the base's config.json.
+        tokens: of the row.
+        layers: a base cut to so many layers.
+        prepared: with peft's prepare_model_for_kbit_training and autocast.
+    """
+    model = _model_without_weights(directory, rank, layers, prepared)
+    live = LiveBytes(workspaces=WORKSPACES_ON_CUDA | WORKSPACES)
+    paged: list[int] = []
+    with FakeRun():
+        live.watch(_fill(model), "model")
+        input_ids = torch.ones((1, tokens), dtype=torch.int64)
+        live.watch([input_ids], "model")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = bitsandbytes.optim.PagedAdamW32bit(trained)
+        for parameter_index, parameter in enumerate(trained):
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, parameter_index)
+            pages = parameter.numel() >= PAGED_ELEMENTS
+            moments = [optimizer.state[parameter][key] for key in ("state1", "state2")]
+            blocks = live.watch(moments, PAGED if pages else "state")
+            paged += blocks if pages else []
+        with live:
+            live.restart_peak()
+            with _autocast() if prepared else nullcontext():
+                loss = model(input_ids=input_ids, labels=input_ids).loss
+            loss.backward()
+            del loss
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    steps = [*live.trace, *once_more(live.trace, live.began)]  # as ours: every step takes the same
+    paged_bytes = live.peak.by_kind.get(PAGED, 0)
+    return PeerPlan(
+        tokens=tokens,
+        operation=live.peak.operation,
+        allocated=live.peak.bytes - paged_bytes,
+        reserved=CachingAllocator().play(steps, without=paged).reserved,
+        paged=paged_bytes,
+    )
+
+
+def _model_without_weights(directory: Path, rank: int, layers: int | None, prepared: bool) -> Any:
+    config = AutoConfig.from_pretrained(directory)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+                model.set_submodule(path, _linear4bit(module))
+        model.is_loaded_in_4bit = True
+        model.config.use_cache = False
+        checkpointing = {"use_reentrant": False}
+        if prepared:
+            model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=checkpointing)
+        else:
+            model.requires_grad_(False)
+            model.gradient_checkpointing_enable(checkpointing)
+        settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, settings).train()
+
+
+def _linear4bit(linear: nn.Linear) -> nn.Module:
+    return bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+    ).to(torch.bfloat16)  # its bias; nothing is quantised on the meta device
+
+
+def _fill(model: nn.Module) -> list[Tensor]:
+    """Give a model without weights fake ones; returns all of them. Call under fake tensors."""
+    made: dict[int, Tensor] = {}
+    filled: list[Tensor] = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:  # ties stay ties
+                    if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
+                        new, statistics = _packed_weight(module.out_features, module.in_features)
+                        module.quant_state = new.quant_state
+                        filled += statistics
+                    else:
+                        new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                        if tensors is module._parameters:
+                            new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[id(old)] = new
+                    filled.append(new)
+                tensors[name] = made[id(old)]  # type: ignore[assignment]
+    return filled
+
+
+def _packed_weight(out_features: int, in_features: int) -> tuple[Any, list[Tensor]]:
+    """A quantised weight as bitsandbytes holds it, and its statistics. (A Params4bit cannot hold a fake tensor.)"""
+    blocks = -(-out_features * in_features // BLOCK_SIZE)
+    code = torch.empty(16)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE)),
+        code=torch.empty(256),
+        blocksize=NESTED_BLOCK_SIZE,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((out_features, in_features)),
+        code=code,
+        blocksize=BLOCK_SIZE,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+        offset=torch.empty(()),
+        state2=nested,
+    )
+    packed: Any = nn.Parameter(
+        torch.empty((out_features * in_features // 2, 1), dtype=torch.uint8), requires_grad=False
+    )
+    packed.quant_state = state
+    return packed, [state.absmax, state.offset, code, nested.absmax, nested.code]
+
+
+def dequantized_bytes(arguments: tuple[Any, ...]) -> int:
+    """bitsandbytes' 4-bit product makes the weight whole in the input's dtype, but for few tokens."""
+    x, shape = arguments[0], arguments[2]
+    return math.prod(shape) * x.element_size() if x.numel() // x.shape[-1] > FUSED_TOKENS else 0
+
+
+WORKSPACES = {torch.ops.bitsandbytes.gemm_4bit.default: dequantized_bytes}
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """bf16 autocast on the CPU, which the fake tensors are on; peft asks whether it is on for CUDA."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
