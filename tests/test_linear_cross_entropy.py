@@ -254,7 +254,8 @@ def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch
 
 
 def test_a_chunks_logits_take_about_32_mib() -> None:
-    assert [tokens_of_a_chunk(v) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
+    assert [tokens_of_a_chunk(v, 2048) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
+    assert [tokens_of_a_chunk(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
 
 
 def test_backward_scales_the_gradient_where_it_lies_and_so_only_once() -> None:

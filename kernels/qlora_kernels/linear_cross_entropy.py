@@ -25,6 +25,9 @@ CHUNK_BYTES = 32 * 2**20
 
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
+MOST_CHUNKS = 64
+"""Of one call: a long context, beside which a larger chunk is little, does not read the head more often."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,  # (T, H)
@@ -44,7 +47,7 @@ def linear_cross_entropy(
     their gradient: one (C, V) in fp32, and where the head or its products are not used as they lie, a block of them.
     """
     rows = DenseRows(head) if isinstance(head, Tensor) else head
-    settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0]))
+    settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0], hidden.shape[0]))
     if not torch.is_grad_enabled():
         return _loss_and_gradient(hidden, rows, labels, bias, *settings, with_gradient=False)[0]
     frozen = not any(tensor.requires_grad for tensor in (head, bias) if isinstance(tensor, Tensor))
@@ -52,10 +55,11 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, rows, labels, bias, *settings)
 
 
-def tokens_of_a_chunk(vocabulary: int) -> int:
-    """A multiple of 64, of logits of about CHUNK_BYTES."""
+def tokens_of_a_chunk(vocabulary: int, tokens: int) -> int:
+    """A multiple of 64: of logits of about CHUNK_BYTES, or a MOST_CHUNKS-th of all tokens, whichever is more."""
     fitting = CHUNK_BYTES // (4 * vocabulary) // FEWEST_TOKENS * FEWEST_TOKENS
-    return min(max(fitting, FEWEST_TOKENS), MOST_TOKENS)
+    share = -(-tokens // (MOST_CHUNKS * FEWEST_TOKENS)) * FEWEST_TOKENS
+    return max(min(max(fitting, FEWEST_TOKENS), MOST_TOKENS), share)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

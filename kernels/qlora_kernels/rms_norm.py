@@ -4,7 +4,7 @@ Written in plain torch operations, autograd keeps two or three fp32 tensors of t
 input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Two forms are in use and
 differ in where they round; `Form` names them. The weight is frozen and gets no gradient.
 
-Rows are taken a chunk at a time, so that fp32 values of the whole input never exist. Left out: a fused kernel.
+Rows are taken a chunk at a time, so that fp32 values of a long input never exist whole. Left out: a fused kernel.
 
 Legend: N rows, H features.
 """
@@ -20,7 +20,8 @@ from qlora_kernels.lora_linear import fetch, keep
 Form = Literal["scale_after_cast", "scale_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it, or (x_hat * (1 + weight.float())).to(dtype), as Gemma has it."""
 
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than MOST_CHUNKS chunks
+MOST_CHUNKS = 16
 
 
 def rms_norm(
@@ -83,5 +84,5 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(rows: Tensor) -> list[slice]:
-    size = max(CHUNK_ELEMENTS // rows.shape[-1], 1)
+    size = max(CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // MOST_CHUNKS), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]
