@@ -32,7 +32,7 @@ from qlora_trainer.quantization import share_workspace
 
 Level = Literal["keep", "recompute", "offload", "tile"]
 LEVELS: tuple[Level, ...] = ("keep", "recompute", "offload", "tile")
-TILES = 4  # what an MLP's tile takes is then about what attention takes of the whole row
+TILES = 8  # what one tile of an MLP takes is then less than what attention takes of the whole row
 TILED_WORKSPACE = 1 << 24  # elements of a weight dequantised at a time under `tile`
 
 
