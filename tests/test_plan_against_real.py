@@ -16,5 +16,5 @@ SETTINGS: list[tuple[str, Changes]] = [
 def test_the_plan_agrees_with_the_allocators_events(tmp_path: Path, family: str, changes: Changes) -> None:
     found = compare(make_model(tmp_path / family, family), family, changes)
     assert found.planned == found.tracked
-    assert abs(found.error) < LIMIT / 5
+    assert abs(found.error) < LIMIT / 2
     assert found.holds
