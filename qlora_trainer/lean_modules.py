@@ -131,7 +131,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
     """
     linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
     others = [child for name, child in mlp.named_children() if name not in linear]
-    if len(others) != 1 or next(others[0].parameters(), None) is not None:
+    if len(others) != 1 or next(others[0].parameters(), None) is not None or isinstance(others[0], nn.Identity):
         return None
     activation = others[0]
     for names in itertools.permutations(linear):

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 
-Activation = Callable[[Tensor], Tensor]  # elementwise
+Activation = Callable[[Tensor], Tensor]  # elementwise, into a new tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,7 @@ class _GatedNF4Linear(torch.autograd.Function):
         weight: NF4Weight,
         adapter: Adapter | None,
     ) -> Tensor:
-        product = activation(gate) * up
+        product = activation(gate).mul_(up)
         low_rank = None if adapter is None else _low_rank(product, adapter)
         if any(ctx.needs_input_grad):
             ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
