@@ -15,16 +15,16 @@ Left out: choosing a policy by what fits (fitting.py), and what single modules k
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels.host_copy import HostCopy
+from qlora_kernels.random_state import RandomState
 from qlora_trainer.config import TrainingConfig
 from qlora_trainer.errors import ModelError
 from qlora_trainer.lean_modules import tile_mlps
@@ -119,7 +119,10 @@ class RecomputedLayer:
 
 
 class OffloadedInputs:
-    """The layers' inputs of one forward pass after another: every n-th on the host, the others made from it again."""
+    """The layers' inputs of one forward pass after another: every n-th on the host, the others made from it again.
+
+    That is where a layer's input is the output of the layer before it; another input goes to the host itself.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -128,6 +131,8 @@ class OffloadedInputs:
     def put(self, hidden: Tensor, run: Callable[[Tensor], Any]) -> "KeptInput":
         """Keep the input of the next layer, whose forward is `run`."""
         last = None if self._last is None else self._last()
+        if last is not None:
+            last.release()
         before = last if last is not None and last.gave(hidden) else None  # else a new forward pass has begun
         kept = KeptInput(hidden, run, before, self.every)
         self._last = weakref.ref(kept)
@@ -145,8 +150,6 @@ class KeptInput:
         self._input = weakref.ref(hidden)
         self._output: weakref.ref[Tensor] | None = None
         self._random = RandomState(hidden) if every > 1 else None
-        if before is not None:
-            before.release()
         self._copy = HostCopy(hidden.detach()) if self.depth == 0 else None
         self._again: Tensor | None = None  # made again, until this layer's backward takes it
 
@@ -173,9 +176,9 @@ class KeptInput:
         nearest = self.before
         while nearest is not None and nearest._copy is None:
             nearest = nearest.before
-        if nearest is not None and self._copy is not None:
+        if nearest is not None and (self._copy is not None or self.before is nearest):
             assert nearest._copy is not None
-            nearest._copy.prefetch()  # comes while this layer computes
+            nearest._copy.prefetch()  # comes while this layer computes, for the next one or for those before that
         return hidden
 
     def value(self) -> Tensor:
@@ -192,22 +195,6 @@ class KeptInput:
         hidden = self.value()
         with torch.no_grad(), self._random.restored():
             return _first(self._run(hidden))
-
-
-class RandomState:
-    """Where torch's generators stand, of the CPU and of a tensor's device."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices, self._states = get_device_states(tensor)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Within, random numbers are those that followed then; after, those that would have come."""
-        with torch.random.fork_rng(self._devices):
-            torch.set_rng_state(self._cpu)
-            set_device_states(self._devices, self._states)
-            yield
 
 
 def _first(output: Any) -> Tensor:

@@ -175,6 +175,14 @@ class TrainingConfig(Section):
     evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
     save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
 
+    @model_validator(mode="after")
+    def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
+        if self.kept_layers and self.activations in ("auto", "keep"):
+            raise ValueError(f"kept_layers has no effect with activations={self.activations}; leave it out")
+        if self.offload_every > 1 and self.activations not in ("offload", "tile"):
+            raise ValueError(f"offload_every has no effect with activations={self.activations}; leave it out")
+        return self
+
 
 class EvaluationConfig(Section):
     """What is measured besides the held-out loss."""

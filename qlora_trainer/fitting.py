@@ -56,12 +56,12 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
         return _keep_what_fits(directory, config, recompute, budget.card, progress)
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)
-        plan = _plan(directory, config, Policy(level))
-        every = -(-plan.host // budget.host) if budget.host else MOST_BETWEEN_OFFLOADED + 1
-        if 1 < every <= MOST_BETWEEN_OFFLOADED:
+        for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
             plan = _plan(directory, config, Policy(level, offload_every=every))
-        if budget.holds(plan):
-            return plan
+            if budget.holds(plan):
+                return plan
+            if plan.total > budget.card:
+                break
     return None
 
 
@@ -124,12 +124,12 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
     if plan.host > budget.host:
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
     if fastest is not None:
-        raise InsufficientMemoryError(f"{found} It fits with {' '.join(_as_overrides(fastest.policy))}.")
+        raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
     shorter = longest_context(directory, _with_policy(config, Policy("tile")), plan, budget.card, progress)
     if shorter is not None:
         raise InsufficientMemoryError(
             f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
-            "training.activations=tile."
+            f"{_as_overrides(shorter.policy, config)}."
         )
     raise InsufficientMemoryError(
         f"{found} No length of rows fits. Take a smaller base; model.output_head=4bit, model.embeddings=host, "
@@ -242,11 +242,11 @@ def _with_policy(config: RunConfig, policy: Policy) -> RunConfig:
     )
 
 
-def _as_overrides(policy: Policy) -> list[str]:
-    """What to write on the command line to have a policy."""
-    named = {"kept_layers": (policy.kept_layers, 0), "offload_every": (policy.offload_every, 1)}
-    more = [f"training.{name}={value}" for name, (value, default) in named.items() if value != default]
-    return [f"training.activations={policy.level}", *more]
+def _as_overrides(policy: Policy, config: RunConfig) -> str:
+    """What to write on the command line to have a policy instead of the config's."""
+    before, after = config.training, _with_policy(config, policy).training
+    changed = [f for f in ("activations", "kept_layers", "offload_every") if getattr(before, f) != getattr(after, f)]
+    return " ".join(f"training.{name}={getattr(after, name)}" for name in changed)
 
 
 def _repeating(kinds: Sequence[str]) -> int:

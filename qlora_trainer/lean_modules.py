@@ -11,6 +11,7 @@ Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activ
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from qlora_trainer.adapters.layers import LoRALinear, is_linear
 from qlora_trainer.quantization import NF4Linear
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+FEWEST_TILE_TOKENS = 256  # each tile dequantises the weights again
 _PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -52,10 +54,9 @@ class GatedMLP:
         self.tiles = 1  # take the tokens in so many parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.tiles == 1:
-            return self.run(x)
         tokens = x.numel() // x.shape[-1]
-        return tiled(self.run, x, -(-tokens // self.tiles))
+        tile = max(-(-tokens // self.tiles), FEWEST_TILE_TOKENS)
+        return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x)
@@ -91,12 +92,11 @@ def make_lean(model: nn.Module) -> LeanReport:
     )
 
 
-def tile_mlps(model: nn.Module, tiles: int) -> int:
-    """Take the tokens of every lean MLP in so many parts; returns how many MLPs there are to which it applies."""
-    gated = [module.forward for module in model.modules() if isinstance(module.forward, GatedMLP)]
-    for forward in gated:
-        forward.tiles = tiles
-    return len(gated)
+def tile_mlps(model: nn.Module, tiles: int) -> None:
+    """Take the tokens of every lean MLP in so many parts, of FEWEST_TILE_TOKENS at least."""
+    for module in model.modules():
+        if isinstance(module.forward, GatedMLP):
+            module.forward.tiles = tiles
 
 
 def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
@@ -111,17 +111,24 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
         or len(norm._parameters) != 1
     ):
         return None
+    forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast")
+    if not _takes_one_argument(norm):
+        return None
+    return next(
+        ((eps, form) for form in forms if all(_normalises(norm, eps, form, width) for width in (64, 192))), None
+    )
+
+
+def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
+    """Whether the module, given a random weight of this width, is RMS normalisation over all of it in this form."""
+    dtype = norm.get_parameter("weight").dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(64, generator=generator).to(weight.dtype)
-        x = (torch.randn(8, 64, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(weight.dtype)
+        probe = torch.randn(width, generator=generator).to(dtype)
+        x = (torch.randn(8, width, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(dtype)
         small = _copy_of(norm)
         small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
-        forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast")
-        for form in forms:
-            if _agree(lambda: small(x), lambda form=form: rms_norm(x, probe, eps, form)):  # type: ignore[misc]
-                return eps, form
-    return None
+        return _agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
@@ -132,6 +139,8 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
     linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
     others = [child for name, child in mlp.named_children() if name not in linear]
     if len(others) != 1 or next(others[0].parameters(), None) is not None or isinstance(others[0], nn.Identity):
+        return None
+    if not _takes_one_argument(mlp):
         return None
     activation = others[0]
     for names in itertools.permutations(linear):
@@ -177,6 +186,11 @@ def _agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
         return False
     expected = ours()
     return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    """Whether the module can be called with its input alone: a second argument would be lost on the lean form."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
 
 
 def _copy_of(module: nn.Module) -> nn.Module:

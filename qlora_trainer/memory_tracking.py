@@ -48,7 +48,8 @@ class LiveBytes(TorchDispatchMode):
 
     What an operation makes is of the kind that `kinds` gives for it, else of `other`; what `workspaces` says that it
     uses inside is of the kind `inside`. Tensors that exist already are counted once they are handed to `watch`. What is
-    of the kind `host` is counted apart, and is in no peak and no trace.
+    of the kind `host` is counted apart, and is in no peak and no trace; what an operation makes there is rounded by
+    `host_rounding`.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class LiveBytes(TorchDispatchMode):
         other: str = "other",
         inside: str = "inside an operation",
         host: str = "host memory",
+        host_rounding: Callable[[int], int] = lambda size: size,
     ) -> None:
         super().__init__()
         self.other = other
         self.inside = inside
         self.host = host
+        self._host_rounding = host_rounding
         self.bytes = 0
         self.host_bytes = self.host_peak = 0
         self.peak = Peak()
@@ -85,7 +88,9 @@ class LiveBytes(TorchDispatchMode):
         kind = self._kinds.get(func, self.other)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage(), kind, func)
+                storage = tensor.untyped_storage()
+                size = storage.nbytes() if kind != self.host else self._host_rounding(storage.nbytes())
+                self._see(storage, size, kind, func)
         if (workspace := self._workspaces.get(func)) is not None and (size := workspace(args)):
             self._use_and_free(size, func)
         return out
@@ -94,7 +99,8 @@ class LiveBytes(TorchDispatchMode):
         """Count tensors that exist already; returns the numbers of the blocks that were not yet known."""
         first = self._count + 1
         for tensor in tensors:
-            self._see(tensor.untyped_storage(), kind, "before the step")
+            storage = tensor.untyped_storage()
+            self._see(storage, storage.nbytes(), kind, "before the step")
         return list(range(first, self._count + 1))
 
     def restart_peak(self) -> None:
@@ -104,8 +110,8 @@ class LiveBytes(TorchDispatchMode):
         self.host_peak = self.host_bytes
         self._note_peak("between steps")
 
-    def _see(self, storage: UntypedStorage, kind: str, operation: object) -> None:
-        address, size = storage._cdata, storage.nbytes()
+    def _see(self, storage: UntypedStorage, size: int, kind: str, operation: object) -> None:
+        address = storage._cdata
         if size == 0 or address in self._blocks:
             return
         self._count += 1

@@ -195,10 +195,13 @@ def device_with_room(needed: int, device: torch.device, what: str) -> torch.devi
 
 
 def give_back_memory() -> None:
-    """Free what was just dropped: cycles, and what torch keeps on the GPU, which would count as taken."""
+    """Free what was just dropped: cycles, and what torch keeps of GPU and pinned memory, which would count as taken."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a copy to the host or back may still be reading or writing what is dropped here
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()
 
 
 def _free_memory(device: torch.device) -> int:

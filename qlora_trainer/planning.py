@@ -190,8 +190,10 @@ def empty_run(
 def longest_pack(directory: Path, config: RunConfig, packing: bool) -> Pack:
     """The largest micro-batch: rows of full length, every token learned."""
     length = longest_row(directory, config)
-    rows = max(min(micro_batch_tokens(config) // length, config.training.batch_size), 1)
-    (pack,) = make_packs([Example([1] * length, [1] * length)] * rows, rows * length, packing)
+    limit = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
+    rest = limit % length if packing else 0  # padded rows all take as much as the longest
+    lengths = [length] * (limit // length) + [rest] * (rest > 0)
+    (pack,) = make_packs([Example([1] * n, [1] * n) for n in lengths], limit, packing)
     return dataclasses.replace(pack, labels=pack.input_ids.clone(), label_tokens=pack.tokens)
 
 
@@ -216,6 +218,7 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
         other=ACTIVATIONS,
         inside=INSIDE,
         host=HOST if on_cuda else "",  # to a CPU's step, host memory is memory as any other
+        host_rounding=lambda size: 1 << (size - 1).bit_length(),  # as torch rounds pinned memory
     )
     persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)

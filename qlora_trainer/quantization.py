@@ -89,8 +89,8 @@ class NF4Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> Tensor:
-    """Give the 4-bit layers of a model one buffer to dequantise into, in the place of any they had; returns it.
+def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> None:
+    """Give the 4-bit layers of a model one buffer to dequantise into, in the place of any they had.
 
     Args:
         most_elements: make it so small at most, and take larger weights in parts; by default it holds the largest.
@@ -104,7 +104,6 @@ def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | N
     workspace = torch.empty(elements, dtype=dtype, device=layers[0].packed.device if layers else None)
     for layer in layers:
         layer.workspace = workspace
-    return workspace
 
 
 def quantize_weight(

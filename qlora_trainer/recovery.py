@@ -128,8 +128,9 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
         changes.append(f"activations {after[1]} (before: {before[1]})")
     return (
         f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
-        "which the run keeps: its steps learn from the same rows, and only last bits differ. To choose otherwise, "
-        "resume with another training.micro_batch_tokens or training.activations."
+        "which the run keeps: its steps learn from the same rows; only last bits differ (and dropout's masks, where "
+        "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
+        "training.activations."
     )
 
 

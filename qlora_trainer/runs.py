@@ -71,11 +71,11 @@ class Run:
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
     notices: list[str]
-    plan: MemoryPlan | None = None  # on CUDA
+    plan: MemoryPlan | None = None  # on CUDA, where it is what the run does
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
-        if self.plan:
+        if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
             probe(self.state, self.prepared.train.lengths)
         log = RunLog(self.directory, after_step=self.state.step)
@@ -275,6 +275,12 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         )
     load_adapter_state(run.base.model, adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
+    if run.plan and run.plan.policy != run.state.policy:
+        run.notices.append(
+            f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
+            f"{run.plan.policy} was planned. To choose otherwise, name training.activations."
+        )
+        run.plan = None
     here = environment(run.base.device, run.base.compute_dtype)
     run.notices += [*found.passed_over, *notices, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):

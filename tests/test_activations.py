@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.activations import LEVELS, Policy, apply_policy, decoder_layers
+from qlora_kernels.host_copy import HostCopy
+from qlora_trainer import lean_modules
+from qlora_trainer.activations import LEVELS, KeptInput, Policy, apply_policy, decoder_layers
 from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import ModelError
 from qlora_trainer.planning import HOST, longest_pack, track_steps
@@ -65,14 +67,36 @@ def test_every_policy_gives_the_same_gradient_bit_for_bit(state: TrainState, pol
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", [Policy("offload", offload_every=2), Policy("tile")], ids=str)
 def test_every_family_has_the_same_gradient_under_every_policy(
-    tiny_config: Config, tiny_models: Callable[[str], Path], family: str, policy: Policy
+    tiny_config: Config,
+    tiny_models: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    policy: Policy,
 ) -> None:
     state = start_run(tiny_config(model={"name": str(tiny_models(family))}, training={"activations": "keep"})).state
+    monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
     kept, other = gradient(state, Policy("keep")), gradient(state, policy)
     if policy.level == "tile":  # matrix products of other sizes differ in last bits
         assert (kept - other).norm() <= 1e-5 * kept.norm()
     else:
         assert torch.equal(kept, other)
+
+
+def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does something between its layers: each input goes to the host by itself, and none stays."""
+    kept = gradient(state, Policy("keep"))
+    copies: list[HostCopy] = []
+    made = HostCopy.__init__
+
+    def noting(copy: HostCopy, tensor: Tensor) -> None:
+        made(copy, tensor)
+        assert all(earlier._original is None for earlier in copies)
+        copies.append(copy)
+
+    monkeypatch.setattr(HostCopy, "__init__", noting)
+    monkeypatch.setattr(KeptInput, "gave", lambda kept, hidden: False)
+    assert torch.equal(gradient(state, Policy("offload", offload_every=2)), kept)
+    assert len(copies) >= 5
 
 
 def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Path) -> None:
@@ -128,8 +152,6 @@ def test_a_model_that_cannot_be_recomputed_is_refused(state: TrainState, monkeyp
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_offloaded_inputs_come_back_whole_on_a_gpu() -> None:
-    from qlora_kernels.host_copy import HostCopy
-
     tensors = [torch.randn(1 << 22, device="cuda") for _ in range(4)]
     expected = [tensor.clone() for tensor in tensors]
     copies: list[Any] = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from qlora_trainer import lean_modules
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.lean_modules import GatedMLP, gated_mlp, make_lean, rms_norm_form
@@ -108,7 +109,8 @@ def test_a_norm_is_known_by_its_numbers_and_not_by_its_name() -> None:
     assert rms_norm_form(trained) is None, "the lean form gives the weight no gradient"
 
 
-def test_a_gated_mlp_in_tiles_has_the_same_gradients() -> None:
+def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
     mlp = gated_mlp(MLP())
     assert mlp is not None
     x = torch.randn(2, 11, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
@@ -116,3 +118,11 @@ def test_a_gated_mlp_in_tiles_has_the_same_gradients() -> None:
     mlp.tiles = 4
     found = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_takes_a_gate_too_stays_as_it_is() -> None:
+    class GatedNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+    assert rms_norm_form(GatedNorm(64).requires_grad_(False)) is None

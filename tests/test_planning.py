@@ -281,6 +281,25 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
         check_fits(tiny_llama, tiny_config(), Budget(2**20, host))
 
 
+def test_a_letter_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
+    """A kept layer that the config asks for would be kept under a leaner level too."""
+    keeping = tiny_config(data={"max_length": 512}, training={"activations": "recompute", "kept_layers": 1})
+    needed = plan_memory(tiny_llama, keeping)
+    with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.kept_layers=0"):
+        check_fits(tiny_llama, keeping, Budget(needed.total - 1, 2**40))
+
+
+@pytest.mark.parametrize(("limit", "rows"), [("auto", [128]), (300, [128, 128, 44]), (10_000, [128, 128, 128])])
+def test_the_largest_micro_batch_fills_its_limit(
+    tiny_config: Config, tiny_llama: Path, limit: int | str, rows: list[int]
+) -> None:
+    config = tiny_config(training={"micro_batch_tokens": limit, "batch_size": 3})
+    pack = longest_pack(tiny_llama, config, packing=True)
+    assert pack.cu_seqlens is not None
+    assert pack.cu_seqlens.diff().tolist() == rows
+    assert longest_pack(tiny_llama, config, packing=False).tokens == sum(row for row in rows if row == 128)
+
+
 def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activations": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):

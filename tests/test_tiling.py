@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kernels.lora_linear import Adapter, gated_nf4_linear, nf4_linear
+from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.tiling import tiled
 from qlora_trainer.memory_tracking import LiveBytes
 
@@ -83,6 +85,22 @@ def test_recomputing_a_layer_does_not_run_its_tiles_forward_again() -> None:
         lambda x: tiled(counting, x.sin(), 5), normal(20, 8).requires_grad_(), use_reentrant=False
     ).sum().backward()
     assert calls == 8, "four tiles forward, and four for backward"
+
+
+def test_recomputing_a_layer_does_not_run_adapted_tiles_forward_again() -> None:
+    """Adapters inside keep nothing in forward, where no gradient is asked for: recomputing must not wait for them."""
+    calls, weight = 0, quantize_nf4(normal(64, 64).float())
+    A, B = normal(4, 64, seed=1).float().requires_grad_(), normal(64, 4, seed=2).float().requires_grad_()
+
+    def adapted(rows: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gated_nf4_linear(nf4_linear(rows, weight, None, Adapter(A, B, 1.0)), rows, F.silu, weight, None)
+
+    x = normal(20, 64).float().requires_grad_()
+    checkpoint(lambda x: tiled(adapted, x.sin(), 5), x, use_reentrant=False).sum().backward()
+    assert calls == 8
+    assert A.grad is not None
 
 
 def test_what_lies_inside_exists_for_a_tile_only() -> None:

@@ -5,6 +5,8 @@ waits for the copy out and gives the original's memory back, `prefetch` begins t
 memory is given back at points of the program and not when a copy happens to end, and a step takes the same memory
 each time. On a CPU a copy is a plain copy at the same points, which is how this is tested and planned.
 
+Whoever drops one with a copy under way, after an error, must let the device finish before memory is used again.
+
 Left out: which tensors go there, and when.
 """
 
@@ -42,7 +44,8 @@ class HostCopy:
     def take(self) -> Tensor:
         """The tensor on its device, the caller's alone from then on; taken once more, it is copied once more."""
         if self._original is not None:
-            original, self._original = self._original, None
+            original = self._original
+            self.release()  # not while it is still being copied, as the caller may write to it
             return original
         self.prefetch()
         _wait(self._device, self._copied)

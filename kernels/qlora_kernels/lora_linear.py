@@ -73,9 +73,8 @@ def nf4_linear(
     recomputed, and on fake tensors.
     """
     _check(adapter)
-    if adapter is None:
-        return _NF4Linear.apply(x, bias, None, None, weight, None)
-    return _NF4Linear.apply(x, bias, adapter.lora_A, adapter.lora_B, weight, adapter)
+    A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+    return _NF4Linear.apply(*visible(x, bias, A, B), weight, adapter)
 
 
 def gated_nf4_linear(
@@ -88,9 +87,8 @@ def gated_nf4_linear(
 ) -> Tensor:  # (..., O)
     """nf4_linear(activation(gate) * up, ...), keeping gate and up instead of the product: the end of a gated MLP."""
     _check(adapter)
-    if adapter is None:
-        return _GatedNF4Linear.apply(gate, up, bias, None, None, activation, weight, None)
-    return _GatedNF4Linear.apply(gate, up, bias, adapter.lora_A, adapter.lora_B, activation, weight, adapter)
+    A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+    return _GatedNF4Linear.apply(*visible(gate, up, bias, A, B), activation, weight, adapter)
 
 
 def add_lora(
@@ -121,6 +119,16 @@ def keep_mask(
 ) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
     """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
     return torch.ops.qlora.keep_mask(like.detach(), in_features, dropout, seed)
+
+
+def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors as a function may show them to autograd: where no gradient is asked for, as if none required one.
+
+    Without this a function under no_grad would be told that its parameters need a gradient, and `keep` for it.
+    """
+    if torch.is_grad_enabled():
+        return tensors
+    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
 def keep(*tensors: Tensor | None) -> Any:

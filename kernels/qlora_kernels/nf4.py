@@ -58,18 +58,16 @@ class NF4Weight:
     """A quantised weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
 
     packed: Tensor  # (ceil(O*I/2),) uint8, two codes a byte, the first element in the high nibble
-    absmax: (
-        Tensor  # (blocks,) uint8: the largest magnitude of each block, less the offset, as an index into nested_code
-    )
+    # Of each block the largest magnitude, less the offset, as an index into nested_code:
+    absmax: Tensor  # (blocks,) uint8
     nested_absmax: Tensor  # (ceil(blocks/nested_block_size),) fp32
     nested_code: Tensor  # (256,) fp32
     offset: Tensor  # () fp32: the mean of the block maxima
     shape: tuple[int, int]  # (O, I)
     block_size: int = BLOCK_SIZE
     nested_block_size: int = NESTED_BLOCK_SIZE
-    workspace: Tensor | None = (
-        None  # (any,) where `dequantized_blocks` puts values of its dtype, one block of rows a time
-    )
+    # Where `dequantized_blocks` puts values of its dtype, one block of rows at a time:
+    workspace: Tensor | None = None  # (any,)
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import fetch, keep
+from qlora_kernels.lora_linear import fetch, keep, visible
 
 Form = Literal["scale_after_cast", "scale_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it, or (x_hat * (1 + weight.float())).to(dtype), as Gemma has it."""
@@ -33,7 +33,7 @@ def rms_norm(
     """x_hat = x / sqrt(mean(x^2) + eps) in fp32 (fp64 for fp64 input), scaled by the weight as the form says."""
     assert not weight.requires_grad, "rms_norm gives its weight no gradient: freeze it"
     assert weight.dtype == x.dtype, "rms_norm takes a weight of its input's dtype"
-    return _RMSNorm.apply(x, weight, eps, form)
+    return _RMSNorm.apply(*visible(x), weight, eps, form)
 
 
 class _RMSNorm(torch.autograd.Function):

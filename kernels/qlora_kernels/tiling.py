@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.lora_linear import fetch, keep
+from qlora_kernels.random_state import RandomState
 
 
 def tiled(
@@ -42,7 +43,7 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         if ctx.needs_input_grad[0]:
             ctx.kept = keep(x)
-        ctx.function, ctx.tile_tokens, ctx.random = function, tile_tokens, torch.get_rng_state()
+        ctx.function, ctx.tile_tokens, ctx.random = function, tile_tokens, RandomState(x)
         rows, output = x.reshape(-1, x.shape[-1]), None
         for part in _tiles(rows, tile_tokens):
             result = function(rows[part])
@@ -60,9 +61,7 @@ class _Tiled(torch.autograd.Function):
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_x = ctx.needs_input_grad[1]
         grad_x = torch.empty_like(rows) if needs_x else None
-        here = torch.get_rng_state()
-        torch.set_rng_state(ctx.random)
-        try:
+        with ctx.random.restored():
             for part in _tiles(rows, ctx.tile_tokens):
                 with torch.enable_grad():
                     tile = rows[part].detach().requires_grad_(needs_x)
@@ -73,8 +72,6 @@ class _Tiled(torch.autograd.Function):
                 if grad_x is not None:
                     assert tile.grad is not None
                     grad_x[part] = tile.grad
-        finally:
-            torch.set_rng_state(here)
         return None, None if grad_x is None else grad_x.view(x.shape), None, None
 
 
