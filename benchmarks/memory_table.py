@@ -9,18 +9,17 @@ ran on a card. Two tables:
 Peak: what the allocator reserves at one row of 2,048 tokens, rank 16 on all linear layers, and the paged optimizer
 state as if it were all resident. The allowances are left out, as they are the same for all.
 
-Context: the longest single row, in steps of 256 tokens, for rank 32 on cards of 8, 12, 16 and 24 GB (10^9 bytes), each
-by a whole plan of the whole model: reserved, paged state, and the stated allowances for the CUDA context and cuBLAS'
-workspace. Reserved includes all that the simulated allocator wastes; a real one that meets its limit gives empty
-segments back and tries again, and so may hold a little more, for both alike. Host memory is what ours keeps there.
+Context: the longest single row for rank 32 on cards of 8, 12, 16 and 24 GB (10^9 bytes), by plans of the whole model: it
+fits, and one longer by 1 %, or by 256 tokens where that is more, does not, or is beyond the model's positions. Counted
+are reserved bytes, the paged state, and the stated allowances for the CUDA context and cuBLAS' workspace. Reserved is
+with all that the simulated allocator wastes; a real one that meets its limit gives empty segments back and tries
+again, and so may hold a little more, for both alike. Host memory is what ours keeps there, beside the paged state.
 
 With --layers N models are cut to N layers: to try the command in seconds; those figures say nothing.
 The peer is described in peer_memory.py. Whole models take minutes; progress is on stderr.
 """
 
 import argparse
-import bisect
-import functools
 import json
 import sys
 import tempfile
@@ -33,13 +32,15 @@ from typing import Any
 
 from benchmarks.peer_memory import PeerPlan, plan_peer
 from qlora_trainer.config import RunConfig, make_config
-from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED, longest_context
+from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES, PAGED, MemoryPlan, plan_memory
 
 MODELS = Path(__file__).parent / "models"
 PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32
 CARDS = (8, 12, 16, 24)  # GB
+FIRST_TOKENS = (2048, 16384)  # planned whatever fits
+PRECISION = 0.01  # of the longest row
 LEANEST = {"training": {"activations": "tile"}}
 LEAN_OPTIONS = {
     "model": {"embeddings": "host", "output_head": "4bit"},
@@ -128,45 +129,52 @@ def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figur
 
 def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[str, dict[int, Figure | None]]:
     """The second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
+
+    def ours(tokens: int, lean: bool) -> Figure:
+        plan = plan_memory(directory, our_config(directory, CONTEXT_RANK, tokens, lean))
+        return our_figure(model, CONTEXT_RANK, lean, plan)
+
+    planners: dict[str, Callable[[int], Figure]] = {
+        OURS: lambda tokens: ours(tokens, lean=False),
+        LEAN: lambda tokens: ours(tokens, lean=True),
+        PEER: lambda tokens: peer_figure(model, CONTEXT_RANK, PEER, plan_peer(directory, tokens, CONTEXT_RANK)),
+    }
+    limit = (max_positions(directory) or LONGEST_SEARCHED) // GRAIN * GRAIN
     found: dict[str, dict[int, Figure | None]] = {}
-    for lean in (False, True):
-        who = LEAN if lean else OURS
-        config = our_config(directory, CONTEXT_RANK, PEAK_TOKENS, lean)
-        near = plan_memory(directory, config)
-        found[who] = {}
-        for card in CARDS:
-            plan = longest_context(directory, config, near, card * 10**9)
-            found[who][card] = our_figure(model, CONTEXT_RANK, lean, plan) if plan else None
-            say(f"{model}, {card} GB: {describe(found[who][card])}")
-    found[PEER] = {}
-    for card in CARDS:
-        peer = longest_of_peer(directory, CONTEXT_RANK, card * 10**9)
-        found[PEER][card] = peer_figure(model, CONTEXT_RANK, PEER, peer) if peer else None
-        say(f"{model}, {card} GB: {describe(found[PEER][card])}")
+    for who, planner in planners.items():
+
+        def plan_and_say(tokens: int, planner: Callable[[int], Figure] = planner) -> Figure:
+            figure = planner(tokens)
+            say(f"{model}: {describe(figure)}, {figure.total / 1e9:.2f} GB in all")
+            return figure
+
+        known = {tokens: plan_and_say(tokens) for tokens in sorted({min(first, limit) for first in FIRST_TOKENS})}
+        found[who] = {card: longest(plan_and_say, known, limit, card * 10**9) for card in CARDS}
     return found
 
 
-def longest_of_peer(directory: Path, rank: int, budget: int) -> PeerPlan | None:
-    """As fitting.longest_context: by estimates without the allocator's waste, corrected by whole plans."""
-    layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
+def longest(
+    plan: Callable[[int], Figure],
+    known: dict[int, Figure],  # by tokens; two at least, to which is added what is planned here
+    limit: int,
+    budget: int,
+) -> Figure | None:
+    """The longest row whose plan fits, where one longer by PRECISION, or by GRAIN, was found not to.
 
-    @functools.cache
-    def estimate(steps: int) -> int:
-        """Live bytes are linear in the number of layers."""
-        two, three = (plan_peer(directory, steps * GRAIN, rank, layers=count).without_slack for count in (2, 3))
-        return two + (layers - 2) * (three - two)
-
-    best, waste = None, 1.0
-    low, high = 1, (max_positions(directory) or LONGEST_SEARCHED) // GRAIN + 1  # all below low fit, none from high on
-    while low < high:
-        guess = max(low, low - 1 + bisect.bisect_right(range(low, high), budget / waste, key=estimate))
-        plan = plan_peer(directory, guess * GRAIN, rank)
-        waste = plan.total / plan.without_slack
-        if plan.total <= budget:
-            best, low = plan, guess + 1
-        else:
-            high = guess
-    return best
+    What a row needs is nearly a line, so the next length to plan is where the line meets the budget, or the shortest
+    step from what is known.
+    """
+    while True:
+        fits = max((tokens for tokens, figure in known.items() if figure.total <= budget), default=0)
+        fails = min((tokens for tokens in known if tokens > fits), default=limit + GRAIN)
+        step = max(GRAIN, int(fits * PRECISION) // GRAIN * GRAIN)
+        if fails - fits <= step:
+            return known.get(fits)
+        nearest = sorted(known, key=lambda tokens: abs(known[tokens].total - budget))[:2]
+        (x, y), (x2, y2) = ((tokens, known[tokens].total) for tokens in nearest)
+        meets = int(x + (budget - y) * (x2 - x) / (y2 - y)) // GRAIN * GRAIN if y2 != y else x
+        guess = max(min(meets, fails - step), fits + step)
+        known[guess] = plan(guess)
 
 
 def describe(figure: Figure | None) -> str:

@@ -57,11 +57,6 @@ class PeerPlan:
     def total(self) -> int:
         return self.resident + CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES
 
-    @property
-    def without_slack(self) -> int:
-        """All but what the allocator wastes."""
-        return self.total - self.reserved + self.allocated
-
 
 def plan_peer(
     directory: Path, tokens: int, rank: int, *, layers: int | None = None, prepared: bool = False

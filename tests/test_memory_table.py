@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks.memory_table import MODELS, longest_of_peer
+from benchmarks.memory_table import MODELS, PRECISION, Figure, longest
 from benchmarks.peer_memory import WORKSPACES, plan_peer
 from qlora_trainer.fitting import GRAIN
 from qlora_trainer.memory_tracking import LiveBytes
@@ -71,13 +71,23 @@ def test_the_peer_on_fake_tensors_takes_the_bytes_of_the_real_one(small_llama: P
     assert plan.allocated + plan.paged == real_peak(small_llama)
 
 
-@pytest.mark.slow
-def test_the_search_finds_the_last_length_of_the_peer_that_fits(small_llama: Path) -> None:
-    budget = plan_peer(small_llama, 4 * GRAIN, RANK).total + 2**20
-    longest = longest_of_peer(small_llama, RANK, budget)
-    assert longest is not None
-    assert longest.tokens >= 4 * GRAIN
-    assert longest.total <= budget < plan_peer(small_llama, longest.tokens + GRAIN, RANK).total
+@pytest.mark.parametrize("budget", [900, 1000, 5000, 33_333, 70_000, 200_000])
+def test_the_search_finds_the_last_length_that_fits(budget: int) -> None:
+    """Of needs that rise with the length, but not by a line."""
+
+    def plan(tokens: int) -> Figure:
+        total = 500 + tokens // 2 + tokens % 7 * 10
+        return Figure("m", "w", tokens, 1, resident=0, allocated=0, paged=0, total=total, host=0, operation="")
+
+    known = {tokens: plan(tokens) for tokens in (2048, 16384)}
+    found = longest(plan, known, limit=131072, budget=budget)
+    sizes = range(GRAIN, 131072 + 1, GRAIN)
+    best = max((tokens for tokens in sizes if plan(tokens).total <= budget), default=None)
+    if best is None or found is None:
+        assert best is found
+    else:
+        assert best / (1 + PRECISION) - GRAIN <= found.tokens <= best
+    assert len(known) < 12
 
 
 @pytest.mark.parametrize(
