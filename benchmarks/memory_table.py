@@ -9,7 +9,7 @@ ran on a card. Two tables:
 Peak: what the allocator reserves at one row of 2,048 tokens, rank 16 on all linear layers, and the paged optimizer
 state as if it were all resident. The allowances are left out, as they are the same for all.
 
-Context: the longest single row for rank 32 on cards of 8, 12, 16 and 24 GB (10^9 bytes), by plans of the whole model: it
+Context: the longest single row, rank 32, on cards of 8, 12, 16 and 24 GB (10^9 bytes), by plans of whole models: it
 fits, and one longer by 1 %, or by 256 tokens where that is more, does not, or is beyond the model's positions. Counted
 are reserved bytes, the paged state, and the stated allowances for the CUDA context and cuBLAS' workspace. Reserved is
 with all that the simulated allocator wastes; a real one that meets its limit gives empty segments back and tries
