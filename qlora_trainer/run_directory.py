@@ -48,7 +48,6 @@ _FREE_KEYS = {
     "training.save_every",
 }
 _TOLD = {
-    "training.activations": "under tile last bits may differ, and dropout's masks do",
     "data.packing": "a step's rows are summed in another order, so last bits may differ",
     "model.device": "its last bits may differ from an uninterrupted run's",
     "training.micro_batch_tokens": "a step's rows are summed in another order, so last bits may differ",
