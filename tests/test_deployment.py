@@ -148,7 +148,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
 
     monkeypatch.setattr(deployment, "open_trained", open_on)
     monkeypatch.setattr(deployment.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(deployment.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(deployment, "give_back_memory", lambda: None)
     done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
     assert tried == [None, "cpu"]
     assert "merge ran on the CPU" in done.notices[0]
