@@ -6,8 +6,8 @@ For each setting the second of two training steps on the longest micro-batch, th
 tensors; counted by the same tracker on real tensors, of a base really loaded and quantised; and as torch's profiler
 saw it, from the allocator's own events. Bytes are the peak of all that is alive. The profiler sees what is allocated
 within the step, and is given the bytes that were alive before it. Exit 1 where the tracker's two counts differ at all,
-or the profiler's from them by more than 1 %. Where they differ, it is by scratch that the CPU's kernels of attention
-take for themselves.
+or the profiler's from them by more than 1 %. Where they differ, it is probably by scratch that the CPU's
+kernels of attention take for themselves; that was not traced.
 
 The models are made here, with random weights: layers as in the families' large models, hidden sizes of 256 to 512.
 Or give a directory with a real one. A plan for a card is the same plan, but for what pages and what CUDA's kernels use
