@@ -12,7 +12,6 @@ for the 8B model, which does not, it goes alone.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,8 @@ from qlora_trainer.training import micro_batch_tokens
 
 Sections = dict[str, dict[str, Any]]
 
+LLAMA_8B = Path(__file__).parent / "models" / "llama-3.1-8b"
+
 HOST: Sections = {"model": {"embeddings": "host"}}
 TIED_HOST: Sections = {"model": {"embeddings": "host", "output_head": "8bit"}}
 BF16: Sections = {"adapter": {"dtype": "bfloat16"}}
@@ -43,19 +44,6 @@ OPTIONS: dict[str, Sections] = {
     "8-bit Adam": ADAM_8BIT,
     "bf16 adapters": BF16,
     "all, head in 4 bits": {"model": {"embeddings": "host", "output_head": "4bit"}, **BF16, **ADAM_8BIT},
-}
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
 }
 
 
@@ -100,7 +88,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         write_demo_data(work)
-        (work / "config.json").write_text(json.dumps(LLAMA_8B))
         name = arguments.model or packaged_model()
         base = resolve_model(name, None, user_cache())
         is_tied = read_config(base).get_text_config().tie_word_embeddings
@@ -108,7 +95,7 @@ def main() -> None:
             demo_settings(name, work, work),
             {"training": {"max_steps": arguments.steps, "evaluate_every": 10**6, "save_every": 10**6}},
         )
-        large: Sections = {"model": {"name": str(work)}, "data": {"train": "rows.jsonl", "max_length": 2048}}
+        large: Sections = {"model": {"name": str(LLAMA_8B)}, "data": {"train": "rows.jsonl", "max_length": 2048}}
         print("| option | held-out loss | its original head | difference | saved here | saved, Llama-3.1-8B |")
         print("|---|---|---|---|---|---|")
         plain: Losses | None = None
@@ -120,7 +107,7 @@ def main() -> None:
             plain = plain or losses
             saved = ["", ""]
             if not arguments.without_plan:
-                after = planned(base, here), planned(work, changed(large, changes))
+                after = planned(base, here), planned(LLAMA_8B, changed(large, changes))
                 before = before or after
                 saved = [f"{(b - a) / 2**20:,.1f} MiB" for b, a in zip(before, after, strict=True)]
             difference = losses.with_original_head - plain.own

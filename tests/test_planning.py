@@ -27,17 +27,9 @@ from qlora_trainer.runs import start_run
 
 Config = Callable[..., RunConfig]
 CONFIGS = Path(__file__).parents[1] / "configs"
-LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
+LLAMA_8B: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text()
+)
 SETTINGS: list[dict[str, dict[str, Any]]] = [
     {"training": {"activations": "keep"}},
     {"training": {"activations": "recompute"}},
