@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.config import make_config
 from qlora_trainer.demo import demo_settings, packaged_model
 from qlora_trainer.demo_data import write_demo_data
 from qlora_trainer.evaluation import heldout_loss
@@ -25,6 +25,7 @@ from qlora_trainer.model_source import read_config, resolve_model
 from qlora_trainer.planning import SLACK, plan_memory
 from qlora_trainer.run_directory import prepare_data, user_cache
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import open_trained
 from qlora_trainer.training import micro_batch_tokens
 

@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_memory import PeerPlan, plan_peer
-from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.config import make_config
 from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES, PAGED, MemoryPlan, plan_memory
+from qlora_trainer.settings import RunConfig
 
 MODELS = Path(__file__).parent / "models"
 PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32

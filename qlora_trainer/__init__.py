@@ -21,15 +21,16 @@ if TYPE_CHECKING:
         lora_state_dict,
         mark_only_lora_as_trainable,
     )
-    from qlora_trainer.config import AdapterConfig, RunConfig, load_config
+    from qlora_trainer.config import load_config
     from qlora_trainer.deployment import merge_run
     from qlora_trainer.errors import QLoRATrainerError
     from qlora_trainer.runs import resume_run, start_run
+    from qlora_trainer.settings import AdapterConfig, RunConfig
 
 _HOMES = {
-    "AdapterConfig": "config",
+    "AdapterConfig": "settings",
     "QLoRATrainerError": "errors",
-    "RunConfig": "config",
+    "RunConfig": "settings",
     "add_adapters": "adapters.inject",
     "load_adapter_state": "adapters.inject",
     "load_config": "config",

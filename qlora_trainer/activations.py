@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels.host_copy import HostCopy
 from qlora_kernels.random_state import RandomState
-from qlora_trainer.config import TrainingConfig
 from qlora_trainer.errors import ModelError
 from qlora_trainer.lean_modules import tile_mlps
 from qlora_trainer.quantization import share_workspace
+from qlora_trainer.settings import TrainingConfig
 
 Level = Literal["keep", "recompute", "offload", "tile"]
 LEVELS: tuple[Level, ...] = ("keep", "recompute", "offload", "tile")

@@ -17,12 +17,12 @@ import psutil
 import torch
 
 from qlora_trainer.activations import Level, Policy
-from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.progress import Progress, silent
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.skeleton import layer_kinds
 
 GRAIN = 256  # tokens

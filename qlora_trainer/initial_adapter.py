@@ -10,11 +10,11 @@ from typing import Any
 
 from qlora_trainer.adapters.inject import find_targets
 from qlora_trainer.adapters.peft_format import Adapter, setting_differences
-from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import AdapterError
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.model import empty_model
 from qlora_trainer.run_directory import read_base_record
+from qlora_trainer.settings import RunConfig
 
 
 def check_settings(initial: Adapter, config: RunConfig, model_directory: Path) -> None:

@@ -23,7 +23,6 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.config import ModelConfig
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, first_line
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host
@@ -32,6 +31,7 @@ from qlora_trainer.output_head import quantize_head
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
+from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.flat import FlatGroup
-from qlora_trainer.config import OptimizerConfig
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.quantization import bitsandbytes
+from qlora_trainer.settings import OptimizerConfig
 
 STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
 

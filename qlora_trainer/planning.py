@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.attention import masks_as_for_real_tensors
-from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.skeleton import build_skeleton, fill_skeleton
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
 

@@ -17,13 +17,14 @@ import torch
 
 from qlora_kernels import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
-from qlora_trainer.config import RunConfig, dump_config, load_config
+from qlora_trainer.config import dump_config, load_config
 from qlora_trainer.data.preparation import Prepared, prepare
 from qlora_trainer.directories import write_text
 from qlora_trainer.errors import CheckpointError, FileMissingError
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.model_source import max_positions, vocabulary_size
 from qlora_trainer.progress import Progress, silent
+from qlora_trainer.settings import RunConfig
 
 RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
 CONFIG_NAME = "config.yaml"

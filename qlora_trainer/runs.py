@@ -24,7 +24,7 @@ from qlora_trainer.adapters.peft_format import (
     write_adapter,
 )
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from qlora_trainer.config import RunConfig, save_config
+from qlora_trainer.config import save_config
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import new_directory, refuse_existing, replaced_directory
@@ -56,6 +56,7 @@ from qlora_trainer.run_directory import (
     write_run_config,
     write_samples,
 )
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import TrainState, build_state, train
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.config import ModelConfig
 from qlora_trainer.host_embeddings import keep_embeddings_on_host
 from qlora_trainer.model import compute_in, empty_model
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.output_head import empty_head
 from qlora_trainer.quantization import check_four_bit_share, empty_nf4
+from qlora_trainer.settings import ModelConfig
 
 
 def build_skeleton(directory: Path, layers: int | None = None) -> Any:

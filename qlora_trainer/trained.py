@@ -7,7 +7,6 @@ from typing import Any
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
 from qlora_trainer.checkpoint import newest_checkpoint
-from qlora_trainer.config import RunConfig
 from qlora_trainer.data.messages import Conversation
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.data.rendering import Renderer
@@ -26,6 +25,7 @@ from qlora_trainer.run_directory import (
     read_run_config,
     user_cache,
 )
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import micro_batch_tokens
 
 

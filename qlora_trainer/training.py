@@ -18,7 +18,6 @@ from qlora_trainer.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, grad_norm
 from qlora_trainer.adapters.inject import adapters_cast, trainable_parameters
 from qlora_trainer.checkpoint import restore_rng, rng_state
-from qlora_trainer.config import RunConfig
 from qlora_trainer.data.loader import Examples, StepLoader
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.data.preparation import ExampleSet
@@ -27,6 +26,7 @@ from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
 from qlora_trainer.lean_modules import LeanReport, make_lean
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.signals import stop_requests
 
 MOST_SKIPPED_IN_A_ROW = 5

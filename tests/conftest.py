@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_models import make_model_directory
 
-from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.config import make_config
+from qlora_trainer.settings import RunConfig
 
 WORDS = [
     "the",

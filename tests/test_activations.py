@@ -11,10 +11,10 @@ from torch import Tensor
 from qlora_kernels.host_copy import HostCopy
 from qlora_trainer import lean_modules
 from qlora_trainer.activations import LEVELS, KeptInput, Policy, apply_policy, decoder_layers
-from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import ModelError
 from qlora_trainer.planning import HOST, longest_pack, track_steps
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import TrainState, train_step
 
 Config = Callable[..., RunConfig]

@@ -22,10 +22,10 @@ from qlora_trainer.adapters.inject import (
     trainable_parameters,
 )
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.config import AdapterConfig, ModelConfig
 from qlora_trainer.errors import AdapterError
 from qlora_trainer.model import load_base_model
 from qlora_trainer.quantization import NF4Linear, quantize_weight
+from qlora_trainer.settings import AdapterConfig, ModelConfig
 
 Models = Callable[[str], Path]
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from qlora_trainer import cli
-from qlora_trainer.config import RunConfig, save_config
+from qlora_trainer.config import save_config
+from qlora_trainer.settings import RunConfig
 
 Config = Callable[..., RunConfig]
 

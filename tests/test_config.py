@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_trainer.config import RunConfig, load_config, make_config, save_config
+from qlora_trainer.config import load_config, make_config, save_config
 from qlora_trainer.errors import ConfigError, FileMissingError
+from qlora_trainer.settings import RunConfig
 
 MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
 

@@ -12,7 +12,6 @@ from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer import deployment, merging, streamed_model
-from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.deployment import merge_run
@@ -22,6 +21,7 @@ from qlora_trainer.forward import logits
 from qlora_trainer.merge_verification import check_original
 from qlora_trainer.run_directory import prepare_data
 from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import evaluate_trained, open_trained
 
 Config = Callable[..., RunConfig]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_trainer.config import RunConfig, make_config
+from qlora_trainer.config import make_config
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.demo import packaged_model
 from qlora_trainer.deployment import merge_run
@@ -17,6 +17,7 @@ from qlora_trainer.errors import FileMissingError
 from qlora_trainer.evaluation import answer_questions, questions
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
 
 
 def quiet(record: dict[str, Any]) -> None:

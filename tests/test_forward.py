@@ -26,12 +26,12 @@ from transformers import (
 
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
 from qlora_trainer.attention import attends_apart, packed_documents
-from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.errors import ModelError
 from qlora_trainer.forward import LossPath, examine_forward, find_loss_path, logits, loss_sum
 from qlora_trainer.model import load_base_model
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import AdapterConfig, ModelConfig, RunConfig
 
 Models = Callable[[str], Path]
 

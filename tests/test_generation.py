@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from qlora_trainer.config import ModelConfig
 from qlora_trainer.evaluation import Answer, exact_match, perplexity
 from qlora_trainer.generation import generate_answers, stream_answer
 from qlora_trainer.model import load_base_model
 from qlora_trainer.model_source import load_tokenizer
+from qlora_trainer.settings import ModelConfig
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_trainer.config import ModelConfig, RunConfig
 from qlora_trainer.errors import ModelError
 from qlora_trainer.generation import generate_answers
 from qlora_trainer.host_embeddings import HostEmbedding, host_tensors
@@ -15,6 +14,7 @@ from qlora_trainer.model import load_base_model
 from qlora_trainer.model_source import load_tokenizer
 from qlora_trainer.planning import plan_memory
 from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import ModelConfig, RunConfig
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]

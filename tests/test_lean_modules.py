@@ -11,11 +11,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_trainer import lean_modules
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.lean_modules import GatedMLP, gated_mlp, make_lean, rms_norm_form
 from qlora_trainer.model import load_base_model
 from qlora_trainer.quantization import NF4Linear, quantize_weight
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import AdapterConfig, ModelConfig, RunConfig
 
 LISTED = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"]
 

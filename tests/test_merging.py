@@ -28,12 +28,12 @@ from transformers import (
 from qlora_trainer import merging
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
-from qlora_trainer.config import AdapterConfig, ModelConfig
 from qlora_trainer.errors import DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, compare_logits, verify_merge
 from qlora_trainer.merging import merge
 from qlora_trainer.model import load_base_model
+from qlora_trainer.settings import AdapterConfig, ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}

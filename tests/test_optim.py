@@ -11,10 +11,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from qlora_trainer.adapters.flat import FlatGroup, flatten_parameters
-from qlora_trainer.config import OptimizerConfig
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
 from qlora_trainer.quantization import bitsandbytes
+from qlora_trainer.settings import OptimizerConfig
 
 NAMES = ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
 F = bitsandbytes.functional

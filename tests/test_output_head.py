@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from qlora_trainer.adapters.inject import find_targets
-from qlora_trainer.config import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.deployment import merge_run
 from qlora_trainer.errors import AdapterError, CheckpointError, ModelError
@@ -20,6 +19,7 @@ from qlora_trainer.forward import LossPath, examine_forward, label_logits, loss_
 from qlora_trainer.model import load_base_model
 from qlora_trainer.output_head import QuantizedHead, quantize_head
 from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.trained import evaluate_trained, open_trained
 
 Config = Callable[..., RunConfig]

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import cpu_contenders
 from benchmarks.peft_parity import compare
-from qlora_trainer.config import RunConfig
 from qlora_trainer.model import load_dense_model
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import open_trained
 
 

@@ -10,7 +10,7 @@ import torch
 
 from qlora_trainer import fitting, forward, planning, runs, training
 from qlora_trainer.activations import Policy, choose_policy
-from qlora_trainer.config import RunConfig, load_config, make_config
+from qlora_trainer.config import load_config, make_config
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.fitting import (
     GRAIN,
@@ -24,6 +24,7 @@ from qlora_trainer.fitting import (
 )
 from qlora_trainer.planning import MemoryPlan, empty_run, longest_pack, plan_memory, track_steps
 from qlora_trainer.runs import start_run
+from qlora_trainer.settings import RunConfig
 
 Config = Callable[..., RunConfig]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.config import DataConfig, Source
 from qlora_trainer.data import preparation
 from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.messages import Conversation, Document, Message
 from qlora_trainer.data.preparation import prepare
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.errors import DataError, DiskError
+from qlora_trainer.settings import DataConfig, Source
 
 TOKENIZER = tiny_tokenizer("smollm2")
 

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, MixtralConfig
 
 from qlora_kernels.nf4 import dequantize_nf4
-from qlora_trainer.config import ModelConfig
 from qlora_trainer.errors import (
     FileMissingError,
     InsufficientMemoryError,
@@ -31,6 +30,7 @@ from qlora_trainer.quantization import (
     four_bit_share,
     quantize_weight,
 )
+from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors
 
 CPU = torch.device("cpu")

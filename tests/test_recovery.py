@@ -16,13 +16,13 @@ from torch import Tensor
 
 from qlora_trainer import training
 from qlora_trainer.activations import Policy
-from qlora_trainer.config import RunConfig
 from qlora_trainer.console import TrainingBar, console
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, is_out_of_memory
 from qlora_trainer.recovery import probe, take_step
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import TrainState, measure_heldout, train_step
 
 Config = Callable[..., RunConfig]

@@ -11,7 +11,8 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.data.files import read_records
-from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, parse_record
+from qlora_trainer.data.formats import parse_record
+from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.rendering import Renderer, reference_answer
 from qlora_trainer.data.templates import END_ADDED, LAST_TURN_ONLY

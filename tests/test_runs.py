@@ -17,13 +17,13 @@ from torch import Tensor
 
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
-from qlora_trainer.config import RunConfig
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
 from qlora_trainer.quantization import bitsandbytes
 from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
 from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import evaluate_trained, open_trained
 
 Config = Callable[..., RunConfig]

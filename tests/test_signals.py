@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.checkpoint import newest_checkpoint
-from qlora_trainer.config import RunConfig, save_config
+from qlora_trainer.config import save_config
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import resume_run
+from qlora_trainer.settings import RunConfig
 
 STEPS = 60  # over a second of training
 PATIENCE = 120  # seconds, for a busy machine

@@ -14,9 +14,9 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from qlora_trainer import model as model_room
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
-from qlora_trainer.config import AdapterConfig
 from qlora_trainer.errors import InsufficientMemoryError, ModelError
 from qlora_trainer.model import load_dense_model
+from qlora_trainer.settings import AdapterConfig
 from qlora_trainer.streamed_model import StreamedMatrix, check_streaming, load_streamed_model, resident
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_trainer.config import RunConfig
 from qlora_trainer.errors import CheckpointError, TrainingError
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.signals import stop_requests
 from qlora_trainer.training import train_step
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.config import RunConfig
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import train_step
 
 Config = Callable[..., RunConfig]

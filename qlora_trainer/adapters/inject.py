@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.flat import FlatGroup
 from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
-from qlora_trainer.config import AdapterConfig
 from qlora_trainer.errors import AdapterError
 from qlora_trainer.quantization import NF4Linear
+from qlora_trainer.settings import AdapterConfig
 
 PEFT_PREFIX = "base_model.model."
 

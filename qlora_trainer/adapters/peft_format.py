@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_trainer.adapters.delta import lora_scaling
-from qlora_trainer.config import AdapterConfig
 from qlora_trainer.directories import write_text
 from qlora_trainer.errors import AdapterError, DiskError, FileMissingError
+from qlora_trainer.settings import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -17,17 +17,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from qlora_trainer.config import DataConfig, DataFormat, Source
 from qlora_trainer.data.encoding import Tokenizer
 from qlora_trainer.data.files import Record, RecordSource, open_source
-from qlora_trainer.data.messages import Row, known_columns, parse_record, resolve_format
+from qlora_trainer.data.formats import known_columns, parse_record, resolve_format
+from qlora_trainer.data.messages import Row
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.data.store import ExampleSet, ExampleStore, StoreWriter, new_store
 from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
+from qlora_trainer.settings import DataConfig, DataFormat, Source
 
-PREPARATION_VERSION = 1  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 2  # raise it whenever the same files would give other tokens or another layout
 _BATCH_ROWS = 256
 
 

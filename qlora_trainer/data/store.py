@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
+from qlora_trainer.data.messages import Row, row_from_json, row_to_json
 from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
@@ -172,25 +172,6 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def row_to_json(row: Row) -> dict[str, Any]:
-    """A row as plain JSON; `row_from_json` is its inverse."""
-    match row:
-        case Document(text):
-            return {"text": text}
-        case PromptCompletion(prompt, completion):
-            return {"prompt": prompt, "completion": completion}
-        case Conversation(messages):
-            return {"messages": [[message.role, message.content, message.learn] for message in messages]}
-
-
-def row_from_json(value: Mapping[str, Any]) -> Row:
-    if "text" in value:
-        return Document(value["text"])
-    if "prompt" in value:
-        return PromptCompletion(value["prompt"], value["completion"])
-    return Conversation(tuple(Message(*message) for message in value["messages"]))
 
 
 class _ArrayWriter:

@@ -1,0 +1,231 @@
+"""Every key of a run's configuration: its type, default, unit and a sentence, checked where it is declared.
+
+Frozen: what a run was begun with does not change. configs/README.md explains each key once more for reading. Left out:
+reading files and telling what is wrong with them (config.py).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The frozen base."""
+
+    name: str = Field(description="Hub name, directory of safetensors, or a .gguf file.")
+    revision: str | None = Field(None, description="Commit, tag or branch on the hub; null for the newest.")
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Dtype of activations. auto: bfloat16 on CUDA (float16 below Ampere), float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: CUDA where there is one.")
+    minimum_4bit_share: float = Field(
+        0.9,
+        ge=0.0,
+        le=1.0,
+        description="Refuse a base of which less than this share of the linear weights (output head left out) "
+        "becomes 4-bit, for example a mixture of experts.",
+    )
+    embeddings: Literal["device", "host"] = Field(
+        "device",
+        description="Where the input embedding lies. host: in host memory, from where the rows of a micro-batch are "
+        "copied; the results are the same.",
+    )
+    output_head: Literal["dense", "8bit", "4bit"] = Field(
+        "dense",
+        description="How the output head is held. 8bit (a scale a row) and 4bit (NF4) approximate it in training; the "
+        "merged model has the original one.",
+    )
+
+
+class AdapterConfig(Section):
+    """The trainable part."""
+
+    kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
+    rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
+    alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
+        "expression that whole paths must match.",
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none", description="Which biases of the base train too: none, those of adapted layers, or all."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 halves both and loses small updates.",
+    )
+    init_from: str | None = Field(None, description="Directory of a PEFT adapter to start from, optimizer fresh.")
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is empty; use all-linear, attention, mlp, or a list such as [q_proj, v_proj]")
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+
+class Source(Section):
+    """One data set of several."""
+
+    path: str = Field(description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a hub data set's name.")
+    format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
+    columns: dict[str, str] = Field(
+        {}, description="Rename columns: {what we call it: what the file calls it}, such as {prompt: query}."
+    )
+    split: str = Field("train", description="Which split of a hub data set.")
+
+
+class DataConfig(Section):
+    """What is learned."""
+
+    train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
+    heldout: float | str = Field(
+        0.05, description="Share of the rows kept out of training for evaluation (0 for none), or a file of them."
+    )
+    format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What happens to a longer row. Plain text is split into rows of max_length instead."
+    )
+    packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
+    learn: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Which tokens carry loss: all assistant turns, the last one, or every token."
+    )
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _number_is_a_share(cls, value: object) -> object:
+        """YAML reads 1e-1 as text, as it has no dot; a file of such a name can be given as ./1e-1."""
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    @field_validator("heldout")
+    @classmethod
+    def _heldout_is_a_share_or_path(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0.0 <= value < 1.0:
+            raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
+        return value
+
+
+class OptimizerConfig(Section):
+    """How adapters are updated."""
+
+    name: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
+        "paged_adamw_32bit", description="bitsandbytes' paged AdamW with 32- or 8-bit state, or torch's AdamW."
+    )
+    learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="Share of all steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay, on lora_A and lora_B only.")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of Adam's first moment.")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of Adam's second moment.")
+    epsilon: float = Field(1e-8, gt=0.0, description="Adam's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are scaled down to this global norm.")
+
+
+class TrainingConfig(Section):
+    """The run."""
+
+    output_dir: str = Field("runs/my-run", description="The run directory; must be new or empty.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: by epochs.")
+    epochs: int = Field(1, ge=1, description="Passes over the training rows.")
+    batch_size: int = Field(16, ge=1, description="Rows of one optimizer step, over all micro-batches.")
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Most tokens of one forward pass. auto: max_length."
+    )
+    activations: Literal["auto", "keep", "recompute", "offload", "tile"] = Field(
+        "auto",
+        description="What backward keeps of each decoder layer: keep all; recompute it from the layer's input; offload "
+        "that input to host memory; and tile, which also takes MLPs a tile of tokens at a time. auto: the fastest that "
+        "fits.",
+    )
+    kept_layers: int = Field(
+        0, ge=0, description="So many of the last decoder layers keep all, the others recompute, offload or tile."
+    )
+    offload_every: int = Field(
+        1, ge=1, description="Offload the input of every so many layers; those between are computed from it again."
+    )
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of adapter initialisation, dropout, and the order of rows."
+    )
+    evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
+    save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
+
+    @model_validator(mode="after")
+    def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
+        if self.kept_layers and self.activations in ("auto", "keep"):
+            raise ValueError(f"kept_layers has no effect with activations={self.activations}; leave it out")
+        if self.offload_every > 1 and self.activations not in ("offload", "tile"):
+            raise ValueError(f"offload_every has no effect with activations={self.activations}; leave it out")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured besides the held-out loss."""
+
+    samples: int = Field(3, ge=0, description="Held-out rows answered before and after training, for the report.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
+
+
+class CheckpointConfig(Section):
+    """What is kept."""
+
+    keep: int = Field(3, ge=1, description="Checkpoints kept; older ones are deleted after a new one is safe.")
+
+
+class RunConfig(Section):
+    """Everything `qlora train` needs to know."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_section_is_empty(cls, raw: Any) -> Any:
+        """A section whose every key is commented out arrives as null."""
+        if not isinstance(raw, Mapping):
+            return raw
+        return {key: {} if value is None and key in cls.model_fields else value for key, value in raw.items()}
+
+    @model_validator(mode="after")
+    def _moments_are_not_in_bfloat16(self) -> "RunConfig":
+        """torch's AdamW keeps its moments in the parameters' dtype, and in bf16 the second one stops moving."""
+        if self.adapter.dtype == "bfloat16" and self.optimizer.name == "adamw":
+            raise ValueError(
+                "adapter.dtype is bfloat16 and optimizer.name is adamw, which would keep Adam's moments in bfloat16 "
+                "too. Set optimizer.name to paged_adamw_32bit or paged_adamw_8bit, or adapter.dtype to float32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _micro_batch_holds_a_row(self) -> "RunConfig":
+        limit = self.training.micro_batch_tokens
+        if limit != "auto" and limit < self.data.max_length:
+            raise ValueError(
+                f"training.micro_batch_tokens is {limit}, less than data.max_length {self.data.max_length}: a row of "
+                "full length would fit no micro-batch. Raise the former or lower the latter"
+            )
+        return self
