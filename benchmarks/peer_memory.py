@@ -24,7 +24,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
+from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
+from qlora_trainer.memory_tracking import LiveBytes, once_more
 from qlora_trainer.planning import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -99,7 +100,7 @@ def plan_peer(
         tokens=tokens,
         operation=live.peak.operation,
         allocated=live.peak.bytes - paged_bytes,
-        reserved=CachingAllocator().play(steps, without=paged).reserved,
+        reserved=CachingAllocator(uses_expandable_segments()).play(steps, without=paged).reserved,
         paged=paged_bytes,
     )
 

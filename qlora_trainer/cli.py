@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.console import (
     ProgressBars,
     TrainingBar,
@@ -370,6 +371,7 @@ def _set_up_libraries() -> None:
     # on a CPU several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    prefer_expandable_segments()
     # What libraries log at import is for their developers; what matters to a run we say ourselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,20 +1,18 @@
-"""Counting bytes: what is alive at each moment of a computation, and what CUDA's allocator would reserve for it.
+"""Counting bytes: what is alive at each moment of a computation.
 
 `LiveBytes` watches every operation and follows the storages that they make until they are freed, on real tensors and
 fake ones alike, so the same step can be counted with and without its memory. It writes a trace of allocations and
-frees. `CachingAllocator` plays such a trace by the rules of torch's CUDA allocator, which rounds, splits and keeps
-blocks, and so reserves more than is alive.
+frees, which `CachingAllocator` plays (caching_allocator.py).
 
 Left out: memory inside a fused operation, which is seen from outside only (`workspaces` adds it by formula), and what
 does not come from torch's allocator, such as the CUDA context.
 """
 
-import bisect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -22,16 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MIB = 2**20
+from qlora_trainer.caching_allocator import Event
+
 Workspace = Callable[[tuple[Any, ...]], int]  # an operation's arguments -> bytes it uses inside and frees
-
-
-@dataclass(frozen=True)
-class Event:
-    """A block was allocated, or freed where `bytes` is negative; `block` is its number."""
-
-    block: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -156,108 +147,3 @@ def once_more(trace: Sequence[Event], start: int) -> list[Event]:
     made = {event.block for event in later if event.bytes > 0}
     shift = max((event.block for event in trace), default=0)
     return [Event(event.block + shift, event.bytes) for event in later if event.block in freed & made]
-
-
-@dataclass(eq=False)
-class _Block:
-    """A piece of a segment; neighbours of one segment are linked, so that free ones can be joined."""
-
-    segment: int
-    offset: int
-    size: int
-    is_small: bool
-    is_free: bool = True
-    before: "_Block | None" = None
-    after: "_Block | None" = None
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        return self.size, self.segment, self.offset
-
-
-class CachingAllocator:
-    """torch's CUDA allocator with its default settings, on one stream (c10/cuda/CUDACachingAllocator.cpp).
-
-    Sizes are rounded to 512 bytes. Requests of up to 1 MiB come from segments of 2 MiB, larger ones from segments of
-    20 MiB, and from 10 MiB on from a segment of their own, rounded to 2 MiB. The smallest free block that holds the
-    request is taken and split; freed neighbours are joined. Segments are never given back, as in a run that does not
-    meet its limit.
-    """
-
-    ROUNDING = 512
-    SMALL = MIB
-
-    def __init__(self) -> None:
-        self.reserved = self.allocated = self.peak_allocated = 0
-        self._free: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}  # by small or not, sorted by size
-        self._free_blocks: dict[tuple[int, int, int], _Block] = {}
-        self._used: dict[int, _Block] = {}
-        self._segments = 0
-
-    def play(self, trace: Iterable[Event], without: Iterable[int] = ()) -> Self:
-        """Allocate and free as the trace says, but for the blocks that live elsewhere."""
-        elsewhere = set(without)
-        for event in trace:
-            if event.block not in elsewhere:
-                if event.bytes > 0:
-                    self.allocate(event.block, event.bytes)
-                else:
-                    self.free(event.block)
-        return self
-
-    def allocate(self, number: int, size: int) -> None:
-        size = -(-size // self.ROUNDING) * self.ROUNDING
-        is_small = size <= self.SMALL
-        pool = self._free[is_small]
-        place = bisect.bisect_left(pool, (size, 0, 0))
-        block = self._free_blocks.pop(pool.pop(place)) if place < len(pool) else self._new_segment(size, is_small)
-        rest = block.size - size
-        if rest >= self.ROUNDING if is_small else rest > self.SMALL:
-            tail = _Block(block.segment, block.offset + size, rest, is_small, before=block, after=block.after)
-            if block.after is not None:
-                block.after.before = tail
-            block.size, block.after = size, tail
-            self._put(tail)
-        block.is_free = False
-        self._used[number] = block
-        self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-
-    def free(self, number: int) -> None:
-        block = self._used.pop(number)
-        self.allocated -= block.size
-        if block.after is not None and block.after.is_free:
-            self._join(block, self._take(block.after))
-        if block.before is not None and block.before.is_free:
-            before = self._take(block.before)
-            self._join(before, block)
-            block = before
-        self._put(block)
-
-    def _new_segment(self, size: int, is_small: bool) -> _Block:
-        if is_small:
-            total = 2 * MIB
-        elif size < 10 * MIB:
-            total = 20 * MIB
-        else:
-            total = -(-size // (2 * MIB)) * 2 * MIB
-        self._segments += 1
-        self.reserved += total
-        return _Block(self._segments, 0, total, is_small)
-
-    def _put(self, block: _Block) -> None:
-        block.is_free = True
-        bisect.insort(self._free[block.is_small], block.key)
-        self._free_blocks[block.key] = block
-
-    def _take(self, block: _Block) -> _Block:
-        pool = self._free[block.is_small]
-        del pool[bisect.bisect_left(pool, block.key)]
-        return self._free_blocks.pop(block.key)
-
-    @staticmethod
-    def _join(first: _Block, second: _Block) -> None:
-        first.size += second.size
-        first.after = second.after
-        if second.after is not None:
-            second.after.before = first

@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.attention import masks_as_for_real_tensors
+from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.host_embeddings import host_tensors
-from qlora_trainer.memory_tracking import CachingAllocator, LiveBytes, once_more
+from qlora_trainer.memory_tracking import LiveBytes, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
@@ -106,7 +107,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
     steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
-    allocator = CachingAllocator().play(steps, without=persistent[PAGED])
+    allocator = CachingAllocator(uses_expandable_segments()).play(steps, without=persistent[PAGED])
     kinds = dict(live.peak.by_kind)
     order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
     components = {name: kinds.pop(name, 0) for name in order}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from rows above its own, never from a room beside it; so no imports go in circles. Packages are
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
-    {"console", "demo_data", "errors", "memory_tracking", "progress", "quiet", "report_plot", "settings", "signals"},
+    {"caching_allocator", "console", "demo_data", "errors", "progress", "quiet", "report_plot", "settings", "signals"},
     {
         "attention",
         "checkpoint",
@@ -23,6 +23,7 @@ ROWS = [
         "generation",
         "gguf_tensors",
         "host_embeddings",
+        "memory_tracking",
         "quantization",
     },
     {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
