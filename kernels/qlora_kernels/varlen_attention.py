@@ -2,8 +2,10 @@
 
 Packing puts many rows into one sequence without padding. A mask that keeps them apart would cost tokens x tokens; here
 each document is attended to by itself, so the cost is the sum of the squares of the lengths, and nothing can leak from
-one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Left
-out: attention that is not causal, and key/value caches (generation goes through transformers' own attention).
+one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Where
+no fused attention can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by
+blocks of queries (blockwise_attention.py), so a long document costs no square in memory either. Left out: attention
+that is not causal, and key/value caches (generation goes through transformers' own attention).
 """
 
 import functools
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kernels import kernel_choice
+from qlora_kernels.blockwise_attention import blockwise_attention
 
 
 def varlen_attention(
@@ -44,7 +47,7 @@ def varlen_attention(
 
     # split, not slices: its backward is one concatenation, where each slice's would fill a zero tensor of all tokens.
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    documents = [_attend(q, k, v, scale, window, softcap, dropout).transpose(1, 2) for q, k, v in parts]
+    documents = [_attend(q, k, v, scale, window, softcap, dropout) for q, k, v in parts]
     return documents[0] if len(documents) == 1 else torch.cat(documents, dim=1)
 
 
@@ -56,47 +59,18 @@ def _attend(
     window: int | None,
     softcap: float | None,
     dropout: float,
-) -> Tensor:  # (1, Hq, L, D)
-    """Causal attention in one document. A mask exists only where the document is longer than the window."""
-    if softcap is not None:
-        return _attend_with_softcap(query, key, value, scale, window, softcap, dropout)
-    length = query.shape[2]
-    windowed = window is not None and length > window
+) -> Tensor:  # (1, L, Hq, D)
+    """Causal attention in one document: torch's fused one where that makes no scores over all pairs of tokens."""
+    _, heads, length, _ = query.shape
+    is_windowed = window is not None and length > window
+    if is_windowed or softcap is not None or (dropout and not query.is_cuda):
+        return blockwise_attention(query, key, value, scale=scale, window=window, softcap=softcap, dropout=dropout)
+    group = heads // key.shape[1]
+    if query.is_cuda and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
+        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_visible(length, window, query.device) if windowed else None,
-        is_causal=not windowed,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _attend_with_softcap(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float,
-    dropout: float,
-) -> Tensor:
-    """Written out, since torch's fused attention has no soft cap. Softmax in fp32 or wider."""
-    _, heads, length, head_dim = query.shape
-    query = query.reshape(1, key.shape[1], -1, length, head_dim)  # (1, Hkv, group, L, D)
-    scores = (query @ key.unsqueeze(2).mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(length, window, query.device), float("-inf"))
-    weights = F.dropout(scores.softmax(-1), dropout).to(value.dtype)  # (1, Hkv, group, L, L)
-    return (weights @ value.unsqueeze(2)).reshape(1, heads, length, head_dim)
-
-
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: may token i (row) see token j (column)?"""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+        query, key, value, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=group > 1
+    ).transpose(1, 2)
 
 
 def _flash_varlen_fits(query: Tensor) -> bool:

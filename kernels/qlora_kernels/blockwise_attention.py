@@ -1,0 +1,157 @@
+"""Causal attention in one document, a block of queries at a time, forward and again in backward.
+
+Fused attention has no soft cap, on a CPU no dropout, and takes a window as a mask over all pairs of tokens. Here a
+block of queries meets only the keys in its reach, so the scores that exist at once are one block's: with a window,
+time and memory grow with L x window, and without one memory still grows with L alone. Nothing is kept for backward
+but queries, keys and values; each block's scores are made again there (as FlashAttention does, Dao et al. 2022,
+arXiv:2205.14135, section 3.1), and dropout's mask is made again from a seed.
+
+Plain torch, so it runs on every device. Left out: attention that is not causal, and gradients of gradients.
+
+Legend: Hq query heads, Hkv key heads, G = Hq / Hkv, L tokens, D head size; of a block: N queries, S keys in reach.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlora_kernels.lora_linear import draw_seed, keep_mask, visible
+
+BLOCK_BYTES = 8 * 2**20
+"""Of a block's scores in fp32, as far as FEWEST_QUERIES and MOST_QUERIES allow; backward holds about five such."""
+
+FEWEST_QUERIES, MOST_QUERIES = 16, 128
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scale: float
+    window: int | None
+    softcap: float | None
+    dropout: float
+
+
+def blockwise_attention(
+    query: Tensor,  # (1, Hq, L, D)
+    key: Tensor,  # (1, Hkv, L, D)
+    value: Tensor,  # (1, Hkv, L, D)
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:  # (1, L, Hq, D)
+    """dropout(softmax(softcap * tanh(scale * q @ k.T / softcap))) @ v, causal, the settings as in `varlen_attention`.
+
+    Products are in the query's dtype, all between them in fp32 (fp64 for fp64), and so are sums over blocks.
+    """
+    seed = draw_seed() if dropout else None
+    return _Blockwise.apply(*visible(query, key, value), seed, _Settings(scale, window, softcap, dropout))
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, seed: Tensor | None, settings: _Settings
+    ) -> Tensor:
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(query, key, value)
+        ctx.seed, ctx.settings = seed, settings
+        _, heads, length, _ = query.shape
+        output = query.new_empty(1, length, heads, value.shape[3])
+        by_key_head = output[0].transpose(0, 1).unflatten(0, (key.shape[1], -1))  # (Hkv, G, L, D)
+        for block in _blocks(query, key, seed, settings):
+            weights = block.weights
+            if block.kept is not None:
+                weights.mul_(block.kept)
+            result = torch.bmm(weights.to(value.dtype), value[0, :, block.keys])
+            by_key_head[:, :, block.queries] = result.unflatten(1, (by_key_head.shape[1], -1))
+            del block, weights  # or the next block's would be made beside them
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (1, L, Hq, D)
+        query, key, value = ctx.saved_tensors
+        settings, dtype = ctx.settings, torch.promote_types(query.dtype, torch.float32)
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key[0], dtype=dtype), torch.zeros_like(value[0], dtype=dtype)
+        by_key_head = grad[0].transpose(0, 1).unflatten(0, (key.shape[1], -1))  # (Hkv, G, L, D)
+        query_grads = grad_query[0].unflatten(0, (key.shape[1], -1))
+        for block in _blocks(query, key, ctx.seed, settings, with_slope=True):
+            weights, rows = block.weights, by_key_head[:, :, block.queries].flatten(1, 2)  # (Hkv, G N, S), (..., D)
+            dropped = weights if block.kept is None else weights * block.kept
+            grad_value[:, block.keys] += torch.bmm(dropped.to(rows.dtype).mT, rows)
+            del dropped
+            inner = torch.bmm(rows, value[0, :, block.keys].mT).to(dtype)  # the gradient of weights, then of scores
+            if block.kept is not None:
+                inner.mul_(block.kept)
+            inner.sub_((inner * weights).sum(-1, keepdim=True)).mul_(weights)
+            if block.slope is not None:
+                inner.mul_(block.slope)
+            scores_grad = inner.to(query.dtype)
+            result = torch.bmm(scores_grad, key[0, :, block.keys]).mul_(settings.scale)
+            query_grads[:, :, block.queries] = result.unflatten(1, (query_grads.shape[1], -1))
+            grad_key[:, block.keys] += torch.bmm(scores_grad.mT, block.scaled_query)
+            del block, weights, inner, scores_grad
+        return grad_query, grad_key.to(key.dtype)[None], grad_value.to(value.dtype)[None], None, None
+
+
+@dataclass
+class _Block:
+    """What forward and backward both need of one block; the rows of the G heads of a key head lie one after another."""
+
+    queries: slice
+    keys: slice
+    scaled_query: Tensor  # (Hkv, G N, D)
+    weights: Tensor  # (Hkv, G N, S) softmax, before dropout
+    slope: Tensor | None  # (Hkv, G N, S) of the soft cap
+    kept: Tensor | None  # (Hkv, G N, S) 0 where dropped, else 1 / (1 - dropout)
+
+
+def _blocks(
+    query: Tensor, key: Tensor, seed: Tensor | None, settings: _Settings, with_slope: bool = False
+) -> Iterator[_Block]:
+    _, heads, length, _ = query.shape
+    by_key_head = query[0].unflatten(0, (key.shape[1], -1))  # (Hkv, G, L, D)
+    count = _queries_of_a_block(heads, min(length, settings.window or length))
+    for number, start in enumerate(range(0, length, count)):
+        queries = slice(start, min(start + count, length))
+        keys = slice(0 if settings.window is None else max(0, start - settings.window + 1), queries.stop)
+        # Scaled before the product, which in fp16 could overflow.
+        scaled = by_key_head[:, :, queries].flatten(1, 2) * settings.scale
+        weights = torch.bmm(scaled, key[0, :, keys].mT).to(torch.promote_types(query.dtype, torch.float32))
+        slope = None
+        if settings.softcap is not None:
+            weights.div_(settings.softcap).tanh_()
+            slope = weights.square().neg_().add_(1.0) if with_slope else None
+            weights.mul_(settings.softcap)
+        hidden = _hidden(queries, keys, settings.window, query.device)
+        weights.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, float("-inf"))
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+        weights.div_(weights.sum(-1, keepdim=True))
+        kept = None
+        if seed is not None:
+            like = weights.flatten(0, 1)
+            kept = keep_mask(like, like.shape[1], settings.dropout, seed + number).view_as(weights)
+            kept.div_(1.0 - settings.dropout)
+        yield _Block(queries, keys, scaled, weights, slope, kept)
+        del scaled, weights, slope, kept
+
+
+def _queries_of_a_block(heads: int, reach: int) -> int:
+    """A multiple of 16: a block's scores have about BLOCK_BYTES."""
+    fitting = BLOCK_BYTES // (4 * heads * reach) // FEWEST_QUERIES * FEWEST_QUERIES
+    return max(min(fitting, MOST_QUERIES), FEWEST_QUERIES)
+
+
+def _hidden(queries: slice, keys: slice, window: int | None, device: torch.device) -> Tensor:
+    """(N, S) bool: the keys that a query does not see, which are those after it and those before its window."""
+    ages = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
+        keys.start, keys.stop, device=device
+    )
+    return ages < 0 if window is None else (ages < 0) | (ages >= window)
