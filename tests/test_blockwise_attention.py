@@ -122,30 +122,73 @@ def test_without_gradients_nothing_is_kept() -> None:
         assert blockwise_attention(*tensors, scale=0.4).grad_fn is None
 
 
-def peak_bytes(length: int, **options: Any) -> int:
-    """Of forward and backward, what comes in left out."""
-    tensors = leaves(length, dtype=torch.float32)
+def bytes_inside(
+    length: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    backward: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[int, int]:
+    """What the op uses beyond its inputs and outputs: (counted operation by operation, by the formula)."""
+    query, key, value = (tensor.detach() for tensor in leaves(length, dtype=dtype))
+    grad = torch.randn(1, length, 4, 8, dtype=dtype)
+    seed = torch.tensor(1) if dropout else None
     with LiveBytes() as live:
-        blockwise_attention(*tensors, scale=0.4, **options).sum().backward()
-    return live.peak.bytes
+        live.watch([query, key, value, grad], "inputs")
+        before = live.bytes
+        if backward:
+            outputs = module._backward(grad, query, key, value, seed, 0.4, window, softcap, dropout)
+        else:
+            outputs = (module._attend(query, key, value, seed, 0.4, window, softcap, dropout),)
+    inside = live.peak.bytes - before - sum(tensor.nbytes for tensor in outputs)
+    formula = module.workspace_bytes(query, key, window, softcap, dropout, backward=backward, on_cuda=False)
+    return inside, formula
 
 
-@pytest.mark.parametrize("options", [{"window": 64}, {}, {"softcap": 5.0}, {"softcap": 5.0, "dropout": 0.1}])
-def test_memory_doubles_with_the_length(options: dict[str, Any]) -> None:
-    """Peaks lie on a line, a + b x length: a square would show at once."""
-    peaks = [peak_bytes(length, **options) for length in (512, 1024, 2048)]
-    assert peaks[1] - peaks[0] > 0
-    assert peaks[2] - peaks[1] <= 2.05 * (peaks[1] - peaks[0])
-    assert peaks[2] < 2048**2 * 4 / 2  # not half of one head's scores, where there are four
+ALL_OPTIONS = [
+    {"window": 64},
+    {},
+    {"softcap": 5.0},
+    {"dropout": 0.1},
+    {"softcap": 5.0, "dropout": 0.1},
+    {"softcap": 5.0, "window": 500},
+]
 
 
-def test_a_window_bounds_the_scores_that_exist() -> None:
-    """What comes with more tokens is gradients and the output, of their own size; the blocks stay what they are."""
-    grown = peak_bytes(2048, window=64) - peak_bytes(1024, window=64)
-    of_a_token = (
-        4 * 8 * (2 * 4 + 2 * 2)
-    )  # output and query gradient of 4 heads, key and value gradients of 2, 8 numbers
-    assert grown <= 1.5 * 1024 * of_a_token
+@pytest.mark.parametrize("options", ALL_OPTIONS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_inside_doubles_with_the_length_at_most(options: dict[str, Any], backward: bool) -> None:
+    """With a window it does not grow at all: the blocks stay what they are."""
+    half, whole = (bytes_inside(length, backward=backward, **options)[0] for length in (1024, 2048))
+    assert whole <= (1.0 if "window" in options else 2.0) * half
+    assert whole < 2048**2 * 4 / 4, "not a quarter of one head's scores, where there are four heads"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", ALL_OPTIONS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_plan_is_told_what_is_used_inside(options: dict[str, Any], backward: bool, dtype: torch.dtype) -> None:
+    """Dropout's mask is an op in the op, whose inside is not seen here and is in the formula."""
+    inside, formula = bytes_inside(1024, dtype, backward=backward, **options)
+    assert 0.95 * inside <= formula <= (1.5 if "dropout" in options else 1.15) * inside
+
+
+def test_the_op_gives_fake_tensors_what_it_gives_real_ones() -> None:
+    seed = torch.tensor(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = (tensor.detach() for tensor in leaves(LENGTH, dtype=dtype))
+        torch.library.opcheck(
+            torch.ops.qlora.blockwise_attention.default,
+            (query, key, value, seed, 0.4, 21, 5.0, 0.1),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+        torch.library.opcheck(
+            torch.ops.qlora.blockwise_attention_backward.default,
+            (torch.randn(1, LENGTH, 4, 8, dtype=dtype), query, key, value, seed, 0.4, 21, 5.0, 0.1),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @pytest.mark.parametrize("window", [4, 64, 1000])
@@ -155,17 +198,17 @@ def test_time_grows_with_length_times_window(window: int) -> None:
 
     tensors, heads, head_size = [tensor.detach() for tensor in leaves(2048, dtype=torch.float32)], 4, 8
     with FlopCounterMode(display=False) as counter:
-        blockwise_attention(*tensors, scale=0.4, window=window)
+        module._attend(*tensors, None, 0.4, window, None, 0.0)
     assert counter.get_total_flops() <= 2 * 2 * heads * head_size * 2048 * (window + 16)
 
 
 def test_blocks_shrink_where_heads_and_reach_are_many() -> None:
     def bytes_of_scores(heads: int, reach: int) -> int:
-        return module._queries_of_a_block(heads, reach) * heads * reach * 4
+        return module.queries_of_a_block(heads, reach, on_cuda=False) * heads * reach * 4
 
     for heads, reach in [(8, 4096), (32, 4096), (32, 1000), (64, 2000)]:
         assert bytes_of_scores(heads, reach) <= module.BLOCK_BYTES
-    assert module._queries_of_a_block(128, 10**6) == module.FEWEST_QUERIES
+    assert module.queries_of_a_block(128, 10**6, on_cuda=True) == module.FEWEST_QUERIES
 
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"window": 21}])

@@ -116,6 +116,16 @@ def test_a_change_of_the_step_changes_the_plan(
     assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
 
 
+def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Flash attention takes it there, in the memory it takes without; a plan's own tensors are on the CPU."""
+    windowed = tiny_models("mistral")
+    config = json.loads((windowed / "config.json").read_text())
+    assert config["sliding_window"] == 6
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    settings = tiny_config(training={"activations": "keep"})
+    assert plan_memory(windowed, settings).components == plan_memory(tmp_path, settings).components
+
+
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
     plan = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}))
     parts = plan.components
