@@ -27,7 +27,7 @@ from qlora_trainer.adapters.layers import LoRALinear, is_linear
 from qlora_trainer.quantization import NF4Linear
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
-FEWEST_TILE_TOKENS = 256  # each tile dequantises the weights again
+FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
 _PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -51,11 +51,11 @@ class GatedMLP:
         self.gate_and_up = gate_and_up
         self.activation = activation
         self.down = down
-        self.tiles = 1  # take the tokens in so many parts
+        self.tiles = 1  # take the tokens in so many parts, or more
 
     def __call__(self, x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        tile = max(-(-tokens // self.tiles), FEWEST_TILE_TOKENS)
+        tile = max(min(-(-tokens // self.tiles), MOST_TILE_TOKENS), FEWEST_TILE_TOKENS) if self.tiles > 1 else tokens
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def make_lean(model: nn.Module) -> LeanReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Take the tokens of every lean MLP in so many parts, of FEWEST_TILE_TOKENS at least."""
+    """Take the tokens of every lean MLP in so many parts, of FEWEST_TILE_TOKENS to MOST_TILE_TOKENS; 1: whole."""
     for module in model.modules():
         if isinstance(module.forward, GatedMLP):
             module.forward.tiles = tiles

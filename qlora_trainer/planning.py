@@ -12,6 +12,7 @@ of settings.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kernels.blockwise_attention import workspace_bytes
+from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.attention import masks_as_for_real_tensors
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.host_embeddings import host_tensors
-from qlora_trainer.memory_tracking import LiveBytes, once_more
+from qlora_trainer.memory_tracking import LiveBytes, Workspace, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
@@ -258,20 +261,9 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     }
 
 
-def flash_backward_bytes(arguments: tuple[Any, ...]) -> int:
-    """What CUDA's variable-length flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
-
-    The gradient of the queries in fp32 and one number a query, over tokens padded by 128; for grouped queries also
-    the keys' and values' gradients of every query head.
-    """
-    query, key = arguments[1], arguments[2]  # (B, Hq, T, D), (B, Hkv, T, D)
-    batch, heads, tokens, head_dim = query.shape
-    rounding = 32 if head_dim <= 128 else 64
-    padded, rounded_dim = batch * (tokens + 128), -(-head_dim // rounding) * rounding
-    inside = 4 * heads * padded * (rounded_dim + 1)
-    if key.shape[1] != heads:
-        inside += 2 * batch * key.shape[2] * heads * head_dim * query.element_size()
-    return inside
+def fused_backward_bytes(arguments: tuple[Any, ...]) -> int:
+    """What attention's backward uses inside on CUDA."""
+    return flash_backward_bytes(arguments[1], arguments[2])
 
 
 def adamw_32bit_bytes(arguments: tuple[Any, ...]) -> int:
@@ -285,8 +277,36 @@ def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
     return adamw_32bit_bytes(arguments) + 2 * 4 * arguments[2].numel()
 
 
-WORKSPACES_ON_CUDA = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: flash_backward_bytes}
-WORKSPACES_ON_CPU = {
+def blockwise_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -> int:
+    """What attention by blocks of queries uses inside its forward."""
+    query, key, _, _, _, *settings = arguments
+    if on_cuda and _is_fused_on_cuda(query, *settings):
+        return 0
+    return workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
+
+
+def blockwise_backward_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -> int:
+    """Likewise inside its backward."""
+    _, query, key, _, _, _, *settings = arguments
+    if on_cuda and _is_fused_on_cuda(query, *settings):
+        return fused_backward_bytes(arguments)
+    return workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
+
+
+def _is_fused_on_cuda(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
+    """Flash attention on a card takes a window or dropout; a plan's tensors, which are on the CPU, go by blocks."""
+    is_windowed = window is not None and query.shape[2] > window
+    return softcap is None and not (dropout and is_windowed)
+
+
+WORKSPACES_ON_CUDA: dict[torch._ops.OpOverload, Workspace] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused_backward_bytes,
+    torch.ops.qlora.blockwise_attention.default: blockwise_bytes,
+    torch.ops.qlora.blockwise_attention_backward.default: blockwise_backward_bytes,
+}
+WORKSPACES_ON_CPU: dict[torch._ops.OpOverload, Workspace] = {
+    torch.ops.qlora.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
+    torch.ops.qlora.blockwise_attention_backward.default: functools.partial(blockwise_backward_bytes, on_cuda=False),
     torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
 }

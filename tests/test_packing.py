@@ -1,13 +1,16 @@
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_trainer.data import packing
 from qlora_trainer.data.packing import Example, group_for_packing, make_packs
 
 LIMIT = 32
+FIRST_FIT_ONLY = [([11, 9, 38, 1, 16, 43], 60), ([14, 17, 8, 1, 8, 12], 32), ([19, 31, 20, 18, 27, 1], 60)]
 
 
 @st.composite
@@ -89,6 +92,30 @@ def test_padding_is_on_the_right_and_carries_no_label():
 def test_no_pack_could_be_emptied_into_another(lengths):
     totals = sorted(sum(lengths[i] for i in group) for group in group_for_packing(lengths, LIMIT))
     assert len(totals) == 1 or totals[0] + totals[1] > LIMIT
+
+
+def assert_balanced(lengths: list[int], limit: int) -> None:
+    groups = [group for group in group_for_packing(lengths, limit) if lengths[group[0]] <= limit]
+    totals = {tuple(group): sum(lengths[index] for index in group) for group in groups}
+    assert max(totals.values()) <= limit
+    for fullest in (group for group, total in totals.items() if total == max(totals.values())):
+        assert max(totals.values()) - min(totals.values()) <= min(lengths[index] for index in fullest)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths=st.lists(st.integers(1, LIMIT), min_size=1, max_size=14))
+def test_the_fullest_pack_exceeds_the_emptiest_by_its_shortest_row_at_most(lengths):
+    assert_balanced(lengths, LIMIT)
+
+
+# Emptiest-first overflows with as many groups as first-fit needs, so the balance comes from moving rows.
+@pytest.mark.parametrize(("lengths", "limit"), FIRST_FIT_ONLY)
+def test_rows_that_only_first_fit_places_are_balanced_too(lengths, limit):
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    first_fit = packing._first_fit(order, lengths, limit)
+    for count in range(1, len(first_fit) + 1):
+        assert any(sum(lengths[i] for i in group) > limit for group in packing._emptiest_first(order, lengths, count))
+    assert_balanced(lengths, limit)
 
 
 def test_packs_are_as_few_as_possible_and_balanced():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer import fitting, forward, planning, runs, training
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.config import load_config, make_config
@@ -114,6 +115,26 @@ def test_a_change_of_the_step_changes_the_plan(
     after = plan_memory(tiny_llama, tiny_config())
     assert after.allocated - before.allocated == 40_000
     assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
+
+
+def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Flash attention takes it there, in the memory it takes without; a plan's own tensors are on the CPU.
+
+    They lack the number a query that flash attention keeps for its backward.
+    """
+    windowed = tiny_models("mistral")
+    config = json.loads((windowed / "config.json").read_text())
+    assert config["sliding_window"] == 6
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    settings = tiny_config(training={"activations": "keep"})
+    plain, planned = (plan_memory(directory, settings) for directory in (tmp_path, windowed))
+    kept = config["num_hidden_layers"] * config["num_attention_heads"] * plain.micro_batch_tokens * 4
+    assert 0 <= plain.allocated - planned.allocated <= kept
+    q, k = torch.empty(1, 8, 500, 64, dtype=torch.bfloat16), torch.empty(1, 4, 500, 64, dtype=torch.bfloat16)
+    inside = planning.WORKSPACES_ON_CUDA[torch.ops.qlora.blockwise_attention_backward.default]
+    in_flash = flash_backward_bytes(q, k)
+    assert inside((q, q, k, k, None, 0.1, 64, None, 0.0)) == in_flash
+    assert inside((q, q, k, k, None, 0.1, 64, 30.0, 0.0)) != in_flash, "no fused attention takes a soft cap"
 
 
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:

@@ -2,8 +2,10 @@
 
 Packing puts many rows into one sequence without padding. A mask that keeps them apart would cost tokens x tokens; here
 each document is attended to by itself, so the cost is the sum of the squares of the lengths, and nothing can leak from
-one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Left
-out: attention that is not causal, and key/value caches (generation goes through transformers' own attention).
+one document into another. On CUDA in 16-bit, torch's variable-length flash attention does the same in one call. Where
+no fused attention can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by
+blocks of queries (blockwise_attention.py), so a long document costs no square in memory either. Left out: attention
+that is not causal, and key/value caches (generation goes through transformers' own attention).
 """
 
 import functools
@@ -16,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kernels import kernel_choice
+from qlora_kernels.blockwise_attention import blockwise_attention
+
+MOST_BACKWARD_BYTES = 2**28
+"""Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
 
 
 def varlen_attention(
@@ -39,13 +45,42 @@ def varlen_attention(
     lengths = [stop - start for start, stop in pairwise(bounds)]
     covers = bounds[0] == 0 and bounds[-1] == query.shape[2] and min(lengths) > 0
     assert covers, "cu_seqlens must rise from 0 to the number of tokens"
+    if (count := key_heads_at_a_time(query, key)) < key.shape[1]:
+        query_heads = count * query.shape[1] // key.shape[1]
+        groups = zip(query.split(query_heads, 1), key.split(count, 1), value.split(count, 1), strict=True)
+        outputs = [
+            varlen_attention(*group, bounds, scale=scale, window=window, softcap=softcap, dropout=dropout)
+            for group in groups
+        ]
+        return torch.cat(outputs, dim=2)
     if softcap is None and dropout == 0.0 and _flash_varlen_fits(query):
         return _flash_varlen(query, key, value, tuple(bounds), max(lengths), scale, window)
 
     # split, not slices: its backward is one concatenation, where each slice's would fill a zero tensor of all tokens.
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    documents = [_attend(q, k, v, scale, window, softcap, dropout).transpose(1, 2) for q, k, v in parts]
+    documents = [_attend(q, k, v, scale, window, softcap, dropout) for q, k, v in parts]
     return documents[0] if len(documents) == 1 else torch.cat(documents, dim=1)
+
+
+def key_heads_at_a_time(query: Tensor, key: Tensor) -> int:
+    """How many key heads, with the query heads they serve, attention takes at once: all, but of a long context."""
+    share = MOST_BACKWARD_BYTES / flash_backward_bytes(query, key)
+    return max(int(share * key.shape[1]), 1) if share < 1 else key.shape[1]
+
+
+def flash_backward_bytes(query: Tensor, key: Tensor) -> int:  # (B, Hq, T, D), (B, Hkv, T, D)
+    """What CUDA's variable-length flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
+
+    The gradient of the queries in fp32 and one number a query, over tokens padded by 128; for grouped queries also
+    the keys' and values' gradients of every query head.
+    """
+    batch, heads, tokens, head_dim = query.shape
+    rounding = 32 if head_dim <= 128 else 64
+    padded, rounded_dim = batch * (tokens + 128), -(-head_dim // rounding) * rounding
+    inside = 4 * heads * padded * (rounded_dim + 1)
+    if key.shape[1] != heads:
+        inside += 2 * batch * key.shape[2] * heads * head_dim * query.element_size()
+    return inside
 
 
 def _attend(
@@ -56,47 +91,18 @@ def _attend(
     window: int | None,
     softcap: float | None,
     dropout: float,
-) -> Tensor:  # (1, Hq, L, D)
-    """Causal attention in one document. A mask exists only where the document is longer than the window."""
-    if softcap is not None:
-        return _attend_with_softcap(query, key, value, scale, window, softcap, dropout)
-    length = query.shape[2]
-    windowed = window is not None and length > window
+) -> Tensor:  # (1, L, Hq, D)
+    """Causal attention in one document: torch's fused one where that makes no scores over all pairs of tokens."""
+    _, heads, length, _ = query.shape
+    is_windowed = window is not None and length > window
+    if is_windowed or softcap is not None or (dropout and not query.is_cuda):
+        return blockwise_attention(query, key, value, scale=scale, window=window, softcap=softcap, dropout=dropout)
+    group = heads // key.shape[1]
+    if query.is_cuda and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
+        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=_visible(length, window, query.device) if windowed else None,
-        is_causal=not windowed,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _attend_with_softcap(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float,
-    dropout: float,
-) -> Tensor:
-    """Written out, since torch's fused attention has no soft cap. Softmax in fp32 or wider."""
-    _, heads, length, head_dim = query.shape
-    query = query.reshape(1, key.shape[1], -1, length, head_dim)  # (1, Hkv, group, L, D)
-    scores = (query @ key.unsqueeze(2).mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
-    scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(length, window, query.device), float("-inf"))
-    weights = F.dropout(scores.softmax(-1), dropout).to(value.dtype)  # (1, Hkv, group, L, L)
-    return (weights @ value.unsqueeze(2)).reshape(1, heads, length, head_dim)
-
-
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L) bool: may token i (row) see token j (column)?"""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible if window is None else visible.triu(1 - window)
+        query, key, value, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=group > 1
+    ).transpose(1, 2)
 
 
 def _flash_varlen_fits(query: Tensor) -> bool:

@@ -79,17 +79,20 @@ def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Indices of rows by group; each group's lengths sum to at most `limit`, or it is one longer row.
 
     Starts from the fewest groups that could hold the tokens. The longest row next goes to the emptiest group, which
-    balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits.
+    balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits and is
+    balanced afterwards. Longer rows left out, the fullest group exceeds the emptiest by no more than the fullest's
+    shortest row: no row can be moved to make the fullest less full than it leaves another.
     """
     oversized = [[index] for index, length in enumerate(lengths) if length > limit]
     order = sorted((index for index, length in enumerate(lengths) if length <= limit), key=lambda i: (-lengths[i], i))
-    groups = _first_fit(order, lengths, limit)
+    first_fit = _first_fit(order, lengths, limit)
     fewest = -(-sum(lengths[index] for index in order) // limit)
-    for count in range(fewest, len(groups) + 1):
-        balanced = _emptiest_first(order, lengths, count)
-        if all(sum(lengths[index] for index in group) <= limit for group in balanced):
-            groups = balanced
+    for count in range(fewest, len(first_fit) + 1):
+        groups = _emptiest_first(order, lengths, count)
+        if all(sum(lengths[index] for index in group) <= limit for group in groups):
             break
+    else:
+        groups = _balanced(first_fit, lengths)
     return sorted(sorted(group) for group in groups + oversized if group)
 
 
@@ -115,6 +118,24 @@ def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) ->
         groups[place].append(index)
         totals[place] += lengths[index]
     return groups
+
+
+def _balanced(groups: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Rows go from the fullest group to the emptiest as long as that leaves the latter less full than the former was.
+
+    It ends, because each move lowers the sum of the squares, and overflows nothing.
+    """
+    totals = [sum(lengths[index] for index in group) for group in groups]
+    while True:
+        fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
+        fitting = [index for index in groups[fullest] if totals[emptiest] + lengths[index] < totals[fullest]]
+        if not fitting:
+            return groups
+        moved = max(fitting, key=lambda index: lengths[index])
+        groups[fullest].remove(moved)
+        groups[emptiest].append(moved)
+        totals[fullest] -= lengths[moved]
+        totals[emptiest] += lengths[moved]
 
 
 def _group_padded(lengths: Sequence[int], limit: int) -> list[list[int]]:
