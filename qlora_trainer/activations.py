@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -32,6 +33,8 @@ from qlora_trainer.settings import TrainingConfig
 
 Level = Literal["keep", "recompute", "offload", "tile"]
 LEVELS: tuple[Level, ...] = ("keep", "recompute", "offload", "tile")
+MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host stands for; more cost as much again in time
+HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 TILES = 8  # what one tile of an MLP takes is then less than what attention takes of the whole row
 TILED_WORKSPACE = 1 << 24  # elements of a weight dequantised at a time under `tile`
 
@@ -87,6 +90,20 @@ def apply_policy(model: Any, policy: Policy) -> None:
     inputs = None if policy.level == "recompute" else OffloadedInputs(policy.offload_every)
     for layer in layers[: max(len(layers) - policy.kept_layers, 0)]:
         layer.forward = RecomputedLayer(layer, inputs)
+
+
+def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
+    """Host memory that a policy takes for the layers' inputs of one micro-batch, as torch rounds pinned memory."""
+    if policy.level not in ("offload", "tile"):
+        return 0
+    layers = len(decoder_layers(model)) - policy.kept_layers
+    one = tokens * model.config.get_text_config().hidden_size * model.config.dtype.itemsize
+    return -(-layers // policy.offload_every) * (1 << (one - 1).bit_length())
+
+
+def host_room() -> int:
+    """Bytes of host memory that may be taken for what is offloaded."""
+    return int(psutil.virtual_memory().available * HOST_SHARE)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

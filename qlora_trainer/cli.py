@@ -233,6 +233,7 @@ def plan(
     micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters and elsewhere.
     """
     from qlora_trainer import fitting
+    from qlora_trainer.activations import host_room
     from qlora_trainer.config import load_config
     from qlora_trainer.model_source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import plan_memory
@@ -240,7 +241,7 @@ def plan(
 
     settings = load_config(config, overrides or [])
     card = fitting.parse_memory(gpu_memory) if gpu_memory else fitting.memory_here(settings)
-    host = fitting.parse_memory(host_memory) if host_memory else fitting.host_memory()
+    host = fitting.parse_memory(host_memory) if host_memory else host_room()
     budget = fitting.Budget(card, host) if card else None
     planned = longest = largest = None
     with ProgressBars() as progress:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from qlora_trainer.activations import Level, Policy
+from qlora_trainer.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
@@ -27,8 +27,6 @@ from qlora_trainer.skeleton import layer_kinds
 
 GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tile")
-MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host stands for; more cost as much again in time
-HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's files; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -100,7 +98,7 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
     """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
     device = choose_device(config.model.device)
     if device.type == "cuda":
-        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_memory())
+        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_room())
     elif sum(file.stat().st_size for file in directory.glob("*.safetensors")) < SMALLEST_PLANNED:
         return None
     else:
@@ -135,7 +133,7 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
     if fastest is not None:
         raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
-    shorter = longest_context(directory, _with_policy(config, Policy("tile")), plan, budget.card, progress)
+    shorter = longest_context(directory, with_policy(config, Policy("tile")), plan, budget.card, progress)
     if shorter is not None:
         raise InsufficientMemoryError(
             f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
@@ -191,18 +189,19 @@ def memory_here(config: RunConfig) -> int | None:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
-def host_memory() -> int:
-    """Bytes of host memory that may be taken for what is offloaded."""
-    return int(psutil.virtual_memory().available * HOST_SHARE)
-
-
 def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
 
 
 def leanest(config: RunConfig) -> RunConfig:
     """The config with its policy, or the one that needs least of the card where that is left open."""
-    return _with_policy(config, Policy("tile")) if config.training.activations == "auto" else config
+    return with_policy(config, Policy("tile")) if config.training.activations == "auto" else config
+
+
+def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
+    """The plan of a run on the device here, under what an earlier part of it came down to."""
+    config = _set(config, model={"device": choose_device(config.model.device).type})
+    return plan_memory(directory, with_policy(with_micro_batch(config, micro_batch_tokens), policy))
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
@@ -250,10 +249,10 @@ def _layer_bytes(directory: Path, config: RunConfig, policy: Policy) -> int:
 
 
 def _plan(directory: Path, config: RunConfig, policy: Policy, layers: int | None = None) -> MemoryPlan:
-    return plan_memory(directory, _with_policy(config, policy), layers)
+    return plan_memory(directory, with_policy(config, policy), layers)
 
 
-def _with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
     return _set(
         config,
         training={
@@ -266,7 +265,7 @@ def _with_policy(config: RunConfig, policy: Policy) -> RunConfig:
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
     """What to write on the command line to have a policy instead of the config's."""
-    before, after = config.training, _with_policy(config, policy).training
+    before, after = config.training, with_policy(config, policy).training
     changed = [f for f in ("activations", "kept_layers", "offload_every") if getattr(before, f) != getattr(after, f)]
     return " ".join(f"training.{name}={getattr(after, name)}" for name in changed)
 

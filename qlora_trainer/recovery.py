@@ -3,7 +3,8 @@
 A plan can be wrong by a little, and other programs use the card too. A step is a set of rows, so it can be taken again
 with the same rows in smaller micro-batches, divided by the same number of label tokens: it learns the same, and only
 last bits differ, as from any choice of micro-batches. The micro-batch that failed is split by rows first, since that
-costs no arithmetic; where it is a single row, the activation policy goes one level leaner. What was lowered stays so
+costs no arithmetic; where it is a single row, the activation policy goes one level leaner, as far as host memory has
+room for what is offloaded. What was lowered stays so
 for the rest of the run, also when it is resumed: what failed once would fail again.
 
 `probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
@@ -12,13 +13,14 @@ Left out: memory that runs out elsewhere (evaluation, loading), and a host whose
 be caught.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from qlora_trainer.activations import Policy
+from qlora_trainer.activations import MOST_BETWEEN_OFFLOADED, Policy, host_room, offloaded_bytes
 from qlora_trainer.checkpoint import restore_rng, rng_state
 from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, ModelError
 from qlora_trainer.model import give_back_memory
@@ -91,9 +93,9 @@ def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -
         restore_rng(*random)
         give_back_memory()
         if not lower(state, failed[-1]):
-            leanest = state.policy
+            letter = _no_room(failed[-1], reason, state)
             state.set_memory(*before)
-            raise InsufficientMemoryError(_no_room(failed[-1], leanest, reason, state.device))
+            raise InsufficientMemoryError(letter)
         if state.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(state.device)  # the peak told is that of what fits
     if failed:
@@ -110,7 +112,7 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     if len(row_lengths) > 1:  # both bounds are below the sum, so these rows will be laid out in more micro-batches
         state.set_memory(max(sum(row_lengths) // 2, max(row_lengths)), state.policy)
         return True
-    policy = state.policy.leaner()
+    policy = _leaner(state, row_lengths[0])
     if policy is None:
         return False
     try:
@@ -118,6 +120,21 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     except ModelError:  # its layers cannot be recomputed, as all leaner policies do
         return False
     return True
+
+
+def _leaner(state: TrainState, tokens: int) -> Policy | None:
+    """The next policy with less on the device, whose part on the host fits there; None where there is none."""
+    policy = state.policy.leaner()
+    while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):
+        every = policy.offload_every + 1
+        policy = dataclasses.replace(policy, offload_every=every) if every <= MOST_BETWEEN_OFFLOADED else None
+    return policy
+
+
+def _host_lacks(state: TrainState, policy: Policy, tokens: int) -> bool:
+    """Whether what a policy offloads is more than host memory has room for, and than what is offloaded now."""
+    needed = offloaded_bytes(state.model, policy, tokens)
+    return needed > offloaded_bytes(state.model, state.policy, tokens) and needed > host_room()
 
 
 def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], after: tuple[int, Policy]) -> str:
@@ -134,12 +151,17 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
     )
 
 
-def _no_room(row_lengths: list[int], policy: Policy, reason: str, device: Any) -> str:
+def _no_room(row_lengths: list[int], reason: str, state: TrainState) -> str:
+    next_policy = state.policy.leaner()
+    host = ""
+    if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
+        needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
+        host = f" To offload would take {needed / 2**30:.1f} GiB of host memory, more than is free there."
     return (
-        f"A row of {row_lengths[0]:,} tokens does not fit the memory of {device} by itself, even with activations "
-        f"{policy} ({reason}). No step was lost. Close what else uses the device, or resume on a larger one. Or start "
-        f"a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves longer rows out), a smaller "
-        "adapter.rank or a smaller base; adapter.init_from takes over what was learned."
+        f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
+        f"activations {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, or resume on "
+        f"a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
+        "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was learned."
     )
 
 

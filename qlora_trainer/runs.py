@@ -31,7 +31,7 @@ from qlora_trainer.directories import new_directory, refuse_existing, replaced_d
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.fitting import check_fits_here, gib
+from qlora_trainer.fitting import check_fits_here, gib, plan_as_lowered
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings, target_names
 from qlora_trainer.model import Base, give_back_memory, load_base_model
@@ -58,7 +58,7 @@ from qlora_trainer.run_directory import (
     write_samples,
 )
 from qlora_trainer.settings import RunConfig
-from qlora_trainer.training import TrainState, build_state, train
+from qlora_trainer.training import TrainState, as_lowered, build_state, train
 
 
 @dataclasses.dataclass
@@ -277,7 +277,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    run = _assemble(config, directory, path, progress)
+    saved = state["training"].get("memory")  # checkpoints of earlier versions have none
+    run = _assemble(config, directory, path, progress, as_lowered(config, saved) if saved else None)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -294,9 +295,9 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     if run.plan and run.plan.policy != run.state.policy:
         run.notices.append(
             f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
-            f"{run.plan.policy} was planned. To choose otherwise, name training.activations."
+            f"{run.plan.policy} would fit. To choose otherwise, name training.activations."
         )
-        run.plan = None
+        run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)
     here = environment(run.base.device, run.base.compute_dtype)
     run.notices += [*found.passed_over, *notices, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):
@@ -304,10 +305,13 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     return run
 
 
-def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress) -> Run:
+def _assemble(
+    config: RunConfig, directory: Path, path: Path, progress: Progress, planned: RunConfig | None = None
+) -> Run:
+    """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
     tokenizer = load_tokenizer(path)
     prepared = prepare_data(config, tokenizer, path, progress)
-    plan = check_fits_here(path, config, progress)
+    plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base_model(path, config.model, progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own

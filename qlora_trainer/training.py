@@ -8,7 +8,7 @@ and its state_dict; a run stopped and resumed does the same arithmetic as one th
 import dataclasses
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -155,6 +155,24 @@ def micro_batch_tokens(config: RunConfig) -> int:
 def memory_settings(config: RunConfig) -> dict[str, Any]:
     """The settings, as the user wrote them, that decide a micro-batch's memory."""
     return {name: getattr(config.training, name) for name in ("micro_batch_tokens", *POLICY_SETTINGS)}
+
+
+def as_lowered(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+    """The config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
+
+    Where the policy is left open (auto), it stays so.
+    """
+    lowered, settings = {}, memory_settings(config)
+    if saved["settings"]["micro_batch_tokens"] == settings["micro_batch_tokens"]:
+        lowered["micro_batch_tokens"] = saved["micro_batch_tokens"]
+    if settings["activations"] != "auto" and all(saved["settings"][name] == settings[name] for name in POLICY_SETTINGS):
+        policy = Policy(**saved["policy"])
+        lowered |= {
+            "activations": policy.level,
+            "kept_layers": policy.kept_layers,
+            "offload_every": policy.offload_every,
+        }
+    return config.model_copy(update={"training": config.training.model_copy(update=lowered)})
 
 
 def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer import fitting, forward, planning, runs, training
-from qlora_trainer.activations import Policy, choose_policy
+from qlora_trainer.activations import Policy, choose_policy, offloaded_bytes
 from qlora_trainer.config import load_config, make_config
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.fitting import (
@@ -25,7 +25,7 @@ from qlora_trainer.fitting import (
     with_length,
 )
 from qlora_trainer.planning import MemoryPlan, empty_run, longest_pack, plan_memory, track_steps
-from qlora_trainer.runs import start_run
+from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
@@ -316,6 +316,17 @@ def test_the_largest_micro_batch_fills_its_limit(
     assert longest_pack(tiny_llama, config, packing=False).tokens == sum(row for row in rows if row == 128)
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("level", ["offload", "tile", "recompute"])
+def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
+    tiny_config: Config, tiny_llama: Path, level: str, every: int
+) -> None:
+    every = every if level != "recompute" else 1
+    plan = plan_memory(tiny_llama, tiny_config(training={"activations": level, "offload_every": every}))
+    model = start_run(tiny_config(f"run-{level}-{every}", model={"compute_dtype": "bfloat16"})).base.model
+    assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
+
+
 def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activations": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
@@ -400,3 +411,26 @@ def test_the_report_sets_the_peak_beside_the_plan(tiny_config: Config, tiny_llam
     page = run.write_report().read_text()
     assert "planned memory" in page
     assert f"planned {fitting.gib(run.plan.allocated)}" in page
+
+
+@pytest.mark.parametrize(("activations", "planned"), [("keep", ["recompute"]), ("auto", ["keep", "recompute"])])
+def test_a_resumed_run_is_planned_as_it_goes_on(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, activations: str, planned: list[str]
+) -> None:
+    """What had been lowered is neither planned anew nor refused; the policy that auto would take is said."""
+    monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
+    run = start_run(tiny_config(training={"activations": activations, "max_steps": 2}))
+    run.state.set_memory(run.state.loader.micro_batch_tokens, Policy("recompute"))
+    run.save()
+    asked: list[str] = []
+
+    def noted(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+        asked.append(config.training.activations)
+        return plan_memory(directory, config, layers)
+
+    monkeypatch.setattr(fitting, "plan_memory", noted)
+    resumed = resume_run(run.directory)
+    assert resumed.plan is not None
+    assert resumed.plan.policy == resumed.state.policy == Policy("recompute")
+    assert asked == planned
+    assert any("would fit" in notice for notice in resumed.notices) == (activations == "auto")

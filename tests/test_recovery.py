@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_trainer import training
-from qlora_trainer.activations import Policy
+from qlora_trainer import recovery, training
+from qlora_trainer.activations import Policy, offloaded_bytes
 from qlora_trainer.console import TrainingBar, console
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, is_out_of_memory
-from qlora_trainer.recovery import probe, take_step
+from qlora_trainer.recovery import lower, probe, take_step
 from qlora_trainer.report import read_metrics
 from qlora_trainer.runs import Run, resume_run, start_run
 from qlora_trainer.settings import RunConfig
@@ -497,3 +497,21 @@ def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) 
     assert run.state.policy == Policy("keep"), "splitting was enough"
     assert max(record["peak_memory_bytes"] for record in records) <= allowed
     assert [record["loss"] for record in records] == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(10.0, Policy("offload")), (0.6, Policy("offload", offload_every=2)), (0.1, None)]
+)
+def test_nothing_is_offloaded_that_the_host_has_no_room_for(
+    wide_config: Config, monkeypatch: pytest.MonkeyPatch, free: float, expected: Policy | None
+) -> None:
+    """`free`: of what every layer's input would take."""
+    state = start_run(wide_config(training={"activations": "recompute"})).state
+    every = offloaded_bytes(state.model, Policy("offload"), 100)
+    assert every > 0
+    monkeypatch.setattr(recovery, "host_room", lambda: int(every * free))
+    monkeypatch.setattr(TrainState, "device", property(lambda state: torch.device("cuda")))
+    assert lower(state, [100]) == (expected is not None)
+    assert state.policy == (expected or Policy("recompute"))
+    if expected is None:
+        assert "GiB of host memory, more than is free there" in recovery._no_room([100], "full", state)
