@@ -212,7 +212,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
 
 
 def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
-    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "tools": "[]"}])
+    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "rating": 5}])
     second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
     sources = [
         Source(path=first, columns={"question": "query", "answer": "reply"}),
@@ -221,7 +221,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
     prepared = run(tmp_path, sources)
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
-    assert "a.jsonl: column tools (1 rows) is not used" in prepared.report.notices
+    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.notices
     assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
 
 
