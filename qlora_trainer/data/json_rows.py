@@ -69,14 +69,14 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Placed]:
 def _is_jsonl(path: Path, encoding: str | None) -> bool:
     """Whether a row ends with its line. The second line of an object that goes on begins with a key or a brace's end,
     so where it begins an object, the first line was one too, perhaps a broken one."""
-    filled = (line for line in streams.lines(path, encoding) if line.text.strip())
-    first, second = [*itertools.islice(filled, 2), None, None][:2]
-    if second is not None and second.text.lstrip().startswith("{"):
-        return True
-    try:
-        json.loads(first.text if first else "")
-    except (ValueError, RecursionError):
+    filled = (line.text.strip() for line in streams.lines(path, encoding) if line.text.strip())
+    first, second = [*itertools.islice(filled, 2), "", ""][:2]
+    if "{" in (first, second):  # as only objects over several lines begin
         return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return second.startswith("{")
     return True
 
 
@@ -117,8 +117,8 @@ class RowDecoder:
         try:
             begin = len(text) - len(text.lstrip(" \t\r"))
             value, end = self.value(text, begin)
-            if text[end:].strip():
-                raise json.JSONDecodeError("Extra data", text, end)
+            if rest := text[end:].lstrip():
+                raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
         except json.JSONDecodeError as error:
             byte = "" if start is None else f" (byte {start + len(text[: error.pos].encode('utf-8', 'replace'))})"
             near = text[max(0, error.pos - 20) : error.pos + 20]
@@ -224,10 +224,13 @@ def _value(window: _Window, decoder: RowDecoder, number: int, where: str) -> Any
         try:
             value, end = decoder.value(window.text, window.position)
         except json.JSONDecodeError as error:
-            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(window.text) - _LONGEST_LITERAL
+            is_open = error.msg.startswith("Unterminated string")
+            is_cut = is_open or error.pos > len(window.text) - _LONGEST_LITERAL
             is_endless = len(window.text) - window.position > streams.MAX_LINE_BYTES
             if not is_cut or is_endless or not window.more():
-                raise window.error(number, error.msg, error.pos) from error
+                is_early = is_open or error.pos >= len(window.text.rstrip())
+                what = error.msg + " (the file ends too early)" * (is_early and not is_endless)
+                raise window.error(number, what, error.pos) from error
             continue
         except (RecursionError, ValueError) as error:
             raise DataError(f"{where}: cannot be read as JSON: {error}") from error
