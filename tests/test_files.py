@@ -142,7 +142,9 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
         write(tmp_path, f"{split}.jsonl", '{"text": "a"}\n')
     original = datasets.load_dataset
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda _, *args, **how: original(str(tmp_path), *args, **how, cache_dir=tmp_path / "c")
+        datasets,
+        "load_dataset",
+        lambda _, *args, **how: original(str(tmp_path), *args, **how, cache_dir=tmp_path / "c"),
     )
     with pytest.raises(DataError, match=r"some/rows has no split dev; it has train, test. Name one: split"):
         open_source("some/rows", "dev")

@@ -26,6 +26,12 @@ def write(tmp_path: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
+def raise_first(placed):
+    for _, row in placed:
+        if isinstance(row, DataError):
+            raise row
+
+
 @QUICK
 @given(ROWS, st.sampled_from([None, 1]), st.booleans(), st.integers(1, 40), st.booleans())
 def test_any_way_to_write_rows_reads_the_same_whatever_a_block_cuts(tmp_path, rows, indent, ascii_, block, mark):
@@ -78,7 +84,10 @@ def test_rows_of_an_array_that_are_no_objects_are_errors_in_their_place(tmp_path
         ('[{"a": "a"},\n {"a" "b"}]', r"x.json, row 2: not JSON: Expecting ':' delimiter at line 2, column 7, near"),
         ('[{"a": 1}\n{"a": 2}]', r"row 1: not JSON: Expecting ',' or '\]' at line 2, column 1"),
         ('[{"a": 1},\n]', r"row 2: not JSON: Expecting value at line 2, column 1"),
-        ('[{"a": 1},\n {"a": "b', r"row 2: not JSON: Unterminated string starting at \(the file ends too early\) at line 2, column 8"),
+        (
+            '[{"a": 1},\n {"a": "b',
+            r"row 2: not JSON: Unterminated string starting at \(the file ends too early\) at line 2, column 8",
+        ),
         ('[{"a": 1}', r"row 1: not JSON: the file was cut off, the array has no end, at line 1, column 10"),
         ("[", r"row 1: not JSON: Expecting value \(the file ends too early\) at line 1, column 2"),
         ('[{"a": 1}]\n{"a": 2}', r"Extra data after the array at line 2, column 1"),
@@ -109,9 +118,7 @@ def test_what_is_no_json_is_named_by_row_line_and_column(tmp_path, monkeypatch, 
 )
 def test_a_file_that_is_another_kind_of_json_is_told_so(tmp_path, content, words):
     with pytest.raises(DataError, match=words):
-        for _, row in read_jsonl(write(tmp_path, "x.jsonl", content)):
-            if isinstance(row, DataError):
-                raise row
+        raise_first(read_jsonl(write(tmp_path, "x.jsonl", content)))
 
 
 def test_marks_within_a_file_that_was_joined_from_others_are_passed_over(tmp_path):

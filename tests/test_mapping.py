@@ -86,7 +86,9 @@ def test_a_template_writes_text_around_fields():
 
 
 def test_a_field_without_text_is_told():
-    with pytest.raises(DataError, match=r"data.template text wants empty, which is null. If that may be, write empty\?"):
+    with pytest.raises(
+        DataError, match=r"data.template text wants empty, which is null. If that may be, write empty\?"
+    ):
         mapped(ROW, {}, {"text": "{empty}"}, "line 1")
     with pytest.raises(DataError, match=r"data.template text: x holds bytes, not text"):
         mapped({"x": b"y"}, {}, {"text": "{x}"}, "line 1")
