@@ -77,6 +77,17 @@ def test_rows_of_an_array_that_are_no_objects_are_errors_in_their_place(tmp_path
     assert "x.json, row 3: the key c stands twice" in str(found[2][1])
 
 
+def test_a_number_that_a_block_cuts_is_one_row_that_is_no_object(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "_BLOCK_BYTES", 2)
+    found = list(read_json(write(tmp_path, "x.json", '[123456789, {"a": 1}]')))
+    assert "is int" in str(found[0][1])
+    assert found[1:] == [("row 2", {"a": 1})]
+
+
+def test_an_empty_object_before_one_over_several_lines_is_a_row(tmp_path):
+    assert [row for _, row in read_json(write(tmp_path, "x.json", '{}\n{\n"a": 1\n}\n'))] == [{}, {"a": 1}]
+
+
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 @pytest.mark.parametrize(
     ("content", "words"),
