@@ -239,8 +239,8 @@ def test_templates_and_columns_of_the_config_hold_for_sources_that_have_none(tmp
     shape = {"columns": {"completion": "c"}, "template": {"prompt": "<{a.b}>"}}
     prepared = run(tmp_path, path, **shape)
     assert prepared.train.row(0) == PromptCompletion("<long>", "x")
-    source = Source(path=path, columns={"completion": "a.b"}, template={"prompt": "{c}:"})
-    assert run(tmp_path, [source], **shape).train.row(0) == PromptCompletion("x:", "long")
+    source = Source(path=path, columns={"prompt": "c", "completion": "a.b"})
+    assert run(tmp_path, [source], **shape).train.row(0) == PromptCompletion("x", "long")
 
 
 def test_the_models_positions_cap_the_length_and_it_is_said(tmp_path):

@@ -170,13 +170,18 @@ def _inputs(config: DataConfig) -> list[_Input]:
                 header=source.header or config.header,
             ),
             config.format if source.format == "auto" else source.format,
-            source.columns or config.columns,
-            source.template or config.template,
+            *_columns_made(source, config),
             for_heldout,
         )
         for group, for_heldout in ((sources, False), (heldout, True))
         for source in group
     ]
+
+
+def _columns_made(source: Source, config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Columns and template, both of the source where it has one of them: the two belong together."""
+    mine = source if source.columns or source.template else config
+    return mine.columns, mine.template
 
 
 def _cache_key(
