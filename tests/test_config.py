@@ -7,7 +7,7 @@ import yaml
 
 from qlora_trainer.config import load_config, make_config, save_config
 from qlora_trainer.errors import ConfigError, FileMissingError
-from qlora_trainer.settings import RunConfig
+from qlora_trainer.settings import RunConfig, Source
 
 MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
 
@@ -158,8 +158,15 @@ def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
     message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "fromat": "chat"}, {"path": "b", "rank": 3}]}})
     assert message.splitlines()[1:] == [
         "  - unknown key data.train.0.fromat; did you mean data.train.0.format?",
-        "  - unknown key data.train.1.rank; a source has path, format, columns, split",
+        f"  - unknown key data.train.1.rank; a source has {', '.join(Source.model_fields)}",
     ]
+
+
+def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> None:
+    for wrong in ("utf-99", "hex", "a\0b"):
+        message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "encoding": wrong}], "encoding": wrong}})
+        assert message.count("is no text encoding that Python knows") == 2
+    assert make_config({**MINIMAL, "data": {"train": "a", "encoding": "UTF-16"}}).data.encoding == "UTF-16"
 
 
 def test_a_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:

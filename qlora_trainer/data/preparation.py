@@ -18,8 +18,9 @@ import numpy as np
 import tokenizers
 
 from qlora_trainer.data.encoding import Tokenizer
-from qlora_trainer.data.files import Record, RecordSource, open_source
-from qlora_trainer.data.formats import known_columns, parse_record, resolve_format
+from qlora_trainer.data.files import RecordSource, open_source
+from qlora_trainer.data.formats import RecordReader
+from qlora_trainer.data.json_rows import Record
 from qlora_trainer.data.messages import Row
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.rendering import Renderer
@@ -96,6 +97,7 @@ class _Input:
     source: RecordSource
     format: DataFormat
     columns: dict[str, str]
+    template: dict[str, str]
     for_heldout: bool
 
 
@@ -160,14 +162,26 @@ def _inputs(config: DataConfig) -> list[_Input]:
         raise DataError("data.train is an empty list: name at least one file.")
     return [
         _Input(
-            open_source(source.path, source.split),
+            open_source(
+                source.path,
+                source.split,
+                subset=source.subset,
+                encoding=source.encoding or config.encoding,
+                header=source.header or config.header,
+            ),
             config.format if source.format == "auto" else source.format,
-            source.columns,
+            *_columns_made(source, config),
             for_heldout,
         )
         for group, for_heldout in ((sources, False), (heldout, True))
         for source in group
     ]
+
+
+def _columns_made(source: Source, config: DataConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Columns and template, both of the source where it has one of them: the two belong together."""
+    mine = source if source.columns or source.template else config
+    return mine.columns, mine.template
 
 
 def _cache_key(
@@ -177,7 +191,7 @@ def _cache_key(
         "version": PREPARATION_VERSION,
         "tokenizers": tokenizers.__version__,
         "tokenizer": _tokenizer_identity(tokenizer),
-        "sources": [[i.source.name, i.source.digest, i.format, i.columns, i.for_heldout] for i in inputs],
+        "sources": [[i.source.name, i.source.digest, i.format, i.columns, i.template, i.for_heldout] for i in inputs],
         "settings": [config.learn, config.too_long, max_length, vocab_size],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -205,9 +219,10 @@ def _write(
     unit = 0
     for item in inputs:
         report = SourceReport(item.source.name)
-        counts: dict[str, Counter[str]] = {name: Counter() for name in ("dropped", "unused_columns", "notices")}
+        reader = RecordReader(item.format, item.columns, item.template)
+        counts = {"dropped": Counter[str](), "unused_columns": reader.unused, "notices": Counter[str]()}
         records = item.source.records()
-        while batch := list(islice(_parsed(records, item, counts["unused_columns"]), _BATCH_ROWS)):
+        while batch := list(islice(_parsed(records, reader), _BATCH_ROWS)):
             for (where, _), rendered in zip(batch, renderer.render_batch(batch), strict=True):
                 unit += 1
                 report.rows += 1
@@ -227,12 +242,11 @@ def _write(
     writer.finish({"sources": reports})
 
 
-def _parsed(records: Iterator[tuple[str, Record]], item: _Input, unused: Counter[str]) -> Iterator[tuple[str, Row]]:
+def _parsed(records: Iterator[tuple[str, Record | DataError]], reader: RecordReader) -> Iterator[tuple[str, Row]]:
     for where, record in records:
-        row = parse_record(record, item.format, item.columns, where)
-        used = known_columns(resolve_format(record, item.format, item.columns, where)) | set(item.columns.values())
-        unused.update(name for name, value in record.items() if name not in used and value is not None)
-        yield where, row
+        if isinstance(record, DataError):
+            raise record
+        yield where, reader.read(record, where)
 
 
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:
