@@ -177,7 +177,8 @@ def test_a_held_out_file_is_only_held_out_and_its_duplicates_are_counted(tmp_pat
 
 
 def test_every_row_read_is_used_or_counted_with_a_reason(tmp_path):
-    rows = [*ROWS[:5], row("q", ""), row("q", " \n"), row("q", "long " * 200), row("long " * 200, "a")]
+    long = {"prompt": "q", "completion": "long " * 200}
+    rows = [*ROWS[:5], row("q", ""), row("q", " \n"), long, row("long " * 200, "a")]
     report = run(tmp_path, write(tmp_path, "x.jsonl", rows), max_length=64).report
     (source,) = report.sources
     assert (source.rows, source.examples, source.truncated) == (9, 6, 1)
@@ -226,7 +227,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
 
 
 def test_the_models_positions_cap_the_length_and_it_is_said(tmp_path):
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", [row("q", "long " * 300)]), max_length=512, max_positions=100)
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", [{"text": "long " * 300}]), max_length=512, max_positions=100)
     assert prepared.report.train.longest == prepared.report.max_length == 100
     assert "data.max_length is 512, but the model has 100 positions: rows end there" in prepared.report.notices
 

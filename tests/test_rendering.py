@@ -14,8 +14,8 @@ from qlora_trainer.data.files import read_records
 from qlora_trainer.data.formats import parse_record
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
-from qlora_trainer.data.rendering import Renderer, reference_answer
-from qlora_trainer.data.templates import END_ADDED, LAST_TURN_ONLY
+from qlora_trainer.data.rendering import COMPLETION_CUT, CUT_AWAY, Renderer, reference_answer
+from qlora_trainer.data.spans import END_ADDED, LAST_TURN_ONLY
 from qlora_trainer.errors import DataError
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
@@ -283,11 +283,13 @@ def test_a_long_document_becomes_windows_that_hold_every_token_once():
 
 def test_long_rows_are_cut_dropped_or_refused_as_asked():
     tokenizer = tiny_tokenizer("smollm2")
-    row = chat("a", "The quick brown fox. " * 40)
+    row = chat("a", "b", "c", "The quick brown fox. " * 40)
     whole = Renderer(tokenizer).render(row)
     cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
     assert cut.truncated
-    assert cut.examples[0] == Example(whole.input_ids[:64], whole.labels[:64])
+    assert cut.tokens == len(whole.input_ids)
+    assert cut.examples == [Renderer(tokenizer).render(chat("a", "b"))]
+    assert cut.rows == [chat("a", "b")]
     dropped = Renderer(tokenizer, max_length=64, too_long="drop").render_batch([("row", row)])[0]
     assert (dropped.examples, dropped.dropped) == ([], "longer than max_length")
     with pytest.raises(DataError, match=rf"x.json, row 2: the row has {len(whole.input_ids)} tokens, more than 64"):
@@ -298,7 +300,8 @@ def test_a_row_whose_answer_is_cut_away_is_dropped():
     row = chat("The quick brown fox. " * 40, "ok")
     rendered = Renderer(tiny_tokenizer("smollm2"), max_length=64).render_batch([("row", row)])[0]
     assert rendered.examples == []
-    assert "nothing learned within it" in rendered.dropped
+    assert rendered.dropped == CUT_AWAY
+    assert not rendered.truncated
 
 
 def test_stop_tokens_are_the_end_of_turn_and_the_end_of_text():
