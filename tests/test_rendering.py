@@ -296,6 +296,18 @@ def test_long_rows_are_cut_dropped_or_refused_as_asked():
         Renderer(tokenizer, max_length=64, too_long="error").render(row, "x.json, row 2")
 
 
+def test_a_completion_that_is_cut_teaches_no_end_and_is_told():
+    tokenizer = tiny_tokenizer("smollm2")
+    row = PromptCompletion("The quick", " brown fox." * 40)
+    whole = Renderer(tokenizer).render(row)
+    cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
+    assert (cut.truncated, cut.notices, cut.tokens) == (True, (COMPLETION_CUT,), len(whole.input_ids))
+    assert cut.examples == [Example(whole.input_ids[:64], whole.labels[:64])]
+    assert tokenizer.eos_token_id not in cut.examples[0].labels
+    away = Renderer(tokenizer, max_length=64).render_batch([("row", PromptCompletion("fox " * 90, "dog"))])[0]
+    assert (away.examples, away.dropped, away.truncated, away.notices) == ([], CUT_AWAY, False, ())
+
+
 def test_a_row_whose_answer_is_cut_away_is_dropped():
     row = chat("The quick brown fox. " * 40, "ok")
     rendered = Renderer(tiny_tokenizer("smollm2"), max_length=64).render_batch([("row", row)])[0]

@@ -179,7 +179,9 @@ class SpanFinder:
         control = self.template.control_pattern.match(header)
         at = before.rfind(control[0] if control else header) if header else -1
         if at >= 0:
-            return begin + at + self.template.common_prefix(header, before[at:])
+            # What the row itself says may begin as the prompt ends, such as with the token that opens reasoning.
+            is_whole = text.startswith(header, begin + at)
+            return begin + at + (len(header) if is_whole else self.template.common_prefix(header, before[at:]))
         if place.part[1] == CONTENT:
             return unspaced
         # No header, and the turn begins with text of the template's own, as of calls: it is what follows the prompt.

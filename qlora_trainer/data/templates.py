@@ -158,7 +158,7 @@ class ChatTemplate:
     def _probe(self) -> None:
         where = "the chat template, tried on one exchange"
         answered = Dialogue([_QUESTION, {"role": "assistant", "content": _MARKER}])
-        whole = self.text(answered, where=where)
+        _, _, after = self.text(answered, where=where).partition(_MARKER)
         self._has_blocks = True  # tried on the next line
         self._has_blocks = bool(self.text_and_blocks(answered, where=where)[1])
         asked = Dialogue([{"role": "user", "content": _MARKER}])
@@ -167,12 +167,10 @@ class ChatTemplate:
             2
         ]
         self.header = self._added(before, prompt).rstrip(" ")
-        self.end_of_turn = self._directly_after(whole.rpartition(_MARKER)[2])
+        found = self.control_pattern.search(after)
+        self.end_of_turn = found[0] if found else None
         self._probe_calls()
-        later = self._try([*answered.messages, _QUESTION])
-        ends = {self.end_of_turn, self.end_of_call}
-        if later is not None:
-            ends.add(self._directly_after(later.rpartition(_MARKER)[2]))
+        ends = {self.end_of_turn, self.end_of_call, self._end_before_a_question(answered)}
         self.ends = frozenset(end for end in ends if end)
 
     def common_prefix(self, one: str, other: str) -> int:
@@ -189,9 +187,12 @@ class ChatTemplate:
         """What a generation prompt has beyond the same text without it."""
         return prompt[self.common_prefix(before, prompt) :]
 
-    def _directly_after(self, rest: str) -> str | None:
-        found = self.control_pattern.search(rest)
-        return found[0] if found and not rest[: found.start()].strip() else None
+    def _end_before_a_question(self, answered: Dialogue) -> str | None:
+        """The control token after an earlier answer, if it is not the one that opens the question after it."""
+        text = self._try([*answered.messages, {"role": "user", "content": "Qm1Q"}]) or ""
+        between = text.partition(_MARKER)[2].partition("Qm1Q")[0]
+        tokens = list(self.control_pattern.finditer(between))
+        return tokens[0][0] if len(tokens) > 1 and not between[: tokens[0].start()].strip() else None
 
     def _probe_calls(self) -> None:
         """How calls are given to it, and the control token that ends a turn of calls."""
