@@ -48,9 +48,9 @@ def test_a_template_is_run_as_transformers_runs_it(family, row):
             )
         except Exception:  # whatever the template raises
             with pytest.raises(DataError, match="the row: the model's chat template cannot render"):
-                template_of(tokenizer).text(dialogue, generation, where="the row")
+                template_of(tokenizer).text(dialogue, "the row", generation)
         else:
-            assert template_of(tokenizer).text(dialogue, generation, where="the row") == expected
+            assert template_of(tokenizer).text(dialogue, "the row", generation) == expected
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama3", "llama3_1", "llama3_2", "phi3", "qwen2_5", "qwen3"])
@@ -69,7 +69,7 @@ def test_the_templates_tested_here_render_as_the_published_ones(family):
             texts = []
             for template in (ours, theirs):
                 try:
-                    texts.append(template.text(make_dialogue(row, "row"), generation, where="row"))
+                    texts.append(template.text(make_dialogue(row, "row"), "row", generation))
                 except DataError as error:
                     texts.append(str(error))
             assert texts[0] == texts[1]

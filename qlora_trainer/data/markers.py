@@ -59,7 +59,7 @@ class Markers:
             return self._experiments[shape]
         marked = with_parts(dialogue, {part: f"Q{nonce}m{part[0]}p{part[1]}Q" for part in parts})
         try:
-            pieces = re.split(f"Q{nonce}m([0-9]+)p([0-9]+)Q", self.template.text(marked, where="an experiment"))
+            pieces = re.split(f"Q{nonce}m([0-9]+)p([0-9]+)Q", self.template.text(marked, "an experiment"))
         except DataError:
             pieces = None  # the template reads what is said, and stumbled over a marker
         if shape is not None:

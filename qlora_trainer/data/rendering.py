@@ -86,21 +86,23 @@ class Renderer:
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end an answer in generation: the template's ends of an answer and of a call, the end of text."""
-        template = self._finder(()).template
-        ends = {template.end_of_turn, template.end_of_call} - {None}
-        return sorted({self.eos_id, *(self.tokenizer.convert_tokens_to_ids(str(end)) for end in ends)})
+        templates = [self._finder(tools).template for tools in self._choices()]
+        ends = {end for template in templates for end in (template.end_of_turn, template.end_of_call) if end}
+        return sorted({self.eos_id, *map(self.tokenizer.convert_tokens_to_ids, ends)})
 
     @property
     def template_date(self) -> datetime.date | None:
         """The date that the chat template writes into its texts; None where it writes none, or there is no template."""
-        templates = self.tokenizer.chat_template
-        for tools in ((), ("",)) if isinstance(templates, dict) else ((),):
-            try:
-                if date := self._finder(tools).template.written_date:
-                    return date
-            except DataError:
-                continue  # told where a conversation needs the template
-        return None
+        try:
+            dates = [self._finder(tools).template.written_date for tools in self._choices()]
+        except DataError:
+            return None  # told where a conversation needs the template
+        return next((date for date in dates if date), None)
+
+    def _choices(self) -> list[tuple[str, ...]]:
+        """Offers of tools that lead to each of the templates that there are."""
+        named = self.tokenizer.chat_template
+        return [(), ("any",)] if isinstance(named, dict) and {"default", "tool_use"} <= named.keys() else [()]
 
     def render(self, row: Row, where: str = "the row") -> Example:
         """One row; DataError where it is refused or would be dropped."""

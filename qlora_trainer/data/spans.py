@@ -10,11 +10,13 @@ its content, with the token that ends the turn. Leaves out: what a template does
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from qlora_trainer.data.dialogue import (
     CONTENT,
+    REASONING,
     Dialogue,
     make_dialogue,
     nonce_for,
@@ -42,6 +44,8 @@ PROMPT_DIFFERS = (
     "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
     "it is learned after another prompt than it will be given"
 )
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -76,24 +80,18 @@ class SpanFinder:
             DataError: the template refuses the conversation, leaves a part of it out, or hides even its last answer.
         """
         template = self.template
-        plain = make_dialogue(conversation, where, template.arguments_as_text)
-        dialogue, shields = shielded(plain, template.control_pattern)
-        notices = []
-        try:
-            text, blocks = template.text_and_blocks(dialogue, where=where)
-        except DataError:
-            numbered = with_numbered_ids(dialogue)
-            if numbered is None:
-                raise
-            dialogue = numbered
-            text, blocks = template.text_and_blocks(dialogue, where=where)
-            notices.append(IDS_NUMBERED)
+        dialogue, shields = self._dialogue(conversation, where)
+        (text, blocks), dialogue, notices = self._accepted(dialogue, template.text_and_blocks, where)
         check_tools(template, dialogue, text, where)
         chosen = set(targets)
         parts = text_parts(dialogue)
         places = self.markers.places(dialogue, text, parts)
         if places is None:
             check_nothing_left_out(dialogue, text, where)
+            if not template.knows_reasoning:
+                check_reasoning(
+                    template, {t for t, part in parts if part == REASONING and (t in chosen) != others}, (), where
+                )
             parts = {part: value for part, value in parts.items() if part[0] in chosen}
             places = self.markers.places(dialogue, text, parts)
             if places is not None and len({place.part for place in places}) < len(parts):
@@ -125,26 +123,32 @@ class SpanFinder:
 
     def render_prompt(self, conversation: Conversation, *, where: str) -> list[Stretch]:
         """What stands before an answer to the conversation: character by character as in training."""
-        plain = make_dialogue(conversation, where, self.template.arguments_as_text)
-        dialogue, shields = shielded(plain, self.template.control_pattern)
-        try:
-            text = self._prompt(dialogue, where)
-        except DataError:
-            numbered = with_numbered_ids(dialogue)
-            if numbered is None:
-                raise
-            text = self._prompt(numbered, where)
+        dialogue, shields = self._dialogue(conversation, where)
+        text, _, _ = self._accepted(dialogue, self._prompt, where)
         # A space at the end would become a token of its own, where in training it belongs to the answer's first word.
         return _unshielded([Stretch(text.rstrip(" "), learned=False)], shields)
 
+    def _dialogue(self, conversation: Conversation, where: str) -> tuple[Dialogue, dict[str, str]]:
+        plain = make_dialogue(conversation, where, self.template.arguments_as_text)
+        return shielded(plain, self.template.control_pattern)
+
+    def _accepted(
+        self, dialogue: Dialogue, run: Callable[[Dialogue, str], Result], where: str
+    ) -> tuple[Result, Dialogue, list[str]]:
+        """What the template makes of a dialogue, of the one that it took: with its own ids of calls, or with others."""
+        try:
+            return run(dialogue, where), dialogue, []
+        except DataError:
+            if (numbered := with_numbered_ids(dialogue)) is None:
+                raise
+            return run(numbered, where), numbered, [IDS_NUMBERED]
+
     def _prompt(self, dialogue: Dialogue, where: str) -> str:
         if self.template.header:
-            return self.template.text(dialogue, generation=True, where=where)
+            return self.template.text(dialogue, where, generation=True)
         marker = f"Q{nonce_for(dialogue)}m0Q"
-        answer = {"role": "assistant", "content": marker}
-        return self.template.text(Dialogue([*dialogue.messages, answer], dialogue.tools), where=where).partition(
-            marker
-        )[0]
+        answered = Dialogue([*dialogue.messages, {"role": "assistant", "content": marker}], dialogue.tools)
+        return self.template.text(answered, where).partition(marker)[0]
 
     def _spans(
         self, dialogue: Dialogue, text: str, places: Sequence[Place], targets: Collection[int]
@@ -196,7 +200,7 @@ class SpanFinder:
         marker = f"Q{nonce_for(dialogue)}Q"
         last = len(dialogue.messages) - 1
         marked = with_parts(dialogue, {(last, CONTENT): marker})
-        return self.template.text(marked, generation=True, where="an experiment").rpartition(marker)[2].rstrip(" ")
+        return self.template.text(marked, "an experiment", generation=True).rpartition(marker)[2].rstrip(" ")
 
     def _prompt_goes_on(self, text: str, turn: int, dialogue: Dialogue, spans: Mapping[int, Blocks]) -> bool:
         header = self.template.header
@@ -268,8 +272,8 @@ class SpanFinder:
                 f"{where}: the row {says}, and this model's chat template hides where they stand. Set data.learn to "
                 "assistant or last, and leave the choice out of the row."
             )
-        prompt = self.template.text(dialogue.beginning(last), generation=True, where=where).rstrip(" ") if last else ""
-        text = self.template.text(dialogue.beginning(last + 1), where=where)
+        prompt = self.template.text(dialogue.beginning(last), where, generation=True).rstrip(" ") if last else ""
+        text = self.template.text(dialogue.beginning(last + 1), where)
         answer = text.removeprefix(prompt)
         said = [value.strip()[-32:] for part, value in text_parts(dialogue).items() if part[0] == last]
         if not text.startswith(prompt) or not all(words in answer for words in said):

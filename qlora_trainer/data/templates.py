@@ -75,7 +75,7 @@ class ChatTemplate:
         self._has_blocks = False
         self._probe()
 
-    def text(self, dialogue: Dialogue, generation: bool = False, *, where: str) -> str:
+    def text(self, dialogue: Dialogue, where: str, generation: bool = False) -> str:
         """The template's text, with `generation` up to where an answer begins.
 
         Raises:
@@ -86,14 +86,14 @@ class ChatTemplate:
         except _REFUSALS as error:
             raise self._refusal(dialogue, error, where) from error
 
-    def text_and_blocks(self, dialogue: Dialogue, *, where: str) -> tuple[str, Blocks]:
+    def text_and_blocks(self, dialogue: Dialogue, where: str) -> tuple[str, Blocks]:
         """The text, and the places that the template itself marks with {% generation %}.
 
         Raises:
             DataError: the template refuses the dialogue.
         """
         if not self._has_blocks:
-            return self.text(dialogue, where=where), []
+            return self.text(dialogue, where), []
         try:
             return _render_with_assistant_indices(
                 self._program, dialogue.messages, dialogue.tools, None, False, **self._variables
@@ -158,14 +158,12 @@ class ChatTemplate:
     def _probe(self) -> None:
         where = "the chat template, tried on one exchange"
         answered = Dialogue([_QUESTION, {"role": "assistant", "content": _MARKER}])
-        _, _, after = self.text(answered, where=where).partition(_MARKER)
+        _, _, after = self.text(answered, where).partition(_MARKER)
         self._has_blocks = True  # tried on the next line
-        self._has_blocks = bool(self.text_and_blocks(answered, where=where)[1])
+        self._has_blocks = bool(self.text_and_blocks(answered, where)[1])
         asked = Dialogue([{"role": "user", "content": _MARKER}])
-        before = self.text(asked, where="the chat template, tried on a question").rpartition(_MARKER)[2]
-        prompt = self.text(asked, generation=True, where="the chat template, tried on a question").rpartition(_MARKER)[
-            2
-        ]
+        before = self.text(asked, "the chat template, tried on a question").rpartition(_MARKER)[2]
+        prompt = self.text(asked, "the chat template, tried on a question", generation=True).rpartition(_MARKER)[2]
         self.header = self._added(before, prompt).rstrip(" ")
         found = self.control_pattern.search(after)
         self.end_of_turn = found[0] if found else None
