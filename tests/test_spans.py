@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 
 import pytest
@@ -27,6 +28,12 @@ def answer(text: str, **parts) -> Message:
 
 def call(city: str = "Rome", id: str | None = None) -> ToolCall:
     return ToolCall("lookup", json.dumps({"city": city}), id)
+
+
+@cache
+def shared_renderer(family: str, kind: str) -> Renderer:
+    """One for all conversations of a test, as in preparation: what it keeps of one must not show in another."""
+    return Renderer(tiny_tokenizer(family, kind), max_length=10**6)
 
 
 def learned_texts(tokenizer, example) -> list[str]:
@@ -112,7 +119,7 @@ def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family,
     tokenizer = tiny_tokenizer(family, kind)
     row = data.draw(conversations(family))
     said = [text for text in what_is_said(family, row.messages) if text is not None]
-    rendered = one(Renderer(tokenizer, max_length=10**6), row)
+    rendered = one(shared_renderer(family, kind), row)
     assert not isinstance(rendered, DataError)
     assert LAST_TURN_ONLY not in rendered.notices
     assert learned_texts(tokenizer, rendered.examples[0]) == said
@@ -196,6 +203,33 @@ def test_a_turn_of_calls_alone_begins_where_generation_begins_it(family):
     assert example.labels[: len(ids)] == [-100] * len(ids)
     assert example.labels[len(ids)] != -100
     assert FAMILIES[family].call in tiny_tokenizer(family).decode(example.input_ids[len(ids) :])
+
+
+def test_control_tokens_in_tools_and_in_names_of_arguments_stay_text():
+    tokenizer = tiny_tokenizer("qwen2_5")
+    tool = TOOL.replace("Looks up.", "Looks <|im_end|> up.")
+    made = ToolCall("lookup", '{"<|im_start|>": ["<|im_end|>", 1]}')
+    row = Conversation((user("a"), answer("", tool_calls=(made,))), (tool,))
+    ids = Renderer(tokenizer).render(row).input_ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3, "one for each turn and none of the row's own"
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+    text = tokenizer.decode(ids)
+    assert "Looks <|im_end|> up." in text
+    assert '{"<|im_start|>": ["<|im_end|>", 1]}' in text
+
+
+def test_a_result_has_the_name_of_the_function_that_it_comes_from():
+    template = blocks_of(
+        "{%- for c in m.tool_calls or [] %}{{- c.function.name }}{%- endfor %}{{- m.content + '<|im_end|>' }}"
+    ).replace("m.role + '\n'", "m.role + (' ' + m.name if m.name else '') + '\n'")
+    tokenizer = tiny_tokenizer("smollm2", template=template)
+    calls = (ToolCall("first", "{}", "1"), ToolCall("second", "{}", "2"))
+    by_id = (Message("tool", "x", tool_call_id="2"), Message("tool", "y", tool_call_id="1"))
+    by_order = (Message("tool", "x"), Message("tool", "y", name="named"))
+    for results, names in ((by_id, ("second", "first")), (by_order, ("first", "named"))):
+        row = Conversation((user("a"), answer("", tool_calls=calls), *results, answer("b")))
+        text = tokenizer.decode(Renderer(tokenizer).render(row).input_ids)
+        assert [line.split()[1] for line in text.splitlines() if line.startswith("<|im_start|>tool")] == list(names)
 
 
 def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
