@@ -347,7 +347,6 @@ def smollm2():
         "snips_intent/train.jsonl",
         "alpaca_en_demo/alpaca_en_demo.json",
         "fastchat_dummy/dummy_conversation.json",
-        "glaive_toolcall_en/glaive_toolcall_en_demo.json",
         "gsm8k/test.jsonl",
     ],
 )
@@ -360,6 +359,23 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
         found = learned_texts(smollm2, result.examples[0])
         assert [t.lstrip() for t in found] == [t.lstrip() for t in expected], where
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
+def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
+    path = shared_data / "glaive_toolcall_en/glaive_toolcall_en_demo.json"
+    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in list(read_records(path))[:150]]
+    tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
+    for (where, row), result in zip(rows, Renderer(tokenizer, max_length=10**6).render_batch(rows), strict=True):
+        expected = []
+        for message in row.messages:
+            texts = [message.content.strip() if facts.trims else message.content] if message.content else []
+            for call in message.tool_calls:
+                arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
+                texts.append(facts.call.replace("lookup", call.name).replace('{"city": "Rome"}', arguments))
+            expected += ["\n".join(texts) + facts.end_of_turn] if message.role == "assistant" else []
+        found = learned_texts(tokenizer, result.examples[0])
+        assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
 def test_real_completions_are_learned_whole(smollm2, shared_data):
