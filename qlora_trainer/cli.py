@@ -129,7 +129,7 @@ def generate(
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
         as_text = learned_plain_text(trained, progress) if raw is None else raw
-    renderer = Renderer(trained.tokenizer)
+    renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
     conversation = [Message("system", system)] if system else []
     while True:
         text = prompt if prompt is not None else _read_line()

@@ -127,7 +127,8 @@ class Run:
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
         """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report."""
         examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
-        asked = questions(Renderer(self.tokenizer), examples, self.config.evaluation.samples)
+        renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
+        asked = questions(renderer, examples, self.config.evaluation.samples)
         if not asked:
             return
         limit = self.config.evaluation.max_new_tokens
@@ -239,7 +240,9 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     config = _with_commit(config, path)
     if initial:
         check_settings(initial, config, path)
-    run = _assemble(config, directory, path, progress)
+    tokenizer = load_tokenizer(path)
+    config = _with_date(config, tokenizer)
+    run = _assemble(config, directory, path, tokenizer, progress)
     if initial:
         run.notices += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -278,7 +281,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         )
     path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none
-    run = _assemble(config, directory, path, progress, as_lowered(config, saved) if saved else None)
+    planned = as_lowered(config, saved) if saved else None
+    run = _assemble(config, directory, path, load_tokenizer(path), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -306,10 +310,9 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
 
 
 def _assemble(
-    config: RunConfig, directory: Path, path: Path, progress: Progress, planned: RunConfig | None = None
+    config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress, planned: RunConfig | None = None
 ) -> Run:
     """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
-    tokenizer = load_tokenizer(path)
     prepared = prepare_data(config, tokenizer, path, progress)
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
@@ -336,6 +339,12 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
     ):
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+
+
+def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
+    day = Renderer(tokenizer, template_date=config.data.template_date).template_date
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})}) if day else config
 
 
 def _sample(answer: Answer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.settings import DataConfig, DataFormat, Source
 
-PREPARATION_VERSION = 2  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 3  # raise it whenever the same files would give other tokens or another layout
 _BATCH_ROWS = 256
 
 
@@ -124,9 +125,9 @@ def prepare(
         DiskError: the cache cannot be written.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
-    renderer = Renderer(tokenizer, config.learn, max_length, config.too_long)
+    renderer = Renderer(tokenizer, config.learn, max_length, config.too_long, config.template_date)
     inputs = _inputs(config)
-    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer)
+    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, renderer.template_date)
     store, cached = _existing(directory), True
     if store is None:
         cached = False
@@ -141,6 +142,13 @@ def prepare(
         if max_length == config.max_length
         else [f"data.max_length is {config.max_length}, but the model has {max_length} positions: rows end there"]
     )
+    if renderer.template_date:
+        notices.append(
+            f"the chat template writes a date into every conversation: it is fixed to {renderer.template_date} "
+            "(data.template_date)"
+        )
+    elif config.template_date:
+        notices.append("data.template_date has no effect: the tokenizer's chat template writes no date")
     report = PreparationReport(
         sources=sources,
         train=_set_report(train),
@@ -185,14 +193,19 @@ def _columns_made(source: Source, config: DataConfig) -> tuple[dict[str, str], d
 
 
 def _cache_key(
-    inputs: Sequence[_Input], config: DataConfig, max_length: int, vocab_size: int | None, tokenizer: Tokenizer
+    inputs: Sequence[_Input],
+    config: DataConfig,
+    max_length: int,
+    vocab_size: int | None,
+    tokenizer: Tokenizer,
+    template_date: date | None,
 ) -> str:
     parts = {
         "version": PREPARATION_VERSION,
         "tokenizers": tokenizers.__version__,
         "tokenizer": _tokenizer_identity(tokenizer),
         "sources": [[i.source.name, i.source.digest, i.format, i.columns, i.template, i.for_heldout] for i in inputs],
-        "settings": [config.learn, config.too_long, max_length, vocab_size],
+        "settings": [config.learn, config.too_long, max_length, vocab_size, str(template_date)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -224,6 +237,8 @@ def _write(
         records = item.source.records()
         while batch := list(islice(_parsed(records, reader), _BATCH_ROWS)):
             for (where, _), rendered in zip(batch, renderer.render_batch(batch), strict=True):
+                if isinstance(rendered, DataError):
+                    raise rendered
                 unit += 1
                 report.rows += 1
                 report.truncated += rendered.truncated
