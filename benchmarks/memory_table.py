@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_memory import PeerPlan, plan_peer
+from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config
 from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.model_source import max_positions
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut models to so many layers, to try the command")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    prefer_expandable_segments()  # for both
     warnings.filterwarnings("ignore")  # of libraries, about their own future
     started = time.monotonic()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import make_model_directory
 
+from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config
 from qlora_trainer.settings import RunConfig
 
@@ -34,6 +35,7 @@ WORDS = [
     "vinegar",
 ]
 
+prefer_expandable_segments()  # as the command line does; torch reads it when CUDA is first used
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other are slower than none
 
 
