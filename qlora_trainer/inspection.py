@@ -6,7 +6,8 @@ from rich.text import Text
 
 from qlora_trainer.console import console, print_notices, print_table
 from qlora_trainer.data.packing import IGNORED_LABEL
-from qlora_trainer.data.preparation import ExampleSet, PreparationReport, SetReport
+from qlora_trainer.data.reports import PreparationReport, SetReport
+from qlora_trainer.data.store import ExampleSet
 from qlora_trainer.errors import DataError
 
 LEARNED = "bold green"

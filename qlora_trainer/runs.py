@@ -230,6 +230,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
         save_config(config, work / CONFIG_NAME)
+        run.prepared.write_skipped_rows(work)
         run.save(work)
     return run
 
@@ -297,7 +298,7 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
-    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy)
+    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
     if base.device.type == "cuda":
         notices.append(

@@ -50,7 +50,7 @@ OWNERS = {
         "data.rendering",
         "data.encoding",
         "data.templates",
-        "data.preparation",  # for types only
+        "data.workers",
         "doctor",
     },
     "triton": set(),

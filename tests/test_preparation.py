@@ -110,7 +110,7 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     assert as_lists(run(tmp_path / "fresh", path).train) == as_lists(first.train)
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "learned.npy", "units.npy", "rows.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["tokens.npy", "learned.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"])
 def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
     expected = as_lists(run(tmp_path, path).train)

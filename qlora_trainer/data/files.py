@@ -42,11 +42,20 @@ class RecordSource:
 
     name: str
     digest: str
-    records: Callable[[], Iterator[tuple[str, Record]]]
+    records: Callable[[], Iterator[tuple[str, Record | DataError]]]
 
 
-def open_source(path: str, split: str = "train") -> RecordSource:
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_source(path: str, split: str = "train", content_digest: Callable[[Path], str] = file_digest) -> RecordSource:
     """A local file, or where there is none and the name could be one, a data set on the hub.
+
+    Args:
+        content_digest: gives the digest of a local file's content, maybe from memory.
 
     Raises:
         FileMissingError: no such file; the message has near misses.
@@ -60,7 +69,7 @@ def open_source(path: str, split: str = "train") -> RecordSource:
         )
     if local.exists() or local.suffix.lower() in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
-        return RecordSource(local.name, _file_digest(local), lambda: read_records(local))
+        return RecordSource(local.name, content_digest(local), lambda: read_records(local))
     return _hub_source(path, split)
 
 
@@ -115,11 +124,6 @@ def _check_kind(path: Path) -> None:
     for mark, meaning in _OTHER_KINDS.items():
         if head.startswith(mark):
             raise DataError(f"{path} {meaning}.")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -271,7 +275,7 @@ def _hub_source(name: str, split: str) -> RecordSource:
             f"{type(error).__name__}: {error}"
         ) from error
 
-    def records() -> Iterator[tuple[str, Record]]:
+    def records() -> Iterator[tuple[str, Record | DataError]]:
         for number, record in enumerate(rows, start=1):
             yield f"{name} ({split}), row {number}", dict(record)
 
