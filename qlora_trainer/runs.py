@@ -154,6 +154,7 @@ class Run:
                 "training rows",
                 f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
             ),
+            *([("rows of an epoch", _rows_by_source(self.prepared))] if self.prepared.mixture else []),
             ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
             ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
             *([("planned memory", f"{gib(self.plan.total)}, peak at {self.plan.operation}")] if self.plan else []),
@@ -306,6 +307,11 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
             "the uninterrupted one closely, not bit for bit."
         )
     return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan)
+
+
+def _rows_by_source(prepared: Prepared) -> str:
+    parts = [f"{source.epoch:,} of {source.name}" for source in prepared.report.sources if source.epoch]
+    return f"{prepared.report.epoch_examples:,}: {', '.join(parts)}"
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.data.encoding import Tokenizer
+from qlora_trainer.data.examples import Example
 from qlora_trainer.data.files import Record
 from qlora_trainer.data.formats import known_columns, parse_record, resolve_format
 from qlora_trainer.data.messages import Row
-from qlora_trainer.data.packing import Example
 from qlora_trainer.data.rendering import Rendered, Renderer
 from qlora_trainer.data.store import Block, make_block
 from qlora_trainer.errors import DataError
@@ -129,15 +129,23 @@ def source_files(config: DataConfig) -> list[SourceFile]:
 
 
 def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
-    """Records in batches of bounded size: a bound on rows, and one on their text."""
+    """Records in batches of bounded size: a bound on rows, and one on their text.
+
+    Where reading fails, what was read before comes first: a bad row there is told rather than what follows.
+    """
     batch: list[tuple[str, Record | DataError]] = []
     characters = 0
-    for where, record in records:
-        batch.append((where, record))
-        characters += 0 if isinstance(record, DataError) else _characters(record)
-        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+    try:
+        for where, record in records:
+            batch.append((where, record))
+            characters += 0 if isinstance(record, DataError) else _characters(record)
+            if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    except DataError:
+        if batch:
             yield batch
-            batch, characters = [], 0
+        raise
     if batch:
         yield batch
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlora_trainer.directories import write_text
-from qlora_trainer.errors import DiskError
 
 CLOCK_TICK_NS = 2_000_000_000  # FAT's, the coarsest in use
 _BLOCK_BYTES = 1 << 20
@@ -49,7 +48,7 @@ class FileDigests:
             began = time.time_ns()
             content = _read(path)
             if _state(path) == before and _is_still(before, began):
-                with contextlib.suppress(DiskError):  # not remembering costs time, nothing else
+                with contextlib.suppress(OSError):  # not remembering costs time, nothing else
                     self.directory.mkdir(parents=True, exist_ok=True)
                     write_text(entry, json.dumps({"path": str(path), "state": before, "content": asdict(content)}))
         self._taken[path] = before, content

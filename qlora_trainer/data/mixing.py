@@ -81,13 +81,12 @@ def heldout_counts(available: Sequence[int], parts: Sequence[Part], share: float
     So the held-out loss measures the mixture that is trained. At least one row in all is held out and at least one is
     left, and of several sources that are mixed at least one each.
     """
-    mixed = is_mixed(parts)
     usual = [min(quota, count) for quota, count in zip(epoch_quotas(available, parts), available, strict=True)]
-    total = min(max(1, round(sum(usual) * share)), sum(available) - 1)
+    most = [count - 1 if is_mixed(parts) else count for count in available]
+    total = min(max(1, round(sum(usual) * share)), sum(available) - 1, sum(most))
     exact = [total * quota / sum(usual) for quota in usual]
-    counts = [int(value) for value in exact]
-    # Largest remainders get what rounding down left over; of equal ones the first.
-    by_remainder = sorted(range(len(exact)), key=lambda source: (counts[source] - exact[source], source))
-    for source in by_remainder[: total - sum(counts)]:
-        counts[source] += 1
-    return [min(held, count - 1) if mixed else held for held, count in zip(counts, available, strict=True)]
+    counts = [min(int(value), limit) for value, limit in zip(exact, most, strict=True)]
+    while sum(counts) < total:  # rounding down left some: to whom most is missing, of equal ones the first
+        missing = [e - c if c < limit else -np.inf for e, c, limit in zip(exact, counts, most, strict=True)]
+        counts[missing.index(max(missing))] += 1
+    return counts

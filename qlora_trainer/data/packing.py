@@ -13,20 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_kernels.linear_cross_entropy import IGNORED as IGNORED_LABEL
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as tokens. labels[i] is input_ids[i] where it is learned, else -100: not shifted yet."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def learned_tokens(self) -> int:
-        """Labels that carry loss. The first token has nothing before it to be predicted from."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_trainer.data.encoding import Encoded, Encoder, Stretch, Tokenizer
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
-from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.data.templates import ChatTemplate
 from qlora_trainer.errors import DataError
 

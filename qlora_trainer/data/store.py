@@ -20,8 +20,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.messages import Row, row_from_json, row_to_json
-from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
 SKIPPED_NAME = "skipped_rows.jsonl"
@@ -60,7 +60,7 @@ def make_block(examples: Sequence[tuple[int, str, Example, Row]]) -> Block:
     ids = [np.asarray(example.input_ids, dtype=np.int32) for _, _, example, _ in examples]
     learned = [np.asarray(example.labels) != IGNORED_LABEL for _, _, example, _ in examples]
     texts = [
-        json.dumps({"where": where, "row": row_to_json(row)}, ensure_ascii=False).encode() + b"\n"
+        json.dumps({"where": where, "row": row_to_json(row)}, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
         for _, where, _, row in examples
     ]
     return Block(
