@@ -46,6 +46,11 @@ def run(
     )
 
 
+def stores(tmp_path: Path) -> list[Path]:
+    """Everything in the cache, remembered digests of files left aside."""
+    return [entry for entry in (tmp_path / "cache").iterdir() if entry.name != "digests"]
+
+
 ROWS = [row(f"question {n}", f"answer {n}") for n in range(40)]
 
 
@@ -85,7 +90,6 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
         {"max_positions": 100},
         {"too_long": "drop"},
         {"on_bad_row": "skip"},
-        {"format": "question_answer"},
         {"tokenizer": tiny_tokenizer("generation")},
     ]
     assert not any(run(tmp_path, path, **change).report.cached for change in changes)
@@ -146,14 +150,14 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation.StoreWriter, "append", full)
     with pytest.raises(DiskError, match=r"No space left on device.*another cache directory"):
         run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_a_bad_row_stops_with_its_place_and_leaves_nothing(tmp_path):
     path = write(tmp_path, "x.jsonl", [*ROWS, {"question": "q"}])
     with pytest.raises(DataError, match=r"x.jsonl, line 41: "):
         run(tmp_path, path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_the_held_out_share_is_chosen_by_seed_and_apart_from_training(tmp_path):
@@ -284,23 +288,31 @@ def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
         assert "skipped_rows.jsonl" in notice
 
 
-def test_rows_that_cannot_be_read_and_rows_that_cannot_be_rendered_are_bad_too(tmp_path, monkeypatch):
+def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(tmp_path, monkeypatch):
     source = preparation.open_source(write(tmp_path, "x.jsonl", ROWS[:3]))
-    records = [*source.records(), ("x.jsonl, line 4", DataError("x.jsonl, line 4: not JSON"))]
+    refused = {"question": "q", "answer": "a", "system": "Mistral's template has no place for this."}
+    records = [
+        *source.records(),
+        ("x.jsonl, line 4", DataError("x.jsonl, line 4: not JSON at column 5")),
+        ("x.jsonl, line 5", refused),
+        ("x.jsonl, line 6", ROWS[3]),
+    ]
     broken = dataclasses.replace(source, records=lambda: iter(records))
     monkeypatch.setattr(preparation, "open_source", lambda *_, **__: broken)
-    long = dataclasses.replace(source, records=lambda: iter([*records, ("x, line 5", row("q", "long " * 200))]))
-    assert len(run(tmp_path, "x.jsonl", on_bad_row="skip").train) == 3
-    monkeypatch.setattr(preparation, "open_source", lambda *_, **__: dataclasses.replace(long, digest="other"))
-    skipped = run(tmp_path, "x.jsonl", on_bad_row="skip", too_long="error").report.sources[0].skipped
-    assert list(skipped) == ["not JSON", next(reason for reason in skipped if "tokens, more than N" in reason)]
+    with pytest.raises(DataError, match="line 4: not JSON at column 5"):
+        run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"))
+    prepared = run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"), on_bad_row="skip")
+    assert [prepared.train.where(i)[-1] for i in range(4)] == ["1", "2", "3", "6"]
+    first, second = prepared.report.sources[0].skipped
+    assert first == "not JSON at column N"
+    assert "template" in second
 
 
 def test_a_source_whose_rows_are_all_bad_is_an_error_all_the_same(tmp_path):
     good, bad = write(tmp_path, "good.jsonl", ROWS), write(tmp_path, "bad.jsonl", [{"question": "q"}] * 3)
     with pytest.raises(DataError, match=r"bad.jsonl: all 3 rows are bad.*: 3 .*answer"):
         run(tmp_path, [Source(path=good), Source(path=bad, format="question_answer")], on_bad_row="skip")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_reasons_are_counted_without_what_differs_from_row_to_row(tmp_path):
@@ -387,7 +399,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
 
     with pytest.raises(DataError, match=r"x.jsonl changed while being read"):
         run(tmp_path, path, progress=change)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_path, monkeypatch):
@@ -398,7 +410,7 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_p
     for count in (0, 1, 2):
         (tmp_path / str(count)).mkdir()
         assert not run(tmp_path / str(count), path, workers=count, on_bad_row="skip").report.cached
-        (directory,) = (tmp_path / str(count) / "cache").iterdir()
+        (directory,) = stores(tmp_path / str(count))
         found.append({file.name: file.read_bytes() for file in directory.iterdir()})
     assert found[0] == found[1] == found[2]
     assert set(found[0]) == {f"{name}.npy" for name in store._ARRAYS} | {

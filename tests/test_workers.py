@@ -39,7 +39,7 @@ def started():
 
 
 def made(records, two, config=CONFIG):
-    jobs = ((0, batch) for batch in in_batches(records))
+    jobs = ((0, "auto", batch) for batch in in_batches(records))
     maker = BatchMaker(config, TOKENIZER, 64, None)
     return [batch for _, batch in make_batches(jobs, maker, two)]
 

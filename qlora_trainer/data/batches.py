@@ -5,6 +5,7 @@ the prepared set is the same, byte by byte, whatever the number of processes. Re
 with a JSON header: nothing is pickled. Leaves out: reading files, and the processes themselves (workers.py).
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -31,6 +32,7 @@ _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20  # a batch of long documents has fewer rows, so that memory stays bounded
 
 Records = Sequence[tuple[str, Record | DataError]]
+Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and some of its records
 
 
 @dataclass
@@ -56,20 +58,34 @@ class BatchMaker:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> None:
         self.sources = source_files(config)
-        self.default_format = config.format
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.vocab_size = vocab_size
         self.renderer = Renderer(tokenizer, config.learn, max_length, config.too_long)
 
-    def make(self, source: int, records: Records) -> Batch:
-        """One batch of the source of this index in `source_files`.
+    def format_of(self, source: int, records: Records) -> DataFormat:
+        """How these rows of a source are read: as its settings say, or as the first shows that can be recognised."""
+        named = self.sources[source]
+        for where, record in records:
+            if named.format != "auto":
+                break
+            with contextlib.suppress(DataError):  # told when the row is read
+                if not isinstance(record, DataError):
+                    return resolve_format(record, named.format, named.columns, where)
+        return named.format
+
+    def make(self, source: int, format: DataFormat, records: Records) -> Batch:
+        """One batch.
+
+        Args:
+            source: index in `source_files`.
+            format: what `format_of` says of the source's first rows; "auto" where it cannot say.
 
         Raises:
             DataError: a row is bad and is not to be skipped (the first such row's), or a token is beyond the model's
                 vocabulary.
         """
         unused: Counter[str] = Counter()
-        parsed = [self._parsed(source, where, record, unused) for where, record in records]
+        parsed = [self._parsed(source, format, where, record, unused) for where, record in records]
         rendered = iter(_rendered(self.renderer, [row for row in parsed if not isinstance(row, DataError)]))
         examples: list[tuple[int, str, Example, Row]] = []
         batch = Batch(make_block([]), rows=len(records), unused_columns=unused)
@@ -92,11 +108,11 @@ class BatchMaker:
         return batch
 
     def _parsed(
-        self, source: int, where: str, record: Record | DataError, unused: Counter[str]
+        self, source: int, format: DataFormat, where: str, record: Record | DataError, unused: Counter[str]
     ) -> tuple[str, Row] | DataError:
         if isinstance(record, DataError):
             return record
-        columns, format = self.sources[source].columns, self.format_of(source)
+        columns = self.sources[source].columns
         try:
             row = parse_record(record, format, columns, where)
             used = known_columns(resolve_format(record, format, columns, where)) | set(columns.values())
@@ -104,11 +120,6 @@ class BatchMaker:
             return error
         unused.update(name for name, value in record.items() if name not in used and value is not None)
         return where, row
-
-    def format_of(self, source: int) -> DataFormat:
-        """How rows of a source are read."""
-        named = self.sources[source].format
-        return self.default_format if named == "auto" else named
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
@@ -121,11 +132,11 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
 
 
 def source_files(config: DataConfig) -> list[SourceFile]:
-    """All sources of a config: those of training, then those held out."""
-    train: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
-    if isinstance(config.heldout, float):
-        return train
-    return [*train, SourceFile(path=config.heldout) if isinstance(config.heldout, str) else config.heldout]
+    """All sources of a config, those of training, then those held out; what one does not say, the config says."""
+    files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
+    if not isinstance(config.heldout, float):
+        files.append(SourceFile(path=config.heldout) if isinstance(config.heldout, str) else config.heldout)
+    return [file.model_copy(update={"format": config.format}) if file.format == "auto" else file for file in files]
 
 
 def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
@@ -160,8 +171,9 @@ def count_reasons(counts: Counter[str], skipped: Iterable[tuple[str, str]]) -> N
         counts[kind if kind in counts or len(counts) < MAX_REASONS else OTHER_REASONS] += 1
 
 
-def records_to_json(source: int, records: Records) -> bytes | None:
-    """A batch's records for another process, or None where a value is no plain JSON, such as a date."""
+def job_to_json(job: Job) -> bytes | None:
+    """A job for another process, or None where a value is no plain JSON, such as a date."""
+    source, format, records = job
     rows: list[tuple[str, Record | None, str | None]] = []
     for where, record in records:
         if isinstance(record, DataError):
@@ -170,13 +182,13 @@ def records_to_json(source: int, records: Records) -> bytes | None:
             rows.append((where, record, None))
         else:
             return None
-    return json.dumps([source, rows]).encode()
+    return json.dumps([source, format, rows]).encode()
 
 
-def records_from_json(message: bytes) -> tuple[int, Records]:
-    """The inverse of `records_to_json`."""
-    source, rows = json.loads(message)
-    return source, [(where, record if error is None else DataError(error)) for where, record, error in rows]
+def job_from_json(message: bytes) -> Job:
+    """The inverse of `job_to_json`."""
+    source, format, rows = json.loads(message)
+    return source, format, [(where, record if error is None else DataError(error)) for where, record, error in rows]
 
 
 _ARRAYS = [f.name for f in fields(Block) if f.name != "texts"]

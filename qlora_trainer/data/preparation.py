@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from qlora_trainer.data.batches import BatchMaker, count_reasons, in_batches, source_files, tokenizer_identity
+from qlora_trainer.data.batches import BatchMaker, Job, count_reasons, in_batches, source_files, tokenizer_identity
 from qlora_trainer.data.digests import FileDigests
 from qlora_trainer.data.encoding import Tokenizer
 from qlora_trainer.data.files import RecordSource, open_source
@@ -33,10 +33,10 @@ from qlora_trainer.data.reports import (
     train_repeats,
 )
 from qlora_trainer.data.store import SKIPPED_NAME, ExampleSet, ExampleStore, StoreWriter, existing_store, new_store
-from qlora_trainer.data.workers import MOST_WORKERS, Job, Workers, make_batches
+from qlora_trainer.data.workers import MOST_WORKERS, Workers, make_batches
 from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.settings import DataConfig, Source, SourceFile
+from qlora_trainer.settings import DataConfig, DataFormat, SourceFile
 
 PREPARATION_VERSION = 3  # raise it whenever the same files would give other tokens or another layout
 
@@ -66,14 +66,12 @@ class _Input:
 
     settings: SourceFile
     source: RecordSource
-    for_heldout: bool
+    part: Part | None  # how much of it an epoch takes; None: it is held out
     lines: int | None  # of a file with one row a line
 
     @property
-    def part(self) -> Part:
-        if isinstance(self.settings, Source):
-            return Part(self.settings.weight, self.settings.count)
-        return Part()
+    def for_heldout(self) -> bool:
+        return self.part is None
 
 
 def prepare(
@@ -99,13 +97,13 @@ def prepare(
         DiskError: the cache cannot be written.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
+    maker = BatchMaker(config, tokenizer, max_length, vocab_size)
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer)
     store, notices = existing_store(directory), []
     cached = store is not None
     if store is None:
-        maker = BatchMaker(config, tokenizer, max_length, vocab_size)
         with new_store(directory) as writer, _workers(config, tokenizer, max_length, vocab_size) as workers:
             _write(writer, inputs, maker, workers, progress)
             _check_unchanged(digests)
@@ -126,16 +124,15 @@ def prepare(
 
 
 def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
-    files = source_files(config)
-    if not files or config.train == []:
+    if not config.train:
         raise DataError("data.train is an empty list: name at least one file.")
-    in_train = 1 if isinstance(config.train, str) else len(config.train)
+    parts = [Part()] if isinstance(config.train, str) else [Part(file.weight, file.count) for file in config.train]
     inputs = []
-    for index, file in enumerate(files):
+    for index, file in enumerate(source_files(config)):
         source = open_source(file.path, file.split, content_digest=lambda path: digests.content(path).sha256)
         path = Path(file.path).expanduser()
         lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
-        inputs.append(_Input(file, source, index >= in_train, lines))
+        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
     return inputs
 
 
@@ -151,7 +148,7 @@ def _cache_key(
         "tokenizers": tokenizers.__version__,
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": sources,
-        "settings": [config.format, config.learn, config.too_long, config.on_bad_row, max_length, vocab_size],
+        "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -168,7 +165,7 @@ def _write(
     reports = [SourceReport(item.source.name) for item in inputs]
     counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "notices")} for _ in inputs]
     unit = 1
-    for (index, _), batch in make_batches(_jobs(inputs), maker, workers):
+    for (index, _, _), batch in make_batches(_jobs(inputs, maker), maker, workers):
         report, counted = reports[index], counts[index]
         writer.append(batch.block, source=index, first_unit=unit)
         writer.skip(batch.skipped)
@@ -193,10 +190,14 @@ def _write(
     writer.finish({"sources": [asdict(report) for report in reports]})
 
 
-def _jobs(inputs: Sequence[_Input]) -> Iterator[Job]:
+def _jobs(inputs: Sequence[_Input], maker: BatchMaker) -> Iterator[Job]:
+    """Batches of all sources; the first rows of a source show how all of it is read."""
     for index, item in enumerate(inputs):
+        format: DataFormat = "auto"
         for records in in_batches(item.source.records()):
-            yield index, records
+            if format == "auto":
+                format = maker.format_of(index, records)
+            yield index, format, records
 
 
 def _check_unchanged(digests: FileDigests) -> None:
@@ -214,7 +215,7 @@ def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max
         for for_heldout, name in ((False, "train"), (True, "heldout"))
     }
     checked = [(name, group) for name, group in groups.items() if group]
-    if is_mixed([item.part for item in inputs]):
+    if is_mixed([item.part for item in inputs if item.part]):
         checked += [("train", [source]) for source in groups["train"]]
     for name, group in checked:
         if any(source.examples for source in group):
@@ -232,7 +233,7 @@ def _split(
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
     """Training and held-out examples, and how the former are mixed."""
     sources = np.asarray(store.arrays["sources"])
-    parts = [item.part for item in inputs if not item.for_heldout]
+    parts = [item.part for item in inputs if item.part]
     is_heldout = sources >= len(parts)
     if isinstance(heldout, float) and heldout > 0:
         is_heldout = _heldout_share(store, parts, heldout, seed)

@@ -24,11 +24,11 @@ from typing import IO, Any, Self
 from qlora_trainer.data.batches import (
     Batch,
     BatchMaker,
-    Records,
+    Job,
     batch_from_bytes,
     batch_to_bytes,
-    records_from_json,
-    records_to_json,
+    job_from_json,
+    job_to_json,
     tokenizer_identity,
 )
 from qlora_trainer.errors import DataError, first_line
@@ -43,8 +43,6 @@ _DONE = b"="  # a batch
 # Rendering needs no torch. Where that cannot be imported transformers does without, and a worker starts in a third of
 # the time and memory.
 _PROGRAM = "import sys; sys.modules['torch'] = None; from qlora_trainer.data.workers import serve; serve()"
-
-Job = tuple[int, Records]  # a source's index, and some of its records
 
 
 class Workers:
@@ -109,7 +107,7 @@ class Workers:
             self.failures.append((answer or b"").removeprefix(_FAILED).decode() or "it ended at once")
 
     def _ask(self, job: Job) -> Batch | str | None:
-        message = records_to_json(*job)
+        message = job_to_json(job)
         try:
             process = self._idle.pop() if message is not None else None
         except IndexError:  # there are as many threads as processes: one of these has failed
@@ -160,7 +158,7 @@ def make_batches(jobs: Iterable[Job], maker: BatchMaker, workers: Workers) -> It
         if isinstance(job, DataError):
             failure = job
             break
-        rows += len(job[1])
+        rows += len(job[2])
         if rows > ROWS_BEFORE_WORKERS:
             workers.start()
         if workers.ready:
@@ -231,9 +229,8 @@ def serve() -> None:
         return
     _send(answers, _DONE)
     while (message := _receive(requests)) is not None:
-        source, records = records_from_json(message)
         try:
-            answer = _DONE + batch_to_bytes(maker.make(source, records))
+            answer = _DONE + batch_to_bytes(maker.make(*job_from_json(message)))
         except DataError as error:
             answer = _FAILED + str(error).encode(errors="surrogatepass")
         _send(answers, answer)
