@@ -121,7 +121,7 @@ class DataConfig(Section):
     heldout: float | str | SourceFile = Field(
         0.05,
         description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
-        "as its part in an epoch; or a file of them; or {path, format, columns, split} as in a source.",
+        "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
     )
     format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
     max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")

@@ -7,7 +7,7 @@ import yaml
 
 from qlora_trainer.config import load_config, make_config, save_config
 from qlora_trainer.errors import ConfigError, FileMissingError
-from qlora_trainer.settings import RunConfig, SourceFile
+from qlora_trainer.settings import RunConfig, Source, SourceFile
 
 MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
 
@@ -158,14 +158,14 @@ def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
     message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "fromat": "chat"}, {"path": "b", "rank": 3}]}})
     assert message.splitlines()[1:] == [
         "  - unknown key data.train.0.fromat; did you mean data.train.0.format?",
-        "  - unknown key data.train.1.rank; a source has path, format, columns, split, weight, count",
+        f"  - unknown key data.train.1.rank; a source has {', '.join(Source.model_fields)}",
     ]
 
 
 def test_a_problem_inside_the_held_out_source_is_told_of_it() -> None:
     message = problems_of({**MINIMAL, "data": {"train": "x", "heldout": {"path": "a", "wieght": 1}}})
     assert message.splitlines()[1:] == [
-        "  - unknown key data.heldout.wieght; a source has path, format, columns, split",
+        f"  - unknown key data.heldout.wieght; a source has {', '.join(SourceFile.model_fields)}",
     ]
     assert "data.heldout.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "heldout": {}}})
 
