@@ -3,10 +3,12 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
-from qlora_trainer.data.store import ExampleSet, ExampleStore, existing_store, make_block, new_store
+from qlora_trainer.data.store import ExampleSet, ExampleStore, _first_equal, existing_store, make_block, new_store
 
 ROWS = [
     Document("a line\u2028 and\nanother"),
@@ -64,6 +66,12 @@ def test_equal_examples_have_equal_hashes_and_others_do_not():
     assert prompts[5] == 0
 
 
+@given(st.lists(st.integers(0, 4), max_size=20))
+def test_twins_are_the_first_of_equals(hashes):
+    expected = [hashes.index(value) if value else -1 for value in hashes]
+    assert _first_equal(np.array(hashes, dtype=np.uint64)).tolist() == expected
+
+
 def test_a_failed_preparation_leaves_nothing_and_spares_what_was_there(tmp_path):
     write_store(tmp_path / "set", {"found": 0})
     with pytest.raises(KeyboardInterrupt), new_store(tmp_path / "set"):
@@ -116,6 +124,8 @@ def rewrite(directory, name, change) -> None:
         ("units", lambda array: array[:2]),
         ("sources", lambda array: array[:2]),
         ("prompts", lambda array: array[:2]),
+        ("twins", lambda array: array + 3),
+        ("prompt_twins", lambda array: array[:2]),
         ("digests", lambda array: array[None]),
     ],
 )

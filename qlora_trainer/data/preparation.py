@@ -256,13 +256,14 @@ def _heldout_share(store: ExampleStore, parts: Sequence[Part], share: float, see
         mine = np.flatnonzero(sources == source)
         if len(mine) and units[mine[0]] == units[mine[-1]]:  # one row: its parts get numbers between it and the next
             units[mine] = units[mine[0]] + np.arange(len(mine)) / len(mine)
-    rows, first, row_of = np.unique(units, return_index=True, return_inverse=True)  # R rows
-    if len(rows) < 2:
+    first = np.flatnonzero(np.diff(units, prepend=0))  # of each of R rows, which are in order; they count from 1
+    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(units)))
+    if len(first) < 2:
         return np.zeros(len(units), dtype=np.bool_)
     source_of = sources[first]
-    available = [int(np.count_nonzero(source_of == source)) for source in range(len(parts))]
-    order = shuffled(len(rows), [seed, len(rows)])
-    is_chosen = np.zeros(len(rows), dtype=np.bool_)
+    available = np.bincount(source_of, minlength=len(parts)).tolist()
+    order = shuffled(len(first), [seed, len(first)])
+    is_chosen = np.zeros(len(first), dtype=np.bool_)
     for source, count in enumerate(heldout_counts(available, parts, share)):
         is_chosen[order[source_of[order] == source][:count]] = True
     return is_chosen[row_of]

@@ -90,17 +90,32 @@ def set_report(examples: ExampleSet) -> SetReport:
 
 def train_repeats(train: ExampleSet) -> tuple[int, int]:
     """How many examples repeat an earlier one, and how many others have an earlier one's prompt."""
-    digests, first = np.unique(train.digests, return_index=True)
-    prompts = train.prompts[first]
-    prompts = prompts[prompts != 0]
-    return len(train) - len(digests), len(prompts) - len(np.unique(prompts))
+    is_first = _is_first(train.twins)
+    prompts = train.prompt_twins[is_first]
+    prompts = prompts[prompts >= 0]
+    return len(train) - int(is_first.sum()), len(prompts) - int(_is_first(prompts).sum())
 
 
 def heldout_repeats(heldout: ExampleSet, train: ExampleSet) -> tuple[int, int]:
     """How many held-out examples training also has, and how many others have a prompt that training has."""
-    also = np.isin(heldout.digests, train.digests)
-    prompts = heldout.prompts[~also]
-    return int(also.sum()), int(np.isin(prompts[prompts != 0], train.prompts).sum())
+    also = _is_among(heldout.twins, train.twins)
+    prompts, known = heldout.prompt_twins[~also], train.prompt_twins
+    return int(also.sum()), int(_is_among(prompts[prompts >= 0], known[known >= 0]).sum())
+
+
+def _is_first(numbers: np.ndarray) -> np.ndarray:
+    """Which of (n,) small numbers appear for the first time, (n,) bool. No sorting: a million take milliseconds."""
+    places = np.arange(len(numbers))
+    first = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
+    first[numbers[::-1]] = places[::-1]  # the last one written stays
+    return first[numbers] == places
+
+
+def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of (n,) small numbers are among others, (n,) bool."""
+    table = np.zeros(max(numbers.max(initial=-1), known.max(initial=-1)) + 1, dtype=np.bool_)
+    table[known] = True
+    return table[numbers]
 
 
 def repeat_notices(train: tuple[int, int], heldout: tuple[int, int], heldout_examples: int) -> list[str]:

@@ -37,7 +37,12 @@ _ARRAYS: dict[str, type] = {
     "units": np.int64,  # (E,) which row of the files it came from; a document gives several examples
     "sources": np.int32,  # (E,) which source it came from
     "row_bounds": np.int64,  # (E + 1,) bytes in rows.jsonl
+    "twins": np.int64,  # (E,) the first example with the same tokens and labels, maybe itself
+    "prompt_twins": np.int64,  # (E,) the first one with the same prompt; -1 where there is none
 }
+# Found when all is written, so that a later start need not sort a million hashes again.
+_TWINS = {"twins": "digests", "prompt_twins": "prompts"}
+_WRITTEN = {name: dtype for name, dtype in _ARRAYS.items() if name not in _TWINS}
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,12 @@ class ExampleStore:
             bounds = self.arrays[name]
             if len(bounds) != count + 1 or bounds[0] != 0 or bounds[-1] != end or np.any(bounds[1:] <= bounds[:-1]):
                 return False
-        each = ("learned_counts", "digests", "prompts", "sources")
+        each = ("learned_counts", "digests", "prompts", "sources", *_TWINS)
         listed = sum(sum(source["skipped"].values()) for source in self.summary.get("sources", []))
         return (
             len(self.arrays["learned"]) == len(self.arrays["tokens"])
             and all(len(self.arrays[name]) == count for name in each)
+            and all(np.all(self.arrays[name] < count) for name in _TWINS)
             and (not listed or self.skipped_rows.is_file())
         )
 
@@ -163,9 +169,14 @@ class ExampleSet:
         return self._store.arrays["digests"][self._indices]
 
     @property
-    def prompts(self) -> np.ndarray:
-        """A hash of the tokens before each example's last answer, (len,) uint64; 0 where there are none."""
-        return self._store.arrays["prompts"][self._indices]
+    def twins(self) -> np.ndarray:
+        """Equal for examples of one store with the same tokens and labels, (len,) int64."""
+        return self._store.arrays["twins"][self._indices]
+
+    @property
+    def prompt_twins(self) -> np.ndarray:
+        """Equal for examples of one store that have the same prompt, (len,) int64; -1 where there is none."""
+        return self._store.arrays["prompt_twins"][self._indices]
 
     @property
     def sources(self) -> np.ndarray:
@@ -186,7 +197,7 @@ class StoreWriter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._arrays = {name: _ArrayWriter(directory / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
+        self._arrays = {name: _ArrayWriter(directory / f"{name}.npy", dtype) for name, dtype in _WRITTEN.items()}
         self._rows: IO[bytes] = (directory / "rows.jsonl").open("wb")
         self._tokens = 0
         self._arrays["bounds"].append([0])
@@ -219,7 +230,17 @@ class StoreWriter:
                     file.write(json.dumps({"where": where, "reason": reason}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
+        """Say what there is to say of the whole, after the last example."""
+        self._close()
+        for name, hashes in _TWINS.items():
+            twins = _first_equal(np.load(self.directory / f"{hashes}.npy"))
+            np.save(self.directory / f"{name}.npy", twins)
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+    def _close(self) -> None:
+        self._rows.close()
+        for array in self._arrays.values():
+            array.close()
 
     def __enter__(self) -> Self:
         return self
@@ -227,9 +248,17 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._rows.close()
-        for array in self._arrays.values():
-            array.close()
+        self._close()
+
+
+def _first_equal(hashes: np.ndarray) -> np.ndarray:
+    """For each of (E,) hashes the index of the first that is equal; -1 for the hash 0, which stands for none."""
+    order = np.argsort(hashes, kind="stable")
+    begins = np.flatnonzero(np.diff(hashes[order], prepend=hashes[order[:1]] + 1))
+    twins = np.empty(len(hashes), dtype=np.int64)
+    twins[order] = np.repeat(order[begins], np.diff(begins, append=len(hashes)))
+    twins[hashes == 0] = -1
+    return twins
 
 
 @contextmanager
@@ -312,6 +341,8 @@ class _ArrayWriter:
         self.length += len(array)
 
     def close(self) -> None:
+        if self._file.closed:
+            return
         end_of_header = self._file.seek(0) or self._write_header()
         assert end_of_header == self._data_start, "a .npy header keeps its size as the array grows"
         self._file.close()
