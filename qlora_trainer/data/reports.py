@@ -119,7 +119,10 @@ def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def repeat_notices(train: tuple[int, int], heldout: tuple[int, int], heldout_examples: int) -> list[str]:
-    """What is found twice, in words; held-out rows first, as they flatter the held-out loss."""
+    """What is found twice, in words; held-out rows first, as they flatter the held-out loss.
+
+    Several answers to one prompt in training are common and meant: they stand in the report alone.
+    """
     lines = []
     if heldout[0]:
         lines.append(
@@ -132,8 +135,6 @@ def repeat_notices(train: tuple[int, int], heldout: tuple[int, int], heldout_exa
         )
     if train[0]:
         lines.append(f"{train[0]:,} training rows repeat an earlier one, token for token")
-    if train[1]:
-        lines.append(f"{train[1]:,} training rows have an earlier one's prompt with another answer")
     return lines
 
 
