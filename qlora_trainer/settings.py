@@ -8,9 +8,22 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "question_answer", "text"]
+DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
+
+
+def _encoding_is_known(value: str | None) -> str | None:
+    try:
+        "".encode(value or "utf-8")
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(
+            "is no text encoding that Python knows; such are utf-8, utf-16, cp1252, latin-1, gb18030"
+        ) from None
+    return value
+
+
+Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
 
 
 class Section(BaseModel):
@@ -83,12 +96,16 @@ class AdapterConfig(Section):
 class SourceFile(Section):
     """A file or hub data set, and how to read it."""
 
-    path: str = Field(description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt) or a hub data set's name.")
-    format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
-    columns: dict[str, str] = Field(
-        {}, description="Rename columns: {what we call it: what the file calls it}, such as {prompt: query}."
+    path: str = Field(
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
     )
+    format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
+    columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
+    template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    header: list[str] = Field([], description="As data.header, for this source.")
+    encoding: Encoding = Field(None, description="As data.encoding, for this source.")
     split: str = Field("train", description="Which split of a hub data set.")
+    subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
 
 
 class Source(SourceFile):
@@ -124,6 +141,21 @@ class DataConfig(Section):
         "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
     )
     format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
+        "path ending in ? may be absent. Here and in the three below, what a source says itself comes first.",
+    )
+    template: dict[str, str] = Field(
+        {},
+        description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
+    )
+    header: list[str] = Field(
+        [], description="The columns' names of CSV and TSV files that have no line of them, in order."
+    )
+    encoding: Encoding = Field(
+        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. Nothing is guessed."
+    )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate", description="What happens to a longer row. Plain text is split into rows of max_length instead."

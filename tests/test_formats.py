@@ -1,14 +1,20 @@
+"""Rows of every format become messages or texts; a row that cannot says which, why, and what to do."""
+
+import json
+
 import pytest
 
-from qlora_trainer.data.formats import parse_record
-from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
-from qlora_trainer.errors import DataError
+from qlora_trainer.data.files import open_source
+from qlora_trainer.data.formats import RecordReader, parse_record, unused_columns
+from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, ToolCall
+from qlora_trainer.errors import ConfigError, DataError
 
 ASKED = (Message("user", "q"), Message("assistant", "a"))
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def parse(record, format="auto", columns=None):
-    return parse_record(record, format, columns or {}, "rows.jsonl, line 3")
+def parse(record, format="auto", columns=None, template=None):
+    return parse_record(record, format, columns or {}, "rows.jsonl, line 3", template)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,21 @@ def parse(record, format="auto", columns=None):
             (Message("system", "s"), Message("user", "q0"), Message("assistant", "a0"), *ASKED),
         ),
         ({"question": "q", "answer": "a"}, ASKED),
+        ({"instruction": "q", "context": "", "response": "a", "category": "qa"}, ASKED),
+        ({"instruction": "q", "context": "x", "response": "a"}, (Message("user", "q\n\nx"), ASKED[1])),
+        ({"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'}, ASKED),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "s"}, *TURNS]},
+            (Message("system", "s"), *ASKED),
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": {"from": "gpt", "value": "a"}},
+            (Message("user", "q", learn=False), ASKED[1]),
+        ),
+        (
+            {"prompt": "q", "completion": [{"role": "assistant", "content": "a", "thinking": "t"}]},
+            (Message("user", "q", learn=False), Message("assistant", "a", reasoning="t")),
+        ),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
             (Message("user", "q", learn=False), ASKED[1]),
@@ -106,17 +127,18 @@ BOT = {"role": "assistant", "content": "a"}
             "auto",
             r"part of type 'image_url'",
         ),
-        (
-            {"messages": [USER, BOT | {"content": None, "tool_calls": [{}]}]},
-            "auto",
-            r"tool_calls cannot be rendered yet",
-        ),
         ({"messages": [USER, BOT | {"weight": 0.5}]}, "auto", r"weight is 0.5 and should be 0 or 1"),
         ({"messages": [USER, BOT | {"weight": 0, "train": True}]}, "auto", r"weight, train contradict"),
         ({"messages": [USER, BOT], "label": False}, "auto", r"look like preferences"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "auto", r"chosen and rejected hold preferences"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", r"history should be a list of"),
-        ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt should be text, and is an object"),
+        ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt: role is missing or null; the turn holds a"),
+        ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: NAME"),
+        ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be learned from"),
+        ({"messages": [{"role": "system", "content": "x"}, USER, BOT], "system": "s"}, "auto", r"another system turn"),
+        ({"messages": [USER, BOT], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "auto", r"both given"),
+        ({"instruction": "q", "input": float("nan"), "output": "a"}, "auto", r"and is NaN. .* write null"),
+        ({"question": "q", "answer": ["a"]}, "auto", r"a list. .*data.columns {answer: name of the column.0}"),
         ({"prompt": 3, "completion": [BOT]}, "auto", r"prompt should be text, and is the int 3"),
         ({"text": "half \ud800 pair"}, "auto", r"text holds half of a surrogate pair at character 5"),
     ],
@@ -127,7 +149,129 @@ def test_a_row_that_cannot_be_used_says_where_and_why(record, format, words):
 
 
 def test_wrong_column_mappings_are_named():
-    with pytest.raises(DataError, match=r"data.columns wants query, but the row has q"):
+    with pytest.raises(DataError, match=r"data.columns prompt wants query, but the row has q"):
         parse({"q": "x"}, columns={"prompt": "query"}, format="prompt_completion")
-    with pytest.raises(DataError, match=r"data.columns names promt, which no format has; known are"):
+    with pytest.raises(ConfigError, match=r"data.columns makes promt, which no format has; known are"):
         parse({"q": "x"}, columns={"promt": "q"}, format="prompt_completion")
+    with pytest.raises(ConfigError, match=r"data.template makes reply, which no format has"):
+        parse({"q": "x"}, template={"reply": "{q}"})
+    with pytest.raises(ConfigError, match=r"both make prompt"):
+        parse({"q": "x"}, columns={"prompt": "q"}, template={"prompt": "{q}"})
+    with pytest.raises(ConfigError, match=r"data.template text: .*expected '}'"):
+        parse({"q": "x"}, template={"text": "{q"})
+
+
+def test_tools_are_kept_in_one_shape_from_a_list_or_json():
+    bare, whole = '{"name": "f", "parameters": {"a": {"type": "é"}}}', '{"type": "function", "function": {"name": "g"}}'
+    kept = ('{"type": "function", "function": ' + bare + "}", whole)
+    for tools in (f"[{bare}, {whole}]", json.loads(f"[{bare}, {whole}]"), [bare, whole]):
+        for column in ("tools", "functions"):
+            row = parse({"messages": TURNS, column: tools})
+            assert row == Conversation(ASKED, kept)
+    assert parse({"messages": TURNS, "tools": ""}) == parse({"messages": TURNS, "tools": []}) == Conversation(ASKED)
+    for wrong in ("[{]", [{"description": "x"}], [5]):
+        with pytest.raises(DataError, match=r"line 3: tools"):
+            parse({"messages": TURNS, "tools": wrong})
+
+
+def test_all_rows_of_a_source_have_the_first_ones_format():
+    reader = RecordReader("auto", {}, {})
+    reader.read({"question": "q", "answer": "a", "id": 1}, "line 1")
+    assert reader.read({"question": "q", "answer": "a", "text": None, "system": None}, "line 2") == Conversation(ASKED)
+    with pytest.raises(DataError, match=r"line 3: .*missing or null.*By its columns it is of the format chat, but all"):
+        reader.read({"messages": TURNS}, "line 3")
+    with pytest.raises(DataError, match=r"line 4: answer is missing or null, which question_answer rows need"):
+        reader.read({"question": "q", "answer": None}, "line 4")
+    assert (reader.format, reader.unused) == ("question_answer", {"id": 1})
+
+
+def test_a_row_of_no_format_decides_nothing():
+    reader = RecordReader("auto", {}, {})
+    with pytest.raises(DataError):
+        reader.read({"foo": 1}, "line 1")
+    assert reader.read({"text": "t"}, "line 2") == Document("t")
+
+
+def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():
+    turns = [TURNS[0] | {"name": "Ada", "time": 5}, TURNS[1] | {"id": None}]
+    assert unused_columns({"messages": turns, "id": 7, "x": None}, "chat", {}, {}) == {
+        "id",
+        "messages[].name",
+        "messages[].time",
+    }
+    columns, template = {"answer": "replies.0"}, {"question": "{title} {body}"}
+    record = {"title": "a", "body": "b", "replies": ["c"], "votes": 3}
+    assert unused_columns(record, "question_answer", columns, template) == {"votes"}
+    assert unused_columns({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion", {}, {}) == {"system"}
+
+
+def read(path, format="auto", columns=None, template=None, **how):
+    reader = RecordReader(format, columns or {}, template or {})
+    return [reader.read(record, where) for where, record in open_source(str(path), **how).records()], reader
+
+
+REAL = {
+    "alpaca_en_demo/alpaca_en_demo.json": ("alpaca", 999),
+    "c4_demo/c4_demo.jsonl": ("text", 300),
+    "e2e/train.jsonl": ("prompt_completion", 547),
+    "e2e_facts/train.jsonl": ("chat", 600),
+    "fastchat_dummy/dummy_conversation.json": ("sharegpt", 500),
+    "glaive_toolcall_en/glaive_toolcall_en_demo.json": ("sharegpt", 300),
+    "gsm8k/test.jsonl": ("question_answer", 1319),
+    "identity/identity.json": ("alpaca", 91),
+    "snips_intent/test.jsonl": ("chat", 140),
+    "snips_json/test.jsonl": ("chat", 140),
+    "tinyshakespeare/input.txt": ("text", 1),
+    "torchtune_tiny/alpaca_tiny.json": ("alpaca", 100),
+    "wikisql/test.jsonl": ("prompt_completion", 100),
+    "wikitext2/test.txt": ("text", 1),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_read_whole_by_their_columns(shared_data, name):
+    rows, reader = read(shared_data / name)
+    assert (reader.format, len(rows)) == REAL[name]
+
+
+def test_real_tool_calls_become_calls_and_their_results_tool_turns(shared_data):
+    path = shared_data / "glaive_toolcall_en" / "glaive_toolcall_en_demo.json"
+    rows, _ = read(path)
+    turns = [turn for row in json.loads(path.read_text()) for turn in row["conversations"]]
+    written = [json.loads(turn["value"]) for turn in turns if turn["from"] == "function_call"]
+    calls = [call for row in rows for message in row.messages for call in message.tool_calls]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [
+        (call["name"], call["arguments"]) for call in written
+    ]
+    results = [message.content for row in rows for message in row.messages if message.role == "tool"]
+    assert results == [turn["value"] for turn in turns if turn["from"] == "observation"]
+    assert sum(len(row.tools) for row in rows) == 219  # objects in the tools columns, counted with jq
+    assert rows[0].messages[3] == Message(
+        "assistant",
+        "",
+        tool_calls=(ToolCall("search_recipes", '{"ingredients": ["chicken", "bell peppers", "rice"]}'),),
+    )
+
+
+def test_real_nested_rows_tables_without_names_and_preferences_are_read_as_the_config_says(shared_data):
+    rows, reader = read(
+        shared_data / "self_instruct" / "seed_tasks.jsonl",
+        columns={"output": "instances.0.output", "input": "instances.0.input"},
+    )
+    assert (len(rows), reader.format) == (175, "alpaca")
+    assert rows[1].messages[0].content == (
+        "What is the relation between the given pairs?\n\nNight : Day :: Right : Left"
+    )
+    rows, _ = read(
+        shared_data / "poem_sentiment" / "train.tsv",
+        columns={"completion": "label"},
+        template={"prompt": "Verse: {verse}\nSentiment: "},
+        header=["id", "verse", "label"],
+    )
+    assert len(rows) == 892
+    assert rows[57] == PromptCompletion('Verse: "what did you hear, for instance?" willis said.\nSentiment: ', "0")
+    rows, _ = read(
+        shared_data / "dpo_en_demo" / "dpo_en_demo.json", columns={"prompt": "conversations", "completion": "chosen"}
+    )
+    assert [message.role for message in rows[0].messages] == ["user", "assistant"]
+    assert len(rows) == 300

@@ -12,7 +12,7 @@ from tiny_tokenizers import tiny_tokenizer
 from qlora_trainer.data import preparation, store, workers
 from qlora_trainer.data.batches import MAX_REASONS, count_reasons
 from qlora_trainer.data.loader import StepLoader
-from qlora_trainer.data.messages import Conversation, Document, Message
+from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.preparation import prepare
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.errors import DataError, DiskError
@@ -232,7 +232,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
 
 
 def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
-    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "tools": "[]"}])
+    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "rating": 5}])
     second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
     sources = [
         Source(path=first, columns={"question": "query", "answer": "reply"}),
@@ -241,8 +241,26 @@ def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
     prepared = run(tmp_path, sources)
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
-    assert "a.jsonl: column tools (1 rows) is not used" in prepared.report.notices
+    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.notices
     assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
+
+
+def test_a_row_that_cannot_be_read_or_is_of_another_format_stops_preparation(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n{\n")
+    with pytest.raises(DataError, match=r"x.jsonl, line 2: not JSON"):
+        run(tmp_path, str(path))
+    with pytest.raises(DataError, match=r"y.jsonl, line 2: .*By its columns it is of the format text"):
+        run(tmp_path, write(tmp_path, "y.jsonl", [ROWS[0], {"text": "t"}]))
+
+
+def test_templates_and_columns_of_the_config_hold_for_sources_that_have_none(tmp_path):
+    path = write(tmp_path, "x.jsonl", [{"a": {"b": "long"}, "c": "x"}] * 2)
+    shape = {"columns": {"completion": "c"}, "template": {"prompt": "<{a.b}>"}}
+    prepared = run(tmp_path, path, **shape)
+    assert prepared.train.row(0) == PromptCompletion("<long>", "x")
+    source = Source(path=path, columns={"prompt": "c", "completion": "a.b"})
+    assert run(tmp_path, [source], **shape).train.row(0) == PromptCompletion("x", "long")
 
 
 def test_the_models_positions_cap_the_length_and_it_is_said(tmp_path):

@@ -18,9 +18,10 @@ import numpy as np
 
 from qlora_trainer.data.encoding import Tokenizer
 from qlora_trainer.data.examples import Example
-from qlora_trainer.data.files import Record
-from qlora_trainer.data.formats import known_columns, parse_record, resolve_format
+from qlora_trainer.data.formats import RecordReader
+from qlora_trainer.data.json_rows import Record
 from qlora_trainer.data.messages import Row
+from qlora_trainer.data.recognition import resolve_format
 from qlora_trainer.data.rendering import Rendered, Renderer
 from qlora_trainer.data.store import Block, make_block
 from qlora_trainer.errors import DataError
@@ -70,7 +71,7 @@ class BatchMaker:
                 break
             with contextlib.suppress(DataError):  # told when the row is read
                 if not isinstance(record, DataError):
-                    return resolve_format(record, named.format, named.columns, where)
+                    return resolve_format(record, named.format, named.columns, where, named.template)
         return named.format
 
     def make(self, source: int, format: DataFormat, records: Records) -> Batch:
@@ -84,11 +85,11 @@ class BatchMaker:
             DataError: a row is bad and is not to be skipped (the first such row's), or a token is beyond the model's
                 vocabulary.
         """
-        unused: Counter[str] = Counter()
-        parsed = [self._parsed(source, format, where, record, unused) for where, record in records]
+        reader = RecordReader(format, self.sources[source].columns, self.sources[source].template)
+        parsed = [_parsed(reader, where, record) for where, record in records]
         rendered = iter(_rendered(self.renderer, [row for row in parsed if not isinstance(row, DataError)]))
         examples: list[tuple[int, str, Example, Row]] = []
-        batch = Batch(make_block([]), rows=len(records), unused_columns=unused)
+        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused)
         for number, ((where, _), row) in enumerate(zip(records, parsed, strict=True)):
             found = row if isinstance(row, DataError) else next(rendered)
             if isinstance(found, DataError):
@@ -107,20 +108,6 @@ class BatchMaker:
         batch.block = make_block(examples)
         return batch
 
-    def _parsed(
-        self, source: int, format: DataFormat, where: str, record: Record | DataError, unused: Counter[str]
-    ) -> tuple[str, Row] | DataError:
-        if isinstance(record, DataError):
-            return record
-        columns = self.sources[source].columns
-        try:
-            row = parse_record(record, format, columns, where)
-            used = known_columns(resolve_format(record, format, columns, where)) | set(columns.values())
-        except DataError as error:
-            return error
-        unused.update(name for name, value in record.items() if name not in used and value is not None)
-        return where, row
-
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
     """A hash of what decides tokens: vocabulary, merges, added tokens, template."""
@@ -136,7 +123,29 @@ def source_files(config: DataConfig) -> list[SourceFile]:
     files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
     if not isinstance(config.heldout, float):
         files.append(SourceFile(path=config.heldout) if isinstance(config.heldout, str) else config.heldout)
-    return [file.model_copy(update={"format": config.format}) if file.format == "auto" else file for file in files]
+    return [_with_defaults(file, config) for file in files]
+
+
+def _with_defaults(file: SourceFile, config: DataConfig) -> SourceFile:
+    made = file if file.columns or file.template else config  # the two belong together
+    return file.model_copy(
+        update={
+            "format": config.format if file.format == "auto" else file.format,
+            "columns": made.columns,
+            "template": made.template,
+            "header": file.header or config.header,
+            "encoding": file.encoding or config.encoding,
+        }
+    )
+
+
+def _parsed(reader: RecordReader, where: str, record: Record | DataError) -> tuple[str, Row] | DataError:
+    if isinstance(record, DataError):
+        return record
+    try:
+        return where, reader.read(record, where)
+    except DataError as error:
+        return error
 
 
 def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:

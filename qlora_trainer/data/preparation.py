@@ -129,7 +129,14 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
     parts = [Part()] if isinstance(config.train, str) else [Part(file.weight, file.count) for file in config.train]
     inputs = []
     for index, file in enumerate(source_files(config)):
-        source = open_source(file.path, file.split, content_digest=lambda path: digests.content(path).sha256)
+        source = open_source(
+            file.path,
+            file.split,
+            subset=file.subset,
+            encoding=file.encoding,
+            header=file.header,
+            content_digest=lambda path: digests.content(path).sha256,
+        )
         path = Path(file.path).expanduser()
         lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
         inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
