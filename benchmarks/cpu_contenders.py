@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Row, load_peer, longest, peer_step, rows_of_step, trainable_parameters
+from qlora_trainer.process_memory import peak_private_bytes, restart_peak
 
 ALPHA = 32.0
 MAX_LENGTH = 1024  # tokens of a row: TRL's default
@@ -68,7 +69,7 @@ class Meter:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.peak_private_bytes = 0
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
+        restart_peak()
         self._cpu_seconds_before = cpu_seconds()
 
     def note(self, loss: float, seconds: float) -> None:
@@ -77,7 +78,7 @@ class Meter:
         self.losses.append(loss)
         self.seconds.append(seconds)
         self.cpu_seconds.append(now - self._cpu_seconds_before)
-        self.peak_private_bytes = peak_private_bytes()
+        self.peak_private_bytes = peak_private_bytes() or 0
         self._cpu_seconds_before = now
 
     def result(self, rows: Sequence[Sequence[Row]], *, is_padded: bool, settings: str) -> Result:
@@ -98,13 +99,6 @@ def cpu_seconds() -> float:
     """Of this process so far, user and system, over all threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def peak_private_bytes() -> int:
-    """Peak resident memory less what files back, such as libraries and weights that are mapped."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    kibibytes = {key: int(status[key].split()[0]) for key in ("VmHWM", "RssFile", "RssShmem")}
-    return 1024 * (kibibytes["VmHWM"] - kibibytes["RssFile"] - kibibytes["RssShmem"])
 
 
 def ours(job: Job, activations: str) -> Result:

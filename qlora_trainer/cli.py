@@ -129,7 +129,7 @@ def generate(
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
         as_text = learned_plain_text(trained, progress) if raw is None else raw
-    renderer = Renderer(trained.tokenizer)
+    renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
     conversation = [Message("system", system)] if system else []
     while True:
         text = prompt if prompt is not None else _read_line()
@@ -213,7 +213,10 @@ def plan(
     config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config.json is needed.")],
     overrides: Overrides = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of the card, such as 24GiB; that of the card present by default.")
+        str | None,
+        typer.Option(
+            help="Memory of the card (with model.device=cpu: of the host), such as 24GiB; what is here by default."
+        ),
     ] = None,
     host_memory: Annotated[
         str | None, typer.Option(help="Host memory for what is offloaded, such as 32GiB; what is free here by default.")
@@ -221,7 +224,9 @@ def plan(
     search: Annotated[bool, typer.Option(help="Find the longest rows and largest micro-batch that fit.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what memory a run needs on a card, before it has one: the training step itself, on tensors without memory.
+    """Say what memory a run needs, before it has it: the training step itself, on tensors without memory.
+
+    On a card, or with model.device=cpu in host memory.
 
     The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
     total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
@@ -234,7 +239,7 @@ def plan(
     from qlora_trainer.run_directory import user_cache
 
     settings = load_config(config, overrides or [])
-    card = fitting.parse_memory(gpu_memory) if gpu_memory else fitting.card_memory()
+    card = fitting.parse_memory(gpu_memory) if gpu_memory else fitting.memory_here(settings)
     host = fitting.parse_memory(host_memory) if host_memory else fitting.host_memory()
     budget = fitting.Budget(card, host) if card else None
     planned = longest = largest = None

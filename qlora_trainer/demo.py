@@ -114,7 +114,8 @@ def packaged_model() -> str:
 
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:
-    asked = questions(Renderer(run.tokenizer), run.prepared.heldout)
+    renderer = Renderer(run.tokenizer, template_date=run.config.data.template_date)
+    asked = questions(renderer, run.prepared.heldout)
     return answer_questions(
         model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress
     )

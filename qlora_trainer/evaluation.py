@@ -77,7 +77,7 @@ def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None)
             prompt, expected = reference
             is_text = isinstance(prompt, str)
             ends = [renderer.eos_id] if is_text else renderer.stop_token_ids
-            request = prompt if isinstance(prompt, str) else prompt[-1].content
+            request = prompt if isinstance(prompt, str) else prompt.messages[-1].content
             ids = renderer.render_prompt(prompt, examples.where(index))
             found.append(Question(request, ids, expected, tuple(ends)))
     return found

@@ -1,9 +1,9 @@
-"""What fits on a card: the fastest policy, the longest context, the largest micro-batch; what cannot fit is refused.
+"""What fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
 
 A plan of a large model takes seconds for each length. Its live bytes are linear in the number of like layers (a test
 shows it), so the search goes by two models of a few layers, and only its outcome is planned whole; what the allocator
 wastes is not linear, and its share is taken from the last whole plan. What is found fits, and the next size was found
-not to.
+not to. A run that cannot fit is refused.
 """
 
 import bisect
@@ -20,7 +20,7 @@ from qlora_trainer.activations import Level, Policy
 from qlora_trainer.errors import ConfigError, InsufficientMemoryError
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
-from qlora_trainer.planning import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
+from qlora_trainer.planning import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.skeleton import layer_kinds
@@ -29,6 +29,7 @@ GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tile")
 MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host stands for; more cost as much again in time
 HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
+SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's files; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,8 +38,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 class Budget:
     """Bytes that a run may take."""
 
-    card: int
-    host: int  # for what is offloaded
+    card: int  # or, for a run on a CPU, host memory
+    host: int  # for what is offloaded to it
 
     def holds(self, plan: MemoryPlan) -> bool:
         return plan.total <= self.card and plan.host <= self.host
@@ -51,6 +52,10 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
     MLPs are taken in tiles.
     """
     progress("planning memory", 0, None)
+    if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
+        keep = _plan(directory, config, Policy("keep"))
+        if budget.holds(keep):
+            return keep
     recompute = _plan(directory, config, Policy("recompute"))
     if recompute.total <= budget.card:
         return _keep_what_fits(directory, config, recompute, budget.card, progress)
@@ -91,12 +96,16 @@ def largest_micro_batch(
     return _largest(directory, sizes, lambda size: with_micro_batch(leanest(config), size), near, budget)
 
 
-def check_fits_card(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
-    """`check_fits` for the CUDA card that the run will use; None where it runs on a CPU."""
+def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
+    """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
     device = choose_device(config.model.device)
-    if device.type != "cuda":
+    if device.type == "cuda":
+        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_memory())
+    elif sum(file.stat().st_size for file in directory.glob("*.safetensors")) < SMALLEST_PLANNED:
         return None
-    budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_memory())
+    else:
+        config = _set(config, model={"device": "cpu"})
+        budget = Budget(psutil.virtual_memory().available, 0)
     plan = check_fits(directory, config, budget, progress)
     progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
     return plan
@@ -118,8 +127,9 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
     if plan is None:
         plan = _plan(directory, config, Policy("tile"))
     found = (
-        f"This run needs {gib(plan.total)} on the card under training.activations={plan.policy.level}, "
-        f"{gib(plan.components[SLACK])} of it for fragmentation, and {gib(budget.card)} are free."
+        f"This run needs {gib(plan.total)} {_place(config)} under training.activations={plan.policy.level}"
+        + (f", {gib(slack)} of it for fragmentation" if (slack := plan.components[SLACK]) else "")
+        + f", and {gib(budget.card)} are free."
     )
     if plan.host > budget.host:
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
@@ -141,6 +151,7 @@ def describe(
     plan: MemoryPlan, budget: Budget | None, longest: MemoryPlan | None = None, largest: MemoryPlan | None = None
 ) -> list[tuple[str, str]]:
     """A plan for people: (name, value)."""
+    on_card = plan.components[CONTEXT] > 0
     rows = [
         (
             "planned",
@@ -151,12 +162,17 @@ def describe(
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
         *((name, gib(count)) for name, count in plan.components.items() if count),
-        ("all that the card must hold", gib(plan.total)),
-        ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}"),
+        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
+        (
+            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
+            if on_card
+            else ("the fullest moment", plan.operation)
+        ),
     ]
     if budget:
         verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
-        rows.append((f"on a card of {gib(budget.card)}", f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
+        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
         if plan.host > budget.host:
             rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
     if longest:
@@ -168,14 +184,20 @@ def describe(
     return rows
 
 
-def card_memory() -> int | None:
-    """Bytes of the CUDA card here; None where there is none."""
+def memory_here(config: RunConfig) -> int | None:
+    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu."""
+    if config.model.device == "cpu":
+        return psutil.virtual_memory().total
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
 def host_memory() -> int:
     """Bytes of host memory that may be taken for what is offloaded."""
     return int(psutil.virtual_memory().available * HOST_SHARE)
+
+
+def _place(config: RunConfig) -> str:
+    return "of memory" if config.model.device == "cpu" else "on the card"
 
 
 def leanest(config: RunConfig) -> RunConfig:

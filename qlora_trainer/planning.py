@@ -1,9 +1,9 @@
-"""The memory plan: what a training step will need on a card, found by running the step itself on fake tensors.
+"""The memory plan: what a training step will need, found by running the step itself on fake tensors.
 
 A fake tensor has a shape, a dtype and a lifetime, but no memory. The model is built from its config.json, with the
 dtypes it will have on the card, and goes through the functions that a run calls, up to two calls of `train_step` on
 the longest micro-batch. Every storage is followed, so the plan is right for whatever the step does: there is no second
-model of memory to keep true.
+model of memory to keep true. A plan is for a CUDA card, or, where the config says model.device=cpu, for host memory.
 
 Not seen by fake tensors, and so stated: the CUDA context, cuBLAS' workspace, and what flash attention's backward uses
 inside. Left out: loading the base, evaluation and generation, which need less than a step of training, and the choice
@@ -52,7 +52,7 @@ SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspace (allowance)", "CUD
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What one setting needs on a card, in bytes."""
+    """What one setting needs on a card, or in host memory where it runs on a CPU, in bytes."""
 
     max_length: int  # tokens of the longest row
     micro_batch_tokens: int
@@ -60,7 +60,7 @@ class MemoryPlan:
     components: dict[str, int]  # by name, at the fullest moment; they sum to `total`
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
-    reserved: int  # by torch's allocator
+    reserved: int  # by torch's allocator; on a CPU what is alive
     host: int  # bytes of host memory for what is offloaded and for an embedding kept there, in no component
     base_parameters: int  # numbers of the base, ties once, and the adapters'
     adapter_parameters: int
@@ -92,7 +92,7 @@ class MemoryPlan:
 
 
 def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
-    """What `config` needs on a CUDA card.
+    """What `config` needs on a CUDA card, or of host memory where its model.device is cpu.
 
     Args:
         directory: holds the base's config.json.
@@ -101,26 +101,25 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     Raises:
         ModelError: the base cannot be built or trained here.
     """
-    dtype, policy = compute_dtype(config), choose_policy(config.training, torch.device("cuda"))
-    state, pack, fake = empty_run(directory, config, dtype, policy, layers)
+    on_cuda = config.model.device != "cpu"
+    policy = choose_policy(config.training, torch.device("cuda" if on_cuda else "cpu"))
+    state, pack, fake = empty_run(directory, config, compute_dtype(config), policy, layers)
     with fake:
-        live, persistent = track_steps(state, pack, on_cuda=True, steps=1)
+        live, persistent = track_steps(state, pack, on_cuda, steps=1)
     base = sum(p.numel() for p in (*state.model.parameters(), *host_tensors(state.model)) if not p.requires_grad)
     base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
     base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
-    steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
-    allocator = CachingAllocator(uses_expandable_segments()).play(steps, without=persistent[PAGED])
     kinds = dict(live.peak.by_kind)
     order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
-    components = {name: kinds.pop(name, 0) for name in order}
+    components = {name: kinds.pop(name, 0) for name in (*order, *([] if on_cuda else [HOST]))}
     assert not kinds, f"memory of unknown kinds {kinds}"
-    allocated = live.peak.bytes - components[PAGED]
-    components |= {
-        SLACK: allocator.reserved - allocated,
-        CUBLAS: CUBLAS_WORKSPACE_BYTES,
-        CONTEXT: CUDA_CONTEXT_BYTES,
-    }
+    reserved = allocated = live.peak.bytes - components[PAGED]
+    if on_cuda:
+        steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
+        reserved = CachingAllocator(uses_expandable_segments()).play(steps, without=persistent[PAGED]).reserved
+    allowances = (CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES) if on_cuda else (0, 0)
+    components |= {SLACK: reserved - allocated, CUBLAS: allowances[0], CONTEXT: allowances[1]}
     return MemoryPlan(
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
@@ -128,7 +127,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
         components=components,
         operation=live.peak.operation,
         allocated=allocated,
-        reserved=allocator.reserved,
+        reserved=reserved,
         host=live.host_peak,
         base_parameters=base,
         adapter_parameters=adapters,
@@ -138,7 +137,9 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
 def compute_dtype(config: RunConfig) -> torch.dtype:
     """Of a card from Ampere on; older ones compute in float16, which takes the same memory."""
     wanted = config.model.compute_dtype
-    return torch.bfloat16 if wanted == "auto" else getattr(torch, wanted)
+    if wanted == "auto":
+        return torch.float32 if config.model.device == "cpu" else torch.bfloat16
+    return getattr(torch, wanted)
 
 
 def longest_row(directory: Path, config: RunConfig) -> int:

@@ -31,12 +31,13 @@ from qlora_trainer.directories import new_directory, refuse_existing, replaced_d
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.fitting import check_fits_card, gib
+from qlora_trainer.fitting import check_fits_here, gib
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings, target_names
 from qlora_trainer.model import Base, give_back_memory, load_base_model
 from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.planning import MemoryPlan
+from qlora_trainer.process_memory import peak_private_bytes, private_bytes, restart_peak
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.recovery import probe, take_step
@@ -72,13 +73,16 @@ class Run:
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
     notices: list[str]
-    plan: MemoryPlan | None = None  # on CUDA, where it is what the run does
+    plan: MemoryPlan | None = None  # where it is what the run does, and was worth making
+    program_bytes: int | None = None  # of host memory, before the base was loaded
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
         if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
             probe(self.state, self.prepared.train.lengths)
+        else:
+            restart_peak()
         log = RunLog(self.directory, after_step=self.state.step)
 
         def record(metrics: dict[str, Any]) -> None:
@@ -123,7 +127,8 @@ class Run:
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
         """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report."""
         examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
-        asked = questions(Renderer(self.tokenizer), examples, self.config.evaluation.samples)
+        renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
+        asked = questions(renderer, examples, self.config.evaluation.samples)
         if not asked:
             return
         limit = self.config.evaluation.max_new_tokens
@@ -178,11 +183,22 @@ class Run:
         )
 
     def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-        """What torch allocated at most, beside what was planned; empty without a plan or a step."""
+        """What training took at most, beside what was planned; empty without a plan or a step."""
         if self.plan is None or not metrics:
             return []
-        peak, planned = max(record["peak_memory_bytes"] for record in metrics), self.plan.allocated
-        return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
+        if self.base.device.type == "cuda":
+            peak, planned = max(record["peak_memory_bytes"] for record in metrics), self.plan.allocated
+            return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
+        if self.program_bytes is None or (measured := peak_private_bytes()) is None:
+            return []
+        planned = self.program_bytes + self.plan.total
+        return [
+            (
+                "peak of the process",
+                f"{gib(measured)}, planned {gib(planned)} ({measured / planned - 1:+.1%}), "
+                f"of it {gib(self.program_bytes)} the program itself",
+            )
+        ]
 
     def release(self) -> None:
         """Let go of the model and its optimizer, to load another in their place."""
@@ -225,7 +241,9 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     config = _with_commit(config, path)
     if initial:
         check_settings(initial, config, path)
-    run = _assemble(config, directory, path, progress)
+    tokenizer = load_tokenizer(path)
+    config = _with_date(config, tokenizer)
+    run = _assemble(config, directory, path, tokenizer, progress)
     if initial:
         run.notices += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -264,7 +282,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    run = _assemble(config, directory, path, progress)
+    run = _assemble(config, directory, path, load_tokenizer(path), progress)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -291,10 +309,10 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     return run
 
 
-def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress) -> Run:
-    tokenizer = load_tokenizer(path)
+def _assemble(config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress) -> Run:
     prepared = prepare_data(config, tokenizer, path, progress)
-    plan = check_fits_card(path, config, progress)
+    plan = check_fits_here(path, config, progress)
+    program_bytes = private_bytes()
     base = load_base_model(path, config.model, progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
@@ -306,7 +324,7 @@ def _assemble(config: RunConfig, directory: Path, path: Path, progress: Progress
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit."
         )
-    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan)
+    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
 
 
 def _rows_by_source(prepared: Prepared) -> str:
@@ -323,6 +341,12 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
     ):
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+
+
+def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
+    day = Renderer(tokenizer, template_date=config.data.template_date).template_date
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})}) if day else config
 
 
 def _sample(answer: Answer) -> dict[str, Any]:

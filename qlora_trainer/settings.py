@@ -4,6 +4,7 @@ Frozen: what a run was begun with does not change. configs/README.md explains ea
 reading files and telling what is wrong with them (config.py).
 """
 
+import datetime
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -158,7 +159,10 @@ class DataConfig(Section):
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
-        "truncate", description="What happens to a longer row. Plain text is split into rows of max_length instead."
+        "truncate",
+        description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
+        "completion its end; what would lose all that is learned is dropped. Plain text is split into rows of "
+        "max_length instead.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
@@ -171,9 +175,23 @@ class DataConfig(Section):
         "take longer than these take to start; 0: none.",
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
-    learn: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="Which tokens carry loss: all assistant turns, the last one, or every token."
+    learn: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
+        "assistant",
+        description="Which tokens carry loss: all assistant turns, the last one, all turns of a list of roles such as "
+        "[assistant, tool], or every token. What a message says of itself (weight, train, learn) comes first.",
     )
+    template_date: datetime.date | None = Field(
+        None,
+        description="The date, such as 2026-01-31, that a chat template writes as today's; null: the day the run "
+        "starts.",
+    )
+
+    @field_validator("learn")
+    @classmethod
+    def _roles_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is an empty list; use assistant, last, all, or a list of roles such as [assistant, tool]")
+        return value
 
     @field_validator("heldout", mode="before")
     @classmethod

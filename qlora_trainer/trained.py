@@ -112,7 +112,7 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
         "label_tokens": int(heldout.learned_counts.sum()),
     }
     if answers:
-        renderer = Renderer(trained.tokenizer)
+        renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
         asked = questions(renderer, heldout, None if answers < 0 else answers)
         limit = trained.config.evaluation.max_new_tokens
         given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)

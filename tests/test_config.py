@@ -1,5 +1,6 @@
 """The config's promises: every problem is told at once, with the near miss, and nothing unknown is swallowed."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,16 @@ def test_the_configs_readme_explains_every_key_as_it_is() -> None:
         for name, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
             (row,) = [line for line in text.splitlines() if line.startswith(f"| `{section}.{name}` |")]
             assert row.endswith(f"| {field.description} |")
+
+
+def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
+    raw = {
+        "model": {"name": "m"},
+        "data": {"train": "x", "learn": ["assistant", "tool"], "template_date": "2026-01-31"},
+    }
+    config = make_config(raw)
+    assert config.data.learn == ["assistant", "tool"]
+    assert config.data.template_date == datetime.date(2026, 1, 31)
+    for wrong in ({"learn": []}, {"learn": ["robot"]}, {"template_date": "today"}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
+            make_config({**raw, "data": {"train": "x", **wrong}})

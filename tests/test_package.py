@@ -14,7 +14,18 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from rows above its own, never from a room beside it; so no imports go in circles. Packages are
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
-    {"caching_allocator", "console", "demo_data", "errors", "progress", "quiet", "report_plot", "settings", "signals"},
+    {
+        "caching_allocator",
+        "console",
+        "demo_data",
+        "errors",
+        "process_memory",
+        "progress",
+        "quiet",
+        "report_plot",
+        "settings",
+        "signals",
+    },
     {
         "attention",
         "checkpoint",

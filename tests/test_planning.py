@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from qlora_trainer.planning import MemoryPlan, empty_run, longest_pack, plan_mem
 from qlora_trainer.runs import start_run
 from qlora_trainer.settings import RunConfig
 
+CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_8B: dict[str, Any] = json.loads(
@@ -345,11 +347,56 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
     assert not Path(config.training.output_dir).exists()
 
 
+def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama: Path) -> None:
+    config = tiny_config(model={"device": "cpu"}, training={"activations": "recompute"})
+    plan = plan_memory(tiny_llama, config)
+    run = start_run(config)
+    pack = longest_pack(tiny_llama, config, packing=True)
+    live, _ = track_steps(run.state, pack, on_cuda=False)
+    assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
+    assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
+    assert fitting.describe(plan, Budget(2**40, 0))[-3][0] == f"with {fitting.gib(2**40)} of memory"
+
+
+def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
+    kept, leaner = (
+        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activations": level}})).total
+        for level in ("keep", "recompute")
+    )
+    free = {"available": kept}
+    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(**free))
+    assert start_run(config).plan is None, "a small base is not worth it"
+    monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
+    for available, level in ((kept, "keep"), (leaner, "recompute")):
+        free["available"] = available
+        run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
+        assert run.plan is not None
+        assert run.plan.policy == run.state.policy == Policy(level)
+    free["available"] = 2**20
+    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
+        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
+
+
+def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
+    run = start_run(tiny_config(training={"max_steps": 1}))
+    assert run.plan is not None
+    assert run.program_bytes is not None
+    assert run.train(lambda record: None)
+    page = run.write_report().read_text()
+    assert "peak of the process" in page
+    assert f"planned {fitting.gib(run.plan.total + run.program_bytes)}" in page
+
+
 def test_the_report_sets_the_peak_beside_the_plan(tiny_config: Config, tiny_llama: Path) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
-    assert run.plan is None, "nothing is planned on a CPU"
     assert run.train(lambda record: None)
     run.plan = plan_memory(tiny_llama, run.config)
+    run.base.device = torch.device("cuda")
     page = run.write_report().read_text()
     assert "planned memory" in page
     assert f"planned {fitting.gib(run.plan.allocated)}" in page

@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 import errno
 import functools
 import json
@@ -86,6 +87,7 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     run(tmp_path, path)
     changes = [
         {"learn": "last"},
+        {"learn": ["assistant", "user"]},
         {"max_length": 64},
         {"max_positions": 100},
         {"too_long": "drop"},
@@ -95,6 +97,26 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     assert not any(run(tmp_path, path, **change).report.cached for change in changes)
     assert not run(tmp_path, [Source(path=path, format="question_answer")]).report.cached
     assert not run(tmp_path, write(tmp_path, "x.jsonl", ROWS[1:])).report.cached
+
+
+def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_told(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    dated, days = tiny_tokenizer("llama3_2"), [datetime.date(2026, 1, 30), datetime.date(2026, 1, 31)]
+    runs = [run(tmp_path, path, tokenizer=dated, template_date=day) for day in (days[0], days[0], days[1])]
+    assert [prepared.report.cached for prepared in runs] == [False, True, False]
+    assert runs[0].key == runs[1].key != runs[2].key
+    told = "the chat template writes a date into every conversation: it is fixed to 2026-01-30 (data.template_date)"
+    assert told in runs[0].report.notices
+    plain = [run(tmp_path, path, template_date=day) for day in (None, *days)]
+    assert [prepared.report.cached for prepared in plain] == [False, True, True]
+    assert not plain[0].report.notices
+    assert "data.template_date has no effect: the tokenizer's chat template writes no date" in plain[1].report.notices
+
+
+def test_a_row_that_the_template_refuses_stops_preparation_with_its_place(tmp_path):
+    path = write(tmp_path, "x.jsonl", [ROWS[0], {**ROWS[1], "system": "Be brief."}])
+    with pytest.raises(DataError, match=r"x.jsonl, line 2.*System role not supported"):
+        run(tmp_path, path, tokenizer=tiny_tokenizer("gemma"))
 
 
 def test_the_key_follows_the_examples_and_nothing_else(tmp_path):
@@ -197,7 +219,8 @@ def test_a_held_out_file_is_only_held_out_and_its_duplicates_are_counted(tmp_pat
 
 
 def test_every_row_read_is_used_or_counted_with_a_reason(tmp_path):
-    rows = [*ROWS[:5], row("q", ""), row("q", " \n"), row("q", "long " * 200), row("long " * 200, "a")]
+    pairs = [*ROWS[:5], row("q", ""), row("q", " \n"), row("q", "long " * 200), row("long " * 200, "a")]
+    rows = [{"prompt": pair["question"], "completion": pair["answer"]} for pair in pairs]
     report = run(tmp_path, write(tmp_path, "x.jsonl", rows), max_length=64).report
     (source,) = report.sources
     assert (source.rows, source.examples, source.truncated) == (9, 6, 1)
@@ -264,7 +287,12 @@ def test_templates_and_columns_of_the_config_hold_for_sources_that_have_none(tmp
 
 
 def test_the_models_positions_cap_the_length_and_it_is_said(tmp_path):
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", [row("q", "long " * 300)]), max_length=512, max_positions=100)
+    prepared = run(
+        tmp_path,
+        write(tmp_path, "x.jsonl", [{"prompt": "q", "completion": "long " * 300}]),
+        max_length=512,
+        max_positions=100,
+    )
     assert prepared.report.train.longest == prepared.report.max_length == 100
     assert "data.max_length is 512, but the model has 100 positions: rows end there" in prepared.report.notices
 

@@ -14,8 +14,8 @@ from qlora_trainer.data.files import read_records
 from qlora_trainer.data.formats import parse_record
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
-from qlora_trainer.data.rendering import Renderer, reference_answer
-from qlora_trainer.data.templates import END_ADDED, LAST_TURN_ONLY
+from qlora_trainer.data.rendering import COMPLETION_CUT, CUT_AWAY, Renderer, reference_answer
+from qlora_trainer.data.spans import END_ADDED, LAST_TURN_ONLY
 from qlora_trainer.errors import DataError
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
@@ -283,22 +283,37 @@ def test_a_long_document_becomes_windows_that_hold_every_token_once():
 
 def test_long_rows_are_cut_dropped_or_refused_as_asked():
     tokenizer = tiny_tokenizer("smollm2")
-    row = chat("a", "The quick brown fox. " * 40)
+    row = chat("a", "b", "c", "The quick brown fox. " * 40)
     whole = Renderer(tokenizer).render(row)
     cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
     assert cut.truncated
-    assert cut.examples[0] == Example(whole.input_ids[:64], whole.labels[:64])
+    assert cut.tokens == len(whole.input_ids)
+    assert cut.examples == [Renderer(tokenizer).render(chat("a", "b"))]
+    assert cut.rows == [chat("a", "b")]
     dropped = Renderer(tokenizer, max_length=64, too_long="drop").render_batch([("row", row)])[0]
     assert (dropped.examples, dropped.dropped) == ([], "longer than max_length")
     with pytest.raises(DataError, match=rf"x.json, row 2: the row has {len(whole.input_ids)} tokens, more than 64"):
         Renderer(tokenizer, max_length=64, too_long="error").render(row, "x.json, row 2")
 
 
+def test_a_completion_that_is_cut_teaches_no_end_and_is_told():
+    tokenizer = tiny_tokenizer("smollm2")
+    row = PromptCompletion("The quick", " brown fox." * 40)
+    whole = Renderer(tokenizer).render(row)
+    cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
+    assert (cut.truncated, cut.notices, cut.tokens) == (True, (COMPLETION_CUT,), len(whole.input_ids))
+    assert cut.examples == [Example(whole.input_ids[:64], whole.labels[:64])]
+    assert tokenizer.eos_token_id not in cut.examples[0].labels
+    away = Renderer(tokenizer, max_length=64).render_batch([("row", PromptCompletion("fox " * 90, "dog"))])[0]
+    assert (away.examples, away.dropped, away.truncated, away.notices) == ([], CUT_AWAY, False, ())
+
+
 def test_a_row_whose_answer_is_cut_away_is_dropped():
     row = chat("The quick brown fox. " * 40, "ok")
     rendered = Renderer(tiny_tokenizer("smollm2"), max_length=64).render_batch([("row", row)])[0]
     assert rendered.examples == []
-    assert "nothing learned within it" in rendered.dropped
+    assert rendered.dropped == CUT_AWAY
+    assert not rendered.truncated
 
 
 def test_stop_tokens_are_the_end_of_turn_and_the_end_of_text():
@@ -332,7 +347,6 @@ def smollm2():
         "snips_intent/train.jsonl",
         "alpaca_en_demo/alpaca_en_demo.json",
         "fastchat_dummy/dummy_conversation.json",
-        "glaive_toolcall_en/glaive_toolcall_en_demo.json",
         "gsm8k/test.jsonl",
     ],
 )
@@ -345,6 +359,23 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
         found = learned_texts(smollm2, result.examples[0])
         assert [t.lstrip() for t in found] == [t.lstrip() for t in expected], where
+
+
+@pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
+def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
+    path = shared_data / "glaive_toolcall_en/glaive_toolcall_en_demo.json"
+    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in list(read_records(path))[:150]]
+    tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
+    for (where, row), result in zip(rows, Renderer(tokenizer, max_length=10**6).render_batch(rows), strict=True):
+        expected = []
+        for message in row.messages:
+            texts = [message.content.strip() if facts.trims else message.content] if message.content else []
+            for call in message.tool_calls:
+                arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
+                texts.append(facts.call.replace("lookup", call.name).replace('{"city": "Rome"}', arguments))
+            expected += ["\n".join(texts) + facts.end_of_turn] if message.role == "assistant" else []
+        found = learned_texts(tokenizer, result.examples[0])
+        assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
 def test_real_completions_are_learned_whole(smollm2, shared_data):

@@ -1,6 +1,7 @@
 """Promises of a run's directory: it resumes from its first moment on, only as what it was, and says what changed."""
 
 import dataclasses
+import datetime
 import errno
 import json
 import shutil
@@ -13,10 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
+from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
 
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.config import dump_config, make_config
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
@@ -453,3 +456,13 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
     first, second = (run.base.fingerprint for run in runs_of)
     assert first.difference(second) is None
     assert dataclasses.replace(first, dense={}).difference(second) is not None
+
+
+def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:
+    config = tiny_config()
+    assert runs._with_date(config, tiny_tokenizer("llama3")) == config
+    dated = runs._with_date(config, tiny_tokenizer("llama3_2"))
+    assert dated.data.template_date == datetime.date.today()
+    named = tiny_config(data={"template_date": "2024-02-29"})
+    assert runs._with_date(named, tiny_tokenizer("llama3_2")) == named
+    assert make_config(yaml.safe_load(dump_config(dated))) == dated

@@ -20,7 +20,10 @@ _SENTENCES = [
 
 @dataclass(frozen=True)
 class Family:
-    """Facts of a template: its control tokens, what ends a turn, and whether it trims contents."""
+    """Facts of a template: its control tokens, what ends a turn, whether it trims contents and knows system turns.
+
+    `call` is how it writes the call of lookup({"city": "Rome"}), None where it knows no tools.
+    """
 
     bos: str | None
     eos: str
@@ -28,7 +31,7 @@ class Family:
     control: tuple[str, ...]
     trims: bool = False
     system: bool = True
-    tool: bool = True
+    call: str | None = None
 
 
 FAMILIES = {
@@ -40,11 +43,41 @@ FAMILIES = {
         ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         trims=True,
     ),
-    "qwen2_5": Family(None, "<|im_end|>", "<|im_end|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-    "qwen3": Family(None, "<|im_end|>", "<|im_end|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-    "mistral": Family(
-        "<s>", "</s>", "</s>", ("<s>", "</s>", "[INST]", "[/INST]"), trims=True, system=False, tool=False
+    **{
+        name: Family(
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            "<|eot_id|>",
+            ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+            trims=True,
+            call='{"name": "lookup", "parameters": {"city": "Rome"}}',
+        )
+        for name in ("llama3_1", "llama3_2")
+    },
+    **{
+        name: Family(
+            None,
+            "<|im_end|>",
+            "<|im_end|>",
+            ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+            call='<tool_call>\n{"name": "lookup", "arguments": {"city": "Rome"}}\n</tool_call>',
+        )
+        for name in ("qwen2_5", "qwen3")
+    },
+    "mistral_tools": Family(
+        "<s>",
+        "</s>",
+        "</s>",
+        (
+            "<s>",
+            "</s>",
+            *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+            *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        ),
+        system=False,
+        call='[TOOL_CALLS][{"name": "lookup", "arguments": {"city": "Rome"}, "id": "000000000"}]',
     ),
+    "mistral": Family("<s>", "</s>", "</s>", ("<s>", "</s>", "[INST]", "[/INST]"), trims=True, system=False),
     "gemma": Family(
         "<bos>",
         "<eos>",
@@ -52,14 +85,12 @@ FAMILIES = {
         ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
         trims=True,
         system=False,
-        tool=False,
     ),
     "phi3": Family(
         "<s>",
         "<|endoftext|>",
         "<|end|>",
         ("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        tool=False,
     ),
     "generation": Family(None, "<|im_end|>", "<|im_end|>", ("<|im_start|>", "<|im_end|>")),
 }

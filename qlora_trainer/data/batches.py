@@ -22,7 +22,7 @@ from qlora_trainer.data.formats import RecordReader
 from qlora_trainer.data.json_rows import Record
 from qlora_trainer.data.messages import Row
 from qlora_trainer.data.recognition import resolve_format
-from qlora_trainer.data.rendering import Rendered, Renderer
+from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.data.store import Block, make_block
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataConfig, DataFormat, SourceFile
@@ -61,7 +61,7 @@ class BatchMaker:
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.vocab_size = vocab_size
-        self.renderer = Renderer(tokenizer, config.learn, max_length, config.too_long)
+        self.renderer = Renderer(tokenizer, config.learn, max_length, config.too_long, config.template_date)
 
     def format_of(self, source: int, records: Records) -> DataFormat:
         """How these rows of a source are read: as its settings say, or as the first shows that can be recognised."""
@@ -87,7 +87,7 @@ class BatchMaker:
         """
         reader = RecordReader(format, self.sources[source].columns, self.sources[source].template)
         parsed = [_parsed(reader, where, record) for where, record in records]
-        rendered = iter(_rendered(self.renderer, [row for row in parsed if not isinstance(row, DataError)]))
+        rendered = iter(self.renderer.render_batch([row for row in parsed if not isinstance(row, DataError)]))
         examples: list[tuple[int, str, Example, Row]] = []
         batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused)
         for number, ((where, _), row) in enumerate(zip(records, parsed, strict=True)):
@@ -227,16 +227,6 @@ def batch_from_bytes(message: bytes) -> Batch:
     }
     counts["skipped"] = [(where, reason) for where, reason in counts["skipped"]]
     return Batch(Block(**arrays, texts=message[position:]), **counts)
-
-
-def _rendered(renderer: Renderer, rows: Sequence[tuple[str, Row]]) -> list[Rendered | DataError]:
-    """What each row became; where the batch as a whole was refused, row by row."""
-    try:
-        return list(renderer.render_batch(rows))
-    except DataError as error:
-        if len(rows) == 1:
-            return [error]
-        return [found for row in rows for found in _rendered(renderer, [row])]
 
 
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:

@@ -9,11 +9,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
-import numpy as np
 import tokenizers
 
 from qlora_trainer.errors import DataError
@@ -38,7 +39,7 @@ class Tokenizer(Protocol):
 
     def convert_tokens_to_ids(self, token: str) -> int: ...
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Encoded:
+    """Tokens, and which of them are learned: [begin, end) of each unbroken run, in order."""
+
     ids: list[int]
-    learned: list[bool]
+    learned: list[tuple[int, int]]
 
 
 class Encoder:
@@ -76,31 +79,32 @@ class Encoder:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.control_tokens = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
         self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-        self._control_ids = np.array([tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens])
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens)
         self.bos_ids = self._leading_ids()
         self._escaping: _EscapingTokenizer | None = None
 
-    def encode(self, texts: Sequence[Sequence[Stretch]]) -> list[Encoded]:
-        """Each text, given as its stretches, in tokens; a token is learned if any of its characters is."""
+    def encode(self, texts: Sequence[Sequence[Stretch]]) -> list[Encoded | DataError]:
+        """Each text, given as its stretches, in tokens; a token is learned if any of its characters is.
+
+        In the place of a text in which a control token cannot be kept as text stands an error.
+        """
         plain = [index for index, text in enumerate(texts) if not any(stretch.ordinary for stretch in text)]
-        joined = ["".join(stretch.text for stretch in texts[index]) for index in plain]
-        results: dict[int, Encoded] = {}
-        if joined:
-            batch = self.tokenizer(
-                joined,
-                add_special_tokens=False,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                truncation=False,
-                padding=False,
-                verbose=False,
-            )
-            for index, ids, offsets in zip(plain, batch["input_ids"], batch["offset_mapping"], strict=True):
-                results[index] = Encoded(ids, _learned_flags(texts[index], offsets, np.isin(ids, self._control_ids)))
+        results: dict[int, Encoded | DataError] = {}
+        if plain:
+            # The tokenizer underneath, as transformers' wrapper turns its results into lists that are not needed here.
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            joined = ["".join([stretch.text for stretch in texts[index]]) for index in plain]
+            for index, encoding in zip(plain, backend.encode_batch(joined, add_special_tokens=False), strict=True):
+                ids = encoding.ids
+                results[index] = Encoded(ids, learned_runs(texts[index], ids, encoding.offsets, self._control_ids))
         for index, text in enumerate(texts):
             if index not in results:
-                results[index] = self._escaping_tokenizer(text).encode(text)
+                try:
+                    results[index] = self._escaping_tokenizer(text).encode(text)
+                except DataError as error:
+                    results[index] = error
         return [results[index] for index in range(len(texts))]
 
     def as_stretches(self, text: str, learned: bool) -> list[Stretch]:
@@ -163,13 +167,8 @@ class _EscapingTokenizer:
         found = sum(token in self.control_ids for token in ids)
         if found > wanted:
             spelled = next(stretch.text for stretch in text if stretch.ordinary)
-            raise DataError(f"This tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
-        return Encoded(ids, _learned_flags(renamed, encoding.offsets, np.isin(ids, list(self.control_ids))))
-
-    def _renamed(self, stretch: Stretch) -> Stretch:
-        return Stretch(
-            self.pattern.sub(lambda match: self.names.get(match[0], match[0]), stretch.text), stretch.learned
-        )
+            raise DataError(f"this tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
+        return Encoded(ids, learned_runs(renamed, ids, encoding.offsets, self.control_ids))
 
 
 def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stretch]:
@@ -183,22 +182,31 @@ def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stret
         yield Stretch(text[position:], learned)
 
 
-def _learned_flags(
+def learned_runs(
     text: Iterable[Stretch],
-    offsets: Sequence[tuple[int, int]],
-    control: np.ndarray,  # (tokens,) bool
-) -> list[bool]:
-    """One flag a token: is any of its characters learned? Of a control token the first: some swallow blanks after them.
+    ids: Sequence[int],  # (tokens,)
+    offsets: Sequence[tuple[int, int]],  # (tokens,) characters of each
+    control: Collection[int],
+) -> list[tuple[int, int]]:
+    """The runs of tokens of which any character is learned; of a control token the first: some swallow blanks after.
 
-    Whitespace that a tokenizer trims from its offsets counts to the token after it.
+    Whitespace that a tokenizer trims from its offsets counts to the token after it. Bounds are searched for, since rows
+    have few stretches and many tokens.
     """
-    if not offsets:
-        return []
-    learned = np.concatenate([np.full(len(stretch.text), stretch.learned) for stretch in text])
-    before = np.concatenate([[0], np.cumsum(learned)])
-    bounds = np.asarray(offsets)
-    starts, ends = bounds[:, 0].copy(), bounds[:, 1].copy()
-    starts[1:] = np.minimum(starts[1:], ends[:-1])
-    starts[control] = bounds[control, 0]
-    ends[control] = starts[control] + 1
-    return (before[ends] - before[starts] > 0).tolist()
+    runs: list[tuple[int, int]] = []
+    position = 0
+    for stretch in text:
+        start, position = position, position + len(stretch.text)
+        if not stretch.learned or start == position:
+            continue
+        begin = bisect_right(offsets, start, key=itemgetter(1))
+        if begin < len(ids) and offsets[begin][0] < start and ids[begin] in control:
+            begin += 1
+        end = bisect_left(offsets, position, lo=begin, key=itemgetter(0))
+        if begin <= end < len(ids) and ids[end] not in control and (offsets[end - 1][1] if end else 0) < position:
+            end += 1
+        if runs and begin <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+        elif begin < end:
+            runs.append((begin, end))
+    return runs

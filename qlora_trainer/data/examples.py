@@ -18,4 +18,4 @@ class Example:
     @property
     def learned_tokens(self) -> int:
         """Labels that carry loss. The first token has nothing before it to be predicted from."""
-        return sum(label != IGNORED_LABEL for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)

@@ -6,6 +6,7 @@ read is used, or counted in the report with the reason, or skipped, counted and 
 examples (batches.py) and in which process (workers.py), which rows an epoch takes (mixing.py), and clearing the cache.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -98,16 +99,18 @@ def prepare(
     """
     max_length = min(config.max_length, max_positions or config.max_length)
     maker = BatchMaker(config, tokenizer, max_length, vocab_size)
+    date = maker.renderer.template_date
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
-    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer)
-    store, notices = existing_store(directory), []
+    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
+    store, notices = existing_store(directory), _date_notices(config, date)
     cached = store is not None
     if store is None:
-        with new_store(directory) as writer, _workers(config, tokenizer, max_length, vocab_size) as workers:
+        dated = config.model_copy(update={"template_date": date})  # a worker may start after midnight
+        with new_store(directory) as writer, _workers(dated, tokenizer, max_length, vocab_size) as workers:
             _write(writer, inputs, maker, workers, progress)
             _check_unchanged(digests)
-            notices = [
+            notices += [
                 f"A process that helps to prepare data was lost ({failure}); the others did its part."
                 for failure in workers.failures
             ]
@@ -144,7 +147,12 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
 
 
 def _cache_key(
-    inputs: Sequence[_Input], config: DataConfig, max_length: int, vocab_size: int | None, tokenizer: Tokenizer
+    inputs: Sequence[_Input],
+    config: DataConfig,
+    max_length: int,
+    vocab_size: int | None,
+    tokenizer: Tokenizer,
+    date: datetime.date | None,
 ) -> str:
     sources = [
         [i.source.name, i.source.digest, i.settings.model_dump(exclude={"path", "weight", "count"}), i.for_heldout]
@@ -155,9 +163,17 @@ def _cache_key(
         "tokenizers": tokenizers.__version__,
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": sources,
-        "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size],
+        "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _date_notices(config: DataConfig, date: datetime.date | None) -> list[str]:
+    if date:
+        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
+    if config.template_date:
+        return ["data.template_date has no effect: the tokenizer's chat template writes no date"]
+    return []
 
 
 def _workers(config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> Workers:

@@ -1,23 +1,21 @@
-"""A chat template's text for a conversation, and where in it each answer stands.
+"""One chat template as a program: what it makes of a dialogue, and what experiments show of its habits.
 
-Templates are programs: they trim, drop earlier reasoning, put the end of one turn into the next, or refuse. So the
-place of an answer is found by experiment, in the rendering of the whole conversation: the answers are replaced by
-unique markers, which shows the template's own text around each; then the true answers put back between must give the
-true rendering, character by character. Where that fails, the last answer is found as what follows its prompt.
-
-An answer's span is all that a model has to say after the generation prompt, up to and with the token that ends a
-turn: Qwen3's empty reasoning before a last answer is in it.
+Templates trim, drop earlier reasoning, move the end of a turn, write today's date, or refuse. What they do is found by
+rendering small dialogues, never by reading their text. The program is run as transformers runs it (its compiler, its
+variables; a test compares), with one difference: the clock that `strftime_now` reads is a fixed date, so that a run's
+rows, its resumption and its answers all say the same day. Leaves out: where in a rendering each turn stands (spans.py).
 """
 
-import hashlib
+import datetime
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-from qlora_trainer.data.encoding import Stretch, Tokenizer
-from qlora_trainer.data.messages import Message
+from qlora_trainer.data.dialogue import Dialogue
+from qlora_trainer.data.encoding import Tokenizer
 from qlora_trainer.errors import DataError
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
@@ -33,229 +31,186 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ "\n\n### Response:\n" }}{%- endif -%}
 """
 
-LAST_TURN_ONLY = (
-    "the chat template renders earlier turns otherwise than they are written: only the last turn is learned"
-)
-END_ADDED = "the chat template ends no turn with a control token: the end-of-text token was added after the last answer"
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """A conversation as text, in stretches, with what should be told about how its answers were found."""
-
-    stretches: list[Stretch]
-    notices: tuple[str, ...] = ()
+Blocks = list[tuple[int, int]]  # (start, end) in characters
+_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+_MARKER = "Qm0Q"
+_QUESTION = {"role": "user", "content": "question"}
+_TOOL = {"name": "lookup", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}
+# Two dates that differ in weekday, day, month and year, however they are written.
+_DATES = (datetime.date(1999, 12, 31), datetime.date(2011, 3, 5))
 
 
 class ChatTemplate:
-    """One tokenizer's chat template, or the plain one.
+    """A chat template of one tokenizer.
 
     `header` is what the generation prompt adds before an answer ("" where a template has none of it), `end_of_turn` the
-    control token after an answer, or None.
+    control token after an answer, or None; `ends` are those that end a turn of any kind.
+
+    Args:
+        source: the template's text; None for the plain one.
+        date: what `strftime_now` reads; None for today.
 
     Raises:
         DataError: the template cannot render one question and its answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, control_pattern: re.Pattern[str]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        source: str | None,
+        control_pattern: re.Pattern[str],
+        date: datetime.date | None = None,
+    ) -> None:
+        self.is_plain = source is None
         self.control_pattern = control_pattern
-        self.is_plain = tokenizer.chat_template is None
+        added = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        self.token_pattern = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
-        question, marker = Message("user", "question"), "Qm0Q"
-        whole = self.text([question, Message("assistant", marker)], where="the chat template, tried on one exchange")
-        before = self.text([question], where="the chat template, tried on a question")
-        prompt = self.text([question], generation=True, where="the chat template, tried on a question")
-        self.header = prompt[len(before) :].rstrip(" ") if prompt.startswith(before) else ""
-        self.end_of_turn = self._end_of_turn(whole.partition(marker)[2])
+        self._variables = dict(tokenizer.special_tokens_map)
+        try:
+            self._program = _compile_jinja_template(PLAIN_TEMPLATE if source is None else source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"The model's chat template cannot be read: {error}.") from error
+        self.written_date = self._fix_date(date)
+        self._has_blocks = False
+        self._probe()
 
-    def text(self, messages: Sequence[Message], generation: bool = False, *, where: str) -> str:
-        """The template's text, before any check.
+    def text(self, dialogue: Dialogue, where: str, generation: bool = False) -> str:
+        """The template's text, with `generation` up to where an answer begins.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template refuses the dialogue.
         """
-        plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                plain,
-                chat_template=PLAIN_TEMPLATE if self.is_plain else None,
-                tokenize=False,
-                add_generation_prompt=generation,
+            return self._run(dialogue, generation, self._variables)
+        except _REFUSALS as error:
+            raise self._refusal(dialogue, error, where) from error
+
+    def text_and_blocks(self, dialogue: Dialogue, where: str) -> tuple[str, Blocks]:
+        """The text, and the places that the template itself marks with {% generation %}.
+
+        Raises:
+            DataError: the template refuses the dialogue.
+        """
+        if not self._has_blocks:
+            return self.text(dialogue, where), []
+        try:
+            return _render_with_assistant_indices(
+                self._program, dialogue.messages, dialogue.tools, None, False, **self._variables
             )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-            roles = ", ".join(message.role for message in messages)
-            hint = " Put the system text into the first user turn." if "system" in f"{error}".lower() else ""
-            raise DataError(
-                f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
-                f"It says: {error}.{hint}"
-            ) from error
+        except _REFUSALS as error:
+            raise self._refusal(dialogue, error, where) from error
 
-    def render(self, messages: Sequence[Message], targets: Collection[int], *, others: bool, where: str) -> Rendering:
-        """The whole conversation, learned at the turns whose indices are `targets`, or with `others` at all but those.
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether it writes the tools that a row offers."""
+        tool = {"type": "function", "function": {**_TOOL, "name": _MARKER}}
+        return _MARKER in (self._try([_QUESTION, {"role": "assistant", "content": "answer"}], [tool]) or "")
 
-        Raises:
-            DataError: the template refuses the conversation, or hides even its last answer.
-        """
-        shielded, shields = self._shielded(messages)
-        text = self.text(shielded, where=where)
-        _check_nothing_left_out(shielded, text, where)
-        notices = []
+    @cached_property
+    def knows_reasoning(self) -> bool:
+        """Whether it writes the reasoning of the last answer."""
+        answer = {"role": "assistant", "content": "answer", "reasoning_content": _MARKER, "thinking": _MARKER}
+        return _MARKER in (self._try([_QUESTION, answer]) or "")
+
+    def _run(self, dialogue: Dialogue, generation: bool, variables: dict[str, Any]) -> str:
+        return self._program.render(
+            messages=dialogue.messages,
+            tools=dialogue.tools,
+            documents=None,
+            add_generation_prompt=generation,
+            **variables,
+        )
+
+    def _try(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
+    ) -> str | None:
         try:
-            spans = self._spans(shielded, text, sorted(targets), where)
-        except DataError:
-            spans = None  # the template reads contents and stumbled over a marker
-        if spans is None:
-            if others:
-                raise DataError(
-                    f"{where}: the row excludes turns from learning, and this model's chat template hides where they "
-                    "stand. Set data.learn to assistant or last."
-                )
-            last = max(index for index, message in enumerate(messages) if message.role == "assistant")
-            shielded = shielded[: last + 1]
-            text, start, end = self._last_turn(shielded, last, where)
-            spans = [(start, end)] if last in targets else []
-            notices.append(LAST_TURN_ONLY)
-        if self.end_of_turn is None and shielded[-1].role == "assistant":
-            pieces = _cut(text.rstrip(), spans, others)
-            pieces.append(Stretch(self.eos_token, learned=(len(shielded) - 1 in targets) != others))
-            notices.append(END_ADDED)
-        else:
-            pieces = _cut(text, spans, others)
-        return Rendering(_unshielded(pieces, shields), tuple(notices))
-
-    def render_prompt(self, messages: Sequence[Message], *, where: str) -> list[Stretch]:
-        """What stands before an answer to `messages`: character by character as in training."""
-        shielded, shields = self._shielded(messages)
-        if self.header:
-            text = self.text(shielded, generation=True, where=where)
-        else:
-            marker = f"Q{_nonce(shielded)}m0Q"
-            text = self.text([*shielded, Message("assistant", marker)], where=where).partition(marker)[0]
-        # A space at the end would become a token of its own, where in training it belongs to the answer's first word.
-        return _unshielded([Stretch(text.rstrip(" "), learned=False)], shields)
-
-    def _end_of_turn(self, after: str) -> str | None:
-        found = self.control_pattern.search(after)
-        return found[0] if found and not after[: found.start()].strip() else None
-
-    def _spans(
-        self, messages: Sequence[Message], text: str, targets: Sequence[int], where: str
-    ) -> list[tuple[int, int]] | None:
-        """Where the targets stand in `text`, (start, end) in characters; None where the template defeats markers."""
-        nonce = _nonce(messages)
-        markers = {index: f"Q{nonce}m{index}Q" for index in targets}
-        marked = [replace(m, content=markers.get(index, m.content)) for index, m in enumerate(messages)]
-        pieces = []
-        rest = self.text(marked, where=where)
-        for marker in markers.values():
-            if rest.count(marker) != 1:
-                return None
-            piece, _, rest = rest.partition(marker)
-            pieces.append(piece)
-        pieces.append(rest)
-        if not text.startswith(pieces[0]):
+            return self._run(Dialogue(messages, tools), False, {**self._variables, **variables})
+        except _REFUSALS:
             return None
-        spans = []
-        position = len(pieces[0])
-        for target, before, after in zip(targets, pieces, pieces[1:], strict=False):
-            end = _match(text, position, messages[target].content, after)
-            if end is None:
-                return None
-            spans.append((self._answer_start(messages[target], position, before), self._answer_end(end, after)))
-            position = end + len(after)
-        return spans if position == len(text) else None
 
-    def _answer_start(self, message: Message, start: int, before: str) -> int:
-        """Back to the end of the generation prompt, which leaves out spaces at its end."""
-        header_at = before.rfind(self.header) if self.header and message.role == "assistant" else -1
-        if header_at >= 0:
-            return start - (len(before) - header_at - len(self.header))
-        return start - (len(before) - len(before.rstrip(" ")))
+    def _fix_date(self, date: datetime.date | None) -> datetime.date | None:
+        """Set the date that the template reads; returns it where the template writes it.
 
-    def _answer_end(self, end: int, after: str) -> int:
-        if self.end_of_turn and after.lstrip().startswith(self.end_of_turn):
-            return end + after.index(self.end_of_turn) + len(self.end_of_turn)
-        return end
+        Some templates write a date of their own unless they are given `date_string`: they get one only by name.
+        """
+        fixed = date or datetime.date.today()
+        self._variables["strftime_now"] = fixed.strftime
+        if self._differs("strftime_now", [day.strftime for day in _DATES]):
+            return fixed
+        if date is not None and self._differs("date_string", [day.strftime("%d %b %Y") for day in _DATES]):
+            self._variables["date_string"] = date.strftime("%d %b %Y")
+            return date
+        return None
 
-    def _last_turn(self, messages: Sequence[Message], last: int, where: str) -> tuple[str, int, int]:
-        """The text up to the last answer, and that answer's span."""
-        prompt = self.text(messages[:last], generation=True, where=where).rstrip(" ")
-        text = self.text(messages[: last + 1], where=where)
-        answer = text.removeprefix(prompt)
-        if not text.startswith(prompt) or messages[last].content.strip()[-32:] not in answer:
-            raise DataError(
-                f"{where}: the model's chat template hides where the last answer stands, so it cannot be learned apart "
-                "from the prompt. Set data.learn to all, or use a model with another template."
-            )
-        end = answer.rfind(self.end_of_turn) if self.end_of_turn else -1
-        length = end + len(self.end_of_turn or "") if end >= 0 else len(answer.rstrip())
-        return text, len(prompt), len(prompt) + length
+    def _differs(self, variable: str, values: list[Any]) -> bool:
+        turns = [_QUESTION, {"role": "assistant", "content": "answer"}]
+        tool = {"type": "function", "function": _TOOL}
+        probes: list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = [
+            (turns, None),
+            ([{"role": "system", "content": "Be brief."}, *turns], None),
+            (turns, [tool]),
+        ]
+        texts = [[self._try(messages, tools, **{variable: value}) for messages, tools in probes] for value in values]
+        return texts[0] != texts[1]
 
-    def _shielded(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Contents with the control tokens they spell under other names, so that they can be told from real ones."""
-        nonce = ""
-        shields: dict[str, str] = {}
-        shielded = []
-        for message in messages:
-            content = message.content
-            if self.control_pattern.search(content):
-                nonce = nonce or _nonce(messages)
-                for token in set(self.control_pattern.findall(content)):
-                    shields.setdefault(token, f"Q{nonce}s{len(shields)}Q")
-                content = self.control_pattern.sub(lambda match: shields[match[0]], content)
-            shielded.append(replace(message, content=content))
-        return shielded, {shield: token for token, shield in shields.items()}
+    def _probe(self) -> None:
+        where = "the chat template, tried on one exchange"
+        answered = Dialogue([_QUESTION, {"role": "assistant", "content": _MARKER}])
+        _, _, after = self.text(answered, where).partition(_MARKER)
+        self._has_blocks = True  # tried on the next line
+        self._has_blocks = bool(self.text_and_blocks(answered, where)[1])
+        asked = Dialogue([{"role": "user", "content": _MARKER}])
+        before = self.text(asked, "the chat template, tried on a question").rpartition(_MARKER)[2]
+        prompt = self.text(asked, "the chat template, tried on a question", generation=True).rpartition(_MARKER)[2]
+        self.header = self._added(before, prompt).rstrip(" ")
+        found = self.control_pattern.search(after)
+        self.end_of_turn = found[0] if found else None
+        self._probe_calls()
+        ends = {self.end_of_turn, self.end_of_call, self._end_before_a_question(answered)}
+        self.ends = frozenset(end for end in ends if end)
 
+    def common_prefix(self, one: str, other: str) -> int:
+        """How many characters two texts begin with in common, without a part of any token of the vocabulary's own."""
+        same = 0
+        while same < min(len(one), len(other)) and one[same] == other[same]:
+            same += 1
+        for match in [*self.token_pattern.finditer(one), *self.token_pattern.finditer(other)]:
+            if match.start() < same < match.end():
+                same = match.start()
+        return same
 
-def _check_nothing_left_out(messages: Sequence[Message], text: str, where: str) -> None:
-    """Some templates skip roles they do not know, without a word. What each turn says must be in the text.
+    def _added(self, before: str, prompt: str) -> str:
+        """What a generation prompt has beyond the same text without it."""
+        return prompt[self.common_prefix(before, prompt) :]
 
-    Looked for by its longest plain word, since templates trim contents or write them as JSON. Of answers, a template
-    may drop the reasoning on purpose.
-    """
-    for index, message in enumerate(messages):
-        word = max(re.findall(r"[A-Za-z0-9]+", message.content), key=len, default="")
-        if message.role == "assistant" or not word:
-            continue
-        if text.count(word) < sum(other.content.count(word) for other in messages if other.role != "assistant"):
-            raise DataError(
-                f"{where}: the model's chat template leaves out turn {index + 1}, of role {message.role}: it has no "
-                "place for such turns. Write its text into a user turn, or use a model whose template knows the role."
-            )
+    def _end_before_a_question(self, answered: Dialogue) -> str | None:
+        """The control token after an earlier answer, if it is not the one that opens the question after it."""
+        text = self._try([*answered.messages, {"role": "user", "content": "Qm1Q"}]) or ""
+        between = text.partition(_MARKER)[2].partition("Qm1Q")[0]
+        tokens = list(self.control_pattern.finditer(between))
+        return tokens[0][0] if len(tokens) > 1 and not between[: tokens[0].start()].strip() else None
 
+    def _probe_calls(self) -> None:
+        """How calls are given to it, and the control token that ends a turn of calls."""
+        self.arguments_as_text = False
+        self.end_of_call: str | None = None
+        for as_text in (False, True):
+            for call_id in ({}, {"id": "000000000"}):
+                arguments = '{"city": "Paris"}' if as_text else {"city": "Paris"}
+                call = {"type": "function", "function": {"name": _MARKER, "arguments": arguments}, **call_id}
+                text = self._try([_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+                if text and _MARKER in text and "Paris" in text:
+                    ends = self.control_pattern.findall(text.partition(_MARKER)[2])
+                    self.arguments_as_text = as_text
+                    self.end_of_call = self.end_of_turn if self.end_of_turn in ends else ends[-1] if ends else None
+                    return
 
-def _nonce(messages: Sequence[Message]) -> str:
-    """A word that no content can hold: the contents' own hash."""
-    return hashlib.sha256("\0".join(message.content for message in messages).encode()).hexdigest()[:24]
-
-
-def _match(text: str, start: int, content: str, after: str) -> int | None:
-    """The end of `content` at `start`, as written or as trimmed by the template, where `after` comes next."""
-    trimmed = (content.strip(), content.rstrip(), content.lstrip(), content.strip("\n"), content.lstrip("\n"))
-    for candidate in (content, *trimmed):
-        end = start + len(candidate)
-        if text.startswith(candidate, start) and text.startswith(after, end):
-            return end
-    return None
-
-
-def _cut(text: str, spans: Sequence[tuple[int, int]], others: bool) -> list[Stretch]:
-    pieces = []
-    position = 0
-    for start, end in spans:
-        pieces += [Stretch(text[position:start], learned=others), Stretch(text[start:end], learned=not others)]
-        position = end
-    return [*pieces, Stretch(text[position:], learned=others)]
-
-
-def _unshielded(pieces: Sequence[Stretch], shields: dict[str, str]) -> list[Stretch]:
-    if not shields:
-        return [piece for piece in pieces if piece.text]
-    pattern = re.compile("(" + "|".join(map(re.escape, shields)) + ")")
-    return [
-        Stretch(shields.get(part, part), piece.learned, ordinary=part in shields)
-        for piece in pieces
-        for part in pattern.split(piece.text)
-        if part
-    ]
+    def _refusal(self, dialogue: Dialogue, error: Exception, where: str) -> DataError:
+        roles = ", ".join(message["role"] for message in dialogue.messages)
+        hint = " Put the system text into the first user turn." if "system" in f"{error}".lower() else ""
+        return DataError(
+            f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
+            f"It says: {error}.{hint}"
+        )
