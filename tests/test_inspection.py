@@ -46,6 +46,15 @@ def test_stretches_join_to_the_whole_text_and_mark_what_is_learned(tmp_path: Pat
     assert "words" not in learned
 
 
+def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
+    class Stripping:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join([" one", " two", " three"][token] for token in ids).removeprefix(" ")
+
+    stretches = inspection._stretches(Stripping(), [0, 1, 2], [False, True, False])
+    assert [stretch["text"] for stretch in stretches] == ["one", " two", " three"]
+
+
 def test_without_colours_learned_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = terminal(monkeypatch, force_terminal=False)
     tokenizer, data = prepared(tmp_path)
