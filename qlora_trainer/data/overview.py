@@ -70,10 +70,12 @@ class Overview:
 
 def overview_of(prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, seed: int) -> Overview:
     """The prepared rows of a run in numbers, its first epoch laid out as the run will."""
+    mixture = getattr(prepared, "mixture", None)
+    order = epoch_order(len(prepared.train if mixture is None else mixture), seed, 0)
     return make_overview(
         prepared.train.lengths,
         prepared.heldout.lengths,
-        epoch_order(len(prepared.train), seed, 0),
+        order if mixture is None else mixture.epoch_rows(seed, 0)[order],
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         packing=packing,
@@ -153,12 +155,17 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
         facts.append((f"cut to {max_length:,} tokens", f"{source.truncated:,}"))
     if source.split:
         facts.append((f"split into parts of at most {max_length:,} tokens", f"{source.split:,}"))
+    if (epoch := getattr(source, "epoch", 0)) != (train := getattr(source, "train", 0)):
+        facts.append(("training rows an epoch takes", f"{epoch:,} of {train:,}"))
     return facts
 
 
 def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     """The training rows, how many of them repeat others, and what an epoch of them is."""
-    facts = _set_facts(report.train, [("repeat an earlier row", report.train_duplicates)])
+    repeated = [("repeat an earlier row", report.train_duplicates)]
+    if others := getattr(report, "train_other_answers", 0):
+        repeated.append(("have an earlier row's prompt, with another answer", others))
+    facts = _set_facts(report.train, repeated)
     computed = epoch.packed if epoch.packing else epoch.padded
     facts.append(
         (
@@ -181,7 +188,10 @@ def heldout_facts(report: PreparationReport) -> list[Fact]:
     """The held-out rows, and how many of them training has too."""
     if report.heldout.examples == 0:
         return [("rows", "none")]
-    return _set_facts(report.heldout, [("also in training", report.heldout_duplicates)])
+    repeated = [("also in training", report.heldout_duplicates)]
+    if others := getattr(report, "heldout_other_answers", 0):
+        repeated.append(("have a prompt of training, with another answer", others))
+    return _set_facts(report.heldout, repeated)
 
 
 def _set_facts(found: SetReport, repeated: Sequence[tuple[str, int]]) -> list[Fact]:
