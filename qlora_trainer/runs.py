@@ -25,6 +25,7 @@ from qlora_trainer.adapters.peft_format import (
 )
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from qlora_trainer.config import save_config
+from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import new_directory, refuse_existing, replaced_directory
@@ -42,7 +43,7 @@ from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.recovery import probe, take_step
 from qlora_trainer.report import METRICS_NAME, RunLog, read_metrics
-from qlora_trainer.report_page import Sample, write_report
+from qlora_trainer.report_page import DataPart, Sample, write_report
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
     BaseRecord,
@@ -180,7 +181,22 @@ class Run:
             summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
             samples=[Sample(**sample) for sample in read_samples(self.directory)],
             notices=[*self.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
+            data=self._data_part(),
         )
+
+    def _data_part(self) -> DataPart:
+        """The rows in numbers, as `qlora inspect` shows them."""
+        loader, report = self.state.loader, self.prepared.report
+        overview = overview_of(
+            self.prepared,
+            batch_size=loader.batch_size,
+            micro_batch_tokens=loader.micro_batch_tokens,
+            packing=loader.packing,
+            seed=loader.seed,
+        )
+        tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
+        tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
+        return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
 
     def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         """What training took at most, beside what was planned; empty without a plan or a step."""

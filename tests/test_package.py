@@ -23,6 +23,7 @@ ROWS = [
         "progress",
         "quiet",
         "report_plot",
+        "report_style",
         "settings",
         "signals",
     },
