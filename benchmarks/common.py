@@ -26,12 +26,9 @@ class Row(NamedTuple):
 
 def rows_of_step(run: "Run", step: int) -> list[Row]:
     """The rows that our loader gives the step of this 0-based index, in its order."""
-    from qlora_trainer.data.loader import epoch_order
-
     training = run.config.training
     epoch, within = divmod(step, run.state.loader.steps_per_epoch)
-    order = epoch_order(len(run.prepared.train), training.seed, epoch)
-    chosen = order[within * training.batch_size : (within + 1) * training.batch_size]
+    chosen = run.state.loader.order(epoch)[within * training.batch_size : (within + 1) * training.batch_size]
     return [Row(example.input_ids, example.labels) for example in (run.prepared.train[int(i)] for i in chosen)]
 
 

@@ -180,32 +180,59 @@ def merge(
 
 @app.command()
 def inspect(
-    config: Annotated[Path, typer.Argument(help="A YAML config.")],
+    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config and tokenizer are needed.")],
     overrides: Overrides = None,
-    row: Annotated[int | None, typer.Option(help="Show only this training row, counted from 0.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many training rows to show.")] = 3,
+    row: Annotated[int | None, typer.Option(help="Show only this row, counted from 0.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Show held-out rows instead of training rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the data as the model will see it, learned tokens in colour, and what became of every row.
+    """Show the data as the model will see it, what became of every row, and what an epoch is.
 
-    The JSON is the preparation report: sources, train, heldout, duplicates and notices.
+    Learned tokens are in colour, or in brackets where there are no colours.
+
+    The JSON has what preparation tells of the rows (sources, train, heldout, train_duplicates, heldout_duplicates,
+    max_length, notices, …); lengths: {edges, train, heldout}, where bin i counts rows of edges[i] to edges[i+1]-1
+    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, packed, padded,
+    fill_of_whole_steps, steps_laid_out}, where packed and padded have micro_batches (a step) and fill (the share of
+    computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens, stretches,
+    input_ids, learned}.
     """
     from qlora_trainer.config import load_config
-    from qlora_trainer.inspection import show_report, show_row
-    from qlora_trainer.model_source import load_tokenizer, resolve_model
+    from qlora_trainer.data.overview import overview_of
+    from qlora_trainer.inspection import legend, row_to_json, show_report, show_row
+    from qlora_trainer.model_source import TOKENIZER_FILES, load_tokenizer, resolve_model
     from qlora_trainer.run_directory import prepare_data, user_cache
+    from qlora_trainer.training import micro_batch_tokens
 
     settings = load_config(config, overrides or [])
     with ProgressBars() as progress:
-        directory = resolve_model(settings.model.name, settings.model.revision, user_cache(), progress)
+        directory = resolve_model(
+            settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
+        )
         tokenizer = load_tokenizer(directory)
         prepared = prepare_data(settings, tokenizer, directory, progress)
+    overview = overview_of(
+        prepared,
+        batch_size=settings.training.batch_size,
+        micro_batch_tokens=micro_batch_tokens(settings),
+        packing=settings.data.packing,
+        seed=settings.training.seed,
+    )
+    name, examples = ("held-out", prepared.heldout) if heldout else ("training", prepared.train)
     if as_json:
-        write_out(json.dumps(prepared.report.to_json()) + "\n")
+        answer = {**prepared.report.to_json(), **overview.to_json()}
+        if row is not None:
+            answer["row"] = row_to_json(tokenizer, examples, row, name)
+        write_out(json.dumps(answer) + "\n")
         return
-    show_report(prepared.report)
-    for index in [row] if row is not None else range(min(rows, len(prepared.train))):
-        show_row(tokenizer, prepared.train, index)
+    if row is None:
+        show_report(prepared.report, overview)
+    indices = range(min(rows, len(examples))) if row is None else [row]
+    if indices:
+        console.print(legend())
+    for index in indices:
+        show_row(tokenizer, examples, index, name)
 
 
 @app.command()

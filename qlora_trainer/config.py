@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_trainer.errors import ConfigError, FileMissingError
-from qlora_trainer.settings import RunConfig, Source
+from qlora_trainer.settings import RunConfig, Source, SourceFile
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -131,15 +131,16 @@ def _place(problem: Mapping[str, Any]) -> str:
 
 def _is_union_label(part: int | str) -> bool:
     """pydantic names the branch of a union it tried, which no user wrote."""
-    return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int"} or "[" in part)
+    return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int", "SourceFile"} or "[" in part)
 
 
 def _suggestion(unknown: str) -> str:
     """What may have been meant by an unknown key, or what there is."""
-    if unknown.startswith("data.train."):  # inside a source of a list
+    if unknown.startswith(("data.train.", "data.heldout.")):  # inside a source
+        fields = Source.model_fields if unknown.startswith("data.train.") else SourceFile.model_fields
         source, _, leaf = unknown.rpartition(".")
-        close = difflib.get_close_matches(leaf, Source.model_fields, n=1, cutoff=0.7)
-        return f"; did you mean {source}.{close[0]}?" if close else f"; a source has {', '.join(Source.model_fields)}"
+        close = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.7)
+        return f"; did you mean {source}.{close[0]}?" if close else f"; a source has {', '.join(fields)}"
     keys = _keys()
     near = _nearest_key(unknown, keys)
     return f"; did you mean {near}?" if near else f"; known: {', '.join(keys)}"
@@ -171,7 +172,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         if isinstance(data.train, str)
         else [source.model_copy(update={"path": _absolute(source.path)}) for source in data.train]
     )
-    heldout = _absolute(data.heldout) if isinstance(data.heldout, str) else data.heldout
+    heldout = _absolute_heldout(data.heldout)
     init_from = config.adapter.init_from and _absolute(config.adapter.init_from)
     output_dir = str(Path(config.training.output_dir).expanduser().absolute())
     return config.model_copy(
@@ -182,6 +183,12 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "training": config.training.model_copy(update={"output_dir": output_dir}),
         }
     )
+
+
+def _absolute_heldout(heldout: float | str | SourceFile) -> float | str | SourceFile:
+    if isinstance(heldout, SourceFile):
+        return heldout.model_copy(update={"path": _absolute(heldout.path)})
+    return _absolute(heldout) if isinstance(heldout, str) else heldout
 
 
 def _absolute(name: str) -> str:

@@ -1,58 +1,123 @@
-"""`qlora inspect`: the data in numbers, and rows as the model sees them, learned tokens in colour."""
+"""`qlora inspect`: the data in numbers, its lengths as a plot, and rows as the model sees them, learned tokens marked.
 
+Marked by colour where the terminal has colours, else by brackets. What a row holds is shown, never obeyed: its control
+characters are written out. Left out: the numbers themselves (data/overview.py, and preparation's report).
+"""
+
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.text import Text
 
 from qlora_trainer.console import console, print_notices, print_table
+from qlora_trainer.data.overview import (
+    Lengths,
+    Overview,
+    bin_labels,
+    heldout_facts,
+    source_facts,
+    train_facts,
+)
 from qlora_trainer.data.packing import IGNORED_LABEL
-from qlora_trainer.data.preparation import ExampleSet, PreparationReport, SetReport
+from qlora_trainer.data.reports import PreparationReport
+from qlora_trainer.data.store import ExampleSet
 from qlora_trainer.errors import DataError
 
-LEARNED = "bold green"
-READ = "dim"
+LEARNED, READ = "bold green", "dim"
+BAR_WIDTH = 40
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def show_report(report: PreparationReport) -> None:
-    """Every source with what became of its rows, and both sets in numbers."""
+def show_report(report: PreparationReport, overview: Overview) -> None:
+    """Every source with what became of its rows, both sets in numbers, and the lengths of the rows as bars."""
     for source in report.sources:
-        lines = [("rows read", f"{source.rows:,}"), ("rows used, or parts of them", f"{source.examples:,}")]
-        lines += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
-        if source.truncated:
-            lines.append((f"cut to {report.max_length} tokens", f"{source.truncated:,}"))
-        if source.split:
-            lines.append((f"split into parts of at most {report.max_length} tokens", f"{source.split:,}"))
-        print_table(source.name, lines)
-    print_table("training", _set_lines(report.train, ("repeat an earlier row", report.train_duplicates)))
-    print_table("held out", _set_lines(report.heldout, ("also in training", report.heldout_duplicates)))
+        print_table(source.name, source_facts(source, report.max_length))
+    print_table("training", train_facts(report, overview.epoch))
+    print_table("held out", heldout_facts(report))
+    console.print(Text("tokens a row, training rows", style="bold"))
+    for line in bars(overview.lengths, is_unicode=_is_unicode()):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     print_notices(report.notices)
 
 
-def show_row(tokenizer: Any, examples: ExampleSet, index: int) -> None:
-    """One row token by token: what is learned in colour, the rest dim. DataError where there is no such row."""
+def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
+    """A line a bin: its tokens, a bar, its training rows. A bin that has a row has a bar."""
+    labels, most = bin_labels(lengths), max(lengths.train)
+    width = max(map(len, labels))
+    lines = []
+    for label, count in zip(labels, lengths.train, strict=True):
+        eighths = max(round(8 * BAR_WIDTH * count / most), count > 0)
+        whole, rest = divmod(eighths, 8)
+        bar = "█" * whole + EIGHTHS[rest] * (rest > 0) if is_unicode else "#" * (whole + (rest > 0))
+        lines.append(f"{label:>{width}} {'│' if is_unicode else '|'}{bar} {count:,}")
+    return lines
+
+
+def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
+    """One row as the model sees it. DataError where there is no such row."""
+    row = row_to_json(tokenizer, examples, index, name)
+    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['learned_tokens']:,} learned"
+    console.rule(Text(_visible(header)), align="left")
+    has_colour = console.color_system is not None and not console.no_color
+    opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
+    text = Text()
+    for stretch in row["stretches"]:
+        shown = _visible(stretch["text"])
+        if has_colour:
+            text.append(shown, style=LEARNED if stretch["learned"] else READ)
+        else:
+            text.append(f"{opening}{shown}{closing}" if stretch["learned"] else shown)
+    console.print(text, soft_wrap=True)
+
+
+def legend() -> Text:
+    """How learned tokens are marked here."""
+    if console.color_system is not None and not console.no_color:
+        return Text.assemble(("learned", LEARNED), ", ", ("read only", READ))
+    return Text("⟦learned⟧ and read only" if _is_unicode() else "[[learned]] and read only")
+
+
+def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
+    """A row with its tokens, and its text in stretches that are learned or not. DataError where there is none."""
     if not 0 <= index < len(examples):
-        raise DataError(f"There is no training row {index}; rows go from 0 to {len(examples) - 1}.")
+        has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
+        raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
     learned = [label != IGNORED_LABEL for label in example.labels]
-    console.rule(f"row {index}, {examples.where(index)}: {len(learned)} tokens, {sum(learned)} learned", align="left")
-    text = Text()
+    return {
+        "set": name,
+        "index": index,
+        "where": examples.where(index),
+        "tokens": len(learned),
+        "learned_tokens": example.learned_tokens,
+        "stretches": _stretches(tokenizer, example.input_ids, learned),
+        "input_ids": example.input_ids,
+        "learned": learned,
+    }
+
+
+def _stretches(tokenizer: Any, ids: list[int], learned: Sequence[bool]) -> list[dict[str, Any]]:
+    """Text by stretches of tokens, learned or not. Decoded a stretch at a time: a character may be several tokens."""
+    stretches = []
     start = 0
-    for end in range(1, len(learned) + 1):
-        if end == len(learned) or learned[end] != learned[start]:
-            # Decoded a stretch at a time: a character may be spread over several tokens.
-            stretch = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
-            text.append(stretch, style=LEARNED if learned[start] else READ)
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or learned[end] != learned[start]:
+            # Some decoders drop the space that a text begins with, so it is taken as what the stretch adds.
+            before = tokenizer.decode(ids[:start], skip_special_tokens=False)
+            until = tokenizer.decode(ids[:end], skip_special_tokens=False)
+            alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            text = until[len(before) :] if until.startswith(before) else alone
+            stretches.append({"text": text, "learned": bool(learned[start])})
             start = end
-    console.print(text)
+    return stretches
 
 
-def _set_lines(found: SetReport, duplicates: tuple[str, int]) -> list[tuple[str, str]]:
-    if found.examples == 0:
-        return [("rows", "none")]
-    name, count = duplicates
-    return [
-        ("rows", f"{found.examples:,}"),
-        (name, f"{count:,}"),
-        ("tokens", f"{found.tokens:,}, of which {found.learned_tokens / found.tokens:.1%} are learned"),
-        ("tokens a row", f"shortest {found.shortest}, median {found.median}, longest {found.longest}"),
-    ]
+def _visible(text: str) -> str:
+    """Control characters, which a terminal would obey, written out; line ends and tabs stay."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def _is_unicode() -> bool:
+    return console.encoding.startswith("utf")

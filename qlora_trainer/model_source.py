@@ -14,7 +14,8 @@ from qlora_trainer.errors import FileMissingError, ModelError, first_line
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
 
-WEIGHT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # no pickles
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # and the config
+WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors")  # no pickles
 CONFIG_FILES = ("config.json",)
 NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same weights again, in other formats
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.directories import write_text
-from qlora_trainer.report_plot import Line, draw_plot, in_words, smooth
+from qlora_trainer.report_plot import Line, draw_bars, draw_plot, in_words, smooth
+from qlora_trainer.report_style import SCRIPT, STYLE
 
 REPORT_NAME = "report.html"
 FEW_POINTS = 40
@@ -29,6 +30,15 @@ class Sample:
     after: str | None
 
 
+@dataclass(frozen=True)
+class DataPart:
+    """The run's rows: tables of (what, value), each with a title, and how many training rows have how many tokens."""
+
+    tables: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    bins: Sequence[str]
+    counts: Sequence[int]
+
+
 def write_report(
     run_dir: Path,
     *,
@@ -38,6 +48,7 @@ def write_report(
     summary: Sequence[tuple[str, str]],
     samples: Sequence[Sample] = (),
     notices: Sequence[str] = (),
+    data: DataPart | None = None,
 ) -> Path:
     """Write run_dir/report.html, under a temporary name first, and return its path.
 
@@ -47,7 +58,7 @@ def write_report(
         DiskError: the file cannot be written.
     """
     path = run_dir / REPORT_NAME
-    write_text(path, render_report(title, config_yaml, metrics, summary, samples, notices))
+    write_text(path, render_report(title, config_yaml, metrics, summary, samples, notices, data))
     return path
 
 
@@ -58,6 +69,7 @@ def render_report(
     summary: Sequence[tuple[str, str]],
     samples: Sequence[Sample],
     notices: Sequence[str],
+    data: DataPart | None = None,
 ) -> str:
     """The page as text."""
     body = [f"<header><h1>{escape(title)}</h1></header>"]
@@ -68,6 +80,8 @@ def render_report(
     body.append(f"<section><h2>Curves</h2>{_curves(metrics)}</section>")
     if samples:
         body.append(f"<section><h2>Answers before and after</h2>{_samples(samples)}</section>")
+    if data:
+        body.append(f"<section><h2>Data</h2>{_data(data)}</section>")
     body.append(
         f"<section><h2>Config</h2><details><summary>config.yaml, as resolved</summary>"
         f"<pre>{escape(config_yaml)}</pre></details></section>"
@@ -144,6 +158,20 @@ def _figure(
     )
 
 
+def _data(data: DataPart) -> str:
+    label = f"Training rows by their length, from {data.bins[0]} to {data.bins[-1]} tokens"
+    plot = draw_bars(data.bins, data.counts, label=label, axis="tokens")
+    figure = (
+        '<figure class="wide"><figcaption><h3>Lengths <small>training rows, by tokens</small></h3></figcaption>'
+        f'<div class="bars">{plot}</div></figure>'
+    )
+    tables = ""
+    for title, facts in data.tables:
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+        tables += f"<figure><figcaption><h3>{escape(title)}</h3></figcaption><table>{rows}</table></figure>"
+    return f'<div class="figures">{figure}{tables}</div>'
+
+
 def _series(metrics: Sequence[dict[str, Any]], key: str, unit: float = 1.0) -> list[tuple[int, float | None]]:
     """Step, and value in multiples of `unit`, of the records that have the key; None for null, NaN and infinities."""
     points = []
@@ -192,100 +220,3 @@ def _answer(name: str, text: str, match: bool | None = None) -> str:
     mark = "" if match is None else '<b class="right">✓ exact</b>' if match else '<b class="wrong">✗ differs</b>'
     shown = escape(text) if text.strip() else '<span class="empty">(empty)</span>'
     return f"<div><h3>{name} {mark}</h3><pre>{shown}</pre></div>"
-
-
-STYLE = """
-:root { --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5d6776; --line: #dfe3e9; --first: #1f6fc4;
-  --second: #c2570c; --good: #16713d; --bad: #a5301f; --notice: #fdf3dc; --notice-edge: #b7791f; --code: #f1f3f6; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #11151b; --card: #1a2029; --ink: #e7ebf1; --soft: #9aa5b4; --line: #313a47; --first: #66b0ff;
-    --second: #ff9f52; --good: #6fd397; --bad: #ff9583; --notice: #2d2717; --notice-edge: #d9a441; --code: #131820; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 36px 24px 64px; }
-h1 { font-size: 27px; line-height: 1.2; margin: 0 0 20px; letter-spacing: -.015em; overflow-wrap: anywhere; }
-h2 { font-size: 19px; margin: 40px 0 14px; letter-spacing: -.01em; }
-h3 { font-size: 14px; margin: 0; } h3 small { color: var(--soft); font-weight: 400; font-size: 13px; margin-left: 4px; }
-a { color: var(--first); }
-.notice { background: var(--notice); border-left: 4px solid var(--notice-edge); border-radius: 4px; margin: 0 0 12px;
-  padding: 10px 14px; }
-.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin: 0; overflow: hidden;
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.summary div { padding: 13px 16px; box-shadow: 1px 1px 0 var(--line); }
-.summary dt { color: var(--soft); font-size: 13px; }
-.summary dd { margin: 2px 0 0; font-size: 18px; font-weight: 600; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
-figure, .sample, details { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 14px 16px; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 16px; margin-bottom: 8px; }
-.last { color: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
-.plot { position: relative; overflow-x: auto; }
-svg { display: block; width: 100%; min-width: 400px; height: auto; font-size: 12px; }
-figure.wide svg { min-width: 640px; }
-.grid { stroke: var(--line); } .notch { stroke: var(--soft); }
-.tick, .axis { fill: var(--soft); text-anchor: middle; font-variant-numeric: tabular-nums; }
-.tick.y { text-anchor: end; }
-.curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.curve.first { stroke: var(--first); } .curve.second { stroke: var(--second); stroke-dasharray: 7 4; }
-.curve.faint { stroke: var(--first); stroke-width: 1.2; opacity: .38; }
-.dot { stroke: var(--card); stroke-width: 1.5; } .dot.first { fill: var(--first); } .dot.second { fill: var(--second); }
-.dot.faint { fill: var(--first); opacity: .5; }
-.cursor { visibility: hidden; } .cursor line { stroke: var(--soft); stroke-dasharray: 3 3; }
-.tip { position: absolute; top: 8px; padding: 7px 10px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--card); box-shadow: 0 3px 12px rgb(0 0 0 / .18); font-size: 13px; pointer-events: none;
-  white-space: nowrap; font-variant-numeric: tabular-nums; }
-.tip b { display: block; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; list-style: none; margin: 8px 0 0; padding: 0; font-size: 13px;
-  color: var(--soft); }
-.legend li::before { content: ""; display: inline-block; width: 22px; margin-right: 7px; vertical-align: middle;
-  border-top: 2px solid var(--first); }
-.legend li.second::before { border-top: 2px dashed var(--second); } .legend li.faint::before { opacity: .38; }
-.empty, .source, .gaps { color: var(--soft); } .source, .gaps { font-size: 13px; margin: 10px 0 0; }
-.sample { margin-top: 14px; padding: 0; overflow: hidden; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 1px;
-  background: var(--line); border-top: 1px solid var(--line); }
-.request, .answers > div { padding: 12px 16px; background: var(--card); min-width: 0; }
-.sample h3 { color: var(--soft); font-size: 13px; font-weight: 500; display: flex; justify-content: space-between; }
-.right { color: var(--good); } .wrong { color: var(--bad); }
-pre { margin: 6px 0 0; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 320px; overflow: auto;
-  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-details pre { max-height: none; background: var(--code); border-radius: 6px; padding: 12px 14px; }
-details summary { cursor: pointer; }
-@media print { body { background: none; } figure, .sample { break-inside: avoid; } }
-"""
-
-SCRIPT = """
-for (const plot of document.querySelectorAll(".plot")) {
-  const svg = plot.querySelector("svg"), cursor = svg.querySelector(".cursor");
-  const lines = JSON.parse(plot.querySelector("script").textContent);
-  const tip = document.createElement("div");
-  tip.className = "tip"; tip.hidden = true; plot.append(tip);
-  const nearest = (points, x) =>
-    points.reduce((best, point) => Math.abs(point[0] - x) < Math.abs(best[0] - x) ? point : best);
-  const hide = () => { tip.hidden = true; cursor.style.visibility = "hidden"; };
-  svg.addEventListener("pointermove", (event) => {
-    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
-    const filled = lines.filter((line) => line.points.length);
-    const main = nearest(filled.flatMap((line) => line.points), at.x);
-    tip.replaceChildren();
-    const head = document.createElement("b");
-    head.textContent = "step " + main[2].toLocaleString("en"); tip.append(head);
-    for (const line of filled) {
-      const point = nearest(line.points, main[0]);
-      const row = document.createElement("div");
-      row.textContent = line.name + " " + point[3]
-        + (point[2] === main[2] ? "" : " (step " + point[2].toLocaleString("en") + ")");
-      tip.append(row);
-    }
-    const rule = cursor.querySelector("line");
-    rule.setAttribute("x1", main[0]); rule.setAttribute("x2", main[0]);
-    cursor.style.visibility = "visible"; tip.hidden = false;
-    const box = plot.getBoundingClientRect(), x = event.clientX - box.left + plot.scrollLeft;
-    tip.style.left = (event.clientX - box.left > box.width / 2 ? x - tip.offsetWidth - 14 : x + 14) + "px";
-  });
-  svg.addEventListener("pointerleave", hide);
-}
-"""

@@ -1,4 +1,4 @@
-"""Curves as inline SVG: axes with round ticks, one or more lines, and the points that a hover script reads.
+"""Curves and bars as inline SVG: axes with round ticks, and for curves the points that a hover script reads.
 
 Drawn by hand because a report must open offline, follow the reader's light or dark colours, and need no plotting
 package. Colours and fonts come from the page's style sheet by class; nothing here knows what is plotted. Left out:
@@ -71,6 +71,28 @@ def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int 
         f'<div class="plot"><svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
         f'{"".join(parts)}</svg><script type="application/json">{data}</script></div>'
     )
+
+
+def draw_bars(names: Sequence[str], counts: Sequence[int], *, label: str, axis: str, width: int = 1140) -> str:
+    """An svg element with a bar for each name, its count over it; a count that is not 0 is never without a bar."""
+    ticks = nice_ticks(0, max(counts), 4, whole=True)
+    bottom, inner = HEIGHT - MARGIN_BOTTOM, HEIGHT - MARGIN_TOP - MARGIN_BOTTOM
+    slot = (width - MARGIN_LEFT - MARGIN_RIGHT) / len(names)
+    parts = [_horizontal(tick, bottom - inner * tick / ticks[-1], width) for tick in ticks]
+    for place, (name, count) in enumerate(zip(names, counts, strict=True)):
+        left, height = MARGIN_LEFT + slot * place, max(inner * count / ticks[-1], 1.0 if count else 0.0)
+        middle = f"{left + slot / 2:.1f}"
+        parts.append(
+            f'<rect class="bar" x="{left + slot * 0.08:.1f}" y="{bottom - height:.1f}" width="{slot * 0.84:.1f}" '
+            f'height="{height:.1f}"></rect>'
+            f'<text class="tick" x="{middle}" y="{bottom + 17}">{html.escape(name)}</text>'
+        )
+        if count:
+            parts.append(f'<text class="count" x="{middle}" y="{bottom - height - 5:.1f}">{count:,}</text>')
+    parts.append(
+        f'<text class="axis" x="{(MARGIN_LEFT + width - MARGIN_RIGHT) / 2}" y="{HEIGHT - 4}">{html.escape(axis)}</text>'
+    )
+    return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{html.escape(label)}">{"".join(parts)}</svg>'
 
 
 def in_words(value: float) -> str:

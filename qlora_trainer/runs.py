@@ -25,6 +25,7 @@ from qlora_trainer.adapters.peft_format import (
 )
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from qlora_trainer.config import save_config
+from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import new_directory, refuse_existing, replaced_directory
@@ -42,7 +43,7 @@ from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.recovery import probe, take_step
 from qlora_trainer.report import METRICS_NAME, RunLog, read_metrics
-from qlora_trainer.report_page import Sample, write_report
+from qlora_trainer.report_page import DataPart, Sample, write_report
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
     BaseRecord,
@@ -159,6 +160,7 @@ class Run:
                 "training rows",
                 f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
             ),
+            *([("rows of an epoch", _rows_by_source(self.prepared))] if self.prepared.mixture else []),
             ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
             ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
             *([("planned memory", f"{gib(self.plan.total)}, peak at {self.plan.operation}")] if self.plan else []),
@@ -179,7 +181,22 @@ class Run:
             summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
             samples=[Sample(**sample) for sample in read_samples(self.directory)],
             notices=[*self.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
+            data=self._data_part(),
         )
+
+    def _data_part(self) -> DataPart:
+        """The rows in numbers, as `qlora inspect` shows them."""
+        loader, report = self.state.loader, self.prepared.report
+        overview = overview_of(
+            self.prepared,
+            batch_size=loader.batch_size,
+            micro_batch_tokens=loader.micro_batch_tokens,
+            packing=loader.packing,
+            seed=loader.seed,
+        )
+        tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
+        tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
+        return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
 
     def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         """What training took at most, beside what was planned; empty without a plan or a step."""
@@ -248,6 +265,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
         save_config(config, work / CONFIG_NAME)
+        run.prepared.write_skipped_rows(work)
         run.save(work)
     return run
 
@@ -320,7 +338,7 @@ def _assemble(
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
-    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy)
+    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
     if base.device.type == "cuda":
         notices.append(
@@ -328,6 +346,11 @@ def _assemble(
             "the uninterrupted one closely, not bit for bit."
         )
     return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
+
+
+def _rows_by_source(prepared: Prepared) -> str:
+    parts = [f"{source.epoch:,} of {source.name}" for source in prepared.report.sources if source.epoch]
+    return f"{prepared.report.epoch_examples:,}: {', '.join(parts)}"
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:

@@ -94,8 +94,8 @@ class AdapterConfig(Section):
         return value
 
 
-class Source(Section):
-    """One data set of several."""
+class SourceFile(Section):
+    """A file or hub data set, and how to read it."""
 
     path: str = Field(
         description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
@@ -109,12 +109,37 @@ class Source(Section):
     subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
 
 
+class Source(SourceFile):
+    """One data set of several."""
+
+    weight: float | None = Field(
+        None,
+        gt=0.0,
+        description="Its share of an epoch's rows, beside the other weights. The source that is scarcest beside its "
+        "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
+    )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="So many of its rows an epoch: repeated where it has fewer, other rows each epoch where it has "
+        "more. null: all of them.",
+    )
+
+    @model_validator(mode="after")
+    def _weight_or_count(self) -> "Source":
+        if self.weight is not None and self.count is not None:
+            raise ValueError("has a weight and a count; a source is mixed by one of them")
+        return self
+
+
 class DataConfig(Section):
     """What is learned."""
 
     train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
-    heldout: float | str = Field(
-        0.05, description="Share of the rows kept out of training for evaluation (0 for none), or a file of them."
+    heldout: float | str | SourceFile = Field(
+        0.05,
+        description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
+        "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
     )
     format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
     columns: dict[str, str] = Field(
@@ -138,6 +163,16 @@ class DataConfig(Section):
         description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
         "completion its end; what would lose all that is learned is dropped. Plain text is split into rows of "
         "max_length instead.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
+        "directory's skipped_rows.jsonl.",
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
+        "auto",
+        description="Processes that render and tokenise beside the main one. auto: one a core, up to 8, for sets that "
+        "take longer than these take to start; 0: none.",
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
     learn: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
@@ -169,9 +204,17 @@ class DataConfig(Section):
 
     @field_validator("heldout")
     @classmethod
-    def _heldout_is_a_share_or_path(cls, value: float | str) -> float | str:
+    def _heldout_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
         if isinstance(value, float) and not 0.0 <= value < 1.0:
             raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _all_sources_are_weighted_or_none(cls, value: str | list[Source]) -> str | list[Source]:
+        without = [source.path for source in value if isinstance(source, Source) and source.weight is None]
+        if without and len(without) < len(value) and not isinstance(value, str):
+            raise ValueError(f"some sources have a weight, but not {', '.join(without)}; give one to all, or to none")
         return value
 
 

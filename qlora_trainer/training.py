@@ -19,6 +19,7 @@ from qlora_trainer.adapters.flat import FlatGroup, clip_, flatten_parameters, gr
 from qlora_trainer.adapters.inject import adapters_cast, trainable_parameters
 from qlora_trainer.checkpoint import restore_rng, rng_state
 from qlora_trainer.data.loader import Examples, StepLoader
+from qlora_trainer.data.mixing import Mixture
 from qlora_trainer.data.packing import Pack
 from qlora_trainer.data.preparation import ExampleSet
 from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, TrainingError, is_out_of_memory
@@ -113,7 +114,12 @@ class TrainState:
 
 
 def build_state(
-    model: Any, config: RunConfig, train: Examples, compute_dtype: torch.dtype, policy: Policy
+    model: Any,
+    config: RunConfig,
+    train: Examples,
+    compute_dtype: torch.dtype,
+    policy: Policy,
+    mixture: Mixture | None = None,
 ) -> TrainState:
     """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
     lean = make_lean(model)
@@ -131,6 +137,7 @@ def build_state(
         micro_batch_tokens=micro_batch_tokens(config),
         packing=config.data.packing and forward.can_pack,
         seed=config.training.seed,
+        mixture=mixture,
     )
     return TrainState(
         model=model,

@@ -84,7 +84,7 @@ def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     lines = []
     for index in range(20):
-        said = [WORDS[(index * 7 + k * 3) % len(WORDS)] for k in range(3 + index % 9)]
+        said = [WORDS[(index * 7 + k * 3) % len(WORDS)] for k in range(3 + index % 10)]
         answer = [WORDS[(index * 5 + k) % len(WORDS)] for k in range(1 + (index * 3) % 7)]
         messages = [{"role": "user", "content": " ".join(said)}, {"role": "assistant", "content": " ".join(answer)}]
         lines.append(json.dumps({"messages": messages}))

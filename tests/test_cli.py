@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tmp_pa
     assert f"qlora merge {run}" in told.replace("\n", "")
     page = (run / "report.html").read_text()
     assert "<svg" in page
+    assert "<h2>Data</h2>" in page
     assert "https://" not in page.replace("https://www.w3.org", "")
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "metrics.jsonl", "adapter", "checkpoints"}
     samples = json.loads((run / "samples.json").read_text())
@@ -72,19 +74,49 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tmp_pa
 
 
 def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
-    qlora: Callable, config_file: Path, tiny_llama: Path
+    qlora: Callable, config_file: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    code, _, told = qlora("inspect", config_file, "--rows", 1)
+    without_weights = tmp_path / "no-weights"
+    shutil.copytree(tiny_llama, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = f"model.name={without_weights}"
+    code, out, told = qlora("inspect", config_file, model, "--rows", 1)
     assert code == 0
-    assert "rows read" in told
-    assert "row 0," in told
-    assert "<|im_start|>user" in told
-    code, out, _ = qlora("inspect", config_file, "--json")
-    report = json.loads(out)
-    assert report["train"]["examples"] + report["heldout"]["examples"] == 20
-    code, _, told = qlora("inspect", config_file, "--row", 99)
+    assert out == ""
+    for words in ("rows read", "training row 0,", "<|im_start|>user", "an epoch", "fill", "tokens a row", "█"):
+        assert words in told, words
+    assert "training row 1," not in told
+    code, _, told = qlora("inspect", config_file, model, "--heldout", "--row", 1)
+    assert code == 0
+    assert "held-out row 1," in told
+    assert "rows read" not in told
+    code, _, told = qlora("inspect", config_file, model, "--row", 99)
     assert code == 2
     assert "no training row 99" in told
+
+
+def test_inspect_answers_a_program_by_stable_names(qlora: Callable, config_file: Path) -> None:
+    code, out, _ = qlora("inspect", config_file, "--json", "--heldout", "--row", 2)
+    assert code == 0
+    report = json.loads(out)
+    names = {"sources", "train", "heldout", "train_duplicates", "heldout_duplicates", "max_length", "notices"}
+    assert report.keys() >= names | {"lengths", "epoch", "row"}
+    assert report["train"]["examples"] + report["heldout"]["examples"] == 20
+    assert report["lengths"].keys() == {"edges", "train", "heldout"}
+    assert sum(report["lengths"]["train"]) == report["train"]["examples"] == report["epoch"]["rows"] == 16
+    assert report["epoch"]["steps"] == 6, "16 rows in steps of 3"
+    assert report["epoch"].keys() == {
+        "rows", "batch_size", "steps", "tokens_per_step", "micro_batch_tokens", "packing", "packed", "padded",
+        "fill_of_whole_steps", "steps_laid_out",
+    }  # fmt: skip
+    assert report["epoch"]["packed"].keys() == report["epoch"]["padded"].keys() == {"micro_batches", "fill"}
+    row = report["row"]
+    assert row.keys() == {
+        "set", "index", "where", "tokens", "learned_tokens", "stretches", "input_ids", "learned"
+    }  # fmt: skip
+    assert (row["set"], row["index"]) == ("held-out", 2)
+    _, helped, told = qlora("inspect", "--help")
+    for name in [*names, *report["epoch"], *row, "lengths", "edges", "micro_batches", "fill"]:
+        assert name in helped + told, name
 
 
 def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path, tmp_path: Path) -> None:

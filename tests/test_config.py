@@ -8,7 +8,7 @@ import yaml
 
 from qlora_trainer.config import load_config, make_config, save_config
 from qlora_trainer.errors import ConfigError, FileMissingError
-from qlora_trainer.settings import RunConfig, Source
+from qlora_trainer.settings import RunConfig, Source, SourceFile
 
 MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
 
@@ -168,6 +168,34 @@ def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> N
         message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "encoding": wrong}], "encoding": wrong}})
         assert message.count("is no text encoding that Python knows") == 2
     assert make_config({**MINIMAL, "data": {"train": "a", "encoding": "UTF-16"}}).data.encoding == "UTF-16"
+
+
+def test_a_problem_inside_the_held_out_source_is_told_of_it() -> None:
+    message = problems_of({**MINIMAL, "data": {"train": "x", "heldout": {"path": "a", "wieght": 1}}})
+    assert message.splitlines()[1:] == [
+        f"  - unknown key data.heldout.wieght; a source has {', '.join(SourceFile.model_fields)}",
+    ]
+    assert "data.heldout.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "heldout": {}}})
+
+
+def test_sources_are_all_weighted_or_none() -> None:
+    sources = [{"path": "a", "weight": 0.5}, {"path": "b"}, {"path": "c", "count": 5}]
+    message = problems_of({**MINIMAL, "data": {"train": sources}})
+    assert "data.train: some sources have a weight, but not b, c; give one to all, or to none" in message
+    both = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "weight": 1, "count": 5}]}})
+    assert "a weight and a count" in both
+    assert make_config({**MINIMAL, "data": {"train": [{"path": "a", "count": 5}, {"path": "b"}]}})
+    for wrong in ({"weight": 0}, {"weight": -1}, {"weight": float("inf")}, {"count": 0}, {"count": 1.5}):
+        assert "data.train.0" in problems_of({**MINIMAL, "data": {"train": [{"path": "a", **wrong}]}})
+
+
+def test_the_path_of_a_held_out_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    config = make_config({**MINIMAL, "data": {"train": "x", "heldout": {"path": "rows.jsonl", "format": "text"}}})
+    assert config.data.heldout == SourceFile(path=str(tmp_path / "rows.jsonl"), format="text")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
 
 
 def test_a_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:

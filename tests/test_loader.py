@@ -1,6 +1,10 @@
+import numpy as np
 import pytest
 
+from qlora_kernels.linear_cross_entropy import IGNORED
+from qlora_trainer.data.examples import IGNORED_LABEL
 from qlora_trainer.data.loader import StepLoader, epoch_order
+from qlora_trainer.data.mixing import Mixture
 from qlora_trainer.data.packing import Example
 from qlora_trainer.errors import CheckpointError, DataError
 
@@ -29,6 +33,36 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     assert all(sorted(order) == list(range(100)) for order in orders)
+
+
+def test_without_a_mixture_the_order_is_that_of_every_row_once():
+    """Raw random bits, sorted: what runs that were begun before there were mixtures go on with."""
+    for epoch in range(3):
+        expected = np.argsort(np.random.PCG64([7, epoch]).random_raw(11), kind="stable")
+        assert loader(seed=7).order(epoch).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("quotas", [(4, 3), (9, 20)])
+def test_a_mixed_loader_takes_from_each_source_its_rows_and_resumes_exactly(quotas):
+    def mixed() -> StepLoader:
+        mixture = Mixture((np.arange(0, 8), np.arange(8, 11)), quotas)
+        return StepLoader(ROWS, 4, 6, packing=True, seed=0, mixture=mixture)
+
+    straight = mixed()
+    assert straight.steps_per_epoch == -(-sum(quotas) // 4)
+    epochs = [[rows_of(straight.next()) for _ in range(straight.steps_per_epoch)] for _ in range(3)]
+    for epoch in epochs:
+        taken = [row for step in epoch for row in step]
+        assert (sum(row <= 8 for row in taken), sum(row > 8 for row in taken)) == quotas
+    assert len({tuple(sorted(row for step in epoch for row in step)) for epoch in epochs}) > 1, "other rows"
+    expected = [step for epoch in epochs for step in epoch]
+    for interruption in range(len(expected)):
+        first = mixed()
+        for _ in range(interruption):
+            first.next()
+        second = mixed()
+        second.load_state_dict(first.state_dict())
+        assert [rows_of(second.next()) for _ in expected[interruption:]] == expected[interruption:]
 
 
 def test_a_restored_loader_gives_the_steps_an_uninterrupted_one_gives():
@@ -78,3 +112,7 @@ def test_a_position_with_missing_parts_is_refused():
 def test_no_rows_are_refused():
     with pytest.raises(DataError, match="no rows"):
         loader(rows=[])
+
+
+def test_rows_and_the_loss_agree_on_what_is_not_learned():
+    assert IGNORED_LABEL == IGNORED

@@ -23,6 +23,7 @@ ROWS = [
         "progress",
         "quiet",
         "report_plot",
+        "report_style",
         "settings",
         "signals",
     },
@@ -61,7 +62,7 @@ OWNERS = {
         "data.rendering",
         "data.encoding",
         "data.templates",
-        "data.preparation",  # for types only
+        "data.workers",
         "doctor",
     },
     "triton": set(),

@@ -1,13 +1,17 @@
+import dataclasses
 import datetime
 import errno
+import functools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.data import preparation
+from qlora_trainer.data import preparation, store, workers
+from qlora_trainer.data.batches import MAX_REASONS, count_reasons
 from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.preparation import prepare
@@ -41,6 +45,11 @@ def run(
         vocab_size=vocab_size,
         **({"progress": progress} if progress else {}),
     )
+
+
+def stores(tmp_path: Path) -> list[Path]:
+    """Everything in the cache, remembered digests of files left aside."""
+    return [entry for entry in (tmp_path / "cache").iterdir() if entry.name != "digests"]
 
 
 ROWS = [row(f"question {n}", f"answer {n}") for n in range(40)]
@@ -82,6 +91,7 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
         {"max_length": 64},
         {"max_positions": 100},
         {"too_long": "drop"},
+        {"on_bad_row": "skip"},
         {"tokenizer": tiny_tokenizer("generation")},
     ]
     assert not any(run(tmp_path, path, **change).report.cached for change in changes)
@@ -122,6 +132,14 @@ def test_the_key_follows_the_examples_and_nothing_else(tmp_path):
     assert run(tmp_path, write(tmp_path, "x.jsonl", ROWS[::-1])).key != key
 
 
+def test_what_only_chooses_among_rows_costs_no_second_preparation(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    run(tmp_path, [Source(path=path)])
+    assert run(tmp_path, [Source(path=path, count=7)], heldout=0.2, seed=3, workers=5).report.cached
+    assert run(tmp_path, [Source(path=path, weight=2.0)]).report.cached
+    assert run(tmp_path, path).report.cached
+
+
 def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     first = run(tmp_path, path)
@@ -132,7 +150,9 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     assert as_lists(run(tmp_path / "fresh", path).train) == as_lists(first.train)
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "learned.npy", "units.npy", "rows.jsonl", "summary.json"])
+@pytest.mark.parametrize(
+    "name", ["tokens.npy", "learned.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"]
+)
 def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
     expected = as_lists(run(tmp_path, path).train)
@@ -152,14 +172,14 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation.StoreWriter, "append", full)
     with pytest.raises(DiskError, match=r"No space left on device.*another cache directory"):
         run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_a_bad_row_stops_with_its_place_and_leaves_nothing(tmp_path):
     path = write(tmp_path, "x.jsonl", [*ROWS, {"question": "q"}])
     with pytest.raises(DataError, match=r"x.jsonl, line 41: "):
         run(tmp_path, path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert stores(tmp_path) == []
 
 
 def test_the_held_out_share_is_chosen_by_seed_and_apart_from_training(tmp_path):
@@ -199,8 +219,8 @@ def test_a_held_out_file_is_only_held_out_and_its_duplicates_are_counted(tmp_pat
 
 
 def test_every_row_read_is_used_or_counted_with_a_reason(tmp_path):
-    long = {"prompt": "q", "completion": "long " * 200}
-    rows = [*ROWS[:5], row("q", ""), row("q", " \n"), long, row("long " * 200, "a")]
+    pairs = [*ROWS[:5], row("q", ""), row("q", " \n"), row("q", "long " * 200), row("long " * 200, "a")]
+    rows = [{"prompt": pair["question"], "completion": pair["answer"]} for pair in pairs]
     report = run(tmp_path, write(tmp_path, "x.jsonl", rows), max_length=64).report
     (source,) = report.sources
     assert (source.rows, source.examples, source.truncated) == (9, 6, 1)
@@ -287,7 +307,163 @@ def test_a_token_beyond_the_models_vocabulary_is_refused(tmp_path):
 def test_progress_is_told(tmp_path):
     calls = []
     run(tmp_path, write(tmp_path, "x.jsonl", ROWS), progress=lambda *call: calls.append(call))
-    assert calls[-1] == ("reading x.jsonl", 40, None)
+    assert calls[-1] == ("reading x.jsonl", 40, 40)
+    run(tmp_path, write(tmp_path, "x.json", ROWS), progress=lambda *call: calls.append(call))
+    assert calls[-1] == ("reading x.json", 40, None)
+
+
+BAD_ROWS = [ROWS[0], {"question": "q1"}, ROWS[1], {"question": 5, "answer": "a"}, {"question": "q2"}, ROWS[2]]
+
+
+def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
+    path = write(tmp_path, "x.jsonl", BAD_ROWS)
+    with pytest.raises(DataError, match=r"x.jsonl, line 2: "):
+        run(tmp_path, path)
+    for cached in (False, True):
+        prepared = run(tmp_path, path, on_bad_row="skip")
+        assert prepared.report.cached == cached
+        assert [prepared.train.where(i) for i in range(3)] == [f"x.jsonl, line {n}" for n in (1, 3, 6)]
+        (source,) = prepared.report.sources
+        assert (source.rows, source.examples, sorted(source.skipped.values())) == (6, 3, [1, 2])
+        prepared.write_skipped_rows(tmp_path)
+        listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
+        assert [row["where"] for row in listed] == [f"x.jsonl, line {n}" for n in (2, 4, 5)]
+        assert listed[0]["reason"].startswith("x.jsonl, line 2: ")
+        (notice,) = [notice for notice in prepared.report.notices if "skipped" in notice]
+        assert "3 bad rows were skipped (2 " in notice
+        assert "skipped_rows.jsonl" in notice
+
+
+def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(tmp_path, monkeypatch):
+    source = preparation.open_source(write(tmp_path, "x.jsonl", ROWS[:3]))
+    refused = {"question": "q", "answer": "a", "system": "Mistral's template has no place for this."}
+    records = [
+        *source.records(),
+        ("x.jsonl, line 4", DataError("x.jsonl, line 4: not JSON at column 5")),
+        ("x.jsonl, line 5", refused),
+        ("x.jsonl, line 6", ROWS[3]),
+    ]
+    broken = dataclasses.replace(source, records=lambda: iter(records))
+    monkeypatch.setattr(preparation, "open_source", lambda *_, **__: broken)
+    with pytest.raises(DataError, match="line 4: not JSON at column 5"):
+        run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"))
+    prepared = run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"), on_bad_row="skip")
+    assert [prepared.train.where(i)[-1] for i in range(4)] == ["1", "2", "3", "6"]
+    first, second = prepared.report.sources[0].skipped
+    assert first == "not JSON at column N"
+    assert "template" in second
+
+
+def test_a_source_whose_rows_are_all_bad_is_an_error_all_the_same(tmp_path):
+    good, bad = write(tmp_path, "good.jsonl", ROWS), write(tmp_path, "bad.jsonl", [{"question": "q"}] * 3)
+    with pytest.raises(DataError, match=r"bad.jsonl: all 3 rows are bad.*: 3 .*answer"):
+        run(tmp_path, [Source(path=good), Source(path=bad, format="question_answer")], on_bad_row="skip")
+    assert stores(tmp_path) == []
+
+
+def test_reasons_are_counted_without_what_differs_from_row_to_row(tmp_path):
+    rows = [{"messages": [{"role": f"role {n}", "content": "c"}]} for n in range(200)]
+    path = write(tmp_path, "x.jsonl", [*rows, {"messages": [{"role": "assistant", "content": "c"}]}])
+    (source,) = run(tmp_path, path, on_bad_row="skip").report.sources
+    assert list(source.skipped.values()) == [200]
+    counts = Counter()
+    count_reasons(counts, [("x", f"x: reason {'abc'[n % 3] * (1 + n // 3)}") for n in range(1000)])
+    assert counts.total() == 1000
+    assert len(counts) == MAX_REASONS + 1
+
+
+def test_sources_are_mixed_by_weight_and_the_report_says_how_many_rows_an_epoch_takes(tmp_path):
+    many = write(tmp_path, "many.jsonl", [row(f"many {n}", "a") for n in range(200)])
+    few = write(tmp_path, "few.jsonl", [row(f"few {n}", "a") for n in range(20)])
+    sources = [Source(path=many, weight=0.75), Source(path=few, weight=0.25)]
+    prepared = run(tmp_path, sources, heldout=0.1)
+    report = prepared.report
+    # Of all rows an epoch would take 60 and 20: a tenth of that is held out. The 18 rows left of the scarce source
+    # set the scale.
+    assert [(s.train, s.heldout, s.epoch) for s in report.sources] == [(194, 6, 54), (18, 2, 18)]
+    assert (len(prepared.train), len(prepared.heldout), report.epoch_examples) == (212, 8, 72)
+    loader = StepLoader(prepared.train, 8, 256, packing=True, seed=0, mixture=prepared.mixture)
+    assert loader.steps_per_epoch == 9
+    for epoch in range(3):
+        taken = [prepared.train.where(int(i)).split(".")[0] for i in loader.order(epoch)]
+        assert Counter(taken) == {"many": 54, "few": 18}
+    assert prepared.key != run(tmp_path, [sources[0].model_copy(update={"weight": 1.0}), sources[1]], heldout=0.1).key
+    assert prepared.key == run(tmp_path, sources, heldout=0.1).key
+
+
+def test_a_source_with_a_count_is_repeated_to_that_count_and_others_are_used_whole(tmp_path):
+    first, second = write(tmp_path, "a.jsonl", ROWS[:30]), write(tmp_path, "b.jsonl", ROWS[30:])
+    prepared = run(tmp_path, [Source(path=first), Source(path=second, count=25)])
+    assert [(s.train, s.epoch) for s in prepared.report.sources] == [(30, 30), (10, 25)]
+    assert prepared.mixture
+    times = Counter(prepared.mixture.epoch_rows(0, 0).tolist())
+    assert [times[row] for row in range(30)] == [1] * 30
+    assert {times[row] for row in range(30, 40)} == {2, 3}
+
+
+def test_a_mixed_source_without_a_usable_row_is_an_error(tmp_path):
+    good, empty = write(tmp_path, "good.jsonl", ROWS), write(tmp_path, "empty.jsonl", [row("q", "")])
+    run(tmp_path, [Source(path=good), Source(path=empty)])
+    with pytest.raises(DataError, match=r"data.train: none of the 1 rows of empty.jsonl"):
+        run(tmp_path, [Source(path=good, weight=1), Source(path=empty, weight=1)])
+
+
+def test_the_held_out_share_is_taken_from_each_source(tmp_path):
+    first = write(tmp_path, "a.jsonl", [row(f"a {n}", "a") for n in range(90)])
+    second = write(tmp_path, "b.jsonl", [row(f"b {n}", "a") for n in range(10)])
+    report = run(tmp_path, [Source(path=first), Source(path=second)], heldout=0.1).report
+    assert [source.heldout for source in report.sources] == [9, 1]
+
+
+def test_a_held_out_source_has_a_format_and_columns_of_its_own(tmp_path):
+    heldout = write(tmp_path, "h.jsonl", [{"frage": "question 3", "antwort": "answer 3"}])
+    columns = {"question": "frage", "answer": "antwort"}
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), heldout={"path": heldout, "columns": columns})
+    assert prepared.heldout[0] == prepared.train[3]
+    assert prepared.report.heldout_duplicates == 1
+    assert [(s.train, s.heldout, s.epoch) for s in prepared.report.sources] == [(40, 0, 40), (0, 1, 0)]
+
+
+def test_an_equal_prompt_with_another_answer_is_counted_apart_from_repeats(tmp_path):
+    train = [*ROWS[:5], ROWS[0], row("question 1", "another answer"), row("question 1", "a third")]
+    heldout = [ROWS[2], row("question 3", "another answer"), row("new", "answer 4")]
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", train), heldout=write(tmp_path, "h.jsonl", heldout))
+    report = prepared.report
+    assert (report.train_duplicates, report.train_other_answers) == (1, 2)
+    assert (report.heldout_duplicates, report.heldout_other_answers) == (1, 1)
+    said = "\n".join(report.notices)
+    assert "1 of 3 held-out rows are in training too" in said
+    assert "1 training rows repeat an earlier one" in said
+    assert not [n for n in run(tmp_path, write(tmp_path, "y.jsonl", ROWS)).report.notices if "rows" in n]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+
+    def change(*_):
+        write(tmp_path, "x.jsonl", ROWS[::-1])
+
+    with pytest.raises(DataError, match=r"x.jsonl changed while being read"):
+        run(tmp_path, path, progress=change)
+    assert stores(tmp_path) == []
+
+
+def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "ROWS_BEFORE_WORKERS", 0)
+    monkeypatch.setattr(workers.Workers, "start", functools.partialmethod(workers.Workers.start, wait=True))
+    path = write(tmp_path, "x.jsonl", [*BAD_ROWS, *ROWS * 20])
+    found = []
+    for count in (0, 1, 2):
+        (tmp_path / str(count)).mkdir()
+        assert not run(tmp_path / str(count), path, workers=count, on_bad_row="skip").report.cached
+        (directory,) = stores(tmp_path / str(count))
+        found.append({file.name: file.read_bytes() for file in directory.iterdir()})
+    assert found[0] == found[1] == found[2]
+    assert set(found[0]) == {f"{name}.npy" for name in store._ARRAYS} | {
+        "rows.jsonl",
+        "skipped_rows.jsonl",
+        "summary.json",
+    }
 
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])

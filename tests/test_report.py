@@ -10,7 +10,7 @@ import pytest
 
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.report import MetricsLog, RunLog, TensorBoardLog, read_metrics
-from qlora_trainer.report_page import Sample, write_report
+from qlora_trainer.report_page import DataPart, Sample, write_report
 from qlora_trainer.report_plot import (
     HEIGHT,
     MARGIN_BOTTOM,
@@ -143,6 +143,18 @@ def page_of(tmp_path: Path, metrics: list[dict], samples: list[Sample] | None = 
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\b(nan|inf|None)\b", text.replace("'none'", ""), flags=0), "a number leaked into the page"
     return Page(text)
+
+
+def test_page_shows_the_data_with_a_bar_for_every_length_that_has_rows(tmp_path: Path) -> None:
+    facts = [("rows read", "12"), ("dropped: <b>odd</b>", "3")]
+    data = DataPart([("rows & more.jsonl", facts)], ["0-49", "50-99", "100-149"], [7, 0, 1_234])
+    page = page_of(tmp_path, [], data=data)
+    for words in ("Data", "rows & more.jsonl", "rows read", "12", "dropped: <b>odd</b>", "50-99", "1,234"):
+        assert words in page.text.splitlines(), words
+    assert page.elements.count("rect") == 3
+    heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', (tmp_path / "report.html").read_text())]
+    assert heights[1] == 0.0
+    assert heights[0] == pytest.approx(heights[2] * 7 / 1234, abs=0.1)
 
 
 def full_record(step: int) -> dict:

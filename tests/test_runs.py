@@ -267,6 +267,30 @@ def test_a_changed_micro_batch_is_told_as_it_may_change_last_bits(tiny_config: C
     assert "last bits may differ" in notice
 
 
+def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows: Path) -> None:
+    rows.write_text('{"messages": []}\n' + rows.read_text())
+    run = start_run(tiny_config(data={"on_bad_row": "skip"}))
+    (line,) = (run.directory / "skipped_rows.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"] == "rows.jsonl, line 1"
+    assert [notice for notice in run.notices if "1 bad rows were skipped" in notice]
+
+
+def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
+    second = rows.with_name("second.jsonl")
+    second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "heldout": 0.0}
+    start_run(tiny_config("straight", data=mixed)).train(quiet)
+    start_run(tiny_config("stopped", data=mixed)).train(quiet, stop_after=5)
+    directory = Path(tiny_config("stopped").training.output_dir)
+    resume_run(directory).train(quiet)
+    straight = final_adapter(Path(tiny_config("straight").training.output_dir))
+    for name, tensor in final_adapter(directory).items():
+        assert torch.equal(tensor, straight[name]), name
+    edit_config(directory, "data", train=[{**mixed["train"][0], "weight": 0.9}, {**mixed["train"][1], "weight": 0.5}])
+    with pytest.raises(CheckpointError, match="data of this run changed"):
+        resume_run(directory)
+
+
 def test_a_refused_override_leaves_the_config_as_it_was(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     before = (run.directory / "config.yaml").read_bytes()

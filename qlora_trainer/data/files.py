@@ -42,6 +42,7 @@ def open_source(
     subset: str | None = None,
     encoding: str | None = None,
     header: Sequence[str] = (),
+    content_digest: Callable[[Path], str] | None = None,
 ) -> RecordSource:
     """A local file, or where there is none and the name could be one, a data set on the hub.
 
@@ -50,6 +51,7 @@ def open_source(
         subset: of a hub data set that has several.
         encoding: of a text file, as Python names it; None for UTF-8.
         header: names of the columns of a CSV or TSV file without a line of them.
+        content_digest: gives the digest of a local file's content, maybe from memory; None: it is read.
 
     Raises:
         FileMissingError: no such file; the message has near misses.
@@ -64,7 +66,7 @@ def open_source(
     suffix = streams.content_suffix(local)
     if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
-        digest = _digest(local, encoding, header)
+        digest = _digest((content_digest or file_digest)(local), encoding, header)
         return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
     return _hub_source(path, split, subset)
 
@@ -128,9 +130,13 @@ def _check_exists(path: Path) -> None:
     raise FileMissingError(f"There is no file {path}. {hint}")
 
 
-def _digest(path: Path, encoding: str | None, header: Sequence[str]) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: str, encoding: str | None, header: Sequence[str]) -> str:
     reading = repr((encoding, list(header))) if encoding or header else ""
     return hashlib.sha256((content + reading).encode()).hexdigest()
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qlora_trainer.data.mixing import Mixture, shuffled
 from qlora_trainer.data.packing import Example, Pack, group_rows, make_packs
 from qlora_trainer.errors import CheckpointError, DataError
 
@@ -25,10 +26,19 @@ class StepLoader:
     """Endless steps over `examples`: after an epoch's last step comes the next epoch's first.
 
     `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch. `micro_batch_tokens` may be set
-    anew at any time, and holds from the next packs on: it changes no step's rows.
+    anew at any time, and holds from the next packs on: it changes no step's rows. With a `mixture` an epoch takes from
+    each source what that says, otherwise every row once.
     """
 
-    def __init__(self, examples: Examples, batch_size: int, micro_batch_tokens: int, packing: bool, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        micro_batch_tokens: int,
+        packing: bool,
+        seed: int,
+        mixture: Mixture | None = None,
+    ) -> None:
         if len(examples) == 0:
             raise DataError("There are no rows to train on.")
         self.examples = examples
@@ -36,13 +46,20 @@ class StepLoader:
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing
         self.seed = seed
+        self.mixture = mixture
+        self.epoch_rows = len(mixture or examples)
         self.epoch = 0
         self.step = 0
-        self._order = epoch_order(len(examples), seed, 0)
+        self._order = self.order(0)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
+        return -(-self.epoch_rows // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which of `examples` each place of an epoch has, (epoch_rows,) int64."""
+        order = epoch_order(self.epoch_rows, self.seed, epoch)
+        return order if self.mixture is None else self.mixture.epoch_rows(self.seed, epoch)[order]
 
     def next(self) -> list[Pack]:
         """The packs of one optimizer step; moves the cursor."""
@@ -80,7 +97,7 @@ class StepLoader:
             step += 1
             if step == self.steps_per_epoch:
                 epoch, step = epoch + 1, 0
-                order = epoch_order(len(self.examples), self.seed, epoch)
+                order = self.order(epoch)
         (pack,) = self._packs(largest, most)
         return pack
 
@@ -88,7 +105,7 @@ class StepLoader:
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "rows": len(self.examples),
+            "rows": self.epoch_rows,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -126,15 +143,10 @@ class StepLoader:
         return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)
 
     def _move_to(self, epoch: int, step: int) -> None:
-        self._order = epoch_order(len(self.examples), self.seed, epoch)
+        self._order = self.order(epoch)
         self.epoch, self.step = epoch, step
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch, (rows,) int64.
-
-    Sorted raw random bits: numpy promises that these stay the same from version to version, which it does not promise
-    of its own `permutation`, nor torch of `randperm`.
-    """
-    bits = np.random.PCG64([seed, epoch]).random_raw(rows)
-    return np.argsort(bits, kind="stable")
+    """The permutation of an epoch's rows, (rows,) int64."""
+    return shuffled(rows, [seed, epoch])

@@ -13,20 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_kernels.linear_cross_entropy import IGNORED as IGNORED_LABEL
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as tokens. labels[i] is input_ids[i] where it is learned, else -100: not shifted yet."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def learned_tokens(self) -> int:
-        """Labels that carry loss. The first token has nothing before it to be predicted from."""
-        return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
 
 
 @dataclass(frozen=True)
@@ -80,8 +67,7 @@ def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
     Starts from the fewest groups that could hold the tokens. The longest row next goes to the emptiest group, which
     balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits and is
-    balanced afterwards. Longer rows left out, the fullest group exceeds the emptiest by no more than the fullest's
-    shortest row: no row can be moved to make the fullest less full than it leaves another.
+    balanced afterwards. Longer rows left out, no group exceeds the emptiest by more than its own shortest row.
     """
     oversized = [[index] for index, length in enumerate(lengths) if length > limit]
     order = sorted((index for index, length in enumerate(lengths) if length <= limit), key=lambda i: (-lengths[i], i))
@@ -121,21 +107,26 @@ def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) ->
 
 
 def _balanced(groups: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows go from the fullest group to the emptiest as long as that leaves the latter less full than the former was.
+    """Rows go to the emptiest group as long as that leaves it less full than the group that one comes from was.
 
     It ends, because each move lowers the sum of the squares, and overflows nothing.
     """
     totals = [sum(lengths[index] for index in group) for group in groups]
     while True:
-        fullest, emptiest = totals.index(max(totals)), totals.index(min(totals))
-        fitting = [index for index in groups[fullest] if totals[emptiest] + lengths[index] < totals[fullest]]
-        if not fitting:
+        emptiest = totals.index(min(totals))
+        movable = [
+            (totals[place], lengths[index], place, index)
+            for place, group in enumerate(groups)
+            for index in group
+            if totals[emptiest] + lengths[index] < totals[place]
+        ]
+        if not movable:
             return groups
-        moved = max(fitting, key=lambda index: lengths[index])
-        groups[fullest].remove(moved)
-        groups[emptiest].append(moved)
-        totals[fullest] -= lengths[moved]
-        totals[emptiest] += lengths[moved]
+        _, length, place, index = max(movable)  # from the fullest group, its longest
+        groups[place].remove(index)
+        groups[emptiest].append(index)
+        totals[place] -= length
+        totals[emptiest] += length
 
 
 def _group_padded(lengths: Sequence[int], limit: int) -> list[list[int]]:

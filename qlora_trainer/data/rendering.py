@@ -14,8 +14,8 @@ from typing import Literal
 
 from qlora_trainer.data.dialogue import says_something
 from qlora_trainer.data.encoding import Encoded, Encoder, Stretch, Tokenizer
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
-from qlora_trainer.data.packing import IGNORED_LABEL, Example
 from qlora_trainer.data.spans import SpanFinder
 from qlora_trainer.data.templates import ChatTemplate
 from qlora_trainer.errors import DataError

@@ -1,0 +1,184 @@
+"""Useful tokens a second of packed against padded training on a CPU.
+
+All train the same rows in the same steps, from the same adapter, each in a process of its own; so their losses must
+agree, and the command fails where they differ by more than 1e-4, relatively.
+
+  packed            rows end to end, attention keeps them apart: no token is padding
+  padded, sorted    `data.packing=false`: micro-batches of rows of like length, padded to their longest
+  padded, in order  micro-batches of the step's rows as they come, padded to their longest, as most trainers do
+
+Useful tokens are those of rows; padding is computed and not counted. Time is that of all steps but the first, which
+warms up; per core-second is by the processor's time, which other work on the machine changes little. Memory is the
+peak of what the processes held privately in the steps.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.cpu_contenders import Meter, Result
+from benchmarks.cpu_training import child_environment, rate
+from qlora_trainer.run_directory import cpu_name
+
+LAYOUTS = ("packed", "padded, sorted", "padded, in order")
+TOLERANCE = 1e-4  # of losses, relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process does."""
+
+    layout: str
+    model: str
+    rows: str
+    steps: int
+    batch_size: int
+    max_length: int
+    micro_batch_tokens: int
+    work: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="directory of safetensors, or a .gguf file")
+    parser.add_argument("rows", type=Path, help="a file of rows that the trainer reads")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps, the first of them to warm up")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows of a step")
+    parser.add_argument("--max-length", type=int, default=512, help="longest row, in tokens")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure all layouts and print the table."""
+    if options.steps < 2:
+        sys.exit("--steps must be at least 2: the first step is left out")
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for layout in LAYOUTS:
+            job = Job(
+                layout,
+                options.model,
+                str(options.rows.resolve()),
+                options.steps,
+                options.batch_size,
+                options.max_length,
+                options.micro_batch_tokens,
+                work,
+            )
+            results[layout] = _measure(job, options.threads)
+    packed = results["packed"]
+    print(
+        f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}; {options.steps} steps of "
+        f"{options.batch_size} rows of up to {options.max_length} tokens, {sum(packed.tokens) / options.steps:,.0f} "
+        f"tokens a step in micro-batches of up to {options.micro_batch_tokens:,}"
+    )
+    print(table(results))
+    differences = [
+        abs(one - other) / other
+        for result in results.values()
+        for one, other in zip(result.losses, packed.losses, strict=True)
+    ]
+    print(f"losses {' '.join(f'{loss:.4f}' for loss in packed.losses)}, differing by at most {max(differences):.1e}")
+    if not max(differences) <= TOLERANCE:
+        sys.exit(f"The losses differ by more than {TOLERANCE:g}.")
+
+
+def table(results: dict[str, Result]) -> str:
+    """One line a layout; `times` compares core-seconds with rows padded in order."""
+    cells = [
+        ["", "useful", "with", "useful per", "times", "fill", "peak private"],
+        ["", "tokens/s", "padding", "core-second", "in order", "", "memory"],
+    ]
+    in_order = results["padded, in order"]
+    for name, result in results.items():
+        per_core = rate(result.tokens, result.cpu_seconds)
+        cells.append(
+            [
+                name,
+                f"{rate(result.tokens, result.seconds):.1f}",
+                f"{rate(result.computed_tokens, result.seconds):.1f}",
+                f"{per_core:.1f}",
+                f"{per_core / rate(in_order.tokens, in_order.cpu_seconds):.2f}",
+                f"{sum(result.tokens) / sum(result.computed_tokens):.0%}",
+                f"{result.peak_private_bytes / 2**30:.2f} GiB",
+            ]
+        )
+    return "\n".join(f"{name:18}" + "".join(f"{cell:>14}" for cell in line) for name, *line in cells)
+
+
+def _measure(job: Job, threads: int) -> Result:
+    """Run a job in a process of its own; exits with its last lines where it fails."""
+    described, result = Path(job.work) / "job.json", Path(job.work) / "result.json"
+    described.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.data_training", str(described), str(result)]
+    done = subprocess.run(command, env=child_environment(threads, "returning"), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{job.layout} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
+    return Result(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def train(job: Job) -> Result:
+    """Train as the job says, at the trainer's defaults otherwise, in fp32."""
+    from qlora_trainer.config import make_config
+    from qlora_trainer.data import packing
+    from qlora_trainer.runs import start_run
+
+    if job.layout == "padded, in order":
+        packing._group_padded = _in_order
+    config = make_config(
+        {
+            "model": {"name": job.model, "device": "cpu", "compute_dtype": "float32"},
+            "data": {
+                "train": job.rows,
+                "heldout": 0.0,
+                "max_length": job.max_length,
+                "packing": job.layout == "packed",
+            },
+            "training": {
+                "output_dir": str(Path(job.work) / job.layout),
+                "max_steps": job.steps,
+                "batch_size": job.batch_size,
+                "micro_batch_tokens": job.micro_batch_tokens,
+            },
+        }
+    )
+    made = start_run(config)
+    loader = made.state.loader
+    packs = [loader.next() for _ in range(job.steps)]
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": 0})
+    meter = Meter()
+    made.train(lambda record: meter.note(record["loss"], record["tokens"] / record["tokens_per_second"]))
+    return Result(
+        losses=meter.losses,
+        seconds=meter.seconds,
+        cpu_seconds=meter.cpu_seconds,
+        tokens=[sum(pack.tokens for pack in step) for step in packs],
+        computed_tokens=[sum(pack.input_ids.numel() for pack in step) for step in packs],
+        peak_private_bytes=meter.peak_private_bytes,
+        settings=job.layout,
+    )
+
+
+def _in_order(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Rows as they come, as many as fit when padded to the longest of them."""
+    groups: list[list[int]] = []
+    for index, length in enumerate(lengths):
+        if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= limit:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+if __name__ == "__main__":
+    described, written = map(Path, sys.argv[1:])
+    measured = train(Job(**json.loads(described.read_text(encoding="utf-8"))))
+    written.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")

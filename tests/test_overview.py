@@ -1,0 +1,116 @@
+"""The data in numbers: every row is in one bin, and the layouts are those of the run's own steps."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_trainer.data.loader import StepLoader
+from qlora_trainer.data.overview import (
+    MOST_BINS,
+    bin_labels,
+    count_lengths,
+    heldout_facts,
+    make_overview,
+    source_facts,
+    train_facts,
+)
+from qlora_trainer.data.packing import Example
+from qlora_trainer.data.preparation import PreparationReport, SetReport, SourceReport
+
+LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
+
+
+@given(train=LENGTHS, heldout=st.lists(st.integers(1, 9000), max_size=20))
+def test_every_row_is_counted_in_the_bin_of_its_length(train: list[int], heldout: list[int]) -> None:
+    found = count_lengths(np.array(train), np.array(heldout, dtype=np.int64))
+    edges = found.edges
+    assert edges == sorted(set(edges))
+    assert edges[-1] == max(train + heldout) + 1
+    for lengths, counts in ((train, found.train), (heldout, found.heldout)):
+        expected = [sum(begin <= n < end for n in lengths) for begin, end in pairwise(edges)]
+        assert counts == expected
+        assert sum(counts) == len(lengths)
+
+
+@given(train=LENGTHS)
+def test_bins_are_few_and_of_one_round_size_but_for_the_last(train: list[int]) -> None:
+    edges = count_lengths(np.array(train), np.array([], dtype=np.int64)).edges
+    sizes = np.diff(edges)
+    assert len(sizes) <= MOST_BINS + 1
+    assert len(set(sizes[:-1].tolist())) <= 1
+    if len(sizes) > 1:
+        assert str(sizes[0]).rstrip("0") in {"1", "2", "5"}
+        assert all(edge % sizes[0] == 0 for edge in edges[:-1])
+
+
+def test_a_few_very_long_rows_do_not_flatten_the_plot() -> None:
+    found = count_lengths(np.array([*range(1, 100), 50_000]), np.array([], dtype=np.int64))
+    assert found.edges == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 50_001]
+    assert found.train == [9, *[10] * 9, 1]
+    assert bin_labels(found)[-1] == "100-50,000"
+
+
+def lengths_and_order(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return generator.integers(3, 40, rows), generator.permutation(rows)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> None:
+    lengths, _ = lengths_and_order(23)
+    loader = StepLoader([Example([1] * n, [1] * n) for n in lengths.tolist()], 4, 64, packing, seed=5)
+    overview = make_overview(
+        lengths, lengths[:0], loader._order, batch_size=4, micro_batch_tokens=64, packing=packing
+    ).epoch
+    steps = [loader.next() for _ in range(loader.steps_per_epoch)]
+    packs = [pack for step in steps for pack in step]
+    layout = overview.packed if packing else overview.padded
+    assert overview.steps == loader.steps_per_epoch == 6
+    assert overview.tokens_per_step == pytest.approx(lengths.sum() / 6)
+    assert layout.micro_batches == pytest.approx(len(packs) / 6)
+    assert layout.fill == pytest.approx(lengths.sum() / sum(pack.input_ids.numel() for pack in packs))
+
+
+def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
+    lengths, order = lengths_and_order(100)
+    epoch = make_overview(lengths, lengths[:3], order, batch_size=8, micro_batch_tokens=64, packing=True).epoch
+    assert epoch.packed.fill == 1.0
+    assert epoch.fill_of_whole_steps < epoch.padded.fill < 1.0
+    computed = sum(len(part) * max(part) for part in (lengths[order[at : at + 8]].tolist() for at in range(0, 100, 8)))
+    assert epoch.fill_of_whole_steps == pytest.approx(lengths.sum() / computed)
+
+
+def report(**changes: object) -> PreparationReport:
+    source = SourceReport("rows.jsonl", 12, 9, {"nothing to learn": 2, "too long": 1}, truncated=3, split=1)
+    sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "heldout": SetReport(1, 40, 10, 40, 40, 40)}
+    fields = {"train_duplicates": 2, "heldout_duplicates": 1, "max_length": 64, "notices": [], "cached": False}
+    return PreparationReport(**{"sources": [source], **sets, **fields, **changes})
+
+
+def test_every_reason_and_count_is_put_into_words() -> None:
+    (source,) = report().sources
+    words = dict(source_facts(source, 64))
+    assert words == {
+        "rows read": "12",
+        "rows used, or parts of them": "9",
+        "dropped: nothing to learn": "2",
+        "dropped: too long": "1",
+        "cut to 64 tokens": "3",
+        "split into parts of at most 64 tokens": "1",
+    }
+
+
+@pytest.mark.parametrize(("packing", "words"), [(True, "100%, as rows are packed"), (False, "data.packing=true")])
+def test_sets_are_put_into_words(packing: bool, words: str) -> None:
+    lengths, order = lengths_and_order(8)
+    epoch = make_overview(lengths, lengths[:1], order, batch_size=3, micro_batch_tokens=64, packing=packing).epoch
+    train = dict(train_facts(report(), epoch))
+    assert train["repeat an earlier row"] == "2"
+    assert train["tokens"] == "400, of which 25.0% are learned"
+    assert train["an epoch"].startswith("3 steps of up to 3 rows")
+    assert words in train["fill"]
+    assert dict(heldout_facts(report()))["also in training"] == "1"
+    assert heldout_facts(report(heldout=SetReport(0, 0, 0, 0, 0, 0))) == [("rows", "none")]
