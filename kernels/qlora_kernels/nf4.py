@@ -50,7 +50,7 @@ BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 
 # Elements handled at a time. On a CPU a chunk should stay in the cache; on a GPU each chunk costs a few launches.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,8 +214,10 @@ def dequantize_torch(
     last = -((start + count) // -block_size)
     begin = first * block_size  # whole blocks are decoded from here
     packed = packed[begin // 2 : (start + count + 1) // 2]
-    nested = torch.arange(first, last, device=packed.device) // nested_block_size
-    scale = nested_code.index_select(0, absmax[first:last].int()) * nested_absmax.index_select(0, nested) + offset
+    nested = first // nested_block_size  # scales are decoded from the beginning of their own block
+    scale = nested_code.index_select(0, absmax[nested * nested_block_size : last].int())
+    scale = _multiply_blocks_(scale, nested_absmax[nested:], nested_block_size).add_(offset)
+    scale = scale[first - nested * nested_block_size :]
 
     # In place where `out` begins and ends with what is decoded; else aside, and what was not asked for is cut off.
     decoded = packed.numel() * 2
