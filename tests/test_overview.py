@@ -87,8 +87,8 @@ def report(**changes: object) -> PreparationReport:
     source = SourceReport("rows.jsonl", 12, 9, {"nothing to learn": 2, "too long": 1}, truncated=3, split=1)
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "heldout": SetReport(1, 40, 10, 40, 40, 40)}
     others = {"epoch_examples": 8, "train_other_answers": 0, "heldout_other_answers": 0, "skipped_rows": None}
-    fields = {"train_duplicates": 2, "heldout_duplicates": 1, "max_length": 64, "notices": [], "cached": False, **others}
-    return PreparationReport(**{"sources": [source], **sets, **fields, **changes})
+    fields = {"train_duplicates": 2, "heldout_duplicates": 1, "max_length": 64, "notices": [], "cached": False}
+    return PreparationReport(**{"sources": [source], **sets, **fields, **others, **changes})
 
 
 def test_every_reason_and_count_is_put_into_words() -> None:
