@@ -98,7 +98,7 @@ def test_every_reason_and_count_is_put_into_words() -> None:
         "rows used, or parts of them": "9",
         "dropped: nothing to learn": "2",
         "dropped: too long": "1",
-        "cut to 64 tokens": "3",
+        "cut to at most 64 tokens": "3",
         "split into parts of at most 64 tokens": "1",
     }
 
