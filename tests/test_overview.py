@@ -18,7 +18,7 @@ from qlora_trainer.data.overview import (
     train_facts,
 )
 from qlora_trainer.data.packing import Example
-from qlora_trainer.data.preparation import PreparationReport, SetReport, SourceReport
+from qlora_trainer.data.reports import PreparationReport, SetReport, SourceReport
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 
@@ -86,8 +86,9 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
 def report(**changes: object) -> PreparationReport:
     source = SourceReport("rows.jsonl", 12, 9, {"nothing to learn": 2, "too long": 1}, truncated=3, split=1)
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "heldout": SetReport(1, 40, 10, 40, 40, 40)}
+    others = {"epoch_examples": 8, "train_other_answers": 0, "heldout_other_answers": 0, "skipped_rows": None}
     fields = {"train_duplicates": 2, "heldout_duplicates": 1, "max_length": 64, "notices": [], "cached": False}
-    return PreparationReport(**{"sources": [source], **sets, **fields, **changes})
+    return PreparationReport(**{"sources": [source], **sets, **fields, **others, **changes})
 
 
 def test_every_reason_and_count_is_put_into_words() -> None:
@@ -98,7 +99,7 @@ def test_every_reason_and_count_is_put_into_words() -> None:
         "rows used, or parts of them": "9",
         "dropped: nothing to learn": "2",
         "dropped: too long": "1",
-        "cut to 64 tokens": "3",
+        "cut to at most 64 tokens": "3",
         "split into parts of at most 64 tokens": "1",
     }
 

@@ -153,7 +153,7 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
     facts += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
     facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in getattr(source, "skipped", {}).items()]
     if source.truncated:
-        facts.append((f"cut to {max_length:,} tokens", f"{source.truncated:,}"))
+        facts.append((f"cut to at most {max_length:,} tokens", f"{source.truncated:,}"))
     if source.split:
         facts.append((f"split into parts of at most {max_length:,} tokens", f"{source.split:,}"))
     if (epoch := getattr(source, "epoch", 0)) != (train := getattr(source, "train", 0)):
