@@ -1,11 +1,14 @@
 """The data in numbers: every row is in one bin, and the layouts are those of the run's own steps."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.overview import (
@@ -14,11 +17,14 @@ from qlora_trainer.data.overview import (
     count_lengths,
     heldout_facts,
     make_overview,
+    overview_of,
     source_facts,
     train_facts,
 )
 from qlora_trainer.data.packing import Example
+from qlora_trainer.data.preparation import prepare
 from qlora_trainer.data.reports import PreparationReport, SetReport, SourceReport
+from qlora_trainer.settings import DataConfig, Source
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 
@@ -63,7 +69,7 @@ def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> Non
     lengths, _ = lengths_and_order(23)
     loader = StepLoader([Example([1] * n, [1] * n) for n in lengths.tolist()], 4, 64, packing, seed=5)
     overview = make_overview(
-        lengths, lengths[:0], loader._order, batch_size=4, micro_batch_tokens=64, packing=packing
+        lengths, lengths[:0], loader.order(0), batch_size=4, micro_batch_tokens=64, packing=packing
     ).epoch
     steps = [loader.next() for _ in range(loader.steps_per_epoch)]
     packs = [pack for step in steps for pack in step]
@@ -84,23 +90,26 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
 
 
 def report(**changes: object) -> PreparationReport:
-    source = SourceReport("rows.jsonl", 12, 9, {"nothing to learn": 2, "too long": 1}, truncated=3, split=1)
+    source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
+    source.train, source.heldout, source.epoch = 8, 1, 20
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "heldout": SetReport(1, 40, 10, 40, 40, 40)}
-    others = {"epoch_examples": 8, "train_other_answers": 0, "heldout_other_answers": 0, "skipped_rows": None}
-    fields = {"train_duplicates": 2, "heldout_duplicates": 1, "max_length": 64, "notices": [], "cached": False}
-    return PreparationReport(**{"sources": [source], **sets, **fields, **others, **changes})
+    counts = {"train_duplicates": 2, "heldout_duplicates": 1, "train_other_answers": 3, "heldout_other_answers": 0}
+    rest = {"epoch_examples": 20, "max_length": 64, "notices": [], "skipped_rows": None, "cached": False}
+    return PreparationReport(**{"sources": [source], **sets, **counts, **rest, **changes})
 
 
 def test_every_reason_and_count_is_put_into_words() -> None:
     (source,) = report().sources
     words = dict(source_facts(source, 64))
     assert words == {
-        "rows read": "12",
+        "rows read": "16",
         "rows used, or parts of them": "9",
         "dropped: nothing to learn": "2",
         "dropped: too long": "1",
+        "skipped: no answer": "4",
         "cut to at most 64 tokens": "3",
         "split into parts of at most 64 tokens": "1",
+        "training rows an epoch takes": "20 of 8",
     }
 
 
@@ -110,8 +119,22 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
     epoch = make_overview(lengths, lengths[:1], order, batch_size=3, micro_batch_tokens=64, packing=packing).epoch
     train = dict(train_facts(report(), epoch))
     assert train["repeat an earlier row"] == "2"
+    assert train["have an earlier row's prompt, with another answer"] == "3"
     assert train["tokens"] == "400, of which 25.0% are learned"
     assert train["an epoch"].startswith("3 steps of up to 3 rows")
     assert words in train["fill"]
     assert dict(heldout_facts(report()))["also in training"] == "1"
     assert heldout_facts(report(heldout=SetReport(0, 0, 0, 0, 0, 0))) == [("rows", "none")]
+
+
+def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
+    for name, count in (("few", 3), ("many", 9)):
+        lines = [json.dumps({"prompt": f"{name} {i}", "completion": "word " * (i + 1)}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
+    config = DataConfig(train=sources, heldout=0.0, workers=0)
+    prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
+    epoch = overview_of(prepared, batch_size=4, micro_batch_tokens=64, packing=True, seed=0).epoch
+    assert (epoch.rows, epoch.steps) == (12 + 9, 6)
+    loader = StepLoader(prepared.train, 4, 64, True, 0, prepared.mixture)
+    assert epoch.tokens_per_step == pytest.approx(sum(pack.tokens for _ in range(6) for pack in loader.next()) / 6)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_trainer.data.loader import epoch_order
+from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.packing import group_rows
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.reports import PreparationReport, SetReport, SourceReport
@@ -71,12 +71,11 @@ class Overview:
 
 def overview_of(prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, seed: int) -> Overview:
     """The prepared rows of a run in numbers, its first epoch laid out as the run will."""
-    mixture = getattr(prepared, "mixture", None)
-    order = epoch_order(len(prepared.train if mixture is None else mixture), seed, 0)
+    loader = StepLoader(prepared.train, batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
     return make_overview(
         prepared.train.lengths,
         prepared.heldout.lengths,
-        order if mixture is None else mixture.epoch_rows(seed, 0)[order],
+        loader.order(0),
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         packing=packing,
@@ -151,21 +150,21 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
     """What became of a source's rows."""
     facts = [("rows read", f"{source.rows:,}"), ("rows used, or parts of them", f"{source.examples:,}")]
     facts += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
-    facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in getattr(source, "skipped", {}).items()]
+    facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in source.skipped.items()]
     if source.truncated:
         facts.append((f"cut to at most {max_length:,} tokens", f"{source.truncated:,}"))
     if source.split:
         facts.append((f"split into parts of at most {max_length:,} tokens", f"{source.split:,}"))
-    if (epoch := getattr(source, "epoch", 0)) != (train := getattr(source, "train", 0)):
-        facts.append(("training rows an epoch takes", f"{epoch:,} of {train:,}"))
+    if source.epoch != source.train:
+        facts.append(("training rows an epoch takes", f"{source.epoch:,} of {source.train:,}"))
     return facts
 
 
 def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     """The training rows, how many of them repeat others, and what an epoch of them is."""
     repeated = [("repeat an earlier row", report.train_duplicates)]
-    if others := getattr(report, "train_other_answers", 0):
-        repeated.append(("have an earlier row's prompt, with another answer", others))
+    if report.train_other_answers:
+        repeated.append(("have an earlier row's prompt, with another answer", report.train_other_answers))
     facts = _set_facts(report.train, repeated)
     computed = epoch.packed if epoch.packing else epoch.padded
     facts.append(
@@ -190,8 +189,8 @@ def heldout_facts(report: PreparationReport) -> list[Fact]:
     if report.heldout.examples == 0:
         return [("rows", "none")]
     repeated = [("also in training", report.heldout_duplicates)]
-    if others := getattr(report, "heldout_other_answers", 0):
-        repeated.append(("have a prompt of training, with another answer", others))
+    if report.heldout_other_answers:
+        repeated.append(("have a prompt of training, with another answer", report.heldout_other_answers))
     return _set_facts(report.heldout, repeated)
 
 
