@@ -28,6 +28,7 @@ from qlora_trainer.quantization import NF4Linear
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
+MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
 _PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -55,7 +56,7 @@ class GatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        tile = max(min(-(-tokens // self.tiles), MOST_TILE_TOKENS), FEWEST_TILE_TOKENS) if self.tiles > 1 else tokens
+        tile = tokens if self.tiles == 1 else _tile_tokens(tokens, self.tiles)
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
@@ -65,6 +66,11 @@ class GatedMLP:
         )
         assert isinstance(base, NF4Linear)
         return gated_nf4_linear(gate, up, self.activation, base.nf4_weight, base.bias, adapter)
+
+
+def _tile_tokens(tokens: int, tiles: int) -> int:
+    most = max(MOST_TILE_TOKENS, -(-tokens // MOST_TILES))
+    return max(min(-(-tokens // tiles), most), FEWEST_TILE_TOKENS)
 
 
 def make_lean(model: nn.Module) -> LeanReport:
@@ -93,7 +99,7 @@ def make_lean(model: nn.Module) -> LeanReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Take the tokens of every lean MLP in so many parts, of FEWEST_TILE_TOKENS to MOST_TILE_TOKENS; 1: whole."""
+    """Take the tokens of every lean MLP in so many parts, or in more where those would be large; 1: whole."""
     for module in model.modules():
         if isinstance(module.forward, GatedMLP):
             module.forward.tiles = tiles

@@ -123,12 +123,13 @@ def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyP
 def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
     monkeypatch.setattr(lean_modules, "MOST_TILE_TOKENS", 5)
+    monkeypatch.setattr(lean_modules, "MOST_TILES", 6)
     mlp = gated_mlp(MLP())
     assert mlp is not None
     sizes: list[int] = []
     run = mlp.run
     monkeypatch.setattr(mlp, "run", lambda x: sizes.append(len(x)) or run(x))
-    for tokens, tiles, expected in ((23, 2, [5, 5, 5, 5, 3]), (8, 2, [4, 4]), (23, 1, [23])):
+    for tokens, tiles, expected in ((23, 2, [5, 5, 5, 5, 3]), (8, 2, [4, 4]), (23, 1, [23]), (36, 2, [6] * 6)):
         sizes.clear()
         mlp.tiles = tiles
         mlp(torch.randn(tokens, 64))
