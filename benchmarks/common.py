@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from qlora_trainer.runs import Run
+    from qlora_trainer.training_run import Run
 
 
 class Row(NamedTuple):

@@ -16,7 +16,8 @@ from benchmarks.common import load_peer, peer_step, rows_of_step, trainable_para
 from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.config import make_config
 from qlora_trainer.optim import learning_rate
-from qlora_trainer.runs import Run, start_run
+from qlora_trainer.runs import start_run
+from qlora_trainer.training_run import Run
 
 RANK, ALPHA = 8, 16.0
 

@@ -23,7 +23,8 @@ from qlora_trainer.model import load_dense_model
 from qlora_trainer.progress import Progress
 from qlora_trainer.report import METRICS_NAME, read_metrics
 from qlora_trainer.run_directory import write_samples
-from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.training_run import Run
 
 SAMPLES_SHOWN = 6
 MAX_NEW_TOKENS = 32

@@ -229,12 +229,12 @@ def test_a_full_disk_is_a_letter_and_leaves_the_last_checkpoint(
 def test_running_out_of_memory_is_a_letter(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from qlora_trainer import runs
+    from qlora_trainer import training_run
 
     def raise_it(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "train", raise_it)
+    monkeypatch.setattr(training_run, "train", raise_it)
     code, _, told = qlora("train", config_file)
     assert code == 2
     assert "Memory ran out" in told

@@ -21,9 +21,10 @@ from qlora_trainer.data.packing import Pack
 from qlora_trainer.errors import InsufficientMemoryError, MicroBatchError, is_out_of_memory
 from qlora_trainer.recovery import lower, probe, take_step
 from qlora_trainer.report import read_metrics
-from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import TrainState, measure_heldout, train_step
+from qlora_trainer.training_run import Run
 
 Config = Callable[..., RunConfig]
 

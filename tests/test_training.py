@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qlora_trainer.errors import CheckpointError, TrainingError
 from qlora_trainer.report import read_metrics
-from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.signals import stop_requests
 from qlora_trainer.training import train_step
+from qlora_trainer.training_run import Run
 
 Config = Callable[..., RunConfig]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.report import read_metrics
-from qlora_trainer.runs import Run, resume_run, start_run
+from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import train_step
+from qlora_trainer.training_run import Run
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]

@@ -1,0 +1,10 @@
+"""Arguments that several commands take, so that each is explained in one way."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory, as `qlora train` made it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Config fields to set: section.key=value …")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
