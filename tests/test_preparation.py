@@ -357,7 +357,7 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
 def test_a_row_nested_beyond_all_measure_is_a_bad_row_and_no_crash(tmp_path):
     deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), [])}
     train = write(tmp_path, "rows.jsonl", [*ROWS, deep])
-    with pytest.raises(DataError, match="rows.jsonl, line 41: .*deep"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 41: .* deep"):
         run(tmp_path, train)
     report = run(tmp_path, train, on_bad_row="skip").report
     assert (report.sources[0].examples, sum(report.sources[0].skipped.values())) == (40, 1)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -78,6 +79,17 @@ def test_a_failed_preparation_leaves_nothing_and_spares_what_was_there(tmp_path)
         raise KeyboardInterrupt
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
     assert ExampleStore(tmp_path / "set").summary == {"found": 0}
+
+
+def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
+    old, alive = tmp_path / ".other.partial-0123abcd", tmp_path / ".another.partial-4567cdef"
+    for directory in (old, alive):
+        directory.mkdir()
+        (directory / "tokens.npy").write_bytes(b"half")
+        os.utime(directory, (0, 0))
+    os.utime(old / "tokens.npy", (0, 0))
+    write_store(tmp_path / "set")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
 
 
 def test_an_empty_store_is_readable(tmp_path):
