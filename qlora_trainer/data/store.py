@@ -267,8 +267,8 @@ def _first_equal(hashes: np.ndarray) -> np.ndarray:
 def new_store(directory: Path) -> Iterator[StoreWriter]:
     """A writer whose files appear at `directory` when the block ends well.
 
-    They take the place of a damaged store. What a killed process has left beside it long ago is removed. A sound one that another process has put there meanwhile stays: its
-    name is a hash of all that decides the content.
+    They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its
+    name is a hash of all that decides the content. What processes killed long ago have left beside it is removed.
 
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
