@@ -99,6 +99,15 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     assert not run(tmp_path, write(tmp_path, "x.jsonl", ROWS[1:])).report.cached
 
 
+@pytest.mark.parametrize("package", ["tokenizers", "transformers", "jinja2"])
+def test_what_another_version_tokenised_or_rendered_is_prepared_anew(tmp_path, monkeypatch, package):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    run(tmp_path, path)
+    version = preparation.metadata.version
+    monkeypatch.setattr(preparation.metadata, "version", lambda name: "another" if name == package else version(name))
+    assert not run(tmp_path, path).report.cached
+
+
 def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_told(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     dated, days = tiny_tokenizer("llama3_2"), [datetime.date(2026, 1, 30), datetime.date(2026, 1, 31)]

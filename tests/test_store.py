@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.store import ExampleSet, ExampleStore, _first_equal, existing_store, make_block, new_store
+from qlora_trainer.errors import DiskError
 
 ROWS = [
     Document("a line\u2028 and\nanother"),
@@ -90,6 +91,12 @@ def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
     os.utime(old / "tokens.npy", (0, 0))
     write_store(tmp_path / "set")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
+
+
+def test_a_cache_that_is_a_file_is_a_letter(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(DiskError, match="choose another cache directory"), new_store(tmp_path / "cache" / "set"):
+        raise AssertionError("there is nowhere to write")
 
 
 def test_an_empty_store_is_readable(tmp_path):

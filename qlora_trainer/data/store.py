@@ -27,7 +27,7 @@ from qlora_trainer.errors import DiskError, QLoRATrainerError
 
 SKIPPED_NAME = "skipped_rows.jsonl"
 _ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 _ARRAYS: dict[str, type] = {
     "tokens": np.int32,  # (N,)
