@@ -40,9 +40,8 @@ from qlora_trainer.merging import MergeReport, merge
 from qlora_trainer.model import give_back_memory
 from qlora_trainer.model_source import is_prequantized
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.run_directory import prepare_data
 from qlora_trainer.streamed_model import check_streaming, load_streamed_model, resident
-from qlora_trainer.trained import Trained, open_trained
+from qlora_trainer.trained import Trained, open_trained, prepare_trained
 from qlora_trainer.training import micro_batch_tokens
 
 SAMPLE_ROWS = 8
@@ -184,7 +183,7 @@ def _sample(trained: Trained, progress: Progress) -> _Sample:
     """Held-out rows to measure on; token rows to compare on: held-out ones, else training's, else fixed sentences."""
     forward = examine_forward(trained.base.model)
     try:
-        prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+        prepared = prepare_trained(trained, progress)
     except (DataError, FileMissingError) as error:
         rows = [trained.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
         told = f"The run's data could not be read, so nothing was measured on held-out rows. {error}"
@@ -193,8 +192,8 @@ def _sample(trained: Trained, progress: Progress) -> _Sample:
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.heldout):
         told = "The run has no held-out rows, so the two bases could not be measured against each other."
-        return _Sample(rows, None, forward, [told])
-    return _Sample(rows, prepared.heldout, forward, [])
+        return _Sample(rows, None, forward, [*trained.notices, told])
+    return _Sample(rows, prepared.heldout, forward, [*trained.notices])
 
 
 def _measure_original(trained: Trained, sample: _Sample, progress: Progress, *, required: bool) -> _Measured | None:

@@ -61,6 +61,7 @@ class BaseRecord(NamedTuple):
     fingerprint: BaseFingerprint
     step: int
     run: str
+    data: str | None = None  # the key of the prepared rows; adapters of earlier versions lack it
 
 
 def user_cache() -> Path:
@@ -122,7 +123,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progr
 
 def write_base_record(directory: Path, record: BaseRecord) -> None:
     """Say beside an adapter's files which base it belongs to; PEFT ignores the file."""
-    content = {"run": record.run, "step": record.step, "base": record.fingerprint.to_json()}
+    content = {"run": record.run, "step": record.step, "base": record.fingerprint.to_json(), "data": record.data}
     write_text(directory / BASE_NAME, json.dumps(content, indent=1) + "\n")
 
 
@@ -135,14 +136,16 @@ def read_base_record(directory: Path) -> BaseRecord | None:
     path = directory / BASE_NAME
     if (directory / MANIFEST).is_file():  # one of our checkpoints; a trainer_state.json alone may be any trainer's
         _, state = load_checkpoint(directory)
-        return BaseRecord(BaseFingerprint.from_json(state["base"]), state["training"]["step"], directory.name)
+        base, step = BaseFingerprint.from_json(state["base"]), state["training"]["step"]
+        return BaseRecord(base, step, directory.name, state["data"])
     if not path.is_file():
         return None
     try:
         if path.stat().st_size > MAX_BASE_BYTES:
             raise ValueError(f"it has more than {MAX_BASE_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
-        return BaseRecord(BaseFingerprint.from_json(content["base"]), int(content["step"]), str(content["run"]))
+        base, step = BaseFingerprint.from_json(content["base"]), int(content["step"])
+        return BaseRecord(base, step, str(content["run"]), content.get("data"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it; "

@@ -8,7 +8,7 @@ from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
 from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.data.messages import Conversation
-from qlora_trainer.data.preparation import ExampleSet
+from qlora_trainer.data.preparation import ExampleSet, Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
@@ -40,6 +40,8 @@ class Trained:
     adapter: Adapter
     source: str  # what the adapter was taken from, for people
     fingerprint: BaseFingerprint  # of the base as it was trained
+    data_key: str | None  # of the rows it was trained on, where that is known
+    notices: list[str] = dataclasses.field(default_factory=list)
 
 
 def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
@@ -73,7 +75,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     base.model.eval()
     is_final = source == directory / "adapter"
     name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"
-    return Trained(directory, config, tokenizer, base, adapter, name, record.fingerprint)
+    return Trained(directory, config, tokenizer, base, adapter, name, record.fingerprint, record.data)
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
@@ -93,13 +95,31 @@ def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
     return newest.path, record
 
 
+def prepare_trained(trained: Trained, progress: Progress = silent) -> Prepared:
+    """The run's rows as they are now; a notice where they are not those of training.
+
+    Raises:
+        FileMissingError, DataError: they cannot be read.
+    """
+    prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+    if trained.data_key not in (None, prepared.key):
+        told = (
+            "The run's data changed since training, so rows held out now may have been trained on: the held-out loss "
+            "and answers are not what they were. Restore the data."
+        )
+        trained.notices += [] if told in trained.notices else [told]
+    return prepared
+
+
 def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:
     """Held-out loss, perplexity, and with `answers` (-1 for all rows) exact match by generation.
+
+    Where the data changed since training, `trained.notices` says so.
 
     Raises:
         DataError: the run has no held-out rows.
     """
-    prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+    prepared = prepare_trained(trained, progress)
     heldout: ExampleSet = prepared.heldout
     if not len(heldout):
         raise DataError("The run has no held-out rows (data.heldout is 0), so there is nothing to evaluate on.")

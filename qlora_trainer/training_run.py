@@ -77,7 +77,8 @@ class Run:
         if finished:
             with replaced_directory(self.directory / "adapter") as work:
                 self.write_adapter(work)
-                write_base_record(work, BaseRecord(self.base.fingerprint, self.state.step, self.directory.name))
+                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
+                write_base_record(work, belongs_to)
         return finished
 
     def save(self, directory: Path | None = None) -> Path:

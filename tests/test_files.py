@@ -134,6 +134,23 @@ def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
         open_source("some/missing")
 
 
+def test_a_hub_split_without_rows_is_said(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: datasets.Dataset.from_list([]))
+    with pytest.raises(DataError, match=r"some/rows \(test\) holds no rows"):
+        open_source("some/rows", "test")
+
+
+def test_a_file_that_may_not_be_read_is_said(tmp_path):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = write(tmp_path, "rows.jsonl", json.dumps(A))
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
+        open_source(str(path), content_digest=refused)
+
+
 def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_path, monkeypatch):
     """With datasets' own errors, raised for a data set in a directory."""
     import datasets

@@ -34,7 +34,8 @@ def test_contenders_of_the_cpu_benchmark_learn_the_same_from_the_same_rows(
 ) -> None:
     job = cpu_contenders.Job(str(tiny_llama), str(rows), steps=3, batch_size=4, rank=4, work=str(tmp_path))
     mine, theirs = cpu_contenders.ours(job, "keep"), cpu_contenders.hand_written_loop(job)
-    assert mine.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert mine.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-4), "Adam makes much of a first gradient's last bits"
     assert mine.tokens == theirs.tokens == mine.computed_tokens
     assert all(padded > useful for padded, useful in zip(theirs.computed_tokens, theirs.tokens, strict=True))
     assert mine.peak_private_bytes > 0

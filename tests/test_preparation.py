@@ -99,6 +99,15 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     assert not run(tmp_path, write(tmp_path, "x.jsonl", ROWS[1:])).report.cached
 
 
+@pytest.mark.parametrize("package", ["tokenizers", "transformers", "jinja2"])
+def test_what_another_version_tokenised_or_rendered_is_prepared_anew(tmp_path, monkeypatch, package):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    run(tmp_path, path)
+    version = preparation.metadata.version
+    monkeypatch.setattr(preparation.metadata, "version", lambda name: "another" if name == package else version(name))
+    assert not run(tmp_path, path).report.cached
+
+
 def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_told(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     dated, days = tiny_tokenizer("llama3_2"), [datetime.date(2026, 1, 30), datetime.date(2026, 1, 31)]
@@ -352,6 +361,15 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
     first, second = prepared.report.sources[0].skipped
     assert first == "not JSON at column N"
     assert "template" in second
+
+
+def test_a_row_nested_beyond_all_measure_is_a_bad_row_and_no_crash(tmp_path):
+    deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), [])}
+    train = write(tmp_path, "rows.jsonl", [*ROWS, deep])
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 41: .* deep"):
+        run(tmp_path, train)
+    report = run(tmp_path, train, on_bad_row="skip").report
+    assert (report.sources[0].examples, sum(report.sources[0].skipped.values())) == (40, 1)
 
 
 def test_a_source_whose_rows_are_all_bad_is_an_error_all_the_same(tmp_path):

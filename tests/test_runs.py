@@ -342,6 +342,22 @@ def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(
     assert [path for path in directory.parent.iterdir() if directory.name in path.name] == []
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Config, has_ended: bool) -> None:
+    """Rows held out now may have been trained on."""
+    run = start_run(tiny_config("own", training={"max_steps": 2}))
+    if has_ended:
+        run.train(quiet)
+    trained = open_trained(run.directory)
+    evaluate_trained(trained)
+    assert trained.notices == []
+    rows = Path(run.config.data.train)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    evaluate_trained(trained)
+    (notice,) = trained.notices
+    assert "changed since training" in notice
+
+
 def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
     expected = evaluate_trained(open_trained(finished))
     shutil.rmtree(finished / "checkpoints")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
 from qlora_trainer.data.store import ExampleSet, ExampleStore, _first_equal, existing_store, make_block, new_store
+from qlora_trainer.errors import DiskError
 
 ROWS = [
     Document("a line\u2028 and\nanother"),
@@ -78,6 +80,23 @@ def test_a_failed_preparation_leaves_nothing_and_spares_what_was_there(tmp_path)
         raise KeyboardInterrupt
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
     assert ExampleStore(tmp_path / "set").summary == {"found": 0}
+
+
+def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
+    old, alive = tmp_path / ".other.partial-0123abcd", tmp_path / ".another.partial-4567cdef"
+    for directory in (old, alive):
+        directory.mkdir()
+        (directory / "tokens.npy").write_bytes(b"half")
+        os.utime(directory, (0, 0))
+    os.utime(old / "tokens.npy", (0, 0))
+    write_store(tmp_path / "set")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
+
+
+def test_a_cache_that_is_a_file_is_a_letter(tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(DiskError, match="choose another cache directory"), new_store(tmp_path / "cache" / "set"):
+        raise AssertionError("there is nowhere to write")
 
 
 def test_an_empty_store_is_readable(tmp_path):

@@ -101,6 +101,24 @@ def test_a_tokenizer_that_cannot_travel_stays_here(monkeypatch):
         assert as_bytes(made(RECORDS[:10], one)) == as_bytes(made(RECORDS[:10], none()))
 
 
+def test_closing_while_processes_still_start_ends_them_too(monkeypatch):
+    """A set may end, or a row be refused, while the system is still making the processes."""
+    popen = subprocess.Popen
+
+    class Slow(popen):
+        def __init__(self, command, **settings):
+            time.sleep(0.5)
+            super().__init__([sys.executable, "-c", "import time; time.sleep(20)"], **settings)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Slow)
+    began = time.monotonic()
+    with Workers(2, CONFIG, TOKENIZER, 64, None) as two:
+        two.start()
+        time.sleep(0.1)
+    assert time.monotonic() - began < 10
+    assert all(process.returncode is not None for process in two._processes)
+
+
 def test_a_small_set_starts_no_process():
     with Workers(2, CONFIG, TOKENIZER, 64, None) as two:
         made(RECORDS, two)

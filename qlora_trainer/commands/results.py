@@ -44,6 +44,7 @@ def evaluate(
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
         result = evaluate_trained(trained, answers, progress)
+    print_notices(trained.notices)
     if as_json:
         write_out(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}) + "\n")
     else:

@@ -32,6 +32,8 @@ OTHER_REASONS = "other reasons"
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20  # a batch of long documents has fewer rows, so that memory stays bounded
 
+_DEEPEST = 100  # objects and lists inside each other; deeper ones would exhaust Python's stack somewhere on their way
+
 Records = Sequence[tuple[str, Record | DataError]]
 Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and some of its records
 
@@ -157,8 +159,13 @@ def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Re
     characters = 0
     try:
         for where, record in records:
+            if not isinstance(record, DataError):
+                try:
+                    characters += _characters(record)
+                except RecursionError:
+                    letter = f"{where}: its objects and lists lie in each other more than {_DEEPEST} deep. Flatten it."
+                    record = DataError(letter)
             batch.append((where, record))
-            characters += 0 if isinstance(record, DataError) else _characters(record)
             if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
@@ -237,12 +244,14 @@ def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> N
         )
 
 
-def _characters(value: Any) -> int:
+def _characters(value: Any, depth: int = 0) -> int:
     if isinstance(value, str):
         return len(value)
+    if depth > _DEEPEST:
+        raise RecursionError
     if isinstance(value, dict):
-        return sum(_characters(inner) for inner in value.values())
-    return sum(_characters(inner) for inner in value) if isinstance(value, list) else 0
+        return sum(_characters(inner, depth + 1) for inner in value.values())
+    return sum(_characters(inner, depth + 1) for inner in value) if isinstance(value, list) else 0
 
 
 def _is_plain(value: Any) -> bool:

@@ -55,7 +55,7 @@ def open_source(
 
     Raises:
         FileMissingError: no such file; the message has near misses.
-        DataError: a directory, an unknown kind of file, or a hub data set that cannot be had.
+        DataError: a directory, an unknown kind of file, or a file or hub data set that cannot be had.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -66,8 +66,13 @@ def open_source(
     suffix = streams.content_suffix(local)
     if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
-        digest = _digest((content_digest or file_digest)(local), encoding, header)
-        return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
+        try:
+            content = (content_digest or file_digest)(local)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        return RecordSource(
+            local.name, _digest(content, encoding, header), lambda: read_records(local, encoding, header)
+        )
     return _hub_source(path, split, subset)
 
 
@@ -148,6 +153,8 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # whatever the hub, the network or a script of the data set raises, the user must act
         raise DataError(_hub_letter(name, split, error)) from error
+    if not len(rows):
+        raise DataError(f"{name} ({split}) holds no rows.")
 
     def records() -> Iterator[tuple[str, Record | DataError]]:
         for number, record in enumerate(rows, start=1):

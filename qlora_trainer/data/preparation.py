@@ -13,10 +13,10 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 
 from qlora_trainer.data.batches import BatchMaker, Job, count_reasons, in_batches, source_files, tokenizer_identity
 from qlora_trainer.data.digests import FileDigests
@@ -40,6 +40,7 @@ from qlora_trainer.progress import Progress, silent
 from qlora_trainer.settings import DataConfig, DataFormat, SourceFile
 
 PREPARATION_VERSION = 3  # raise it whenever the same files would give other tokens or another layout
+RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _cache_key(
     ]
     parts = {
         "version": PREPARATION_VERSION,
-        "tokenizers": tokenizers.__version__,
+        "packages": [metadata.version(name) for name in RENDERING_PACKAGES],
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": sources,
         "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],

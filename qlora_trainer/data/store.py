@@ -5,14 +5,15 @@ temporary name of its own and renamed when complete: processes that prepare the 
 E examples, N tokens of all examples end to end.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,8 @@ from qlora_trainer.data.messages import Row, row_from_json, row_to_json
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
 SKIPPED_NAME = "skipped_rows.jsonl"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
 
 _ARRAYS: dict[str, type] = {
     "tokens": np.int32,  # (N,)
@@ -261,17 +263,18 @@ def _first_equal(hashes: np.ndarray) -> np.ndarray:
     return twins
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_store(directory: Path) -> Iterator[StoreWriter]:
     """A writer whose files appear at `directory` when the block ends well.
 
     They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its
-    name is a hash of all that decides the content.
+    name is a hash of all that decides the content. What processes killed long ago have left beside it is removed.
 
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
     """
     temporary = _aside(directory, "partial")
+    _remove_abandoned(directory.parent)
     try:
         temporary.mkdir(parents=True)
         with StoreWriter(temporary) as writer:
@@ -317,6 +320,16 @@ def _take_place(fresh: Path, directory: Path) -> None:
 
 def _aside(directory: Path, kind: str) -> Path:
     return directory.with_name(f".{directory.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed preparations have left, which may be many gigabytes and is seen by nobody."""
+    for kind in ("partial", "damaged"):
+        for left in directory.glob(f".*.{kind}-*"):
+            with contextlib.suppress(OSError):  # another process was as quick
+                newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+                if newest < time.time() - _ABANDONED_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

@@ -98,6 +98,8 @@ class Workers:
                 },
             )
             self._processes.append(process)
+            if self._closing:  # all others have been ended while this one was being made
+                process.kill()
             answer = _exchange(process, described)
         except OSError as error:
             answer = _FAILED + first_line(error).encode()
