@@ -77,6 +77,11 @@ def test_every_chat_like_format_becomes_messages(record, messages):
     assert parse(record) == Conversation(messages)
 
 
+def test_a_history_and_tools_that_a_table_leaves_empty_are_none():
+    given = {"instruction": "q", "output": "a", "history": "", "tools": "null"}
+    assert parse(given) == Conversation((Message("user", "q"), Message("assistant", "a")))
+
+
 def test_plain_texts_stay_plain():
     assert parse({"text": "t"}) == Document("t")
     assert parse({"prompt": "p ", "completion": "c"}) == PromptCompletion("p ", "c")
@@ -132,6 +137,12 @@ BOT = {"role": "assistant", "content": "a"}
         ({"messages": [USER, BOT], "label": False}, "auto", r"look like preferences"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "auto", r"chosen and rejected hold preferences"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", r"history should be a list of"),
+        ({"instruction": "q", "output": "a", "history": 5}, "auto", r"history should be a list of"),
+        ({"messages": [USER, BOT], "tools": 5}, "auto", r"tools should be a list of functions, and is the int 5"),
+        ({"messages": [USER, BOT], "tools": "true"}, "auto", r"tools should be a list .* and is true or false"),
+        ({"prompt": "p", "completion": "c", "image": "x.png"}, "auto", r"image cannot be learned from"),
+        ({"text": "a cat", "image": {"bytes": "x"}}, "auto", r"image cannot be learned from"),
+        ({"prompt": None, "completion": "c"}, "auto", r"completion is there, but prompt is null"),
         ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt: role is missing or null; the turn holds a"),
         ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: NAME"),
         ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be learned from"),

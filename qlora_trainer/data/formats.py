@@ -14,7 +14,7 @@ from qlora_trainer.data.mapping import look_up, mapped, source_columns
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
 from qlora_trainer.data.recognition import COLUMNS, known_columns, missing_columns, resolve_format
 from qlora_trainer.data.turns import check_no_media, read_tools, read_turn, read_turns, unread_keys
-from qlora_trainer.data.values import listed, optional_text, text
+from qlora_trainer.data.values import kind, listed, optional_text, text
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataFormat
 
@@ -43,6 +43,7 @@ def parse_record(
     record = mapped(record, columns, template or {}, where)
     if letter := missing_columns(record, format, where):
         raise letter
+    check_no_media(record, where)
     match format:
         case "text":
             return Document(text(record["text"], "text", where))
@@ -63,7 +64,6 @@ def parse_record(
         case _:
             (column,), _ = COLUMNS[format]
             messages = read_turns(record[column], column, where)
-    check_no_media(record, where)
     return _conversation(_with_system(messages, record.get("system"), where), _tools(record, where), where)
 
 
@@ -117,6 +117,8 @@ def _asked(record: Mapping[str, Any], instruction: str, context: str, answer: st
 
 def _history(pairs: Any, where: str) -> list[Message]:
     messages = []
+    if pairs and not isinstance(pairs, list):
+        raise DataError(f"{where}: history should be a list of [instruction, output] pairs, and is {kind(pairs)}.")
     for pair in pairs or []:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise DataError(f"{where}: history should be a list of [instruction, output] pairs.")

@@ -115,8 +115,11 @@ def read_tools(value: Any, column: str, where: str) -> tuple[str, ...]:
     {"type": "function", "function": {name, description, parameters}}; DataError if one has no name."""
     if isinstance(value, str):
         value = from_json_text(value, column, where) if value.strip() else []
+    given = [value] if isinstance(value, Mapping) else [] if value is None else value
+    if not isinstance(given, list):
+        raise DataError(f"{where}: {column} should be a list of functions, and is {kind(value)}.")
     tools = []
-    for index, tool in enumerate([value] if isinstance(value, Mapping) else value or []):
+    for index, tool in enumerate(given):
         place = f"{column}[{index}]"
         if isinstance(tool, str):
             tool = from_json_text(tool, place, where)
@@ -191,13 +194,11 @@ def _arguments(function: Mapping[str, Any], where: str) -> str:
     given = function.get("arguments", function.get("parameters"))
     if given is None or given == "":
         return "{}"
-    if isinstance(given, str):
-        value = from_json_text(text(given, "arguments", where), "arguments", where)
-    else:
-        value, given = given, json_text(given, "arguments", where)
+    value = from_json_text(text(given, "arguments", where), "arguments", where) if isinstance(given, str) else given
+    written = json_text(value, "arguments", where)  # also of what was text: escapes may hide what is none
     if not isinstance(value, dict):
         raise DataError(f"{where}: arguments should be a JSON object of names and values, and is {kind(value)}.")
-    return str(given)
+    return given if isinstance(given, str) else written
 
 
 def _written_calls(value: Any) -> tuple[ToolCall, ...]:
