@@ -17,6 +17,10 @@ def parse(record, format="auto", columns=None, template=None):
     return parse_record(record, format, columns or {}, "rows.jsonl, line 3", template)
 
 
+USER = {"role": "user", "content": "q"}
+BOT = {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("record", "messages"),
     [
@@ -54,16 +58,16 @@ def parse(record, format="auto", columns=None, template=None):
             (Message("system", "s"), *ASKED),
         ),
         (
-            {"prompt": [{"role": "user", "content": "q"}], "completion": {"from": "gpt", "value": "a"}},
-            (Message("user", "q", learn=False), ASKED[1]),
+            {"prompt": [USER, BOT, USER], "completion": {"from": "gpt", "value": "b"}},
+            (ASKED[0], Message("assistant", "a", learn=False), ASKED[0], Message("assistant", "b")),
         ),
         (
             {"prompt": "q", "completion": [{"role": "assistant", "content": "a", "thinking": "t"}]},
-            (Message("user", "q", learn=False), Message("assistant", "a", reasoning="t")),
+            (Message("user", "q"), Message("assistant", "a", reasoning="t")),
         ),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
-            (Message("user", "q", learn=False), ASKED[1]),
+            (Message("user", "q"), ASKED[1]),
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]},
@@ -103,10 +107,6 @@ def test_a_named_format_is_used_though_columns_suggest_another():
     assert parse({"text": "t", "prompt": "p", "completion": "c"}, "text") == Document("t")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert parse({"conversations": turns}, "chat") == parse({"messages": turns}, "sharegpt") == Conversation(ASKED)
-
-
-USER = {"role": "user", "content": "q"}
-BOT = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -204,12 +204,15 @@ def test_a_row_of_no_format_decides_nothing():
 
 
 def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():
-    turns = [TURNS[0] | {"name": "Ada", "time": 5}, TURNS[1] | {"id": None}]
+    turns = [TURNS[0] | {"name": "Ada", "time": 5, "value": "other"}, TURNS[1] | {"id": None}]
     assert unused_columns({"messages": turns, "id": 7, "x": None}, "chat", {}, {}) == {
         "id",
         "messages[].name",
         "messages[].time",
+        "messages[].value",
     }
+    turns = [{"from": "human", "value": "q", "content": "other"}, {"from": "gpt", "value": "a", "content": ""}]
+    assert unused_columns({"conversations": turns}, "sharegpt", {}, {}) == {"conversations[].content"}
     columns, template = {"answer": "replies.0"}, {"question": "{title} {body}"}
     record = {"title": "a", "body": "b", "replies": ["c"], "votes": 3}
     assert unused_columns(record, "question_answer", columns, template) == {"votes"}

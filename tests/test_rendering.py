@@ -50,6 +50,18 @@ def test_learned_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind
     assert texts == [text.lstrip() for text in expected_answers(family, row.messages)]
 
 
+@pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
+def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
+    tokenizer = tiny_tokenizer("llama3")
+    completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
+    row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
+    example = Renderer(tokenizer, learn="all").render(row)
+    start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
+    assert example.labels[start:] == example.input_ids[start:]
+    (answer,) = learned_texts(tokenizer, Renderer(tokenizer).render(row))
+    assert answer == "A fox.<|eot_id|>"
+
+
 words = st.sampled_from(
     ["fox", " dog", "42", "\n", " ", "é", "😀", "<|im_end|>", "</s>", "<eos>", "<|end|>", "[INST]", "Q"]
 )

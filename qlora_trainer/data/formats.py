@@ -130,7 +130,7 @@ def _history(pairs: Any, where: str) -> list[Message]:
 
 
 def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
-    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, and not learned."""
+    """A prompt of turns or text, and what answers it. Answers inside the prompt are context: not learned, if they do not say so."""
     context = _turns_or_text(record["prompt"], "prompt", "user", where)
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):
@@ -138,7 +138,11 @@ def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
             f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To learn "
             "the whole conversation's answers: data.columns {messages: NAME of that column}."
         )
-    return [dataclasses.replace(message, learn=bool(message.learn)) for message in context] + answer
+    return [_as_context(message) for message in context] + answer
+
+
+def _as_context(message: Message) -> Message:
+    return dataclasses.replace(message, learn=bool(message.learn)) if message.role == "assistant" else message
 
 
 def _turns_or_text(value: Any, column: str, role: str, where: str) -> list[Message]:

@@ -35,8 +35,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _LEARN_KEYS = ("weight", "train", "learn")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
-_KNOWN_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
-_KNOWN_KEYS |= {*_REASONING_KEYS, *_LEARN_KEYS}
+_KNOWN_KEYS = {"tool_calls", "function_call", "tool_call_id", "name", *_REASONING_KEYS, *_LEARN_KEYS}
 
 
 def read_turns(turns: Any, column: str, where: str) -> list[Message]:
@@ -57,7 +56,7 @@ def read_turn(turn: Any, where: str) -> Message:
     """
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: a turn should be an object with role and content, and is {kind(turn)}.")
-    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    speaker, content = _naming(turn)
     name = turn.get(speaker)
     if name is None:
         raise DataError(f"{where}: {speaker} is missing or null; the turn holds {listed(turn)}.")
@@ -87,17 +86,23 @@ def read_turn(turn: Any, where: str) -> Message:
     )
 
 
+def _naming(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The keys that say who speaks, and what."""
+    return ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+
+
 def unread_keys(turns: Any) -> set[str]:
-    """Keys with a value that no turn is read from, such as timestamp."""
-    if not isinstance(turns, list):
-        return set()
-    found = {key for turn in turns if isinstance(turn, Mapping) for key in turn.keys() - _KNOWN_KEYS if turn[key]}
-    named = any(isinstance(turn, Mapping) and turn.get("name") and _is_no_tool(turn) for turn in turns)
-    return found | ({"name"} if named else set())
+    """Keys with a value that a turn is not read from, such as timestamp."""
+    found: set[str] = set()
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping):
+            unread = turn.keys() - _KNOWN_KEYS - {*_naming(turn)}
+            found |= {key for key in (unread | {"name"} if _is_no_tool(turn) else unread) if turn.get(key)}
+    return found
 
 
 def _is_no_tool(turn: Mapping[str, Any]) -> bool:
-    speaker = turn.get("role", turn.get("from"))
+    speaker = turn.get(_naming(turn)[0])
     return not isinstance(speaker, str) or ROLE_NAMES.get(speaker.lower()) != "tool"
 
 
