@@ -130,7 +130,7 @@ def _history(pairs: Any, where: str) -> list[Message]:
 
 
 def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
-    """A prompt of turns or text, and what answers it. Answers inside the prompt are context: not learned, if they do not say so."""
+    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, which is not learned."""
     context = _turns_or_text(record["prompt"], "prompt", "user", where)
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):
