@@ -72,11 +72,14 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, flush it to the disk, and rename it; DiskError where that fails."""
+    """Write a text file under a temporary name, flush it to the disk, and rename it; DiskError where that fails.
+
+    Half a surrogate pair, such as in a column's name, is written as an escape.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with disk_errors(path.parent):
         try:
-            with temporary.open("x", encoding="utf-8") as file:
+            with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -4,6 +4,7 @@ Frozen: what a run was begun with does not change. configs/README.md explains ea
 reading files and telling what is wrong with them (config.py).
 """
 
+import codecs
 import datetime
 import re
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_comp
 def _encoding_is_known(value: str | None) -> str | None:
     try:
         "".encode(value or "utf-8")
+        if codecs.lookup(value or "utf-8").name in ("idna", "punycode"):  # of names in the internet, not of files
+            raise LookupError
     except (LookupError, UnicodeError, ValueError):
         raise ValueError(
             "is no text encoding that Python knows; such are utf-8, utf-16, cp1252, latin-1, gb18030"

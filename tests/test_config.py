@@ -164,7 +164,7 @@ def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
 
 
 def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> None:
-    for wrong in ("utf-99", "hex", "a\0b"):
+    for wrong in ("utf-99", "hex", "a\0b", "idna", "punycode"):
         message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "encoding": wrong}], "encoding": wrong}})
         assert message.count("is no text encoding that Python knows") == 2
     assert make_config({**MINIMAL, "data": {"train": "a", "encoding": "UTF-16"}}).data.encoding == "UTF-16"

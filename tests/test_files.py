@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -108,6 +109,22 @@ def test_a_missing_file_names_near_misses(tmp_path):
         open_source(str(tmp_path / "nowhere" / "train.jsonl"))
 
 
+def test_a_pipe_and_a_file_that_cannot_be_opened_are_told(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match=r"x.jsonl is no regular file, but a pipe or a device, .* Write it into a file"):
+        open_source(str(tmp_path / "x.jsonl"))
+    with pytest.raises(DataError, match=r"cannot be opened: OSError: .*File name too long"):
+        open_source(str(tmp_path / ("x" * 300 + ".jsonl")))
+    path = write(tmp_path, "y.jsonl", "{}")
+
+    def refuse(*_: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"y.jsonl cannot be opened: PermissionError: .*Permission denied"):
+        open_source(str(path))
+
+
 def test_a_directory_is_refused_with_what_is_in_it(tmp_path):
     write(tmp_path, "train.jsonl", "{}")
     with pytest.raises(DataError, match=r"is a directory; name a file in it: train.jsonl"):
@@ -147,7 +164,7 @@ def test_a_file_that_may_not_be_read_is_said(tmp_path):
         raise PermissionError(13, "Permission denied", str(path))
 
     path = write(tmp_path, "rows.jsonl", json.dumps(A))
-    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: Permission denied"):
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be opened: Permission denied"):
         open_source(str(path), content_digest=refused)
 
 

@@ -17,6 +17,10 @@ def parse(record, format="auto", columns=None, template=None):
     return parse_record(record, format, columns or {}, "rows.jsonl, line 3", template)
 
 
+USER = {"role": "user", "content": "q"}
+BOT = {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("record", "messages"),
     [
@@ -54,16 +58,16 @@ def parse(record, format="auto", columns=None, template=None):
             (Message("system", "s"), *ASKED),
         ),
         (
-            {"prompt": [{"role": "user", "content": "q"}], "completion": {"from": "gpt", "value": "a"}},
-            (Message("user", "q", learn=False), ASKED[1]),
+            {"prompt": [USER, BOT, USER], "completion": {"from": "gpt", "value": "b"}},
+            (ASKED[0], Message("assistant", "a", learn=False), ASKED[0], Message("assistant", "b")),
         ),
         (
             {"prompt": "q", "completion": [{"role": "assistant", "content": "a", "thinking": "t"}]},
-            (Message("user", "q", learn=False), Message("assistant", "a", reasoning="t")),
+            (Message("user", "q"), Message("assistant", "a", reasoning="t")),
         ),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
-            (Message("user", "q", learn=False), ASKED[1]),
+            (Message("user", "q"), ASKED[1]),
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]},
@@ -75,6 +79,11 @@ def parse(record, format="auto", columns=None, template=None):
 )  # fmt: skip
 def test_every_chat_like_format_becomes_messages(record, messages):
     assert parse(record) == Conversation(messages)
+
+
+def test_a_history_and_tools_that_a_table_leaves_empty_are_none():
+    given = {"instruction": "q", "output": "a", "history": "", "tools": "null"}
+    assert parse(given) == Conversation((Message("user", "q"), Message("assistant", "a")))
 
 
 def test_plain_texts_stay_plain():
@@ -98,10 +107,6 @@ def test_a_named_format_is_used_though_columns_suggest_another():
     assert parse({"text": "t", "prompt": "p", "completion": "c"}, "text") == Document("t")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert parse({"conversations": turns}, "chat") == parse({"messages": turns}, "sharegpt") == Conversation(ASKED)
-
-
-USER = {"role": "user", "content": "q"}
-BOT = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,12 @@ BOT = {"role": "assistant", "content": "a"}
         ({"messages": [USER, BOT], "label": False}, "auto", r"look like preferences"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "auto", r"chosen and rejected hold preferences"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", r"history should be a list of"),
+        ({"instruction": "q", "output": "a", "history": 5}, "auto", r"history should be a list of"),
+        ({"messages": [USER, BOT], "tools": 5}, "auto", r"tools should be a list of functions, and is the int 5"),
+        ({"messages": [USER, BOT], "tools": "true"}, "auto", r"tools should be a list .* and is true or false"),
+        ({"prompt": "p", "completion": "c", "image": "x.png"}, "auto", r"image cannot be learned from"),
+        ({"text": "a cat", "image": {"bytes": "x"}}, "auto", r"image cannot be learned from"),
+        ({"prompt": None, "completion": "c"}, "auto", r"completion is there, but prompt is null"),
         ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt: role is missing or null; the turn holds a"),
         ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: NAME"),
         ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be learned from"),
@@ -193,12 +204,15 @@ def test_a_row_of_no_format_decides_nothing():
 
 
 def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():
-    turns = [TURNS[0] | {"name": "Ada", "time": 5}, TURNS[1] | {"id": None}]
+    turns = [TURNS[0] | {"name": "Ada", "time": 5, "value": "other"}, TURNS[1] | {"id": None}]
     assert unused_columns({"messages": turns, "id": 7, "x": None}, "chat", {}, {}) == {
         "id",
         "messages[].name",
         "messages[].time",
+        "messages[].value",
     }
+    turns = [{"from": "human", "value": "q", "content": "other"}, {"from": "gpt", "value": "a", "content": ""}]
+    assert unused_columns({"conversations": turns}, "sharegpt", {}, {}) == {"conversations[].content"}
     columns, template = {"answer": "replies.0"}, {"question": "{title} {body}"}
     record = {"title": "a", "body": "b", "replies": ["c"], "votes": 3}
     assert unused_columns(record, "question_answer", columns, template) == {"votes"}

@@ -69,6 +69,22 @@ def test_jsonl_under_a_json_name_is_told_by_its_lines_though_the_first_is_broken
     assert "line 3: not JSON: Expecting ':' delimiter at column 6" in str(found[2][1])
 
 
+def test_an_object_that_opens_a_list_of_rows_on_its_first_line_is_one_row(tmp_path):
+    found = list(read_json(write(tmp_path, "x.json", '{"data": [\n{"a": 1},\n{"a": 2}\n]}\n')))
+    assert found == [("row 1", {"data": [{"a": 1}, {"a": 2}]})]
+
+
+def test_a_row_nested_deeper_than_programs_can_follow_is_an_error_in_its_place(tmp_path):
+    deep = '{"a": ' + "[" * 150 + "]" * 150 + "}"
+    found = list(read_jsonl(write(tmp_path, "x.jsonl", f'{deep}\n{{"a": [{"[]," * 150}[]]}}\n')))
+    assert "x.jsonl, line 1: cannot be read as JSON: lists and objects are nested more than 100 deep" in str(
+        found[0][1]
+    )
+    assert found[1][1] == {"a": [[]] * 151}
+    with pytest.raises(DataError, match=r"x.json, row 2: .* nested more than 100 deep"):
+        list(read_json(write(tmp_path, "x.json", f'[{{"a": 1}}, {deep}]')))
+
+
 def test_rows_of_an_array_that_are_no_objects_are_errors_in_their_place(tmp_path):
     path = write(tmp_path, "x.json", '[{"a": 1}, 5, {"b": {"c": 1, "c": 2}}, {"d": [{}]}]')
     found = list(read_json(path))
@@ -105,6 +121,7 @@ def test_an_empty_object_before_one_over_several_lines_is_a_row(tmp_path):
         ('{"a": \n1}\n{"a": \n2', r"x.json, row 2: not JSON: Expecting ',' delimiter .* at line 4, column 2"),
         ('{"a": "b"', r"x.json, row 1: not JSON: Expecting ',' delimiter .* at line 1, column 10"),
         ('"hello"', r"x.json should hold objects or an array of them, and begins"),
+        ('{"data": [\n{"a": [}\n]}', r"x.json, row 1: not JSON: Expecting value at line 2, column 8"),
         ("[" * 100_000, r"row 1: cannot be read as JSON: maximum recursion depth"),
         ("[" + "9" * 5000 + "]", r"row 1: cannot be read as JSON: Exceeds the limit"),
     ],

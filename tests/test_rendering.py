@@ -50,6 +50,34 @@ def test_learned_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind
     assert texts == [text.lstrip() for text in expected_answers(family, row.messages)]
 
 
+@pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
+def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
+    tokenizer = tiny_tokenizer("llama3")
+    completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
+    row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
+    example = Renderer(tokenizer, learn="all").render(row)
+    start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
+    assert example.labels[start:] == example.input_ids[start:]
+    (answer,) = learned_texts(tokenizer, Renderer(tokenizer).render(row))
+    assert answer == "A fox.<|eot_id|>"
+
+
+def test_the_most_turns_that_fit_are_kept_where_a_longer_beginning_is_shorter():
+    """Qwen3 drops the reasoning of earlier turns: ending at the second answer is longer than ending at the third."""
+    long = "word " * 80
+    turns = [Message("user", "q1"), Message("assistant", "a1")]
+    turns += [Message("user", "q2"), Message("assistant", "a2", reasoning=long)]
+    turns += [Message("user", "q3"), Message("assistant", "a3", reasoning="t")]
+    turns += [Message("user", "q4"), Message("assistant", long)]
+    renderer = Renderer(tiny_tokenizer("qwen3"))
+    lengths = [len(renderer.render(Conversation(tuple(turns[:end]))).input_ids) for end in (2, 4, 6)]
+    assert lengths[0] < lengths[2] < lengths[1]
+    renderer.max_length = lengths[2]
+    (result,) = renderer.render_batch([("row", Conversation(tuple(turns)))])
+    assert result.truncated
+    assert result.rows == [Conversation(tuple(turns[:6]))]
+
+
 words = st.sampled_from(
     ["fox", " dog", "42", "\n", " ", "é", "😀", "<|im_end|>", "</s>", "<eos>", "<|end|>", "[INST]", "Q"]
 )

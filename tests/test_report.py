@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_trainer.directories import write_text
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.report import MetricsLog, RunLog, TensorBoardLog, read_metrics
 from qlora_trainer.report_page import DataPart, Sample, write_report
@@ -292,3 +293,8 @@ def test_smoothing_keeps_a_constant_a_slope_and_the_gaps() -> None:
 )
 def test_numbers_are_written_as_people_write_them(value: float, text: str) -> None:
     assert in_words(value) == text
+
+
+def test_a_report_is_written_though_a_columns_name_is_no_text(tmp_path):
+    write_text(tmp_path / "report.html", "column \ud800 is not used")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "column \\ud800 is not used"

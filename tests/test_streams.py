@@ -122,6 +122,15 @@ def test_what_is_no_text_is_refused_with_the_way_out(tmp_path, content, encoding
         whole(write(tmp_path, "x.txt", content), encoding)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "U32"])
+def test_text_that_does_not_say_which_byte_is_first_is_refused_with_the_names_that_do(tmp_path, encoding):
+    path = write(tmp_path, "x.jsonl", ("hi" * 9).encode(encoding)[4:])
+    name = {"U32": "utf-32"}.get(encoding, encoding)
+    for read in (whole, lambda path, encoding: list(lines(path, encoding))):
+        with pytest.raises(DataError, match=f"x.jsonl has no byte-order mark.*Name {name}-le or {name}-be; or, if it"):
+            read(path, encoding)
+
+
 def test_an_endless_line_and_an_endless_text_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "MAX_LINE_BYTES", 2**20)
     monkeypatch.setattr(streams, "MAX_WHOLE_FILE_BYTES", 2**21)

@@ -71,6 +71,11 @@ def test_a_file_without_a_line_of_names_takes_those_given(tmp_path):
         list(read_table(path, "\t"))
 
 
+def test_names_given_twice_are_refused_as_one_column_would_be_lost(tmp_path):
+    with pytest.raises(DataError, match=r"data.header names a column twice: text, label, text"):
+        list(read_table(write(tmp_path, "x.csv", "a,b,c\n"), ",", header=["text", "label", "text"]))
+
+
 def test_a_bad_row_is_an_error_in_its_place_and_the_next_row_follows(tmp_path):
     path = write(tmp_path, "x.csv", b'a,b\n1,2\n1,2,3\n"x" y,2\n1,\xe9\n"5\n\xff",6\n7,8\n')
     found = list(read_table(path, ","))
@@ -118,6 +123,12 @@ def test_a_broken_parquet_file_and_names_that_stand_twice_are_told(tmp_path):
 
     with pytest.raises(DataError, match="after row 0: cannot be read as Parquet"):
         list(read_parquet(write(tmp_path, "x.parquet", b"PAR1 and nothing more")))
+    with pytest.raises(DataError, match=r"is a git-lfs pointer.*git lfs pull"):
+        list(read_parquet(write(tmp_path, "x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")))
+    far = pyarrow.table({"text": ["a"], "day": pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())})
+    pyarrow.parquet.write_table(far, tmp_path / "z.parquet")
+    with pytest.raises(DataError, match=r"z.parquet, after row 0: cannot be read as Parquet: date value out of range"):
+        list(read_parquet(tmp_path / "z.parquet"))
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
     with pytest.raises(DataError, match="more than one column of the name text"):

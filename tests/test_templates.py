@@ -130,6 +130,15 @@ def test_a_template_that_wants_arguments_as_text_gets_them():
     assert 'lookup!{"city": "Ærø", "n": 1}<|im_end|>' in tokenizer.decode(example.input_ids)
 
 
+@pytest.mark.parametrize(("roles", "advised"), [(["system", "user"], True), (["user", "user"], False)])
+def test_a_refusal_speaks_of_the_system_text_only_where_there_is_one(roles, advised):
+    template = "{% if messages|length > 2 %}{{ raise_exception('system, then user') }}{% endif %}<|im_end|>"
+    row = Conversation((*(Message(role, "q") for role in roles), Message("assistant", "a")))
+    with pytest.raises(DataError, match=r"It says: system, then user") as told:
+        Renderer(tiny_tokenizer("smollm2", template=template)).render(row)
+    assert ("Put the system text" in str(told.value)) is advised
+
+
 def test_a_template_that_cannot_be_read_or_used_at_all_stops_everything():
     for template, told in (("{% for %}", "cannot be read"), ("{{ raise_exception('no') }}", "tried on one exchange")):
         with pytest.raises(DataError, match=told):

@@ -106,6 +106,8 @@ def test_a_call_turn_that_holds_no_json_call_keeps_its_text(value):
         ({**BOT, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"should be a JSON object .* and is a list"),
         ({**BOT, "tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}, r"cannot be written as JSON"),
         ({**BOT, "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, r"half of a surrogate pair"),
+        ({**BOT, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}, r"half of a surrogate pair"),
+        ({**BOT, "tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, r"cannot be written as JSON"),
         ({"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}, r"tool_calls in a turn of user"),
         ({"role": "user", "content": "q", "thinking": "t"}, r"reasoning in a turn of user"),
         ({**BOT, "content": [{"type": "image_url", "image_url": {}}]}, r"holds a part of type 'image_url'"),

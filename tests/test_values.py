@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_trainer.data.values import kind, listed, optional_text, text, without_nulls
+from qlora_trainer.data.values import from_json_text, kind, listed, optional_text, text, without_nulls
 from qlora_trainer.errors import DataError
 
 
@@ -27,6 +27,15 @@ def test_text_passes_as_it_is():
     assert text("\u2028\x00é\U0001f600", "x", "") == "\u2028\x00é\U0001f600"
     assert (optional_text(None, "x", ""), optional_text("a", "x", "")) == ("", "a")
     assert (kind("a"), kind(2.5), listed([])) == ("text", "the float 2.5", "nothing")
+
+
+def test_a_value_of_any_size_is_told_in_a_few_words():
+    assert kind(b"x" * 9999) == f"the bytes b'{'x' * 56}..."
+
+
+def test_json_text_that_is_nested_deeper_than_programs_can_follow_is_refused():
+    with pytest.raises(DataError, match=r"line 1: tools should be JSON, and is not: .*nested more than 100 deep"):
+        from_json_text("[" * 150 + "]" * 150, "tools", "line 1")
 
 
 def test_null_keys_are_left_out_at_every_depth_and_null_items_stay():

@@ -24,6 +24,7 @@ from qlora_trainer.data.messages import Row
 from qlora_trainer.data.recognition import resolve_format
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.data.store import Block, make_block
+from qlora_trainer.data.values import MOST_LEVELS
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataConfig, DataFormat, SourceFile
 
@@ -32,7 +33,6 @@ OTHER_REASONS = "other reasons"
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20  # a batch of long documents has fewer rows, so that memory stays bounded
 
-_DEEPEST = 100  # objects and lists inside each other; deeper ones would exhaust Python's stack somewhere on their way
 
 Records = Sequence[tuple[str, Record | DataError]]
 Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and some of its records
@@ -163,7 +163,9 @@ def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Re
                 try:
                     characters += _characters(record)
                 except RecursionError:
-                    letter = f"{where}: its objects and lists lie in each other more than {_DEEPEST} deep. Flatten it."
+                    letter = (
+                        f"{where}: its objects and lists lie in each other more than {MOST_LEVELS} deep. Flatten it."
+                    )
                     record = DataError(letter)
             batch.append((where, record))
             if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
@@ -247,7 +249,7 @@ def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> N
 def _characters(value: Any, depth: int = 0) -> int:
     if isinstance(value, str):
         return len(value)
-    if depth > _DEEPEST:
+    if depth > MOST_LEVELS:
         raise RecursionError
     if isinstance(value, dict):
         return sum(_characters(inner, depth + 1) for inner in value.values())

@@ -55,8 +55,24 @@ def open_source(
 
     Raises:
         FileMissingError: no such file; the message has near misses.
-        DataError: a directory, an unknown kind of file, or a file or hub data set that cannot be had.
+        DataError: a directory, a file that cannot be opened, or a hub data set that cannot be had.
     """
+    try:
+        return _open_source(path, split, subset, encoding, header, content_digest or file_digest)
+    except FileMissingError:
+        raise
+    except (OSError, RuntimeError) as error:  # the latter of ~nobody, which is no user here
+        raise DataError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or first_line(error)}.") from error
+
+
+def _open_source(
+    path: str,
+    split: str,
+    subset: str | None,
+    encoding: str | None,
+    header: Sequence[str],
+    content_digest: Callable[[Path], str],
+) -> RecordSource:
     local = Path(path).expanduser()
     if local.is_dir():
         inside = sorted(entry.name for entry in local.iterdir() if streams.content_suffix(entry) in _SUFFIXES)
@@ -66,13 +82,8 @@ def open_source(
     suffix = streams.content_suffix(local)
     if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
-        try:
-            content = (content_digest or file_digest)(local)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
-        return RecordSource(
-            local.name, _digest(content, encoding, header), lambda: read_records(local, encoding, header)
-        )
+        digest = _digest(content_digest(local), encoding, header)
+        return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
     return _hub_source(path, split, subset)
 
 
@@ -123,6 +134,10 @@ def _read_text(path: Path, encoding: str | None) -> Iterator[Placed]:
 def _check_exists(path: Path) -> None:
     if path.is_file():
         return
+    if path.exists():
+        raise DataError(
+            f"{path} is no regular file, but a pipe or a device, and data is read more than once. Write it into a file."
+        )
     siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file()) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.6)
     if not path.parent.is_dir():

@@ -14,7 +14,7 @@ from qlora_trainer.data.mapping import look_up, mapped, source_columns
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
 from qlora_trainer.data.recognition import COLUMNS, known_columns, missing_columns, resolve_format
 from qlora_trainer.data.turns import check_no_media, read_tools, read_turn, read_turns, unread_keys
-from qlora_trainer.data.values import listed, optional_text, text
+from qlora_trainer.data.values import kind, listed, optional_text, text
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataFormat
 
@@ -43,6 +43,7 @@ def parse_record(
     record = mapped(record, columns, template or {}, where)
     if letter := missing_columns(record, format, where):
         raise letter
+    check_no_media(record, where)
     match format:
         case "text":
             return Document(text(record["text"], "text", where))
@@ -63,7 +64,6 @@ def parse_record(
         case _:
             (column,), _ = COLUMNS[format]
             messages = read_turns(record[column], column, where)
-    check_no_media(record, where)
     return _conversation(_with_system(messages, record.get("system"), where), _tools(record, where), where)
 
 
@@ -117,6 +117,8 @@ def _asked(record: Mapping[str, Any], instruction: str, context: str, answer: st
 
 def _history(pairs: Any, where: str) -> list[Message]:
     messages = []
+    if pairs and not isinstance(pairs, list):
+        raise DataError(f"{where}: history should be a list of [instruction, output] pairs, and is {kind(pairs)}.")
     for pair in pairs or []:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise DataError(f"{where}: history should be a list of [instruction, output] pairs.")
@@ -128,7 +130,7 @@ def _history(pairs: Any, where: str) -> list[Message]:
 
 
 def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
-    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, and not learned."""
+    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, which is not learned."""
     context = _turns_or_text(record["prompt"], "prompt", "user", where)
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):
@@ -136,7 +138,11 @@ def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
             f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To learn "
             "the whole conversation's answers: data.columns {messages: NAME of that column}."
         )
-    return [dataclasses.replace(message, learn=bool(message.learn)) for message in context] + answer
+    return [_as_context(message) for message in context] + answer
+
+
+def _as_context(message: Message) -> Message:
+    return dataclasses.replace(message, learn=bool(message.learn)) if message.role == "assistant" else message
 
 
 def _turns_or_text(value: Any, column: str, role: str, where: str) -> list[Message]:

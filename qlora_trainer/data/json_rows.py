@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.data import streams
+from qlora_trainer.data.values import check_depth
 from qlora_trainer.errors import DataError
 
 Record = dict[str, Any]
@@ -71,7 +72,7 @@ def _is_jsonl(path: Path, encoding: str | None) -> bool:
     so where it begins an object, the first line was one too, perhaps a broken one."""
     filled = (line.text.strip() for line in streams.lines(path, encoding) if line.text.strip())
     first, second = [*itertools.islice(filled, 2), "", ""][:2]
-    if "{" in (first, second):  # as only objects over several lines begin
+    if second == "{" or first.endswith(("{", "[")):  # as only objects over several lines begin
         return False
     try:
         json.loads(first)
@@ -97,7 +98,9 @@ class RowDecoder:
     def value(self, text: str, begin: int) -> tuple[Any, int]:
         """The value that begins at a character, and where it ends; json.JSONDecodeError, RecursionError, ValueError."""
         self._repeated.clear()
-        return self._decoder.raw_decode(text, begin)
+        value, end = self._decoder.raw_decode(text, begin)
+        check_depth(value, text, begin, end)
+        return value, end
 
     def checked(self, value: Any, where: str) -> Record:
         """The value decoded last, if it is a row; DataError if it is not."""

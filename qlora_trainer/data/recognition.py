@@ -148,6 +148,8 @@ def _hint(record: Mapping[str, Any]) -> str:
         there = [column for column in required if record.get(column) is not None]
         if there and len(required) > 1:
             lacking = [column for column in required if column not in there]
+            if nulls := [column for column in lacking if column in record]:
+                return f" {listed(there)} is there, but {listed(nulls)} is null."
             nested = {column: path for column in (*lacking, *optional) if (path := _nested(record, column))}
             ways = ", ".join(f"{column}: {path}" for column, path in ({lacking[0]: "PATH"} | nested).items())
             paths = listed(path for name, value in record.items() if name not in there for path in _paths(name, value))

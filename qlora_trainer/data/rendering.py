@@ -255,9 +255,11 @@ class Renderer:
             learned = [index for index in learned if row.messages[index].role == "assistant"]
         ends = [index + 1 for index in learned if index + 1 < len(row.messages)]
         found = Rendered([], [], dropped=CUT_AWAY)
+        # Templates that drop the reasoning of earlier turns may make a longer conversation shorter: then all are tried.
+        has_reasoning = any(message.reasoning or "</think>" in message.content for message in row.messages)
         low, high = 0, len(ends)
         while low < high:
-            middle = (low + high) // 2
+            middle = high - 1 if has_reasoning else (low + high) // 2
             shorter = Conversation(row.messages[: ends[middle]], row.tools)
             text = self._conversation(shorter, {index for index in targets if index < ends[middle]}, where)
             if isinstance(text, DataError):

@@ -62,8 +62,7 @@ def open_bytes(path: Path, encoding: str | None = None) -> "io.BufferedReader[An
     file = path.open("rb")
     try:
         head = file.peek(len(_LFS_HEADER))
-        if head.startswith(_LFS_HEADER):
-            raise DataError(f"{path} is a git-lfs pointer, not the data itself. Fetch it: git lfs pull")
+        _check_is_no_pointer(path, head)
         packing = next((name for mark, name in _PACKED.items() if head.startswith(mark)), None)
         named = PACKED_SUFFIXES.get(path.suffix.lower())
         if named and named != packing:
@@ -81,6 +80,17 @@ def open_bytes(path: Path, encoding: str | None = None) -> "io.BufferedReader[An
         file.close()
         raise
     return stream
+
+
+def check_is_fetched(path: Path) -> None:
+    """DataError where the file is a git-lfs pointer, for readers of other than text."""
+    with path.open("rb") as file:
+        _check_is_no_pointer(path, file.peek(len(_LFS_HEADER)))
+
+
+def _check_is_no_pointer(path: Path, head: bytes) -> None:
+    if head.startswith(_LFS_HEADER):
+        raise DataError(f"{path} is a git-lfs pointer, not the data itself. Fetch it: git lfs pull")
 
 
 def _check_is_text(path: Path, head: bytes, encoding: str | None) -> None:
@@ -192,6 +202,12 @@ def blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
                 line += error.object[: error.start].decode(encoding or "utf-8", "replace").count("\n")
                 at, byte = begin + error.start, error.object[error.start]
                 raise not_text(path, f"line {line}", at, byte, encoding) from error
+            except UnicodeError as error:  # utf-16 and utf-32 alone: nothing says which byte of a character is first
+                name = codecs.lookup(encoding or "utf-8").name
+                raise DataError(
+                    f"{path.name} has no byte-order mark, which {name} text begins with. Name {name}-le or {name}-be; "
+                    "or, if it is UTF-8, leave data.encoding out."
+                ) from error
             done += len(raw)
             line += text.count("\n")
             if first:

@@ -29,6 +29,8 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None, header: 
             number of fields, or bytes that are no text, comes as one instead, and the next follows.
     """
     names = list(header)
+    if len(set(names)) < len(names):
+        raise DataError(f"data.header names a column twice: {', '.join(names)}. Give each a name of its own.")
     if delimiter == "," and not header:
         delimiter = _delimiter_of(path, encoding)
     for place, fields, error in _field_rows(path, delimiter, encoding, len(names)):
@@ -148,6 +150,7 @@ def read_parquet(path: Path) -> Iterator[Placed]:
     import pyarrow.parquet as parquet
 
     numbers = itertools.count(1)
+    streams.check_is_fetched(path)
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -157,5 +160,7 @@ def read_parquet(path: Path) -> Iterator[Placed]:
                 rows: list[dict[str, Any]] = batch.to_pylist()
                 for record in rows:
                     yield f"row {next(numbers)}", {name: without_nulls(value) for name, value in record.items()}
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as of a date beyond year 9999
         raise DataError(f"{path}, after row {next(numbers) - 1}: cannot be read as Parquet: {error}") from error

@@ -209,7 +209,8 @@ class ChatTemplate:
 
     def _refusal(self, dialogue: Dialogue, error: Exception, where: str) -> DataError:
         roles = ", ".join(message["role"] for message in dialogue.messages)
-        hint = " Put the system text into the first user turn." if "system" in f"{error}".lower() else ""
+        is_of_system = "system" in roles and "system" in f"{error}".lower()
+        hint = " Put the system text into the first user turn." if is_of_system else ""
         return DataError(
             f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
             f"It says: {error}.{hint}"

@@ -35,8 +35,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _LEARN_KEYS = ("weight", "train", "learn")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
-_KNOWN_KEYS = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
-_KNOWN_KEYS |= {*_REASONING_KEYS, *_LEARN_KEYS}
+_KNOWN_KEYS = {"tool_calls", "function_call", "tool_call_id", "name", *_REASONING_KEYS, *_LEARN_KEYS}
 
 
 def read_turns(turns: Any, column: str, where: str) -> list[Message]:
@@ -57,7 +56,7 @@ def read_turn(turn: Any, where: str) -> Message:
     """
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: a turn should be an object with role and content, and is {kind(turn)}.")
-    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    speaker, content = _naming(turn)
     name = turn.get(speaker)
     if name is None:
         raise DataError(f"{where}: {speaker} is missing or null; the turn holds {listed(turn)}.")
@@ -87,17 +86,23 @@ def read_turn(turn: Any, where: str) -> Message:
     )
 
 
+def _naming(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The keys that say who speaks, and what."""
+    return ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+
+
 def unread_keys(turns: Any) -> set[str]:
-    """Keys with a value that no turn is read from, such as timestamp."""
-    if not isinstance(turns, list):
-        return set()
-    found = {key for turn in turns if isinstance(turn, Mapping) for key in turn.keys() - _KNOWN_KEYS if turn[key]}
-    named = any(isinstance(turn, Mapping) and turn.get("name") and _is_no_tool(turn) for turn in turns)
-    return found | ({"name"} if named else set())
+    """Keys with a value that a turn is not read from, such as timestamp."""
+    found: set[str] = set()
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, Mapping):
+            unread = turn.keys() - _KNOWN_KEYS - {*_naming(turn)}
+            found |= {key for key in (unread | {"name"} if _is_no_tool(turn) else unread) if turn.get(key)}
+    return found
 
 
 def _is_no_tool(turn: Mapping[str, Any]) -> bool:
-    speaker = turn.get("role", turn.get("from"))
+    speaker = turn.get(_naming(turn)[0])
     return not isinstance(speaker, str) or ROLE_NAMES.get(speaker.lower()) != "tool"
 
 
@@ -115,8 +120,11 @@ def read_tools(value: Any, column: str, where: str) -> tuple[str, ...]:
     {"type": "function", "function": {name, description, parameters}}; DataError if one has no name."""
     if isinstance(value, str):
         value = from_json_text(value, column, where) if value.strip() else []
+    given = [value] if isinstance(value, Mapping) else [] if value is None else value
+    if not isinstance(given, list):
+        raise DataError(f"{where}: {column} should be a list of functions, and is {kind(value)}.")
     tools = []
-    for index, tool in enumerate([value] if isinstance(value, Mapping) else value or []):
+    for index, tool in enumerate(given):
         place = f"{column}[{index}]"
         if isinstance(tool, str):
             tool = from_json_text(tool, place, where)
@@ -191,13 +199,11 @@ def _arguments(function: Mapping[str, Any], where: str) -> str:
     given = function.get("arguments", function.get("parameters"))
     if given is None or given == "":
         return "{}"
-    if isinstance(given, str):
-        value = from_json_text(text(given, "arguments", where), "arguments", where)
-    else:
-        value, given = given, json_text(given, "arguments", where)
+    value = from_json_text(text(given, "arguments", where), "arguments", where) if isinstance(given, str) else given
+    written = json_text(value, "arguments", where)  # also of what was text: escapes may hide what is none
     if not isinstance(value, dict):
         raise DataError(f"{where}: arguments should be a JSON object of names and values, and is {kind(value)}.")
-    return str(given)
+    return given if isinstance(given, str) else written
 
 
 def _written_calls(value: Any) -> tuple[ToolCall, ...]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from qlora_trainer.errors import DataError
 
+MOST_LEVELS = 100  # of lists and objects in each other
+
 
 def text(value: Any, column: str, where: str) -> str:
     """The value, which must be text of whole characters.
@@ -48,9 +50,25 @@ def json_text(value: Any, column: str, where: str) -> str:
 def from_json_text(value: str, column: str, where: str) -> Any:
     """What a JSON text says; DataError with the place in it where it is none."""
     try:
-        return json.loads(value)
+        found = json.loads(value)
+        check_depth(found, value)
+        return found
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {column} should be JSON, and is not: {error}; it begins {value[:60]!r}.") from error
+
+
+def check_depth(value: Any, text: str, begin: int = 0, end: int | None = None) -> None:
+    """RecursionError where the value that stands in this part of a JSON text is nested too deeply to be walked through
+    by recursion, as templates do; brackets are counted first, since that is fast and settles most."""
+    brackets = text.count("[", begin, end) + text.count("{", begin, end)
+    if brackets > MOST_LEVELS and _is_deeper(value, MOST_LEVELS):
+        raise RecursionError(f"lists and objects are nested more than {MOST_LEVELS} deep")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_is_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def without_nulls(value: Any) -> Any:
@@ -65,7 +83,10 @@ def kind(value: Any) -> str:
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value)) or f"the {type(value).__name__} {value!r}"
+    if name := names.get(type(value)):
+        return name
+    shown = repr(value[:60] if isinstance(value, bytes) else value)
+    return f"the {type(value).__name__} {shown if len(shown) <= 60 else shown[:58] + '...'}"
 
 
 def listed(names: Iterable[Any]) -> str:
