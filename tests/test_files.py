@@ -113,7 +113,7 @@ def test_a_pipe_and_a_file_that_cannot_be_opened_are_told(tmp_path, monkeypatch)
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match=r"x.jsonl is no regular file, but a pipe or a device, .* Write it into a file"):
         open_source(str(tmp_path / "x.jsonl"))
-    with pytest.raises(DataError, match=r"cannot be opened: OSError: .*File name too long"):
+    with pytest.raises(DataError, match=r"cannot be opened: File name too long"):
         open_source(str(tmp_path / ("x" * 300 + ".jsonl")))
     path = write(tmp_path, "y.jsonl", "{}")
 
@@ -121,7 +121,7 @@ def test_a_pipe_and_a_file_that_cannot_be_opened_are_told(tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match=r"y.jsonl cannot be opened: PermissionError: .*Permission denied"):
+    with pytest.raises(DataError, match=r"y.jsonl cannot be opened: Permission denied"):
         open_source(str(path))
 
 
@@ -157,15 +157,6 @@ def test_a_hub_split_without_rows_is_said(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: datasets.Dataset.from_list([]))
     with pytest.raises(DataError, match=r"some/rows \(test\) holds no rows"):
         open_source("some/rows", "test")
-
-
-def test_a_file_that_may_not_be_read_is_said(tmp_path):
-    def refused(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    path = write(tmp_path, "rows.jsonl", json.dumps(A))
-    with pytest.raises(DataError, match=r"rows\.jsonl cannot be opened: Permission denied"):
-        open_source(str(path), content_digest=refused)
 
 
 def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_path, monkeypatch):
