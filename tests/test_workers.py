@@ -70,7 +70,7 @@ def test_a_batch_that_is_no_plain_json_is_made_here(started):
 
 def test_the_first_bad_row_is_the_error_whichever_process_finds_it(at_once):
     config = CONFIG.model_copy(update={"on_bad_row": "error"})
-    records = [*RECORDS[:300], BAD, *RECORDS, ("later", {"question": "no answer either"})]
+    records = [*RECORDS, BAD, ("later", {"question": "no answer either"})]
 
     def failing():
         yield from records

@@ -332,7 +332,7 @@ def _report(
             *([] if max_length == config.max_length else [capped]),
             *source_notices(sources),
             *skipped_notice(sources),
-            *repeat_notices(train_twice, heldout_twice, len(heldout)),
+            *repeat_notices(train_twice[0], heldout_twice[0], len(heldout)),
             *notices,
         ],
         skipped_rows=str(store.skipped_rows) if any(source.skipped for source in sources) else None,

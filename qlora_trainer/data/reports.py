@@ -118,23 +118,16 @@ def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
     return table[numbers]
 
 
-def repeat_notices(train: tuple[int, int], heldout: tuple[int, int], heldout_examples: int) -> list[str]:
-    """What is found twice, in words; held-out rows first, as they flatter the held-out loss.
-
-    Several answers to one prompt in training are common and meant: they stand in the report alone.
-    """
+def repeat_notices(train_repeats: int, heldout_repeats: int, heldout_examples: int) -> list[str]:
+    """Exact repeats, in words. Other answers to a known prompt are common and often meant: the report has them."""
     lines = []
-    if heldout[0]:
+    if heldout_repeats:
         lines.append(
-            f"{heldout[0]:,} of {heldout_examples:,} held-out rows are in training too, token for token: the held-out "
-            "loss is better than it would be on unseen rows"
+            f"{heldout_repeats:,} of {heldout_examples:,} held-out rows are in training too, token for token: the "
+            "held-out loss is better than it would be on unseen rows"
         )
-    if heldout[1]:
-        lines.append(
-            f"{heldout[1]:,} of {heldout_examples:,} held-out rows have a prompt that training has with another answer"
-        )
-    if train[0]:
-        lines.append(f"{train[0]:,} training rows repeat an earlier one, token for token")
+    if train_repeats:
+        lines.append(f"{train_repeats:,} training rows repeat an earlier one, token for token")
     return lines
 
 
