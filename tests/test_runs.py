@@ -279,7 +279,9 @@ def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_confi
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
     mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "heldout": 0.0}
-    start_run(tiny_config("straight", data=mixed)).train(quiet)
+    run = start_run(tiny_config("straight", data=mixed))
+    assert run.state.loader.epoch_rows == run.prepared.report.epoch_examples == 8
+    run.train(quiet)
     start_run(tiny_config("stopped", data=mixed)).train(quiet, stop_after=5)
     directory = Path(tiny_config("stopped").training.output_dir)
     resume_run(directory).train(quiet)
