@@ -55,7 +55,8 @@ def open_source(
 
     Raises:
         FileMissingError: no such file; the message has near misses.
-        DataError: a directory, a file that cannot be opened, or a hub data set that cannot be had.
+        DataError: a directory, a file that cannot be opened, a split or subset of a file, or a hub data set that cannot
+            be had.
     """
     try:
         return _open_source(path, split, subset, encoding, header, content_digest or file_digest)
@@ -82,6 +83,7 @@ def _open_source(
     suffix = streams.content_suffix(local)
     if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
+        _check_is_one_piece(path, split, subset)
         digest = _digest(content_digest(local), encoding, header)
         return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
     return _hub_source(path, split, subset)
@@ -148,6 +150,17 @@ def _check_exists(path: Path) -> None:
         readable = [name for name in siblings if streams.content_suffix(Path(name)) in _SUFFIXES]
         hint = f"That directory has {', '.join(readable[:8]) or 'no data files'}."
     raise FileMissingError(f"There is no file {path}. {hint}")
+
+
+def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
+    """A file is read whole, so one that is given as a held-out split of itself would be trained on and measured."""
+    given = [f"split {split}"] if split != "train" else []
+    given += [f"subset {subset}"] if subset else []
+    if given:
+        raise DataError(
+            f"{path} is a file, and {' and '.join(given)} would have no effect: only hub data sets have such parts, a "
+            "file is read whole. Leave that out, or put the rows that are meant into a file of their own."
+        )
 
 
 def file_digest(path: Path) -> str:
