@@ -12,6 +12,7 @@ from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.data import preparation, store, workers
 from qlora_trainer.data.batches import MAX_REASONS, count_reasons
+from qlora_trainer.data.formats import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.preparation import prepare
@@ -68,6 +69,19 @@ def test_prepared_examples_are_those_that_rendering_gives(tmp_path):
     assert prepared.train.where(7) == "x.jsonl, line 8"
     assert prepared.train.lengths.tolist() == [len(e.input_ids) for e in expected]
     assert prepared.train.learned_counts.tolist() == [e.learned_tokens for e in expected]
+
+
+def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}]
+    calls = write(tmp_path, "calls.jsonl", [{"conversations": turns}, row("q", "a") | {"conversations": turns[:1] * 2}])
+    asked, answered = ('[{"role": "%s", "content": "a"}]' % role for role in ("user", "assistant"))
+    table = tmp_path / "turns.jsonl"
+    table.write_text(json.dumps({"prompt": asked, "completion": answered}) + "\n")
+    sources = [Source(path=calls), Source(path=str(table))]
+    prepared = run(tmp_path, sources, on_bad_row="skip")
+    assert [source.notices for source in prepared.report.sources] == [{CALL_IS_TEXT: 1}, {TEXT_IS_TURNS: 1}]
+    assert f"calls.jsonl: 1 of 2 rows: {CALL_IS_TEXT}" in prepared.report.notices
+    assert run(tmp_path, sources, on_bad_row="skip").report.notices == prepared.report.notices
 
 
 def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatch):
