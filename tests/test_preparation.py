@@ -74,7 +74,7 @@ def test_prepared_examples_are_those_that_rendering_gives(tmp_path):
 def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}]
     calls = write(tmp_path, "calls.jsonl", [{"conversations": turns}, row("q", "a") | {"conversations": turns[:1] * 2}])
-    asked, answered = ('[{"role": "%s", "content": "a"}]' % role for role in ("user", "assistant"))
+    asked, answered = (json.dumps([{"role": role, "content": "a"}]) for role in ("user", "assistant"))
     table = tmp_path / "turns.jsonl"
     table.write_text(json.dumps({"prompt": asked, "completion": answered}) + "\n")
     sources = [Source(path=calls), Source(path=str(table))]
