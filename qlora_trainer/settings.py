@@ -117,7 +117,8 @@ class Source(SourceFile):
 
     weight: float | None = Field(
         None,
-        gt=0.0,
+        ge=1e-9,
+        le=1e9,
         description="Its share of an epoch's rows, beside the other weights. The source that is scarcest beside its "
         "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
     )
