@@ -3,6 +3,7 @@ import datetime
 import errno
 import functools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.data import preparation, store, workers
+from qlora_trainer.data import files, preparation, store, workers
 from qlora_trainer.data.batches import MAX_REASONS, count_reasons
 from qlora_trainer.data.formats import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.loader import StepLoader
@@ -194,6 +195,18 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preparation.StoreWriter, "append", full)
     with pytest.raises(DiskError, match=r"No space left on device.*another cache directory"):
+        run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
+    assert stores(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_a_file_that_fails_while_it_is_read_is_not_told_as_one_that_cannot_be_written(tmp_path, monkeypatch, code):
+    def failing(path, encoding):
+        yield "line 1", row("q", "a")
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(files, "read_jsonl", failing)
+    with pytest.raises(DataError, match=rf"x.jsonl cannot be read any further: {os.strerror(code)}. Look at"):
         run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
     assert stores(tmp_path) == []
 

@@ -85,7 +85,7 @@ def _open_source(
         _check_exists(local)
         _check_is_one_piece(path, split, subset)
         digest = _digest(content_digest(local), encoding, header)
-        return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
+        return RecordSource(local.name, digest, lambda: _readable(path, read_records(local, encoding, header)))
     return _hub_source(path, split, subset)
 
 
@@ -188,7 +188,20 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
         for number, record in enumerate(rows, start=1):
             yield f"{name} ({split}), row {number}", {column: without_nulls(value) for column, value in record.items()}
 
-    return RecordSource(f"{name} ({split})", rows._fingerprint, records)
+    return RecordSource(f"{name} ({split})", rows._fingerprint, lambda: _readable(name, records()))
+
+
+def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> Iterator[tuple[str, Record | DataError]]:
+    """The records; what the system says while they are read is told of the file, not of where they are going."""
+    try:
+        yield from records
+    except FileMissingError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read any further: {error.strerror or first_line(error)}. Look at the disk or network "
+            "that it lies on, then try again."
+        ) from error
 
 
 def _hub_letter(name: str, split: str, error: Exception) -> str:
