@@ -101,16 +101,17 @@ def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> 
 def _stretches(tokenizer: Any, ids: list[int], learned: Sequence[bool]) -> list[dict[str, Any]]:
     """Text by stretches of tokens, learned or not. Decoded a stretch at a time: a character may be several tokens."""
     stretches = []
-    start = 0
+    context = start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or learned[end] != learned[start]:
-            # Some decoders drop the space that a text begins with, so it is taken as what the stretch adds.
-            before = tokenizer.decode(ids[:start], skip_special_tokens=False)
-            until = tokenizer.decode(ids[:end], skip_special_tokens=False)
+            # Some decoders drop the space that a text begins with, so it is taken as what the stretch adds to the one
+            # before it; to all before it would take time by the square of a long row.
+            before = tokenizer.decode(ids[context:start], skip_special_tokens=False)
+            until = tokenizer.decode(ids[context:end], skip_special_tokens=False)
             alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
             text = until[len(before) :] if until.startswith(before) else alone
             stretches.append({"text": text, "learned": bool(learned[start])})
-            start = end
+            context, start = start, end
     return stretches
 
 

@@ -27,16 +27,17 @@ from qlora_kernels.blockwise_attention import workspace_bytes
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.attention import masks_as_for_real_tensors
+from qlora_trainer.attention import attends_apart, masks_as_for_real_tensors, refusals_as_model_error
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
+from qlora_trainer.errors import ModelError
 from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.memory_tracking import LiveBytes, Workspace, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.settings import RunConfig
-from qlora_trainer.skeleton import build_skeleton, fill_skeleton
+from qlora_trainer.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB, by card and driver
@@ -190,6 +191,18 @@ def empty_run(
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
     pack = longest_pack(directory, config, config.data.packing and state.forward.can_pack)
     return state, _as_fake(pack, fake.mode), fake
+
+
+def keeps_apart(directory: Path) -> bool | None:
+    """Whether the attention of a base keeps packed rows apart, as far as fake tensors show: that it goes through our
+    function, not that it computes the same, which a run tries on the real model. None: the base cannot be tried."""
+    try:
+        model = build_skeleton(directory)
+        with FakeRun(), refusals_as_model_error(model):
+            make_empty(model)
+            return attends_apart(model, model.config.get_text_config().vocab_size)
+    except ModelError:
+        return None  # a run says why
 
 
 def longest_pack(directory: Path, config: RunConfig, packing: bool) -> Pack:

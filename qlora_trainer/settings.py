@@ -108,7 +108,7 @@ class SourceFile(Section):
     template: dict[str, str] = Field({}, description="As data.template, for this source.")
     header: list[str] = Field([], description="As data.header, for this source.")
     encoding: Encoding = Field(None, description="As data.encoding, for this source.")
-    split: str = Field("train", description="Which split of a hub data set.")
+    split: str = Field("train", description="Which split of a hub data set; a file has none.")
     subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
 
 
@@ -117,7 +117,8 @@ class Source(SourceFile):
 
     weight: float | None = Field(
         None,
-        gt=0.0,
+        ge=1e-9,
+        le=1e9,
         description="Its share of an epoch's rows, beside the other weights. The source that is scarcest beside its "
         "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
     )

@@ -39,7 +39,7 @@ def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype)
     Raises:
         ModelError: too little becomes 4-bit, or the embedding is asked to the host and the output head needs it.
     """
-    _make_empty(model)
+    make_empty(model)
     empty_nf4(model)
     check_four_bit_share(model, settings.minimum_4bit_share)
     empty_head(model, settings.output_head)
@@ -63,7 +63,7 @@ def _keep_layers(config: Any, layers: int) -> None:
     config.num_hidden_layers = layers
 
 
-def _make_empty(model: nn.Module) -> None:
+def make_empty(model: nn.Module) -> None:
     """Put uninitialised tensors in the place of all parameters and buffers; ties stay ties."""
     made: dict[int, Any] = {}
     for module in model.modules():

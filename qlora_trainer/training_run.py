@@ -166,6 +166,7 @@ class Run:
             batch_size=loader.batch_size,
             micro_batch_tokens=loader.micro_batch_tokens,
             packing=loader.packing,
+            can_pack=self.state.forward.can_pack,
             seed=loader.seed,
         )
         tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]

@@ -105,8 +105,8 @@ def test_inspect_answers_a_program_by_stable_names(qlora: Callable, config_file:
     assert sum(report["lengths"]["train"]) == report["train"]["examples"] == report["epoch"]["rows"] == 16
     assert report["epoch"]["steps"] == 6, "16 rows in steps of 3"
     assert report["epoch"].keys() == {
-        "rows", "batch_size", "steps", "tokens_per_step", "micro_batch_tokens", "packing", "packed", "padded",
-        "fill_of_whole_steps", "steps_laid_out",
+        "rows", "batch_size", "steps", "tokens_per_step", "micro_batch_tokens", "packing", "can_pack", "packed",
+        "padded", "fill_of_whole_steps", "steps_laid_out",
     }  # fmt: skip
     assert report["epoch"]["packed"].keys() == report["epoch"]["padded"].keys() == {"micro_batches", "fill"}
     row = report["row"]

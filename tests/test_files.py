@@ -131,6 +131,21 @@ def test_a_directory_is_refused_with_what_is_in_it(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"split": "test"}, "split test would"),
+        ({"subset": "main"}, "subset main would"),
+        ({"split": "test", "subset": "main"}, "split test and subset main would"),
+    ],
+)
+def test_a_split_or_subset_of_a_file_is_refused_as_the_whole_file_would_be_read(tmp_path, part, words):
+    path = str(write(tmp_path, "x.jsonl", '{"text": "a"}'))
+    with pytest.raises(DataError, match=rf"x.jsonl is a file, and {words} have no effect: .*Leave that out"):
+        open_source(path, **part)
+    assert [record for _, record in open_source(path, "train").records()] == [A]
+
+
 def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     import datasets
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_trainer.data.files import open_source
-from qlora_trainer.data.formats import RecordReader, parse_record, unused_columns
+from qlora_trainer.data.formats import CALL_IS_TEXT, TEXT_IS_TURNS, RecordReader, parse_record
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, ToolCall
 from qlora_trainer.errors import ConfigError, DataError
 
@@ -203,20 +203,60 @@ def test_a_row_of_no_format_decides_nothing():
     assert reader.read({"text": "t"}, "line 2") == Document("t")
 
 
+def reading(record, format="auto", columns=None, template=None):
+    reader = RecordReader(format, columns or {}, template or {})
+    return reader.read(record, "line 1"), reader
+
+
+def test_a_call_turn_that_is_learned_as_text_is_counted():
+    reader = RecordReader("auto", {}, {})
+    good, broken, other = '{"name": "f", "arguments": {}}', '{"name": "f", "argum', '{"name": "f", "input": {}}'
+    for said in ([good], [broken, other], [good, other]):
+        turns = [{"from": "human", "value": "q"}, *({"from": "function_call", "value": value} for value in said)]
+        reader.read({"conversations": turns}, "line 1")
+        reader.read({"conversations": json.dumps(turns)}, "line 2")
+    assert reader.notices == {CALL_IS_TEXT: 4}, "rows, not turns"
+
+
+def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_told():
+    asked, answered = [USER | {"id": 3}], [BOT]
+    for prompt, completion in ((asked, answered), ("q", answered), (asked, "a")):
+        given = {"prompt": prompt, "completion": completion}
+        as_text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+        (expected, plain), (found, reader) = reading(given), reading(as_text)
+        assert found == expected == Conversation(ASKED)
+        assert reader.unused == plain.unused
+        assert (plain.notices, reader.notices) == ({}, {TEXT_IS_TURNS: 1})
+
+
+def test_json_of_turns_stays_text_where_a_template_writes_it():
+    given = {"prompt": "Write a dialogue.", "completion": json.dumps(TURNS)}
+    with pytest.raises(DataError, match=r"begins with a turn of user.*To learn it as text: data.template {completion"):
+        reading(given)
+    row, reader = reading(given, template={"completion": "{completion}"})
+    assert row == PromptCompletion("Write a dialogue.", json.dumps(TURNS))
+    assert not reader.notices
+
+
 def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():
     turns = [TURNS[0] | {"name": "Ada", "time": 5, "value": "other"}, TURNS[1] | {"id": None}]
-    assert unused_columns({"messages": turns, "id": 7, "x": None}, "chat", {}, {}) == {
-        "id",
-        "messages[].name",
-        "messages[].time",
-        "messages[].value",
-    }
+    for given in (turns, json.dumps(turns)):
+        assert unused({"messages": given, "id": 7, "x": None}) == {
+            "id",
+            "messages[].name",
+            "messages[].time",
+            "messages[].value",
+        }
     turns = [{"from": "human", "value": "q", "content": "other"}, {"from": "gpt", "value": "a", "content": ""}]
-    assert unused_columns({"conversations": turns}, "sharegpt", {}, {}) == {"conversations[].content"}
+    assert unused({"conversations": turns}) == {"conversations[].content"}
     columns, template = {"answer": "replies.0"}, {"question": "{title} {body}"}
     record = {"title": "a", "body": "b", "replies": ["c"], "votes": 3}
-    assert unused_columns(record, "question_answer", columns, template) == {"votes"}
-    assert unused_columns({"prompt": "p", "completion": "c", "system": "s"}, "prompt_completion", {}, {}) == {"system"}
+    assert unused(record, "question_answer", columns, template) == {"votes"}
+    assert unused({"prompt": "p", "completion": "c", "system": "s"}) == {"system"}
+
+
+def unused(*given):
+    return reading(*given)[1].unused.keys()
 
 
 def read(path, format="auto", columns=None, template=None, **how):

@@ -55,6 +55,21 @@ def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
     assert [stretch["text"] for stretch in stretches] == ["one", " two", " three"]
 
 
+def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() -> None:
+    decoded = 0
+
+    class Counting:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            nonlocal decoded
+            decoded += len(ids)
+            return "".join(map(chr, ids))
+
+    ids = [ord("a") + index % 26 for index in range(3000)]
+    stretches = inspection._stretches(Counting(), ids, [index % 3 == 0 for index in range(3000)])
+    assert "".join(stretch["text"] for stretch in stretches) == "".join(map(chr, ids))
+    assert decoded <= 4 * len(ids)
+
+
 def test_without_colours_learned_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = terminal(monkeypatch, force_terminal=False)
     tokenizer, data = prepared(tmp_path)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from qlora_trainer.data.mixing import Mixture, Part, epoch_quotas, heldout_counts, is_mixed
+from qlora_trainer.settings import Source
 
 
 def mixture(available: list[int], quotas: list[int]) -> Mixture:
@@ -34,6 +36,19 @@ def test_no_weighted_source_is_repeated_and_one_is_used_whole(available, data):
     assert any(quota == count for quota, count in zip(quotas, available, strict=True))
     scale = min(count / weight for count, weight in zip(available, weights, strict=True))
     assert all(abs(q - w * scale) <= 0.5 or q == 1 for q, w in zip(quotas, weights, strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e-320, 1e-10, 1e10, 1e308])
+def test_a_weight_that_arithmetic_cannot_bear_is_refused(weight):
+    with pytest.raises(ValidationError, match="weight"):
+        Source(path="x.jsonl", weight=weight)
+
+
+@pytest.mark.parametrize("weights", [(1e-9, 1e-9), (1e-9, 1e9), (1e9, 1e9)])
+def test_the_smallest_and_largest_weights_allowed_are_mixed(weights):
+    parts = [Part(weight=Source(path="x.jsonl", weight=weight).weight) for weight in weights]
+    expected = [5, 5] if weights[0] == weights[1] else [1, 2**40]
+    assert epoch_quotas([5, 2**40], parts) == expected
 
 
 def test_a_count_is_kept_exactly_and_sources_without_one_give_all_their_rows():

@@ -1,6 +1,7 @@
 """The data in numbers: every row is in one bin, and the layouts are those of the run's own steps."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,6 +128,23 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
     assert heldout_facts(report(heldout=SetReport(0, 0, 0, 0, 0, 0))) == [("rows", "none")]
 
 
+@pytest.mark.parametrize(
+    ("packing", "can_pack", "words"),
+    [
+        (True, False, "padding wastes .* attention cannot keep packed rows apart"),
+        (False, False, "padding wastes .* attention cannot keep packed rows apart"),
+        (True, None, "100%, as rows are packed, if the model's attention can keep them apart"),
+        (False, None, "padding wastes .* with data.packing=true"),
+    ],
+)
+def test_fill_is_promised_only_for_models_that_can_be_packed(packing: bool, can_pack: bool | None, words: str) -> None:
+    lengths, order = lengths_and_order(8)
+    how = {"batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
+    epoch = make_overview(lengths, lengths[:1], order, **how).epoch
+    assert re.search(words, dict(train_facts(report(), epoch))["fill"])
+    assert (epoch.packing, epoch.can_pack) == (packing and can_pack is None, can_pack)
+
+
 def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
     for name, count in (("few", 3), ("many", 9)):
         lines = [json.dumps({"prompt": f"{name} {i}", "completion": "word " * (i + 1)}) for i in range(count)]
@@ -134,7 +152,7 @@ def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
     sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
     config = DataConfig(train=sources, heldout=0.0, workers=0)
     prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
-    epoch = overview_of(prepared, batch_size=4, micro_batch_tokens=64, packing=True, seed=0).epoch
+    epoch = overview_of(prepared, batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
     assert (epoch.rows, epoch.steps) == (12 + 9, 6)
     loader = StepLoader(prepared.train, 4, 64, True, 0, prepared.mixture)
     assert epoch.tokens_per_step == pytest.approx(sum(pack.tokens for _ in range(6) for pack in loader.next()) / 6)

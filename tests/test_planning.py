@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import FalconConfig
 
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer import fitting, forward, planning, runs, training
@@ -24,7 +25,7 @@ from qlora_trainer.fitting import (
     parse_memory,
     with_length,
 )
-from qlora_trainer.planning import MemoryPlan, empty_run, longest_pack, plan_memory, track_steps
+from qlora_trainer.planning import MemoryPlan, empty_run, keeps_apart, longest_pack, plan_memory, track_steps
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 
@@ -107,6 +108,25 @@ def with_live_tensor(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
         return original(model, pack, path)
 
     monkeypatch.setattr(training, "loss_sum", hoarding)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"), [("llama", True), ("qwen2", True), ("mistral", True), ("falcon", False)]
+)
+def test_whether_rows_can_be_packed_is_found_without_weights(
+    tiny_models: Callable[[str], Path], tmp_path: Path, family: str, expected: bool
+) -> None:
+    """Falcon's layers do their own attention."""
+    if family == "falcon":
+        FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+            tmp_path
+        )
+    assert keeps_apart(tmp_path if family == "falcon" else tiny_models(family)) is expected
+
+
+def test_a_base_that_cannot_be_built_is_not_said_to_be_packed_or_padded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
+    assert keeps_apart(tmp_path) is None
 
 
 def test_a_change_of_the_step_changes_the_plan(

@@ -3,6 +3,7 @@ import datetime
 import errno
 import functools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.data import preparation, store, workers
+from qlora_trainer.data import files, preparation, store, workers
 from qlora_trainer.data.batches import MAX_REASONS, count_reasons
+from qlora_trainer.data.formats import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.loader import StepLoader
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.preparation import prepare
@@ -68,6 +70,19 @@ def test_prepared_examples_are_those_that_rendering_gives(tmp_path):
     assert prepared.train.where(7) == "x.jsonl, line 8"
     assert prepared.train.lengths.tolist() == [len(e.input_ids) for e in expected]
     assert prepared.train.learned_counts.tolist() == [e.learned_tokens for e in expected]
+
+
+def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}]
+    calls = write(tmp_path, "calls.jsonl", [{"conversations": turns}, row("q", "a") | {"conversations": turns[:1] * 2}])
+    asked, answered = (json.dumps([{"role": role, "content": "a"}]) for role in ("user", "assistant"))
+    table = tmp_path / "turns.jsonl"
+    table.write_text(json.dumps({"prompt": asked, "completion": answered}) + "\n")
+    sources = [Source(path=calls), Source(path=str(table))]
+    prepared = run(tmp_path, sources, on_bad_row="skip")
+    assert [source.notices for source in prepared.report.sources] == [{CALL_IS_TEXT: 1}, {TEXT_IS_TURNS: 1}]
+    assert f"calls.jsonl: 1 of 2 rows: {CALL_IS_TEXT}" in prepared.report.notices
+    assert run(tmp_path, sources, on_bad_row="skip").report.notices == prepared.report.notices
 
 
 def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatch):
@@ -180,6 +195,18 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preparation.StoreWriter, "append", full)
     with pytest.raises(DiskError, match=r"No space left on device.*another cache directory"):
+        run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
+    assert stores(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_a_file_that_fails_while_it_is_read_is_not_told_as_one_that_cannot_be_written(tmp_path, monkeypatch, code):
+    def failing(path, encoding):
+        yield "line 1", row("q", "a")
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(files, "read_jsonl", failing)
+    with pytest.raises(DataError, match=rf"x.jsonl cannot be read any further: {os.strerror(code)}. Look at"):
         run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
     assert stores(tmp_path) == []
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.messages import Message, ToolCall
-from qlora_trainer.data.turns import read_turn, read_turns
+from qlora_trainer.data.turns import has_unread_call, read_turn, read_turns, turns_in_text, turns_of
 from qlora_trainer.errors import DataError
 
 CALL = ToolCall("f", '{"a": 1}', id="c1")
@@ -89,7 +89,39 @@ def test_a_call_written_as_text_is_the_call_whatever_its_arguments(calls):
     ["{}", "f(a=1)", '{"name": "Bob"}', '{"name": "f", "arguments": [1]}', "[]", '{"name": "f", "args": {}}', ""],
 )
 def test_a_call_turn_that_holds_no_json_call_keeps_its_text(value):
-    assert turn(**{"from": "function_call", "value": value}) == Message("assistant", value)
+    given = {"from": "function_call", "value": value}
+    assert turn(**given) == Message("assistant", value)
+    assert has_unread_call([given]) == bool(value)
+
+
+def test_calls_that_are_read_and_text_that_is_meant_are_no_unread_calls():
+    call = {"name": "f", "arguments": {}}
+    for said in (
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "function_call", "value": call},
+        {"role": "function_call", "content": "so", "tool_calls": [call]},
+        {"from": "gpt", "value": "{broken"},
+        {"from": None},
+        "no turn",
+    ):
+        assert not has_unread_call([said])
+    assert not has_unread_call("text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] see below",
+        '[{"role": "user", "content": "q"}',
+        '[{"role": "robot", "content": "q"}]',
+        '[{"role": "user"}]',
+        '[{"name": "f", "arguments": {}}]',
+        '{"role": "user", "content": "q"}',
+        '[{"role": "user", "content": "q"}, 5]',
+    ],
+)
+def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
+    assert turns_in_text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -129,6 +161,8 @@ def test_a_turn_that_cannot_be_learned_from_says_where_and_why(keys, words):
 
 
 def test_turns_given_as_text_are_json():
-    assert read_turns('[{"role": "user", "content": "q"}]', "messages", "line 1") == [Message("user", "q")]
+    assert turns_of(' [{"role": "user"}]', "messages", "line 1") == [{"role": "user"}]
     with pytest.raises(DataError, match=r"line 1: messages should be JSON, and is not.*it begins \"\[{'role'"):
-        read_turns("[{'role': 'user'}]", "messages", "line 1")
+        turns_of("[{'role': 'user'}]", "messages", "line 1")
+    with pytest.raises(DataError, match=r"line 1: messages should be a list of turns, and is text"):
+        read_turns(turns_of("hi", "messages", "line 1"), "messages", "line 1")

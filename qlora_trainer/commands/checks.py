@@ -28,15 +28,17 @@ def inspect(
 
     The JSON has what preparation tells of the rows (sources, train, heldout, train_duplicates, heldout_duplicates,
     max_length, notices, …); lengths: {edges, train, heldout}, where bin i counts rows of edges[i] to edges[i+1]-1
-    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, packed, padded,
-    fill_of_whole_steps, steps_laid_out}, where packed and padded have micro_batches (a step) and fill (the share of
-    computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens, stretches,
-    input_ids, learned}.
+    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
+    fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
+    attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
+    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens,
+    stretches, input_ids, learned}.
     """
     from qlora_trainer.config import load_config
     from qlora_trainer.data.overview import overview_of
     from qlora_trainer.inspection import legend, row_to_json, show_report, show_row
     from qlora_trainer.model_source import TOKENIZER_FILES, load_tokenizer, resolve_model
+    from qlora_trainer.planning import keeps_apart
     from qlora_trainer.run_directory import prepare_data, user_cache
     from qlora_trainer.training import micro_batch_tokens
 
@@ -52,6 +54,7 @@ def inspect(
         batch_size=settings.training.batch_size,
         micro_batch_tokens=micro_batch_tokens(settings),
         packing=settings.data.packing,
+        can_pack=keeps_apart(directory),
         seed=settings.training.seed,
     )
     name, examples = ("held-out", prepared.heldout) if heldout else ("training", prepared.train)

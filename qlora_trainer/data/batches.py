@@ -91,7 +91,7 @@ class BatchMaker:
         parsed = [_parsed(reader, where, record) for where, record in records]
         rendered = iter(self.renderer.render_batch([row for row in parsed if not isinstance(row, DataError)]))
         examples: list[tuple[int, str, Example, Row]] = []
-        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused)
+        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused, notices=reader.notices)
         for number, ((where, _), row) in enumerate(zip(records, parsed, strict=True)):
             found = row if isinstance(row, DataError) else next(rendered)
             if isinstance(found, DataError):

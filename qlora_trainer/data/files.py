@@ -55,7 +55,8 @@ def open_source(
 
     Raises:
         FileMissingError: no such file; the message has near misses.
-        DataError: a directory, a file that cannot be opened, or a hub data set that cannot be had.
+        DataError: a directory, a file that cannot be opened, a split or subset of a file, or a hub data set that cannot
+            be had.
     """
     try:
         return _open_source(path, split, subset, encoding, header, content_digest or file_digest)
@@ -82,8 +83,9 @@ def _open_source(
     suffix = streams.content_suffix(local)
     if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
         _check_exists(local)
+        _check_is_one_piece(path, split, subset)
         digest = _digest(content_digest(local), encoding, header)
-        return RecordSource(local.name, digest, lambda: read_records(local, encoding, header))
+        return RecordSource(local.name, digest, lambda: _readable(path, read_records(local, encoding, header)))
     return _hub_source(path, split, subset)
 
 
@@ -150,6 +152,17 @@ def _check_exists(path: Path) -> None:
     raise FileMissingError(f"There is no file {path}. {hint}")
 
 
+def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
+    """A file is read whole, so one that is given as a held-out split of itself would be trained on and measured."""
+    given = [f"split {split}"] if split != "train" else []
+    given += [f"subset {subset}"] if subset else []
+    if given:
+        raise DataError(
+            f"{path} is a file, and {' and '.join(given)} would have no effect: only hub data sets have such parts, a "
+            "file is read whole. Leave that out, or put the rows that are meant into a file of their own."
+        )
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -175,7 +188,20 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
         for number, record in enumerate(rows, start=1):
             yield f"{name} ({split}), row {number}", {column: without_nulls(value) for column, value in record.items()}
 
-    return RecordSource(f"{name} ({split})", rows._fingerprint, records)
+    return RecordSource(f"{name} ({split})", rows._fingerprint, lambda: _readable(name, records()))
+
+
+def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> Iterator[tuple[str, Record | DataError]]:
+    """The records; what the system says while they are read is told of the file, not of where they are going."""
+    try:
+        yield from records
+    except FileMissingError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read any further: {error.strerror or first_line(error)}. Look at the disk or network "
+            "that it lies on, then try again."
+        ) from error
 
 
 def _hub_letter(name: str, split: str, error: Exception) -> str:

@@ -10,13 +10,31 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_trainer.data.mapping import look_up, mapped, source_columns
+from qlora_trainer.data.mapping import mapped, source_columns
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion, Row
 from qlora_trainer.data.recognition import COLUMNS, known_columns, missing_columns, resolve_format
-from qlora_trainer.data.turns import check_no_media, read_tools, read_turn, read_turns, unread_keys
+from qlora_trainer.data.turns import (
+    check_no_media,
+    has_unread_call,
+    read_tools,
+    read_turn,
+    read_turns,
+    turns_in_text,
+    turns_of,
+    unread_keys,
+)
 from qlora_trainer.data.values import kind, listed, optional_text, text
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataFormat
+
+_TURNS = {"messages", "conversations", "prompt", "completion"}  # columns of ours that may hold turns
+CALL_IS_TEXT = (
+    "a function_call turn holds no JSON of name and arguments, and is learned as the text that it is, not as a call"
+)
+TEXT_IS_TURNS = (
+    "prompt or completion is the JSON text of turns, and is read as these; to learn it as text: data.template "
+    '{prompt: "{prompt}", completion: "{completion}"}'
+)
 
 
 def parse_record(
@@ -40,10 +58,33 @@ def parse_record(
         DataError: a column is missing or of the wrong type, a role is unknown, or nothing is to be learned.
     """
     format = resolve_format(record, format, columns, where, template)
-    record = mapped(record, columns, template or {}, where)
-    if letter := missing_columns(record, format, where):
+    ours = _ours(record, format, columns, template or {}, where)
+    return _row(_with_turns(ours, format, template or {}, where), format, where)
+
+
+def _ours(
+    record: Mapping[str, Any], format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """A record with our columns, those that its format needs among them."""
+    ours = mapped(record, columns, template, where)
+    if letter := missing_columns(ours, format, where):
         raise letter
-    check_no_media(record, where)
+    check_no_media(ours, where)
+    return ours
+
+
+def _with_turns(ours: Mapping[str, Any], format: DataFormat, template: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Turns that are given as JSON text, as tables hold them, parsed. What a template writes as a prompt is text."""
+    parsed = dict(ours)
+    for column in _TURNS & known_columns(format):
+        if column in ("messages", "conversations"):
+            parsed[column] = turns_of(ours[column], column, where)
+        elif column not in template:
+            parsed[column] = turns_in_text(ours[column])
+    return parsed
+
+
+def _row(record: Mapping[str, Any], format: DataFormat, where: str) -> Row:
     match format:
         case "text":
             return Document(text(record["text"], "text", where))
@@ -70,38 +111,44 @@ def parse_record(
 class RecordReader:
     """Reads the records of one source: all in one format, that of the first where none is named.
 
-    `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read.
+    `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read, and
+    `notices` the rows that are read in a way worth telling.
     """
 
     def __init__(self, format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str]) -> None:
         self.format, self.columns, self.template = format, columns, template
         self.unused: Counter[str] = Counter()
+        self.notices: Counter[str] = Counter()
 
     def read(self, record: Mapping[str, Any], where: str) -> Row:
         """One row; what `parse_record` raises, also where a row is of another format than those before it."""
         format = resolve_format(record, self.format, self.columns, where, self.template)
         if self.format == "auto":
             self.format = format
-        row = parse_record(record, format, self.columns, where, self.template)
-        self.unused.update(sorted(unused_columns(record, format, self.columns, self.template)))
+        ours = _ours(record, format, self.columns, self.template, where)
+        parsed = _with_turns(ours, format, self.template, where)
+        row = _row(parsed, format, where)
+        self.unused.update(sorted(self._unused(record, parsed, format)))
+        self.notices.update(_notices(ours, parsed, format))
         return row
 
+    def _unused(self, record: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> set[str]:
+        """What of a record is not used and not null: columns, and keys of turns as messages[].id."""
+        is_plain = format == "prompt_completion" and _is_plain(parsed)
+        used = {"prompt", "completion"} if is_plain else known_columns(format)
+        used = used | source_columns(record, self.columns, self.template)
+        found = {name for name, value in record.items() if name not in used and value is not None}
+        for name in _TURNS & known_columns(format):
+            found |= {f"{name}[].{key}" for key in unread_keys(parsed[name])}
+        return found
 
-def unused_columns(
-    record: Mapping[str, Any], format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str]
-) -> set[str]:
-    """What of a record that `parse_record` read is not used and not null: columns, and keys of turns as messages[].id.
 
-    `format` is the record's own, not "auto".
-    """
-    is_plain = format == "prompt_completion" and _is_plain(mapped(record, columns, template, ""))
-    used = {"prompt", "completion"} if is_plain else known_columns(format)
-    used = used | source_columns(record, columns, template)
-    found = {name for name, value in record.items() if name not in used and value is not None}
-    for name in {"messages", "conversations", "prompt", "completion"} & known_columns(format):
-        turns = look_up(record, columns[name], "", "") if name in columns else record.get(name)
-        found |= {f"{name}[].{key}" for key in unread_keys(turns)}
-    return found
+def _notices(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:
+    columns = _TURNS & known_columns(format)
+    notices = [CALL_IS_TEXT] if any(has_unread_call(parsed[column]) for column in columns) else []
+    if format == "prompt_completion" and any(ours[column] is not parsed[column] for column in columns):
+        notices.append(TEXT_IS_TURNS)
+    return notices
 
 
 def _is_plain(record: Mapping[str, Any]) -> bool:
@@ -136,7 +183,8 @@ def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
     if answer and answer[0].role in ("system", "user"):
         raise DataError(
             f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To learn "
-            "the whole conversation's answers: data.columns {messages: NAME of that column}."
+            "the whole conversation's answers: data.columns {messages: NAME of that column}. To learn it as text: "
+            'data.template {completion: "{completion}"}.'
         )
     return [_as_context(message) for message in context] + answer
 

@@ -53,7 +53,8 @@ class Epoch:
     steps: int
     tokens_per_step: float
     micro_batch_tokens: int
-    packing: bool  # what the config asks for; a model that cannot keep documents apart is padded all the same
+    packing: bool  # whether rows are packed: the config asks for it, and the model is not known to need padding
+    can_pack: bool | None  # whether the model's attention keeps packed rows apart; None: not known
     packed: Layout
     padded: Layout
     fill_of_whole_steps: float
@@ -69,8 +70,15 @@ class Overview:
         return asdict(self)
 
 
-def overview_of(prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, seed: int) -> Overview:
-    """The prepared rows of a run in numbers, its first epoch laid out as the run will."""
+def overview_of(
+    prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, can_pack: bool | None, seed: int
+) -> Overview:
+    """The prepared rows of a run in numbers, its first epoch laid out as the run will.
+
+    Args:
+        packing: what the config asks for.
+        can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
+    """
     loader = StepLoader(prepared.train, batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
     return make_overview(
         prepared.train.lengths,
@@ -79,6 +87,7 @@ def overview_of(prepared: Prepared, *, batch_size: int, micro_batch_tokens: int,
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         packing=packing,
+        can_pack=can_pack,
     )
 
 
@@ -90,6 +99,7 @@ def make_overview(
     batch_size: int,
     micro_batch_tokens: int,
     packing: bool,
+    can_pack: bool | None = True,
 ) -> Overview:
     """All of it, in some 50 microseconds a step laid out."""
     steps = -(-len(order) // batch_size)
@@ -103,7 +113,8 @@ def make_overview(
         steps=steps,
         tokens_per_step=float(train_lengths[order].sum()) / steps,
         micro_batch_tokens=micro_batch_tokens,
-        packing=packing,
+        packing=packing and can_pack is not False,
+        can_pack=can_pack,
         packed=_layout(rows_of_steps, micro_batch_tokens, packing=True),
         padded=_layout(rows_of_steps, micro_batch_tokens, packing=False),
         fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(len(rows) * max(rows) for rows in rows_of_steps),
@@ -177,9 +188,17 @@ def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     wasted = f"{1 - epoch.padded.fill:.0%} of what is computed"
     whole = f"{1 - epoch.fill_of_whole_steps:.0%}"
     if epoch.packing:
-        fill = f"100%, as rows are packed; padding would waste {wasted}, or {whole} with rows not sorted by length"
+        known = "" if epoch.can_pack else ", if the model's attention can keep them apart, which training finds out"
+        fill = (
+            f"100%, as rows are packed{known}; padding would waste {wasted}, or {whole} with rows not sorted by length"
+        )
     else:
-        fill = f"{epoch.padded.fill:.0%}: padding wastes {wasted}; with data.packing=true nothing would be"
+        because = (
+            "this model's attention cannot keep packed rows apart"
+            if epoch.can_pack is False
+            else "with data.packing=true nothing would be"
+        )
+        fill = f"{epoch.padded.fill:.0%}: padding wastes {wasted}; {because}"
     facts.append(("fill", fill))
     return facts
 

@@ -39,7 +39,7 @@ from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.settings import DataConfig, DataFormat, SourceFile
 
-PREPARATION_VERSION = 4  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 5  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 

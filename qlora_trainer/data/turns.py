@@ -5,6 +5,7 @@ calls as OpenAI writes them and as ShareGPT writes them into the text, and what 
 images and other parts that are no text; a row with them is refused by name, never half read.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,16 +36,41 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _LEARN_KEYS = ("weight", "train", "learn")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 _KNOWN_KEYS = {"tool_calls", "function_call", "tool_call_id", "name", *_REASONING_KEYS, *_LEARN_KEYS}
 
 
 def read_turns(turns: Any, column: str, where: str) -> list[Message]:
-    """A list of turns, which may be given as JSON text; DataError as `read_turn`, or that it is no list."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
-        turns = from_json_text(turns, column, where)
+    """A list of turns; DataError as `read_turn`, or that it is no list."""
     if not isinstance(turns, list):
         raise DataError(f"{where}: {column} should be a list of turns, and is {kind(turns)}.")
     return [read_turn(turn, f"{where}, {column}[{index}]") for index, turn in enumerate(turns)]
+
+
+def turns_of(value: Any, column: str, where: str) -> Any:
+    """The value of a column of turns, parsed where it is the text of a JSON list; DataError where it is none."""
+    is_list = isinstance(value, str) and value.lstrip().startswith("[")
+    return from_json_text(value, column, where) if is_list else value
+
+
+def turns_in_text(value: Any) -> Any:
+    """The turns that a text is the JSON of; any other value as it is, such as text of a column that may hold either."""
+    if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):
+        return value
+    try:
+        turns = from_json_text(value, "", "")
+    except DataError:
+        return value
+    return turns if all(_is_turn(turn) for turn in turns) else value
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    speaker, content = _naming(value)
+    name = value.get(speaker)
+    is_known = isinstance(name, str) and name.lower() in ROLE_NAMES
+    return is_known and any(value.get(key) is not None for key in (content, "tool_calls", "function_call"))
 
 
 def read_turn(turn: Any, where: str) -> Message:
@@ -65,7 +91,7 @@ def read_turn(turn: Any, where: str) -> Message:
         raise DataError(f"{where}: unknown {speaker} {name!r}; known are {listed(ROLE_NAMES)}.")
     check_no_media(turn, where)
     calls, said, of_parts = _calls(turn, where), "", ""
-    if not calls and name.lower() in _CALL_ROLES and (written := _written_calls(turn.get(content))):
+    if not calls and _may_write_calls(name) and (written := _written_calls(turn.get(content))):
         calls = written
     elif turn.get(content) is not None:
         said, of_parts = _content(turn[content], role, content, where)
@@ -104,6 +130,23 @@ def unread_keys(turns: Any) -> set[str]:
 def _is_no_tool(turn: Mapping[str, Any]) -> bool:
     speaker = turn.get(_naming(turn)[0])
     return not isinstance(speaker, str) or ROLE_NAMES.get(speaker.lower()) != "tool"
+
+
+def has_unread_call(turns: Any) -> bool:
+    """Whether a turn that should write a call, as ShareGPT's function_call, says what is none and so stays text."""
+    turns = turns if isinstance(turns, list) else []
+    return any(isinstance(turn, Mapping) and _is_unread_call(turn) for turn in turns)
+
+
+def _is_unread_call(turn: Mapping[str, Any]) -> bool:
+    speaker, content = _naming(turn)
+    said = turn.get(content)
+    has_calls = turn.get("tool_calls") or turn.get("function_call")
+    return bool(_may_write_calls(turn.get(speaker)) and said and not has_calls and not _written_calls(said))
+
+
+def _may_write_calls(name: Any) -> bool:
+    return isinstance(name, str) and name.lower() in _CALL_ROLES
 
 
 def check_no_media(holder: Mapping[str, Any], where: str) -> None:
