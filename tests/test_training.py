@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,15 @@ def test_an_interrupted_run_saves_at_the_next_step_boundary(tiny_config: Config)
     assert resumed.state.step == run.state.step
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT as Python has it in a terminal: a shell's background job begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_interrupt_acts_at_once() -> None:
     with stop_requests() as requested:
         os.kill(os.getpid(), signal.SIGINT)
