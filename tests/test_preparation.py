@@ -504,7 +504,7 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_p
         (directory,) = stores(tmp_path / str(count))
         found.append({file.name: file.read_bytes() for file in directory.iterdir()})
     assert found[0] == found[1] == found[2]
-    assert set(found[0]) == {f"{name}.npy" for name in store._ARRAYS} | {
+    assert set(found[0]) == {f"{name}.npy" for name in store.ARRAYS} | {
         "rows.jsonl",
         "skipped_rows.jsonl",
         "summary.json",

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from qlora_trainer.data.messages import Conversation, Document, Message, PromptCompletion
 from qlora_trainer.data.packing import Example
-from qlora_trainer.data.store import ExampleSet, ExampleStore, _first_equal, existing_store, make_block, new_store
+from qlora_trainer.data.store import ExampleSet, ExampleStore, existing_store
+from qlora_trainer.data.store_writer import _first_equal, make_block, new_store
 from qlora_trainer.errors import DiskError
 
 ROWS = [

@@ -23,7 +23,7 @@ from qlora_trainer.data.json_rows import Record
 from qlora_trainer.data.messages import Row
 from qlora_trainer.data.recognition import resolve_format
 from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.data.store import Block, make_block
+from qlora_trainer.data.store_writer import Block, make_block
 from qlora_trainer.data.values import MOST_LEVELS
 from qlora_trainer.errors import DataError
 from qlora_trainer.settings import DataConfig, DataFormat, SourceFile

@@ -33,7 +33,8 @@ from qlora_trainer.data.reports import (
     source_notices,
     train_repeats,
 )
-from qlora_trainer.data.store import SKIPPED_NAME, ExampleSet, ExampleStore, StoreWriter, existing_store, new_store
+from qlora_trainer.data.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
+from qlora_trainer.data.store_writer import StoreWriter, new_store
 from qlora_trainer.data.workers import MOST_WORKERS, Workers, make_batches
 from qlora_trainer.errors import DataError
 from qlora_trainer.progress import Progress, silent
