@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels.host_copy import HostCopy
+from qlora_kernels.host_copy import HostCopy, pinned_bytes
 from qlora_kernels.random_state import RandomState
 from qlora_trainer.errors import ModelError
 from qlora_trainer.lean_modules import tile_mlps
@@ -53,6 +53,10 @@ class Policy:
             return dataclasses.replace(self, kept_layers=0)
         later = LEVELS[LEVELS.index(self.level) + 1 :]
         return Policy(later[0], offload_every=self.offload_every) if later else None
+
+    def as_settings(self) -> dict[str, object]:
+        """The fields of TrainingConfig that name this policy."""
+        return {"activations": self.level, "kept_layers": self.kept_layers, "offload_every": self.offload_every}
 
     def __str__(self) -> str:
         parts: list[str] = [self.level]
@@ -93,12 +97,12 @@ def apply_policy(model: Any, policy: Policy) -> None:
 
 
 def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
-    """Host memory that a policy takes for the layers' inputs of one micro-batch, as torch rounds pinned memory."""
+    """Host memory that a policy takes for the layers' inputs of one micro-batch."""
     if policy.level not in ("offload", "tile"):
         return 0
     layers = len(decoder_layers(model)) - policy.kept_layers
     one = tokens * model.config.get_text_config().hidden_size * model.config.dtype.itemsize
-    return -(-layers // policy.offload_every) * (1 << (one - 1).bit_length())
+    return -(-layers // policy.offload_every) * pinned_bytes(one)
 
 
 def host_room() -> int:

@@ -35,7 +35,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         with disk_errors(path.parent, DISK_FAILURES):
             yield work
         with disk_errors(path.parent):
-            _sync_tree(work)
+            sync_tree(work)
             refuse_existing(path)
             if path.exists():
                 path.rmdir()
@@ -104,7 +104,8 @@ def disk_errors(
         raise DiskError(f"Writing in {directory} failed: {error}. {advice}; nothing half-made is left.") from error
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Flush all below a directory: after a power cut a file could else have its length and not its content."""
     for parent, _, files in os.walk(directory):
         for name in files:
             with (Path(parent) / name).open("rb") as file:

@@ -253,21 +253,13 @@ def _plan(directory: Path, config: RunConfig, policy: Policy, layers: int | None
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
-    return _set(
-        config,
-        training={
-            "activations": policy.level,
-            "kept_layers": policy.kept_layers,
-            "offload_every": policy.offload_every,
-        },
-    )
+    return _set(config, training=policy.as_settings())
 
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
     """What to write on the command line to have a policy instead of the config's."""
-    before, after = config.training, with_policy(config, policy).training
-    changed = [f for f in ("activations", "kept_layers", "offload_every") if getattr(before, f) != getattr(after, f)]
-    return " ".join(f"training.{name}={getattr(after, name)}" for name in changed)
+    wanted = policy.as_settings().items()
+    return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
 
 
 def _repeating(kinds: Sequence[str]) -> int:

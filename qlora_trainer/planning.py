@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels.blockwise_attention import workspace_bytes
+from qlora_kernels.host_copy import pinned_bytes
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
@@ -236,7 +237,7 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
         other=ACTIVATIONS,
         inside=INSIDE,
         host=HOST if on_cuda else "",  # to a CPU's step, host memory is memory as any other
-        host_rounding=lambda size: 1 << (size - 1).bit_length(),  # as torch rounds pinned memory
+        host_rounding=pinned_bytes,
     )
     persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)

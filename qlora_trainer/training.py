@@ -104,10 +104,11 @@ class TrainState:
 
     def _load_memory(self, saved: dict[str, Any]) -> None:
         """What was lowered when memory ran out stays lowered, but for a setting that the user has changed since."""
-        limit, policy, settings = self.loader.micro_batch_tokens, self.policy, memory_settings(self.config)
-        if saved["settings"]["micro_batch_tokens"] == settings["micro_batch_tokens"]:
+        limit, policy = self.loader.micro_batch_tokens, self.policy
+        same_limit, same_policy = _unchanged(self.config, saved)
+        if same_limit:
             limit = min(limit, saved["micro_batch_tokens"])
-        if all(saved["settings"][name] == settings[name] for name in POLICY_SETTINGS):
+        if same_policy:
             before = Policy(**saved["policy"])
             policy = max(policy, before, key=lambda p: (LEVELS.index(p.level), -p.kept_layers))
         self.set_memory(limit, policy)
@@ -164,21 +165,24 @@ def memory_settings(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(config.training, name) for name in ("micro_batch_tokens", *POLICY_SETTINGS)}
 
 
+def _unchanged(config: RunConfig, saved: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the micro-batch and the policy are as the user wrote them when a checkpoint was made."""
+    then, now = saved["settings"], memory_settings(config)
+    same_policy = all(then[name] == now[name] for name in POLICY_SETTINGS)
+    return then["micro_batch_tokens"] == now["micro_batch_tokens"], same_policy
+
+
 def as_lowered(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
     """The config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
 
     Where the policy is left open (auto), it stays so.
     """
-    lowered, settings = {}, memory_settings(config)
-    if saved["settings"]["micro_batch_tokens"] == settings["micro_batch_tokens"]:
+    lowered: dict[str, object] = {}
+    same_limit, same_policy = _unchanged(config, saved)
+    if same_limit:
         lowered["micro_batch_tokens"] = saved["micro_batch_tokens"]
-    if settings["activations"] != "auto" and all(saved["settings"][name] == settings[name] for name in POLICY_SETTINGS):
-        policy = Policy(**saved["policy"])
-        lowered |= {
-            "activations": policy.level,
-            "kept_layers": policy.kept_layers,
-            "offload_every": policy.offload_every,
-        }
+    if same_policy and config.training.activations != "auto":
+        lowered |= Policy(**saved["policy"]).as_settings()
     return config.model_copy(update={"training": config.training.model_copy(update=lowered)})
 
 

@@ -54,6 +54,11 @@ class HostCopy:
         return returned
 
 
+def pinned_bytes(size: int) -> int:
+    """What torch takes of pinned host memory for so many bytes: a power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def _beside(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
     """Run a copy on the stream for copies, after all that the device was given so far."""
     if device.type != "cuda":

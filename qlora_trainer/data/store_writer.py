@@ -8,7 +8,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.messages import Row, row_to_json
 from qlora_trainer.data.store import ARRAYS, SKIPPED_NAME, TWINS, existing_store
+from qlora_trainer.directories import sync_tree
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
 _ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
@@ -162,7 +162,7 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
         temporary.mkdir(parents=True)
         with StoreWriter(temporary) as writer:
             yield writer
-        _sync(temporary)
+        sync_tree(temporary)
         _take_place(temporary, directory)
     except OSError as error:
         if isinstance(error, QLoRATrainerError) or error.errno not in _DISK_ERRORS:
@@ -205,13 +205,6 @@ def _remove_abandoned(directory: Path) -> None:
                 newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
                 if newest < time.time() - _ABANDONED_SECONDS:
                     shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Flush what was written: after a power cut a file could else have its length and not its content."""
-    for path in directory.iterdir():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
 
 
 class _ArrayWriter:
