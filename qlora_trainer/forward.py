@@ -144,7 +144,7 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
     """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
     labels = pack.labels.reshape(-1)
-    rows = torch.ops.qlora.label_rows(labels)
+    rows = torch.ops.qlora_kernels.label_rows(labels)
     return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
 
 

@@ -232,7 +232,7 @@ def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) ->
             memory is apart.
     """
     live = LiveBytes(
-        kinds={torch.ops.qlora.copy_to_host.default: HOST},
+        kinds={torch.ops.qlora_kernels.copy_to_host.default: HOST},
         workspaces=WORKSPACES_ON_CUDA if on_cuda else WORKSPACES_ON_CPU,
         other=ACTIVATIONS,
         inside=INSIDE,
@@ -316,12 +316,14 @@ def _is_fused_on_cuda(query: Tensor, window: int | None, softcap: float | None, 
 
 WORKSPACES_ON_CUDA: dict[torch._ops.OpOverload, Workspace] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused_backward_bytes,
-    torch.ops.qlora.blockwise_attention.default: blockwise_bytes,
-    torch.ops.qlora.blockwise_attention_backward.default: blockwise_backward_bytes,
+    torch.ops.qlora_kernels.blockwise_attention.default: blockwise_bytes,
+    torch.ops.qlora_kernels.blockwise_attention_backward.default: blockwise_backward_bytes,
 }
 WORKSPACES_ON_CPU: dict[torch._ops.OpOverload, Workspace] = {
-    torch.ops.qlora.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
-    torch.ops.qlora.blockwise_attention_backward.default: functools.partial(blockwise_backward_bytes, on_cuda=False),
+    torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
+    torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
+        blockwise_backward_bytes, on_cuda=False
+    ),
     torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
 }

@@ -1,9 +1,10 @@
 """The frozen 4-bit base: the only owner of bitsandbytes' weights.
 
 A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantised block maxima, held as plain buffers, so
-that nothing can cast them, move them halfway or hand them to an optimizer. bitsandbytes quantises (QLoRA, Dettmers et
-al. 2023); dequantisation is qlora_kernels' own, checked against bitsandbytes' at start-up, because bitsandbytes'
-module forwards rewrite biases and, on some CPUs, repack the weights they were given.
+that nothing can cast them, move them halfway or hand them to an optimizer. On CUDA bitsandbytes quantises (QLoRA,
+Dettmers et al. 2023), on a CPU qlora_kernels, to the same bits. Dequantisation is qlora_kernels' own, checked against
+bitsandbytes' at start-up, because bitsandbytes' module forwards rewrite biases and, on some CPUs, repack the weights
+they were given.
 
 Legend: O out features, I in features.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.lora_linear import nf4_linear
-from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4, quantize_nf4
 from qlora_trainer.errors import ModelError, QuantizationError
 
 
@@ -112,19 +113,35 @@ def quantize_weight(
 ) -> NF4Weight:
     """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
 
+    On a CPU by our own code, elsewhere by bitsandbytes'; both give the same bits.
+
     Raises:
         QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
     """
-    if not torch.isfinite(weight).all():
-        bad = int((~torch.isfinite(weight)).sum())
-        raise QuantizationError(
-            f"{name} holds {bad} value(s) that are not finite, and cannot be quantised. The checkpoint is damaged: "
-            "fetch it again, or choose another base."
-        )
+    if weight.device.type == "cpu":
+        quantized = quantize_nf4(weight)
+        _refuse_not_finite(quantized, weight, name)
+        return quantized
     packed, state = bitsandbytes.functional.quantize_4bit(
         weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
     )
-    return _from_bitsandbytes(packed, state, name)
+    nested = state.state2
+    tables = (packed.reshape(-1), state.absmax, nested.absmax, nested.code, state.offset.reshape(()))
+    quantized = NF4Weight(*tables, shape=(weight.shape[0], weight.shape[1]))
+    _refuse_not_finite(quantized, weight, name)
+    return quantized
+
+
+def _refuse_not_finite(quantized: NF4Weight, weight: Tensor, name: str) -> None:
+    """The offset is the mean of all block maxima, so it shows a value that is not finite anywhere."""
+    if torch.isfinite(quantized.offset):
+        return
+    bad = int((~torch.isfinite(weight)).sum())
+    told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
+    raise QuantizationError(
+        f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose another "
+        "base."
+    )
 
 
 def adopt_linear4bit(model: nn.Module) -> int:
@@ -249,7 +266,7 @@ def check_dequantization(device: torch.device) -> list[str]:
         if not torch.equal(dequantize_nf4(weight, torch.float32), expected):
             raise QuantizationError(
                 f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
-                "QLORA_KERNELS=torch to use the plain implementation, and please report this with the output of "
+                "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
                 "`qlora doctor`."
             )
         if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_kernels import kernel_choice
+from qlora_kernels.registry import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.config import dump_config, load_config
 from qlora_trainer.data.preparation import Prepared, prepare

@@ -180,12 +180,12 @@ def test_the_op_gives_fake_tensors_what_it_gives_real_ones() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         query, key, value = (tensor.detach() for tensor in leaves(LENGTH, dtype=dtype))
         torch.library.opcheck(
-            torch.ops.qlora.blockwise_attention.default,
+            torch.ops.qlora_kernels.blockwise_attention.default,
             (query, key, value, seed, 0.4, 21, 5.0, 0.1),
             test_utils=("test_schema", "test_faketensor"),
         )
         torch.library.opcheck(
-            torch.ops.qlora.blockwise_attention_backward.default,
+            torch.ops.qlora_kernels.blockwise_attention_backward.default,
             (torch.randn(1, LENGTH, 4, 8, dtype=dtype), query, key, value, seed, 0.4, 21, 5.0, 0.1),
             test_utils=("test_schema", "test_faketensor"),
         )

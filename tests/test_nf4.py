@@ -10,8 +10,8 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kernels import kernel_choice
 from qlora_kernels.nf4 import NF4_CODE, NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
+from qlora_kernels.registry import kernel_choice
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 # Whole blocks; rows that share blocks; a short last block; an odd number of elements; more than one chunk of either.
@@ -154,16 +154,16 @@ def test_op_is_registered_as_torch_asks() -> None:
     weight = quantize_nf4(normal((6, 44)))
     tables = [getattr(weight, name) for name in TABLES]
     out = torch.empty(88, dtype=torch.float16)
-    torch.library.opcheck(torch.ops.qlora.dequantize_nf4.default, (*tables, 44, 64, 256, out))
+    torch.library.opcheck(torch.ops.qlora_kernels.dequantize_nf4.default, (*tables, 44, 64, 256, out))
 
 
 def test_kernels_variable_is_read_and_a_wrong_word_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     assert kernel_choice() == "auto"
-    monkeypatch.setenv("QLORA_KERNELS", "torch")
-    assert kernel_choice() == "torch"
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    assert kernel_choice() == "reference"
     monkeypatch.setenv("QLORA_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"QLORA_KERNELS is 'cuda'; it can be auto, torch, triton"):
+    with pytest.raises(ValueError, match=r"QLORA_KERNELS is 'cuda'; it can be auto, reference, fast"):
         kernel_choice()
 
 

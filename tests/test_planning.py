@@ -153,7 +153,7 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
     kept = config["num_hidden_layers"] * config["num_attention_heads"] * plain.micro_batch_tokens * 4
     assert 0 <= plain.allocated - planned.allocated <= kept
     q, k = torch.empty(1, 8, 500, 64, dtype=torch.bfloat16), torch.empty(1, 4, 500, 64, dtype=torch.bfloat16)
-    inside = planning.WORKSPACES_ON_CUDA[torch.ops.qlora.blockwise_attention_backward.default]
+    inside = planning.WORKSPACES_ON_CUDA[torch.ops.qlora_kernels.blockwise_attention_backward.default]
     in_flash = flash_backward_bytes(q, k)
     assert inside((q, q, k, k, None, 0.1, 64, None, 0.0)) == in_flash
     assert inside((q, q, k, k, None, 0.1, 64, 30.0, 0.0)) != in_flash, "no fused attention takes a soft cap"

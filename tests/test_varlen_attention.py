@@ -178,8 +178,8 @@ def test_one_long_document_makes_no_matrix_of_its_tokens_either(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What the op does inside is seen where its functions are called in its place.
-    monkeypatch.setattr(torch.ops.qlora, "blockwise_attention", blockwise_attention._attend)
-    monkeypatch.setattr(torch.ops.qlora, "blockwise_attention_backward", blockwise_attention._backward)
+    monkeypatch.setattr(torch.ops.qlora_kernels, "blockwise_attention", blockwise_attention._attend)
+    monkeypatch.setattr(torch.ops.qlora_kernels, "blockwise_attention_backward", blockwise_attention._backward)
     tensors = [normal(1, 2, 1024, 8, seed=seed).requires_grad_() for seed in range(3)]
     with LargestTensor() as made:
         varlen_attention(*tensors, [0, 1024], scale=0.3, **options).sum().backward()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.lora_linear import draw_seed, keep_mask, visible
+from qlora_kernels.registry import define
 
 BLOCK_BYTES = 8 * 2**20
 """Of a block's scores in fp32, as far as FEWEST_QUERIES and MOST_QUERIES allow; backward holds up to five such."""
@@ -56,12 +57,12 @@ class _Blockwise(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(query, key, value)
         ctx.seed, ctx.settings = seed, settings
-        return torch.ops.qlora.blockwise_attention(query, key, value, seed, *settings)
+        return torch.ops.qlora_kernels.blockwise_attention(query, key, value, seed, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (1, L, Hq, D)
-        grads = torch.ops.qlora.blockwise_attention_backward(grad, *ctx.saved_tensors, ctx.seed, *ctx.settings)
+        grads = torch.ops.qlora_kernels.blockwise_attention_backward(grad, *ctx.saved_tensors, ctx.seed, *ctx.settings)
         return (*grads, *[None] * 5)
 
 
@@ -225,9 +226,5 @@ def _backward_fake(
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? seed, float scale, SymInt? window, float? softcap, float dropout"
 )
-torch.library.define("qlora::blockwise_attention", f"({_INPUTS}) -> Tensor")
-torch.library.impl("qlora::blockwise_attention", "CompositeExplicitAutograd", _attend)
-torch.library.register_fake("qlora::blockwise_attention", _attend_fake)
-torch.library.define("qlora::blockwise_attention_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
-torch.library.impl("qlora::blockwise_attention_backward", "CompositeExplicitAutograd", _backward)
-torch.library.register_fake("qlora::blockwise_attention_backward", _backward_fake)
+define(f"blockwise_attention({_INPUTS}) -> Tensor", _attend, _attend_fake)
+define(f"blockwise_attention_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake)

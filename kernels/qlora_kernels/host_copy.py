@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kernels.registry import define
+
 
 class HostCopy:
     """A tensor on its way to host memory, and back."""
@@ -25,7 +27,7 @@ class HostCopy:
         self._device = tensor.device
         self._original: Tensor | None = tensor
         self._returning: Tensor | None = None
-        self._host: Tensor = _beside(tensor.device, lambda: torch.ops.qlora.copy_to_host(tensor))
+        self._host: Tensor = _beside(tensor.device, lambda: torch.ops.qlora_kernels.copy_to_host(tensor))
         self._copied = _mark(tensor.device)
 
     def release(self) -> None:
@@ -89,6 +91,4 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
 
 
 # An op, so that who counts memory can tell host memory from the device's where both are a CPU's.
-torch.library.define("qlora::copy_to_host", "(Tensor x) -> Tensor")
-torch.library.impl("qlora::copy_to_host", "CompositeExplicitAutograd", _copy_to_host)
-torch.library.register_fake("qlora::copy_to_host", lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
+define("copy_to_host(Tensor x) -> Tensor", _copy_to_host, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))

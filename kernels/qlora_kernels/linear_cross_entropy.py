@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_into, multiply_transposed_
+from qlora_kernels.registry import define
 
 IGNORED = -100
 """The label of a token that is not learned, as in torch's cross_entropy and transformers."""
@@ -90,7 +91,7 @@ def _loss_and_gradient(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
-    for rows in torch.ops.qlora.label_rows(labels).split(chunk_tokens):
+    for rows in torch.ops.qlora_kernels.label_rows(labels).split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
         logits = chunk.new_empty((chunk.shape[0], head.shape[0]), dtype=dtype)  # (C, V)
@@ -150,6 +151,4 @@ def _label_rows_fake(labels: Tensor) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
-torch.library.define("qlora::label_rows", "(Tensor labels) -> Tensor")
-torch.library.impl("qlora::label_rows", "CompositeExplicitAutograd", _label_rows)
-torch.library.register_fake("qlora::label_rows", _label_rows_fake)
+define("label_rows(Tensor labels) -> Tensor", _label_rows, _label_rows_fake)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
+from qlora_kernels.registry import define
 
 Activation = Callable[[Tensor], Tensor]  # elementwise, into a new tensor
 
@@ -118,7 +119,7 @@ def keep_mask(
     seed: Tensor | None,  # () int64 on the CPU
 ) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
     """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
-    return torch.ops.qlora.keep_mask(like.detach(), in_features, dropout, seed)
+    return torch.ops.qlora_kernels.keep_mask(like.detach(), in_features, dropout, seed)
 
 
 def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -318,6 +319,4 @@ def _keep_mask_fake(like: Tensor, in_features: int, dropout: float, seed: Tensor
 
 
 # An op, so that on fake tensors, whose seed cannot be read, nothing is drawn.
-torch.library.define("qlora::keep_mask", "(Tensor like, SymInt in_features, float dropout, Tensor seed) -> Tensor")
-torch.library.impl("qlora::keep_mask", "CompositeExplicitAutograd", _keep_mask)
-torch.library.register_fake("qlora::keep_mask", _keep_mask_fake)
+define("keep_mask(Tensor like, SymInt in_features, float dropout, Tensor seed) -> Tensor", _keep_mask, _keep_mask_fake)

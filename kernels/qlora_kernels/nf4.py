@@ -6,21 +6,20 @@ made here bit for bit. Two formulas are the whole contract, in fp32, each operat
     scale[block] = nested_code[absmax[block]] * nested_absmax[block // 256] + offset
     value[i]     = NF4_CODE[code i] * scale[i // 64]                  then one cast to the dtype asked for
 
-The plain torch below is that contract and the CPU's path. CUDA tensors go to `nf4_triton` through the dispatcher op
-`qlora::dequantize_nf4`, which has a fake implementation, so a step can be planned on fake tensors. Left out: other
-block formats (fp4), and quantising on a GPU, where bitsandbytes' own kernel does it.
+The plain torch below is that contract. The registered ops take a CPU's tensors to compiled code (`nf4_cpu`), a GPU's to
+Triton (`nf4_triton`). Left out: other block formats (fp4), and quantising on a GPU, where bitsandbytes' own kernel does
+it.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels import kernel_choice
+from qlora_kernels.registry import UnavailableError, define
 
 NF4_CODE = torch.tensor(
     [
@@ -45,6 +44,9 @@ NF4_CODE = torch.tensor(
     device="cpu",
 )
 """The sixteen values of NF4: quantiles of the normal distribution, zero among them (QLoRA, appendix E)."""
+
+MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
+"""(15,) fp32: a value's code is the number of these below it."""
 
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
@@ -80,15 +82,24 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
     flat, elements = weight.detach().reshape(-1), weight.numel()
     packed = torch.empty((elements + 1) // 2, dtype=torch.uint8, device=weight.device)
     maxima = torch.empty(-(elements // -BLOCK_SIZE), dtype=torch.float32, device=weight.device)
-    chunk = _CHUNK_ELEMENTS.get(weight.device.type, 1 << 24)
-    for begin in range(0, elements, chunk):
-        codes, maximum = _nearest_codes(flat[begin : begin + chunk].float())
-        packed[begin // 2 : (begin + chunk) // 2] = (codes[0::2] << 4) | codes[1::2]
-        maxima[begin // BLOCK_SIZE : (begin + chunk) // BLOCK_SIZE] = maximum
+    torch.ops.qlora_kernels.quantize_nf4(flat, packed, maxima)
     offset = maxima.mean()
     absmax, nested_absmax = _quantize_maxima(maxima - offset)
     nested_code = dynamic_code().to(weight.device)
     return NF4Weight(packed, absmax, nested_absmax, nested_code, offset, (weight.shape[0], weight.shape[1]))
+
+
+def quantize_torch(
+    values: Tensor,  # (elements,) any float dtype
+    packed: Tensor,  # (ceil(elements/2),) uint8, filled
+    maxima: Tensor,  # (blocks,) fp32, filled: not finite where the block holds such a value
+) -> None:
+    """The contract of the codes in plain torch, in chunks; an odd last byte has the code of zero in its low half."""
+    chunk = _CHUNK_ELEMENTS.get(values.device.type, 1 << 24)
+    for begin in range(0, values.numel(), chunk):
+        codes, maximum = _nearest_codes(values[begin : begin + chunk].float())
+        packed[begin // 2 : (begin + chunk) // 2] = (codes[0::2] << 4) | codes[1::2]
+        maxima[begin // BLOCK_SIZE : (begin + chunk) // BLOCK_SIZE] = maximum
 
 
 def _nearest_codes(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,9 +112,8 @@ def _nearest_codes(values: Tensor) -> tuple[Tensor, Tensor]:
         last = rest.abs().amax().clamp(min=1e-38)
         maxima, scaled = torch.cat([maxima, last[None]]), torch.cat([scaled, rest / last])
         scaled = F.pad(scaled, (0, scaled.numel() % 2))
-    # The code is the number of midpoints between neighbouring codes that lie below the value.
     codes = torch.zeros(scaled.shape, dtype=torch.uint8, device=values.device)
-    for midpoint in ((NF4_CODE[1:] + NF4_CODE[:-1]) / 2).tolist():
+    for midpoint in MIDPOINTS.tolist():
         codes += scaled > midpoint
     return codes, maxima
 
@@ -181,7 +191,7 @@ def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def _dequantize_into(out: Tensor, weight: NF4Weight, first_row: int) -> None:
-    torch.ops.qlora.dequantize_nf4(
+    torch.ops.qlora_kernels.dequantize_nf4(
         weight.packed,
         weight.absmax,
         weight.nested_absmax,
@@ -258,24 +268,37 @@ def _pair_table(device: torch.device) -> Tensor:
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).view(torch.int64).view(256).to(device)
 
 
-def _dequantize_cuda(packed: Tensor, *arguments: Any) -> None:  # those of dequantize_torch
-    choice = kernel_choice()
-    if choice == "torch":
-        return dequantize_torch(packed, *arguments)
+def _quantize_on_cpu() -> Callable[..., None]:
+    from qlora_kernels import nf4_cpu
+
+    return nf4_cpu.quantizer()
+
+
+def _dequantize_on_cpu() -> Callable[..., None]:
+    from qlora_kernels import nf4_cpu
+
+    return nf4_cpu.dequantizer()
+
+
+def _dequantize_on_cuda() -> Callable[..., None]:
     try:
         from qlora_kernels import nf4_triton
     except ImportError as error:
-        if choice == "auto":
-            return dequantize_torch(packed, *arguments)
-        raise ImportError("QLORA_KERNELS=triton, but Triton is not installed: pip install triton") from error
-    return nf4_triton.dequantize(packed, *arguments)
+        raise UnavailableError("Triton is not installed: pip install triton") from error
+    return nf4_triton.dequantize
 
 
-torch.library.define(
-    "qlora::dequantize_nf4",
-    "(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset,"
-    " SymInt start, int block_size, int nested_block_size, Tensor(a!) out) -> ()",
+define(
+    "quantize_nf4(Tensor values, Tensor(a!) packed, Tensor(b!) maxima) -> ()",
+    quantize_torch,
+    lambda *arguments: None,
+    cpu=_quantize_on_cpu,
 )
-torch.library.impl("qlora::dequantize_nf4", "CompositeExplicitAutograd", dequantize_torch)
-torch.library.impl("qlora::dequantize_nf4", "CUDA", _dequantize_cuda)
-torch.library.register_fake("qlora::dequantize_nf4", lambda *arguments: None)
+define(
+    "dequantize_nf4(Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset,"
+    " SymInt start, int block_size, int nested_block_size, Tensor(a!) out) -> ()",
+    dequantize_torch,
+    lambda *arguments: None,
+    cpu=_dequantize_on_cpu,
+    cuda=_dequantize_on_cuda,
+)

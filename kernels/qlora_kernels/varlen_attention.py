@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels import kernel_choice
 from qlora_kernels.blockwise_attention import blockwise_attention
+from qlora_kernels.registry import kernel_choice
 
 MOST_BACKWARD_BYTES = 2**28
 """Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
@@ -116,7 +116,7 @@ def _flash_varlen_fits(query: Tensor) -> bool:
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _has_windowed_varlen_attn()
-        and kernel_choice() != "torch"
+        and kernel_choice() != "reference"
     )
 
 

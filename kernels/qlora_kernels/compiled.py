@@ -1,0 +1,83 @@
+"""C++ beside this package, compiled at its first use for the very processor, and kept.
+
+The compiler is run directly and the library is opened with ctypes: such a file needs no header of torch, so it is
+compiled in two seconds and fits every version. (torch's own extension builder was measured first; see
+docs/decisions/0016.) A library is written under a temporary name and renamed, so processes may compile side by side
+and a kill leaves nothing behind that anyone waits for. It shares torch's pool of threads by linking to the OpenMP
+runtime that torch has loaded; two pools would fight for the processors. Left out: Windows.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from qlora_kernels.registry import UnavailableError
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-fvisibility=default")
+MOST_SECONDS = 120
+
+
+@functools.cache
+def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The compiled library of a C++ file with C functions, made where it is not there yet.
+
+    Raises:
+        UnavailableError: there is no compiler, it fails, or the library cannot be kept or opened.
+    """
+    compiler = shutil.which(cpp_extension.get_cxx_compiler())
+    if compiler is None:
+        raise UnavailableError("there is no C++ compiler here: install g++ (Debian: apt install g++)")
+    command = [compiler, *FLAGS, *_threads(), *extra_flags]
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), *(part.encode() for part in command), _processor()]))
+    try:
+        folder = Path(cpp_extension.get_default_build_root()) / "qlora_kernels"
+        library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+        if not library.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(command, source, library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise UnavailableError(f"the compiled {source.name} cannot be kept or opened: {error}") from error
+
+
+def _compile(command: list[str], source: Path, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        try:
+            found = subprocess.run(
+                [*command, str(source), "-o", str(made)], capture_output=True, text=True, timeout=MOST_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UnavailableError(f"{command[0]} took more than {MOST_SECONDS} seconds") from error
+        if found.returncode != 0:
+            reason = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
+            raise UnavailableError(f"{command[0]} cannot compile {source.name}: {reason}")
+        made.replace(library)
+
+
+def _threads() -> list[str]:
+    """What makes the code share torch's threads; nothing, and one thread, where torch's OpenMP is not found."""
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
+    paths = {line.split(maxsplit=5)[-1] for line in loaded if "omp" in line and ".so" in line}
+    runtimes = [path for path in sorted(paths) if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    if len(runtimes) != 1:
+        return []
+    # The compiler's own -lgomp would bring a second runtime, so the name that -fopenmp adds is left unused.
+    return ["-fopenmp", runtimes[0], "-Wl,--as-needed"]
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a folder may be shared between machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))][:2]
+    return os.linesep.join([platform.machine(), platform.processor(), *told]).encode()

@@ -1,0 +1,115 @@
+"""The register of operations: each is a torch op with a plain-torch reference and perhaps faster versions.
+
+torch's dispatcher chooses by the device of the arguments, so callers hold no `if cuda`, and a fake implementation lets
+a step be planned on tensors without memory. A faster version is made at its first use; where it cannot be (no Triton,
+no compiler) the reference does the work, and `implementations` says why. The environment variable QLORA_KERNELS is
+read here and nowhere else.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "qlora_kernels"
+_CHOICES = ("auto", "reference", "fast")
+_DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # torch's dispatch keys
+
+
+class UnavailableError(Exception):
+    """A faster version cannot be had here; its text says why, and what would bring it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An operation: what it computes, and what computes it faster on which device."""
+
+    name: str
+    reference: Callable[..., Any]
+    fast: dict[str, Callable[[], Callable[..., Any]]]  # device type -> what makes the faster version, or raises
+
+    @functools.cached_property
+    def _made(self) -> dict[str, Callable[..., Any] | str]:
+        return {}
+
+    def fast_version(self, device_type: str) -> Callable[..., Any] | str:
+        """The faster version for a device, made once; or why there is none."""
+        if device_type not in self._made:
+            try:
+                self._made[device_type] = self.fast[device_type]()
+            except UnavailableError as reason:
+                self._made[device_type] = str(reason)
+        return self._made[device_type]
+
+    def run(self, device_type: str, *arguments: Any) -> Any:
+        choice = kernel_choice()
+        if choice == "reference":
+            return self.reference(*arguments)
+        version = self.fast_version(device_type)
+        if not isinstance(version, str):
+            return version(*arguments)
+        if choice == "fast":
+            raise UnavailableError(f"QLORA_KERNELS=fast, but {self.name} has no fast version here: {version}")
+        return self.reference(*arguments)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def kernel_choice() -> str:
+    """What the environment variable QLORA_KERNELS asks for.
+
+    `auto` (default): the fast version where device and installation have one, else the reference. `reference`: plain
+    torch everywhere. `fast`: as auto, but an operation whose fast version cannot be had here is an error.
+
+    Raises:
+        ValueError: the variable holds another word.
+    """
+    choice = os.environ.get("QLORA_KERNELS", "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"QLORA_KERNELS is {choice!r}; it can be {', '.join(_CHOICES)}. Set one of these or unset it.")
+    return choice
+
+
+def define(
+    schema: str,  # such as "scale(Tensor x, float by) -> Tensor"
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    **fast: Callable[[], Callable[..., Any]],
+) -> None:
+    """Make torch.ops.qlora_kernels.<name>.
+
+    Args:
+        reference: plain torch, for any device: the contract.
+        fake: gives results of the right shape and dtype without reading values.
+        fast: by device type (cpu, cuda), a function that gives the faster version or raises UnavailableError. Called
+            at the first use, once.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    op = _OPS[name] = Op(name, reference, fast)
+    torch.library.define(qualified, schema.removeprefix(name))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    for device_type in fast:
+        torch.library.impl(qualified, _DEVICES[device_type], functools.partial(op.run, device_type))
+    torch.library.register_fake(qualified, fake)
+
+
+def implementations(device_type: str) -> dict[str, str]:
+    """By operation, what a tensor on this kind of device takes: "fast", or "reference" and why.
+
+    Makes the fast versions that are not made yet. Only operations whose modules are imported are known.
+    """
+    found = {}
+    for name, op in sorted(_OPS.items()):
+        if kernel_choice() == "reference":
+            found[name] = "reference: QLORA_KERNELS=reference"
+        elif device_type not in op.fast:
+            found[name] = "reference: plain torch is the only version"
+        else:
+            version = op.fast_version(device_type)
+            found[name] = f"reference: {version}" if isinstance(version, str) else "fast"
+    return found
