@@ -12,14 +12,15 @@ it a few maxima of a large tensor get the neighbouring code. Measured on a CPU, 
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.hashing import bytes_sha256, values_sha256
 from qlora_trainer.quantization import NF4Linear
 
 OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values in fp32
@@ -46,6 +47,9 @@ class BaseFingerprint:
     source_dtype: str  # dtype the weights had when they were quantised, such as "bfloat16"
     tensors: dict[str, TensorFingerprint]  # 4-bit, by module path, such as "model.layers.0.self_attn.q_proj"
     dense: dict[str, str]  # sha256 of what is not 4-bit, by name, such as "model.norm.weight"; ties once
+    # sha256 of each tensor's bytes on disk, by the checkpoint's names; no part of the identity, as a copy kept in 4
+    # bits is the same base. Empty where transformers read the base, and in records of earlier versions.
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -57,7 +61,7 @@ class BaseFingerprint:
             path: TensorFingerprint(fields["packed_sha256"], fields["offset"], tuple(fields["scales"]))
             for path, fields in data["tensors"].items()
         }
-        return cls(data["config"], data["source_dtype"], tensors, data["dense"])
+        return cls(data["config"], data["source_dtype"], tensors, data["dense"], data.get("sources", {}))
 
     def difference(self, other: "BaseFingerprint") -> str | None:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
@@ -84,8 +88,20 @@ class BaseFingerprint:
         return None
 
 
+def make_fingerprint(
+    config: Mapping[str, Any],  # what config.json holds
+    source_dtype: torch.dtype,
+    tensors: dict[str, TensorFingerprint],
+    dense: dict[str, str],
+    sources: dict[str, str],
+) -> BaseFingerprint:
+    """A fingerprint of its parts, each as BaseFingerprint says."""
+    name = str(source_dtype).removeprefix("torch.")
+    return BaseFingerprint(_identity(config), name, tensors, dense, sources)
+
+
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
-    """Hash every tensor of `model` in one pass; `config` is what config.json holds.
+    """The fingerprint of a model that is loaded already; what lay on disk is not known any more.
 
     Call it before what stayed dense is cast to the dtype of computation, and before adapters are put on.
     """
@@ -95,23 +111,19 @@ def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            dense[name] = _sha256(tensor.detach())
-    return BaseFingerprint(
-        config=_identity(config),
-        source_dtype=str(source_dtype).removeprefix("torch."),
-        tensors={path: _tensor_fingerprint(layer) for path, layer in layers.items()},
-        dense=dense,
-    )
+            dense[name] = values_sha256(tensor)
+    tensors = {path: tensor_fingerprint(layer.nf4_weight) for path, layer in layers.items()}
+    return make_fingerprint(config, source_dtype, tensors, dense, {})
 
 
-def _tensor_fingerprint(layer: NF4Linear) -> TensorFingerprint:
-    weight = layer.nf4_weight
+def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
+    """Of a 4-bit weight, on whatever device."""
     blocks = weight.absmax.numel()
     nested = weight.nested_absmax.double().repeat_interleave(weight.nested_block_size)[:blocks]
     scales = weight.nested_code.double()[weight.absmax.long()] * nested + weight.offset.double()  # (blocks,)
     position = torch.linspace(0.0, 1.0, blocks, dtype=torch.float64, device=scales.device)
     return TensorFingerprint(
-        packed_sha256=hashlib.sha256(weight.packed.cpu().numpy().data).hexdigest(),
+        packed_sha256=bytes_sha256(weight.packed),
         offset=float(weight.offset),
         scales=(float(scales.mean()), float((scales * position).mean())),
     )
@@ -123,14 +135,6 @@ def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
         and math.isclose(first.offset, second.offset, rel_tol=OFFSET_TOLERANCE)
         and all(math.isclose(a, b, rel_tol=SCALES_TOLERANCE) for a, b in zip(first.scales, second.scales, strict=True))
     )
-
-
-def _sha256(tensor: Tensor) -> str:
-    """Of shape, dtype and values, wherever the tensor lies."""
-    flat = tensor.cpu().contiguous().reshape(-1)
-    hashed = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    hashed.update(flat.view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
