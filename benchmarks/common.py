@@ -6,6 +6,7 @@ It computes in fp32 and starts from an adapter in PEFT's format, such as each ru
 Nothing of ours is imported but at need: a peer's process then holds only what the peer holds.
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,21 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
     epoch, within = divmod(step, run.state.loader.steps_per_epoch)
     chosen = run.state.loader.order(epoch)[within * training.batch_size : (within + 1) * training.batch_size]
     return [Row(example.input_ids, example.labels) for example in (run.prepared.train[int(i)] for i in chosen)]
+
+
+def plain_checkpoint(directory: Path, output: Path) -> Path:
+    """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
+    from qlora_trainer.gguf_weights import IMPORT_RECORD
+    from qlora_trainer.tensor_io import ShardWriter, checkpoint_tensors, read_tensor
+
+    if not (directory / IMPORT_RECORD).is_file():
+        return directory
+    shutil.copytree(directory, output, ignore=shutil.ignore_patterns(IMPORT_RECORD))
+    tensors = checkpoint_tensors(directory)
+    with ShardWriter(output, list(tensors.values())) as writer:
+        for name, info in tensors.items():
+            writer.write(name, read_tensor(info))
+    return output
 
 
 def load_peer(directory: Path, adapter: Path, dtype: torch.dtype, *, checkpointing: bool) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Row, load_peer, longest, peer_step, rows_of_step, trainable_parameters
+from benchmarks.common import Row, load_peer, longest, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
 from qlora_trainer.process_memory import peak_private_bytes, restart_peak
 
 ALPHA = 32.0
@@ -124,7 +124,7 @@ def ours(job: Job, activations: str) -> Result:
     run = start_run(config)
     rows = [rows_of_step(run, step) for step in range(job.steps)]
     shared = Shared(
-        model=str(run.base.directory),
+        model=str(plain_checkpoint(run.base.directory, Path(job.work) / "model")),
         adapter=str(newest_checkpoint(run.directory).path),
         source_dtype=run.base.fingerprint.source_dtype,
         max_grad_norm=config.optimizer.max_grad_norm,

@@ -11,11 +11,13 @@ A file's format: 8 bytes of little-endian header length, the header in JSON padd
 """
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,7 @@ from torch import Tensor
 from qlora_trainer.directories import disk_errors, write_text
 from qlora_trainer.directories import new_directory as new_directory
 from qlora_trainer.errors import FileMissingError, ModelError
+from qlora_trainer.gguf_weights import open_weights
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,13 +72,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorInfo(TensorSpec):
-    """A tensor on disk."""
+    """A tensor on disk; in another file than one of safetensors, `read` gives its rows."""
 
     file: Path
+    read: Callable[[slice | None], Tensor] | None = dataclasses.field(default=None, compare=False)
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor that transformers would load from `directory`, by name, in the order they lie on disk.
+
+    A directory may stand for a GGUF file (gguf_import.py), whose tensors are read from there.
 
     Raises:
         FileMissingError: there is no such directory.
@@ -89,6 +95,11 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
             f"{directory} holds adapter_config.json: it is an adapter, or a model that loaders would apply an adapter "
             "to a second time. Give the directory of the base model alone."
         )
+    if (imported := open_weights(directory)) is not None:
+        return {
+            name: TensorInfo(name, tensor.dtype, tensor.shape, imported.file, functools.partial(imported.read, name))
+            for name, tensor in imported.tensors.items()
+        }
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(directory)
     for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
@@ -190,11 +201,13 @@ def read_tensor(
     info: TensorInfo,
     rows: slice | None = None,  # of the first dimension; step 1
 ) -> Tensor:
-    """The tensor, or some of its rows, mapped from the file: read it, but do not write into it.
+    """The tensor, or some of its rows, where it can be mapped from the file: read it, but do not write into it.
 
     Raises:
         ModelError: the file is damaged, or changed since it was listed.
     """
+    if info.read is not None:
+        return info.read(rows)
     try:
         with safe_open(info.file, framework="pt") as file:
             tensor = file.get_tensor(info.name) if rows is None else file.get_slice(info.name)[rows]
