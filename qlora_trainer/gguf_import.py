@@ -44,8 +44,7 @@ from qlora_trainer.gguf_weights import (
     READ_ERRORS,
     ImportedTensor,
     StoredTensor,
-    blocks,
-    lies_as_stored,
+    examine,
 )
 from qlora_trainer.progress import Progress
 from qlora_trainer.quiet import quiet_transformers
@@ -186,30 +185,22 @@ def _examine_tensors(
         translation = translations[source.name]
         shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp counts from the fastest dimension
         stored = StoredTensor(source.name, source.tensor_type.name, shape, int(source.data_offset))
-        as_stored = lies_as_stored(stored, file, translation.convert)
-        becomes = shape if as_stored else tuple(translation.convert(stored.values(file).numpy()).shape)
-        if becomes != translation.shape:
+        found = examine(stored, file, translation.convert)
+        if found.shape != translation.shape:
             raise ModelError(
-                f"Tensor {source.name} has shape {becomes}, but the model's {translation.name} has "
+                f"Tensor {source.name} has shape {found.shape}, but the model's {translation.name} has "
                 f"{translation.shape}. The file's metadata and tensors disagree."
             )
-        dtype = _dtype(stored, file)
-        examined[translation.name] = ImportedTensor(stored, dtype, becomes, as_stored)
+        if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
+            raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
+        # What the values are kept in: what they are if they are floats, else float16 where that does not overflow.
+        dtype = FLOAT_TYPES.get(stored.type, torch.float16)
+        if dtype == torch.float16 and max(-found.lowest, found.highest) >= FLOAT16_OVERFLOW:
+            dtype = torch.float32
+        examined[translation.name] = ImportedTensor(stored, dtype, found.shape, found.rows)
         done += int(source.n_elements)
         progress("Examining the GGUF file", done, total)
     return examined
-
-
-def _dtype(tensor: StoredTensor, file: Path) -> torch.dtype:
-    """What the values are kept in: what they have if they are floats, else float16, or float32 where that overflows."""
-    dtype = FLOAT_TYPES.get(tensor.type, torch.float16)
-    for _, values in blocks(tensor, file):
-        lowest, highest = (bound.item() for bound in values.aminmax()) if values.numel() else (0.0, 0.0)
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise ModelError(f"Tensor {tensor.name} holds NaN or infinite values; the file is damaged.")
-        if dtype == torch.float16 and max(-lowest, highest) >= FLOAT16_OVERFLOW:
-            dtype = torch.float32
-    return dtype
 
 
 def _write_config(

@@ -3,7 +3,8 @@
 A model in GGUF lies in 4 or 5 GB; a copy in 16 bits would take three times that on the disk, and is never made. The
 import (gguf_import.py) goes through the file once and writes a record: where each tensor lies, what it is called in the
 checkpoint, and the dtype its values have there. Reading follows the record. Most tensors lie as the checkpoint has
-them, which the import has seen, and are read by rows; those that llama.cpp permutes are converted whole, one at a time.
+them, which the import has seen, and are read by rows; of those that llama.cpp permutes the record has the order of
+rows, and each is read whole. What is stored otherwise still, transformers converts again.
 
 Left out: which tensors there are and what they are called, which gguf_tensors.py asks of transformers.
 """
@@ -12,10 +13,10 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from qlora_trainer.errors import FileMissingError, ModelError
 from qlora_trainer.gguf_tensors import Translation, translations_of
 
 IMPORT_RECORD = "import.json"
+SAMPLE_ELEMENTS = 2**25
 CHUNK_ELEMENTS = 2**20  # dequantised at a time by each thread; gguf's functions make several copies
 
 # What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
@@ -68,7 +70,14 @@ class StoredTensor:
 
         kind = GGMLQuantizationType[self.type]
         data = np.memmap(file, np.uint8, "r", self.offset, quant_shape_to_byte_shape(self.shape, kind))
-        out[rows.start - start : rows.stop - start] = dequantize(data[rows], kind)
+        part = out[rows.start - start : rows.stop - start]
+        # As one row: gguf goes by sixteen rows, of narrow ones far too little at a time.
+        part[:] = dequantize(data[rows].reshape(1, -1), kind).reshape(part.shape)
+
+
+Rows = Literal["as stored", "otherwise"] | str
+"""How the rows of a tensor lie: as the checkpoint has them; in the order of a permutation, whose numbers are written
+here with commas; or otherwise, so that transformers must convert the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +87,16 @@ class ImportedTensor:
     stored: StoredTensor
     dtype: torch.dtype  # of its values in the checkpoint
     shape: tuple[int, ...]
-    as_stored: bool  # it lies row by row as the checkpoint has it
+    rows: Rows
 
     def to_json(self) -> dict[str, Any]:
         dtype = str(self.dtype).removeprefix("torch.")
-        return dataclasses.asdict(self.stored) | {"dtype": dtype, "as_stored": self.as_stored, "becomes": self.shape}
+        return dataclasses.asdict(self.stored) | {"dtype": dtype, "rows": self.rows, "becomes": self.shape}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ImportedTensor":
         stored = StoredTensor(fields["name"], fields["type"], tuple(fields["shape"]), fields["offset"])
-        return cls(stored, getattr(torch, fields["dtype"]), tuple(fields["becomes"]), fields["as_stored"])
+        return cls(stored, getattr(torch, fields["dtype"]), tuple(fields["becomes"]), fields["rows"])
 
 
 class GGUFWeights:
@@ -121,14 +130,19 @@ class GGUFWeights:
             ModelError: it cannot be read.
         """
         tensor = self.tensors[name]
-        if tensor.as_stored:
+        if tensor.rows == "as stored":
             return tensor.stored.values(self.file, rows).to(tensor.dtype)
-        if self._converted is None or self._converted[0] != name:
+        converted = self._converted  # taken once: another thread may read another tensor
+        if converted is None or converted[0] != name:
             self._converted = None  # an old one goes before the new one comes
-            convert = self._translations[tensor.stored.name].convert
-            self._converted = (name, convert(tensor.stored.values(self.file).numpy()).to(tensor.dtype))
-        whole = self._converted[1]
-        return whole if rows is None else whole[rows]
+            converted = self._converted = (name, self._convert(tensor).to(tensor.dtype))
+        return converted[1] if rows is None else converted[1][rows]
+
+    def _convert(self, tensor: ImportedTensor) -> Tensor:
+        values = tensor.stored.values(self.file)
+        if tensor.rows == "otherwise":
+            return self._translations[tensor.stored.name].convert(values.numpy())
+        return values[_permutation(tensor.rows)]
 
     @functools.cached_property
     def _translations(self) -> dict[str, Translation]:
@@ -145,22 +159,50 @@ def open_weights(directory: Path) -> GGUFWeights | None:
     return GGUFWeights(directory) if (directory / IMPORT_RECORD).is_file() else None
 
 
-def blocks(tensor: StoredTensor, file: Path, elements: int = 2**25) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their values in fp32), from the first to the last."""
-    rows = tensor.shape[0]
-    step = max(1, elements // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        yield part, tensor.values(file, part)
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What looking at every value of a tensor told."""
+
+    shape: tuple[int, ...]  # in the checkpoint
+    rows: Rows
+    lowest: float
+    highest: float
 
 
-def lies_as_stored(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> bool:
-    """Whether the checkpoint's layout of a tensor is the file's, found by converting it.
+def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
+    """How a tensor lies beside what `convert` makes of it, which is the checkpoint's layout.
 
-    Of embeddings and output heads, which can be too large to convert whole, the first rows are: what llama.cpp permutes
+    Embeddings and output heads can be too large to convert whole, so only their first rows are: what llama.cpp permutes
     are the rows of heads.
     """
-    sample = slice(0, 1024) if tensor.name in ("token_embd.weight", "output.weight") else None
-    plain = tensor.values(file, sample)
-    converted = convert(plain.numpy())
-    return converted.shape == plain.shape and bool(torch.equal(converted, plain))
+    by_tokens = tensor.name in ("token_embd.weight", "output.weight")
+    step = max(1, SAMPLE_ELEMENTS // tensor.shape[-1]) if by_tokens else tensor.shape[0]
+    shape, rows = tensor.shape, "as stored"
+    lowest, highest = math.inf, -math.inf
+    for start in range(0, tensor.shape[0], step):
+        values = tensor.values(file, slice(start, start + step))
+        bounds = values.aminmax()
+        lowest, highest = float(min(lowest, bounds.min)), float(max(highest, bounds.max))
+        if start == 0:
+            converted = convert(values.numpy())
+            rows = _rows(values, converted, convert)
+            shape = tensor.shape if rows == "as stored" else tuple(converted.shape)
+    return Examined(shape, rows, lowest, highest)
+
+
+def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Tensor]) -> Rows:
+    if converted.shape != values.shape:
+        return "otherwise"
+    if torch.equal(converted, values):
+        return "as stored"
+    if values.dim() == 2:
+        order = convert(np.arange(len(values), dtype=np.float32)[:, None])  # the rows' own numbers, as they end up
+        written = ",".join(str(int(row)) for row in order.flatten())
+        if torch.equal(order.flatten().sort().values, torch.arange(len(values)).float()):
+            return written if torch.equal(values[_permutation(written)], converted) else "otherwise"
+    return "otherwise"
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(written: str) -> Tensor:
+    return torch.tensor([int(row) for row in written.split(",")])

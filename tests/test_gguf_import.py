@@ -360,12 +360,18 @@ def test_rows_are_those_of_the_whole_tensor(
             assert torch.equal(read_tensor(info, rows), whole[rows]), name
 
 
-def test_only_what_llama_cpp_permutes_is_converted_whole(tmp_path: Path) -> None:
-    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights()), tmp_path / "cache", silent)
+def test_what_llama_cpp_permutes_is_read_by_its_recorded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tiny_weights()
+    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", weights), tmp_path / "cache", silent)
     tensors = json.loads((directory / "import.json").read_text())["tensors"]
-    permuted = {name.split(".")[-2] for name, fields in tensors.items() if not fields["as_stored"]}
-    assert permuted == {"q_proj", "k_proj"}
+    permuted = {name: fields["rows"] for name, fields in tensors.items() if fields["rows"] != "as stored"}
+    assert {name.split(".")[-2] for name in permuted} == {"q_proj", "k_proj"}
+    assert "otherwise" not in permuted.values()
     assert not list(directory.glob("*.safetensors")), "no copy of the weights is made"
+    monkeypatch.setattr(gguf_weights, "translations_of", lambda *_: pytest.fail("transformers was asked again"))
+    assert all(
+        torch.equal(tensor, torch.from_numpy(weights[name])) for name, tensor in stored_tensors(directory).items()
+    )
 
 
 def test_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
