@@ -12,14 +12,15 @@ it a few maxima of a large tensor get the neighbouring code. Measured on a CPU, 
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.hashing import bytes_sha256, values_sha256
 from qlora_trainer.quantization import NF4Linear
 
 OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values in fp32
@@ -63,7 +64,7 @@ class BaseFingerprint:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
         if missing := self.tensors.keys() ^ other.tensors.keys():
             return f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
-        changed = [path for path, tensor in self.tensors.items() if not _is_same(tensor, other.tensors[path])]
+        changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
             hint = (
                 f"; they were quantised from {self.source_dtype} there and from {other.source_dtype} here"
@@ -95,29 +96,30 @@ def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            dense[name] = _sha256(tensor.detach())
+            dense[name] = values_sha256(tensor)
     return BaseFingerprint(
-        config=_identity(config),
+        config=config_identity(config),
         source_dtype=str(source_dtype).removeprefix("torch."),
-        tensors={path: _tensor_fingerprint(layer) for path, layer in layers.items()},
+        tensors={path: tensor_fingerprint(layer.nf4_weight) for path, layer in layers.items()},
         dense=dense,
     )
 
 
-def _tensor_fingerprint(layer: NF4Linear) -> TensorFingerprint:
-    weight = layer.nf4_weight
+def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
+    """Of a 4-bit weight, on whatever device."""
     blocks = weight.absmax.numel()
     nested = weight.nested_absmax.double().repeat_interleave(weight.nested_block_size)[:blocks]
     scales = weight.nested_code.double()[weight.absmax.long()] * nested + weight.offset.double()  # (blocks,)
     position = torch.linspace(0.0, 1.0, blocks, dtype=torch.float64, device=scales.device)
     return TensorFingerprint(
-        packed_sha256=hashlib.sha256(weight.packed.cpu().numpy().data).hexdigest(),
+        packed_sha256=bytes_sha256(weight.packed),
         offset=float(weight.offset),
         scales=(float(scales.mean()), float((scales * position).mean())),
     )
 
 
-def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+def is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+    """Whether both are of one 4-bit weight, whatever devices made it."""
     return (
         first.packed_sha256 == second.packed_sha256
         and math.isclose(first.offset, second.offset, rel_tol=OFFSET_TOLERANCE)
@@ -125,18 +127,10 @@ def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
     )
 
 
-def _sha256(tensor: Tensor) -> str:
-    """Of shape, dtype and values, wherever the tensor lies."""
-    flat = tensor.cpu().contiguous().reshape(-1)
-    hashed = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    hashed.update(flat.view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the keys that do not matter, in its sections too; private keys say where it came from."""
     return {
-        key: _identity(value) if isinstance(value, Mapping) else value
+        key: config_identity(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key not in _NOT_IDENTITY and not key.startswith("_")
     }

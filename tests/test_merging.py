@@ -28,7 +28,7 @@ from transformers import (
 from qlora_trainer import merging
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
-from qlora_trainer.errors import DiskError, MergeError, ModelError, OutputExistsError
+from qlora_trainer.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, compare_logits, verify_merge
 from qlora_trainer.merging import merge
@@ -232,7 +232,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
     tensors[name][3, 5] *= -1.0
     save_file(tensors, file, metadata={"format": "pt"})
     for base in ("dequantized", "original"):
-        with pytest.raises(MergeError, match=f"{name} in .* does not give the 4-bit weights"):
+        with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
             merge(dataclasses.replace(llama.inputs, base=other), tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
 
@@ -244,7 +244,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
         tensors = fingerprint.tensors | {path: changed}
         return dataclasses.replace(llama.inputs, fingerprint=dataclasses.replace(fingerprint, tensors=tensors))
 
-    with pytest.raises(MergeError, match="offset"):
+    with pytest.raises(CheckpointError, match="offset"):
         merge(with_offset(1.00001), tmp_path / "merged")
     merge(with_offset(1.0000004), tmp_path / "merged", dtype=torch.float32)  # as summed in another order
     found = stored(tmp_path / "merged")[f"{path}.weight"]
@@ -352,6 +352,7 @@ def test_overflow_is_refused_by_name_and_flushes_are_counted(tmp_path: Path) -> 
 
     tensors["model.norm.weight"][5] = 70144.0
     save_file(tensors, file, metadata={"format": "pt"})
+    run = train(directory)
     with pytest.raises(MergeError, match=r"model\.norm\.weight has a value of 70144, .*bfloat16"):
         merge(run.inputs, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -15,10 +15,12 @@ ROOT = Path(__file__).parents[1]
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
     {
+        "background",
         "caching_allocator",
         "console",
         "demo_data",
         "errors",
+        "hashing",
         "process_memory",
         "progress",
         "quiet",
@@ -37,10 +39,12 @@ ROWS = [
         "host_embeddings",
         "memory_tracking",
         "quantization",
+        "sizes",
     },
     {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
-    {"forward", "gguf_import", "lean_modules", "inspection", "merge_plan", "merge_verification", "optim"},
-    {"activations", "evaluation", "merging", "model_source"},
+    {"forward", "lean_modules", "inspection", "merge_verification", "optim", "shard_writer", "weights_as_trained"},
+    {"activations", "evaluation", "gguf_import", "merge_plan"},
+    {"merging", "model_source"},
     {"model"},
     {"doctor", "run_directory", "skeleton", "streamed_model", "training"},
     {"initial_adapter", "planning", "recovery", "trained"},
