@@ -158,8 +158,7 @@ def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
 def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
     info = plan.source
     if plan.trained_as:
-        shape = plan.trained_as.shape
-        return TensorSpec(info.name, dtype, shape[::-1] if plan.transposed else shape)
+        return TensorSpec(info.name, dtype, plan.trained_as.stored_shape)
     if not info.dtype.is_floating_point:
         return TensorSpec(info.name, info.dtype, info.shape)
     if info.dtype.itemsize == 1:

@@ -34,6 +34,11 @@ class TrainedWeight:
     shape: tuple[int, int]  # (O, I)
     transposed: bool  # the checkpoint stores (I, O)
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """As a dense checkpoint stores it."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
     def read(self, device: torch.device | str) -> NF4Weight:
         """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
         if self.statistics:
