@@ -68,7 +68,7 @@ class BaseFingerprint:
         if missing := self.tensors.keys() ^ other.tensors.keys():
             told = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
             return told + self._origin(other)
-        changed = [path for path, tensor in self.tensors.items() if not _is_same(tensor, other.tensors[path])]
+        changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
             told = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
             return told + self._origin(other)
@@ -114,7 +114,7 @@ def make_fingerprint(
 ) -> BaseFingerprint:
     """A fingerprint of its parts, each as BaseFingerprint says."""
     name = str(source_dtype).removeprefix("torch.")
-    return BaseFingerprint(_identity(config), name, tensors, dense, sources)
+    return BaseFingerprint(config_identity(config), name, tensors, dense, sources)
 
 
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
@@ -146,7 +146,8 @@ def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
     )
 
 
-def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+def is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+    """Whether both are of one 4-bit weight, whatever devices made it."""
     return (
         first.packed_sha256 == second.packed_sha256
         and math.isclose(first.offset, second.offset, rel_tol=OFFSET_TOLERANCE)
@@ -154,10 +155,10 @@ def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
     )
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the keys that do not matter, in its sections too; private keys say where it came from."""
     return {
-        key: _identity(value) if isinstance(value, Mapping) else value
+        key: config_identity(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key not in _NOT_IDENTITY and not key.startswith("_")
     }

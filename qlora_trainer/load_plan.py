@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.checkpoint_names import match_names, weight_statistics
+from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
 from qlora_trainer.quantization import linear_layers, source_dtype_of
-from qlora_trainer.tensor_io import TensorInfo, read_tensor, row_blocks
+from qlora_trainer.tensor_io import TensorInfo, read_tensor, row_blocks, weight_statistics
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -301,6 +301,7 @@ def test_the_memory_a_base_needs_is_what_it_takes(
 ) -> None:
     """To the byte: the 4-bit model, and its largest tensor once."""
     from qlora_trainer import model
+
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
     for directory in (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed):
         needed = load(directory).bytes + max(info.nbytes for info in checkpoint_tensors(directory).values())
