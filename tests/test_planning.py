@@ -358,7 +358,7 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
 ) -> None:
     monkeypatch.setattr(fitting, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
-    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     config = tiny_config()
     with pytest.raises(InsufficientMemoryError, match="This run needs"):
         start_run(config)
@@ -394,7 +394,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
         assert run.plan is not None
         assert run.plan.policy == run.state.policy == Policy(level)
     free["available"] = 2**20
-    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
         start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
 
