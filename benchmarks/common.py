@@ -36,7 +36,8 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
 def plain_checkpoint(directory: Path, output: Path) -> Path:
     """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
     from qlora_trainer.gguf_weights import IMPORT_RECORD
-    from qlora_trainer.tensor_io import ShardWriter, checkpoint_tensors, read_tensor
+    from qlora_trainer.shard_writer import ShardWriter
+    from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 
     if not (directory / IMPORT_RECORD).is_file():
         return directory

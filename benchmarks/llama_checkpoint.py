@@ -17,7 +17,8 @@ import torch
 
 from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.tensor_io import ShardWriter, TensorSpec, row_blocks
+from qlora_trainer.shard_writer import ShardWriter
+from qlora_trainer.tensor_io import TensorSpec, row_blocks
 
 SPREAD = 0.02  # of the weights; norms are about one
 POSITIONS = 4096

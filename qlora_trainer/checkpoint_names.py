@@ -12,7 +12,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora_trainer.tensor_io import TensorInfo
+from qlora_trainer.tensor_io import TensorInfo, weight_statistics
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NameMatch:
 def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
     """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
 
-    Statistics of prequantised weights (see `weight_statistics`) go with their weights, and are in no list.
+    Statistics of prequantised weights go with their weights, and are in no list.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -49,13 +49,3 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
         else:
             match.found[renamed] = name
     return match
-
-
-def weight_statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """What bitsandbytes stores beside each prequantised weight, by the weight's name and the key after it."""
-    found: dict[str, dict[str, TensorInfo]] = {name: {} for name in tensors if f"{name}.absmax" in tensors}
-    for name, info in tensors.items():
-        layer, dot, key = name.rpartition(".weight.")
-        if dot and f"{layer}.weight" in found:
-            found[f"{layer}.weight"][key] = info
-    return found

@@ -66,18 +66,19 @@ class BaseFingerprint:
     def difference(self, other: "BaseFingerprint") -> str | None:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
         if missing := self.tensors.keys() ^ other.tensors.keys():
-            return f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
-        changed = [path for path, tensor in self.tensors.items() if not _is_same(tensor, other.tensors[path])]
+            told = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+            return told + self._origin(other)
+        changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
-            hint = (
-                f"; they were quantised from {self.source_dtype} there and from {other.source_dtype} here"
-                if self.source_dtype != other.source_dtype
-                else ""
-            )
-            return f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}{hint}"
+            told = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
+            return told + self._origin(other)
+        # Records of earlier versions have what is dense beside 4-bit weights as fp32, whatever it is on disk: no match.
+        is_comparable = bool(self.sources) or self.source_dtype == other.source_dtype
         names = sorted(self.dense.keys() | other.dense.keys())
-        if changed := [name for name in names if self.dense.get(name) != other.dense.get(name)]:
-            return f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+        changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
+        if changed and is_comparable:
+            told = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+            return told + self._origin(other)
         keys = sorted(self.config.keys() | other.config.keys())
         if changed := [key for key in keys if self.config.get(key) != other.config.get(key)]:
             key = changed[0]
@@ -86,6 +87,22 @@ class BaseFingerprint:
                 f"{other.config.get(key)!r})"
             )
         return None
+
+    def _origin(self, other: "BaseFingerprint") -> str:
+        """The end of a sentence: why the same layers hold other weights, as far as the checkpoints' bytes tell."""
+        if self.sources and self.sources == other.sources:
+            told = "the checkpoint is the same to the byte, and was quantised otherwise"
+        elif self.sources.keys() == other.sources.keys() and self.sources:
+            changed = [name for name, source in self.sources.items() if other.sources[name] != source]
+            told = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"
+        elif self.sources and other.sources:
+            told = "the checkpoints do not hold the same tensors, or one of them is 4-bit on disk"
+        else:
+            told = ""
+        if self.source_dtype != other.source_dtype:
+            told += ", " if told else ""
+            told += f"quantised from {self.source_dtype} there and from {other.source_dtype} here"
+        return f"; {told}" if told else ""
 
 
 def make_fingerprint(
@@ -97,7 +114,7 @@ def make_fingerprint(
 ) -> BaseFingerprint:
     """A fingerprint of its parts, each as BaseFingerprint says."""
     name = str(source_dtype).removeprefix("torch.")
-    return BaseFingerprint(_identity(config), name, tensors, dense, sources)
+    return BaseFingerprint(config_identity(config), name, tensors, dense, sources)
 
 
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
@@ -129,7 +146,8 @@ def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
     )
 
 
-def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+def is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
+    """Whether both are of one 4-bit weight, whatever devices made it."""
     return (
         first.packed_sha256 == second.packed_sha256
         and math.isclose(first.offset, second.offset, rel_tol=OFFSET_TOLERANCE)
@@ -137,10 +155,10 @@ def _is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
     )
 
 
-def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the keys that do not matter, in its sections too; private keys say where it came from."""
     return {
-        key: _identity(value) if isinstance(value, Mapping) else value
+        key: config_identity(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key not in _NOT_IDENTITY and not key.startswith("_")
     }

@@ -7,6 +7,7 @@ holds several and they differ, they are not tied, as transformers does it.
 Left out: tensors that transformers merges or splits while loading. They are listed, and nothing is done about them.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_trainer.checkpoint_names import match_names, weight_statistics
+from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
 from qlora_trainer.quantization import linear_layers, source_dtype_of
-from qlora_trainer.tensor_io import TensorInfo, read_tensor, row_blocks
+from qlora_trainer.tensor_io import TensorInfo, read_tensor, row_blocks, weight_statistics
 
+RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,6 +46,7 @@ class LoadPlan:
     dense: dict[str, DenseTensor]
     converted: list[str]  # tensors that transformers merges or splits while loading
     unused: list[str]  # tensors that the model has no place for, and does not expect
+    original: dict[str, str]  # sha256 of the tensors that a 4-bit checkpoint was made of, where it says so
 
     @property
     def notices(self) -> list[str]:
@@ -123,6 +126,7 @@ def plan_load(
         dense={name: DenseTensor(names, state[names[0]].dtype) for name, names in dense.items()},
         converted=list(match.converted),
         unused=[name for name in match.unused if not _is_expected_extra(model, name)],
+        original=_original_hashes(directory) if statistics else {},
     )
 
 
@@ -133,6 +137,20 @@ def refuse_incomplete(directory: Path, missing: Sequence[str], mismatched: Seque
             f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
             f"shape, such as {[*missing, *mismatched][0]}. They would be random; fetch the checkpoint again."
         )
+
+
+def _original_hashes(directory: Path) -> dict[str, str]:
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        hashes = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        return {str(name): str(value) for name, value in hashes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path} should say what this 4-bit checkpoint was made of, but cannot be read: {error!r}. Restore it, or "
+            "delete it: it only serves to explain differences."
+        ) from error
 
 
 def _names_of_tensors(model: nn.Module) -> list[list[str]]:

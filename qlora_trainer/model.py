@@ -133,6 +133,8 @@ def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
     """
     config = read_config(directory)
     refuse_multi_modal(config, directory)
+    if getattr(config, "transformers_weights", None):
+        raise ModelError(f"{directory / 'config.json'} names its own weight file, which is not read here.")
     tensors = checkpoint_tensors(directory)
     if getattr(config, "quantization_config", None) is not None:
         _check_prequantized(config.quantization_config, directory)

@@ -98,9 +98,9 @@ def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
         model.set_submodule(path, QuantizedHead(quantized, head.bias))
 
 
-def head_weight(head: nn.Linear | QuantizedHead) -> Tensor | HeadRows:
-    """The head's matrix (V, H) as the loss takes it."""
-    return head if isinstance(head, QuantizedHead) else head.weight
+def head_weight(head: Any) -> Tensor | HeadRows:
+    """The matrix (V, H) of a linear layer, or of a head that makes it by rows, as the loss takes it."""
+    return head if isinstance(head, HeadRows) else head.weight
 
 
 def _find_head(model: Any, kind: HeadKind) -> tuple[str, nn.Linear]:

@@ -49,7 +49,7 @@ def load_converted(
     """A base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
     if not plan.statistics:
         _check_finite(plan.tensors)
-    quantization = None if plan.statistics else _nf4(plan.source_dtype)
+    quantization = None if plan.statistics else nf4_config(plan.source_dtype)
     model = load_pretrained(plan.directory, device, plan.source_dtype, quantization_config=quantization)
     adopt_linear4bit(model)
     fingerprint = base_fingerprint(model, config, plan.source_dtype)
@@ -72,13 +72,19 @@ def memory_errors(directory: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(source_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:
+    """What tells transformers of our 4-bit weights.
+
+    Args:
+        kept_dense: paths of the linear layers that are not 4-bit; by default transformers finds the output head.
+    """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=source_dtype,
         bnb_4bit_quant_storage="uint8",
+        llm_int8_skip_modules=kept_dense,
     )
 
 

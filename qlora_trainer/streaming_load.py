@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.errors import QuantizationError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
 from qlora_trainer.hashing import Hasher, bytes_sha256, values_sha256
@@ -106,8 +107,7 @@ class _Filling:
 
     def _take_weight(self, arrival: Arrival, path: str) -> None:
         layer = self.model.get_submodule(path)
-        values = arrival.values.to(self.plan.source_dtype)
-        weight = quantize_weight(values.T if layer.fan_in_fan_out else values, _described(arrival.info))
+        weight = quantize_arrival(arrival, self.plan.source_dtype, layer.fan_in_fan_out)
         layer.take(weight)
         self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
 
@@ -126,7 +126,7 @@ class _Filling:
 
     def _take_dense(self, arrival: Arrival, dense: DenseTensor) -> None:
         self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.mapped, dense.dtype)
-        _check_finite(arrival)
+        check_finite(arrival)
         parameter = None  # one for all names: they are tied
         for name in dense.names:
             path, _, leaf = name.rpartition(".")
@@ -173,11 +173,18 @@ class _Filling:
             self.plan.source_dtype,
             tensors,
             {name: found.result() for name, found in self.dense.items()},
-            sources,
+            self.plan.original or sources,
         )
 
 
-def _check_finite(arrival: Arrival) -> None:
+def quantize_arrival(arrival: Arrival, source_dtype: torch.dtype, transposed: bool) -> NF4Weight:
+    """A linear weight in 4 bits, on the device where it arrived; QuantizationError where it is not finite."""
+    values = arrival.values.to(source_dtype)
+    return quantize_weight(values.T if transposed else values, _described(arrival.info))
+
+
+def check_finite(arrival: Arrival) -> None:
+    """QuantizationError where a tensor that stays dense holds a value that is not finite."""
     values = arrival.values
     if not values.is_floating_point():
         return
