@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels import lora_linear
@@ -467,10 +469,10 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
     inputs = gated_inputs(4)
     outputs = 0
 
-    def counting(*arguments: object) -> Tensor:
+    def counting(*arguments: Any, **settings: Any) -> Tensor:
         nonlocal outputs
         outputs += 1
-        return original(*arguments)
+        return original(*arguments, **settings)
 
     original = lora_linear._output
     monkeypatch.setattr(lora_linear, "_output", counting)
@@ -484,3 +486,27 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
     output.sum().backward()
     assert outputs == 3
     assert all(tensor.grad is not None for tensor in inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_training", "is_fused"), [(16, False, True), (17, False, False), (4, True, False)]
+)
+def test_few_tokens_without_gradients_take_the_operation_for_them(
+    weight: NF4Weight, tokens: int, is_training: bool, is_fused: bool
+) -> None:
+    """Which a GPU runs in one pass over the four bits; here it is the same product to the last bit."""
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x = normal(tokens, 45).requires_grad_(is_training)
+    bias = normal(7, seed=5)
+    Seen.names.clear()
+    with torch.set_grad_enabled(is_training), Seen():
+        output = nf4_linear(x, weight, bias)
+    assert ("qlora_kernels::nf4_matmul_few" in Seen.names) == is_fused
+    assert torch.equal(output, F.linear(x, dequantize_nf4(weight, x.dtype), bias))

@@ -41,6 +41,7 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
     "dequantize_nf4": lambda: [*nf4_tables(), 65, 64, 256, torch.empty(88, dtype=torch.float16)],
     "keep_mask": lambda: [normal(3, 5), 7, 0.25, torch.tensor(11)],
     "label_rows": lambda: [torch.tensor([4, 5, 6])],  # a label on every row: else a fake one has more
+    "nf4_matmul_few": lambda: [normal(3, 64), *nf4_tables(), normal(6), torch.zeros(200), 6, 64, 256],
     "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],
 }
 

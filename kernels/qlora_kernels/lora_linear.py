@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
+from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.registry import define
 
 Activation = Callable[[Tensor], Tensor]  # elementwise, into a new tensor
@@ -176,7 +177,7 @@ class _NF4Linear(torch.autograd.Function):
         # Handles to weight and adapter, not saved tensors: hooks that offload or recompute saved tensors pass them by.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(x, weight, bias, adapter, low_rank)
+        return _output(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
@@ -212,7 +213,7 @@ class _GatedNF4Linear(torch.autograd.Function):
             ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
         ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(product, weight, bias, adapter, low_rank)
+        return _output(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
@@ -266,23 +267,20 @@ def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
 
 
 def _output(
-    x: Tensor, weight: NF4Weight, bias: Tensor | None, adapter: Adapter | None, low_rank: Tensor | None
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    low_rank: Tensor | None,
+    *,
+    is_inference: bool,
 ) -> Tensor:  # (..., O), a new tensor, contiguous
-    tokens, out_features = x.reshape(-1, x.shape[-1]), weight.shape[0]
-    bias = None if bias is None else bias.to(x.dtype)
-    output = None
-    for rows, values in dequantized_blocks(weight, x.dtype):
-        if len(values) == out_features:
-            output = F.linear(tokens, values, bias)
-            break
-        output = tokens.new_empty(len(tokens), out_features) if output is None else output
-        torch.mm(tokens, values.T, out=output[:, rows])
-        if bias is not None:
-            output[:, rows] += bias[rows]
-    assert output is not None
+    tokens = x.reshape(-1, x.shape[-1])
+    product = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
+    output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
-    return output.view(*x.shape[:-1], out_features)
+    return output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _grad_x(grad: Tensor, weight: NF4Weight, adapter: _AdapterBackward | None) -> Tensor:  # (..., I)
