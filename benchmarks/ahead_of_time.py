@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels import nf4_matmul_triton, nf4_triton
+from qlora_kernels import gated_triton, nf4_matmul_triton, nf4_triton, rms_norm_triton, rotary_triton
 
 # Shared memory that one block may ask for, in bytes (CUDA C++ Programming Guide, technical specifications by compute
 # capability): 163, 99, 99, 227, 227 and 99 KiB.
@@ -35,6 +35,7 @@ class Case:
     multiples_of_16: tuple[str, ...] = ()
     rounds_each: bool = False  # no product is fused into a sum
     on_tensor_cores: bool = False
+    is_variant: bool = False  # of a case that is here in another dtype or setting
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Compiled:
 
     @property
     def fuses_rounding(self) -> bool:
-        """A multiplication fused into an addition, or small numbers flushed to zero."""
+        """A multiplication fused into an addition outside tensor cores, or small numbers flushed to zero."""
         return "fma" in self.ptx or ".ftz" in self.ptx
 
 
@@ -93,7 +94,7 @@ def _numbers(pattern: str, text: str) -> list[int]:
 
 def cases() -> dict[str, Case]:
     """Every kernel, as the largest layers of a 7B launch it, by name."""
-    return {**_dequantize(), **_multiply_few()}
+    return {**_dequantize(), **_multiply_few(), **_norm(), **_gated(), **_rotate()}
 
 
 _TABLES = {
@@ -114,6 +115,7 @@ def _dequantize() -> dict[str, Case]:
             options=nf4_triton.OPTIONS,
             multiples_of_16=() if odd else ("first_byte", "odd", "count"),
             rounds_each=True,
+            is_variant=dtype != "bf16",
         )
 
     return {
@@ -140,7 +142,9 @@ def _multiply_few() -> dict[str, Case]:
             },
             options=module.OPTIONS,
             multiples_of_16=("out_features", "in_features"),
+            rounds_each=dtype != "fp32",  # whose products are sums of fused multiplications, as everywhere
             on_tensor_cores=dtype != "fp32",
+            is_variant=has_bias,
         )
 
     return {
@@ -148,3 +152,59 @@ def _multiply_few() -> dict[str, Case]:
         "nf4_matmul_few fp16, with bias": case("fp16", True),
         "nf4_matmul_few fp32": case("fp32", False),
     }
+
+
+def _norm() -> dict[str, Case]:
+    def case(backward: bool, features: int, dtype: str = "bf16") -> Case:
+        tile = rms_norm_triton.tile(features)
+        pointers = ("grad_ptr", "x_ptr", "weight_ptr", "out_ptr")
+        return Case(
+            kernel=rms_norm_triton.backward_kernel if backward else rms_norm_triton.normalise_kernel,
+            signature=dict.fromkeys(pointers, f"*{dtype}")
+            | {"inverse_ptr": "*fp32", "eps": "fp32"}
+            | dict.fromkeys(("rows", "features", "stride", "grad_stride"), "i32"),
+            constants={"CAST_FIRST": True, "ROWS": tile["ROWS"], "FEATURES": tile["FEATURES"]},
+            options=rms_norm_triton.OPTIONS | {"num_warps": tile["num_warps"]},
+            multiples_of_16=("features", "stride", "grad_stride"),
+            is_variant=features != 4096,
+        )
+
+    return {
+        "rms_norm bf16, 4096 features": case(False, 4096),
+        "rms_norm bf16, a head's 128": case(False, 128),
+        "rms_norm_backward bf16, 4096 features": case(True, 4096),
+        "rms_norm_backward fp32, 16384 features": case(True, 16384, "fp32"),
+    }
+
+
+def _gated() -> dict[str, Case]:
+    def case(kernel: Any, activation: int) -> Case:
+        return Case(
+            kernel=kernel,
+            signature=dict.fromkeys(("grad_ptr", "gate_ptr", "up_ptr", "grad_up_ptr", "out_ptr"), "*bf16")
+            | dict.fromkeys(("width", "gate_stride", "up_stride"), "i32"),
+            constants={"ACTIVATION": activation, "BLOCK": gated_triton.BLOCK},
+            options=gated_triton.OPTIONS,
+            multiples_of_16=("width", "gate_stride", "up_stride"),
+            is_variant=activation != 0,
+        )
+
+    return {
+        "gated_product bf16, silu": case(gated_triton.product_kernel, 0),
+        "gated_gradients bf16, silu": case(gated_triton.gradients_kernel, 0),
+        "gated_gradients bf16, gelu": case(gated_triton.gradients_kernel, 1),
+        "gated_gradients bf16, gelu by tanh": case(gated_triton.gradients_kernel, 2),
+    }
+
+
+def _rotate() -> dict[str, Case]:
+    strides = [f"{name}_{of}" for name in ("x", "out") for of in ("row", "head", "token")]
+    integers = ("heads", "tokens", "half", "table_row", "table_token", *strides)
+    case = Case(
+        kernel=rotary_triton.rotate_kernel,
+        signature=dict.fromkeys(("x_ptr", "cos_ptr", "sin_ptr", "out_ptr"), "*bf16") | dict.fromkeys(integers, "i32"),
+        constants={"TRANSPOSED": False, "PLACES": rotary_triton.ELEMENTS_PER_PROGRAM // 64, "HALF": 64},
+        options=rotary_triton.OPTIONS,
+        multiples_of_16=("heads", "half", "table_row", "table_token", *strides),
+    )
+    return {"rotate bf16, heads of 128": case}

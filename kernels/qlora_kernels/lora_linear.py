@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels import gated
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.registry import define
 
-Activation = Callable[[Tensor], Tensor]  # elementwise, into a new tensor
+Activation = Callable[[Tensor], Tensor] | gated.Name
+"""A name takes the register's operations; what has none, elementwise and into a new tensor, is left to autograd."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +209,7 @@ class _GatedNF4Linear(torch.autograd.Function):
         weight: NF4Weight,
         adapter: Adapter | None,
     ) -> Tensor:
-        product = activation(gate).mul_(up)
+        product = _gated_product(gate, up, activation)
         low_rank = None if adapter is None else _low_rank(product, adapter)
         if any(ctx.needs_input_grad):
             ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
@@ -226,19 +228,33 @@ class _GatedNF4Linear(torch.autograd.Function):
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
         grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        with torch.enable_grad():
-            input = gate.detach().requires_grad_()
-            activated = ctx.activation(input)
-        grad_A = adapter.grad_A(activated.detach() * up) if adapter and needs_A else None
+        grad_A = adapter.grad_A(_gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
         grad_gate = grad_up = None
         if needs_gate or needs_up:
             grad_product = _grad_x(grad, ctx.weight, adapter)
-            grad_up = grad_product * activated.detach() if needs_up else None
-            grad_product.mul_(up)
-            del up
-            if needs_gate:
-                (grad_gate,) = torch.autograd.grad(activated, input, grad_product)
+            grad_gate, grad_up = _gated_gradients(grad_product, gate, up, ctx.activation)
         return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # (..., I)
+    return gated.gated_product(gate, up, activation) if isinstance(activation, str) else activation(gate).mul_(up)
+
+
+def _gated_gradients(
+    grad: Tensor,  # (..., I) of the product; its contents are lost
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    if isinstance(activation, str):
+        return gated.gated_gradients(grad, gate, up, activation)
+    with torch.enable_grad():
+        input = gate.detach().requires_grad_()
+        activated = activation(input)
+    grad_up = grad * activated.detach()
+    (grad_gate,) = torch.autograd.grad(activated, input, grad.mul_(up))
+    return grad_gate, grad_up
 
 
 class _AdapterBackward:

@@ -9,14 +9,13 @@ Legend: N tokens, I in features, O out features.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
-from qlora_kernels.registry import UnavailableError, define
+from qlora_kernels.registry import define, from_triton
 
 MOST_FEW = 16
 """Tokens that `multiply_few` takes: one tile of a tensor core. From some more on the product itself is the cost."""
@@ -75,18 +74,10 @@ def multiply_few_torch(
     return multiply(x, weight, bias)
 
 
-def _multiply_few_on_cuda() -> Callable[..., Tensor]:
-    try:
-        from qlora_kernels import nf4_matmul_triton
-    except ImportError as error:
-        raise UnavailableError("Triton is not installed: pip install triton") from error
-    return nf4_matmul_triton.multiply_few
-
-
 define(
     "nf4_matmul_few(Tensor x, Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_code, Tensor offset,"
     " Tensor? bias, Tensor(a!)? workspace, SymInt out_features, int block_size, int nested_block_size) -> Tensor",
     multiply_few_torch,
     lambda x, *others: x.new_empty(x.shape[0], others[-3]),
-    cuda=_multiply_few_on_cuda,
+    cuda=from_triton("nf4_matmul_triton", "multiply_few"),
 )

@@ -8,6 +8,7 @@ read here and nowhere else.
 
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,18 @@ def define(
     for device_type in fast:
         torch.library.impl(qualified, _DEVICES[device_type], functools.partial(op.run, device_type))
     torch.library.register_fake(qualified, fake)
+
+
+def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
+    """What `define` takes for cuda: a function of a module of this package that needs Triton, imported at first use."""
+
+    def load() -> Callable[..., Any]:
+        try:
+            return getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
+        except ImportError as error:
+            raise UnavailableError("Triton is not installed: pip install triton") from error
+
+    return load
 
 
 def implementations(device_type: str) -> dict[str, str]:
