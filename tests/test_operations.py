@@ -1,7 +1,5 @@
 """Every operation of the register is a torch op as torch asks, and the register tells what computes it and why."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import qlora_kernels
 from qlora_kernels import registry
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.registry import NAMESPACE, UnavailableError, implementations
-
-for room in pkgutil.iter_modules(qlora_kernels.__path__):
-    if not room.name.endswith("_triton"):  # imported at the first use of a GPU, if at all
-        importlib.import_module(f"qlora_kernels.{room.name}")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,13 +45,18 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
 
 
 def test_every_operation_has_a_sample() -> None:
-    assert sorted(SAMPLES) == sorted(implementations("cpu"))
+    assert sorted(SAMPLES) == sorted(implementations("cpu")) == sorted(implementations("cuda"))
+
+
+def operation(name: str) -> Any:
+    implementations("cpu")  # knows all
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_operation_is_registered_as_torch_asks(name: str) -> None:
     """Schema against what it changes and shares, fake results against real ones, and tracing with changing shapes."""
-    torch.library.opcheck(getattr(torch.ops, NAMESPACE).__getattr__(name).default, tuple(SAMPLES[name]()))
+    torch.library.opcheck(operation(name).default, tuple(SAMPLES[name]()))
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
@@ -66,7 +64,7 @@ def test_reference_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.Monke
     def run() -> tuple[list[Tensor], Any]:
         torch.manual_seed(0)
         arguments = SAMPLES[name]()
-        result = getattr(torch.ops, NAMESPACE).__getattr__(name)(*arguments)
+        result = operation(name)(*arguments)
         return [argument for argument in arguments if isinstance(argument, Tensor)], result
 
     monkeypatch.setenv("QLORA_KERNELS", "auto")

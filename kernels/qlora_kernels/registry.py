@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -112,10 +113,14 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
 
 
 def implementations(device_type: str) -> dict[str, str]:
-    """By operation, what a tensor on this kind of device takes: "fast", or "reference" and why.
+    """By operation of this package, what a tensor on this kind of device takes: "fast", or "reference" and why.
 
-    Makes the fast versions that are not made yet. Only operations whose modules are imported are known.
+    Makes the fast versions that are not made yet.
     """
+    package = importlib.import_module(NAMESPACE)
+    for room in pkgutil.iter_modules(package.__path__):
+        if not room.name.endswith("_triton"):  # those define no operation, and need Triton
+            importlib.import_module(f"{NAMESPACE}.{room.name}")
     found = {}
     for name, op in sorted(_OPS.items()):
         if kernel_choice() == "reference":
