@@ -181,8 +181,8 @@ def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Te
     lowest, highest = math.inf, -math.inf
     for start in range(0, tensor.shape[0], step):
         values = tensor.values(file, slice(start, start + step))
-        bounds = values.aminmax()
-        lowest, highest = float(min(lowest, bounds.min)), float(max(highest, bounds.max))
+        low, high = (float(bound) for bound in values.aminmax())
+        lowest, highest = float(np.minimum(lowest, low)), float(np.maximum(highest, high))  # NaN stays NaN
         if start == 0:
             converted = convert(values.numpy())
             rows = _rows(values, converted, convert)

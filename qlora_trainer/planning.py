@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kernels import rms_norm, rotary
 from qlora_kernels.blockwise_attention import workspace_bytes
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_kernels.varlen_attention import flash_backward_bytes
@@ -308,6 +309,11 @@ def blockwise_backward_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -
     return workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
 
 
+def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
+    """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
+    return rms_norm.workspace_bytes(arguments[1 if backward else 0], backward=backward)
+
+
 def _is_fused_on_cuda(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
     """Flash attention on a card takes a window or dropout; a plan's tensors, which are on the CPU, go by blocks."""
     is_windowed = window is not None and query.shape[2] > window
@@ -324,6 +330,9 @@ WORKSPACES_ON_CPU: dict[torch._ops.OpOverload, Workspace] = {
     torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
         blockwise_backward_bytes, on_cuda=False
     ),
+    torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
+    torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
+    torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
     torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
 }

@@ -353,7 +353,8 @@ def check_dequantization(device: torch.device) -> list[str]:
         )
         weight = _from_bitsandbytes(packed, state, "a sample")
         expected = _dequantize_by_definition(weight)
-        if not torch.equal(dequantize_nf4(weight, torch.float32), expected):
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
             raise QuantizationError(
                 f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
                 "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "

@@ -451,11 +451,16 @@ def test_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         import_gguf(path, tmp_path / "cache", silent)
 
 
-def test_nan_in_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("row", [3, 70])
+def test_nan_in_a_tensor_is_refused_by_name(
+    tmp_path: Path, name: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_weights, "SAMPLE_ELEMENTS", 32 * HIDDEN)
     weights = tiny_weights()
-    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    weights[name][row, 3] = np.nan
     path = write_gguf(tmp_path / "tiny.gguf", weights)
-    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight holds NaN"):
+    with pytest.raises(ModelError, match=rf"{GGUF_NAMES[name]} holds NaN"):
         import_gguf(path, tmp_path / "cache", silent)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels.registry import UnavailableError, define
+from qlora_kernels.registry import define, from_triton
 
 NF4_CODE = torch.tensor(
     [
@@ -280,14 +280,6 @@ def _dequantize_on_cpu() -> Callable[..., None]:
     return nf4_cpu.dequantizer()
 
 
-def _dequantize_on_cuda() -> Callable[..., None]:
-    try:
-        from qlora_kernels import nf4_triton
-    except ImportError as error:
-        raise UnavailableError("Triton is not installed: pip install triton") from error
-    return nf4_triton.dequantize
-
-
 define(
     "quantize_nf4(Tensor values, Tensor(a!) packed, Tensor(b!) maxima) -> ()",
     quantize_torch,
@@ -300,5 +292,5 @@ define(
     dequantize_torch,
     lambda *arguments: None,
     cpu=_dequantize_on_cpu,
-    cuda=_dequantize_on_cuda,
+    cuda=from_triton("nf4_triton", "dequantize"),
 )
