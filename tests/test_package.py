@@ -45,7 +45,7 @@ ROWS = [
         "rotary_embedding",
         "sizes",
     },
-    {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
+    {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {
         "checkpoint_names",
         "forward",
