@@ -34,6 +34,7 @@ BASE = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
 ADAPTERS = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + INTERMEDIATE))
 BF16, FP32, UINT8 = torch.bfloat16, torch.float32, torch.uint8
 Inputs = list[tuple[tuple[int, ...], torch.dtype]]
+DEQUANTISING, FEW_TOKENS = "NF4 -> bf16, 4,096 x 11,008", "the same times one token"
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,33 @@ CARDS = {
 
 
 @dataclass(frozen=True)
+class Work:
+    """A computation: a function of tensors, or the backward that gives the first so many of them a gradient."""
+
+    function: Callable[..., Any]
+    inputs: Inputs
+    gradients: int = 0
+
+    def moved(self) -> Moved:
+        return moved(self.function, *self.inputs, gradients=self.gradients)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Ours, and what others do for it; and how often a layer does it, forward or backward, between the products."""
+
+    ours: Work
+    others: dict[str, Work]
+    a_layer: int = 0
+
+
+@dataclass(frozen=True)
 class Row:
-    """An operation, ours and others'; what a step does of it between the products, forward and backward a layer."""
+    """What an operation moves."""
 
     ours: Moved
     others: dict[str, Moved]
-    a_layer: int = 0  # times forward, or backward
+    a_layer: int = 0
 
 
 def nf4_inputs(out_features: int, in_features: int) -> Inputs:
@@ -116,7 +138,7 @@ def our_gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Any:
     return gated_product(gate, up, "silu"), gated_gradients(grad, gate, up, "silu")
 
 
-def table() -> dict[str, Row]:
+def operations() -> dict[str, Operation]:
     """Every operation, on a layer's tensors for TOKENS tokens; few tokens are one."""
     weight, few = nf4_inputs(HIDDEN, INTERMEDIATE), [((1, INTERMEDIATE), BF16)]
     norm: Inputs = [((TOKENS, HIDDEN), BF16), ((HIDDEN,), BF16)]
@@ -134,34 +156,40 @@ def table() -> dict[str, Row]:
         return F.silu(gate) * up
 
     return {
-        "NF4 -> bf16, 4,096 x 11,008": Row(
-            moved(lambda *tables: dequantize_nf4(ours(*tables), BF16), *weight),
-            {"bitsandbytes": moved(theirs, *weight)},
+        DEQUANTISING: Operation(
+            Work(lambda *tables: dequantize_nf4(ours(*tables), BF16), weight), {"bitsandbytes": Work(theirs, weight)}
         ),
-        "the same times one token": Row(
-            moved(lambda x, *tables: multiply_few(x, ours(*tables), None), *few, *weight),
-            {"dequantised first": moved(lambda x, *tables: multiply(x, ours(*tables), None), *few, *weight)},
+        FEW_TOKENS: Operation(
+            Work(lambda x, *tables: multiply_few(x, ours(*tables), None), few + weight),
+            {"dequantised first": Work(lambda x, *tables: multiply(x, ours(*tables), None), few + weight)},
         ),
-        "RMSNorm": Row(moved(our_norm, *norm), {"library": moved(library_norm, *norm)}, a_layer=2),
-        "RMSNorm, backward": Row(
-            moved(our_norm, *norm, gradients=1), {"library": moved(library_norm, *norm, gradients=1)}, a_layer=2
+        "RMSNorm": Operation(Work(our_norm, norm), {"library": Work(library_norm, norm)}, a_layer=2),
+        "RMSNorm, backward": Operation(
+            Work(our_norm, norm, gradients=1), {"library": Work(library_norm, norm, gradients=1)}, a_layer=2
         ),
-        "SwiGLU": Row(
-            moved(lambda gate, up: gated_product(gate, up, "silu"), *mlp),
-            {"library": moved(library_gated, *mlp)},
+        "SwiGLU": Operation(
+            Work(lambda gate, up: gated_product(gate, up, "silu"), mlp),
+            {"library": Work(library_gated, mlp)},
             a_layer=1,
         ),
-        "SwiGLU, backward": Row(
-            moved(our_gated_backward, *mlp, mlp[0]), {"library": moved(library_gated, *mlp, gradients=2)}, a_layer=1
+        "SwiGLU, backward": Operation(
+            Work(our_gated_backward, [mlp[0], *mlp]), {"library": Work(library_gated, mlp, gradients=2)}, a_layer=1
         ),
-        "rotary embedding of q and k": Row(
-            moved(our_rotary, *attention), {"library": moved(library_rotary, *attention)}, a_layer=1
+        "rotary embedding of q and k": Operation(
+            Work(our_rotary, attention), {"library": Work(library_rotary, attention)}, a_layer=1
         ),
-        "rotary embedding, backward": Row(
-            moved(our_rotary, *attention, gradients=2),
-            {"library": moved(library_rotary, *attention, gradients=2)},
+        "rotary embedding, backward": Operation(
+            Work(our_rotary, attention, gradients=2),
+            {"library": Work(library_rotary, attention, gradients=2)},
             a_layer=1,
         ),
+    }
+
+
+def table() -> dict[str, Row]:
+    return {
+        name: Row(one.ours.moved(), {other: work.moved() for other, work in one.others.items()}, one.a_layer)
+        for name, one in operations().items()
     }
 
 
@@ -183,7 +211,7 @@ def roofline(card: Card, rows: dict[str, Row]) -> Roofline:
     products = 6 * BASE * TOKENS + 8 * ADAPTERS * TOKENS + 4 * VOCABULARY * HIDDEN * TOKENS
     # Causal: half of two products over pairs of tokens; five in backward (Dao et al. 2022, arXiv:2205.14135).
     attention = LAYERS * (2 + 2 + 5) * TOKENS**2 * HIDDEN
-    weight = rows["NF4 -> bf16, 4,096 x 11,008"]
+    weight = rows[DEQUANTISING]
     a_weight = [m.bytes / (HIDDEN * INTERMEDIATE) for m in (weight.ours, weight.others["bitsandbytes"])]
     between = [0.0, 0.0]
     for name, row in rows.items():
@@ -225,7 +253,7 @@ def print_roofline(rows: dict[str, Row]) -> None:
     columns = ("products", "attention", "dequantising", "between products", "step", "tokens/s", "one row, tokens/s")
     widths = (10, 11, 16, 18, 16, 16, 19)
     print(f"{'card':16}" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
-    weight = rows["the same times one token"].ours.bytes / (HIDDEN * INTERMEDIATE)
+    weight = rows[FEW_TOKENS].ours.bytes / (HIDDEN * INTERMEDIATE)
     for name, card in CARDS.items():
         found = roofline(card, rows)
         steps = [found.step(which) for which in (0, 1)]
