@@ -190,7 +190,7 @@ def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]
         elif kind == "arithmetic":
             measured["seconds"] = arithmetic_seconds(merge_inputs(directory, base))
         elif kind == "answers":
-            measured["kl"] = compare_answers(directory)
+            measured["kl"] = compare_answers(directory, directory / "output-ours-plain")
         else:
             merge_by_peft(directory, output, max_shard_bytes)
     measured = {"seconds": time.perf_counter() - started, "peak": memory.peak, "before": memory.before} | measured
@@ -230,15 +230,15 @@ def arithmetic_seconds(inputs: MergeInputs) -> float:
     return total
 
 
-def compare_answers(directory: Path) -> float:
-    """KL of the merged model and base + adapter, both streamed."""
+def compare_answers(directory: Path, output: Path) -> float:
+    """KL of the model merged from the plain base and of base + adapter, both streamed."""
     inputs = merge_inputs(directory, PLAIN)
     weights = trained_weights(inputs.base, checkpoint_tensors(inputs.base), inputs.fingerprint)
     trained = load_streamed_model(inputs.base, CPU, weights)
     add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
     load_adapter_state(trained, dict(inputs.adapter))
     reference = row_answers(trained.eval(), SAMPLE.tolist(), LossPath())
-    merged = load_streamed_model(directory / "output-ours-plain", CPU)
+    merged = load_streamed_model(output, CPU)
     return compare_logits(reference, row_answers(merged, SAMPLE.tolist(), LossPath())).kl
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qlora_kernels.head_rows import HeadRows
 
-BLOCK_LOGITS = 2**20  # compared at a time: 8 MiB in fp64, and a few such tensors
+BLOCK_LOGITS = 2**18  # compared at a time: 2 MiB in fp64, and a few such tensors
+BLOCK_COLUMNS = 2**12  # of the vocabulary at a time, at most: 64 MiB of a head's rows in fp32 where H is 4096
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ class _Softmax:
 
 @torch.no_grad()
 def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
-    """Difference over all tokens, in the memory of blocks of BLOCK_LOGITS logits, and of the head's rows for one."""
+    """Difference over all tokens, in the memory of BLOCK_LOGITS logits and of the heads' rows for them."""
     assert reference.shape == merged.shape, f"{reference.shape} against {merged.shape}"
     tokens, vocabulary = reference.shape
     expected_softmax, found_softmax = _Softmax(tokens), _Softmax(tokens)
     squared_error = squared_norm = 0.0
     excess = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(expected - its largest) * (expected - found)
-    width = max(BLOCK_LOGITS // tokens, 1)
+    width = max(min(BLOCK_LOGITS // tokens, BLOCK_COLUMNS), 1)
     for start in range(0, vocabulary, width):
         columns = slice(start, min(start + width, vocabulary))
         expected, found = reference.logits(columns).double(), merged.logits(columns).double()

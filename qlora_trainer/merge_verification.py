@@ -138,9 +138,8 @@ def row_answers(model: Any, rows: Sequence[Sequence[int]], loss_path: LossPath) 
         ids[index, : len(row)] = torch.tensor(row)
     if not loss_path.own_logits:
         hidden, last = _last_logits(model, ids)
-        own = head_answers(model, hidden[:, -1], loss_path)
-        made = own.logits(slice(0, own.shape[1]))
-        if float((made - last).norm()) <= _MOST_OFF * float(last.norm()):
+        made = head_answers(model, hidden[:, -1], loss_path)
+        if compare_logits(WholeAnswers(last), made).relative_error <= _MOST_OFF:
             return head_answers(model, torch.cat([hidden[i, : len(row)] for i, row in enumerate(rows)]), loss_path)
     found = model(input_ids=ids, use_cache=False).logits.float()
     return WholeAnswers.of_rows([found[index, : len(row)] for index, row in enumerate(rows)])

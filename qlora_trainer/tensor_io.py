@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,14 +209,24 @@ def read_tensor(
     """
     if info.read is not None:
         return info.read(rows)
-    try:
-        with safe_open(info.file, framework="pt") as file:
-            tensor = file.get_tensor(info.name) if rows is None else file.get_slice(info.name)[rows]
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{info.file}: tensor {info.name} cannot be read ({error}). Fetch the file again.") from error
-    if tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
-        raise ModelError(f"{info.file} was changed while it was being read. Start again when nothing writes to it.")
-    return tensor
+    tensor = read_tensors([info])[0]
+    return tensor if rows is None else tensor[rows]
+
+
+def read_tensors(infos: Sequence[TensorInfo]) -> list[Tensor]:
+    """As `read_tensor`, whole tensors; a file of several is opened once, since all of its header is read for that."""
+    found = {info.name: info.read(None) for info in infos if info.read is not None}
+    for path in dict.fromkeys(info.file for info in infos if info.read is None):
+        mine = [info for info in infos if info.file == path]
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {info.name: file.get_tensor(info.name) for info in mine}
+        except (SafetensorError, OSError) as error:
+            names = ", ".join(info.name for info in mine)
+            raise ModelError(f"{path}: tensor {names} cannot be read ({error}). Fetch the file again.") from error
+        if any((found[info.name].dtype, found[info.name].shape) != (info.dtype, info.shape) for info in mine):
+            raise ModelError(f"{path} was changed while it was being read. Start again when nothing writes to it.")
+    return [found[info.name] for info in infos]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -20,7 +20,7 @@ from qlora_trainer.errors import CheckpointError, MergeError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
 from qlora_trainer.hashing import values_sha256
 from qlora_trainer.quantization import quantize_weight, weight_from_checkpoint
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, read_tensor, weight_statistics
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, read_tensor, read_tensors, weight_statistics
 
 
 @dataclass(frozen=True)
@@ -144,5 +144,5 @@ def name_of(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str
 
 
 def _prequantized(source: TensorInfo, statistics: Mapping[str, TensorInfo], device: torch.device | str) -> NF4Weight:
-    read = {key: read_tensor(info).to(device) for key, info in statistics.items()}
-    return weight_from_checkpoint(read_tensor(source).to(device), read, source.name)
+    packed, *values = (tensor.to(device) for tensor in read_tensors([source, *statistics.values()]))
+    return weight_from_checkpoint(packed, dict(zip(statistics, values, strict=True)), source.name)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import FAMILIES, make_model_directory
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from qlora_trainer import deployment, merging, streamed_model
 from qlora_trainer import model as model_room
@@ -23,6 +23,7 @@ from qlora_trainer.merge_verification import check_original
 from qlora_trainer.run_directory import prepare_data
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
+from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 from qlora_trainer.trained import evaluate_trained, open_trained
 
 Config = Callable[..., RunConfig]
@@ -217,8 +218,6 @@ def test_an_output_that_is_taken_is_left_alone(run_dir: Path, tmp_path: Path) ->
 
 
 def test_an_adapter_is_refused_on_another_base(tiny_config: Config, tmp_path: Path) -> None:
-    from tiny_models import make_model_directory
-
     own = make_model_directory(tmp_path / "own")
     run = start_run(tiny_config(model={"name": str(own)}))
     run.train(quiet)
@@ -265,3 +264,85 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
     assert result["answered"] == result["rows"] == 4
     assert 0.0 <= result["exact_match"] <= 1.0
     assert result["perplexity"] == pytest.approx(torch.tensor(result["heldout_loss"]).exp().item(), rel=1e-6)
+
+
+def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+
+
+@pytest.mark.parametrize("trained_on", ["original", "prequantised"])
+def test_another_copy_of_the_base_merges_to_the_same_bits(
+    trained_on: str, tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from test_quantization import prequantized
+
+    copies = {"original": tiny_llama, "prequantised": prequantized(tiny_llama, tmp_path / "nf4")}
+    run = start_run(tiny_config(model={"name": str(copies[trained_on])}, optimizer={"learning_rate": 2e-2}))
+    run.train(quiet)
+    merged = {}
+    for name, copy in copies.items():
+        done = merge_run(run.directory, tmp_path / name, base="dequantized", model=str(copy))
+        assert done.report.verification is not None
+        assert done.report.verification.difference.kl < 1e-5
+        assert json.loads((tmp_path / name / "qlora_merge.json").read_text())["base_model"] == str(copy)
+        merged[name] = merged_tensors(tmp_path / name)
+    assert merged["original"].keys() == merged["prequantised"].keys()
+    assert all(torch.equal(tensor, merged["prequantised"][name]) for name, tensor in merged["original"].items())
+
+
+def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, tmp_path: Path) -> None:
+    other = make_model_directory(tmp_path / "other", seed=9)
+    with pytest.raises(CheckpointError, match=r"not the one this adapter was trained on: model\.layers\.0"):
+        merge_run(run_dir, tmp_path / "merged", model=str(other))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match=r"other is not the one .* rms_norm_eps"):
+        merge_run(run_dir, tmp_path / "merged", model=str(other))
+
+
+def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "load_base_model", lambda *args: pytest.fail("a 4-bit model was loaded"))
+    assert len(merge_run(run_dir, tmp_path / "merged").choice.heldout_loss) == 2
+
+
+def test_a_model_that_cannot_be_streamed_is_measured_whole(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same outcome."""
+    streamed = merge_run(run_dir, tmp_path / "streamed")
+    monkeypatch.setattr(deployment, "can_stream", lambda directory: False)
+    monkeypatch.setattr(streamed_model, "_sources", lambda *args: None)
+    whole = merge_run(run_dir, tmp_path / "whole")
+    assert whole.choice.heldout_loss == pytest.approx(streamed.choice.heldout_loss, rel=1e-5)
+    assert whole.choice.base == streamed.choice.base
+    assert whole.report.verification is not None
+
+
+def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    vocabulary = json.loads((tiny_llama / "config.json").read_text())["vocab_size"]
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=vocabulary, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "moe")
+    settings = {"name": str(tmp_path / "moe"), "minimum_4bit_share": 0.0}
+    run = start_run(tiny_config(model=settings, optimizer={"learning_rate": 2e-2}))
+    run.train(quiet)
+    done = merge_run(run.directory, tmp_path / "merged")
+    assert done.report.verification is not None
+    assert done.report.verification.difference.kl < 1e-5
+    assert merged_tensors(tmp_path / "merged").keys() == merged_tensors(tmp_path / "moe").keys()
+
+
+def test_shards_are_of_the_size_asked_for(run_dir: Path, tmp_path: Path) -> None:
+    merge_run(run_dir, tmp_path / "merged", base="dequantized", max_shard_bytes=100_000)
+    held: dict[str, int] = {}
+    for info in checkpoint_tensors(tmp_path / "merged").values():
+        held[info.file.name] = held.get(info.file.name, 0) + info.nbytes
+    assert len(held) == len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
+    assert max(held.values()) <= 100_000
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").num_parameters() > 0

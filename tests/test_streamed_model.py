@@ -14,10 +14,12 @@ from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from qlora_trainer import model as model_room
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
-from qlora_trainer.errors import InsufficientMemoryError, ModelError
-from qlora_trainer.model import load_dense_model
-from qlora_trainer.settings import AdapterConfig
+from qlora_trainer.errors import CheckpointError, InsufficientMemoryError, ModelError
+from qlora_trainer.model import load_base_model, load_dense_model
+from qlora_trainer.settings import AdapterConfig, ModelConfig
 from qlora_trainer.streamed_model import StreamedHead, StreamedMatrix, load_streamed_model, streaming_device
+from qlora_trainer.tensor_io import checkpoint_tensors
+from qlora_trainer.weights_as_trained import trained_weights
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 65).reshape(3, 20)
@@ -160,3 +162,37 @@ def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch:
     monkeypatch.setattr(model_room, "_free_memory", lambda device: 10**9)
     with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
         streaming_device(tiny_llama, CPU)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"])
+def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
+    directory = tiny_models(family)
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    conv1d = family == "gpt2"
+    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=conv1d)
+    streamed = load_streamed_model(directory, CPU, weights)
+    assert_same_answers(streamed, base.model)
+    with torch.no_grad():  # and they are not the dense model's
+        dense = load_dense_model(directory, CPU)(input_ids=IDS).logits
+        assert float((streamed(input_ids=IDS).logits - dense).norm() / dense.norm()) > 1e-2
+
+
+def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m")
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][3, 5] *= -1.0
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    streamed = load_streamed_model(directory, CPU, weights)
+    with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
+        streamed(input_ids=IDS)
+
+
+def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
+    cut = load_streamed_model(deep_llama, CPU, layers=2)
+    whole = load_dense_model(deep_llama, CPU)
+    whole.model.layers = whole.model.layers[:2]
+    assert len(cut.model.layers) == 2
+    assert_same_answers(cut, whole)
