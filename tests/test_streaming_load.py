@@ -158,9 +158,12 @@ def test_tensors_that_no_parameter_takes_are_told(tiny_llama: Path, tmp_path: Pa
     assert "1 tensor(s) that this model has no place for, such as mtp.weight" in notice
 
 
-def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
+    value: float, tiny_llama: Path, tmp_path: Path
+) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors["model.embed_tokens.weight"][5, 3] = float("nan")
+        tensors["model.embed_tokens.weight"][5, 3] = value
 
     directory = changed(tiny_llama, tmp_path / "spoiled", spoil)
     with pytest.raises(QuantizationError, match=r"model\.embed_tokens\.weight in model\.safetensors .* not finite"):
