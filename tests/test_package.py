@@ -38,7 +38,7 @@ ROWS = [
         "memory_tracking",
         "quantization",
     },
-    {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
+    {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {"forward", "gguf_import", "lean_modules", "inspection", "merge_plan", "merge_verification", "optim"},
     {"activations", "evaluation", "merging", "model_source"},
     {"model"},
