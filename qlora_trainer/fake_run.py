@@ -16,7 +16,6 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,7 +77,7 @@ class _Remembering(TorchDispatchMode):
     def _recipe(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Again | None:
         if type(result) in PLAIN:
             return lambda args, kwargs: result
-        if not isinstance(result, FakeTensor) or result.constant is not None or result.requires_grad:
+        if not isinstance(result, FakeTensor):
             return None
         for place, argument in enumerate(args):
             if argument is result:
@@ -86,15 +85,13 @@ class _Remembering(TorchDispatchMode):
         for name, argument in kwargs.items():
             if argument is result:
                 return lambda args, kwargs: kwargs[name]
-        shape, stride, dtype, device = result.shape, result.stride(), result.dtype, result.fake_device
-        if func.is_view:
-            is_of_the_first = isinstance(args[0], FakeTensor) and _storage(args[0]) == _storage(result)
-            offset = result.storage_offset()
-            return functools.partial(self._view, shape, stride, offset, dtype, device) if is_of_the_first else None
-        shares = any(isinstance(a, Tensor) and _storage(a) == _storage(result) for a in (*args, *kwargs.values()))
-        again = functools.partial(self._new, shape, stride, dtype, device)
+        form = result.shape, result.stride(), result.dtype, result.fake_device
+        for place, argument in enumerate(args):
+            if isinstance(argument, FakeTensor) and argument.untyped_storage() is result.untyped_storage():
+                return functools.partial(self._view, place, int(result.storage_offset()), *form)
+        again = functools.partial(self._new, *form)
         has_all = again((), {}).untyped_storage().nbytes() == result.untyped_storage().nbytes()
-        return None if shares or not has_all else again
+        return again if has_all else None
 
     def _new(
         self,
@@ -111,9 +108,10 @@ class _Remembering(TorchDispatchMode):
 
     def _view(
         self,
+        place: int,
+        offset: int,
         shape: torch.Size,
         stride: tuple[int, ...],
-        offset: int,
         dtype: torch.dtype,
         device: torch.device,
         args: Sequence[Any],
@@ -121,7 +119,7 @@ class _Remembering(TorchDispatchMode):
     ) -> FakeTensor:
         with torch._C._DisableTorchDispatch():
             tensor = torch.empty(0, dtype=dtype, device="meta")
-            tensor.set_(args[0].untyped_storage(), offset, shape, stride)
+            tensor.set_(args[place].untyped_storage(), offset, shape, stride)
         return FakeTensor(self.mode, tensor, device)
 
 
@@ -155,7 +153,3 @@ def _describe(arguments: Iterable[Any], parts: list[Any]) -> bool:
         else:
             return False
     return True
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -14,6 +14,9 @@ from qlora_trainer.fake_run import FakeRun
 
 Work = Callable[[Tensor], Tensor | None]
 
+torch.library.define("qlora_tests::part_of_more", "(Tensor x) -> Tensor")
+torch.library.register_fake("qlora_tests::part_of_more", lambda x: x.new_empty(100)[:10])
+
 WORK: dict[str, Work] = {
     "new": lambda x: x * 2.0,
     "other_dtype": lambda x: x.to(torch.bfloat16),
@@ -22,24 +25,28 @@ WORK: dict[str, Work] = {
     "bool": lambda x: x.int() + True,
     "factory": lambda x: torch.empty(3, 5, dtype=torch.float16),
     "not_contiguous": lambda x: torch.empty_like(x.t()),
-    "view": lambda x: x.view(2, -1),
+    "view": lambda x: x.reshape(2, -1),
     "slice": lambda x: x[1:, 2:],
     "slice_of_slice": lambda x: x[1:][:, ::2],
-    "other_view": lambda x: x.view(torch.int32),
+    "other_view": lambda x: x.contiguous().view(torch.uint8),
     "maybe_a_view": lambda x: x.t().reshape(-1),
-    "unsafe_view": lambda x: torch.ops.aten._unsafe_view(x * 1.0, [-1]),
+    "unsafe_view": lambda x: torch.ops.aten._unsafe_view(x.contiguous(), [-1]),
     "in_place": lambda x: x.add_(1.0),
-    "out": lambda x: torch.mm(x, x.t(), out=torch.empty(len(x), len(x))),
-    "out_grown": lambda x: torch.mm(x, x.t(), out=torch.empty(0)),
+    "out": lambda x: torch.mm(x, x.t(), out=x.new_empty(len(x), len(x))),
+    "out_grown": lambda x: torch.mm(x, x.t(), out=x.new_empty(0)),
     "several": lambda x: x.split(2)[-1],
     "one_of_several": lambda x: x.max(0).values,
     "nothing": lambda x: torch.ops.qlora_kernels.dequantize_nf4(*[x] * 5, 0, 64, 256, x),
     "resized": lambda x: (x * 1.0).resize_(2, 2),
     "transposed": lambda x: (x * 1.0).t_(),
-    "set": lambda x: torch.empty(0).set_(x),
+    "set": lambda x: x.new_empty(0).set_(x),
+    "part_of_more": lambda x: torch.ops.qlora_tests.part_of_more(x),
     "expanded": lambda x: x[:1].expand(7, -1),
     "detached": lambda x: x.detach(),
-    "meta": lambda x: torch.empty(3, device="meta") + 1.0,
+    "meta": lambda x: torch.empty(4, 6, device="meta") * 2.0,
+    "known_value": lambda x: torch.tensor([3.0]) * 2.0,
+    "unknown_value": lambda x: torch.empty(1) * 2.0,
+    "needs_gradient": lambda x: torch.empty(3, 5, dtype=torch.float16, requires_grad=True),
 }
 
 
@@ -51,16 +58,28 @@ def seen(work: Work, x: Tensor) -> tuple[Any, ...]:
     storage = out.untyped_storage()
     shares = storage._cdata == x.untyped_storage()._cdata
     form = (out.shape, out.stride(), out.storage_offset(), out.dtype, out.device, out.requires_grad)
-    return *form, storage.nbytes(), shares, out is x, torch._C._dispatch_key_set(out)
+    return *form, storage.nbytes(), shares, out is x, out.constant is None, torch._C._dispatch_key_set(out)
 
 
-@pytest.mark.parametrize("name", WORK)
-def test_what_is_remembered_is_what_torch_works_out(name: str) -> None:
+GIVEN: list[Callable[[], Tensor]] = [
+    lambda: torch.empty(4, 6),
+    lambda: torch.empty(6, 4).t(),  # strides
+    lambda: torch.empty(5, 6)[1:],  # where it begins
+    lambda: torch.empty(6, 6)[2:],
+    lambda: torch.empty(4, 6, dtype=torch.bfloat16),
+    lambda: torch.empty(2, 8),
+]
+
+
+def test_what_is_remembered_is_what_torch_works_out() -> None:
+    def all_seen() -> dict[str, list[Any]]:
+        return {name: [seen(work, given()) for given in GIVEN] for name, work in WORK.items()}
+
     with FakeTensorMode():
-        expected = [seen(WORK[name], torch.empty(4, 6)), seen(WORK[name], torch.empty(2, 8))]
+        expected = all_seen()
     with FakeRun():
         for _ in range(3):
-            assert [seen(WORK[name], torch.empty(4, 6)), seen(WORK[name], torch.empty(2, 8))] == expected
+            assert all_seen() == expected
 
 
 def test_one_and_one_point_zero_are_told_apart() -> None:
@@ -102,7 +121,7 @@ def test_gradients_are_made_as_on_tensors_with_memory() -> None:
 def test_nothing_that_was_seen_is_kept_alive() -> None:
     def tensors() -> Iterator[Tensor]:
         x = torch.empty(4, 6)
-        yield from (x, x * 2.0, x[1:], x.view(-1), x.add_(1.0), torch.empty(0).set_(x))
+        yield from (x, x * 2.0, x[1:], x.view(-1), x.add_(1.0), x.new_empty(0).set_(x))
 
     with FakeRun():
         storages = [weakref.ref(tensor.untyped_storage()) for _ in range(2) for tensor in tensors()]
