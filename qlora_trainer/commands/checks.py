@@ -117,8 +117,8 @@ def plan(
             planned = fitting.fastest_plan(directory, settings, budget, progress)
         planned = planned or plan_memory(directory, fitting.leanest(settings) if budget else settings)
         if budget and search:
-            longest = fitting.longest_context(directory, settings, planned, budget.card, progress)
-            largest = fitting.largest_micro_batch(directory, settings, planned, budget.card, progress)
+            longest = fitting.longest_context(directory, settings, budget.card, progress)
+            largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)
     if as_json:
         answer = {
             "plan": planned.to_json(),
