@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, masking_utils
 
 from qlora_kernels.varlen_attention import varlen_attention
-from qlora_trainer.errors import ModelError
+from qlora_trainer.errors import ModelError, QLoRATrainerError
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
@@ -119,11 +119,12 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
 def refusals_as_model_error(model: Any) -> Iterator[None]:
     """Within, what the model's own code raises becomes a ModelError; a device that fails or is full stays what it is.
 
-    A host that is out of memory raises a plain RuntimeError, known by its text only; it passes too.
+    A host that is out of memory raises a plain RuntimeError, known by its text only; it passes too, and so does what
+    is a letter already.
     """
     try:
         yield
-    except DEVICE_FAILURES:
+    except (*DEVICE_FAILURES, QLoRATrainerError):
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_host_memory(error):

@@ -1,12 +1,16 @@
 """Output that is either whole or not there: new directories and small files, written aside and renamed.
 
 A run that is killed, or a disk that fills up, must never leave a directory that looks finished. So work goes into a
-temporary sibling, is flushed to the disk, and gets its name last. A kill at the worst moment leaves a hidden
-`.name.partial-…` directory, which nothing reads and which may be deleted.
+temporary sibling, is flushed to the disk, and gets its name last. A kill leaves a hidden `.name.partial-…` directory,
+which nothing reads; the next start of work on the same name removes it. What a living process works in is spared: it
+holds a lock on its directory, which ends with it, however it ends.
+
+Where a file system or operating system has no such locks, what was left stays, and may be deleted by hand.
 """
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -15,7 +19,18 @@ from pathlib import Path
 
 from qlora_trainer.errors import DiskError, OutputExistsError, QLoRATrainerError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 DISK_FAILURES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+_ADVICE = {
+    errno.ENOSPC: "Free some space or choose another disk",
+    errno.EDQUOT: "Free some space or choose another disk",
+    errno.EFBIG: "The disk takes no file of that size: choose smaller shards, or another disk",
+}
 
 
 @contextlib.contextmanager
@@ -28,10 +43,10 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     path = path.expanduser().resolve()
     refuse_existing(path)
-    work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    remove_leftovers(path)
+    with disk_errors(path.parent):
+        work, lock = _make_locked(path)
     try:
-        with disk_errors(path.parent):
-            work.mkdir(parents=True)
         with disk_errors(path.parent, DISK_FAILURES):
             yield work
         with disk_errors(path.parent):
@@ -43,6 +58,51 @@ def new_directory(path: Path) -> Iterator[Path]:
             _sync_directory(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have left of their work on `path`; what a living one works in stays."""
+    path = path.expanduser().resolve()
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        with contextlib.suppress(OSError):  # a living process works in it, another was as quick, or it is not ours
+            lock = _lock(left)
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+
+
+def _make_locked(path: Path) -> tuple[Path, int | None]:
+    """A new sibling of `path` to work in, and the descriptor that locks it, None where there are no locks."""
+    while True:
+        work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        work.mkdir(parents=True)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = _lock(work)
+            if work.exists():
+                return work, lock
+        # Before it was locked, another process took it for a leftover.
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that locks the directory until it is closed, or None where there are no locks.
+
+    Raises:
+        BlockingIOError: a living process holds the lock.
+        FileNotFoundError: the directory has gone.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # such as a file system over the network
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -99,8 +159,7 @@ def disk_errors(
     except OSError as error:
         if isinstance(error, QLoRATrainerError) or (failures is not None and error.errno not in failures):
             raise
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        advice = "Free some space or choose another disk" if full else "Check the path and its permissions"
+        advice = _ADVICE.get(error.errno or 0, "Check the path and its permissions")
         raise DiskError(f"Writing in {directory} failed: {error}. {advice}; nothing half-made is left.") from error
 
 

@@ -9,7 +9,6 @@ not to. A run that cannot fit is refused.
 import bisect
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import psutil
 import torch
 
 from qlora_trainer.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
-from qlora_trainer.errors import ConfigError, InsufficientMemoryError
+from qlora_trainer.errors import InsufficientMemoryError
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
@@ -29,7 +28,6 @@ GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tile")
 SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's files; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,14 +208,6 @@ def with_length(config: RunConfig, max_length: int) -> RunConfig:
 
 def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
     return _set(config, training={"micro_batch_tokens": tokens})
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of "24GiB", "24 GB" or "512MiB"; ConfigError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", text, re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise ConfigError(f"{text!r} is no amount of memory; write it as 24GiB, or 24GB for 24 billion bytes.")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def gib(count: int) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.attention import (
     DEVICE_FAILURES,
@@ -25,7 +26,7 @@ from qlora_trainer.attention import (
     refusals_as_model_error,
 )
 from qlora_trainer.data.packing import Pack
-from qlora_trainer.output_head import QuantizedHead, head_weight
+from qlora_trainer.output_head import head_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,8 @@ def find_loss_path(model: Any) -> LossPath:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     path = LossPath(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear | QuantizedHead) or (head.bias is not None and head.bias.requires_grad):
+    bias = getattr(head, "bias", None)
+    if not isinstance(head, nn.Linear | HeadRows) or (bias is not None and bias.requires_grad):
         return LossPath(own_logits=True)  # the lean loss gives a head's bias no gradient
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(next(model.parameters()).device)
@@ -128,17 +130,21 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
         own, labels = label_logits(model, pack)
         return F.cross_entropy(own.float(), labels, reduction="sum")
     head = model.get_output_embeddings()
-    labels = pack.labels.reshape(-1)
-    with attention_for(model, pack):
-        hidden = model.base_model(**_inputs(pack)).last_hidden_state
+    hidden = hidden_states(model, pack)
     return linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head_weight(head),
-        labels,
+        pack.labels.reshape(-1),
         bias=head.bias,
         softcap=path.softcap,
         logit_scale=path.logit_scale,
     )
+
+
+def hidden_states(model: Any, pack: Pack) -> Tensor:  # (B, T, H)
+    """What the output head takes, at every token of the pack, documents kept apart as in training."""
+    with attention_for(model, pack):
+        return model.base_model(**_inputs(pack)).last_hidden_state
 
 
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ from qlora_trainer.gguf_tensors import (
 )
 from qlora_trainer.progress import Progress
 from qlora_trainer.quiet import quiet_transformers
-from qlora_trainer.tensor_io import ShardWriter, TensorSpec
+from qlora_trainer.shard_writer import ShardWriter
+from qlora_trainer.tensor_io import TensorSpec
 
 IMPORT_RECORD = "import.json"
 MAX_SHARD_BYTES = 4 * 2**30

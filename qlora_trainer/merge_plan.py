@@ -18,13 +18,18 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.peft_format import Adapter
 from qlora_trainer.errors import MergeError
-from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint
-from qlora_trainer.quantization import weight_from_checkpoint
-from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_name, checkpoint_tensors, read_tensor
+from qlora_trainer.fingerprint import BaseFingerprint
+from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, weight_statistics
+from qlora_trainer.weights_as_trained import (
+    DenseTensor,
+    TrainedWeight,
+    dense_tensors,
+    name_of,
+    trained_weights,
+)
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,10 +70,10 @@ class TensorPlan:
 
     source: TensorInfo
     output: TensorSpec
-    trained_as: TensorFingerprint | None = None  # it was NF4 in training
+    trained_as: TrainedWeight | None = None  # it was NF4 in training
+    recorded: DenseTensor | None = None  # it was not, and the fingerprint knows it
     lora: tuple[Tensor, Tensor] | None = None  # A (R, I), B (O, R)
     replacement: Tensor | None = None  # a trained bias
-    statistics: Mapping[str, TensorInfo] = dataclasses.field(default_factory=dict)  # of a prequantised weight
     transposed: bool = False  # stored (I, O)
 
 
@@ -85,20 +90,16 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
             "it to the same 4 bits again would erase the adapter.)"
         )
     tensors = checkpoint_tensors(inputs.base)
-    statistics = _statistics(tensors)
+    statistics = weight_statistics(tensors)
     if statistics and base == "original":
         raise MergeError(
             f"{inputs.base} holds 4-bit weights only, so there is no original base to fold into. Use --base "
             "dequantized, or give the 16-bit checkpoint."
         )
-    trained = {
-        _name_of(f"{path}.weight", tensors, "was 4-bit in training"): fingerprint
-        for path, fingerprint in inputs.fingerprint.tensors.items()
-    }
+    trained = trained_weights(inputs.base, tensors, inputs.fingerprint, inputs.fan_in_fan_out)
+    dense = dense_tensors(tensors, inputs.fingerprint)
     loras, biases = _sort_adapter(inputs.adapter, tensors)
     _refuse_tied(inputs.base, loras)
-    if unknown := statistics.keys() - trained.keys():
-        raise MergeError(f"{min(unknown)} is 4-bit in {inputs.base}, but was not in training: this is another base.")
 
     belongs_to_weight = {info.name for keys in statistics.values() for info in keys.values()}
     plans = []
@@ -109,25 +110,14 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
             source=info,
             output=info,
             trained_as=trained.get(name),
+            recorded=dense.get(name),
             lora=loras.get(name),
             replacement=biases.get(name),
-            statistics=statistics.get(name, {}),
             transposed=inputs.fan_in_fan_out and (name in trained or name in loras),
         )
         plans.append(dataclasses.replace(plan, output=_output_spec(plan, dtype)))
         _check_shapes(plans[-1])
     return plans
-
-
-def _name_of(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str:
-    """The checkpoint's name of a parameter."""
-    if name := checkpoint_name(parameter, tensors):
-        return name
-    raise MergeError(
-        f"{parameter} {what}, but the base's checkpoint has no such tensor. Either this is another base than the one "
-        "trained, or transformers renames or fuses this architecture's tensors while loading, and then it cannot be "
-        "merged here. The adapter itself is whole, and can be used beside its base."
-    )
 
 
 def _sort_adapter(
@@ -142,25 +132,15 @@ def _sort_adapter(
             raise MergeError(f"The adapter holds {key}, which is neither a LoRA factor nor a bias, and is not merged.")
         path, factor = match["path"], match["factor"]
         if factor:
-            name = _name_of(f"{path}.weight", tensors, "has an adapter")
+            name = name_of(f"{path}.weight", tensors, "has an adapter")
             factors.setdefault(name, {})[factor] = tensor
         else:
-            biases[_name_of(f"{path}.bias", tensors, "was trained")] = tensor
+            biases[name_of(f"{path}.bias", tensors, "was trained")] = tensor
     if not factors:
         raise MergeError("The adapter holds no LoRA factors; there is nothing to merge.")
     if halves := [name for name, pair in factors.items() if len(pair) != 2]:
         raise MergeError(f"The adapter of {halves[0]} has only one of lora_A and lora_B; its file is incomplete.")
     return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}, biases
-
-
-def _statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """What bitsandbytes keeps beside each prequantised weight, by the weight's name and the key after it."""
-    weights = {name: {} for name in tensors if f"{name}.absmax" in tensors}  # type: dict[str, dict[str, TensorInfo]]
-    for name, info in tensors.items():
-        owner, _, key = name.partition(".weight.")
-        if key and f"{owner}.weight" in weights:
-            weights[f"{owner}.weight"][key] = info
-    return weights
 
 
 def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
@@ -176,9 +156,8 @@ def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
 
 def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
     info = plan.source
-    if plan.statistics:
-        rows, columns = prequantized_weight(plan).shape
-        return TensorSpec(info.name, dtype, (columns, rows) if plan.transposed else (rows, columns))
+    if plan.trained_as:
+        return TensorSpec(info.name, dtype, plan.trained_as.stored_shape)
     if not info.dtype.is_floating_point:
         return TensorSpec(info.name, info.dtype, info.shape)
     if info.dtype.itemsize == 1:
@@ -203,11 +182,6 @@ def _check_shapes(plan: TensorPlan) -> None:
             f"The adapter's {plan.source.name} has shape {tuple(plan.replacement.shape)}, the base's {shape}. It was "
             "made for another model."
         )
-
-
-def prequantized_weight(plan: TensorPlan, device: torch.device | str | None = None) -> NF4Weight:
-    statistics = {key: read_tensor(info).to(device) for key, info in plan.statistics.items()}
-    return weight_from_checkpoint(read_tensor(plan.source).to(device), statistics, plan.source.name)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

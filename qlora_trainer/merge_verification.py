@@ -1,17 +1,20 @@
 """Is the merged model the one that was trained? Its files are checked tensor by tensor, and its answers compared.
 
-Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape,
-dtype and value of what was written is read back. Then the merged model's logits on sample rows are compared with those
-of base + adapter through the training forward: the one check that sees a wrong value in a sound file.
+Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
+dtype of what was written is read back, and every byte, against the checksum it had when it was computed and found
+finite. Then the merged model's logits on sample rows are compared with those of base + adapter through the training
+forward: the one check that sees a wrong value in a sound file.
 
 Both forwards compute in fp32, and so does the comparison (sums in fp64): bf16 arithmetic alone differs by more than
 the bound allows.
 
-Legend: T tokens, V vocabulary.
+Legend: B rows, T tokens of each, N tokens of all, H hidden size, V vocabulary.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,26 +22,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qlora_kernels.head_rows import DenseRows
 from qlora_trainer.errors import MergeError, ModelError
+from qlora_trainer.forward import LossPath
+from qlora_trainer.logit_comparison import Answers, HeadAnswers, LogitDifference, WholeAnswers, compare_logits
+from qlora_trainer.output_head import head_weight
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, row_blocks
+from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, tensor_bytes
 
 # Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
 KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
 # How much worse on held-out rows an adapter may be on the original base than on the one it was trained on: a share of
 # the loss, or nats where the loss is so small that its share says nothing.
 MOST_WORSE_RELATIVE, MOST_WORSE_NATS = 0.10, 0.01
-_CHUNK_TOKENS = 64  # of fp64 log-probabilities at a time
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """How the logits of two models differ over some tokens."""
-
-    relative_error: float  # norm of the difference over the norm of the reference
-    kl: float  # KL(reference || merged) in nats, mean over tokens
-    top1_agreement: float  # share of tokens with the same most likely successor
-    tokens: int
+_MOST_OFF = 1e-4  # relative, of logits made of hidden states beside the model's own
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,19 @@ class BaseChoice:
     reason: str
 
 
-def verify_files(directory: Path, expected: Sequence[TensorSpec], progress: Progress = silent) -> None:
-    """Read back every tensor: exactly the expected keys, shapes and dtypes, all values finite.
+def verify_files(
+    directory: Path,
+    expected: Sequence[TensorSpec],
+    checksums: Mapping[str, int],
+    progress: Progress = silent,
+    what: str = "merged model",
+) -> None:
+    """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
 
     Raises:
-        MergeError: something is missing, unexpected, damaged, or not finite; it is named.
+        MergeError: something is missing, unexpected, or damaged; it is named.
     """
-    failed = "The merged model failed its verification"
+    failed = f"The {what} failed its verification"
     try:
         found = checkpoint_tensors(directory)
         wanted = {spec.name: spec for spec in expected}
@@ -78,39 +81,40 @@ def verify_files(directory: Path, expected: Sequence[TensorSpec], progress: Prog
             spec = wanted[name]
             if (info.dtype, info.shape) != (spec.dtype, spec.shape):
                 raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
-            for rows in row_blocks(info.shape):
-                block = read_tensor(info, rows)
-                if block.is_floating_point() and not torch.isfinite(block).all():
-                    raise MergeError(f"{failed}: {name} holds values that are not finite.")
-                done += block.nbytes
-                progress("verifying files", done, total)
+            tensor = read_tensor(info)
+            if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+                damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
+                raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
+            done += tensor.nbytes
+            progress("verifying files", done, total)
     except ModelError as error:
         raise MergeError(f"{failed}: {error}") from error
+
+
+def _has_not_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not torch.isfinite(tensor).all()
 
 
 def verify_merge(
     directory: Path,
     sample_rows: Sequence[Sequence[int]],
-    trained_logits: Callable[[Tensor], Tensor] | Sequence[Tensor],
+    reference: Answers,
     load_merged: Callable[[Path], Any],
+    loss_path: LossPath,
     kl_bound: float | None = KL_BOUNDS[torch.float16],
     progress: Progress = silent,
 ) -> Verification:
     """Compare the merged model's logits with those of base + adapter on token rows.
 
-    `trained_logits` gives (1, T, V) or (T, V) for input_ids (1, T) int64, or is a list of such logits, one a row, made
-    before to spare memory. `load_merged` gives a transformers model of the directory, in fp32.
+    `reference` has the logits of all tokens of the rows, one row after the other. `load_merged` gives a transformers
+    model of the directory, in fp32; `loss_path` is how such a model's hidden states become logits.
 
     Raises:
         MergeError: the KL is above the bound, or a logit is not finite.
     """
     assert sample_rows, "no rows to compare on"
     progress("comparing answers", 0, None)
-    merged = row_logits(load_merged(directory), sample_rows)
-    rows = [torch.tensor([row], dtype=torch.int64) for row in sample_rows]
-    reference = map(trained_logits, rows) if callable(trained_logits) else trained_logits
-    with torch.no_grad():
-        difference = compare_logits(reference, merged)
+    difference = compare_logits(reference, row_answers(load_merged(directory), sample_rows, loss_path))
     limit = math.inf if kl_bound is None else kl_bound
     if not math.isfinite(difference.kl) or difference.kl > limit:
         raise MergeError(
@@ -118,50 +122,55 @@ def verify_merge(
             f"relative error {difference.relative_error:.2e}, same first choice for {difference.top1_agreement:.1%} of "
             f"{difference.tokens} tokens. Nothing was kept. Please report it with the output of `qlora doctor`."
         )
-    return Verification(rows=len(rows), difference=difference, kl_bound=kl_bound)
+    return Verification(rows=len(sample_rows), difference=difference, kl_bound=kl_bound)
 
 
 @torch.no_grad()
-def row_logits(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:  # (1, T, V) each, on the CPU
-    """A transformers model's logits for each token row, in one pass.
+def row_answers(model: Any, rows: Sequence[Sequence[int]], loss_path: LossPath) -> Answers:
+    """A transformers model's logits at every token of some rows, one row after the other, from one forward pass.
 
-    Rows are padded on the right and not masked: the tokens of a causal model do not see what is behind them.
+    Rows are padded on the right and not masked: the tokens of a causal model do not see what is behind them. The
+    model's own logits are taken for the last of each padded row, and must be those that `loss_path` makes of its
+    hidden states; else it gives all its logits, which takes tokens x vocabulary of memory, in another pass.
     """
-    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64, device=next(model.parameters()).device)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
-    device = next(model.parameters()).device
-    found = model(input_ids=ids.to(device), use_cache=False).logits.float().cpu()
-    return [found[index : index + 1, : len(row)] for index, row in enumerate(rows)]
+    if not loss_path.own_logits:
+        hidden, last = _last_logits(model, ids)
+        own = head_answers(model, hidden[:, -1], loss_path)
+        made = own.logits(slice(0, own.shape[1]))
+        if float((made - last).norm()) <= _MOST_OFF * float(last.norm()):
+            return head_answers(model, torch.cat([hidden[i, : len(row)] for i, row in enumerate(rows)]), loss_path)
+    found = model(input_ids=ids, use_cache=False).logits.float()
+    return WholeAnswers.of_rows([found[index, : len(row)] for index, row in enumerate(rows)])
 
 
-def compare_logits(
-    reference: Iterable[Tensor],  # each (1, T, V) or (T, V)
-    merged: Iterable[Tensor],  # the same shapes
-) -> LogitDifference:
-    """Difference over all tokens of all rows; a row's logits are needed only while it is compared."""
-    squared_error = squared_norm = kl = 0.0
-    agreeing = tokens = 0
-    for expected_row, found_row in zip(reference, merged, strict=True):
-        assert expected_row.shape == found_row.shape, f"{expected_row.shape} against {found_row.shape}"
-        vocabulary = expected_row.shape[-1]
-        expected_chunks = expected_row.reshape(-1, vocabulary).split(_CHUNK_TOKENS)
-        found_chunks = found_row.reshape(-1, vocabulary).split(_CHUNK_TOKENS)
-        for expected_chunk, found_chunk in zip(expected_chunks, found_chunks, strict=True):
-            expected = expected_chunk.double()  # (T, V)
-            found = found_chunk.to(expected_chunk.device).double()
-            squared_error += float((found - expected).square().sum())
-            squared_norm += float(expected.square().sum())
-            log_expected, log_found = expected.log_softmax(-1), found.log_softmax(-1)
-            kl += float((log_expected.exp() * (log_expected - log_found)).sum())
-            agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            tokens += len(expected)
-    return LogitDifference(
-        relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else math.nan,
-        kl=kl / tokens,
-        top1_agreement=agreeing / tokens,
-        tokens=tokens,
-    )
+def head_answers(
+    model: Any,
+    hidden: Tensor,  # (N, H)
+    loss_path: LossPath,
+) -> HeadAnswers:
+    """The logits that a model's output head makes of hidden states."""
+    head = model.get_output_embeddings()
+    weight = head_weight(head)
+    rows = DenseRows(weight) if isinstance(weight, Tensor) else weight
+    return HeadAnswers(hidden, rows, head.bias, loss_path.logit_scale, loss_path.softcap)
+
+
+def _last_logits(
+    model: Any,
+    ids: Tensor,  # (B, T)
+) -> tuple[Tensor, Tensor]:  # (B, T, H), (B, V) fp32 on the CPU
+    """The hidden states of a forward pass, and the model's own logits at the last tokens."""
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _, inputs, output: seen.append(output.last_hidden_state))
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    try:
+        own = model(input_ids=ids, use_cache=False, **only_last).logits[:, -1]
+    finally:
+        hook.remove()
+    return seen[0], own.float().cpu()
 
 
 def choose_base(dequantized_loss: float | None, original_loss: float | None) -> BaseChoice:

@@ -10,59 +10,38 @@ All arithmetic is fp32, with a single cast to the output dtype: dequantising in 
 checkpoint's names and order drive the merge: what goes in comes out, under the same names, tied weights included.
 What goes where is decided beforehand, in merge_plan.py.
 
+The source is mapped, and values exist a few rows at a time, so the memory taken is that of one 4-bit weight, and does
+not grow with the vocabulary; only weights stored (I, O), as GPT-2's, are gathered whole. Rows are computed while those
+before them are written, and the base is compared with its fingerprint in a thread beside. What was written is read
+back from the disk in the end.
+
 Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
-import hashlib
 import json
-import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.delta import fold_lora
-from qlora_trainer.directories import disk_errors, new_directory, refuse_existing, write_text
-from qlora_trainer.errors import DiskError, MergeError
-from qlora_trainer.merge_plan import (
-    MergeBase,
-    MergeInputs,
-    TensorPlan,
-    dtype_name,
-    plan_merge,
-    prequantized_weight,
-    read_config,
-)
+from qlora_trainer.background import Background
+from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
+from qlora_trainer.errors import MergeError
+from qlora_trainer.merge_plan import MergeBase, MergeInputs, TensorPlan, dtype_name, plan_merge, read_config
 from qlora_trainer.merge_verification import Verification, verify_files
+from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import quantize_weight
-from qlora_trainer.tensor_io import ShardWriter, file_inside, read_tensor, row_blocks
+from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from qlora_trainer.tensor_io import read_tensor, row_blocks
 
 PROVENANCE_NAME = "qlora_merge.json"
-OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean, whose last bits depend on the device that summed it
-
-_COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
-_COPIED_STEMS = {"LICENSE", "NOTICE"}
-_NOT_COPIED = {
-    "config.json",  # written by us
-    "adapter_config.json",  # would be applied a second time
-    "quantize_config.json",
-    "quantization_config.json",
-    "hf_quant_config.json",
-    "import.json",
-    "manifest.json",
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-    PROVENANCE_NAME,
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +64,7 @@ def merge(
     *,
     dtype: torch.dtype = torch.float16,
     base: MergeBase = "dequantized",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: Callable[[Path], Verification] | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
@@ -93,22 +72,25 @@ def merge(
     """Write the merged model to `output`, a new or empty directory that appears only when all has been verified.
 
     `verify` is called with the directory while it still has its temporary name, after every file has been checked;
-    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json beside the report.
+    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json beside the report. What a
+    merge to the same place left when it was killed is removed first.
 
     Raises:
-        MergeError: the base is not the one trained, the adapter does not fit, a value overflows the dtype, or the
-            verification failed.
+        CheckpointError: the base is not the one trained.
+        MergeError: the adapter does not fit, a value overflows the dtype, or the verification failed.
         OutputExistsError, DiskError: nothing is left, nothing was overwritten.
     """
     refuse_existing(output)
     plans = plan_merge(inputs, dtype, base)
-    copied = _files_to_copy(inputs.base)
-    _check_space(output, sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied))
+    copied = files_to_copy(inputs.base)
+    remove_leftovers(output)
+    needed = sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied)
+    refuse_full_disk(output, needed, "The merged model")
     with new_directory(output) as work:
-        flushed = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
-        _copy_files(inputs.base, copied, work)
+        flushed, checksums = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
+        copy_files(inputs.base, copied, work)
         _write_config(inputs.base, work, dtype)
-        verify_files(work, [plan.output for plan in plans], progress)
+        verify_files(work, [plan.output for plan in plans], checksums, progress)
         report = MergeReport(
             base=base,
             dtype=dtype_name(dtype),
@@ -131,108 +113,85 @@ def _write_tensors(
     work: Path,
     max_shard_bytes: int,
     progress: Progress,
-) -> int:
-    """Write every tensor; returns how many elements the output dtype flushed to zero."""
+) -> tuple[int, dict[str, int]]:
+    """Write every tensor; returns how many elements the output dtype flushed to zero, and each tensor's CRC-32."""
     total = sum(plan.output.nbytes for plan in plans)
     done = flushed = 0
-    with ShardWriter(work, [plan.output for plan in plans], max_shard_bytes) as writer:
+    with Background() as checks, ShardWriter(work, [plan.output for plan in plans], max_shard_bytes) as writer:
         for plan in plans:
-            for block in _merged_blocks(plan, inputs, base):
+            if plan.recorded:
+                checks.submit(plan.recorded.check)
+            for block in _merged_blocks(plan, inputs, base, checks):
                 cast = block.to(plan.output.dtype)
                 if cast.is_floating_point():
-                    _check_finite(plan.source.name, block, cast)
-                    flushed += int(torch.count_nonzero(block)) - int(torch.count_nonzero(cast))
+                    _check_finite(plan.source.name, block, cast.dtype)
+                    flushed += _count_flushed(block, cast)
                 writer.write(plan.output.name, cast)
                 done += cast.nbytes
                 progress("merging", done, total)
-    return flushed
+    return flushed, writer.checksums
 
 
-def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase) -> Iterator[Tensor]:
+def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
     """The merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating."""
     if plan.replacement is not None:
         yield plan.replacement.float()
-        return
-    if not plan.output.dtype.is_floating_point:
+    elif not plan.output.dtype.is_floating_point:
+        source = read_tensor(plan.source)
         for rows in row_blocks(plan.source.shape):
-            yield read_tensor(plan.source, rows)
-        return
-    if plan.transposed:  # the rows of the file are columns here: gather the whole weight, which Conv1D models can bear
-        yield torch.cat(list(_weight_blocks(plan, inputs, base))).T
+            yield source if rows is None else source[rows]
+    elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
+        yield torch.cat(list(_weight_blocks(plan, inputs, base, checks))).T
     else:
-        yield from _weight_blocks(plan, inputs, base)
+        yield from _weight_blocks(plan, inputs, base, checks)
 
 
-def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase) -> Iterator[Tensor]:
+def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
     """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
-    shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape
-    quantized = _weight_as_trained(plan, inputs) if plan.trained_as else None
-    for rows in row_blocks(shape):
-        if quantized is not None and base == "dequantized":
+    quantized = source = None
+    if plan.trained_as:
+        weight = plan.trained_as.read(inputs.device)
+        checks.submit(plan.trained_as.check, weight)
+        quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
+    if quantized is None:
+        source = read_tensor(plan.source).T if plan.transposed else read_tensor(plan.source)
+    lora = [factor.to(inputs.device) for factor in plan.lora or ()]
+    for rows in row_blocks(plan.output.shape[::-1] if plan.transposed else plan.output.shape):
+        if source is None:
+            assert quantized is not None
             block = dequantize_nf4(quantized, torch.float32, rows=rows)
-        elif plan.transposed:
-            block = read_tensor(plan.source).T[rows].float().to(inputs.device)
         else:
-            block = read_tensor(plan.source, rows).float().to(inputs.device)
-        if plan.lora is not None:
-            lora_A, lora_B = (factor.to(inputs.device) for factor in plan.lora)
-            block = fold_lora(block, lora_A, lora_B[rows], inputs.scaling)
+            block = (source if rows is None else source[rows]).to(inputs.device, torch.float32)
+        if lora:
+            block = fold_lora(block, lora[0], lora[1][rows], inputs.scaling)
         yield block
 
 
-def _weight_as_trained(plan: TensorPlan, inputs: MergeInputs) -> NF4Weight:
-    """The weight in NF4 as training had it, checked against the fingerprint, with the offset training used."""
-    assert plan.trained_as is not None
-    if plan.statistics:
-        weight = prequantized_weight(plan, inputs.device)
-    else:
-        source = read_tensor(plan.source).to(inputs.device, getattr(torch, inputs.fingerprint.source_dtype))
-        weight = quantize_weight(source.T if plan.transposed else source, plan.source.name)
-    found = hashlib.sha256(weight.packed.cpu().numpy().data).hexdigest()
-    offset = float(weight.offset)
-    recorded = plan.trained_as
-    if found != recorded.packed_sha256 or not math.isclose(offset, recorded.offset, rel_tol=OFFSET_TOLERANCE):
-        raise MergeError(
-            f"{plan.source.name} in {inputs.base} does not give the 4-bit weights that the adapter was trained on "
-            f"(offset {offset:.8g}, in training {recorded.offset:.8g}). This base is another one, or was changed "
-            "since. Give the base of the run; where it was trained on CUDA, merge on CUDA too."
-        )
-    return dataclasses.replace(weight, offset=torch.full_like(weight.offset, recorded.offset))
-
-
-def _check_finite(name: str, block: Tensor, cast: Tensor) -> None:
-    if torch.isfinite(cast).all():
+def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
+    """MergeError where a value of the fp32 block is not finite in `dtype`; casting keeps order, so extremes tell."""
+    if block.numel() == 0:
         return
-    if torch.isfinite(block).all():
+    extremes = torch.stack(block.aminmax())  # NaN where there is one
+    if torch.isfinite(extremes.to(dtype)).all():
+        return
+    if torch.isfinite(extremes).all():
         raise MergeError(
-            f"{name} has a value of {float(block.abs().max()):.6g}, too large for {dtype_name(cast.dtype)}. Merge with "
+            f"{name} has a value of {float(extremes.abs().max()):.6g}, too large for {dtype_name(dtype)}. Merge with "
             "--dtype bfloat16, which has the range."
         )
     raise MergeError(f"{name} holds values that are not finite. The base or the adapter is damaged.")
 
 
-def _files_to_copy(directory: Path) -> list[Path]:
-    """Tokenizer, templates, generation settings and licence: kept byte for byte, for readers older than ours."""
-    templates = directory / "additional_chat_templates"
-    names = [path for path in sorted(directory.iterdir()) if path.is_file()]
-    copied = [
-        path
-        for path in names
-        if path.name not in _NOT_COPIED
-        and not path.name.endswith(".index.json")
-        and (path.suffix in _COPIED_SUFFIXES or path.name.partition(".")[0].upper() in _COPIED_STEMS)
-    ]
-    if templates.is_dir():
-        copied += sorted(templates.glob("*.jinja"))
-    return [file_inside(path.parent, path.name) for path in copied]
-
-
-def _copy_files(directory: Path, files: list[Path], work: Path) -> None:
-    for path in files:
-        target = work / path.relative_to(directory)
-        with disk_errors(work):
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+def _count_flushed(
+    block: Tensor,  # fp32
+    cast: Tensor,  # the same in the output dtype
+) -> int:
+    """How many elements became zero."""
+    if cast.dtype == torch.float32:
+        return 0
+    bits = cast.cpu().view(torch.int16)
+    # Twice the bits lose the sign, so that -0 counts as zero; integers are counted several times as fast as halves.
+    return int(torch.count_nonzero(block)) - int(np.count_nonzero(bits.add(bits).numpy()))
 
 
 def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
@@ -241,13 +200,3 @@ def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(home).free
-    if needed + 2**24 > free:  # headers, index and record are far below 16 MiB
-        raise DiskError(
-            f"The merged model takes {needed / 1e9:.2f} GB, and the disk of {home} has {free / 1e9:.2f} GB free. "
-            "Free some space or choose another disk; nothing was written."
-        )

@@ -29,7 +29,7 @@ def build_skeleton(directory: Path, layers: int | None = None) -> Any:
     config = read_config(directory)
     refuse_multi_modal(config, directory)
     if layers is not None:
-        _keep_layers(config.get_text_config(), layers)
+        keep_layers(config.get_text_config(), layers)
     return empty_model(directory, config, config.dtype or torch.float32)  # the checkpoint's, as it is loaded
 
 
@@ -54,7 +54,7 @@ def layer_kinds(directory: Path) -> list[str]:
     return list(getattr(config, "layer_types", None) or ["layer"] * config.num_hidden_layers)
 
 
-def _keep_layers(config: Any, layers: int) -> None:
+def keep_layers(config: Any, layers: int) -> None:
     """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
     before = config.num_hidden_layers
     for name, value in list(vars(config).items()):

@@ -2,65 +2,124 @@
 
 A 7B model takes 28 GB in fp32, more than the machine has that trained it in 4 bits. So where answers are compared, each
 forward pass reads the weights once more: it needs the memory of one matrix and of the activations, and the time of
-reading the checkpoint. Callers put as many tokens into a pass as they can.
+reading the checkpoint. Callers put as many tokens into a pass as they can. A weight comes as the checkpoint holds it,
+or as it was in training, through NF4 and back (weights_as_trained.py).
+
+Of an embedding only the rows of the tokens are read, and the output head is multiplied with a block of its rows at a
+time, so memory does not grow with the vocabulary.
 
 Between its uses a matrix is a single NaN seen in the matrix's shape, four bytes on the model's device. Code that asks
 for shapes and devices gets the right ones; code that computes with a weight outside of its module's forward gets NaN,
-never a plausible number. For such code `resident` keeps a module's weights in place. Vectors always stay: they are
-small, and biases may be trained.
+never a plausible number. Vectors always stay: they are small, and biases may be trained.
 
 Left out: models whose tensors transformers renames or fuses while loading. Those are loaded whole.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from qlora_kernels.head_rows import head_logits
 from qlora_trainer.errors import ModelError
 from qlora_trainer.model import device_with_room, empty_model, load_dense_model
+from qlora_trainer.model_source import read_config
+from qlora_trainer.skeleton import keep_layers
 from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
+from qlora_trainer.weights_as_trained import TrainedWeight
 
-WORKING_BYTES = 2**30  # activations and logits of a pass, roughly
+WORKING_BYTES = 2**30  # activations of a pass, roughly
+
+Source = TensorInfo | TrainedWeight  # of a matrix: as the checkpoint holds it, or as it was in training
 
 
 class StreamedMatrix(nn.Parameter):
     """A parameter of two dimensions or more, fp32 and frozen, that has its values only while it is in use."""
 
-    info: TensorInfo
+    source: Source
     users: int  # a matrix tied to two modules may be in use by both
 
     @classmethod
-    def of(cls, info: TensorInfo, device: torch.device) -> "StreamedMatrix":
-        matrix = cls(_absent(info, device), requires_grad=False)
-        matrix.info, matrix.users = info, 0
+    def of(cls, source: Source, shape: torch.Size, device: torch.device) -> "StreamedMatrix":
+        matrix = cls(_absent(shape, device), requires_grad=False)
+        matrix.source, matrix.users = source, 0
         return matrix
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An embedding is looked up by rows, whatever its module makes of the tokens before; all else as usual."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.embedding and isinstance(args[1], StreamedMatrix):
+                ids, matrix = args[:2]
+                wanted, places = ids.unique(return_inverse=True)
+                return F.embedding(places, matrix.rows(wanted.cpu(), torch.float32))
+            return func(*args, **(kwargs or {}))
+
+    def rows(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
+        assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
+        return read_tensor(self.source)[index].to(self.device, dtype)
 
     def fetch(self) -> None:
         if self.users == 0:
-            self.data = read_tensor(self.info).to(self.device).float()
+            self.data = _read(self.source, self.device)
         self.users += 1
 
     def drop(self) -> None:
         self.users -= 1
         if self.users == 0:
-            self.data = _absent(self.info, self.device)
+            self.data = _absent(self.shape, self.device)
 
 
-def load_streamed_model(directory: Path, device: torch.device) -> Any:
+class StreamedHead(nn.Module):
+    """A frozen output head, logits = hidden W^T + b, whose W (V, H) is read by rows; it is its own HeadRows."""
+
+    def __init__(self, weight: StreamedMatrix, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H)"""
+        return self.weight.shape[0], self.weight.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
+        return self.weight.rows(slice(start, stop), dtype)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., H)
+    ) -> Tensor:  # (..., V)
+        logits = head_logits(hidden, self)
+        return logits if self.bias is None else logits + self.bias
+
+
+def load_streamed_model(
+    directory: Path,
+    device: torch.device,
+    trained: Mapping[str, TrainedWeight] | None = None,
+    *,
+    layers: int | None = None,
+) -> Any:
     """A model directory in fp32, frozen, in evaluation mode, whose modules read their matrices when they are called.
 
     It lies on the CPU where a GPU has no room. Adapters can be put on it; it gives no gradients.
 
+    Args:
+        trained: take these weights, by the checkpoint's names, as they were in training; reading one checks it.
+        layers: only so many of the decoder's layers.
+
     Raises:
         ModelError: it cannot be made, or its checkpoint does not fit its config.
-        InsufficientMemoryError: as `check_streaming`.
+        InsufficientMemoryError: as `streaming_device`.
     """
-    model, sources, device = _examine(directory, device)
+    model, sources, device = _examine(directory, device, trained or {}, layers)
     if sources is None:
+        assert not trained, "callers ask can_stream"
         return load_dense_model(directory, device)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters are one, and stay one
     for path, module in model.named_modules():
@@ -70,74 +129,103 @@ def load_streamed_model(directory: Path, device: torch.device) -> Any:
             setattr(module, name.rpartition(".")[2], made[parameter])
         for name, buffer in module.named_buffers(path, recurse=False):
             source = sources.get(name)
-            value = buffer if source is None else read_tensor(source).to(buffer.dtype)
+            value = buffer if source is None else _read(source, device).to(buffer.dtype)
             setattr(module, name.rpartition(".")[2], value.to(device))
-        if _matrices(module):
+    for path, module in list(model.named_modules()):
+        if _is_plain_head(module, model):
+            model.set_submodule(path, StreamedHead(module.weight, module.bias))
+        elif _is_fetched(module, model) and _matrices(module):
             module.register_forward_pre_hook(_fetch)
             module.register_forward_hook(_drop, always_call=True)
     return model
 
 
-def check_streaming(directory: Path, device: torch.device) -> None:
-    """Whether the model of `directory`, or its merge, can be run by `load_streamed_model`.
+def can_stream(directory: Path) -> bool:
+    """Whether `load_streamed_model` can stream the model; else its tensors are renamed or fused while loading."""
+    return _sources(empty_model(directory), checkpoint_tensors(directory), {}) is not None
+
+
+def streaming_device(directory: Path, device: torch.device) -> torch.device:
+    """Where `load_streamed_model` would run the model of `directory`, or its merge: `device`, or the CPU.
 
     Raises:
-        InsufficientMemoryError: neither the device nor the host has room for its largest matrix twice (the output head
-            stays while the rest streams), or for the whole model where its tensors are renamed while loading.
+        InsufficientMemoryError: neither has room for its largest matrix twice (it is made from another), or for the
+            whole model where its tensors are renamed while loading.
     """
-    _examine(directory, device)
+    return _examine(directory, device, {}, None)[2]
 
 
-@contextmanager
-def resident(module: nn.Module) -> Iterator[None]:
-    """Within, the module's own weights are in place, for code that uses them without calling it."""
-    _fetch(module)
-    try:
-        yield
-    finally:
-        _drop(module)
-
-
-def _examine(directory: Path, device: torch.device) -> tuple[Any, dict[str, TensorInfo] | None, torch.device]:
+def _examine(
+    directory: Path, device: torch.device, trained: Mapping[str, TrainedWeight], layers: int | None
+) -> tuple[Any, dict[str, Source] | None, torch.device]:
     """The empty model, where its parameters come from, if that can be told, and the device that has room."""
-    model = empty_model(directory)
-    sources = _sources(model, checkpoint_tensors(directory))
-    sizes = [4 * parameter.numel() for parameter in model.parameters()]
-    needed = sum(sizes) if sources is None else 2 * max(sizes)
+    config = read_config(directory)
+    if layers is not None:
+        keep_layers(config.get_text_config(), layers)
+    model = empty_model(directory, config)
+    sources = _sources(model, checkpoint_tensors(directory), trained)
+    if sources is None:
+        needed = sum(4 * parameter.numel() for parameter in model.parameters())
+    else:
+        fetched = [
+            p for m in model.modules() if _is_fetched(m, model) for p in m.parameters(recurse=False) if p.ndim >= 2
+        ]
+        vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
+        needed = vectors + 2 * max((4 * parameter.numel() for parameter in fetched), default=0)
     return model, sources, device_with_room(needed + WORKING_BYTES, device, f"Comparing answers of {directory}")
 
 
-def _sources(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo] | None:
-    """The tensor of each parameter and stored buffer, tied ones under each of their names; None if one has none."""
+def _sources(
+    model: nn.Module, tensors: Mapping[str, TensorInfo], trained: Mapping[str, TrainedWeight]
+) -> dict[str, Source] | None:
+    """What each parameter and stored buffer is read from, tied ones under each of their names; None if one has none."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    sources: dict[str, TensorInfo] = {}
+    sources: dict[str, Source] = {}
     for tied in names.values():
         stored = [tensors[found] for name in tied if (found := checkpoint_name(name, tensors))]
         # transformers ties what is stored twice only where both hold the same values.
         if not stored or not all(torch.equal(read_tensor(stored[0]), read_tensor(other)) for other in stored[1:]):
             return None
-        sources |= dict.fromkeys(tied, stored[0])
+        sources |= dict.fromkeys(tied, trained.get(stored[0].name, stored[0]))
     for name in model.state_dict().keys() - sources.keys():
         if found := checkpoint_name(name, tensors):
             sources[name] = tensors[found]
     return sources
 
 
-def _parameter(info: TensorInfo, expected: Tensor, device: torch.device) -> nn.Parameter:
-    if info.shape != expected.shape:
+def _parameter(source: Source, expected: Tensor, device: torch.device) -> nn.Parameter:
+    info, shape = (source.source, source.stored_shape) if isinstance(source, TrainedWeight) else (source, source.shape)
+    if shape != expected.shape:
         raise ModelError(
-            f"{info.name} in {info.file} has shape {info.shape}, and the config asks for {tuple(expected.shape)}. "
+            f"{info.name} in {info.file} has shape {shape}, and the config asks for {tuple(expected.shape)}. "
             "Fetch the checkpoint again."
         )
-    if len(info.shape) >= 2:
-        return StreamedMatrix.of(info, device)
-    return nn.Parameter(read_tensor(info).to(device, torch.float32, copy=True), requires_grad=False)
+    if len(shape) >= 2:
+        return StreamedMatrix.of(source, expected.shape, device)
+    return nn.Parameter(_read(source, device).clone(), requires_grad=False)
 
 
-def _absent(info: TensorInfo, device: torch.device) -> Tensor:
-    return torch.full((), torch.nan, device=device).expand(info.shape)
+def _read(source: Source, device: torch.device) -> Tensor:
+    """The whole tensor in fp32."""
+    if isinstance(source, TrainedWeight):
+        return source.dense(device)
+    return read_tensor(source).to(device, torch.float32)
+
+
+def _absent(shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, device=device).expand(shape)
+
+
+def _is_plain_head(module: nn.Module, model: Any) -> bool:
+    """Whether it is the output head, and multiplies as a StreamedHead does."""
+    return module is model.get_output_embeddings() and type(module) is nn.Linear
+
+
+def _is_fetched(module: nn.Module, model: Any) -> bool:
+    """Whether the module's matrices come whole when it runs: all but those that are read by rows."""
+    return not isinstance(module, nn.Embedding) and not _is_plain_head(module, model)
 
 
 def _matrices(module: nn.Module) -> list[StreamedMatrix]:

@@ -1,32 +1,23 @@
-"""Safetensors checkpoints as streams: which tensors a directory holds, reading them by rows, writing them by rows.
+"""Safetensors checkpoints: which tensors a directory holds, and reading them by rows. (Writing: shard_writer.py.)
 
-A merge of a 7B model should need the memory of a few rows, so nothing here holds a whole shard. Reading maps the
-file and takes slices. Writing lays out every shard before the first tensor is known: a safetensors file opens with a
-header of names, dtypes, shapes and offsets, and those follow from the shapes alone.
+A merge of a 7B model should need the memory of a few rows, so nothing here holds a whole shard: a file is mapped, and
+slices are taken of it.
 
 A checkpoint is data from strangers. Only safetensors and JSON are read, never pickle; an index may only name files of
 its own directory; what a loader would guess at (two sets of weights side by side) is refused here.
-
-A file's format: 8 bytes of little-endian header length, the header in JSON padded to 8 bytes, the tensors' bytes.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qlora_trainer.directories import disk_errors, write_text
-from qlora_trainer.directories import new_directory as new_directory
 from qlora_trainer.errors import FileMissingError, ModelError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -47,7 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -111,6 +102,16 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
 def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     """A parameter's name in the checkpoint: the same, or without the model's prefix where the body was saved alone."""
     return next((name for name in (parameter, parameter.partition(".")[2]) if name in tensors), None)
+
+
+def weight_statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """What bitsandbytes stores beside each prequantised weight, by the weight's name and the key after it."""
+    found: dict[str, dict[str, TensorInfo]] = {name: {} for name in tensors if f"{name}.absmax" in tensors}
+    for name, info in tensors.items():
+        layer, dot, key = name.rpartition(".weight.")
+        if dot and f"{layer}.weight" in found:
+            found[f"{layer}.weight"][key] = info
+    return found
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -205,9 +206,15 @@ def read_tensor(
     return tensor
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they lie in a safetensors file; no copy where it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
 def row_blocks(
     shape: tuple[int, ...],
-    block_elements: int = 2**24,  # 64 MiB of fp32
+    block_elements: int = 2**20,  # 4 MiB of fp32, which stay in a processor's cache from one operation to the next
     minimum_rows: int = 256,
 ) -> list[slice | None]:
     """Rows to take at a time: near `block_elements`, never fewer than `minimum_rows`; [None], all, for a scalar.
@@ -221,128 +228,3 @@ def row_blocks(
     count = max(1, rows // max(minimum_rows, block_elements // row_elements))
     edges = [rows * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-
-
-class ShardWriter:
-    """Writes tensors whose names, dtypes and shapes are known beforehand; the values follow by rows, in order.
-
-    One shard is called model.safetensors; several are numbered, and `close` writes their index. A shard holds at most
-    `max_shard_bytes`, or one larger tensor. In a file wider dtypes come first, so that every tensor lies aligned. Use
-    it as a context manager; leaving it by an exception writes no index.
-
-    Raises:
-        DiskError: the disk is full or cannot be written.
-    """
-
-    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int = 5 * 10**9) -> None:
-        self.directory = directory
-        self.shards = _split_into_shards(specs, max_shard_bytes)
-        self.file_names = _shard_names(len(self.shards))
-        self._shard = 0
-        self._file: BinaryIO | None = None
-        self._offsets: dict[str, int] = {}  # where each tensor of the open shard begins in the file
-        self._pending: list[TensorSpec] = []  # of the open shard, the one being written first
-        self._written = 0  # bytes of the tensor being written
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # closing flushes; a full disk has been reported already
-                self._file.close()
-
-    def write(
-        self,
-        name: str,
-        rows: Tensor,  # the next rows of the tensor, or all of it
-    ) -> None:
-        """Append rows to a tensor. Tensors come in the order of the specs, each whole before the next."""
-        with disk_errors(self.directory):
-            if not self._pending:
-                self._open_shard()
-            spec = self._pending[0]
-            assert name == spec.name, f"{name} comes before {spec.name}"
-            assert rows.dtype == spec.dtype, f"{name} is {rows.dtype}, announced as {spec.dtype}"
-            assert rows.shape[1:] == spec.shape[1:], f"{name} has rows {rows.shape[1:]}, announced {spec.shape}"
-            assert self._written + rows.nbytes <= spec.nbytes, f"{name} has more rows than announced"
-            assert self._file is not None
-            self._file.seek(self._offsets[name] + self._written)
-            if rows.numel():
-                self._file.write(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self._written += rows.nbytes
-            if self._written == spec.nbytes:
-                self._pending.pop(0)
-                self._written = 0
-            if not self._pending:
-                self._close_shard()
-
-    def close(self) -> None:
-        """Check that every tensor is complete, and write the index of several shards."""
-        assert self._shard == len(self.shards), f"not written: {[spec.name for spec in self._pending][:3]}"
-        if len(self.shards) == 1:
-            return
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for shard in self.shards for spec in shard)},
-            "weight_map": {
-                spec.name: file_name
-                for shard, file_name in zip(self.shards, self.file_names, strict=True)
-                for spec in shard
-            },
-        }
-        write_text(self.directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-
-    def _open_shard(self) -> None:
-        assert self._shard < len(self.shards), "every announced tensor has been written"
-        specs = self.shards[self._shard]
-        header, self._offsets = _header(specs)
-        self._file = (self.directory / self.file_names[self._shard]).open("xb")
-        self._file.write(header)
-        self._pending = list(specs)
-
-    def _close_shard(self) -> None:
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._shard += 1
-
-
-def _split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    assert specs, "a checkpoint of no tensors"
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [WEIGHTS_NAME]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the first tensor, and where in the file each tensor begins."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts = {}
-    end = 0
-    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
-        starts[spec.name] = end
-        end += spec.nbytes
-        entries[spec.name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [starts[spec.name], end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}

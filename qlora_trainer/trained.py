@@ -14,8 +14,9 @@ from qlora_trainer.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.forward import examine_forward
-from qlora_trainer.model import Base, load_base_model
+from qlora_trainer.model import Base
 from qlora_trainer.model_source import load_tokenizer, resolve_model
+from qlora_trainer.prequantize import load_base
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
@@ -30,28 +31,33 @@ from qlora_trainer.training import micro_batch_tokens
 
 
 @dataclasses.dataclass
-class Trained:
-    """A run's base and its adapter, for evaluation, generation and merging."""
+class TrainedAdapter:
+    """What a run directory holds, without the base."""
 
     directory: Path
     config: RunConfig
-    tokenizer: Any
-    base: Base
     adapter: Adapter
     source: str  # what the adapter was taken from, for people
     fingerprint: BaseFingerprint  # of the base as it was trained
     data_key: str | None  # of the rows it was trained on, where that is known
+
+
+@dataclasses.dataclass
+class Trained(TrainedAdapter):
+    """A run's base and its adapter, for evaluation and generation."""
+
+    tokenizer: Any
+    base: Base
     notices: list[str] = dataclasses.field(default_factory=list)
 
 
-def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
-    """Load a run's base with its adapter: the final one, or the newest checkpoint's where that is further.
+def read_trained(directory: Path) -> TrainedAdapter:
+    """A run's adapter: the final one, or the newest checkpoint's where that is further.
 
-    `model_settings` are taken in the place of those of the run's config, such as compute_dtype="float32", where they
-    are not None. A finished run needs no checkpoints.
+    A finished run needs no checkpoints.
 
     Raises:
-        CheckpointError: there is no adapter, it is damaged, or it belongs to another base or other settings.
+        CheckpointError: there is no adapter, it is damaged, or the run's config is not what it was trained with.
     """
     config = read_run_config(directory)
     source, record = _newest_adapter(directory)
@@ -64,18 +70,31 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
             f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
             "adapter's values."
         )
-    settings = config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
-    path = resolve_model(settings.name, settings.revision, user_cache(), progress)
-    tokenizer = load_tokenizer(path)
-    base = load_base_model(path, settings, progress)
-    if difference := record.fingerprint.difference(base.fingerprint):
-        raise CheckpointError(f"The base {config.model.name} is not the one this adapter was trained on: {difference}.")
-    add_adapters(base.model, config.adapter, config.training.seed)
-    load_adapter_state(base.model, adapter.tensors)
-    base.model.eval()
     is_final = source == directory / "adapter"
     name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"
-    return Trained(directory, config, tokenizer, base, adapter, name, record.fingerprint, record.data)
+    return TrainedAdapter(directory, config, adapter, name, record.fingerprint, record.data)
+
+
+def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
+    """Load a run's base with its adapter, as `read_trained` finds it.
+
+    `model_settings` are taken in the place of those of the run's config, such as compute_dtype="float32", where they
+    are not None.
+
+    Raises:
+        CheckpointError: as `read_trained`, or the adapter belongs to another base.
+    """
+    run = read_trained(directory)
+    settings = run.config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
+    path = resolve_model(settings.name, settings.revision, user_cache(), progress)
+    tokenizer = load_tokenizer(path)
+    base = load_base(path, settings, user_cache(), progress)
+    if difference := run.fingerprint.difference(base.fingerprint):
+        raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
+    add_adapters(base.model, run.config.adapter, run.config.training.seed)
+    load_adapter_state(base.model, run.adapter.tensors)
+    base.model.eval()
+    return Trained(**vars(run), tokenizer=tokenizer, base=base)
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
@@ -95,20 +114,21 @@ def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
     return newest.path, record
 
 
-def prepare_trained(trained: Trained, progress: Progress = silent) -> Prepared:
-    """The run's rows as they are now; a notice where they are not those of training.
+def prepare_trained(
+    run: TrainedAdapter, tokenizer: Any, model_directory: Path, progress: Progress = silent
+) -> tuple[Prepared, list[str]]:
+    """The run's rows as they are now; with a notice where they are not those of training.
 
     Raises:
         FileMissingError, DataError: they cannot be read.
     """
-    prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
-    if trained.data_key not in (None, prepared.key):
-        told = (
-            "The run's data changed since training, so rows held out now may have been trained on: the held-out loss "
-            "and answers are not what they were. Restore the data."
-        )
-        trained.notices += [] if told in trained.notices else [told]
-    return prepared
+    prepared = prepare_data(run.config, tokenizer, model_directory, progress)
+    if run.data_key in (None, prepared.key):
+        return prepared, []
+    return prepared, [
+        "The run's data changed since training, so rows held out now may have been trained on: the held-out loss and "
+        "answers are not what they were. Restore the data."
+    ]
 
 
 def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:
@@ -119,7 +139,8 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
     Raises:
         DataError: the run has no held-out rows.
     """
-    prepared = prepare_trained(trained, progress)
+    prepared, told = prepare_trained(trained, trained.tokenizer, trained.base.directory, progress)
+    trained.notices += [notice for notice in told if notice not in trained.notices]
     heldout: ExampleSet = prepared.heldout
     if not len(heldout):
         raise DataError("The run has no held-out rows (data.heldout is 0), so there is nothing to evaluate on.")

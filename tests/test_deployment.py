@@ -12,6 +12,7 @@ from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer import deployment, merging, streamed_model
+from qlora_trainer import model as model_room
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.deployment import merge_run
@@ -112,9 +113,7 @@ def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch
 def test_too_little_memory_to_verify_is_told_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_trainer import model
-
-    monkeypatch.setattr(model, "_free_memory", lambda device: 2**29)
+    monkeypatch.setattr(model_room, "_free_memory", lambda device: 2**29)
     monkeypatch.setattr(deployment, "merge", lambda *args, **kwargs: pytest.fail("the merge was begun"))
     with pytest.raises(InsufficientMemoryError, match="Comparing answers"):
         merge_run(run_dir, tmp_path / "merged", base="dequantized")
@@ -124,10 +123,14 @@ def test_too_little_memory_to_verify_is_told_before_anything_is_written(
 def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    measure = deployment._with_adapter
 
-    monkeypatch.setattr(deployment, "_measure_original", lambda *args, required: full())
+    def full(run: Any, base: str, progress: Any) -> Any:
+        if base == "original":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(run, base, progress)
+
+    monkeypatch.setattr(deployment, "_with_adapter", full)
     done = merge_run(run_dir, tmp_path / "merged")
     assert done.choice.base == "dequantized"
     assert "not measured: OutOfMemoryError: CUDA out of memory" in done.notices[0]
@@ -138,21 +141,24 @@ def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
 def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[str | None] = []
+    tried: list[str] = []
+    load = deployment._load
 
-    def open_on(directory: Path, *, device: str | None, **kwargs: Any) -> Any:
-        tried.append(device)
-        if device != "cpu":
-            raise InsufficientMemoryError("too small")
-        return open_trained(directory, device=device, **kwargs)
+    def load_on(run: Any, *args: Any) -> Any:
+        tried.append(run.device.type)
+        if run.device.type == "cuda":
+            raise torch.OutOfMemoryError("too small")
+        return load(run, *args)
 
-    monkeypatch.setattr(deployment, "open_trained", open_on)
-    monkeypatch.setattr(deployment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(deployment, "_load", load_on)
+    monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(deployment, "give_back_memory", lambda: None)
-    done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
-    assert tried == [None, "cpu"]
-    assert "merge ran on the CPU" in done.notices[0]
-    assert done.report.verification is not None
+    for name, room in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
+        monkeypatch.setattr(model_room, "_free_memory", lambda device, r=room: r if device.type == "cuda" else 2**40)
+        done = merge_run(run_dir, tmp_path / name, base="dequantized")
+        assert done.notices == ["The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."]
+        assert done.report.verification is not None
+    assert tried == ["cpu", "cpu", "cuda", "cpu", "cpu"]
 
 
 def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
@@ -185,16 +191,16 @@ def test_a_merge_works_where_the_data_is_gone(run_dir: Path, rows: Path, tmp_pat
 def test_one_spoilt_tensor_is_caught_and_nothing_is_left(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The spoilt value is finite and of the right shape: only the comparison of answers can see it."""
+    """The value is spoilt when the files have been checked: only the comparison of answers can see it."""
     right = merging.verify_files
 
     def spoil(directory: Path, *args: Any) -> None:
+        right(directory, *args)
         path = directory / "model.safetensors"
         tensors = load_file(path)
         weight = tensors["model.layers.1.self_attn.v_proj.weight"]
         weight[3] = -weight[3]
         save_file(tensors, path, metadata={"format": "pt"})
-        right(directory, *args)
 
     monkeypatch.setattr(merging, "verify_files", spoil)
     with pytest.raises(MergeError, match="does not answer as the trained one"):

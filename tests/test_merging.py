@@ -25,12 +25,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_trainer import merging
+from qlora_trainer import merging, model_files
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
-from qlora_trainer.errors import DiskError, MergeError, ModelError, OutputExistsError
+from qlora_trainer.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
+from qlora_trainer.forward import LossPath
+from qlora_trainer.logit_comparison import WholeAnswers, compare_logits
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
-from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, compare_logits, verify_merge
+from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, verify_merge
 from qlora_trainer.merging import merge
 from qlora_trainer.model import load_base_model
 from qlora_trainer.settings import AdapterConfig, ModelConfig
@@ -153,17 +155,26 @@ def test_a_gpt2_saved_without_its_prefix_is_mapped_and_transposed(tmp_path: Path
     check_logits(run, tmp_path / "merged", kl=1e-10)
 
 
+def reference(run: Run) -> WholeAnswers:
+    return WholeAnswers.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
+
+
 def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any:
     return functools.partial(
-        verify_merge, sample_rows=ROWS, trained_logits=run.logits, load_merged=load_plain, kl_bound=kl_bound
+        verify_merge,
+        sample_rows=ROWS,
+        reference=reference(run),
+        load_merged=load_plain,
+        loss_path=LossPath(),
+        kl_bound=kl_bound,
     )
 
 
 def check_logits(run: Run, directory: Path, kl: float) -> None:
     model = load_plain(directory)
     with torch.no_grad():
-        merged = [model(input_ids=torch.tensor([row])).logits for row in ROWS]
-    difference = compare_logits([run.logits(torch.tensor([row])) for row in ROWS], merged)
+        merged = WholeAnswers.of_rows([model(input_ids=torch.tensor([row])).logits for row in ROWS])
+    difference = compare_logits(reference(run), merged)
     assert difference.kl < kl
     assert difference.top1_agreement == 1.0
 
@@ -232,7 +243,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
     tensors[name][3, 5] *= -1.0
     save_file(tensors, file, metadata={"format": "pt"})
     for base in ("dequantized", "original"):
-        with pytest.raises(MergeError, match=f"{name} in .* does not give the 4-bit weights"):
+        with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
             merge(dataclasses.replace(llama.inputs, base=other), tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
 
@@ -244,7 +255,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
         tensors = fingerprint.tensors | {path: changed}
         return dataclasses.replace(llama.inputs, fingerprint=dataclasses.replace(fingerprint, tensors=tensors))
 
-    with pytest.raises(MergeError, match="offset"):
+    with pytest.raises(CheckpointError, match="offset"):
         merge(with_offset(1.00001), tmp_path / "merged")
     merge(with_offset(1.0000004), tmp_path / "merged", dtype=torch.float32)  # as summed in another order
     found = stored(tmp_path / "merged")[f"{path}.weight"]
@@ -302,26 +313,15 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
     assert not any(tmp_path.iterdir())
 
 
-def test_logits_made_beforehand_verify_as_well_and_nan_never_passes(tmp_path: Path, llama: Run) -> None:
+def test_a_logit_that_is_nan_never_passes(tmp_path: Path, llama: Run) -> None:
     merge(llama.inputs, tmp_path / "merged")
-    made = [llama.logits(torch.tensor([row])) for row in ROWS]
-    assert verify_merge(tmp_path / "merged", ROWS, made, load_plain) == verifier(llama)(tmp_path / "merged")
-    made[1][0, 2, 3] = math.nan
+    made = reference(llama)
+    check = functools.partial(verify_merge, tmp_path / "merged", ROWS, made, load_plain, LossPath())
+    assert check().difference.kl < 1e-5
+    made.values[60, 3] = math.nan
     for bound in (1e-5, None):
         with pytest.raises(MergeError, match="does not answer"):
-            verify_merge(tmp_path / "merged", ROWS, made, load_plain, kl_bound=bound)
-
-
-def test_logit_difference_is_what_it_says() -> None:
-    reference, merged = torch.tensor([[[0.0, 0.0], [3.0, 0.0]]]), torch.tensor([[math.log(3.0), 0.0], [3.0, 4.0]])
-    found = compare_logits([reference.view(2, 2)], [merged])
-    p = 1.0 / (1.0 + math.exp(-3.0))  # softmax of (3, 0); the merged (3, 4) gives 1 / (1 + e)
-    q = 1.0 / (1.0 + math.e)
-    first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    second = p * math.log(p / q) + (1.0 - p) * math.log((1.0 - p) / (1.0 - q))
-    assert found.kl == pytest.approx((first + second) / 2.0, rel=1e-6)
-    assert found.relative_error == pytest.approx(math.sqrt(math.log(3.0) ** 2 + 16.0) / 3.0, rel=1e-6)
-    assert (found.top1_agreement, found.tokens) == (0.5, 2)
+            check(kl_bound=bound)
 
 
 def test_auto_takes_the_lower_heldout_loss_and_says_both() -> None:
@@ -352,6 +352,7 @@ def test_overflow_is_refused_by_name_and_flushes_are_counted(tmp_path: Path) -> 
 
     tensors["model.norm.weight"][5] = 70144.0
     save_file(tensors, file, metadata={"format": "pt"})
+    run = train(directory)
     with pytest.raises(MergeError, match=r"model\.norm\.weight has a value of 70144, .*bfloat16"):
         merge(run.inputs, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -458,7 +459,7 @@ def test_output_needs_an_empty_place_and_room_on_the_disk(
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config"):
         merge(dataclasses.replace(llama.inputs, base=adapted), tmp_path / "merged")
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
     with pytest.raises(DiskError, match="GB free"):
         merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

@@ -14,7 +14,7 @@ from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer import fitting, forward, planning, runs, training
 from qlora_trainer.activations import Policy, choose_policy, offloaded_bytes
 from qlora_trainer.config import load_config, make_config
-from qlora_trainer.errors import ConfigError, InsufficientMemoryError
+from qlora_trainer.errors import InsufficientMemoryError
 from qlora_trainer.fitting import (
     GRAIN,
     Budget,
@@ -22,12 +22,12 @@ from qlora_trainer.fitting import (
     fastest_plan,
     largest_micro_batch,
     longest_context,
-    parse_memory,
     with_length,
 )
 from qlora_trainer.planning import MemoryPlan, empty_run, keeps_apart, longest_pack, plan_memory, track_steps
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
+from qlora_trainer.sizes import parse_bytes
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
@@ -209,7 +209,7 @@ def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
     """In decimal gigabytes, of which a card has a little more. Planned whole: it has the least to spare."""
     settings = load_config(CONFIGS / "8gb.yaml")
     plan = plan_memory(llama_8b, settings)
-    assert plan.total <= parse_memory("8GB")
+    assert plan.total <= parse_bytes("8GB")
     assert plan.micro_batch_tokens == settings.data.max_length
 
 
@@ -220,7 +220,7 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     fewer, more = (plan_memory(llama_8b, settings, layers) for layers in (2, 3))
     lean = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
     whole = lean[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (lean[1] - lean[0])
-    assert 1.15 * whole <= parse_memory(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
+    assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
 
@@ -355,25 +355,12 @@ def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -
         check_fits(tiny_llama, offloading, Budget(2**40, 0))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("0.5gib", 2**29), ("512MiB", 2**29)]
-)
-def test_memory_is_read_in_both_kinds_of_units(text: str, expected: int) -> None:
-    assert parse_memory(text) == expected
-
-
-@pytest.mark.parametrize("text", ["24", "a lot", "24G", "-1GiB", "0GiB", ""])
-def test_no_amount_of_memory_is_a_letter(text: str) -> None:
-    with pytest.raises(ConfigError, match="no amount of memory"):
-        parse_memory(text)
-
-
 def test_a_cuda_run_is_refused_before_its_weights_are_read(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
-    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     config = tiny_config()
     with pytest.raises(InsufficientMemoryError, match="This run needs"):
         start_run(config)
@@ -409,7 +396,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
         assert run.plan is not None
         assert run.plan.policy == run.state.policy == Policy(level)
     free["available"] = 2**20
-    monkeypatch.setattr(runs, "load_base_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
         start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
 

@@ -17,7 +17,7 @@ from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load
 from qlora_trainer.errors import InsufficientMemoryError, ModelError
 from qlora_trainer.model import load_dense_model
 from qlora_trainer.settings import AdapterConfig
-from qlora_trainer.streamed_model import StreamedMatrix, check_streaming, load_streamed_model, resident
+from qlora_trainer.streamed_model import StreamedHead, StreamedMatrix, load_streamed_model, streaming_device
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 65).reshape(3, 20)
@@ -58,32 +58,49 @@ def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], 
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_never_more_than_one_matrix_is_live(family: str, tiny_models: Callable[[str], Path]) -> None:
+def test_never_more_than_one_matrix_is_live_and_embedding_and_head_never(
+    family: str, tiny_models: Callable[[str], Path]
+) -> None:
     streamed = load_streamed_model(tiny_models(family), CPU)
     idle = live_bytes(streamed)
     vectors = sum(parameter.nbytes for parameter in streamed.parameters() if parameter.ndim < 2)
     assert idle <= vectors + 4 * len(matrices(streamed))
-    seen: list[int] = []
-    for module in streamed.modules():
+    seen: dict[str, int] = {}
+    for path, module in streamed.named_modules():
         if any(isinstance(parameter, StreamedMatrix) for parameter in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(lambda *_: seen.append(live_bytes(streamed)))  # runs after the fetch
+            # Runs after the fetch.
+            module.register_forward_pre_hook(lambda *_, path=path: seen.update({path: live_bytes(streamed)}))
     with torch.no_grad():
         streamed(input_ids=IDS)
     assert len(seen) == 2 + 7 * 2
-    largest = 4 * max(matrix.numel() for matrix in matrices(streamed))
-    assert idle + largest - 4 <= max(seen) <= idle + largest
+    assert seen.pop("model.embed_tokens") == seen.pop("lm_head") == idle
+    largest = 4 * 128 * 64  # of an MLP
+    assert idle + largest - 4 <= max(seen.values()) <= idle + largest
     assert live_bytes(streamed) == idle
 
 
-def test_a_resident_head_stays_while_the_rest_streams_and_goes_afterwards(tiny_models: Callable[[str], Path]) -> None:
-    """Tied, so that the embedding uses the same matrix and drops it before the head is done with it."""
-    streamed = load_streamed_model(tiny_models("llama_tied"), CPU)
-    head = streamed.get_output_embeddings()
-    assert head.weight is streamed.get_input_embeddings().weight
-    expected = load_file(tiny_models("llama_tied") / "model.safetensors")["model.embed_tokens.weight"].float()
-    with resident(head), torch.no_grad():
-        streamed(input_ids=IDS)
-        assert torch.equal(head.weight, expected)
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+def test_of_an_embedding_the_tokens_rows_are_read_and_of_the_head_a_block_at_a_time(
+    family: str, tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, dense = (load(tiny_models(family), CPU) for load in (load_streamed_model, load_dense_model))
+    embedding, head = streamed.get_input_embeddings(), streamed.get_output_embeddings()
+    assert isinstance(head, StreamedHead)
+    assert (head.weight is embedding.weight) == (family != "llama")
+    read: list[Any] = []
+    rows = StreamedMatrix.rows
+    monkeypatch.setattr(
+        StreamedMatrix, "rows", lambda self, index, dtype: read.append(index) or rows(self, index, dtype)
+    )
+    ids = torch.tensor([[7, 300, 7, 5], [5, 5, 300, 7]])
+    with torch.no_grad():
+        assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
+        assert [index.tolist() for index in read] == [[5, 7, 300]]
+        read.clear()
+        hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.allclose(head(hidden), dense.get_output_embeddings()(hidden), rtol=1e-5, atol=1e-6)
+    vocabulary = dense.config.vocab_size
+    assert max(index.stop - index.start for index in read) <= -(-vocabulary // 16)
     assert torch.isnan(head.weight).all()
 
 
@@ -139,7 +156,7 @@ def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_streaming(tiny_llama, CPU)
+    assert streaming_device(tiny_llama, CPU) == CPU
     monkeypatch.setattr(model_room, "_free_memory", lambda device: 10**9)
     with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
-        check_streaming(tiny_llama, CPU)
+        streaming_device(tiny_llama, CPU)

@@ -12,16 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qlora_trainer.directories import write_text
+from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.errors import DiskError, FileMissingError, ModelError, OutputExistsError
-from qlora_trainer.tensor_io import (
-    ShardWriter,
-    TensorSpec,
-    checkpoint_tensors,
-    new_directory,
-    read_tensor,
-    row_blocks,
-)
+from qlora_trainer.shard_writer import ShardWriter
+from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, row_blocks
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),  # three bytes, which would leave what follows unaligned

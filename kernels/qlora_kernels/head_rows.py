@@ -10,7 +10,7 @@ Legend: N tokens, H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ FEWEST_BLOCKS = 16
 """Into which a vocabulary is cut where it is not taken whole."""
 
 
+@runtime_checkable
 class HeadRows(Protocol):
     """A frozen matrix (V, H), whatever it is held in."""
 

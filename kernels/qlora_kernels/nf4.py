@@ -85,7 +85,7 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
     torch.ops.qlora_kernels.quantize_nf4(flat, packed, maxima)
     offset = maxima.mean()
     absmax, nested_absmax = _quantize_maxima(maxima - offset)
-    nested_code = dynamic_code().to(weight.device)
+    nested_code = dynamic_code().to(weight.device, copy=True)  # its own: nobody's writes reach another weight
     return NF4Weight(packed, absmax, nested_absmax, nested_code, offset, (weight.shape[0], weight.shape[1]))
 
 

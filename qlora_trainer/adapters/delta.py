@@ -23,7 +23,7 @@ def lora_delta(
     scaling: float,
 ) -> Tensor:  # (O, I) fp32
     """What the adapter adds to the weight."""
-    return scaling * (lora_B.float() @ lora_A.float())
+    return (lora_B.float() @ lora_A.float()).mul_(scaling)
 
 
 def fold_lora(
@@ -34,4 +34,4 @@ def fold_lora(
 ) -> Tensor:  # (O, I) fp32
     """The weight with the adapter folded in, in fp32: cast the result once, not the parts."""
     assert weight.dtype == torch.float32
-    return weight + lora_delta(lora_A, lora_B, scaling)
+    return lora_delta(lora_A, lora_B, scaling).add_(weight)

@@ -102,10 +102,11 @@ def plan(
     from qlora_trainer.model_source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import plan_memory
     from qlora_trainer.run_directory import user_cache
+    from qlora_trainer.sizes import parse_bytes
 
     settings = load_config(config, overrides or [])
-    card = fitting.parse_memory(gpu_memory) if gpu_memory else fitting.memory_here(settings)
-    host = fitting.parse_memory(host_memory) if host_memory else host_room()
+    card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
+    host = parse_bytes(host_memory) if host_memory else host_room()
     budget = fitting.Budget(card, host) if card else None
     planned = longest = largest = None
     with ProgressBars() as progress:

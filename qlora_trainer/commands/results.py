@@ -101,6 +101,15 @@ def merge(
         MergeBaseChoice,
         typer.Option(help="Fold into the dequantised base that was trained, or the original; auto measures both."),
     ] = MergeBaseChoice.auto,
+    shard_size: Annotated[
+        str, typer.Option(help="Largest file of weights, such as 5GB or 2GiB; a larger tensor has a file of its own.")
+    ] = "5GB",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge from this copy of the run's base, such as a prequantised one; default: the run's own."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fold the adapter into the base, verify the result, and write a plain transformers model.
@@ -110,9 +119,19 @@ def merge(
     import torch
 
     from qlora_trainer.deployment import merge_run
+    from qlora_trainer.sizes import parse_bytes
 
+    max_shard_bytes = parse_bytes(shard_size)
     with ProgressBars() as progress:
-        done = merge_run(run_dir, output, dtype=getattr(torch, dtype.value), base=base.value, progress=progress)
+        done = merge_run(
+            run_dir,
+            output,
+            dtype=getattr(torch, dtype.value),
+            base=base.value,
+            model=model,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
     if as_json:
         write_out(json.dumps(done.to_json()) + "\n")
         return

@@ -1,0 +1,336 @@
+"""Merging a large base on a small machine: time, private memory and bytes, beside copying and beside peft.
+
+    python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
+
+A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py), a copy of it prequantised to NF4 in
+bitsandbytes' layout, and a random rank-16 adapter on all linear layers, all of it a tensor at a time. Then, each in a
+process of its own, one after the other:
+
+- copy: the plain base's shards, read and written to another directory and flushed to the disk, file by file; the merged
+  model in fp16 has as many bytes;
+- arithmetic: what a merge computes, to quantise or read, dequantise, fold and cast, with the pages of the source in
+  memory and nothing written;
+- ours: the merge into fp16 from the plain base, and from the prequantised copy, files read back from the disk;
+- answers: logits of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
+- peer: transformers loads the base in 16 bits on the CPU, peft merges and unloads, save_pretrained writes shards, which
+  are flushed. It folds into the original weights, another function than the one trained, and reads nothing back.
+
+The goal is a time of ours of at most twice that of the copy, and the arithmetic's. The source is dropped from the page
+cache before each. Private memory is what no file backs, at its peak, imports and all. Where memory is short the peer is
+left out, and it is said. Needs about three times the base's size on the disk; what is made of the base is kept in DIR,
+by default a temporary directory, and found there again.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
+from benchmarks.private_memory import PrivatePeak
+from qlora_kernels.nf4 import NF4_CODE, NF4Weight
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.background import Background
+from qlora_trainer.directories import new_directory, write_text
+from qlora_trainer.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
+from qlora_trainer.forward import LossPath
+from qlora_trainer.hashing import values_sha256
+from qlora_trainer.logit_comparison import compare_logits
+from qlora_trainer.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merge_verification import row_answers
+from qlora_trainer.merging import _merged_blocks, merge
+from qlora_trainer.quantization import bitsandbytes, quantize_weight
+from qlora_trainer.settings import AdapterConfig
+from qlora_trainer.shard_writer import ShardWriter
+from qlora_trainer.sizes import parse_bytes
+from qlora_trainer.streamed_model import load_streamed_model
+from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, read_tensor
+from qlora_trainer.weights_as_trained import trained_weights
+
+RANK, ALPHA = 16, 32.0
+PLAIN, FOUR_BIT, ADAPTER, FINGERPRINT = "plain", "4bit", "adapter", "fingerprint.json"
+SAMPLE = torch.arange(8 * 64).reshape(8, 64)  # token ids, below every size's vocabulary
+LABELS = {
+    "copy": "copy of the base",
+    "arithmetic-plain": "arithmetic, plain base",
+    "arithmetic-4bit": "arithmetic, 4-bit base",
+    "ours-plain": "ours, plain base",
+    "ours-4bit": "ours, 4-bit base",
+    "answers": "answers compared",
+    "peer": "peft, 16 bits",
+}
+CPU = torch.device("cpu")
+
+
+def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
+    """The base, its prequantised copy with the fingerprint, and an adapter, where they are not there yet."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / PLAIN).exists():
+        make_checkpoint(directory / PLAIN, shape, seed)
+    if not (directory / FOUR_BIT).exists():
+        make_prequantized(directory / PLAIN, directory / FOUR_BIT)
+    if not (directory / ADAPTER).exists():
+        make_adapter(directory / PLAIN, directory / ADAPTER, seed)
+
+
+def make_prequantized(base: Path, output: Path) -> None:
+    """A copy in NF4 as bitsandbytes stores it, and in it the fingerprint of both, a tensor at a time."""
+    tensors = checkpoint_tensors(base)
+    specs = [spec for info in tensors.values() for spec in _stored_specs(info)]
+    fingerprints, dense = {}, {}
+    config = json.loads((base / "config.json").read_text())
+    with new_directory(output) as work:
+        with ShardWriter(work, specs, 2 * 10**9) as writer:
+            for name, info in tensors.items():
+                tensor = read_tensor(info)
+                if _is_linear(info):
+                    weight = quantize_weight(tensor, name)
+                    fingerprints[name.removesuffix(".weight")] = tensor_fingerprint(weight)
+                    for key, value in _stored_tensors(info, weight).items():
+                        writer.write(key, value)
+                else:
+                    dense[name] = values_sha256(tensor)
+                    writer.write(name, tensor)
+        quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        quantization |= {"bnb_4bit_use_double_quant": True}
+        write_text(work / "config.json", json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n")
+        fingerprint = BaseFingerprint(config_identity(config), "bfloat16", fingerprints, dense)
+        write_text(work / FINGERPRINT, json.dumps(fingerprint.to_json()) + "\n")
+
+
+def _is_linear(info: TensorInfo) -> bool:
+    return "_proj." in info.name
+
+
+def _stored_specs(info: TensorInfo) -> list[TensorSpec]:
+    """What `_stored_tensors` gives, from the shapes alone."""
+    if not _is_linear(info):
+        return [info]
+    zeros = torch.zeros(info.numel // 64, dtype=torch.uint8)
+    stand_in = NF4Weight(
+        packed=torch.zeros(1, dtype=torch.uint8).expand(info.numel // 2),
+        absmax=zeros,
+        nested_absmax=torch.zeros(-(-len(zeros) // 256)),
+        nested_code=torch.zeros(256),
+        offset=torch.tensor(0.0),
+        shape=(info.shape[0], info.shape[1]),
+    )
+    return [TensorSpec(k, v.dtype, tuple(v.shape)) for k, v in _stored_tensors(info, stand_in).items()]
+
+
+def _stored_tensors(info: TensorInfo, weight: NF4Weight) -> dict[str, Tensor]:
+    """A weight's tensors in a checkpoint, by bitsandbytes' names."""
+    state_class = bitsandbytes.functional.QuantState
+    nested = state_class(absmax=weight.nested_absmax, blocksize=256, code=weight.nested_code, dtype=torch.float32)
+    state = state_class(
+        absmax=weight.absmax,
+        shape=torch.Size(weight.shape),
+        code=NF4_CODE,
+        blocksize=64,
+        quant_type="nf4",
+        dtype=info.dtype,
+        offset=weight.offset,
+        state2=nested,
+    )
+    stored = {info.name: weight.packed.reshape(-1, 1)}
+    for key, value in state.as_dict(packed=True).items():
+        in_json = key.startswith("quant_state.")  # blanks at its end make it as long whatever the offset
+        stored[f"{info.name}.{key}"] = F.pad(value, (0, 256 - value.numel()), value=ord(" ")) if in_json else value
+    return stored
+
+
+def make_adapter(base: Path, output: Path, seed: int) -> None:
+    """A random adapter that changes its weights by about a tenth of their size."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {}
+    for info in checkpoint_tensors(base).values():
+        if _is_linear(info):
+            path = f"base_model.model.{info.name.removesuffix('.weight')}"
+            rows, columns = info.shape
+            for factor, shape in (("lora_A", (RANK, columns)), ("lora_B", (rows, RANK))):
+                tensors[f"{path}.{factor}.weight"] = torch.empty(shape).normal_(0.0, 0.015, generator=generator)
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    with new_directory(output) as work:
+        write_adapter(work, tensors, AdapterFileConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+
+
+def merge_inputs(directory: Path, base: str) -> MergeInputs:
+    fingerprint = BaseFingerprint.from_json(json.loads((directory / FOUR_BIT / FINGERPRINT).read_text()))
+    return MergeInputs.from_adapter(directory / base, fingerprint, read_adapter(directory / ADAPTER))
+
+
+def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
+    """One step, in this process: seconds, bytes written, and peak private memory."""
+    kind, _, base = step.partition("-")
+    base = base or PLAIN
+    output = directory / f"output-{step}"
+    shutil.rmtree(output, ignore_errors=True)
+    forget_pages([*(directory / base).iterdir(), *directory.glob("output-*/*")])
+    measured: dict[str, Any] = {}
+    started = time.perf_counter()
+    with PrivatePeak() as memory:
+        if kind == "copy":
+            copy_files(directory / PLAIN, output)
+        elif kind == "ours":
+            merge(merge_inputs(directory, base), output, max_shard_bytes=max_shard_bytes)
+        elif kind == "arithmetic":
+            measured["seconds"] = arithmetic_seconds(merge_inputs(directory, base))
+        elif kind == "answers":
+            measured["kl"] = compare_answers(directory)
+        else:
+            merge_by_peft(directory, output, max_shard_bytes)
+    measured = {"seconds": time.perf_counter() - started, "peak": memory.peak, "before": memory.before} | measured
+    if output.exists():
+        measured["bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        measured["files"] = len(list(output.glob("*.safetensors")))
+    if kind != "ours" or base != PLAIN:  # whose output the answers are compared with
+        shutil.rmtree(output, ignore_errors=True)
+    return measured
+
+
+def copy_files(source: Path, output: Path) -> None:
+    output.mkdir()
+    for path in sorted(source.glob("*.safetensors")):
+        with path.open("rb") as read, (output / path.name).open("wb") as written:
+            shutil.copyfileobj(read, written, 2**24)
+            written.flush()
+            os.fsync(written.fileno())
+
+
+class _NoChecks(Background):
+    """Drops what is checked beside the merge: the arithmetic alone is measured."""
+
+    def submit(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Nothing."""
+
+
+def arithmetic_seconds(inputs: MergeInputs) -> float:
+    """Of all tensors, each brought into memory before its time is taken."""
+    total = 0.0
+    for plan in plan_merge(inputs, torch.float16, "dequantized"):
+        read_tensor(plan.source).view(torch.uint8).reshape(-1)[::4096].sum()
+        started = time.perf_counter()
+        for block in _merged_blocks(plan, inputs, "dequantized", _NoChecks()):
+            block.to(torch.float16)
+        total += time.perf_counter() - started
+    return total
+
+
+def compare_answers(directory: Path) -> float:
+    """KL of the merged model and base + adapter, both streamed."""
+    inputs = merge_inputs(directory, PLAIN)
+    weights = trained_weights(inputs.base, checkpoint_tensors(inputs.base), inputs.fingerprint)
+    trained = load_streamed_model(inputs.base, CPU, weights)
+    add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
+    load_adapter_state(trained, dict(inputs.adapter))
+    reference = row_answers(trained.eval(), SAMPLE.tolist(), LossPath())
+    merged = load_streamed_model(directory / "output-ours-plain", CPU)
+    return compare_logits(reference, row_answers(merged, SAMPLE.tolist(), LossPath())).kl
+
+
+def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory / PLAIN, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, directory / ADAPTER).merge_and_unload()
+    merged.to(torch.float16).save_pretrained(output, max_shard_size=max_shard_bytes)
+    for path in output.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def forget_pages(files: Iterable[Path]) -> None:
+    """Drop files from the page cache, as far as the system lets us."""
+    for path in files:
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The step in a process of its own; why it was left out, where memory is short."""
+    base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
+    free = psutil.virtual_memory().available
+    if step == "peer" and free < 1.2 * base_bytes + 10**9:
+        told = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return {"left_out": told}
+    command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
+    done = subprocess.run(
+        [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What was measured, for people."""
+    lines = [f"{'':26}{'seconds':>9}{'private peak':>14}{'written':>11}{'files':>7}{'goal':>8}{'of goal':>9}"]
+    for step, found in results.items():
+        if "left_out" in found:
+            lines.append(f"{LABELS[step]:26} {found['left_out']}")
+            continue
+        written = f"{found['bytes'] / 1e9:.2f} GB" if "bytes" in found else ""
+        line = f"{LABELS[step]:26}{found['seconds']:9.1f}{found['peak'] / 1e9:11.2f} GB{written:>11}"
+        line += f"{found.get('files', ''):>7}"
+        if goal := goal_seconds(step, results):
+            line += f"{goal:8.1f}{found['seconds'] / goal:9.2f}"
+        lines.append(line + (f"  KL {found['kl']:.1e}" if "kl" in found else ""))
+    return lines
+
+
+def goal_seconds(step: str, results: dict[str, dict[str, Any]]) -> float | None:
+    """Twice the copy, and the arithmetic; None for what has no such goal."""
+    kind, _, base = step.partition("-")
+    parts = results.get("copy"), results.get(f"arithmetic-{base}")
+    if kind != "ours" or None in parts:
+        return None
+    copy, arithmetic = (part["seconds"] for part in parts if part)
+    return float(2.0 * copy + arithmetic)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="7.4B")
+    parser.add_argument("--vocabulary", type=int, help="of the base; default: the size's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", type=Path, help="keep what is made here; default: a temporary one")
+    parser.add_argument("--shard-size", default="2GB")
+    parser.add_argument("--skip", nargs="*", choices=LABELS, default=[])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--step", choices=LABELS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        print(json.dumps(run_step(arguments.step, arguments.directory, parse_bytes(arguments.shard_size))))
+        return
+    shape = SIZES[arguments.size]
+    shape = dataclasses.replace(shape, vocabulary=arguments.vocabulary or shape.vocabulary)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = arguments.directory or Path(temporary)
+        print(f"Making the base of {arguments.size} in {directory}", file=sys.stderr)
+        make_inputs(directory, shape, arguments.seed)
+        results = {}
+        for step in LABELS:
+            if step not in arguments.skip:
+                print(LABELS[step], file=sys.stderr)
+                results[step] = measure(step, directory, arguments)
+        shutil.rmtree(directory / "output-ours-plain", ignore_errors=True)
+    print(json.dumps(results) if arguments.json else "\n".join(table(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""sha256 of tensors, in threads beside the work that made or reads them.
+
+hashlib lets other threads run, so a checkpoint is hashed while it is quantised, in the same pass over its files; the
+thread that hashes a mapped tensor also brings its pages in. Few tensors wait at a time, as each is held until then.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import BoundedSemaphore
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 2**22  # converted at a time
+_MOST_WORKERS = 4
+
+Result = TypeVar("Result")
+
+
+def bytes_sha256(tensor: Tensor) -> str:
+    """Of a tensor's bytes as they lie in memory and in a safetensors file, on whatever device."""
+    return _sha256([_bytes(tensor)])
+
+
+def values_sha256(
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,  # convert to this one first; None: the tensor's own
+) -> str:
+    """Of shape, dtype and values, on whatever device."""
+    dtype = dtype or tensor.dtype
+    flat = tensor.detach().reshape(-1)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield f"{tuple(tensor.shape)} {dtype}".encode()
+        for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
+            yield _bytes(flat[start : start + _BLOCK_ELEMENTS].to(dtype))
+
+    return _sha256(parts())
+
+
+class Hasher:
+    """Hashes in threads of its own, as a context manager; `submit` waits where too many tensors wait already."""
+
+    def __init__(self) -> None:
+        workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sha256")
+        self._room = BoundedSemaphore(workers + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+        """Run `function`, such as `bytes_sha256`, on the arguments beside."""
+        self._room.acquire()
+        future = self._pool.submit(function, *arguments)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()

@@ -1,0 +1,141 @@
+"""How the logits of two models differ, over a block of the vocabulary at a time.
+
+With a large vocabulary the logits of a few hundred tokens take a gigabyte. So what is kept of a model's answers is what
+its output head takes, and logits are made again from that, a block of columns after the other; norms, softmax and the
+first choice are gathered as the blocks go by. Sums are in fp64.
+
+Legend: N tokens, H hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.head_rows import HeadRows
+
+BLOCK_LOGITS = 2**20  # compared at a time: 8 MiB in fp64, and a few such tensors
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How the logits of two models differ over some tokens."""
+
+    relative_error: float  # norm of the difference over the norm of the reference
+    kl: float  # KL(reference || merged) in nats, mean over tokens
+    top1_agreement: float  # share of tokens with the same most likely successor
+    tokens: int
+
+
+class Answers(Protocol):
+    """A model's logits at some tokens."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, V)"""
+        ...
+
+    def logits(self, columns: slice) -> Tensor:  # (N, columns), on the CPU
+        """Those of some of the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeadAnswers:
+    """Logits = softcap(scale * (hidden @ head^T + bias)), made when they are asked for."""
+
+    hidden: Tensor  # (N, H), on the head's device
+    head: HeadRows
+    bias: Tensor | None = None  # (V,)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.hidden.shape[0], self.head.shape[0]
+
+    def logits(self, columns: slice) -> Tensor:
+        found = self.hidden @ self.head.rows(columns.start, columns.stop, self.hidden.dtype).T
+        if self.bias is not None:
+            found += self.bias[columns]
+        if self.logit_scale != 1.0:
+            found *= self.logit_scale
+        if self.softcap is not None:
+            found.div_(self.softcap).tanh_().mul_(self.softcap)
+        return found.cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class WholeAnswers:
+    """Logits that a model gave whole; they take N x V."""
+
+    values: Tensor  # (N, V), on the CPU
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Tensor]) -> Self:  # each (1, T, V) or (T, V)
+        return cls(torch.cat([row.reshape(-1, row.shape[-1]).cpu() for row in rows]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def logits(self, columns: slice) -> Tensor:
+        return self.values[:, columns]
+
+
+class _Softmax:
+    """The largest logit of each token so far, where it is, and the sum of exp(logit - largest)."""
+
+    def __init__(self, tokens: int) -> None:
+        self.largest = torch.full((tokens,), -math.inf, dtype=torch.float64)
+        self.choice = torch.zeros(tokens, dtype=torch.int64)
+        self.total = torch.zeros(tokens, dtype=torch.float64)
+
+    def take(
+        self,
+        logits: Tensor,  # (N, block) fp64
+        first: int,  # column of the first
+    ) -> tuple[Tensor, Tensor]:  # (N, block), (N,)
+        """exp(logit - largest) of the block, and the factor that brings earlier sums to the new largest."""
+        largest, choice = logits.max(dim=1)
+        self.choice = torch.where(largest > self.largest, choice + first, self.choice)
+        largest = torch.maximum(largest, self.largest)  # NaN where one is
+        earlier = (self.largest - largest).exp()
+        weights = (logits - largest[:, None]).exp()
+        self.largest, self.total = largest, self.total * earlier + weights.sum(dim=1)
+        return weights, earlier
+
+    @property
+    def log_normaliser(self) -> Tensor:  # (N,)
+        return self.largest + self.total.log()
+
+
+@torch.no_grad()
+def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
+    """Difference over all tokens, in the memory of blocks of BLOCK_LOGITS logits, and of the head's rows for one."""
+    assert reference.shape == merged.shape, f"{reference.shape} against {merged.shape}"
+    tokens, vocabulary = reference.shape
+    expected_softmax, found_softmax = _Softmax(tokens), _Softmax(tokens)
+    squared_error = squared_norm = 0.0
+    excess = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(expected - its largest) * (expected - found)
+    width = max(BLOCK_LOGITS // tokens, 1)
+    for start in range(0, vocabulary, width):
+        columns = slice(start, min(start + width, vocabulary))
+        expected, found = reference.logits(columns).double(), merged.logits(columns).double()
+        difference = expected - found
+        squared_error += float(difference.square().sum())
+        squared_norm += float(expected.square().sum())
+        weights, earlier = expected_softmax.take(expected, start)
+        excess = excess * earlier + (weights * difference).sum(dim=1)
+        found_softmax.take(found, start)
+    # KL = sum p (log p - log q), with log p = expected - its log normaliser, and log q likewise.
+    kl = excess / expected_softmax.total - expected_softmax.log_normaliser + found_softmax.log_normaliser
+    return LogitDifference(
+        relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else math.nan,
+        kl=float(kl.mean()),
+        top1_agreement=float((expected_softmax.choice == found_softmax.choice).double().mean()),
+        tokens=tokens,
+    )
