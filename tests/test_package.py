@@ -44,6 +44,7 @@ ROWS = [
         "sizes",
         "rotary_embedding",
     },
+    {"experts"},
     {"adapters", "data", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {
         "checkpoint_names",
@@ -73,6 +74,7 @@ OWNERS = {
     "transformers": {
         "attention",
         "checkpoint_names",
+        "experts",
         "model",
         "model_source",
         "pretrained",
