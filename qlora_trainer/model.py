@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qlora_trainer.errors import (
     ModelError,
     QuantizationError,
 )
+from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host, refuse_tied_embedding
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
@@ -36,7 +37,7 @@ from qlora_trainer.quantization import NF4Linear, check_dequantization, check_fo
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.streaming_load import lay_out, load_tensors
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors
+from qlora_trainer.tensor_io import checkpoint_tensors
 
 
 @dataclasses.dataclass
@@ -92,7 +93,7 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
         raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
     if settings.embeddings == "host":
         refuse_tied_embedding(model)
-    check_mergeable(directory, [path for path, m in model.named_modules() if isinstance(m, NF4Linear)], plan.tensors)
+    check_mergeable(plan, [path for path, module in model.named_modules() if isinstance(module, NF4Linear)])
     _check_memory(model, plan, settings, compute_dtype, device)
     check_dequantization(device)
 
@@ -140,17 +141,16 @@ def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
         _check_prequantized(config.quantization_config, directory)
         del config.quantization_config  # the model is made dense, and filled by ourselves
     source_dtype = widest_dtype(tensors)
-    model = empty_model(directory, config, source_dtype)
+    model = empty_model(directory, config, source_dtype, tensors)
     return plan_load(model, directory, tensors, source_dtype), model
 
 
-def check_mergeable(directory: Path, paths: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
-    """ModelError where a 4-bit layer's weight has no tensor of its name on disk, before an adapter is trained on it."""
-    lost = [path for path in paths if checkpoint_name(f"{path}.weight", tensors) is None]
-    if lost:
+def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
+    """ModelError where a 4-bit layer's weight has no tensor of its own on disk, before an adapter is trained on it."""
+    if lost := sorted({*paths} - {*plan.four_bit.values()}):
         raise ModelError(
-            f"{directory} stores its weights under other names than the model has ({len(lost)} of them, such as "
-            f"{lost[0]}.weight): transformers renames or fuses them while loading. It could be trained, but its "
+            f"{plan.directory} has no tensor of its own for {len(lost)} weight(s) of the model, such as "
+            f"{lost[0]}.weight: transformers merges or splits tensors while loading. It could be trained, but its "
             "adapter could not be merged here. Choose another architecture."
         )
 
@@ -170,12 +170,17 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     return model.eval()
 
 
-def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+def empty_model(
+    directory: Path, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
+) -> Any:
     """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+
+    Experts that transformers fuses are linear layers of their own in it (experts.py).
 
     Args:
         config: take this one, such as the directory's own with fewer layers.
         dtype: of the parameters, and of buffers that follow them.
+        stored: the names of the checkpoint's tensors, where they are known; experts that are fused there stay so.
 
     Raises:
         ModelError: it cannot be made.
@@ -186,6 +191,7 @@ def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise loading_error(error, directory) from error
+    split_experts(model, stored)
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False

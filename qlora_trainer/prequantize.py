@@ -2,7 +2,8 @@
 
 What is written is bitsandbytes' own layout under the checkpoint's names, so plain transformers loads it as it is, and
 so does this trainer, to the same base: the packed codes and their statistics are those that loading the original gives,
-and what stays dense is copied. Tensors pass through one at a time, as they do in loading.
+and what stays dense is copied. Tensors pass through one at a time, as they do in loading. A mixture of experts loads
+here alone, which its report says.
 
 A kept copy in the user's cache is known by the files it was made of (path, size, times) and by their config. Left out:
 models whose tensors transformers merges or splits while loading, which have no 4-bit weights of those names.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
 from qlora_trainer.errors import ModelError, OutputExistsError
+from qlora_trainer.experts import SplitExperts
 from qlora_trainer.hashing import Hasher, bytes_sha256
 from qlora_trainer.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.merge_verification import verify_files
@@ -38,6 +40,10 @@ from qlora_trainer.streaming_load import check_finite, quantize_arrival
 from qlora_trainer.tensor_io import TensorInfo, TensorSpec, row_blocks
 from qlora_trainer.tensor_stream import stream_tensors
 
+FUSED_EXPERTS = (
+    "This copy loads here alone: transformers fuses the model's experts while loading, and reads none in 4 bits."
+)
+
 
 @dataclass(frozen=True)
 class QuantizeReport:
@@ -48,6 +54,7 @@ class QuantizeReport:
     bytes: int  # of all tensors
     source_bytes: int  # of the checkpoint
     source_dtype: str  # that the weights were quantised from
+    notices: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,6 +100,7 @@ def quantize_checkpoint(
             bytes=total,
             source_bytes=sum(info.nbytes for info in plan.tensors.values()),
             source_dtype=str(plan.source_dtype).removeprefix("torch."),
+            notices=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
         )
         record = report.to_json() | {"model": str(directory.absolute()), "sources": sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")

@@ -21,6 +21,7 @@ from qlora_trainer.config import save_config
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import new_directory, refuse_existing
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.experts import named_as_experts
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.fitting import check_fits_here, plan_as_lowered
 from qlora_trainer.gguf_import import import_notices
@@ -140,6 +141,11 @@ def _assemble(
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
+    if names := named_as_experts(base.model, adapted):
+        notices.append(
+            f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
+            "them. Use the merged model there, or leave these layers out: adapter.targets=attention."
+        )
     if base.device.type == "cuda":
         notices.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "

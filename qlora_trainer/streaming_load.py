@@ -174,6 +174,7 @@ class _Filling:
             tensors,
             {name: found.result() for name, found in self.dense.items()},
             self.plan.original or sources,
+            self.plan.renamed,
         )
 
 

@@ -45,6 +45,7 @@ ROWS = [
         "rotary_embedding",
         "sizes",
     },
+    {"experts"},
     {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {
         "checkpoint_names",
@@ -75,6 +76,7 @@ OWNERS = {
     "transformers": {
         "attention",
         "checkpoint_names",
+        "experts",
         "model",
         "model_source",
         "pretrained",

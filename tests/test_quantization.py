@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, GraniteMoeConfig
 from transformers.core_model_loading import WeightRenaming
 
 from qlora_kernels.nf4 import dequantize_nf4
@@ -24,7 +24,7 @@ from qlora_trainer.errors import (
     QuantizationError,
 )
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model
+from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model, plan_base
 from qlora_trainer.model_source import resolve_model
 from qlora_trainer.quantization import (
     NF4Linear,
@@ -161,7 +161,8 @@ def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.Mo
 
 
 def test_experts_that_stay_16_bit_are_refused_with_their_share(tmp_path: Path) -> None:
-    config = MixtralConfig(
+    """Granite's lie fused on disk too, so there is no tensor for each matrix."""
+    config = GraniteMoeConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, num_local_experts=4,
     )  # fmt: skip
@@ -313,10 +314,9 @@ def test_the_memory_a_base_needs_is_what_it_takes(
                 load(directory)
 
 
-def test_what_could_be_trained_but_not_merged_is_refused_before_training(
+def test_names_that_transformers_translates_are_found_and_remembered_for_the_merge(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tensors of a checkpoint whose names transformers translates are found, but a merge would not find them."""
     tensors = {name.replace("self_attn", "old"): t for name, t in load_file(tiny_llama / "model.safetensors").items()}
     directory = tmp_path / "renamed"
     shutil.copytree(tiny_llama, directory)
@@ -324,9 +324,19 @@ def test_what_could_be_trained_but_not_merged_is_refused_before_training(
     monkeypatch.setattr(
         checkpoint_names, "get_model_conversion_mapping", lambda model: [WeightRenaming(r"\.old\.", r"\.self_attn\.")]
     )
-    with pytest.raises(ModelError, match=r"other names .*\(8 of them, such as model\.layers\.0\.self_attn\.q_proj\.w"):
-        load(directory)
-    check_mergeable(directory, ["model.layers.0.mlp.up_proj"], checkpoint_tensors(directory))
+    base, plain = load(directory), load(tiny_llama)
+    assert base.fingerprint.difference(plain.fingerprint) is None
+    assert plain.fingerprint.stored_as == {}
+    assert len(base.fingerprint.stored_as) == 8
+    assert base.fingerprint.stored_as["model.layers.0.self_attn.q_proj.weight"] == "model.layers.0.old.q_proj.weight"
+    assert BaseFingerprint.from_json(base.fingerprint.to_json()) == base.fingerprint
+
+
+def test_what_could_be_trained_but_not_merged_is_refused_before_training(tiny_llama: Path) -> None:
+    plan, _ = plan_base(tiny_llama)
+    check_mergeable(plan, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ModelError, match=r"no tensor of its own for 1 weight.*model\.layers\.0\.mlp\.both\.weight"):
+        check_mergeable(plan, ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.both"])
 
 
 def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path) -> None:
