@@ -28,7 +28,12 @@ from qlora_trainer.errors import (
 )
 from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host, refuse_tied_embedding
+from qlora_trainer.host_embeddings import (
+    host_tensors,
+    keep_embeddings_on_host,
+    keeps_own_dtype,
+    refuse_tied_embedding,
+)
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error, memory_errors
@@ -91,29 +96,23 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     share = check_four_bit_share(model, settings.minimum_4bit_share)
     if share == 0.0:
         raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
-    if settings.embeddings == "host":
+    on_host = settings.embeddings == "host"
+    if on_host:
         refuse_tied_embedding(model)
+    compute_in(model, compute_dtype, embedding_on_host=on_host)
     check_mergeable(plan, [path for path, module in model.named_modules() if isinstance(module, NF4Linear)])
-    _check_memory(model, plan, settings, compute_dtype, device)
+    _check_memory(model, plan, device, embedding_on_host=on_host)
     check_dequantization(device)
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if plan.converted:
         model, fingerprint = load_converted(plan, config, settings.output_head, device)
+        compute_in(model, compute_dtype, embedding_on_host=on_host)
     else:
         with memory_errors(directory, device):
-            fingerprint = load_tensors(
-                model,
-                plan,
-                config,
-                device=device,
-                compute_dtype=compute_dtype,
-                embedding_on_host=settings.embeddings == "host",
-                progress=progress,
-            )
-    compute_in(model, compute_dtype)
-    if settings.embeddings == "host":
-        keep_embeddings_on_host(model, device)
+            fingerprint = load_tensors(model, plan, config, device=device, embedding_on_host=on_host, progress=progress)
+    if on_host:
+        keep_embeddings_on_host(model, device, compute_dtype)
     return Base(
         model=model,
         directory=directory,
@@ -198,10 +197,14 @@ def empty_model(
     return model.eval()
 
 
-def compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties."""
+def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = False) -> None:
+    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
+
+    An embedding that goes to host memory keeps its dtype where it may.
+    """
+    kept = model.get_input_embeddings().weight if embedding_on_host and keeps_own_dtype(model) else None
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter is not kept:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
@@ -243,15 +246,10 @@ def _check_prequantized(config: Any, directory: Path) -> None:
         )
 
 
-def _check_memory(
-    model: Any, plan: LoadPlan, settings: ModelConfig, compute_dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding_on_host: bool) -> None:
     """Refuse early what cannot fit: the model as laid out, and the largest tensor once as it lies on disk."""
-    sizes = {
-        name: p.numel() * (compute_dtype if p.is_floating_point() else p.dtype).itemsize
-        for name, p in model.named_parameters()
-    }
-    if settings.embeddings == "host" and device.type == "cuda":
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    if embedding_on_host and device.type == "cuda":
         embedding = model.get_input_embeddings().weight
         sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
     needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers())

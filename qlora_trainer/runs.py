@@ -28,7 +28,7 @@ from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings
 from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.prequantize import load_base
-from qlora_trainer.process_memory import private_bytes
+from qlora_trainer.process_memory import private_bytes, return_freed_memory
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
@@ -43,6 +43,8 @@ from qlora_trainer.run_directory import (
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import as_lowered, build_state
 from qlora_trainer.training_run import Run
+
+_LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 
 
 def start_run(config: RunConfig, progress: Progress = silent) -> Run:
@@ -136,6 +138,8 @@ def _assemble(
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base(path, config.model, user_cache(), progress)
+    if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
+        return_freed_memory()
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)

@@ -44,12 +44,11 @@ def lay_out(model: Any, plan: LoadPlan, output_head: HeadKind) -> None:
 
 
 def load_tensors(
-    model: Any,  # as `lay_out` left it; filled
+    model: Any,  # as `lay_out` left it, each parameter in the dtype it shall have; filled
     plan: LoadPlan,
     config: Mapping[str, Any],  # what config.json holds
     *,
     device: torch.device,
-    compute_dtype: torch.dtype,  # of the parameters that stay dense
     embedding_on_host: bool = False,  # leave it out of the device; who computes must know (host_embeddings.py)
     progress: Progress = silent,
 ) -> BaseFingerprint:
@@ -62,7 +61,7 @@ def load_tensors(
     wanted = [info for name, info in plan.tensors.items() if name in plan.four_bit or name in plan.dense]
     done, total = 0, sum(info.nbytes for info in wanted)
     with Hasher() as hasher:
-        filling = _Filling(model, plan, hasher, device, compute_dtype, embedding_on_host)
+        filling = _Filling(model, plan, hasher, device, embedding_on_host)
         arrivals = stream_tensors(wanted, device, filling.stays_on_host, filling.hash_source)
         with contextlib.closing(arrivals):
             for arrival in arrivals:
@@ -84,11 +83,9 @@ class _Filling:
         plan: LoadPlan,
         hasher: Hasher,
         device: torch.device,
-        compute_dtype: torch.dtype,
         embedding_on_host: bool,
     ) -> None:
-        self.model, self.plan, self.hasher = model, plan, hasher
-        self.device, self.compute_dtype = device, compute_dtype
+        self.model, self.plan, self.hasher, self.device = model, plan, hasher, device
         embedding = model.get_input_embeddings() if embedding_on_host else None
         self.host_name = next((f"{path}.weight" for path, m in model.named_modules() if m is embedding), None)
         self.sources: dict[str, Future[str]] = {}  # by the checkpoint's names
@@ -136,9 +133,9 @@ class _Filling:
             elif leaf in module._buffers:
                 module._buffers[leaf] = self._own_copy(arrival, dense.dtype, dense.dtype)
             else:
-                dtype = self.compute_dtype if dense.dtype.is_floating_point else dense.dtype
                 if parameter is None:
-                    parameter = nn.Parameter(self._own_copy(arrival, dense.dtype, dtype), requires_grad=False)
+                    values = self._own_copy(arrival, dense.dtype, module.get_parameter(leaf).dtype)
+                    parameter = nn.Parameter(values, requires_grad=False)
                 module._parameters[leaf] = parameter
 
     def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
