@@ -25,7 +25,7 @@ WIDE = json.loads((Path(__file__).parents[1] / "benchmarks" / "models" / "llama-
         (5, {"activations": "keep"}),
         (5, {"activations": "recompute"}),
         (6, {"activations": "recompute", "kept_layers": 4}),
-        (12, {"activations": "offload", "offload_every": 3}),
+        pytest.param(12, {"activations": "offload", "offload_every": 3}, marks=pytest.mark.slow),
         (5, {"activations": "tile"}),
     ],
     ids=str,
