@@ -1,17 +1,22 @@
 # make demo   fine-tune, resume, merge and verify a small real model, in minutes on two CPU cores
 # make test   run the tests
-# Both make .venv on a fresh machine with Python 3.11 or later.
+# make test-gpu   run what needs a GPU, in one process; then see python -m benchmarks.gpu
+# All make .venv on a fresh machine with Python 3.11 or later.
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test env check clean
+.PHONY: demo test test-gpu env check clean
 
 demo: .venv/.demo
 	.venv/bin/qlora demo
 
 test: .venv/.dev .venv/.demo
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2
+
+test-gpu: .venv/.dev
+	.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device here: run qlora doctor")'
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 .venv/bin/python -m pytest -m gpu
 
 # What a check before committing runs.
 check: .venv/.dev

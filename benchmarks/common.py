@@ -2,10 +2,12 @@
 
 The peer is what its documentation shows: transformers' 4-bit loading, prepare_model_for_kbit_training, an adapter,
 rows padded on the right with an attention mask, and the model's own loss: the mean over the label tokens of the batch.
-It computes in fp32 and starts from an adapter in PEFT's format, such as each run of ours writes before its first step.
+It computes in fp32, on a GPU under bf16 autocast, and starts from an adapter in PEFT's format, such as each run of ours
+writes before its first step.
 Nothing of ours is imported but at need: a peer's process then holds only what the peer holds.
 """
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +34,31 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
     return [Row(example.input_ids, example.labels) for example in (run.prepared.train[int(i)] for i in chosen)]
 
 
-def load_peer(directory: Path, adapter: Path, dtype: torch.dtype, *, checkpointing: bool) -> Any:
+def plain_checkpoint(directory: Path, output: Path) -> Path:
+    """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
+    from qlora_trainer.gguf_weights import IMPORT_RECORD
+    from qlora_trainer.shard_writer import ShardWriter
+    from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+
+    if not (directory / IMPORT_RECORD).is_file():
+        return directory
+    shutil.copytree(directory, output, ignore=shutil.ignore_patterns(IMPORT_RECORD))
+    tensors = checkpoint_tensors(directory)
+    with ShardWriter(output, list(tensors.values())) as writer:
+        for name, info in tensors.items():
+            writer.write(name, read_tensor(info))
+    return output
+
+
+def load_peer(
+    directory: Path,
+    adapter: Path,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool,
+    device: str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> Any:
     """A model directory in NF4 by transformers and bitsandbytes, quantised from `dtype`, and PEFT's adapter on it."""
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -40,12 +66,12 @@ def load_peer(directory: Path, adapter: Path, dtype: torch.dtype, *, checkpointi
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
-        device_map={"": "cpu"},
+        device_map={"": device},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_compute_dtype=compute_dtype,
         ),
     )
     # Norms, embeddings and head in fp32, as ours compute.
@@ -58,11 +84,17 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 
 
 def peer_step(
-    model: Any, optimizer: torch.optim.Optimizer, rows: Sequence[Row], learning_rate: float, max_grad_norm: float
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Sequence[Row],
+    learning_rate: float,
+    max_grad_norm: float,
+    device: str = "cpu",
 ) -> float:
     """One optimizer step on `rows` as one padded batch; returns the loss."""
-    input_ids, labels, mask = padded(rows)
-    loss = model(input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    input_ids, labels, mask = (tensor.to(device) for tensor in padded(rows))
+    with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trainable_parameters(model), max_grad_norm)
     for group in optimizer.param_groups:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu_contenders import CONTENDERS, Job, Result
+from benchmarks.contenders import ON_CPU, Job, Result
 from qlora_trainer.run_directory import cpu_name
 
 PEER = "hand-written loop"
@@ -43,7 +43,7 @@ def measure(name: str, job: Job, python: str, environment: Mapping[str, str]) ->
     described, result = work / "job.json", work / "result.json"
     described.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     result.unlink(missing_ok=True)
-    command = [python, "-m", "benchmarks.cpu_contenders", name, str(described), str(result)]
+    command = [python, "-m", "benchmarks.contenders", name, str(described), str(result)]
     done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
     if done.returncode:
         print(f"{name} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]), file=sys.stderr)
@@ -98,8 +98,8 @@ def table(results: Mapping[str, Result]) -> str:
                 f"{useful / rate(peer.tokens, peer.seconds):.2f}" if peer else "",
                 f"{rate(result.computed_tokens, result.seconds):.1f}",
                 f"{rate(result.tokens, result.cpu_seconds):.1f}",
-                f"{result.peak_private_bytes / 2**30:.2f} GiB",
-                f"{result.peak_private_bytes / peer.peak_private_bytes:.2f}" if peer else "",
+                f"{result.peak_bytes / 2**30:.2f} GiB",
+                f"{result.peak_bytes / peer.peak_bytes:.2f}" if peer else "",
                 f"{largest_difference(result, peer):.1e}" if peer else "",
             ]
         )
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--allocator", choices=["returning", "default"], default="returning")
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
-    parser.add_argument("--without", nargs="*", default=[], choices=[name for name in CONTENDERS if name != "ours"])
+    parser.add_argument("--without", nargs="*", default=[], choices=[name for name in ON_CPU if name != "ours"])
     options = parser.parse_args()
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is left out")
@@ -127,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         rows = str(options.rows.resolve())
         job = Job(options.model, rows, options.steps, options.batch_size, options.rank, work)
-        for name in CONTENDERS:
+        for name in ON_CPU:
             python = options.trl_python if name == "TRL" else sys.executable
             if name in options.without:
                 continue

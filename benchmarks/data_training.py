@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu_contenders import Meter, Result
+from benchmarks.contenders import Meter, Result
 from benchmarks.cpu_training import child_environment, rate
 from qlora_trainer.run_directory import cpu_name
 
@@ -108,7 +108,7 @@ def table(results: dict[str, Result]) -> str:
                 f"{per_core:.1f}",
                 f"{per_core / rate(in_order.tokens, in_order.cpu_seconds):.2f}",
                 f"{sum(result.tokens) / sum(result.computed_tokens):.0%}",
-                f"{result.peak_private_bytes / 2**30:.2f} GiB",
+                f"{result.peak_bytes / 2**30:.2f} GiB",
             ]
         )
     return "\n".join(f"{name:18}" + "".join(f"{cell:>14}" for cell in line) for name, *line in cells)
@@ -162,7 +162,7 @@ def train(job: Job) -> Result:
         cpu_seconds=meter.cpu_seconds,
         tokens=[sum(pack.tokens for pack in step) for step in packs],
         computed_tokens=[sum(pack.input_ids.numel() for pack in step) for step in packs],
-        peak_private_bytes=meter.peak_private_bytes,
+        peak_bytes=meter.peak_bytes,
         settings=job.layout,
     )
 

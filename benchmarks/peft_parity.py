@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import load_peer, peer_step, rows_of_step, trainable_parameters
+from benchmarks.common import load_peer, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
 from qlora_trainer.checkpoint import newest_checkpoint
 from qlora_trainer.config import make_config
 from qlora_trainer.optim import learning_rate
@@ -35,7 +35,9 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
     )
     run = start_run(config)
     initial = newest_checkpoint(run.directory).path
-    peer = load_peer(run.base.directory, initial, source_dtype(run), checkpointing=False)
+    peer = load_peer(
+        plain_checkpoint(run.base.directory, work / "model"), initial, source_dtype(run), checkpointing=False
+    )
     ours: list[float] = []
     run.train(lambda record: ours.append(record["loss"]))
     optimizer = torch.optim.AdamW(trainable_parameters(peer), weight_decay=0.0)

@@ -11,6 +11,7 @@ import typer
 
 from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.commands.checks import doctor, inspect, plan
+from qlora_trainer.commands.models import quantize
 from qlora_trainer.commands.results import evaluate, generate, merge
 from qlora_trainer.commands.training import demo, resume, train
 from qlora_trainer.console import print_error
@@ -22,7 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
-for command in (train, resume, evaluate, generate, merge, inspect, plan, doctor, demo):  # as --help lists them
+for command in (
+    train,
+    resume,
+    evaluate,
+    generate,
+    merge,
+    inspect,
+    plan,
+    quantize,
+    doctor,
+    demo,
+):  # as --help lists them
     app.command()(command)
 
 

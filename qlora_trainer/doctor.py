@@ -5,6 +5,7 @@ that cannot be imported is a finding, not a crash, so everything heavy is import
 a given model fits, which is the plan's question.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -54,7 +55,15 @@ class Finding:
 def examine(cache_dir: Path | None = None) -> list[Finding]:
     """Run every check. `cache_dir` is where prepared models and data are kept, if its disk should be looked at."""
     findings = [_python(), *_versions(), *_devices()]
-    checks: list[Callable[[], Finding]] = [_compute_dtype, _bitsandbytes, _nf4, _paged_optimizer, _triton, _tensorboard]
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    checks: list[Callable[[], Finding]] = [
+        _compute_dtype,
+        _bitsandbytes,
+        *(functools.partial(check, kind) for kind in kinds for check in (_kernels, _nf4)),
+        _paged_optimizer,
+        _triton,
+        _tensorboard,
+    ]
     findings += [check() for check in checks]
     findings += [_processors(), _memory(), _disk("Disk here", Path.cwd())]
     if cache_dir is not None:
@@ -160,31 +169,54 @@ def _bitsandbytes() -> Finding:
     return Finding("bitsandbytes' library", "ok", f"loaded, for {'CUDA' if with_cuda else 'the CPU'}")
 
 
-def _nf4() -> Finding:
-    """Quantise and dequantise a sample, and compare both with their definition in plain torch, to the last bit."""
-    name = "NF4 to the bit"
+def _kernels(kind: str) -> Finding:
+    """Which version of each operation a tensor on this kind of device takes, and why it is not the fast one."""
+    name = f"Kernels on {kind}"
     try:
-        from qlora_kernels.nf4 import quantize_nf4
+        from qlora_kernels.registry import implementations
+
+        found = implementations(kind)
+    except ValueError as error:  # the variable that chooses holds a word unknown
+        return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
+    except IMPORT_FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See the packages above.")
+    by_version: dict[str, list[str]] = {}
+    for operation, version in found.items():
+        by_version.setdefault(version, []).append(operation)
+    detail = "; ".join(f"{version}: {', '.join(operations)}" for version, operations in sorted(by_version.items()))
+    # Why an operation that has a fast version does not take it, which says what to do.
+    missing = [
+        version.removeprefix("reference: ")
+        for version in by_version
+        if version not in ("fast", "reference: plain torch is the only version")
+    ]
+    return Finding(name, "note" if missing else "ok", detail, "; ".join(missing))
+
+
+def _nf4(kind: str) -> Finding:
+    """Quantise and dequantise a sample, and compare both with their definition in plain torch, to the last bit."""
+    name = f"NF4 to the bit on {kind}"
+    try:
+        from qlora_kernels.nf4 import quantize_torch
         from qlora_trainer.quantization import check_dequantization, quantize_weight
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(kind)
         sample = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
-        ours, theirs = quantize_nf4(sample), quantize_weight(sample.to(device))
+        codes, maxima = torch.empty(128 * 128, dtype=torch.uint8), torch.empty(128 * 4)
+        quantize_torch(sample.view(-1), codes, maxima)
+        found = quantize_weight(sample.to(device))
         notices = check_dequantization(device)
     except QuantizationError as error:
         return Finding(name, "problem", str(error))
     except IMPORT_FAILURES as error:
         return Finding(name, "problem", first_line(error), "See bitsandbytes above.")
-    if not torch.equal(ours.packed, theirs.packed.cpu()):
-        return Finding(
-            name,
-            "problem",
-            f"bitsandbytes on {device.type} gives other codes than its definition",
-            f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}",
-        )
+    if not torch.equal(found.packed.cpu(), codes):
+        tested = f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}"
+        advice = tested if kind == "cuda" else "Set QLORA_KERNELS=reference, and please report this."
+        return Finding(name, "problem", f"a weight on {kind} is quantised to other codes than it should be", advice)
     if notices:
-        return Finding(name, "note", "ours is right; " + " ".join(notices))
-    return Finding(name, "ok", f"quantised and dequantised on {device.type} as defined")
+        return Finding(name, "note", "ours is right; " + " ".join(notices), "Nothing to do: training takes ours.")
+    return Finding(name, "ok", "quantised and dequantised as defined, in fp32, bf16 and fp16")
 
 
 def _paged_optimizer() -> Finding:

@@ -47,6 +47,9 @@ class BaseFingerprint:
     source_dtype: str  # dtype the weights had when they were quantised, such as "bfloat16"
     tensors: dict[str, TensorFingerprint]  # 4-bit, by module path, such as "model.layers.0.self_attn.q_proj"
     dense: dict[str, str]  # sha256 of what is not 4-bit, by name, such as "model.norm.weight"; ties once
+    # sha256 of each tensor's bytes on disk, by the checkpoint's names; no part of the identity, as a copy kept in 4
+    # bits is the same base. Empty where transformers read the base, and in records of earlier versions.
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -58,23 +61,24 @@ class BaseFingerprint:
             path: TensorFingerprint(fields["packed_sha256"], fields["offset"], tuple(fields["scales"]))
             for path, fields in data["tensors"].items()
         }
-        return cls(data["config"], data["source_dtype"], tensors, data["dense"])
+        return cls(data["config"], data["source_dtype"], tensors, data["dense"], data.get("sources", {}))
 
     def difference(self, other: "BaseFingerprint") -> str | None:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
         if missing := self.tensors.keys() ^ other.tensors.keys():
-            return f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+            told = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+            return told + self._origin(other)
         changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
-            hint = (
-                f"; they were quantised from {self.source_dtype} there and from {other.source_dtype} here"
-                if self.source_dtype != other.source_dtype
-                else ""
-            )
-            return f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}{hint}"
+            told = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
+            return told + self._origin(other)
+        # Records of earlier versions have what is dense beside 4-bit weights as fp32, whatever it is on disk: no match.
+        is_comparable = bool(self.sources) or self.source_dtype == other.source_dtype
         names = sorted(self.dense.keys() | other.dense.keys())
-        if changed := [name for name in names if self.dense.get(name) != other.dense.get(name)]:
-            return f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+        changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
+        if changed and is_comparable:
+            told = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+            return told + self._origin(other)
         keys = sorted(self.config.keys() | other.config.keys())
         if changed := [key for key in keys if self.config.get(key) != other.config.get(key)]:
             key = changed[0]
@@ -84,9 +88,37 @@ class BaseFingerprint:
             )
         return None
 
+    def _origin(self, other: "BaseFingerprint") -> str:
+        """The end of a sentence: why the same layers hold other weights, as far as the checkpoints' bytes tell."""
+        if self.sources and self.sources == other.sources:
+            told = "the checkpoint is the same to the byte, and was quantised otherwise"
+        elif self.sources.keys() == other.sources.keys() and self.sources:
+            changed = [name for name, source in self.sources.items() if other.sources[name] != source]
+            told = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"
+        elif self.sources and other.sources:
+            told = "the checkpoints do not hold the same tensors, or one of them is 4-bit on disk"
+        else:
+            told = ""
+        if self.source_dtype != other.source_dtype:
+            told += ", " if told else ""
+            told += f"quantised from {self.source_dtype} there and from {other.source_dtype} here"
+        return f"; {told}" if told else ""
+
+
+def make_fingerprint(
+    config: Mapping[str, Any],  # what config.json holds
+    source_dtype: torch.dtype,
+    tensors: dict[str, TensorFingerprint],
+    dense: dict[str, str],
+    sources: dict[str, str],
+) -> BaseFingerprint:
+    """A fingerprint of its parts, each as BaseFingerprint says."""
+    name = str(source_dtype).removeprefix("torch.")
+    return BaseFingerprint(config_identity(config), name, tensors, dense, sources)
+
 
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
-    """Hash every tensor of `model` in one pass; `config` is what config.json holds.
+    """The fingerprint of a model that is loaded already; what lay on disk is not known any more.
 
     Call it before what stayed dense is cast to the dtype of computation, and before adapters are put on.
     """
@@ -97,12 +129,8 @@ def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: 
         if id(tensor) not in seen:
             seen.add(id(tensor))
             dense[name] = values_sha256(tensor)
-    return BaseFingerprint(
-        config=config_identity(config),
-        source_dtype=str(source_dtype).removeprefix("torch."),
-        tensors={path: tensor_fingerprint(layer.nf4_weight) for path, layer in layers.items()},
-        dense=dense,
-    )
+    tensors = {path: tensor_fingerprint(layer.nf4_weight) for path, layer in layers.items()}
+    return make_fingerprint(config, source_dtype, tensors, dense, {})
 
 
 def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:

@@ -23,10 +23,11 @@ from qlora_trainer.planning import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPla
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.skeleton import layer_kinds
+from qlora_trainer.tensor_io import checkpoint_tensors
 
 GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tile")
-SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's files; to plan a smaller one on a CPU takes longer than it is worth
+SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's tensors; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 
 
@@ -97,7 +98,7 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
     device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_room())
-    elif sum(file.stat().st_size for file in directory.glob("*.safetensors")) < SMALLEST_PLANNED:
+    elif sum(info.nbytes for info in checkpoint_tensors(directory).values()) < SMALLEST_PLANNED:
         return None
     else:
         config = _set(config, model={"device": "cpu"})

@@ -1,11 +1,12 @@
-"""A .gguf file as a plain checkpoint: safetensors, config and tokenizer in the user's cache, made once.
+"""A .gguf file as a model directory: its config, its tokenizer, and a record of where its tensors lie.
 
-Training, fingerprints and the merge all read safetensors by the checkpoint's own names, so a GGUF base is taken
-through that door too, instead of being a second kind of base everywhere. transformers knows how a GGUF file's names,
-head permutations, norms and metadata translate; its tables are used here tensor by tensor, so that the whole model is
-never in memory. The values are those of `from_pretrained(gguf_file=...)`, cast once to the dtype they are stored in.
-That dtype decides the NF4 codes, so it is recorded: float16 for quantised tensors (their scales are float16, so it
-keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the dtype they have.
+Training, fingerprints and the merge read a checkpoint by its own names, so a GGUF base is taken through that door too.
+transformers knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor
+by tensor. The weights stay in the file, and are dequantised where they are read (gguf_weights.py), so the model never
+lies anywhere in 16 bits, in memory or on the disk. The values are those of `from_pretrained(gguf_file=...)`, cast once
+to the dtype that the record names. That dtype decides the NF4 codes: float16 for quantised tensors (their scales are
+float16, so it keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the
+dtype they have.
 
 Left out: mixtures of experts (their layers are merged from several tensors, and cannot become 4-bit here anyway) and
 files split into several.
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_trainer.directories import new_directory
+from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
 from qlora_trainer.gguf_tensors import (
     ROPE_DIVISORS,
@@ -39,44 +39,40 @@ from qlora_trainer.gguf_tensors import (
     restore_rope_scaling,
     translate_tensors,
 )
+from qlora_trainer.gguf_weights import (
+    IMPORT_RECORD,
+    READ_ERRORS,
+    ImportedTensor,
+    StoredTensor,
+    examine,
+)
 from qlora_trainer.progress import Progress
 from qlora_trainer.quiet import quiet_transformers
-from qlora_trainer.shard_writer import ShardWriter
-from qlora_trainer.tensor_io import TensorSpec
 
-IMPORT_RECORD = "import.json"
-MAX_SHARD_BYTES = 4 * 2**30
 FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
-READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
 
 TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
 
 
-class _Float16OverflowError(Exception):
-    def __init__(self, tensor_name: str) -> None:
-        super().__init__(tensor_name)
-        self.tensor_name = tensor_name
-
-
 def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
-    """The directory under `cache_dir` that holds `path` as a safetensors checkpoint; made at the first call.
+    """The directory under `cache_dir` that stands for `path`; made at the first call, which looks at every value.
 
-    It is named after the file and its sha256, and written under a temporary name, so one that exists is whole.
+    It is named after the file and its sha256, and written under a temporary name, so one that exists is whole. The file
+    must stay: it is read from there.
 
     Raises:
         FileMissingError: there is no such file.
         ModelError: not a readable GGUF file, or of an architecture that transformers cannot read from GGUF.
         NotInstalledError: the package gguf is missing.
-        DiskError: the copy cannot be written.
+        DiskError: the directory cannot be written.
     """
     if not path.is_file():
         raise FileMissingError(f"There is no model file {path}.")
     digest = _sha256(path, progress)
-    directory = cache_dir / "gguf" / f"{path.stem}-{digest[:16]}"
+    directory = cache_dir / "imported" / f"{path.stem}-{digest[:16]}"
     if (directory / IMPORT_RECORD).is_file():
+        _note_place(directory, path)
         return directory
     with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
@@ -85,14 +81,15 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
         used = {ROPE_DIVISORS} if restore_rope_scaling(config, reader) else set()
         with torch.device("meta"):
             model = _build_model(config, path)
-        translations = translate_tensors(reader, model, path)
+        architecture = reader.get_field("general.architecture").contents()
+        translations = translate_tensors(architecture, [tensor.name for tensor in reader.tensors], model, path)
+        tensors = _examine_tensors(path, reader, translations, progress)
         tokenizer = _read_tokenizer(path, config)
         try:
             with new_directory(directory) as temporary:
-                stored = _write_tensors(temporary, reader, translations, progress)
-                _write_config(temporary, config, model, stored)
+                _write_config(temporary, config, model, tensors)
                 _write_tokenizer(temporary, tokenizer, path)
-                _write_record(temporary, path, digest, reader, used | set(translations), stored)
+                _write_record(temporary, path, digest, reader, used | set(translations), tensors)
         except OutputExistsError:
             # Another process made the same copy meanwhile; only a whole one can stand under this name.
             if not (directory / IMPORT_RECORD).is_file():
@@ -108,6 +105,19 @@ def _sha256(path: Path, progress: Progress) -> str:
             done += len(block)
             progress(f"Reading {path.name}", done, size)
     return digest.hexdigest()
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Where the file lies, and by what a change is noticed without reading it again."""
+    found = path.stat()
+    return {"file": str(path.resolve()), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+def _note_place(directory: Path, path: Path) -> None:
+    """The same content may lie elsewhere now."""
+    record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
+    if record | _place(path) != record:
+        write_text(directory / IMPORT_RECORD, json.dumps(record | _place(path), indent=2) + "\n")
 
 
 def _open(path: Path) -> Any:
@@ -160,78 +170,54 @@ def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
         ) from error
 
 
-def _write_tensors(
-    directory: Path, reader: Any, translations: dict[str, Translation], progress: Progress
-) -> dict[str, torch.dtype]:
-    """Write every tensor in the file's order; returns checkpoint name -> dtype.
+def _examine_tensors(
+    file: Path, reader: Any, translations: dict[str, Translation], progress: Progress
+) -> dict[str, ImportedTensor]:
+    """Checkpoint name -> where its values come from and the dtype they have; every value is looked at once.
 
-    A float16 overflow is so rare that it is not looked for beforehand: the tensor is noted, and writing starts again.
+    Raises:
+        ModelError: a tensor has another shape than the model's, or values that are not finite.
     """
-    in_float32: set[str] = set()
-    while True:
-        try:
-            return _try_to_write_tensors(directory, reader, translations, in_float32, progress)
-        except _Float16OverflowError as overflow:
-            in_float32.add(overflow.tensor_name)
-            for leftover in directory.iterdir():
-                leftover.unlink()
-
-
-def _try_to_write_tensors(
-    directory: Path, reader: Any, translations: dict[str, Translation], in_float32: set[str], progress: Progress
-) -> dict[str, torch.dtype]:
     sources = [tensor for tensor in reader.tensors if tensor.name in translations]
-    specs = []
-    for source in sources:
-        dtype = torch.float32 if source.name in in_float32 else FLOAT_TYPES.get(source.tensor_type.name, torch.float16)
-        specs.append(TensorSpec(translations[source.name].name, dtype, translations[source.name].shape))
     done, total = 0, sum(int(source.n_elements) for source in sources)
-    with ShardWriter(directory, specs, MAX_SHARD_BYTES) as writer:
-        for source, spec in zip(sources, specs, strict=True):
-            writer.write(spec.name, _stored_values(source, translations[source.name], spec.dtype))
-            done += int(source.n_elements)
-            progress("Unpacking the GGUF file", done, total)
-    return {spec.name: spec.dtype for spec in specs}
-
-
-def _stored_values(source: Any, translation: Translation, dtype: torch.dtype) -> Tensor:
-    """Dequantised to float32, laid out as the checkpoint has it, and cast once."""
-    from gguf.quants import dequantize
-
-    try:
-        values = translation.convert(dequantize(source.data, source.tensor_type))
-    except READ_ERRORS as error:
-        raise ModelError(
-            f"Tensor {source.name} is stored as {source.tensor_type.name}, which cannot be unpacked here: {error}"
-        ) from error
-    if values.shape != translation.shape:
-        raise ModelError(
-            f"Tensor {source.name} has shape {tuple(values.shape)}, but the model's {translation.name} has "
-            f"{translation.shape}. The file's metadata and tensors disagree."
-        )
-    lowest, highest = (bound.item() for bound in values.aminmax())
-    if not (math.isfinite(lowest) and math.isfinite(highest)):
-        raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
-    if dtype == torch.float16 and max(-lowest, highest) >= FLOAT16_OVERFLOW:
-        raise _Float16OverflowError(source.name)
-    return values.to(dtype)
+    examined = {}
+    for source in sources:
+        translation = translations[source.name]
+        shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp counts from the fastest dimension
+        stored = StoredTensor(source.name, source.tensor_type.name, shape, int(source.data_offset))
+        found = examine(stored, file, translation.convert)
+        if found.shape != translation.shape:
+            raise ModelError(
+                f"Tensor {source.name} has shape {found.shape}, but the model's {translation.name} has "
+                f"{translation.shape}. The file's metadata and tensors disagree."
+            )
+        if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
+            raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
+        # What the values are kept in: what they are if they are floats, else float16 where that does not overflow.
+        dtype = FLOAT_TYPES.get(stored.type, torch.float16)
+        if dtype == torch.float16 and max(-found.lowest, found.highest) >= FLOAT16_OVERFLOW:
+            dtype = torch.float32
+        examined[translation.name] = ImportedTensor(stored, dtype, found.shape, found.rows)
+        done += int(source.n_elements)
+        progress("Examining the GGUF file", done, total)
+    return examined
 
 
 def _write_config(
-    directory: Path, config: PretrainedConfig, model: PreTrainedModel, stored: dict[str, torch.dtype]
+    directory: Path, config: PretrainedConfig, model: PreTrainedModel, tensors: dict[str, ImportedTensor]
 ) -> None:
     """config.json with the class, and the dtype that most values are stored in; and generation_config.json."""
     config.architectures = [type(model).__name__]
-    config.dtype = _main_dtype(model, stored)
+    config.dtype = _main_dtype(model, tensors)
     config.save_pretrained(directory)
     GenerationConfig.from_model_config(config).save_pretrained(directory)
 
 
-def _main_dtype(model: PreTrainedModel, stored: dict[str, torch.dtype]) -> torch.dtype:
+def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
     elements: Counter[torch.dtype] = Counter()
     for name, tensor in model.state_dict().items():
-        if name in stored:
-            elements[stored[name]] += tensor.numel()
+        if name in tensors:
+            elements[tensors[name].dtype] += tensor.numel()
     return elements.most_common(1)[0][0]
 
 
@@ -276,19 +262,19 @@ def _write_record(
     digest: str,
     reader: Any,
     used: set[str],
-    stored: dict[str, torch.dtype],
+    tensors: dict[str, ImportedTensor],
 ) -> None:
-    """What this checkpoint was made from, for people, fingerprints and the merge; its presence means it is whole."""
+    """What this directory stands for, for people and for reading; its presence means that it is whole."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    record = {
-        "source": path.name,
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    record = _place(path) | {
         "sha256": digest,
+        "architecture": reader.get_field("general.architecture").contents(),
         "gguf_types": dict(types.most_common()),
         "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in used],
-        "storage_dtypes": {
-            str(dtype).removeprefix("torch."): count for dtype, count in Counter(stored.values()).most_common()
-        },
+        "storage_dtypes": dict(dtypes.most_common()),
         "transformers": transformers.__version__,
+        "tensors": {name: tensor.to_json() for name, tensor in tensors.items()},
     }
     (directory / IMPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

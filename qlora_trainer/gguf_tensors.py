@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_trainer.errors import ModelError
+from qlora_trainer.quiet import quiet_transformers
 
 ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -33,10 +34,17 @@ class Translation:
     convert: Callable[[np.ndarray], Tensor]  # dequantised float32 values -> float32, in the checkpoint's layout
 
 
-def translate_tensors(reader: Any, model: PreTrainedModel, path: Path) -> dict[str, Translation]:
+def translations_of(directory: Path, architecture: str, names: list[str]) -> dict[str, Translation]:
+    """As `translate_tensors`, for the model of a directory that was imported before."""
+    with quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+    return translate_tensors(architecture, names, model, directory)
+
+
+def translate_tensors(
+    architecture: str, names: list[str], model: PreTrainedModel, path: Path
+) -> dict[str, Translation]:
     """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
-    architecture = reader.get_field("general.architecture").contents()
-    names = [tensor.name for tensor in reader.tensors]
     if architecture in _newer_conversions():
         translations = _newer_translations(architecture, names, model)
     else:

@@ -57,16 +57,22 @@ def keep_embeddings_on_host(model: Any, device: torch.device) -> None:
     Raises:
         ModelError: the embedding's weight is the output head's too.
     """
+    refuse_tied_embedding(model)
     embedding = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules() if module is embedding]
-    users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding.weight]
+    model.set_submodule(paths[0], HostEmbedding(embedding, device))
+
+
+def refuse_tied_embedding(model: Any) -> None:
+    """ModelError where the input embedding's weight is the output head's too, so that it cannot be kept on the host."""
+    weight = model.get_input_embeddings().weight
+    users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(users) > 1:
         raise ModelError(
             f"model.embeddings is host, but {' and '.join(users)} are one weight in this model: the output head needs "
             "it on the device, and nothing would be saved. Set model.output_head=4bit (or 8bit) too, which gives the "
             "head a quantised weight of its own, or model.embeddings=device."
         )
-    model.set_submodule(paths[0], HostEmbedding(embedding, device))
 
 
 def host_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -1,9 +1,9 @@
-"""Modules that keep less for backward than their library's code: gated MLPs and norms, found by what they compute.
+"""Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
 
 A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are,
 is decided by trying: a copy of the module with small weights is run beside the lean formula, and where the results
 differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
-that only looks like another is taken for it.
+that only looks like another is taken for it. Rotary embedding is found the same way (rotary_embedding.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
 """
@@ -14,22 +14,23 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from qlora_kernels.gated import ACTIVATIONS, activate
 from qlora_kernels.lora_linear import Activation, gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_trainer.adapters.layers import LoRALinear, is_linear
+from qlora_trainer.probing import agree
 from qlora_trainer.quantization import NF4Linear
+from qlora_trainer.rotary_embedding import turn_in_one_pass
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
 MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
-_PROBE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,12 @@ def _tile_tokens(tokens: int, tiles: int) -> int:
 
 
 def make_lean(model: nn.Module) -> LeanReport:
-    """Replace the forward of every gated MLP and norm that is recognised; call it once adapters are in place."""
+    """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognised.
+
+    Call it once adapters are in place.
+    """
     modules = list(model.modules())
+    turn_in_one_pass(modules)
     linear = [module for module in modules if isinstance(module, LoRALinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]
@@ -134,7 +139,7 @@ def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
         x = (torch.randn(8, width, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(dtype)
         small = _copy_of(norm)
         small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
-        return _agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
+        return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
@@ -153,7 +158,8 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
         down = linear[names[-1]]
         is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
         if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
-            return GatedMLP(_split([linear[name] for name in names[:-1]]), activation, down)  # type: ignore[arg-type]
+            split = _split([linear[name] for name in names[:-1]])
+            return GatedMLP(split, _named(activation), down)  # type: ignore[arg-type]
     return None
 
 
@@ -173,7 +179,18 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
             gate, up = _split(stubs[:-1])(x)
             return stubs[-1](activation(gate) * up)
 
-        return _agree(lambda: small(x), expected)
+        return agree(lambda: small(x), expected)
+
+
+def _named(activation: nn.Module) -> Activation:
+    """The name of an activation that qlora_kernels has operations for; else itself."""
+    with unset_fake_temporarily(), torch.no_grad():
+        probes = [torch.linspace(-9, 9, 257).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+        for name in ACTIVATIONS:
+            ours = functools.partial(activate, activation=name)
+            if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):
+                return name
+    return activation
 
 
 def _split(projections: Sequence[nn.Module]) -> Split:
@@ -182,16 +199,6 @@ def _split(projections: Sequence[nn.Module]) -> Split:
         return lambda x: projections[0](x).chunk(2, dim=-1)
     gate, up = projections
     return lambda x: (gate(x), up(x))
-
-
-def _agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
-    """Whether a module run in a way it may not be made for gives the same bits."""
-    try:
-        result = theirs()
-    except _PROBE_ERRORS:
-        return False
-    expected = ours()
-    return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
 
 
 def _takes_one_argument(module: nn.Module) -> bool:

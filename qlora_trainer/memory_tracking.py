@@ -144,6 +144,6 @@ def once_more(trace: Sequence[Event], start: int) -> list[Event]:
     """What happened from `start` on, as if it happened again after the trace; what outlived it is not made twice."""
     later = trace[start:]
     freed = {event.block for event in later if event.bytes < 0}
-    made = {event.block for event in later if event.bytes > 0}
+    passing = freed & {event.block for event in later if event.bytes > 0}
     shift = max((event.block for event in trace), default=0)
-    return [Event(event.block + shift, event.bytes) for event in later if event.block in freed & made]
+    return [Event(event.block + shift, event.bytes) for event in later if event.block in passing]

@@ -22,13 +22,12 @@ from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.peft_format import Adapter
 from qlora_trainer.errors import MergeError
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors
+from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, weight_statistics
 from qlora_trainer.weights_as_trained import (
     DenseTensor,
     TrainedWeight,
     dense_tensors,
     name_of,
-    prequantized_statistics,
     trained_weights,
 )
 
@@ -91,7 +90,7 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
             "it to the same 4 bits again would erase the adapter.)"
         )
     tensors = checkpoint_tensors(inputs.base)
-    statistics = prequantized_statistics(tensors)
+    statistics = weight_statistics(tensors)
     if statistics and base == "original":
         raise MergeError(
             f"{inputs.base} holds 4-bit weights only, so there is no original base to fold into. Use --base "

@@ -57,14 +57,18 @@ class BaseChoice:
 
 
 def verify_files(
-    directory: Path, expected: Sequence[TensorSpec], checksums: Mapping[str, int], progress: Progress = silent
+    directory: Path,
+    expected: Sequence[TensorSpec],
+    checksums: Mapping[str, int],
+    progress: Progress = silent,
+    what: str = "merged model",
 ) -> None:
     """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
 
     Raises:
         MergeError: something is missing, unexpected, or damaged; it is named.
     """
-    failed = "The merged model failed its verification"
+    failed = f"The {what} failed its verification"
     try:
         found = checkpoint_tensors(directory)
         wanted = {spec.name: spec for spec in expected}

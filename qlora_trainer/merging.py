@@ -20,7 +20,6 @@ Legend: O out features, I in features, R rank.
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,32 +32,16 @@ from torch import Tensor
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.delta import fold_lora
 from qlora_trainer.background import Background
-from qlora_trainer.directories import disk_errors, new_directory, refuse_existing, remove_leftovers, write_text
-from qlora_trainer.errors import DiskError, MergeError
+from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
+from qlora_trainer.errors import MergeError
 from qlora_trainer.merge_plan import MergeBase, MergeInputs, TensorPlan, dtype_name, plan_merge, read_config
 from qlora_trainer.merge_verification import Verification, verify_files
+from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from qlora_trainer.tensor_io import file_inside, read_tensor, row_blocks
+from qlora_trainer.tensor_io import read_tensor, row_blocks
 
 PROVENANCE_NAME = "qlora_merge.json"
-
-_COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
-_COPIED_STEMS = {"LICENSE", "NOTICE"}
-_NOT_COPIED = {
-    "config.json",  # written by us
-    "adapter_config.json",  # would be applied a second time
-    "quantize_config.json",
-    "quantization_config.json",
-    "hf_quant_config.json",
-    "import.json",
-    "manifest.json",
-    "trainer_state.json",
-    "all_results.json",
-    "train_results.json",
-    "eval_results.json",
-    PROVENANCE_NAME,
-}
 
 
 @dataclass(frozen=True)
@@ -99,12 +82,13 @@ def merge(
     """
     refuse_existing(output)
     plans = plan_merge(inputs, dtype, base)
-    copied = _files_to_copy(inputs.base)
+    copied = files_to_copy(inputs.base)
     remove_leftovers(output)
-    _check_space(output, sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied))
+    needed = sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied)
+    refuse_full_disk(output, needed, "The merged model")
     with new_directory(output) as work:
         flushed, checksums = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
-        _copy_files(inputs.base, copied, work)
+        copy_files(inputs.base, copied, work)
         _write_config(inputs.base, work, dtype)
         verify_files(work, [plan.output for plan in plans], checksums, progress)
         report = MergeReport(
@@ -210,43 +194,9 @@ def _count_flushed(
     return int(torch.count_nonzero(block)) - int(np.count_nonzero(bits.add(bits).numpy()))
 
 
-def _files_to_copy(directory: Path) -> list[Path]:
-    """Tokenizer, templates, generation settings and licence: kept byte for byte, for readers older than ours."""
-    templates = directory / "additional_chat_templates"
-    names = [path for path in sorted(directory.iterdir()) if path.is_file()]
-    copied = [
-        path
-        for path in names
-        if path.name not in _NOT_COPIED
-        and not path.name.endswith(".index.json")
-        and (path.suffix in _COPIED_SUFFIXES or path.name.partition(".")[0].upper() in _COPIED_STEMS)
-    ]
-    if templates.is_dir():
-        copied += sorted(templates.glob("*.jinja"))
-    return [file_inside(path.parent, path.name) for path in copied]
-
-
-def _copy_files(directory: Path, files: list[Path], work: Path) -> None:
-    for path in files:
-        target = work / path.relative_to(directory)
-        with disk_errors(work):
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-
-
 def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
     """config.json as it was, but for the quantisation, gone, and the dtype, under its new name and its old one."""
     config = read_config(directory)
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    home = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(home).free
-    if needed + 2**24 > free:  # headers, index and record are far below 16 MiB
-        raise DiskError(
-            f"The merged model takes {needed / 1e9:.2f} GB, and the disk of {home} has {free / 1e9:.2f} GB free. "
-            "Free some space or choose another disk; nothing was written."
-        )

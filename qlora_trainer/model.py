@@ -1,13 +1,11 @@
 """The base model: from a directory of safetensors to a frozen NF4 model, or a dense or empty one of the same kind.
 
-transformers reads the checkpoint and bitsandbytes quantises each linear weight as it arrives; every Linear4bit is then
-taken over by an NF4Linear. Weights are quantised from the widest dtype the checkpoint holds, whatever the dtype of
-computation, so the codes depend on the checkpoint alone, and a merge can make them again.
+The model is made empty and filled a tensor at a time (streaming_load.py). Weights are quantised from the widest dtype
+the checkpoint holds, whatever the dtype of computation, so the codes depend on the checkpoint alone, and a merge can
+make them again.
 
-What the config asks to hold otherwise, the output head in 8 or 4 bits or the embedding in host memory, is made so after
-loading: for a moment the device holds both densely.
-
-Left out: loading that never gathers 16-bit weights, which transformers' own loader decides.
+Where transformers merges or splits tensors while loading, such as the experts of a mixture, its own loader reads the
+checkpoint and bitsandbytes quantises; such a model holds for a moment densely what the config asks to hold otherwise.
 """
 
 import dataclasses
@@ -21,21 +19,24 @@ from typing import Any
 import psutil
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
-from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, first_line
-from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host
+from qlora_trainer.errors import (
+    InsufficientMemoryError,
+    ModelError,
+    QuantizationError,
+)
+from qlora_trainer.fingerprint import BaseFingerprint
+from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host, refuse_tied_embedding
+from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model_source import read_config, refuse_multi_modal
-from qlora_trainer.output_head import quantize_head
+from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error, memory_errors
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import adopt_linear4bit, check_dequantization, check_four_bit_share
+from qlora_trainer.quantization import NF4Linear, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.settings import ModelConfig
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+from qlora_trainer.streaming_load import lay_out, load_tensors
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors
 
 
 @dataclasses.dataclass
@@ -48,6 +49,7 @@ class Base:
     four_bit_share: float
     compute_dtype: torch.dtype
     device: torch.device
+    notices: list[str] = dataclasses.field(default_factory=list)  # on its checkpoint
 
     @property
     def bytes(self) -> int:
@@ -79,43 +81,38 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
         ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, names that a
             merge could not find again, or an embedding asked to the host that the output head needs.
         QuantizationError: weights that are not finite, or prequantised otherwise.
-        InsufficientMemoryError: the 4-bit model would not fit.
+        InsufficientMemoryError: the 4-bit model does not fit.
     """
     device = choose_device(settings.device)
     compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
-    config = read_config(directory)
-    refuse_multi_modal(config, directory)
-    tensors = checkpoint_tensors(directory)
-    _check_memory(tensors, config, compute_dtype, device)
-    check_dequantization(device)
-    prequantized = getattr(config, "quantization_config", None)
-    if prequantized is None:
-        _check_finite(tensors, progress)
-    else:
-        _check_prequantized(prequantized, directory)
-    source_dtype = _widest_dtype(tensors)
-
-    progress("loading the base", 0, None)
-    model = _load_pretrained(
-        directory,
-        device,
-        source_dtype,
-        config=config,
-        quantization_config=None if prequantized else _nf4(source_dtype),
-    )
-    if adopt_linear4bit(model) == 0:
-        raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
+    plan, model = plan_base(directory)
+    lay_out(model, plan, settings.output_head)
     share = check_four_bit_share(model, settings.minimum_4bit_share)
-    raw_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    fingerprint = base_fingerprint(model, raw_config, source_dtype)  # before the cast: it is the same on any device
-    model.requires_grad_(False)
-    quantize_head(model, settings.output_head)  # from the checkpoint's dtype, as the linear layers
+    if share == 0.0:
+        raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
+    if settings.embeddings == "host":
+        refuse_tied_embedding(model)
+    check_mergeable(directory, [path for path, m in model.named_modules() if isinstance(m, NF4Linear)], plan.tensors)
+    _check_memory(model, plan, settings, compute_dtype, device)
+    check_dequantization(device)
+
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if plan.converted:
+        model, fingerprint = load_converted(plan, config, settings.output_head, device)
+    else:
+        with memory_errors(directory, device):
+            fingerprint = load_tensors(
+                model,
+                plan,
+                config,
+                device=device,
+                compute_dtype=compute_dtype,
+                embedding_on_host=settings.embeddings == "host",
+                progress=progress,
+            )
     compute_in(model, compute_dtype)
     if settings.embeddings == "host":
         keep_embeddings_on_host(model, device)
-    model.eval()
-    model.config.use_cache = False
-    check_mergeable(directory, fingerprint.tensors, tensors)
     return Base(
         model=model,
         directory=directory,
@@ -123,7 +120,28 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
         four_bit_share=share,
         compute_dtype=compute_dtype,
         device=device,
+        notices=plan.notices,
     )
+
+
+def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
+    """What becomes of each tensor of a model directory, and its model, dense and on meta.
+
+    Raises:
+        ModelError: not a text model that transformers knows, or weights are missing.
+        QuantizationError: it is prequantised in a way that cannot be trained.
+    """
+    config = read_config(directory)
+    refuse_multi_modal(config, directory)
+    if getattr(config, "transformers_weights", None):
+        raise ModelError(f"{directory / 'config.json'} names its own weight file, which is not read here.")
+    tensors = checkpoint_tensors(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        _check_prequantized(config.quantization_config, directory)
+        del config.quantization_config  # the model is made dense, and filled by ourselves
+    source_dtype = widest_dtype(tensors)
+    model = empty_model(directory, config, source_dtype)
+    return plan_load(model, directory, tensors, source_dtype), model
 
 
 def check_mergeable(directory: Path, paths: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
@@ -146,7 +164,7 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     """
     needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
     device = device_with_room(needed, device, f"{directory} in fp32")
-    model = _load_pretrained(directory, device, torch.float32)
+    model = load_pretrained(directory, device, torch.float32)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -167,7 +185,7 @@ def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOADING_ERRORS as error:
-        raise _loading_error(error, directory, torch.device("meta")) from error
+        raise loading_error(error, directory) from error
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -208,41 +226,6 @@ def _free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def _load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except LOADING_ERRORS as error:
-        raise _loading_error(error, directory, device) from error
-    _check_complete(info, directory)
-    return model
-
-
-def _nf4(source_dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=source_dtype,
-        bnb_4bit_quant_storage="uint8",
-    )
-
-
-def _loading_error(error: Exception, directory: Path, device: torch.device) -> ModelError | InsufficientMemoryError:
-    if isinstance(error, torch.OutOfMemoryError):
-        return InsufficientMemoryError(f"Loading {directory} ran out of memory on {device}: {first_line(error)}")
-    return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
-
-
 def _check_prequantized(config: Any, directory: Path) -> None:
     """A prequantised checkpoint brings its own quantisation; take only the one we train on, and never override it."""
     found = config if isinstance(config, dict) else config.to_dict()
@@ -254,52 +237,22 @@ def _check_prequantized(config: Any, directory: Path) -> None:
         )
 
 
-def _check_finite(tensors: dict[str, TensorInfo], progress: Progress) -> None:
-    """One value that is not finite turns its whole tensor into NaN when block maxima are quantised too."""
-    for done, (name, info) in enumerate(tensors.items()):
-        progress("checking the weights", done, len(tensors))
-        if info.dtype in FLOAT_DTYPES and not torch.isfinite(read_tensor(info)).all():
-            raise QuantizationError(
-                f"{name} in {info.file.name} holds values that are not finite. The checkpoint is damaged: "
-                "fetch it again."
-            )
-
-
-def _widest_dtype(tensors: dict[str, TensorInfo]) -> torch.dtype:
-    """The dtype that holds every float tensor of the checkpoint exactly."""
-    found = {info.dtype for info in tensors.values() if info.dtype in FLOAT_DTYPES}
-    return found.pop() if len(found) == 1 else torch.float32
-
-
 def _check_memory(
-    tensors: Mapping[str, TensorInfo], config: Any, compute_dtype: torch.dtype, device: torch.device
+    model: Any, plan: LoadPlan, settings: ModelConfig, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Refuse early what cannot fit: 4.127 bits a linear weight, and the largest tensor once in its own dtype."""
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
-    needed, largest = 0.0, 0
-    for name, info in tensors.items():
-        is_embedding = info.shape[:1] == (vocab_size,)  # or the output head; they stay dense
-        if ".weight." in name or not info.dtype.is_floating_point:
-            needed += info.nbytes  # prequantised: packed codes and their statistics
-        elif len(info.shape) == 2 and not is_embedding:
-            needed += info.numel * 4.127 / 8
-        else:
-            needed += info.numel * compute_dtype.itemsize
-        largest = max(largest, info.nbytes)
-    needed += largest
+    """Refuse early what cannot fit: the model as laid out, and the largest tensor once as it lies on disk."""
+    sizes = {
+        name: p.numel() * (compute_dtype if p.is_floating_point() else p.dtype).itemsize
+        for name, p in model.named_parameters()
+    }
+    if settings.embeddings == "host" and device.type == "cuda":
+        embedding = model.get_input_embeddings().weight
+        sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
+    needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers())
+    needed += max(info.nbytes for info in plan.tensors.values())
     free = _free_memory(device)
     if needed > free:
         raise InsufficientMemoryError(
             f"The base takes about {needed / 2**30:.1f} GiB in 4-bit, and {device} has {free / 2**30:.1f} GiB free. "
             "Choose a smaller base, or free memory."
-        )
-
-
-def _check_complete(info: dict[str, Any], directory: Path) -> None:
-    missing = sorted(info.get("missing_keys", ()))
-    mismatched = [str(key) for key in info.get("mismatched_keys", ())]
-    if missing or mismatched:
-        raise ModelError(
-            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
-            f"shape, such as {(missing + mismatched)[0]}. They would be random; fetch the checkpoint again."
         )

@@ -37,10 +37,18 @@ class QuantizedHead(nn.Module):
         super().__init__()
         self._shape = weight.shape
         self._make = _nf4_weight if isinstance(weight, NF4Weight) else _int8_weight
-        for name, value in vars(weight).items():
-            if isinstance(value, Tensor):  # the weight's other fields are constants of its format
-                self.register_buffer(name, value, persistent=False)
+        for name, value in _tensors(weight).items():
+            self.register_buffer(name, value, persistent=False)
         self.bias = bias
+
+    def take(
+        self,
+        weight: Tensor,  # (V, H), finite
+    ) -> None:
+        """Quantise this weight as the one held so far is, and hold it instead."""
+        kind: HeadKind = "4bit" if self._make is _nf4_weight else "8bit"
+        for name, value in _tensors(_quantized(weight, kind)).items():
+            setattr(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,21 +82,19 @@ def quantize_head(model: Any, kind: HeadKind) -> None:
     """
     if kind != "dense":
         path, head = _find_head(model, kind)
-        weight = head.weight.detach()
-        quantized = quantize_weight(weight, f"{path}.weight") if kind == "4bit" else quantize_int8(weight)
-        model.set_submodule(path, QuantizedHead(quantized, head.bias))
+        model.set_submodule(path, QuantizedHead(_quantized(head.weight.detach(), kind), head.bias))
 
 
-def empty_head(model: Any, kind: HeadKind) -> None:
-    """As `quantize_head`, but what is quantised is uninitialised: for planning, on fake tensors."""
+def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
+    """As `quantize_head`, but what is quantised is uninitialised: to be filled, or for planning, on fake tensors."""
     if kind != "dense":
         path, head = _find_head(model, kind)
         vocabulary, hidden_size = head.weight.shape
         int8 = Int8Weight(
-            codes=torch.empty(vocabulary, hidden_size, dtype=torch.int8, device="cpu"),
-            scale=torch.empty(vocabulary, dtype=torch.float32, device="cpu"),
+            codes=torch.empty(vocabulary, hidden_size, dtype=torch.int8, device=device),
+            scale=torch.empty(vocabulary, dtype=torch.float32, device=device),
         )
-        quantized = empty_weight(vocabulary, hidden_size) if kind == "4bit" else int8
+        quantized = empty_weight(vocabulary, hidden_size, device) if kind == "4bit" else int8
         model.set_submodule(path, QuantizedHead(quantized, head.bias))
 
 
@@ -105,6 +111,15 @@ def _find_head(model: Any, kind: HeadKind) -> tuple[str, nn.Linear]:
             "model.output_head=dense."
         )
     return next(path for path, module in model.named_modules() if module is head), head
+
+
+def _quantized(weight: Tensor, kind: HeadKind) -> NF4Weight | Int8Weight:
+    return quantize_weight(weight, "the output head") if kind == "4bit" else quantize_int8(weight)
+
+
+def _tensors(weight: NF4Weight | Int8Weight) -> dict[str, Tensor]:
+    """What a module holds of a weight; its other fields are constants of its format."""
+    return {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
 
 
 def _nf4_weight(head: Any) -> NF4Weight:

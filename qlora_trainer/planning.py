@@ -10,28 +10,27 @@ inside. Left out: loading the base, evaluation and generation, which need less t
 of settings.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kernels import rms_norm, rotary
 from qlora_kernels.blockwise_attention import workspace_bytes
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.attention import attends_apart, masks_as_for_real_tensors, refusals_as_model_error
+from qlora_trainer.attention import attends_apart, refusals_as_model_error
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.errors import ModelError
+from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.memory_tracking import LiveBytes, Workspace, once_more
 from qlora_trainer.model_source import max_positions
@@ -147,36 +146,6 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 def longest_row(directory: Path, config: RunConfig) -> int:
     """The longest row that the run can meet, in tokens."""
     return min(config.data.max_length, max_positions(directory) or config.data.max_length)
-
-
-class FakeRun:
-    """Within, tensors are made without memory, and a number read from one is 1.
-
-    Training reads a loss, a norm, and whether it is finite; to a plan, all is well.
-    """
-
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode()
-        self._entered: list[contextlib.ExitStack] = []
-
-    def __enter__(self) -> None:
-        stack = contextlib.ExitStack()
-        for context in (self.mode, _NumbersAreOne(), masks_as_for_real_tensors()):
-            stack.enter_context(context)
-        self._entered.append(stack)
-
-    def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
-
-
-class _NumbersAreOne(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
 
 
 def empty_run(
@@ -308,6 +277,11 @@ def blockwise_backward_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -
     return workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
 
 
+def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
+    """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
+    return rms_norm.workspace_bytes(arguments[1 if backward else 0], backward=backward)
+
+
 def _is_fused_on_cuda(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
     """Flash attention on a card takes a window or dropout; a plan's tensors, which are on the CPU, go by blocks."""
     is_windowed = window is not None and query.shape[2] > window
@@ -324,6 +298,9 @@ WORKSPACES_ON_CPU: dict[torch._ops.OpOverload, Workspace] = {
     torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
         blockwise_backward_bytes, on_cuda=False
     ),
+    torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
+    torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
+    torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
     torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
     torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
 }

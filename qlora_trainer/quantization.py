@@ -9,9 +9,11 @@ they were given.
 Legend: O out features, I in features.
 """
 
+import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +42,14 @@ def _import_bitsandbytes() -> Any:
 
 bitsandbytes = _import_bitsandbytes()
 
+_STATE_KEY = "quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256
+_SOURCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHT_TENSORS = ("packed", "absmax", "nested_absmax", "nested_code", "offset")  # of an NF4Weight
+
+# Layers that multiply by a matrix and add a bias, by the name of their class; others derived from them may do more.
+_LINEAR, _CONV1D = {"Linear", "FalconLinear"}, "Conv1D"  # GPT-2's Conv1D stores (I, O)
+
 
 class NF4Linear(nn.Module):
     """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantised where it is used."""
@@ -60,10 +70,16 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.fan_in_fan_out = fan_in_fan_out
-        for name in ("packed", "absmax", "nested_absmax", "nested_code", "offset"):
+        for name in WEIGHT_TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.workspace: Tensor | None = None  # see `share_workspace`; no buffer, as it is not this layer's alone
+
+    def take(self, weight: NF4Weight) -> None:
+        """Hold this weight from now on, of the same shape."""
+        assert weight.shape == (self.out_features, self.in_features)
+        for name in WEIGHT_TENSORS:
+            setattr(self, name, getattr(weight, name))
 
     @property
     def nf4_weight(self) -> NF4Weight:
@@ -159,30 +175,60 @@ def adopt_linear4bit(model: nn.Module) -> int:
     return len(layers)
 
 
-def empty_nf4(model: nn.Module) -> None:
-    """Turn every linear layer of `model` but the output head into an NF4Linear whose buffers are uninitialised.
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that become 4-bit, by path: every linear one but the output head and what shares its weight.
 
-    It has the shapes of a quantised model, for planning: under fake tensors, nothing is allocated.
+    What the model's class asks to keep in fp32 is left out too.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    for path, layer in list(model.named_modules()):
-        is_conv1d = type(layer).__name__ == "Conv1D"  # GPT-2's, which stores (I, O)
-        if layer is not head and (isinstance(layer, nn.Linear) or is_conv1d):
-            out_features, in_features = reversed(layer.weight.shape) if is_conv1d else layer.weight.shape
-            weight = empty_weight(out_features, in_features)
-            model.set_submodule(path, NF4Linear(weight, layer.bias, fan_in_fan_out=is_conv1d))
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    tied_names = {*tied.keys(), *tied.values()}
+    in_fp32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if type(layer).__name__ in {*_LINEAR, _CONV1D}
+        and layer is not head
+        and users[id(layer.weight)] == 1
+        and f"{path}.weight" not in tied_names
+        and not any(f".{name}." in f".{path}." for name in in_fp32)
+    }
 
 
-def empty_weight(out_features: int, in_features: int) -> NF4Weight:
-    """The tensors of a quantised (O, I) weight, uninitialised, on the CPU."""
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a linear layer stores its weight as (I, O), as GPT-2's does."""
+    return type(layer).__name__ == _CONV1D
+
+
+def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: str = "cpu") -> None:
+    """Turn linear layers of `model` into NF4Linears whose buffers are uninitialised.
+
+    It then has the shapes of a quantised model: to be filled, or for planning, where tensors are fake.
+
+    Args:
+        paths: turn these; by default all that `linear_layers` says.
+        device: of the buffers; biases stay where they are.
+    """
+    for path, layer in linear_layers(model).items():
+        if paths is None or path in paths:
+            shape: Any = layer.weight.shape
+            out_features, in_features = reversed(shape) if is_transposed(layer) else shape
+            weight = empty_weight(out_features, in_features, device)
+            bias: Any = layer.bias
+            model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=is_transposed(layer)))
+
+
+def empty_weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Weight:
+    """The tensors of a quantised (O, I) weight, uninitialised."""
     elements = out_features * in_features
     blocks = -(-elements // BLOCK_SIZE)
     return NF4Weight(
-        packed=torch.empty(-(-elements // 2), dtype=torch.uint8, device="cpu"),
-        absmax=torch.empty(blocks, dtype=torch.uint8, device="cpu"),
-        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device="cpu"),
-        nested_code=torch.empty(256, dtype=torch.float32, device="cpu"),
-        offset=torch.empty((), dtype=torch.float32, device="cpu"),
+        packed=torch.empty(-(-elements // 2), dtype=torch.uint8, device=device),
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device=device),
+        nested_code=torch.empty(256, dtype=torch.float32, device=device),
+        offset=torch.empty((), dtype=torch.float32, device=device),
         shape=(out_features, in_features),
         block_size=BLOCK_SIZE,
         nested_block_size=NESTED_BLOCK_SIZE,
@@ -204,6 +250,50 @@ def weight_from_checkpoint(
     except (KeyError, ValueError, StopIteration) as error:
         raise QuantizationError(f"{name}: the checkpoint's quantisation keys cannot be read: {error}") from error
     return _from_bitsandbytes(packed, state, name)
+
+
+def weight_to_checkpoint(
+    weight: NF4Weight,
+    source_dtype: torch.dtype,  # what it was quantised from; bitsandbytes dequantises to it
+) -> dict[str, Tensor]:
+    """What bitsandbytes stores of a weight: "" is the packed codes, the other keys follow the weight's name and a dot.
+
+    Shapes and dtypes depend on the weight's shape alone, so a file can be laid out before anything is quantised.
+    """
+    facts = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK_SIZE,
+        "dtype": str(source_dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+        "nested_blocksize": NESTED_BLOCK_SIZE,
+        "nested_dtype": "float32",
+        "nested_offset": float(weight.offset) if weight.offset.device.type != "meta" else 0.0,
+    }
+    state = json.dumps(facts).encode().ljust(_STATE_BYTES)  # as long for every offset; JSON may end in spaces
+    return {
+        "": weight.packed[:, None],
+        "absmax": weight.absmax,
+        "quant_map": NF4_CODE,
+        "nested_absmax": weight.nested_absmax,
+        "nested_quant_map": weight.nested_code,
+        _STATE_KEY: torch.frombuffer(bytearray(state), dtype=torch.uint8),
+    }
+
+
+def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """The dtype that a prequantised weight was quantised from, by what is stored beside it.
+
+    Raises:
+        QuantizationError: it is no NF4 weight, or its keys cannot be read.
+    """
+    try:
+        return _SOURCE_DTYPES[json.loads(bytes(statistics[_STATE_KEY].tolist()))["dtype"]]
+    except (KeyError, ValueError, TypeError) as error:
+        stored = ", ".join(sorted(statistics)) or "nothing"
+        raise QuantizationError(
+            f"{name} is quantised otherwise than this trainer keeps its base, or its quantisation keys cannot be read "
+            f"(beside it are {stored}). Use the model's 16-bit checkpoint, which is quantised while loading."
+        ) from error
 
 
 def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
@@ -263,7 +353,8 @@ def check_dequantization(device: torch.device) -> list[str]:
         )
         weight = _from_bitsandbytes(packed, state, "a sample")
         expected = _dequantize_by_definition(weight)
-        if not torch.equal(dequantize_nf4(weight, torch.float32), expected):
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
             raise QuantizationError(
                 f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
                 "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "

@@ -37,6 +37,7 @@ _FREE_SECTIONS = ("data", "evaluation", "checkpoint")
 _FREE_KEYS = {
     "model.device",
     "model.embeddings",
+    "model.keep_quantized",
     "model.minimum_4bit_share",
     "model.name",
     "model.revision",

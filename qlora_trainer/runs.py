@@ -25,8 +25,8 @@ from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.fitting import check_fits_here, plan_as_lowered
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings
-from qlora_trainer.model import load_base_model
 from qlora_trainer.model_source import load_tokenizer, resolve_model
+from qlora_trainer.prequantize import load_base
 from qlora_trainer.process_memory import private_bytes
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
@@ -134,12 +134,12 @@ def _assemble(
     prepared = prepare_data(config, tokenizer, path, progress)
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
-    base = load_base_model(path, config.model, progress)
+    base = load_base(path, config.model, user_cache(), progress)
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
-    notices = [*prepared.report.notices, *import_notices(path), *state.forward.notices]
+    notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
     if base.device.type == "cuda":
         notices.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "

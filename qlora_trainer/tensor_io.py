@@ -7,10 +7,12 @@ A checkpoint is data from strangers. Only safetensors and JSON are read, never p
 its own directory; what a loader would guess at (two sets of weights side by side) is refused here.
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_trainer.errors import FileMissingError, ModelError
+from qlora_trainer.gguf_weights import open_weights
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -60,13 +63,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorInfo(TensorSpec):
-    """A tensor on disk."""
+    """A tensor on disk; in another file than one of safetensors, `read` gives its rows."""
 
     file: Path
+    read: Callable[[slice | None], Tensor] | None = dataclasses.field(default=None, compare=False)
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor that transformers would load from `directory`, by name, in the order they lie on disk.
+
+    A directory may stand for a GGUF file (gguf_import.py), whose tensors are read from there.
 
     Raises:
         FileMissingError: there is no such directory.
@@ -80,6 +86,11 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
             f"{directory} holds adapter_config.json: it is an adapter, or a model that loaders would apply an adapter "
             "to a second time. Give the directory of the base model alone."
         )
+    if (imported := open_weights(directory)) is not None:
+        return {
+            name: TensorInfo(name, tensor.dtype, tensor.shape, imported.file, functools.partial(imported.read, name))
+            for name, tensor in imported.tensors.items()
+        }
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(directory)
     for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
@@ -102,6 +113,16 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
 def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     """A parameter's name in the checkpoint: the same, or without the model's prefix where the body was saved alone."""
     return next((name for name in (parameter, parameter.partition(".")[2]) if name in tensors), None)
+
+
+def weight_statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """What bitsandbytes stores beside each prequantised weight, by the weight's name and the key after it."""
+    found: dict[str, dict[str, TensorInfo]] = {name: {} for name in tensors if f"{name}.absmax" in tensors}
+    for name, info in tensors.items():
+        layer, dot, key = name.rpartition(".weight.")
+        if dot and f"{layer}.weight" in found:
+            found[f"{layer}.weight"][key] = info
+    return found
 
 
 def file_inside(directory: Path, name: str) -> Path:
@@ -181,19 +202,21 @@ def read_tensor(
     info: TensorInfo,
     rows: slice | None = None,  # of the first dimension; step 1
 ) -> Tensor:
-    """The tensor, or some of its rows, mapped from the file: read it, but do not write into it.
+    """The tensor, or some of its rows, where it can be mapped from the file: read it, but do not write into it.
 
     Raises:
         ModelError: the file is damaged, or changed since it was listed.
     """
+    if info.read is not None:
+        return info.read(rows)
     tensor = read_tensors([info])[0]
     return tensor if rows is None else tensor[rows]
 
 
 def read_tensors(infos: Sequence[TensorInfo]) -> list[Tensor]:
     """As `read_tensor`, whole tensors; a file of several is opened once, since all of its header is read for that."""
-    found: dict[str, Tensor] = {}
-    for path in dict.fromkeys(info.file for info in infos):
+    found = {info.name: info.read(None) for info in infos if info.read is not None}
+    for path in dict.fromkeys(info.file for info in infos if info.read is None):
         mine = [info for info in infos if info.file == path]
         try:
             with safe_open(path, framework="pt") as file:

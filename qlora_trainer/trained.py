@@ -14,8 +14,9 @@ from qlora_trainer.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.forward import examine_forward
-from qlora_trainer.model import Base, load_base_model
+from qlora_trainer.model import Base
 from qlora_trainer.model_source import load_tokenizer, resolve_model
+from qlora_trainer.prequantize import load_base
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
@@ -87,7 +88,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     settings = run.config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
     path = resolve_model(settings.name, settings.revision, user_cache(), progress)
     tokenizer = load_tokenizer(path)
-    base = load_base_model(path, settings, progress)
+    base = load_base(path, settings, user_cache(), progress)
     if difference := run.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
     add_adapters(base.model, run.config.adapter, run.config.training.seed)

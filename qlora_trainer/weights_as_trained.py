@@ -20,7 +20,7 @@ from qlora_trainer.errors import CheckpointError, MergeError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
 from qlora_trainer.hashing import values_sha256
 from qlora_trainer.quantization import quantize_weight, weight_from_checkpoint
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, read_tensor, read_tensors
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, read_tensor, read_tensors, weight_statistics
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def trained_weights(
         MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
         QuantizationError: one is prequantised otherwise than this trainer keeps its base.
     """
-    statistics = prequantized_statistics(tensors)
+    statistics = weight_statistics(tensors)
     source_dtype = getattr(torch, fingerprint.source_dtype)
     weights = {}
     for path, recorded in fingerprint.tensors.items():
@@ -130,16 +130,6 @@ def dense_tensors(tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprin
     source_dtype = getattr(torch, fingerprint.source_dtype)
     found = {checkpoint_name(name, tensors): sha256 for name, sha256 in fingerprint.dense.items()}
     return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items() if name}
-
-
-def prequantized_statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """What bitsandbytes keeps beside each prequantised weight, by the weight's name and the key after it."""
-    weights = {name: {} for name in tensors if f"{name}.absmax" in tensors}  # type: dict[str, dict[str, TensorInfo]]
-    for name, info in tensors.items():
-        owner, _, key = name.partition(".weight.")
-        if key and f"{owner}.weight" in weights:
-            weights[f"{owner}.weight"][key] = info
-    return weights
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str:

@@ -147,6 +147,17 @@ def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path,
     assert "full fine-tuning would need" in told
 
 
+def test_quantize_writes_a_model_in_4_bits(qlora: Callable, tiny_llama: Path, tmp_path: Path) -> None:
+    code, out, _ = qlora("quantize", tiny_llama, "--output", tmp_path / "nf4", "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["weights"], answer["dense"], answer["source_dtype"]) == (14, 7, "bfloat16")
+    assert 0 < answer["bytes"] < answer["source_bytes"]
+    code, _, told = qlora("quantize", tiny_llama, "--output", tmp_path / "nf4")
+    assert code == 2
+    assert "exists and is not empty" in told
+
+
 def test_doctor_answers(qlora: Callable) -> None:
     code, out, _ = qlora("doctor", "--json")
     assert code in (0, 1)
@@ -277,7 +288,7 @@ def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "resume", "evaluate", "generate", "merge", "plan", "inspect", "doctor", "demo"]
+    "command", ["", "train", "resume", "evaluate", "generate", "merge", "plan", "inspect", "quantize", "doctor", "demo"]
 )
 def test_every_command_explains_itself(qlora: Callable, command: str) -> None:
     code, out, _ = qlora(*command.split(), "--help")

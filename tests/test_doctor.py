@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_kernels import registry
 from qlora_trainer import doctor
 from qlora_trainer.doctor import Finding, examine
 
@@ -25,7 +26,50 @@ def test_every_problem_comes_with_advice(tmp_path: Path) -> None:
 
 
 def test_quantisation_is_checked_to_the_bit() -> None:
-    assert named(examine())["NF4 to the bit"].status in ("ok", "note")
+    assert named(examine())["NF4 to the bit on cpu"].status in ("ok", "note")
+
+
+def test_wrong_values_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes gives them on some processors, and as compiled code of ours might."""
+    from qlora_kernels import nf4
+
+    right = nf4._dequantize_into
+
+    def wrong(out: torch.Tensor, weight: nf4.NF4Weight, first_row: int) -> None:
+        right(out, weight, first_row)
+        if out.dtype == torch.bfloat16 and weight.shape[1] % 64:
+            out[-1, -1] += 1
+
+    monkeypatch.setattr(nf4, "_dequantize_into", wrong)
+    finding = doctor._nf4("cpu")
+    assert finding.status == "problem"
+    assert "QLORA_KERNELS=reference" in finding.detail
+
+
+def test_every_operation_is_told_with_its_version_and_why() -> None:
+    finding = doctor._kernels("cpu")
+    for name in registry.implementations("cpu"):
+        assert name in finding.detail
+    assert "reference: plain torch is the only version: " in finding.detail
+
+
+def test_a_missing_compiler_is_a_note_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise registry.UnavailableError("there is no C++ compiler here: install g++")
+
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    op = registry.Op("dequantize_nf4", torch.neg, {"cpu": missing})  # type: ignore[dict-item]
+    monkeypatch.setitem(registry._OPS, "dequantize_nf4", op)
+    finding = doctor._kernels("cpu")
+    assert finding.status == "note"
+    assert "reference: there is no C++ compiler here: install g++: dequantize_nf4" in finding.detail
+    assert finding.advice == "there is no C++ compiler here: install g++"
+
+
+def test_kernels_asked_for_by_an_unknown_word_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "triton")
+    finding = doctor._kernels("cpu")
+    assert (finding.status, finding.advice) == ("problem", "unset QLORA_KERNELS")
 
 
 def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +77,7 @@ def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = quantization.quantize_weight
     monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))
-    finding = doctor._nf4()
+    finding = doctor._nf4("cpu")
     assert finding.status == "problem"
     assert "other codes" in finding.detail
 
@@ -61,7 +105,7 @@ def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
     for module in ("qlora_trainer.quantization", "qlora_trainer.model"):
         monkeypatch.setitem(sys.modules, module, None)
     findings = named(examine())
-    for name in ("bitsandbytes' library", "NF4 to the bit", "Compute dtype"):
+    for name in ("bitsandbytes' library", "NF4 to the bit on cpu", "Compute dtype"):
         assert findings[name].status == "problem"
 
 
@@ -89,5 +133,8 @@ def test_gpu_is_described_and_ready() -> None:
     assert findings["GPU 0"].status in ("ok", "note")
     assert torch.cuda.get_device_name(0) in findings["GPU 0"].detail
     assert findings["bitsandbytes' library"].detail == "loaded, for CUDA"
-    assert findings["NF4 to the bit"].status in ("ok", "note")
+    for kind in ("cpu", "cuda"):
+        assert findings[f"NF4 to the bit on {kind}"].status in ("ok", "note")
+        assert findings[f"Kernels on {kind}"].status == "ok"
+    assert "dequantize_nf4" in findings["Kernels on cuda"].detail.partition(";")[0]
     assert findings["Paged optimizer"].status in ("ok", "note")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from qlora_trainer import gguf_import
+from benchmarks.common import plain_checkpoint
+from qlora_trainer import gguf_import, gguf_weights
 from qlora_trainer.errors import DiskError, FileMissingError, ModelError
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import silent
@@ -216,11 +217,12 @@ def test_architecture_read_by_weight_conversions_has_the_values_transformers_rea
     for name, tensor in stored.items():
         assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
     assert stored["model.layers.0.conv.conv.weight"].shape == (HIDDEN, 1, 3)
-    _, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    plain = plain_checkpoint(directory, tmp_path / "plain")
+    _, loading = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
     assert not any(loading.values())
 
 
-def test_imported_directory_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
+def test_a_copy_of_what_is_read_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
     directory = import_gguf(path, tmp_path / "cache", silent)
     config = json.loads((directory / "config.json").read_text())
@@ -228,7 +230,8 @@ def test_imported_directory_loads_in_plain_transformers_with_the_same_logits(tmp
     assert config["model_type"] == "llama"
     assert "quantization_config" not in config
     assert GenerationConfig.from_pretrained(directory).eos_token_id == 2
-    ours, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    plain = plain_checkpoint(directory, tmp_path / "plain")
+    ours, loading = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
     tokens = torch.arange(20)[None]
@@ -270,7 +273,7 @@ def test_value_beyond_float16_keeps_its_tensor_in_float32(tmp_path: Path) -> Non
 def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), GGMLQuantizationType.Q4_1)
     record = json.loads((import_gguf(path, tmp_path / "cache", silent) / "import.json").read_text())
-    assert record["source"] == "tiny.gguf"
+    assert record["file"] == str(path)
     assert record["sha256"] == gguf_import.hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["gguf_types"] == {"Q4_1": 8, "F32": 3}
     assert record["storage_dtypes"] == {"float16": 8, "float32": 3}
@@ -297,7 +300,7 @@ def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
     assert len(set(divisors)) > 2  # the blended middle is there too
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
     directory = import_gguf(path, tmp_path / "cache", silent)
-    rotary = AutoModelForCausalLM.from_pretrained(directory).model.rotary_emb
+    rotary = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).model.rotary_emb
     plain = 50000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     assert rotary.inv_freq.numpy() == pytest.approx(plain / divisors, rel=1e-5)
     assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
@@ -317,13 +320,57 @@ def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_pat
     before = {file: file.stat().st_mtime_ns for file in first.iterdir()}
     (tmp_path / "elsewhere").mkdir()
     copy = shutil.copy(path, tmp_path / "elsewhere" / "tiny.gguf")
-    assert import_gguf(copy, tmp_path / "cache", silent) == first
+    assert import_gguf(path, tmp_path / "cache", silent) == first
     assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == before
+    wanted = stored_tensors(first)
+    path.unlink()
+    assert import_gguf(Path(copy), tmp_path / "cache", silent) == first
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored_tensors(first).items())
     write_gguf(path, tiny_weights(seed=1))
     second = import_gguf(path, tmp_path / "cache", silent)
     assert second != first
     assert torch.equal(
         stored_tensors(second)["model.norm.weight"], torch.from_numpy(tiny_weights(1)["model.norm.weight"])
+    )
+
+
+def test_a_file_that_is_gone_or_changed_is_told_and_not_read(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    path.touch()
+    with pytest.raises(ModelError, match=r"tiny\.gguf was changed since it was imported"):
+        checkpoint_tensors(directory)
+    assert import_gguf(path, tmp_path / "cache", silent) == directory  # the same content: only its date was new
+    assert checkpoint_tensors(directory)
+    path.unlink()
+    with pytest.raises(FileMissingError, match=r"tiny\.gguf, from which this base is read, is gone"):
+        checkpoint_tensors(directory)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32])
+def test_rows_are_those_of_the_whole_tensor(
+    tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_weights, "CHUNK_ELEMENTS", 7 * HIDDEN)  # so that chunks end within the rows asked for
+    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind), tmp_path / "cache", silent)
+    for name, info in checkpoint_tensors(directory).items():
+        whole = read_tensor(info)
+        assert whole.shape == info.shape
+        for rows in (slice(0, 1), slice(3, 20), slice(31, None), slice(5, 5)):
+            assert torch.equal(read_tensor(info, rows), whole[rows]), name
+
+
+def test_what_llama_cpp_permutes_is_read_by_its_recorded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = tiny_weights()
+    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", weights), tmp_path / "cache", silent)
+    tensors = json.loads((directory / "import.json").read_text())["tensors"]
+    permuted = {name: fields["rows"] for name, fields in tensors.items() if fields["rows"] != "as stored"}
+    assert {name.split(".")[-2] for name in permuted} == {"q_proj", "k_proj"}
+    assert "otherwise" not in permuted.values()
+    assert not list(directory.glob("*.safetensors")), "no copy of the weights is made"
+    monkeypatch.setattr(gguf_weights, "translations_of", lambda *_: pytest.fail("transformers was asked again"))
+    assert all(
+        torch.equal(tensor, torch.from_numpy(weights[name])) for name, tensor in stored_tensors(directory).items()
     )
 
 
@@ -337,7 +384,7 @@ def test_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, monk
         broken.setattr(gguf_import, "_write_tokenizer", full_disk)
         with pytest.raises(DiskError, match="No space left"):
             import_gguf(path, tmp_path / "cache", silent)
-    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+    assert list((tmp_path / "cache" / "imported").iterdir()) == []
     assert (import_gguf(path, tmp_path / "cache", silent) / "import.json").is_file()
 
 
@@ -404,11 +451,16 @@ def test_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
         import_gguf(path, tmp_path / "cache", silent)
 
 
-def test_nan_in_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("row", [3, 70])
+def test_nan_in_a_tensor_is_refused_by_name(
+    tmp_path: Path, name: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_weights, "SAMPLE_ELEMENTS", 32 * HIDDEN)
     weights = tiny_weights()
-    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = np.nan
+    weights[name][row, 3] = np.nan
     path = write_gguf(tmp_path / "tiny.gguf", weights)
-    with pytest.raises(ModelError, match=r"blk\.0\.ffn_up\.weight holds NaN"):
+    with pytest.raises(ModelError, match=rf"{GGUF_NAMES[name]} holds NaN"):
         import_gguf(path, tmp_path / "cache", silent)
 
 

@@ -3,14 +3,17 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kernels import gated as gated_room
 from qlora_kernels import lora_linear
 from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, gated_nf4_linear, keep_mask, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -408,7 +411,12 @@ def test_casts_made_beforehand_change_no_bit(weight: NF4Weight) -> None:
 
 
 # The end of a gated MLP: gate and up (..., I) in the place of x.
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "tanh": torch.tanh}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,  # has no name of its own
+}
 
 
 def gated_inputs(*lead: int, dtype: torch.dtype = torch.float64, parameters: torch.dtype | None = None) -> list[Tensor]:
@@ -421,7 +429,8 @@ def gated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[
 
     def function(gate: Tensor, up: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         adapter = Adapter(A, B, SCALING, dropout, seed)
-        return gated_nf4_linear(gate, up, ACTIVATIONS[activation], weight, bias, adapter)
+        named = activation if activation in gated_room.ACTIVATIONS else ACTIVATIONS[activation]
+        return gated_nf4_linear(gate, up, named, weight, bias, adapter)  # type: ignore[arg-type]
 
     return function
 
@@ -450,7 +459,7 @@ def test_gated_gradients_are_those_of_finite_differences(weight: NF4Weight) -> N
 def test_a_gated_layer_without_an_adapter_has_the_same_gradients(weight: NF4Weight) -> None:
     gate, up, *_ = gated_inputs(4)
     grad = normal(4, 7, seed=2, dtype=torch.float64)
-    found = torch.autograd.grad(gated_nf4_linear(gate, up, F.silu, weight, None), (gate, up), grad)
+    found = torch.autograd.grad(gated_nf4_linear(gate, up, "silu", weight, None), (gate, up), grad)
     expected = torch.autograd.grad(nf4_linear(F.silu(gate) * up, weight, None), (gate, up), grad)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -467,10 +476,10 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
     inputs = gated_inputs(4)
     outputs = 0
 
-    def counting(*arguments: object) -> Tensor:
+    def counting(*arguments: Any, **settings: Any) -> Tensor:
         nonlocal outputs
         outputs += 1
-        return original(*arguments)
+        return original(*arguments, **settings)
 
     original = lora_linear._output
     monkeypatch.setattr(lora_linear, "_output", counting)
@@ -484,3 +493,27 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
     output.sum().backward()
     assert outputs == 3
     assert all(tensor.grad is not None for tensor in inputs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_training", "is_fused"), [(16, False, True), (17, False, False), (4, True, False)]
+)
+def test_few_tokens_without_gradients_take_the_operation_for_them(
+    weight: NF4Weight, tokens: int, is_training: bool, is_fused: bool
+) -> None:
+    """Which a GPU runs in one pass over the four bits; here it is the same product to the last bit."""
+
+    class Seen(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x = normal(tokens, 45).requires_grad_(is_training)
+    bias = normal(7, seed=5)
+    Seen.names.clear()
+    with torch.set_grad_enabled(is_training), Seen():
+        output = nf4_linear(x, weight, bias)
+    assert ("qlora_kernels::nf4_matmul_few" in Seen.names) == is_fused
+    assert torch.equal(output, F.linear(x, dequantize_nf4(weight, x.dtype), bias))

@@ -1,6 +1,7 @@
 """Promises of the 4-bit base: the quantisation asked for, of finite weights, of every linear layer but the head."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, MixtralConfig
+from transformers.core_model_loading import WeightRenaming
 
 from qlora_kernels.nf4 import dequantize_nf4
+from qlora_trainer import checkpoint_names
 from qlora_trainer.errors import (
     FileMissingError,
     InsufficientMemoryError,
@@ -296,37 +299,34 @@ def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch:
 def test_the_memory_a_base_needs_is_what_it_takes(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Embeddings are dense whatever they are called, and prequantised codes take what they take."""
+    """To the byte: the 4-bit model, and its largest tensor once."""
     from qlora_trainer import model
 
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
-    # The least that must be asked for: nested codes, 1 KiB a layer, weigh in a tiny model and are estimated by share.
-    for directory, least in ((tiny_models("gpt2"), 0.93), (tiny_models("llama"), 0.93), (packed, 1.0)):
-        base = load(directory)
-        once = max(info.nbytes for info in checkpoint_tensors(directory).values())
-        # Learned positions count as 4-bit: their shape says nothing, and in earnest they are small.
-        positions = sum(p.nbytes for name, p in base.model.named_parameters() if "wpe" in name)
+    for directory in (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed):
+        needed = load(directory).bytes + max(info.nbytes for info in checkpoint_tensors(directory).values())
         with monkeypatch.context() as patch:
-            patch.setattr(model, "_free_memory", lambda device, free=once + 1.05 * base.bytes: free)
+            patch.setattr(model, "_free_memory", lambda device, free=needed: free)
             load(directory)
-            patch.setattr(model, "_free_memory", lambda device, free=once + least * (base.bytes - positions): free)
+            patch.setattr(model, "_free_memory", lambda device, free=needed - 1: free)
             with pytest.raises(InsufficientMemoryError):
                 load(directory)
 
 
 def test_what_could_be_trained_but_not_merged_is_refused_before_training(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = checkpoint_tensors(tiny_llama)
-    check_mergeable(tiny_llama, ["model.layers.0.mlp.up_proj"], tensors)
-    from qlora_trainer import model
-
-    def renamed(path: Path) -> dict:
-        return {name.replace("self_attn", "attention"): info for name, info in tensors.items()}
-
-    monkeypatch.setattr(model, "checkpoint_tensors", renamed)
+    """The tensors of a checkpoint whose names transformers translates are found, but a merge would not find them."""
+    tensors = {name.replace("self_attn", "old"): t for name, t in load_file(tiny_llama / "model.safetensors").items()}
+    directory = tmp_path / "renamed"
+    shutil.copytree(tiny_llama, directory)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(
+        checkpoint_names, "get_model_conversion_mapping", lambda model: [WeightRenaming(r"\.old\.", r"\.self_attn\.")]
+    )
     with pytest.raises(ModelError, match=r"other names .*\(8 of them, such as model\.layers\.0\.self_attn\.q_proj\.w"):
-        load(tiny_llama)
+        load(directory)
+    check_mergeable(directory, ["model.layers.0.mlp.up_proj"], checkpoint_tensors(directory))
 
 
 def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_kernels import rms_norm as module
 from qlora_kernels.rms_norm import Form, rms_norm
+from qlora_trainer.memory_tracking import LiveBytes
 
 LIBRARY: dict[Form, type[nn.Module]] = {"scale_after_cast": LlamaRMSNorm, "scale_before_cast": Gemma2RMSNorm}
 FORMS = list(LIBRARY)
@@ -101,3 +102,22 @@ def test_recomputing_changes_no_bit_and_no_input(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
     assert torch.equal(x, normal(7, 96, dtype=dtype))
     assert torch.equal(weight, normal(96, seed=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_it_uses_inside_is_little_more_than_the_formula_says(form: Form, dtype: torch.dtype) -> None:
+    """In several chunks; small tensors, of a row or of the weight's size, are left out of it."""
+    rows, weight = normal(20_000, 960, dtype=dtype), normal(960, dtype=dtype)
+    inverse = normal(20_000, 1).exp()
+    for backward in (False, True):
+        live = LiveBytes()
+        live.watch([rows, weight, inverse], "inputs")
+        known = live.bytes
+        with live:
+            if backward:
+                module.backward_torch(rows, rows, inverse, weight, form)
+            else:
+                module.normalise_torch(rows, weight, EPS, form)
+        inside = live.peak.bytes - known - rows.nbytes  # the output
+        assert 0.8 * inside <= module.workspace_bytes(rows, backward=backward) <= 1.25 * inside

@@ -155,7 +155,7 @@ def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, letter: str
 ) -> None:
     first = start_run(tiny_config("first", adapter=trained))
-    monkeypatch.setattr(runs, "load_base_model", no_load)
+    monkeypatch.setattr(runs, "load_base", no_load)
     source = first.directory / "checkpoints" / "step-000000"
     with pytest.raises(AdapterError, match=letter):
         start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
@@ -186,7 +186,7 @@ def test_a_setting_that_would_make_another_run_is_refused_on_resume(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, section: str, fields: dict, change: str
 ) -> None:
     run = start_run(tiny_config())
-    monkeypatch.setattr(runs, "load_base_model", no_load)
+    monkeypatch.setattr(runs, "load_base", no_load)
     (key, value) = next(iter(fields.items()))
     with pytest.raises(CheckpointError, match=change):
         resume_run(run.directory, [f"{section}.{key}={json.dumps(value)}"])
@@ -448,7 +448,7 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_before_the_base
 ) -> None:
     path = own_base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 64}))
-    monkeypatch.setattr(runs, "load_base_model", no_load)
+    monkeypatch.setattr(runs, "load_base", no_load)
     with pytest.raises(DataError, match="has only 64"):
         start_run(tiny_config(model={"name": str(own_base)}))
 

@@ -28,10 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels import gated
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
+from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.registry import define
 
-Activation = Callable[[Tensor], Tensor]  # elementwise, into a new tensor
+Activation = Callable[[Tensor], Tensor] | gated.Name
+"""A name takes the register's operations; what has none, elementwise and into a new tensor, is left to autograd."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +179,7 @@ class _NF4Linear(torch.autograd.Function):
         # Handles to weight and adapter, not saved tensors: hooks that offload or recompute saved tensors pass them by.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(x, weight, bias, adapter, low_rank)
+        return _output(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
@@ -206,13 +209,13 @@ class _GatedNF4Linear(torch.autograd.Function):
         weight: NF4Weight,
         adapter: Adapter | None,
     ) -> Tensor:
-        product = activation(gate).mul_(up)
+        product = _gated_product(gate, up, activation)
         low_rank = None if adapter is None else _low_rank(product, adapter)
         if any(ctx.needs_input_grad):
             ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
         ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(product, weight, bias, adapter, low_rank)
+        return _output(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
@@ -225,19 +228,33 @@ class _GatedNF4Linear(torch.autograd.Function):
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
         grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        with torch.enable_grad():
-            input = gate.detach().requires_grad_()
-            activated = ctx.activation(input)
-        grad_A = adapter.grad_A(activated.detach() * up) if adapter and needs_A else None
+        grad_A = adapter.grad_A(_gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
         grad_gate = grad_up = None
         if needs_gate or needs_up:
             grad_product = _grad_x(grad, ctx.weight, adapter)
-            grad_up = grad_product * activated.detach() if needs_up else None
-            grad_product.mul_(up)
-            del up
-            if needs_gate:
-                (grad_gate,) = torch.autograd.grad(activated, input, grad_product)
+            grad_gate, grad_up = _gated_gradients(grad_product, gate, up, ctx.activation)
         return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # (..., I)
+    return gated.gated_product(gate, up, activation) if isinstance(activation, str) else activation(gate).mul_(up)
+
+
+def _gated_gradients(
+    grad: Tensor,  # (..., I) of the product; its contents are lost
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    if isinstance(activation, str):
+        return gated.gated_gradients(grad, gate, up, activation)
+    with torch.enable_grad():
+        input = gate.detach().requires_grad_()
+        activated = activation(input)
+    grad_up = grad * activated.detach()
+    (grad_gate,) = torch.autograd.grad(activated, input, grad.mul_(up))
+    return grad_gate, grad_up
 
 
 class _AdapterBackward:
@@ -266,23 +283,20 @@ def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
 
 
 def _output(
-    x: Tensor, weight: NF4Weight, bias: Tensor | None, adapter: Adapter | None, low_rank: Tensor | None
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None,
+    adapter: Adapter | None,
+    low_rank: Tensor | None,
+    *,
+    is_inference: bool,
 ) -> Tensor:  # (..., O), a new tensor, contiguous
-    tokens, out_features = x.reshape(-1, x.shape[-1]), weight.shape[0]
-    bias = None if bias is None else bias.to(x.dtype)
-    output = None
-    for rows, values in dequantized_blocks(weight, x.dtype):
-        if len(values) == out_features:
-            output = F.linear(tokens, values, bias)
-            break
-        output = tokens.new_empty(len(tokens), out_features) if output is None else output
-        torch.mm(tokens, values.T, out=output[:, rows])
-        if bias is not None:
-            output[:, rows] += bias[rows]
-    assert output is not None
+    tokens = x.reshape(-1, x.shape[-1])
+    product = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
+    output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
-    return output.view(*x.shape[:-1], out_features)
+    return output.view(*x.shape[:-1], weight.shape[0])
 
 
 def _grad_x(grad: Tensor, weight: NF4Weight, adapter: _AdapterBackward | None) -> Tensor:  # (..., I)

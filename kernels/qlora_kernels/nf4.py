@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels.registry import UnavailableError, define
+from qlora_kernels.registry import define, from_triton
 
 NF4_CODE = torch.tensor(
     [
@@ -85,7 +85,7 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
     torch.ops.qlora_kernels.quantize_nf4(flat, packed, maxima)
     offset = maxima.mean()
     absmax, nested_absmax = _quantize_maxima(maxima - offset)
-    nested_code = dynamic_code().to(weight.device)
+    nested_code = dynamic_code().to(weight.device, copy=True)  # its own: nobody's writes reach another weight
     return NF4Weight(packed, absmax, nested_absmax, nested_code, offset, (weight.shape[0], weight.shape[1]))
 
 
@@ -280,14 +280,6 @@ def _dequantize_on_cpu() -> Callable[..., None]:
     return nf4_cpu.dequantizer()
 
 
-def _dequantize_on_cuda() -> Callable[..., None]:
-    try:
-        from qlora_kernels import nf4_triton
-    except ImportError as error:
-        raise UnavailableError("Triton is not installed: pip install triton") from error
-    return nf4_triton.dequantize
-
-
 define(
     "quantize_nf4(Tensor values, Tensor(a!) packed, Tensor(b!) maxima) -> ()",
     quantize_torch,
@@ -300,5 +292,5 @@ define(
     dequantize_torch,
     lambda *arguments: None,
     cpu=_dequantize_on_cpu,
-    cuda=_dequantize_on_cuda,
+    cuda=from_triton("nf4_triton", "dequantize"),
 )

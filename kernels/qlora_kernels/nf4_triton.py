@@ -2,8 +2,8 @@
 
 The same contract as `nf4.dequantize_torch`, bit for bit: every product and the sum of the scale are rounded by
 themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory; plain torch
-would make and read back several full-size tensors. Left out: fusing the matrix product, which gains only where few
-tokens meet a weight, and a training step has thousands.
+would make and read back several full-size tensors. The product with few tokens, where fusing it gains, is
+`nf4_matmul_triton`.
 """
 
 import functools
@@ -16,6 +16,17 @@ from torch import Tensor
 from qlora_kernels.nf4 import NF4_CODE
 
 BYTES_PER_PROGRAM = 1024
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def load_scale(  # type: ignore[no-untyped-def]
+    absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, inside, NESTED_BLOCK_SIZE: tl.constexpr
+):
+    """The scale of each block; of those outside, the offset. Two roundings: launch without floating-point fusion."""
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
+    nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
+    return tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
 
 
 @triton.jit
@@ -41,9 +52,7 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     byte = first_byte + index
     block = byte * 2 // BLOCK_SIZE  # blocks hold whole bytes, so both halves share one
     packed = tl.load(packed_ptr + byte, mask=inside, other=0)
-    absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
-    nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
-    scale = tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
+    scale = load_scale(absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, inside, NESTED_BLOCK_SIZE)
     high = tl.load(nf4_code_ptr + (packed >> 4).to(tl.int32)) * scale
     low = tl.load(nf4_code_ptr + (packed & 15).to(tl.int32)) * scale
     element = 2 * begin - odd + tl.arange(0, 2 * BYTES)
@@ -71,7 +80,7 @@ def dequantize(
     with torch.cuda.device_of(packed):  # Triton launches on the current device
         dequantize_kernel[(triton.cdiv(count + odd, 2 * BYTES_PER_PROGRAM),)](
             *(table.contiguous() for table in tables),
-            _code_on(packed.device),
+            code_on(packed.device),
             out,
             start // 2,
             odd,
@@ -79,11 +88,10 @@ def dequantize(
             BLOCK_SIZE=block_size,
             NESTED_BLOCK_SIZE=nested_block_size,
             BYTES=BYTES_PER_PROGRAM,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )
 
 
 @functools.cache
-def _code_on(device: torch.device) -> Tensor:
+def code_on(device: torch.device) -> Tensor:
     return NF4_CODE.to(device)

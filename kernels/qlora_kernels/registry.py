@@ -8,7 +8,9 @@ read here and nowhere else.
 
 import dataclasses
 import functools
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -98,11 +100,27 @@ def define(
     torch.library.register_fake(qualified, fake)
 
 
-def implementations(device_type: str) -> dict[str, str]:
-    """By operation, what a tensor on this kind of device takes: "fast", or "reference" and why.
+def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
+    """What `define` takes for cuda: a function of a module of this package that needs Triton, imported at first use."""
 
-    Makes the fast versions that are not made yet. Only operations whose modules are imported are known.
+    def load() -> Callable[..., Any]:
+        try:
+            return getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
+        except ImportError as error:
+            raise UnavailableError("Triton is not installed: pip install triton") from error
+
+    return load
+
+
+def implementations(device_type: str) -> dict[str, str]:
+    """By operation of this package, what a tensor on this kind of device takes: "fast", or "reference" and why.
+
+    Makes the fast versions that are not made yet.
     """
+    package = importlib.import_module(NAMESPACE)
+    for room in pkgutil.iter_modules(package.__path__):
+        if not room.name.endswith("_triton"):  # those define no operation, and need Triton
+            importlib.import_module(f"{NAMESPACE}.{room.name}")
     found = {}
     for name, op in sorted(_OPS.items()):
         if kernel_choice() == "reference":

@@ -4,7 +4,8 @@ Written in plain torch operations, autograd keeps two or three fp32 tensors of t
 input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Two forms are in use and
 differ in where they round; `Form` names them. The weight is frozen and gets no gradient.
 
-Rows are taken a chunk at a time, so that fp32 values of a long input never exist whole. Left out: a fused kernel.
+Forward and backward are ops of the register: in plain torch, rows a chunk at a time, so that fp32 values of a long
+input never exist whole; on CUDA one kernel each (rms_norm_triton.py), which reads and writes 16-bit values once.
 
 Legend: N rows, H features.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.lora_linear import fetch, keep, visible
+from qlora_kernels.registry import define, from_triton
 
 Form = Literal["scale_after_cast", "scale_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it, or (x_hat * (1 + weight.float())).to(dtype), as Gemma has it."""
@@ -40,11 +42,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        output = torch.empty_like(rows)
-        inverse = rows.new_empty(len(rows), 1, dtype=_wide(x))
-        for part in _chunks(rows):
-            inverse[part] = torch.rsqrt(rows[part].to(inverse.dtype).pow(2).mean(-1, keepdim=True) + eps)
-            output[part] = _scaled(rows[part] * inverse[part], weight, form)
+        output, inverse = torch.ops.qlora_kernels.rms_norm(rows, weight, eps, form)
         ctx.kept = keep(x, inverse) if ctx.needs_input_grad[0] else None
         ctx.weight, ctx.form = weight, form
         return output.view(x.shape)
@@ -54,15 +52,48 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., H)
         x, inverse = fetch(ctx.kept)
         assert x is not None
-        assert inverse is not None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        grad_x = torch.empty_like(rows)
-        for part in _chunks(rows):
-            x_hat = rows[part] * inverse[part]
-            grad_hat = _scaled_gradient(grads[part], ctx.weight, ctx.form)
-            along = (grad_hat * x_hat).mean(-1, keepdim=True)
-            grad_x[part] = (grad_hat - x_hat.mul_(along)).mul_(inverse[part])
+        grad_x = torch.ops.qlora_kernels.rms_norm_backward(grads, rows, inverse, ctx.weight, ctx.form)
         return grad_x.view(x.shape), None, None, None
+
+
+def normalise_torch(
+    rows: Tensor,  # (N, H)
+    weight: Tensor,  # (H,)
+    eps: float,
+    form: Form,
+) -> tuple[Tensor, Tensor]:  # (N, H), and (N, 1): one over each row's root mean square, fp32 or wider
+    """The contract of forward."""
+    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    inverse = rows.new_empty(len(rows), 1, dtype=_wide(rows))
+    for part in _chunks(rows):
+        inverse[part] = torch.rsqrt(rows[part].to(inverse.dtype).pow(2).mean(-1, keepdim=True) + eps)
+        output[part] = _scaled(rows[part] * inverse[part], weight, form)
+    return output, inverse
+
+
+def backward_torch(
+    grads: Tensor,  # (N, H) of the output
+    rows: Tensor,  # (N, H)
+    inverse: Tensor,  # (N, 1)
+    weight: Tensor,  # (H,)
+    form: Form,
+) -> Tensor:  # (N, H)
+    """The contract of backward: the gradient of the rows."""
+    grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for part in _chunks(rows):
+        x_hat = rows[part] * inverse[part]
+        grad_hat = _scaled_gradient(grads[part], weight, form)
+        along = (grad_hat * x_hat).mean(-1, keepdim=True)
+        grad_x[part] = (grad_hat - x_hat.mul_(along)).mul_(inverse[part])
+    return grad_x
+
+
+def workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
+    """What plain torch uses inside and frees again: two fp32 tensors of a chunk of rows, in backward three."""
+    chunk = max((part.stop - part.start for part in _chunks(rows)), default=0)
+    elements = min(chunk, len(rows)) * rows.shape[-1]
+    return (3 if backward else 2) * elements * _wide(rows).itemsize
 
 
 def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
@@ -86,3 +117,21 @@ def _wide(x: Tensor) -> torch.dtype:
 def _chunks(rows: Tensor) -> list[slice]:
     size = max(CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // MOST_CHUNKS), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def _normalise_fake(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=_wide(rows))
+
+
+define(
+    "rms_norm(Tensor rows, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
+    normalise_torch,
+    _normalise_fake,
+    cuda=from_triton("rms_norm_triton", "normalise"),
+)
+define(
+    "rms_norm_backward(Tensor grads, Tensor rows, Tensor inverse, Tensor weight, str form) -> Tensor",
+    backward_torch,
+    lambda grads, rows, *others: rows.new_empty(rows.shape),
+    cuda=from_triton("rms_norm_triton", "backward"),
+)

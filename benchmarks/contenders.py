@@ -1,9 +1,10 @@
-"""The contenders of cpu_training.py, one a process: `python -m benchmarks.cpu_contenders NAME JOB.json RESULT.json`.
+"""The contenders of cpu_training.py and gpu.py, one a process: `python -m benchmarks.contenders NAME JOB RESULT`.
 
 `ours` goes first: it writes the rows of each step, tokenised, with the learning rate, and the adapter it starts from;
-the others read them. Peak private memory is counted from the beginning of the first step, so that loading a model,
-which takes a moment's memory of its own, is left out; Linux tells it. The library of one contender is imported in its
-own function: in the process of another it would count as that one's memory.
+the others read them. JOB and RESULT are JSON files. Peak memory is counted from the beginning of the first step, so
+that loading a model, which takes a moment's memory of its own, is left out; Linux tells it, and on a GPU torch, which
+does not see what an optimizer pages. The library of one contender is imported in its own function: in the process of
+another it would count as that one's memory.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Row, load_peer, longest, peer_step, rows_of_step, trainable_parameters
+from benchmarks.common import Row, load_peer, longest, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
 from qlora_trainer.process_memory import peak_private_bytes, restart_peak
 
 ALPHA = 32.0
@@ -34,6 +35,7 @@ class Job:
     batch_size: int
     rank: int
     work: str  # an empty directory for what is shared, and for runs
+    device: str = "cpu"  # or cuda: all compute in bf16 there, in fp32 here, but for TRL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +59,24 @@ class Result:
     cpu_seconds: list[float]  # of each step, over all threads: what others do on the machine changes it little
     tokens: list[int]  # of each step, padding left out
     computed_tokens: list[int]  # of each step, padding included
-    peak_private_bytes: int  # of all steps
+    peak_bytes: int  # of all steps: private to the process, or on a GPU what torch reserved
     settings: str  # what is worth knowing of how it trained
 
 
 class Meter:
-    """Losses and seconds of the steps, and the peak of private memory in them. Make it when the model is loaded."""
+    """Losses and seconds of the steps, and the peak of memory in them. Make it when the model is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
-        self.peak_private_bytes = 0
-        restart_peak()
+        self.peak_bytes = 0
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            restart_peak()
         self._cpu_seconds_before = cpu_seconds()
 
     def note(self, loss: float, seconds: float) -> None:
@@ -78,7 +85,7 @@ class Meter:
         self.losses.append(loss)
         self.seconds.append(seconds)
         self.cpu_seconds.append(now - self._cpu_seconds_before)
-        self.peak_private_bytes = peak_private_bytes() or 0
+        self.peak_bytes = torch.cuda.max_memory_reserved() if self.device == "cuda" else peak_private_bytes() or 0
         self._cpu_seconds_before = now
 
     def result(self, rows: Sequence[Sequence[Row]], *, is_padded: bool, settings: str) -> Result:
@@ -90,7 +97,7 @@ class Meter:
             cpu_seconds=self.cpu_seconds,
             tokens=tokens,
             computed_tokens=padded if is_padded else tokens,
-            peak_private_bytes=self.peak_private_bytes,
+            peak_bytes=self.peak_bytes,
             settings=settings,
         )
 
@@ -110,7 +117,7 @@ def ours(job: Job, activations: str) -> Result:
 
     config = make_config(
         {
-            "model": {"name": job.model, "device": "cpu", "compute_dtype": "float32"},
+            "model": {"name": job.model, "device": job.device, "compute_dtype": _dtype(job)},
             "adapter": {"rank": job.rank, "alpha": ALPHA},
             "data": {"train": job.rows, "heldout": 0.0, "max_length": MAX_LENGTH},
             "training": {
@@ -124,7 +131,7 @@ def ours(job: Job, activations: str) -> Result:
     run = start_run(config)
     rows = [rows_of_step(run, step) for step in range(job.steps)]
     shared = Shared(
-        model=str(run.base.directory),
+        model=str(plain_checkpoint(run.base.directory, Path(job.work) / "model")),
         adapter=str(newest_checkpoint(run.directory).path),
         source_dtype=run.base.fingerprint.source_dtype,
         max_grad_norm=config.optimizer.max_grad_norm,
@@ -132,25 +139,48 @@ def ours(job: Job, activations: str) -> Result:
         rows=rows,
     )
     _shared_path(job).write_text(json.dumps(dataclasses.asdict(shared)), encoding="utf-8")
-    meter = Meter()
+    meter = Meter(job.device)
     run.train(lambda record: meter.note(record["loss"], record["tokens"] / record["tokens_per_second"]))
-    settings = f"{config.optimizer.name}, packed into micro-batches of up to {MAX_LENGTH} tokens, float32"
+    packed = f"packed into micro-batches of up to {run.state.loader.micro_batch_tokens} tokens"
+    settings = f"{config.optimizer.name}, {packed}, {run.state.policy}, {_dtype(job)}"
     return meter.result(rows, is_padded=False, settings=settings)
 
 
 def hand_written_loop(job: Job) -> Result:
-    """peft + bitsandbytes in twenty lines: padded batches, gradient checkpointing, a paged optimizer, fp32."""
-    import bitsandbytes
+    """peft + bitsandbytes in twenty lines: padded batches, gradient checkpointing, a paged optimizer."""
+    shared = _read_shared(job)
+    source = getattr(torch, shared.source_dtype)
+    where = {"device": job.device, "compute_dtype": getattr(torch, _dtype(job))}
+    model = load_peer(Path(shared.model), Path(shared.adapter), source, checkpointing=True, **where)
+    settings = f"paged_adamw_32bit, rows padded to the step's longest, gradient checkpointing, {_dtype(job)}"
+    return _padded_loop(model, job, shared, settings)
+
+
+def unsloth(job: Job) -> Result:
+    """Unsloth as its documentation shows it, on our rows in our order, from an adapter of its own."""
+    from unsloth import FastLanguageModel
 
     shared = _read_shared(job)
-    model = load_peer(Path(shared.model), Path(shared.adapter), getattr(torch, shared.source_dtype), checkpointing=True)
+    model, _ = FastLanguageModel.from_pretrained(shared.model, max_seq_length=MAX_LENGTH, load_in_4bit=True)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=job.rank, lora_alpha=ALPHA, target_modules=linear, use_gradient_checkpointing="unsloth"
+    )
+    settings = "paged_adamw_32bit, rows padded to the step's longest, its own checkpointing, bfloat16"
+    return _padded_loop(model, job, shared, settings)
+
+
+def _padded_loop(model: Any, job: Job, shared: Shared, settings: str) -> Result:
+    import bitsandbytes
+
     optimizer = bitsandbytes.optim.PagedAdamW32bit(trainable_parameters(model), weight_decay=0.0)
-    meter = Meter()
+    meter = Meter(job.device)
     for rows, rate in zip(shared.rows, shared.learning_rates, strict=True):
         started = time.perf_counter()
-        loss = peer_step(model, optimizer, rows, rate, shared.max_grad_norm)
+        loss = peer_step(model, optimizer, rows, rate, shared.max_grad_norm, job.device)
+        if job.device == "cuda":
+            torch.cuda.synchronize()
         meter.note(loss, time.perf_counter() - started)
-    settings = "paged_adamw_32bit, rows padded to the step's longest, gradient checkpointing, float32"
     return meter.result(shared.rows, is_padded=True, settings=settings)
 
 
@@ -217,7 +247,14 @@ CONTENDERS: dict[str, Callable[[Job], Result]] = {
     "ours, recompute": lambda job: ours(job, "recompute"),
     "hand-written loop": hand_written_loop,
     "TRL": trl,
+    "Unsloth": unsloth,
 }
+ON_CPU = ("ours", "ours, recompute", "hand-written loop", "TRL")
+ON_GPU = ("ours", "hand-written loop", "Unsloth")
+
+
+def _dtype(job: Job) -> str:
+    return "bfloat16" if job.device == "cuda" else "float32"
 
 
 def _shared_path(job: Job) -> Path:

@@ -1,0 +1,79 @@
+"""The product inside a gated MLP, activation(gate) * up (Shazeer 2020, arXiv:2002.05202), and its gradients.
+
+Backward needs gate and up and nothing else, so whoever keeps those can make the product again. Both directions are ops
+of the register: in plain torch, with the bits of the formula in autograd; on CUDA one kernel each (gated_triton.py),
+which keeps the activated gate in registers. Left out: activations other than ACTIVATIONS, which autograd takes
+(lora_linear.py).
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_kernels.registry import define, from_triton
+
+Name = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS: tuple[Name, ...] = get_args(Name)
+
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def activate(gate: Tensor, activation: Name) -> Tensor:
+    """activation(gate), a new tensor."""
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_APPROXIMATION[activation])
+
+
+def gated_product(
+    gate: Tensor,  # (..., W)
+    up: Tensor,  # (..., W)
+    activation: Name,
+) -> Tensor:  # (..., W)
+    """activation(gate) * up, without gradients."""
+    return torch.ops.qlora_kernels.gated_product(gate.detach(), up.detach(), activation)
+
+
+def gated_gradients(
+    grad: Tensor,  # (..., W) of the product; it becomes gate's gradient
+    gate: Tensor,  # (..., W)
+    up: Tensor,  # (..., W)
+    activation: Name,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate, where `grad` lies, and of up."""
+    grad_up = torch.ops.qlora_kernels.gated_gradients(grad, gate.detach(), up.detach(), activation)
+    return grad, grad_up
+
+
+def product_torch(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+    """The contract of `gated_product`."""
+    return activate(gate, activation).mul_(up)
+
+
+def gradients_torch(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+    """The contract of `gated_gradients`: returns up's."""
+    grad_up = activate(gate, activation).mul_(grad)
+    grad.mul_(up)
+    if activation == "silu":
+        torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=grad)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(grad, gate, approximate=_APPROXIMATION[activation], grad_input=grad)
+    return grad_up
+
+
+def _product_fake(gate: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(gate)
+
+
+define(
+    "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
+    product_torch,
+    _product_fake,
+    cuda=from_triton("gated_triton", "product"),
+)
+define(
+    "gated_gradients(Tensor(a!) grad, Tensor gate, Tensor up, str activation) -> Tensor",
+    gradients_torch,
+    lambda grad, gate, *others: torch.empty_like(gate),
+    cuda=from_triton("gated_triton", "gradients"),
+)

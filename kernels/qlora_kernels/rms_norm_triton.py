@@ -1,0 +1,143 @@
+"""RMS normalisation on CUDA: forward and backward each read their 16-bit rows once and write them once.
+
+The contract is rms_norm.py's: fp32 within a row, rounded where the form says. Plain torch makes half a dozen fp32
+tensors of the rows' size instead. Sums run in another order, so the last bits may differ; the weight is frozen, so
+backward has no second sum over the rows. Left out: rows of more than MOST_FEATURES, and fp64, which go to plain torch.
+
+Legend: N rows, H features.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlora_kernels import rms_norm
+from qlora_kernels.rms_norm import Form
+
+ELEMENTS_PER_PROGRAM = 4096  # rows of few features, such as those of an attention head, go several at a time
+MOST_FEATURES = 16384
+OPTIONS = {"enable_fp_fusion": True}  # fewer roundings
+
+
+@triton.jit
+def normalise_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # (N, H), rows `stride` apart
+    weight_ptr,  # (H,)
+    out_ptr,  # (N, H)
+    inverse_ptr,  # (N,)
+    eps,
+    rows,
+    features,
+    stride,
+    CAST_FIRST: tl.constexpr,  # the form is scale_after_cast
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    feature = tl.arange(0, FEATURES)
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / features + eps)
+    x_hat = x * inverse[:, None]
+    # The product of two 16-bit values is exact in fp32: rounded once more, as plain torch has it.
+    y = x_hat.to(out_ptr.dtype.element_ty).to(tl.float32) * weight if CAST_FIRST else x_hat * (1.0 + weight)
+    tl.store(out_ptr + row[:, None] * features + feature[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(inverse_ptr + row, inverse, mask=row < rows)
+
+
+@triton.jit
+def backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,  # (N, H), rows `grad_stride` apart
+    x_ptr,  # (N, H), rows `stride` apart
+    inverse_ptr,  # (N,)
+    weight_ptr,  # (H,)
+    out_ptr,  # (N, H)
+    rows,
+    features,
+    grad_stride,
+    stride,
+    CAST_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    feature = tl.arange(0, FEATURES)
+    inside = (row < rows)[:, None] & (feature < features)[None, :]
+    grad = tl.load(grad_ptr + row[:, None] * grad_stride + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
+    inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
+    x_hat = x * inverse
+    grad_hat = grad * weight if CAST_FIRST else grad * (1.0 + weight)
+    along = tl.sum(grad_hat * x_hat, axis=1)[:, None] / features
+    grad_x = (grad_hat - x_hat * along) * inverse
+    tl.store(out_ptr + row[:, None] * features + feature[None, :], grad_x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(features: int) -> dict[str, Any]:
+    """How rows of so many features are launched."""
+    padded = triton.next_power_of_2(features)
+    rows = max(ELEMENTS_PER_PROGRAM // padded, 1)
+    return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
+
+
+def normalise(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+    """As `rms_norm.normalise_torch`."""
+    count, features = rows.shape
+    if features > MOST_FEATURES or rows.dtype == torch.float64:
+        return rms_norm.normalise_torch(rows, weight, eps, form)
+    rows = _dense(rows)
+    output, inverse = rows.new_empty(rows.shape), rows.new_empty(count, 1, dtype=torch.float32)
+    if rows.numel():
+        launch = tile(features)
+        with torch.cuda.device_of(rows):  # Triton launches on the current device
+            normalise_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+                rows,
+                weight.contiguous(),
+                output,
+                inverse,
+                eps,
+                count,
+                features,
+                rows.stride(0),
+                CAST_FIRST=form == "scale_after_cast",
+                **launch,
+                **OPTIONS,
+            )
+    return output, inverse
+
+
+def backward(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
+    """As `rms_norm.backward_torch`."""
+    count, features = rows.shape
+    if features > MOST_FEATURES or rows.dtype == torch.float64:
+        return rms_norm.backward_torch(grads, rows, inverse, weight, form)
+    grads, rows = _dense(grads), _dense(rows)
+    grad_x = rows.new_empty(rows.shape)
+    if rows.numel():
+        launch = tile(features)
+        with torch.cuda.device_of(rows):
+            backward_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+                grads,
+                rows,
+                inverse,
+                weight.contiguous(),
+                grad_x,
+                count,
+                features,
+                grads.stride(0),
+                rows.stride(0),
+                CAST_FIRST=form == "scale_after_cast",
+                **launch,
+                **OPTIONS,
+            )
+    return grad_x
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """Rows that may lie apart, each in one piece."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,0 +1,167 @@
+"""Training steps on fake tensors of device cuda: what branches on the device is walked, and nothing is computed.
+
+    python tests/fake_cuda_steps.py LIBRARY MODEL_DIRECTORY
+
+LIBRARY is fake_cuda.cpp, compiled. Prints a JSON object: by setting, the operations that ran on cuda. A process of its
+own, because the library must be there before torch, and because torch.cuda is then answered for.
+"""
+
+import ctypes
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+LIBRARY, MODEL = Path(sys.argv[1]), Path(sys.argv[2])
+assert "torch" not in sys.modules
+spec = importlib.util.find_spec("torch")
+assert spec is not None
+assert spec.origin is not None
+for pattern in ("libgomp*.so*", "libc10.so", "libtorch_cpu.so"):
+    for path in (Path(spec.origin).parent / "lib").glob(pattern):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+# Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
+from qlora_trainer.activations import choose_policy  # noqa: E402
+from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
+from qlora_trainer.config import make_config  # noqa: E402
+from qlora_trainer.data.packing import Example, make_packs  # noqa: E402
+from qlora_trainer.planning import FakeRun, _as_fake  # noqa: E402
+from qlora_trainer.skeleton import build_skeleton, fill_skeleton  # noqa: E402
+from qlora_trainer.training import build_state, train_step  # noqa: E402
+
+
+class Stream:
+    """In whose order everything happens at once."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.device_index = 0
+
+    def wait_stream(self, other: Any) -> None:
+        """Done."""
+
+    wait_event = wait_stream
+
+    def record_event(self) -> "Stream":
+        return self
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Back on the other."""
+
+
+def answer_for_cuda() -> None:
+    """torch.cuda as on a machine with one Ampere card."""
+    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[method-assign, assignment]
+    torch.version.cuda = "13.0"
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (8, 6),
+        "get_device_name": "a fake card",
+        "get_device_properties": SimpleNamespace(major=8, minor=6, total_memory=24 << 30, multi_processor_count=82),
+        "is_current_stream_capturing": False,
+        "mem_get_info": (24 << 30, 24 << 30),
+        "is_bf16_supported": True,
+        "synchronize": None,
+        "init": None,
+        "_lazy_init": None,
+        "current_stream": Stream(),
+    }
+    for name, value in answers.items():
+        setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
+    torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
+    torch.cuda.stream = lambda stream: stream  # type: ignore[assignment]
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = lambda *arguments, **named: torch.empty(16, dtype=torch.uint8, device="cpu")
+        module.set_rng_state = lambda *arguments, **named: None
+
+
+class Seen(TorchDispatchMode):
+    """Which operations are given or make a tensor on cuda."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in leaves):
+            self.names.add(func.name())
+        return out
+
+
+def to_cuda(model: nn.Module) -> None:
+    """Fake tensors on cuda in the place of those on the CPU; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cuda")
+                    made[id(old)] = nn.Parameter(new, requires_grad=False) if tensors is module._parameters else new
+                tensors[name] = made[id(old)]
+
+
+def operations_of(fake: FakeRun, dtype: torch.dtype, **changes: Any) -> list[str]:
+    """Those of two steps, and of a step of generation."""
+    config = make_config(
+        {
+            "model": {"name": str(MODEL)},
+            "adapter": {"rank": 8, "dropout": 0.1},
+            "optimizer": {"name": "adamw"},  # bitsandbytes' pages by calling the driver
+            "data": {"train": "rows.jsonl", "max_length": 128},
+            "training": {"batch_size": 2, **changes},
+        }
+    )
+    model = build_skeleton(MODEL)
+    seen = Seen()
+    with fake:
+        fill_skeleton(model, config.model, dtype)
+        to_cuda(model)
+        add_adapters(model, config.adapter, config.training.seed)
+        device = torch.device("cuda", 0)
+        state = build_state(
+            model, config, [Example([1], [1])] * 2, dtype, choose_policy(config.training, torch.device("cuda"))
+        )
+        assert state.device == device, state.device
+        state.total_steps = 2
+    state.model.train()
+    pack = _as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
+    with fake:
+        with seen:
+            for _ in range(2):
+                train_step(state, [pack])
+        model.eval()
+        with seen, torch.no_grad():
+            model(input_ids=torch.ones((1, 1), dtype=torch.int64, device=device), use_cache=False)
+    return sorted(seen.names)
+
+
+if __name__ == "__main__":
+    answer_for_cuda()
+    settings = {
+        "bf16, recompute": (torch.bfloat16, {"activations": "recompute"}),
+        "bf16, tile": (torch.bfloat16, {"activations": "tile"}),
+        "fp32, recompute": (torch.float32, {"activations": "recompute"}),
+    }
+    fake = FakeRun()  # one for all: what is kept from step to step, such as documents' bounds, belongs to it
+    print(json.dumps({name: operations_of(fake, dtype, **changes) for name, (dtype, changes) in settings.items()}))

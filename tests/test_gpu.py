@@ -1,0 +1,156 @@
+"""What only a GPU can show of a whole run: its plan, its paging, its resuming, its numbers. `make test-gpu` runs all.
+
+Operations and kernels are compared with their references in test_operations.py and test_triton_kernels.py, memory that
+runs out is provoked in test_recovery.py, and copies to host memory in test_activations.py.
+"""
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_model_directory
+
+from qlora_trainer.activations import Policy
+from qlora_trainer.fitting import with_micro_batch, with_policy
+from qlora_trainer.planning import PAGED, plan_memory
+from qlora_trainer.report import read_metrics
+from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
+from qlora_trainer.training_run import Run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+Config = Callable[..., RunConfig]
+
+
+def quiet(record: dict[str, Any]) -> None:
+    """A display that shows nothing."""
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Flash attention's backward adds in a fixed order only where that is asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose step is far larger than the allocator's segments: two layers of an 8B's width by a quarter."""
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    }
+    return make_model_directory(tmp_path_factory.mktemp("models") / "wide", "llama", **shape)
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that are all cut to the full length."""
+    path = tmp_path_factory.mktemp("rows") / "long.jsonl"
+    text = "the quick brown fox jumps over a lazy dog " * 500
+    path.write_text("".join(json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(8)))
+    return path
+
+
+def final_adapter(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.directory / "adapter" / "adapter_model.safetensors")
+
+
+def clear() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("level", ["keep", "recompute", "offload", "tile"])
+def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_rows: Path, level: str) -> None:
+    """Two steps of two rows of 2,048 tokens, each a micro-batch: within a twentieth and two segments."""
+    clear()
+    before = torch.cuda.memory_reserved()
+    config = tiny_config(
+        model={"name": str(wide), "device": "cuda"},
+        adapter={"rank": 16},
+        data={"train": str(long_rows), "heldout": 0.0, "max_length": 2048},
+        training={"batch_size": 2, "max_steps": 2, "activations": level, "micro_batch_tokens": 2048},
+    )
+    run = start_run(config)
+    run.train(quiet)
+    measured = torch.cuda.max_memory_reserved() - before
+    assert run.state.policy.level == level
+    assert run.state.loader.micro_batch_tokens == 2048
+    plan = plan_memory(wide, with_policy(with_micro_batch(config, 2048), run.state.policy))
+    allowed = 0.05 * measured + 2 * 20 * 2**20
+    print(f"{level}: planned {plan.reserved / 2**20:.0f} MiB, reserved {measured / 2**20:.0f} MiB")
+    assert abs(plan.reserved - measured) <= allowed
+    run.release()
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("policy", [Policy("keep"), Policy("recompute"), Policy("offload"), Policy("tile")], ids=str)
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_a_resumed_run_on_cuda_is_the_uninterrupted_one(tiny_config: Config, policy: Policy, optimizer: str) -> None:
+    changes = {
+        "model": {"device": "cuda"},
+        "adapter": {"rank": 128, "dropout": 0.1},
+        "optimizer": {"name": optimizer},
+        "training": policy.as_settings(),
+    }
+    whole = start_run(tiny_config("whole", **changes))
+    whole.train(quiet)
+    first = start_run(tiny_config("parts", **changes))
+    first.train(quiet, stop_after=3)
+    first.save()
+    paged = first.state.optimizer.paged_bytes
+    second = resume_run(first.directory)
+    assert second.state.step == 3
+    assert second.state.optimizer.paged_bytes == paged == whole.state.optimizer.paged_bytes
+    assert (paged > 0) == optimizer.startswith("paged")
+    second.train(quiet)
+    wanted, found = final_adapter(whole), final_adapter(second)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    losses = [[r["loss"] for r in read_metrics(run.directory / "metrics.jsonl")] for run in (whole, second)]
+    assert losses[0] == losses[1]
+
+
+def test_a_plan_says_what_pages(tiny_config: Config, tiny_llama: Path) -> None:
+    config = tiny_config(model={"device": "cuda"}, adapter={"rank": 128})
+    run = start_run(config)
+    assert plan_memory(tiny_llama, config).components[PAGED] == run.state.optimizer.paged_bytes > 0
+
+
+@pytest.mark.parametrize("choice", ["reference", "fast"])
+def test_a_step_on_cuda_learns_what_a_cpu_learns(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    """In fp32, with every kernel or none."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setenv("QLORA_KERNELS", "auto")
+        run = start_run(tiny_config(f"{device}-{choice}", model={"device": device, "compute_dtype": "float32"}))
+        # `fast` would refuse operations that have no fast version only where theirs cannot be had: none, on a GPU.
+        monkeypatch.setenv("QLORA_KERNELS", choice if device == "cuda" else "auto")
+        run.train(quiet)
+        losses.append([record["loss"] for record in read_metrics(run.directory / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-4)
+
+
+def test_kernels_change_bf16_losses_by_no_more_than_rounding(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for choice in ("reference", "auto"):
+        monkeypatch.setenv("QLORA_KERNELS", choice)
+        run = start_run(tiny_config(choice, model={"device": "cuda", "compute_dtype": "bfloat16"}))
+        run.train(quiet)
+        losses.append([record["loss"] for record in read_metrics(run.directory / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)

@@ -1,0 +1,104 @@
+"""Every operation of the register is a torch op as torch asks, and gives on a GPU what its reference gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels.nf4 import quantize_nf4
+from qlora_kernels.registry import NAMESPACE, implementations
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def nf4_tables() -> list[Tensor]:
+    weight = quantize_nf4(normal(6, 64))
+    return [weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset]
+
+
+def attention() -> list[Any]:
+    query, key = normal(1, 4, 9, 8), normal(1, 2, 9, 8, seed=1)
+    return [query, key, normal(1, 2, 9, 8, seed=2), torch.tensor(7), 0.3, 5, 2.0, 0.25]
+
+
+# By operation, arguments as its callers pass them. A new operation needs a sample here.
+SAMPLES: dict[str, Callable[[], list[Any]]] = {
+    "blockwise_attention": attention,
+    "blockwise_attention_backward": lambda: [normal(1, 9, 4, 8, seed=3), *attention()],
+    "copy_to_host": lambda: [normal(3, 5)],
+    "dequantize_nf4": lambda: [*nf4_tables(), 65, 64, 256, torch.empty(88, dtype=torch.float16)],
+    "gated_gradients": lambda: [normal(3, 5), normal(3, 5, seed=1), normal(3, 5, seed=2), "gelu_tanh"],
+    "gated_product": lambda: [normal(3, 10)[:, :5], normal(3, 5, seed=1), "silu"],
+    "keep_mask": lambda: [normal(3, 5), 7, 0.25, torch.tensor(11)],
+    "label_rows": lambda: [torch.tensor([4, 5, 6])],  # a label on every row: else a fake one has more
+    "nf4_matmul_few": lambda: [normal(3, 64), *nf4_tables(), normal(6), torch.zeros(200), 6, 64, 256],
+    "rms_norm": lambda: [normal(3, 5), normal(5, seed=1), 1e-5, "scale_after_cast"],
+    "rms_norm_backward": lambda: [normal(3, 5), normal(3, 5), normal(3, 1).exp(), normal(5), "scale_before_cast"],
+    "rotate": lambda: [normal(2, 5, 3, 8).transpose(1, 2), normal(1, 5, 8), normal(1, 5, 8, seed=1), True],
+    "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],
+}
+
+
+def test_every_operation_has_a_sample() -> None:
+    for device_type in ("cpu", "cuda"):
+        known = implementations(device_type)
+        assert sorted(SAMPLES) == [name for name in sorted(known) if not name.endswith("_for_test")]
+
+
+def operation(name: str) -> Any:
+    implementations("cpu")  # knows all
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_operation_is_registered_as_torch_asks(name: str) -> None:
+    """Schema against what it changes and shares, fake results against real ones, and tracing with changing shapes."""
+    torch.library.opcheck(operation(name).default, tuple(SAMPLES[name]()))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_reference_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> tuple[list[Tensor], Any]:
+        torch.manual_seed(0)
+        arguments = SAMPLES[name]()
+        result = operation(name)(*arguments)
+        return [argument for argument in arguments if isinstance(argument, Tensor)], result
+
+    monkeypatch.setenv("QLORA_KERNELS", "auto")
+    found = run()
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    torch.testing.assert_close(found, run(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_operation_on_cuda_gives_what_its_reference_gives(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the rounding of the dtype: in the last bits, sums in another order differ."""
+
+    def on_cuda(argument: Any) -> Any:
+        if not isinstance(argument, Tensor) or (argument.ndim == 0 and not argument.is_floating_point()):
+            return argument  # a seed, which lives on the CPU
+        # What stays fp32 whatever is computed in: scales and tables, one number a row.
+        stays = name in ("dequantize_nf4", "quantize_nf4") or argument.shape in [(256,), (1,), (), (3, 1)]
+        return argument.cuda() if stays or not argument.is_floating_point() else argument.to("cuda", dtype)
+
+    def run() -> tuple[list[Tensor], Any]:
+        arguments = [on_cuda(argument) for argument in SAMPLES[name]()]
+        result = operation(name)(*arguments)
+        return [argument for argument in arguments if isinstance(argument, Tensor)], result
+
+    monkeypatch.setenv("QLORA_KERNELS", "auto")
+    found = run()
+    version = implementations("cuda")[name]
+    assert version in ("fast", "reference: plain torch is the only version"), version
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found, run(), rtol=tolerance, atol=tolerance)

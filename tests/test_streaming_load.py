@@ -1,0 +1,217 @@
+"""Promises of loading a tensor at a time: every tensor as transformers and bitsandbytes would have it, and no more."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_trainer import model, streaming_load, tensor_stream
+from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError
+from qlora_trainer.fingerprint import base_fingerprint
+from qlora_trainer.hashing import bytes_sha256
+from qlora_trainer.load_plan import widest_dtype
+from qlora_trainer.model import Base, load_base_model
+from qlora_trainer.output_head import quantize_head
+from qlora_trainer.settings import ModelConfig
+from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_stream import stream_tensors
+
+CPU = torch.device("cpu")
+
+
+def load(directory: Path, **settings: object) -> Base:
+    return load_base_model(directory, ModelConfig(name=str(directory), **settings))
+
+
+def load_by_transformers(directory: Path) -> nn.Module:
+    """In the checkpoint's widest dtype, with NF4 and double quantisation."""
+    dtype = widest_dtype(checkpoint_tensors(directory))
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=nf4, device_map={"": "cpu"})
+
+
+def everything_in(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor by name, ties under each of their names; floats that stay dense in fp32, as ours are cast."""
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = module.weight.quant_state
+            tensors |= {f"{path}.packed": module.weight.data.reshape(-1), f"{path}.absmax": state.absmax}
+            tensors |= {f"{path}.nested_absmax": state.state2.absmax, f"{path}.nested_code": state.state2.code}
+            tensors |= {f"{path}.offset": state.offset.reshape(())}
+        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            if not isinstance(parameter, bnb.nn.Params4bit):
+                tensors[name] = parameter.data.float()
+        tensors |= dict(module.named_buffers(path, recurse=False, remove_duplicate=False))
+    return tensors
+
+
+def assert_same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
+    found, expected = everything_in(ours), everything_in(theirs)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_tensor_is_as_transformers_loads_it(family: str, tiny_models: Callable[[str], Path]) -> None:
+    """Parameters, stored buffers and computed ones, packed codes and their statistics, to the last bit."""
+    assert_same_tensors(load(tiny_models(family)).model, load_by_transformers(tiny_models(family)))
+
+
+def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: object) -> Path:
+    """A copy of a model directory in which `change` has been at the tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+def saved_without_prefix(tensors: dict[str, Tensor]) -> None:
+    """As older GPT-2 checkpoints are: the body alone, with the masks that were stored once."""
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+
+
+def norms_in_fp32(tensors: dict[str, Tensor]) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name].float() * 1.001 if "norm" in name else tensors[name]
+
+
+def head_stored_too(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def head_stored_otherwise(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+
+def head_stored_alone(tensors: dict[str, Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gpt2", saved_without_prefix),
+        ("llama", norms_in_fp32),
+        ("llama_tied", head_stored_too),
+        ("llama_tied", head_stored_otherwise),
+        ("llama_tied", head_stored_alone),
+    ],
+)
+def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
+    family: str, change: Callable[[dict[str, Tensor]], None], tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = changed(tiny_models(family), tmp_path / "changed", change)
+    ours, theirs = load(directory).model, load_by_transformers(directory)
+    assert_same_tensors(ours, theirs)
+    is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
+    assert load(directory).notices == []
+
+
+def test_shards_are_one_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert load(tmp_path / "shards").fingerprint == load(tiny_llama).fingerprint
+
+
+def test_the_fingerprint_made_while_loading_is_that_of_the_loaded_model(tiny_models: Callable[[str], Path]) -> None:
+    """The tensors of the checkpoint as they lie on disk, the packed codes, and what stayed dense, before the cast."""
+    for family in ("llama_tied", "qwen2", "gpt2"):
+        directory = tiny_models(family)
+        found = load(directory, compute_dtype="bfloat16")
+        config = json.loads((directory / "config.json").read_text())
+        again = base_fingerprint(found.model, config, torch.bfloat16)  # nothing was cast
+        assert dataclasses.replace(found.fingerprint, sources={}) == again
+        source = load_file(directory / "model.safetensors")
+        assert found.fingerprint.sources == {name: bytes_sha256(tensor) for name, tensor in source.items()}
+
+
+def test_tensors_that_no_parameter_takes_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+    def extra(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # known from older checkpoints
+        tensors["mtp.weight"] = torch.ones(8)
+
+    (notice,) = load(changed(tiny_llama, tmp_path / "extra", extra)).notices
+    assert "1 tensor(s) that this model has no place for, such as mtp.weight" in notice
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
+    value: float, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][5, 3] = value
+
+    directory = changed(tiny_llama, tmp_path / "spoiled", spoil)
+    with pytest.raises(QuantizationError, match=r"model\.embed_tokens\.weight in model\.safetensors .* not finite"):
+        load(directory)
+
+
+@pytest.mark.parametrize("settings", [{"output_head": "4bit"}, {"output_head": "8bit"}])
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_quantised_head_is_made_of_the_checkpoints_values(
+    family: str, settings: dict[str, str], tiny_models: Callable[[str], Path]
+) -> None:
+    """As from the dense head of a loaded model, and the embedding it may share stays what it was."""
+    made = load(tiny_models(family), **settings).model
+    dense = load(tiny_models(family), compute_dtype="bfloat16").model  # the checkpoint's dtype
+    quantize_head(dense, settings["output_head"])
+    expected = dict(dense.get_output_embeddings().named_buffers())
+    found = dict(made.get_output_embeddings().named_buffers())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(made.get_input_embeddings().weight, dense.get_input_embeddings().weight.float())
+
+
+def test_what_cannot_be_is_refused_before_a_weight_is_read(
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_stream, "read_tensor", lambda info: pytest.fail(f"{info.name} was read"))
+    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    with pytest.raises(InsufficientMemoryError):
+        load(tiny_models("llama"))
+    with pytest.raises(ModelError, match=r"model\.output_head=4bit"):
+        load(tiny_models("llama_tied"), embeddings="host")
+
+
+def test_memory_that_runs_out_while_loading_is_a_letter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(streaming_load, "quantize_weight", full)
+    with pytest.raises(InsufficientMemoryError, match=r"Loading .* ran out of memory on cpu: .*2 GiB"):
+        load(tiny_llama)
+
+
+def test_no_more_than_one_tensor_is_read_ahead(tiny_llama: Path) -> None:
+    infos = list(checkpoint_tensors(tiny_llama).values())
+    seen: list[str] = []
+    arrivals = stream_tensors(infos, CPU, lambda info: False, lambda info, mapped: seen.append(info.name))
+    for taken, arrival in enumerate(arrivals, start=1):
+        assert arrival.info is infos[taken - 1]
+        assert torch.equal(arrival.values, read_tensor(arrival.info))
+        assert len(seen) <= taken + 1
+    assert seen == [info.name for info in infos]
