@@ -141,6 +141,11 @@ def merge_run(
     """
     refuse_existing(output)
     run = _open_run(run_dir, model, progress)
+    if base == "original" and is_prequantized(run.directory):
+        raise MergeError(
+            f"{run.directory} is prequantised: it holds no original weights to merge into. Merge into the dequantised "
+            "base (--base dequantized), which is the function that was trained."
+        )
     sample, as_trained = _measure_trained(run, progress)
     on_original = _measure_original(run, sample, base, progress)
     original_loss = on_original.loss if on_original else None
@@ -232,11 +237,6 @@ def _measure_trained_here(run: _Run, progress: Progress) -> tuple[_Sample, _Meas
 def _measure_original(run: _Run, sample: _Sample, base: str, progress: Progress) -> _Measured | None:
     """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
     required = base == "original"
-    if required and is_prequantized(run.directory):
-        raise MergeError(
-            f"{run.directory} is prequantised: it holds no original weights to merge into. Merge into the dequantised "
-            "base (--base dequantized), which is the function that was trained."
-        )
     if base == "dequantized" or is_prequantized(run.directory) or (sample.heldout is None and not required):
         return None
     try:

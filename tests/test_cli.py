@@ -42,7 +42,7 @@ def config_file(tiny_config: Config, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
+def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, _, told = qlora("train", config_file, "training.max_steps=4")
     assert code == 0, told
@@ -68,6 +68,14 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tmp_pa
     code, out, _ = qlora("merge", run, "--output", tmp_path / "merged", "--json")
     assert code == 0
     assert json.loads(out)["report"]["verification"]["difference"]["kl"] < 1e-5
+    code, _, told = qlora(
+        "merge", run, "--output", tmp_path / "sharded", "--shard-size", "100KB", "--model", tiny_llama
+    )
+    assert code == 0
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    code, _, told = qlora("merge", run, "--output", tmp_path / "other", "--shard-size", "5G")
+    assert code == 2
+    assert "write it as 24GiB" in told
     code, _, told = qlora("resume", run)
     assert code == 0
     assert "step 4 of 4" in told

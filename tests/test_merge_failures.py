@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import resource
+import shutil
 import signal
 import stat
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def at_operation(monkeypatch: pytest.MonkeyPatch) -> AtOperation:
         (os, "fsync"),
         (os, "rename"),
         (os, "replace"),
-        (merging.shutil, "copyfile"),
+        (shutil, "copyfile"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name in operations]
 
@@ -154,9 +155,7 @@ def test_what_a_living_merge_works_in_is_spared_and_a_killed_ones_room_counts_as
     killed = tmp_path / ".merged.partial-00000000"
     killed.mkdir()
     (killed / "model.safetensors").write_bytes(b"half")
-    monkeypatch.setattr(
-        merging.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if killed.exists() else 2**40)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if killed.exists() else 2**40))
     with new_directory(tmp_path / "merged") as alive:
         (alive / "mine").write_text("mine")
         merge(run.inputs, tmp_path / "merged")

@@ -86,6 +86,14 @@ def train(directory: Path, bias: str = "none") -> Run:
     return Run(MergeInputs.from_adapter(directory, base.fingerprint, adapter), base.model)
 
 
+def prequantized(source: Path, target: Path) -> Path:
+    """A copy in NF4, by transformers and bitsandbytes."""
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=four_bit, dtype=torch.bfloat16)
+    model.save_pretrained(target)
+    return target
+
+
 def load_plain(directory: Path) -> Any:
     """What any user of transformers gets, in fp32."""
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
@@ -200,10 +208,7 @@ def test_plain_transformers_loads_the_merge_and_gives_the_trained_logits(
 
 
 def test_a_prequantised_base_merges_without_its_16_bit_copy(tmp_path: Path, llama: Run) -> None:
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(llama.inputs.base, quantization_config=four_bit, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    run = train(tmp_path / "base")
+    run = train(prequantized(llama.inputs.base, tmp_path / "base"))
     merge(run.inputs, tmp_path / "merged", verify=verifier(run))
     merge(llama.inputs, tmp_path / "from_plain")
     merged, from_plain = stored(tmp_path / "merged"), stored(tmp_path / "from_plain")
@@ -464,3 +469,71 @@ def test_output_needs_an_empty_place_and_room_on_the_disk(
         merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
     assert len(plan_merge(llama.inputs, torch.float16, "dequantized")) == len(stored(llama.inputs.base))
+
+
+def test_a_changed_tensor_that_is_not_4_bit_is_refused_by_name(tmp_path: Path, llama: Run) -> None:
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
+        other = tmp_path / name
+        shutil.copytree(llama.inputs.base, other)
+        file = checkpoint_tensors(other)[name].file
+        tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+        tensors[name].view(-1)[5] += 0.5
+        save_file(tensors, file, metadata={"format": "pt"})
+        for base in ("dequantized", "original"):
+            with pytest.raises(CheckpointError, match=f"{name} in .* holds other values than in training"):
+                merge(dataclasses.replace(llama.inputs, base=other), tmp_path / "merged", base=base)
+        assert not (tmp_path / "merged").exists()
+
+
+def test_changed_block_scales_of_a_prequantised_base_are_refused(tmp_path: Path, llama: Run) -> None:
+    """The packed codes and the mean are those of training, but every other block has its neighbour's scale."""
+    directory = prequantized(llama.inputs.base, tmp_path / "base")
+    merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
+    name = "model.layers.0.mlp.up_proj.weight.absmax"
+    file = checkpoint_tensors(directory)[name].file
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight in .* does not give the 4-bit weights"):
+        merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "again")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_run_merges_from_either_copy_of_its_base_to_the_same_bits(
+    tmp_path: Path, llama: Run, dtype: torch.dtype
+) -> None:
+    copy = prequantized(llama.inputs.base, tmp_path / "copy")
+    on_copy = train(copy).inputs
+    merged = []
+    for trained, inputs in (("original", llama.inputs), ("copy", on_copy)):
+        for directory in (llama.inputs.base, copy):
+            output = tmp_path / f"{trained}-{directory.name}"
+            merge(dataclasses.replace(inputs, base=directory), output, dtype=dtype, max_shard_bytes=100_000)
+            merged.append(stored(output))
+    assert len(merged) == 4
+    for tensors in merged[1:]:
+        assert tensors.keys() == merged[0].keys()
+        assert all(tensors[name].dtype == dtype and torch.equal(tensors[name], merged[0][name]) for name in tensors)
+
+
+def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, llama: Run) -> None:
+    """In the adapter, and so in one block of one weight, whatever the dtype."""
+    key = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight"
+    for value in (math.nan, math.inf):
+        spoiled = llama.inputs.adapter[key].clone()
+        spoiled[-1, 0] = value
+        for dtype in (torch.float16, torch.float32):
+            with pytest.raises(MergeError, match=r"layers\.1\.mlp\.gate_proj\.weight holds values that are not finite"):
+                merge(altered(llama.inputs, {key: spoiled}), tmp_path / "merged", dtype=dtype)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flushed_elements_are_counted_about_the_smallest_numbers(dtype: torch.dtype) -> None:
+    """Half of the smallest number goes to zero, and a little more does not; zeros of either sign are none."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    kept = [smallest, -smallest, smallest * 0.75, 1.0]
+    lost = [smallest / 2, -smallest / 2, smallest / 4]
+    block = torch.tensor([kept + lost + [0.0, -0.0]], dtype=torch.float32)
+    assert merging._count_flushed(block, block.to(dtype)) == len(lost)
+    assert merging._count_flushed(block, block) == 0
