@@ -28,7 +28,7 @@ from qlora_trainer.hashing import Hasher, bytes_sha256, values_sha256
 from qlora_trainer.load_plan import DenseTensor, LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, QuantizedHead, empty_head
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import empty_nf4, quantize_weight, weight_from_checkpoint
+from qlora_trainer.quantization import all_finite, empty_nf4, quantize_weight, weight_from_checkpoint
 from qlora_trainer.tensor_io import TensorInfo, read_tensor
 from qlora_trainer.tensor_stream import Arrival, stream_tensors
 
@@ -183,10 +183,7 @@ def quantize_arrival(arrival: Arrival, source_dtype: torch.dtype, transposed: bo
 
 def check_finite(arrival: Arrival) -> None:
     """QuantizationError where a tensor that stays dense holds a value that is not finite."""
-    values = arrival.values
-    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
-    extremes = torch.aminmax(values) if values.is_floating_point() and values.numel() else ()
-    if not all(torch.isfinite(extreme) for extreme in extremes):
+    if not all_finite(arrival.values):
         raise QuantizationError(
             f"{_described(arrival.info)} holds values that are not finite. The checkpoint is damaged: fetch it again."
         )
