@@ -1,8 +1,8 @@
 """Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
 
 A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are,
-is decided by trying: a copy of the module with small weights is run beside the lean formula, and where the results
-differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
+is decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to
+huge, and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
 that only looks like another is taken for it. Rotary embedding is found the same way (rotary_embedding.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
@@ -31,6 +31,7 @@ from qlora_trainer.rotary_embedding import turn_in_one_pass
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
 MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
+SIZES = torch.logspace(-4, 4, 32)  # of the values modules are tried on: some clip only what is large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(width, generator=generator).to(dtype)
-        x = (torch.randn(8, width, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(dtype)
+        x = (torch.randn(32, width, generator=generator) * SIZES[:, None]).to(dtype)
         small = _copy_of(norm)
         small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
         return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
@@ -171,7 +172,7 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
         sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
         weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
         stubs = [_stub(weight) for weight in weights]
-        x = torch.randn(8, hidden, generator=generator, dtype=torch.float64)
+        x = torch.randn(32, hidden, generator=generator, dtype=torch.float64) * SIZES[:, None]
         small = _copy_of(mlp)
         small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
 
@@ -185,7 +186,8 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
 def _named(activation: nn.Module) -> Activation:
     """The name of an activation that qlora_kernels has operations for; else itself."""
     with unset_fake_temporarily(), torch.no_grad():
-        probes = [torch.linspace(-9, 9, 257).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+        sizes = torch.cat([SIZES, torch.linspace(0, 9, 129)])
+        probes = [torch.cat([-sizes, sizes]).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
         for name in ACTIVATIONS:
             ours = functools.partial(activate, activation=name)
             if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):
