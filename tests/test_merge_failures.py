@@ -17,7 +17,7 @@ import torch
 from test_merging import LLAMA, Run, make_base, stored, train
 from transformers import LlamaConfig
 
-from qlora_trainer import merging, shard_writer
+from qlora_trainer import merging, model_files, shard_writer
 from qlora_trainer.directories import new_directory
 from qlora_trainer.errors import DiskError
 from qlora_trainer.merging import merge
@@ -56,7 +56,7 @@ def at_operation(monkeypatch: pytest.MonkeyPatch) -> AtOperation:
         (os, "fsync"),
         (os, "rename"),
         (os, "replace"),
-        (merging.shutil, "copyfile"),
+        (model_files.shutil, "copyfile"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name in operations]
 
@@ -155,7 +155,7 @@ def test_what_a_living_merge_works_in_is_spared_and_a_killed_ones_room_counts_as
     killed.mkdir()
     (killed / "model.safetensors").write_bytes(b"half")
     monkeypatch.setattr(
-        merging.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if killed.exists() else 2**40)
+        model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if killed.exists() else 2**40)
     )
     with new_directory(tmp_path / "merged") as alive:
         (alive / "mine").write_text("mine")

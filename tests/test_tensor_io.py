@@ -6,12 +6,14 @@ import os
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer import directories, shard_writer
 from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.shard_writer import ShardWriter
@@ -268,3 +270,50 @@ def test_a_disk_that_fills_up_is_one_message_and_leaves_nothing(tmp_path: Path) 
         assert not any(tmp_path.iterdir())
     with pytest.raises(DiskError, match="permissions"):
         write_text(tmp_path / "nowhere" / "a.txt", "text")
+
+
+def open_below(directory: Path) -> list[str]:
+    return [file.path for file in psutil.Process().open_files() if Path(file.path).is_relative_to(directory)]
+
+
+@pytest.mark.parametrize("flush", [1, 2, 3])
+def test_no_shard_stays_open_where_one_cannot_be_flushed(
+    flush: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = iter(range(1, 100))
+
+    def fail(descriptor: int) -> None:
+        if next(flushes) == flush:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer.os, "fsync", fail)
+    writer = ShardWriter(tmp_path, specs_of(TENSORS), max_shard_bytes=40)
+
+    def write() -> None:
+        with writer:
+            for name, tensor in TENSORS.items():
+                writer.write(name, tensor)
+            assert open_below(tmp_path)
+
+    with pytest.raises(DiskError, match="No space left") as caught:
+        write()
+    assert caught.tb is not None, "it keeps alive what failed"
+    assert open_below(tmp_path) == []
+
+
+def test_a_directory_that_goes_while_it_is_locked_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, locked = directories._lock, []
+
+    def lose_the_first(directory: Path) -> int | None:
+        locked.append(directory)
+        descriptor = lock(directory)
+        if len(locked) == 1:
+            directory.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(directories, "_lock", lose_the_first)
+    before = psutil.Process().num_fds()
+    with new_directory(tmp_path / "out"):
+        pass
+    assert len(locked) == 2
+    assert psutil.Process().num_fds() == before
