@@ -1,9 +1,10 @@
 """Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
 
-A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are,
-is decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to
-huge, and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
-that only looks like another is taken for it. Rotary embedding is found the same way (rotary_embedding.py).
+A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
+decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to huge,
+and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of
+models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
+(rotary_embedding.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
 """

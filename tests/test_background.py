@@ -66,7 +66,12 @@ def test_what_waits_is_dropped_when_the_caller_fails() -> None:
 
 def test_calls_behind_a_failed_one_still_run() -> None:
     ran = threading.Event()
-    with pytest.raises(OSError, match="full"), Background(most_waiting=3) as background:
-        background.submit(fail)
-        background.submit(ran.set)
-        assert ran.wait(5)
+
+    def submit_two() -> None:
+        with Background(most_waiting=3) as background:
+            background.submit(fail)
+            background.submit(ran.set)
+            assert ran.wait(5)
+
+    with pytest.raises(OSError, match="full"):
+        submit_two()

@@ -87,7 +87,10 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "told"),
     [
         (ModuleNotFoundError("No module named 'triton'", name="triton"), "Triton is not installed: pip install triton"),
-        (ImportError("libcuda.so.1: cannot open shared object file"), r"gated_triton cannot be imported: libcuda\.so\.1"),
+        (
+            ImportError("libcuda.so.1: cannot open shared object file"),
+            r"gated_triton cannot be imported: libcuda\.so\.1",
+        ),
     ],
 )
 def test_why_a_triton_kernel_cannot_be_had_is_told_as_it_is(

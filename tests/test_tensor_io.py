@@ -1,5 +1,6 @@
 """Promises of tensor_io and directories: streams that any loader reads, and nothing read that should not be."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from qlora_trainer import directories, shard_writer
 from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.shard_writer import ShardWriter
-from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, row_blocks
+from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_rows, read_tensor, row_blocks, same_values
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),  # three bytes, which would leave what follows unaligned
@@ -195,6 +196,29 @@ def test_directories_that_are_no_plain_model_are_refused(tmp_path: Path) -> None
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
         checkpoint_tensors(adapted)
+
+
+def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
+    """Of what cannot be mapped; what can be is indexed."""
+    write_all(tmp_path, TENSORS)
+    info, spans = checkpoint_tensors(tmp_path)["weight"], []
+    unmapped = dataclasses.replace(info, read=lambda rows: spans.append(rows) or TENSORS["weight"][rows])
+    for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
+        rows = torch.tensor(wanted)
+        assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])
+        assert torch.equal(read_rows(unmapped, rows), TENSORS["weight"][rows])
+    assert spans[:4] == [slice(0, 3), slice(7, 8), slice(9, 11), slice(699, 700)]
+    assert len(spans) == 6
+
+
+def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> None:
+    values = torch.arange(600.0 * 4).reshape(600, 4)
+    changed = values.clone()
+    changed[599, 3] += 1
+    write_all(tmp_path, {"a": values, "b": values.int(), "c": changed, "d": values.reshape(4, 600), "e": values[0, 0]})
+    found = checkpoint_tensors(tmp_path)
+    assert [same_values(found["a"], found[name]) for name in "abcde"] == [True, True, False, False, False]
+    assert same_values(found["e"], found["e"])
 
 
 def fail_in_new_directory(path: Path, failure: BaseException) -> None:
