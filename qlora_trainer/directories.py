@@ -82,6 +82,8 @@ def _make_locked(path: Path) -> tuple[Path, int | None]:
             lock = _lock(work)
             if work.exists():
                 return work, lock
+            if lock is not None:
+                os.close(lock)
         # Before it was locked, another process took it for a leftover.
 
 

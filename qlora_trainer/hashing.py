@@ -31,13 +31,22 @@ def values_sha256(
     dtype: torch.dtype | None = None,  # convert to this one first; None: the tensor's own
 ) -> str:
     """Of shape, dtype and values, on whatever device."""
-    dtype = dtype or tensor.dtype
-    flat = tensor.detach().reshape(-1)
+    return blocks_sha256(tuple(tensor.shape), [tensor], dtype or tensor.dtype)
+
+
+def blocks_sha256(
+    shape: tuple[int, ...],
+    blocks: Iterable[Tensor],  # a tensor's rows, one block after the other
+    dtype: torch.dtype,
+) -> str:
+    """The `values_sha256` of a tensor that is not there as a whole."""
 
     def parts() -> Iterator[bytes | memoryview]:
-        yield f"{tuple(tensor.shape)} {dtype}".encode()
-        for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
-            yield _bytes(flat[start : start + _BLOCK_ELEMENTS].to(dtype))
+        yield f"{shape} {dtype}".encode()
+        for block in blocks:
+            flat = block.detach().reshape(-1)
+            for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
+                yield _bytes(flat[start : start + _BLOCK_ELEMENTS].to(dtype))
 
     return _sha256(parts())
 

@@ -1,9 +1,10 @@
 """Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
 
-A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are,
-is decided by trying: a copy of the module with small weights is run beside the lean formula, and where the results
-differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of models, and no module
-that only looks like another is taken for it. Rotary embedding is found the same way (rotary_embedding.py).
+A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
+decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to huge,
+and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of
+models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
+(rotary_embedding.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
 """
@@ -24,7 +25,7 @@ from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_trainer.adapters.layers import LoRALinear, is_linear
 from qlora_trainer.experts import SplitExperts
-from qlora_trainer.probing import agree, named_activation
+from qlora_trainer.probing import SIZES, agree, named_activation
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.rotary_embedding import turn_in_one_pass
 
@@ -137,7 +138,7 @@ def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(width, generator=generator).to(dtype)
-        x = (torch.randn(8, width, generator=generator) * torch.logspace(-4, 4, 8)[:, None]).to(dtype)
+        x = (torch.randn(32, width, generator=generator) * SIZES[:, None]).to(dtype)
         small = _copy_of(norm)
         small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
         return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
@@ -172,7 +173,7 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
         sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
         weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
         stubs = [_stub(weight) for weight in weights]
-        x = torch.randn(8, hidden, generator=generator, dtype=torch.float64)
+        x = torch.randn(32, hidden, generator=generator, dtype=torch.float64) * SIZES[:, None]
         small = _copy_of(mlp)
         small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
 

@@ -20,7 +20,7 @@ from torch import nn
 from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
 from qlora_trainer.quantization import linear_layers, source_dtype_of
-from qlora_trainer.tensor_io import TensorInfo, read_tensor, row_blocks, weight_statistics
+from qlora_trainer.tensor_io import TensorInfo, read_tensor, same_values, weight_statistics
 
 RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -110,7 +110,7 @@ def plan_load(
         first, *others = stored
         if names[0] in layers and (not statistics or first in statistics):
             four_bit[first] = layers[names[0]]
-        elif all(_is_same(tensors[first], tensors[other]) for other in others):
+        elif all(same_values(tensors[first], tensors[other]) for other in others):
             dense[first] = names
         else:
             apart = [stored[other] for other in others]
@@ -170,13 +170,6 @@ def _names_of_tensors(model: nn.Module) -> list[list[str]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     return list(names.values())
-
-
-def _is_same(first: TensorInfo, second: TensorInfo) -> bool:
-    return first.shape == second.shape and all(
-        torch.equal(read_tensor(first, rows).float(), read_tensor(second, rows).float())
-        for rows in row_blocks(first.shape)
-    )
 
 
 def _untie(model: Any, names: Sequence[str]) -> None:

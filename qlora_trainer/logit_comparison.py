@@ -15,10 +15,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from qlora_kernels.head_rows import HeadRows
+from qlora_kernels.head_rows import BLOCK_ELEMENTS, HeadRows
 
 BLOCK_LOGITS = 2**18  # compared at a time: 2 MiB in fp64, and a few such tensors
-BLOCK_COLUMNS = 2**12  # of the vocabulary at a time, at most: 64 MiB of a head's rows in fp32 where H is 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,12 @@ class HeadAnswers:
         return self.hidden.shape[0], self.head.shape[0]
 
     def logits(self, columns: slice) -> Tensor:
-        found = self.hidden @ self.head.rows(columns.start, columns.stop, self.hidden.dtype).T
+        found = self.hidden.new_empty((self.hidden.shape[0], columns.stop - columns.start))
+        step = max(BLOCK_ELEMENTS // self.head.shape[1], 1)  # rows of the head that are made at a time
+        for start in range(columns.start, columns.stop, step):
+            stop = min(start + step, columns.stop)
+            rows = self.head.rows(start, stop, self.hidden.dtype)
+            torch.mm(self.hidden, rows.T, out=found[:, start - columns.start : stop - columns.start])
         if self.bias is not None:
             found += self.bias[columns]
         if self.logit_scale != 1.0:
@@ -116,13 +120,13 @@ class _Softmax:
 
 @torch.no_grad()
 def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
-    """Difference over all tokens, in the memory of BLOCK_LOGITS logits and of the heads' rows for them."""
+    """Difference over all tokens, in the memory of BLOCK_LOGITS logits and of a few of the heads' rows."""
     assert reference.shape == merged.shape, f"{reference.shape} against {merged.shape}"
     tokens, vocabulary = reference.shape
     expected_softmax, found_softmax = _Softmax(tokens), _Softmax(tokens)
     squared_error = squared_norm = 0.0
     excess = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(expected - its largest) * (expected - found)
-    width = max(min(BLOCK_LOGITS // tokens, BLOCK_COLUMNS), 1)
+    width = max(BLOCK_LOGITS // tokens, 1)
     for start in range(0, vocabulary, width):
         columns = slice(start, min(start + width, vocabulary))
         expected, found = reference.logits(columns).double(), merged.logits(columns).double()

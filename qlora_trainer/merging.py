@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import dequantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.adapters.delta import fold_lora
 from qlora_trainer.background import Background
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
@@ -39,7 +39,7 @@ from qlora_trainer.merge_verification import Verification, verify_files
 from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from qlora_trainer.tensor_io import read_tensor, row_blocks
+from qlora_trainer.tensor_io import read_blocks, read_tensor, row_blocks
 
 PROVENANCE_NAME = "qlora_merge.json"
 
@@ -137,9 +137,8 @@ def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, check
     if plan.replacement is not None:
         yield plan.replacement.float()
     elif not plan.output.dtype.is_floating_point:
-        source = read_tensor(plan.source)
-        for rows in row_blocks(plan.source.shape):
-            yield source if rows is None else source[rows]
+        for _, block in read_blocks(plan.source):
+            yield block
     elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
         yield torch.cat(list(_weight_blocks(plan, inputs, base, checks))).T
     else:
@@ -148,23 +147,28 @@ def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, check
 
 def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
     """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
-    quantized = source = None
+    quantized = None
     if plan.trained_as:
         weight = plan.trained_as.read(inputs.device)
         checks.submit(plan.trained_as.check, weight)
         quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
-    if quantized is None:
-        source = read_tensor(plan.source).T if plan.transposed else read_tensor(plan.source)
     lora = [factor.to(inputs.device) for factor in plan.lora or ()]
-    for rows in row_blocks(plan.output.shape[::-1] if plan.transposed else plan.output.shape):
-        if source is None:
-            assert quantized is not None
-            block = dequantize_nf4(quantized, torch.float32, rows=rows)
-        else:
-            block = (source if rows is None else source[rows]).to(inputs.device, torch.float32)
-        if lora:
-            block = fold_lora(block, lora[0], lora[1][rows], inputs.scaling)
-        yield block
+    for rows, values in _base_blocks(plan, quantized):
+        block = values.to(inputs.device, torch.float32)
+        yield fold_lora(block, lora[0], lora[1][rows], inputs.scaling) if lora else block
+
+
+def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tuple[slice | None, Tensor]]:
+    """The base's rows of a float tensor, as they were in training where that is given."""
+    if quantized is not None:
+        for rows in row_blocks(quantized.shape):
+            yield rows, dequantize_nf4(quantized, torch.float32, rows=rows)
+    elif plan.transposed:
+        weight = read_tensor(plan.source).T
+        for rows in row_blocks(tuple(weight.shape)):
+            yield rows, weight[rows]
+    else:
+        yield from read_blocks(plan.source)
 
 
 def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:

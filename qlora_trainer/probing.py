@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlora_kernels.gated import ACTIVATIONS, activate
 from qlora_kernels.lora_linear import Activation
 
+SIZES = torch.logspace(-4, 4, 32)
+"""Of the values that modules are tried on: some clip only what is large."""
+
 # What code may raise that is run in a way it is not made for.
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -31,7 +34,8 @@ def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
 def named_activation(activation: nn.Module) -> Activation:
     """The name of an activation that qlora_kernels has operations for; else itself."""
     with unset_fake_temporarily(), torch.no_grad():
-        probes = [torch.linspace(-9, 9, 257).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+        sizes = torch.cat([SIZES, torch.linspace(0, 9, 129)])
+        probes = [torch.cat([-sizes, sizes]).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
         for name in ACTIVATIONS:
             ours = functools.partial(activate, activation=name)
             if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):

@@ -54,6 +54,7 @@ class ShardWriter:
         self._pending: list[TensorSpec] = []  # of the open shard, the one being written first
         self._written = 0  # bytes of the tensor being written
         self._unflushed = 0  # bytes written to the open shard since the last flush
+        self._files = ExitStack()  # all that were opened; closing one twice does nothing
         self._threads = ExitStack()
         self._flusher = self._threads.enter_context(Background(most_waiting=1))
         self._writer = self._threads.enter_context(Background())
@@ -64,13 +65,14 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-            return
-        self._threads.__exit__(kind, error, trace)
-        if self._file is not None:
+        try:
+            if kind is None:
+                self.close()
+            else:
+                self._threads.__exit__(kind, error, trace)
+        finally:
             with suppress(OSError):  # closing flushes; a full disk has been reported already
-                self._file.close()
+                self._files.close()
 
     def write(
         self,
@@ -116,7 +118,7 @@ class ShardWriter:
         assert self._shard < len(self.shards), "every announced tensor has been written"
         specs = self.shards[self._shard]
         header, self._offsets = _header(specs)
-        self._file = (self.directory / self.file_names[self._shard]).open("xb")
+        self._file = self._files.enter_context((self.directory / self.file_names[self._shard]).open("xb"))
         self._file.write(header)
         self._pending = list(specs)
 

@@ -8,8 +8,9 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24 GB" or "512MiB"; ConfigError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", text, re.IGNORECASE)
-    if found is None or not float(found[1]):
+    """Bytes of "24GiB", "24 GB" or "512MiB"; ConfigError for anything else, and for less than a byte."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|[KMG]i?B)\s*", text, re.ASCII | re.IGNORECASE)
+    amount = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if amount < 1:
         raise ConfigError(f"{text!r} is no amount of memory or disk; write it as 24GiB, or 24GB for 24 billion bytes.")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return amount

@@ -29,7 +29,7 @@ from qlora_trainer.errors import ModelError
 from qlora_trainer.model import device_with_room, empty_model, load_dense_model
 from qlora_trainer.model_source import read_config
 from qlora_trainer.skeleton import keep_layers
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_rows, read_tensor, same_values
 from qlora_trainer.weights_as_trained import TrainedWeight
 
 WORKING_BYTES = 2**30  # activations of a pass, roughly
@@ -59,10 +59,15 @@ class StreamedMatrix(nn.Parameter):
                 return F.embedding(places, matrix.rows(wanted.cpu(), torch.float32))
             return func(*args, **(kwargs or {}))
 
-    def rows(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    def rows(
+        self,
+        index: slice | Tensor,  # numbers of rows, ascending
+        dtype: torch.dtype,
+    ) -> Tensor:
         """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
         assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
-        return read_tensor(self.source)[index].to(self.device, dtype)
+        read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
+        return read.to(self.device, dtype)
 
     def fetch(self) -> None:
         if self.users == 0:
@@ -190,7 +195,7 @@ def _sources(
     for tied in names.values():
         stored = [tensors[found] for name in tied if (found := stored_as.get(name))]
         # transformers ties what is stored twice only where both hold the same values.
-        if not stored or not all(torch.equal(read_tensor(stored[0]), read_tensor(other)) for other in stored[1:]):
+        if not stored or not all(same_values(stored[0], other) for other in stored[1:]):
             return None
         sources |= dict.fromkeys(tied, trained.get(stored[0].name, stored[0]))
     for name in model.state_dict().keys() - sources.keys():

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -227,6 +227,37 @@ def read_tensors(infos: Sequence[TensorInfo]) -> list[Tensor]:
         if any((found[info.name].dtype, found[info.name].shape) != (info.dtype, info.shape) for info in mine):
             raise ModelError(f"{path} was changed while it was being read. Start again when nothing writes to it.")
     return [found[info.name] for info in infos]
+
+
+def read_rows(
+    info: TensorInfo,
+    rows: Tensor,  # (N,) numbers, ascending
+) -> Tensor:  # (N, ...)
+    """Rows from anywhere in a tensor; of one that cannot be mapped, no others are decoded."""
+    if info.read is None:
+        return read_tensor(info)[rows]
+    numbers = rows.tolist()
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    spans = [slice(numbers[i], numbers[j - 1] + 1) for i, j in itertools.pairwise([*starts, len(numbers)])]
+    return torch.cat([info.read(span) for span in spans])
+
+
+def read_blocks(info: TensorInfo) -> Iterator[tuple[slice | None, Tensor]]:
+    """A tensor by `row_blocks`, each with its rows; a mapped file is opened once."""
+    whole = None if info.read is not None else read_tensor(info)
+    for rows in row_blocks(info.shape):
+        if whole is None:
+            yield rows, read_tensor(info, rows)
+        else:
+            yield rows, whole if rows is None else whole[rows]
+
+
+def same_values(first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors hold the same values, whatever their dtypes."""
+    return first.shape == second.shape and all(
+        torch.equal(mine.float(), others.float())
+        for (_, mine), (_, others) in zip(read_blocks(first), read_blocks(second), strict=True)
+    )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -62,3 +62,16 @@ def test_what_waits_is_dropped_when_the_caller_fails() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert ran == []
+
+
+def test_calls_behind_a_failed_one_still_run() -> None:
+    ran = threading.Event()
+
+    def submit_two() -> None:
+        with Background(most_waiting=3) as background:
+            background.submit(fail)
+            background.submit(ran.set)
+            assert ran.wait(5)
+
+    with pytest.raises(OSError, match="full"):
+        submit_two()

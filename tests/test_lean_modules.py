@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_trainer import lean_modules
@@ -100,6 +101,32 @@ def test_which_projection_is_the_gate_is_found_by_trying(swap: bool) -> None:
 
 def test_an_mlp_that_computes_something_else_stays_as_it_is() -> None:
     assert gated_mlp(MLP(scale=1.001)) is None
+
+
+class ClampedMLP(MLP):
+    """Clips what it multiplies, as DeepSeek-V4's does: only large values tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.activation(self.one(x).clamp(max=7)) * self.two(x).clamp(-7, 7))
+
+
+def test_an_mlp_that_clips_large_values_stays_as_it_is() -> None:
+    assert gated_mlp(ClampedMLP()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "known_as"),
+    [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_10", None), ("quick_gelu", None)],
+)
+def test_an_activation_is_known_by_its_numbers(name: str, known_as: str | None) -> None:
+    """transformers' gelu_10 is GELU up to 10, and clipped there."""
+    mlp = MLP()
+    mlp.activation = ACT2FN[name]
+    found = gated_mlp(mlp)
+    assert found is not None
+    assert found.activation == (known_as or mlp.activation)
+    x = 100 * torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(found(x), mlp(x))
 
 
 def test_an_mlp_whose_down_projection_is_not_4bit_stays_as_it_is() -> None:

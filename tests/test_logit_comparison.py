@@ -75,6 +75,27 @@ def test_head_answers_are_the_formula() -> None:
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_of_a_large_head_few_rows_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded by rows x hidden size, whatever is asked for, with the same logits."""
+    monkeypatch.setattr(logit_comparison, "BLOCK_ELEMENTS", 8 * 100)
+    made: list[int] = []
+
+    class Counted(DenseRows):
+        def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+            made.append(stop - start)
+            return super().rows(start, stop, dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    for hidden_size in (8, 80):
+        hidden, head = torch.randn(3, hidden_size, generator=generator), torch.randn(777, hidden_size)
+        answers = HeadAnswers(hidden, Counted(head))
+        assert torch.allclose(answers.logits(slice(5, 777)), hidden @ head[5:].T, rtol=1e-5, atol=1e-5)
+        assert compare_logits(whole(hidden @ head.T), answers).relative_error < 1e-6
+        assert max(made) == 800 // hidden_size
+        assert sum(made) == 772 + 777
+        made.clear()
+
+
 ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file, save_file
+from test_gguf_import import tiny_weights, write_gguf
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,18 +26,22 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_trainer import merging, model_files
+from qlora_trainer import merging, model_files, tensor_io
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.forward import LossPath
+from qlora_trainer.gguf_import import import_gguf
+from qlora_trainer.gguf_weights import GGUFWeights
 from qlora_trainer.logit_comparison import WholeAnswers, compare_logits
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, verify_merge
 from qlora_trainer.merging import merge
 from qlora_trainer.model import load_base_model
+from qlora_trainer.progress import silent
 from qlora_trainer.settings import AdapterConfig, ModelConfig
-from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+from qlora_trainer.streamed_model import load_streamed_model
+from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor, row_blocks
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 LLAMA = {**SHAPE, "intermediate_size": 640, "num_key_value_heads": 2}
@@ -145,7 +150,8 @@ def test_blocks_of_rows_give_the_bits_of_whole_tensors(
     merge(llama.inputs, tmp_path / "whole", dtype=torch.float32)
     blocks = functools.partial(merging.row_blocks, block_elements=1)
     assert len(blocks((640, 64))) == 2
-    monkeypatch.setattr(merging, "row_blocks", blocks)
+    for room in (merging, tensor_io):
+        monkeypatch.setattr(room, "row_blocks", blocks)
     merge(llama.inputs, tmp_path / "blocks", dtype=torch.float32)
     whole, by_blocks = stored(tmp_path / "whole"), stored(tmp_path / "blocks")
     assert all(torch.equal(whole[name], by_blocks[name]) for name in whole)
@@ -450,6 +456,36 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     with pytest.raises(MergeError, match=r"experts\.weight was 4-bit in training, but .* transformers fuses"):
         merge(dataclasses.replace(inputs, fingerprint=fused), tmp_path / "merged")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("untied", [True, False])
+def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untied: bool
+) -> None:
+    """Nothing of it is mapped: what is read is decoded. Neither the merge nor its verification reads more than rows."""
+    directory = import_gguf(write_gguf(tmp_path / "base.gguf", tiny_weights(untied=untied)), tmp_path / "cache", silent)
+    run = train(directory)
+    vocabulary = run.model.config.vocab_size
+    for room in (merging, tensor_io):
+        monkeypatch.setattr(room, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=64))
+    read_most: dict[str, int] = {}
+    read = GGUFWeights.read
+
+    def count(self: GGUFWeights, name: str, rows: slice | None = None) -> Tensor:
+        found = read(self, name, rows)
+        read_most[name] = max(read_most.get(name, 0), len(found))
+        return found
+
+    monkeypatch.setattr(GGUFWeights, "read", count)
+    streamed = load_streamed_model(directory, torch.device("cpu"))
+    with torch.no_grad():
+        streamed(input_ids=torch.tensor(ROWS[:1]))
+    merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
+    merge(run.inputs, tmp_path / "original", dtype=torch.float32, base="original")
+    by_tokens = [name for name, info in checkpoint_tensors(directory).items() if info.shape[0] == vocabulary]
+    assert len(by_tokens) == 1 + untied
+    assert all(0 < read_most[name] < 0.5 * vocabulary for name in by_tokens)
+    check_logits(run, tmp_path / "merged", kl=1e-10)
 
 
 def test_output_needs_an_empty_place_and_room_on_the_disk(

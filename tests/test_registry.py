@@ -81,3 +81,24 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "cuda")
     with pytest.raises(ValueError, match=r"QLORA_KERNELS is 'cuda'; it can be auto, reference, fast"):
         kernel_choice()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module named 'triton'", name="triton"), "Triton is not installed: pip install triton"),
+        (
+            ImportError("libcuda.so.1: cannot open shared object file"),
+            r"gated_triton cannot be imported: libcuda\.so\.1",
+        ),
+    ],
+)
+def test_why_a_triton_kernel_cannot_be_had_is_told_as_it_is(
+    error: ImportError, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(registry.importlib, "import_module", refuse)
+    with pytest.raises(UnavailableError, match=told):
+        registry.from_triton("gated_triton", "product")()

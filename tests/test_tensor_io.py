@@ -1,21 +1,24 @@
 """Promises of tensor_io and directories: streams that any loader reads, and nothing read that should not be."""
 
+import dataclasses
 import errno
 import json
 import os
 import stat
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer import directories, shard_writer
 from qlora_trainer.directories import new_directory, write_text
 from qlora_trainer.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.shard_writer import ShardWriter
-from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_tensor, row_blocks
+from qlora_trainer.tensor_io import TensorSpec, checkpoint_tensors, read_rows, read_tensor, row_blocks, same_values
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),  # three bytes, which would leave what follows unaligned
@@ -195,6 +198,29 @@ def test_directories_that_are_no_plain_model_are_refused(tmp_path: Path) -> None
         checkpoint_tensors(adapted)
 
 
+def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
+    """Of what cannot be mapped; what can be is indexed."""
+    write_all(tmp_path, TENSORS)
+    info, spans = checkpoint_tensors(tmp_path)["weight"], []
+    unmapped = dataclasses.replace(info, read=lambda rows: spans.append(rows) or TENSORS["weight"][rows])
+    for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
+        rows = torch.tensor(wanted)
+        assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])
+        assert torch.equal(read_rows(unmapped, rows), TENSORS["weight"][rows])
+    assert spans[:4] == [slice(0, 3), slice(7, 8), slice(9, 11), slice(699, 700)]
+    assert len(spans) == 6
+
+
+def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> None:
+    values = torch.arange(600.0 * 4).reshape(600, 4)
+    changed = values.clone()
+    changed[599, 3] += 1
+    write_all(tmp_path, {"a": values, "b": values.int(), "c": changed, "d": values.reshape(4, 600), "e": values[0, 0]})
+    found = checkpoint_tensors(tmp_path)
+    assert [same_values(found["a"], found[name]) for name in "abcde"] == [True, True, False, False, False]
+    assert same_values(found["e"], found["e"])
+
+
 def fail_in_new_directory(path: Path, failure: BaseException) -> None:
     with new_directory(path) as work:
         (work / "a.txt").write_text("a")
@@ -268,3 +294,50 @@ def test_a_disk_that_fills_up_is_one_message_and_leaves_nothing(tmp_path: Path) 
         assert not any(tmp_path.iterdir())
     with pytest.raises(DiskError, match="permissions"):
         write_text(tmp_path / "nowhere" / "a.txt", "text")
+
+
+def open_below(directory: Path) -> list[str]:
+    return [file.path for file in psutil.Process().open_files() if Path(file.path).is_relative_to(directory)]
+
+
+@pytest.mark.parametrize("flush", [1, 2, 3])
+def test_no_shard_stays_open_where_one_cannot_be_flushed(
+    flush: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = iter(range(1, 100))
+
+    def fail(descriptor: int) -> None:
+        if next(flushes) == flush:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shard_writer.os, "fsync", fail)
+    writer = ShardWriter(tmp_path, specs_of(TENSORS), max_shard_bytes=40)
+
+    def write() -> None:
+        with writer:
+            for name, tensor in TENSORS.items():
+                writer.write(name, tensor)
+            assert open_below(tmp_path)
+
+    with pytest.raises(DiskError, match="No space left") as caught:
+        write()
+    assert caught.tb is not None, "it keeps alive what failed"
+    assert open_below(tmp_path) == []
+
+
+def test_a_directory_that_goes_while_it_is_locked_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, locked = directories._lock, []
+
+    def lose_the_first(directory: Path) -> int | None:
+        locked.append(directory)
+        descriptor = lock(directory)
+        if len(locked) == 1:
+            directory.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(directories, "_lock", lose_the_first)
+    before = psutil.Process().num_fds()
+    with new_directory(tmp_path / "out"):
+        pass
+    assert len(locked) == 2
+    assert psutil.Process().num_fds() == before

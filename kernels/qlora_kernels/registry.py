@@ -107,7 +107,9 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
         try:
             return getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
         except ImportError as error:
-            raise UnavailableError("Triton is not installed: pip install triton") from error
+            missing = error.name == "triton"
+            told = "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
+            raise UnavailableError(told) from error
 
     return load
 
