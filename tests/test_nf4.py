@@ -1,7 +1,10 @@
 """The NF4 contract: bitsandbytes' bits in both directions, any shape, any rows, on fake tensors too."""
 
+import math
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,8 +13,9 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kernels import nf4_cpu, registry
 from qlora_kernels.nf4 import NF4_CODE, NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
-from qlora_kernels.registry import kernel_choice
+from qlora_kernels.registry import UnavailableError
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 # Whole blocks; rows that share blocks; a short last block; an odd number of elements; more than one chunk of either.
@@ -20,6 +24,25 @@ SHAPES = [(1, 1), (1, 2), (1, 63), (1, 64), (1, 65), (3, 43), (7, 64), (256, 64)
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def compiled_for(*flags: str) -> dict[str, Callable[..., None]]:
+    try:
+        return {"quantize_nf4": nf4_cpu.quantizer(*flags), "dequantize_nf4": nf4_cpu.dequantizer(*flags)}
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(params=["reference", "compiled", "compiled without vector instructions"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise here is one of each implementation."""
+    if request.param == "reference":
+        monkeypatch.setenv("QLORA_KERNELS", "reference")
+        return
+    monkeypatch.setenv("QLORA_KERNELS", "fast")
+    flags = () if request.param == "compiled" else ("-march=x86-64",) if platform.machine() == "x86_64" else ("-O0",)
+    for name, version in compiled_for(*flags).items():
+        monkeypatch.setitem(registry._OPS[name]._made, "cpu", version)
 
 
 def quantize_with_bitsandbytes(weight: Tensor) -> tuple[NF4Weight, bnb.QuantState]:
@@ -157,18 +180,20 @@ def test_op_is_registered_as_torch_asks() -> None:
     torch.library.opcheck(torch.ops.qlora_kernels.dequantize_nf4.default, (*tables, 44, 64, 256, out))
 
 
-def test_kernels_variable_is_read_and_a_wrong_word_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    assert kernel_choice() == "auto"
-    monkeypatch.setenv("QLORA_KERNELS", "reference")
-    assert kernel_choice() == "reference"
-    monkeypatch.setenv("QLORA_KERNELS", "cuda")
-    with pytest.raises(ValueError, match=r"QLORA_KERNELS is 'cuda'; it can be auto, reference, fast"):
-        kernel_choice()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_value_that_is_not_finite_shows_in_the_offset(bad: float, dtype: torch.dtype) -> None:
+    for shape, place in (((70, 64), (69, 63)), ((3, 43), (2, 42)), ((40000, 64), (20000, 1))):
+        weight = normal(shape).to(dtype)
+        weight[place] = bad
+        assert not torch.isfinite(quantize_nf4(weight).offset)
+
+
+def test_a_transposed_weight_is_read_in_its_own_order() -> None:
+    weight = normal((128, 96))
+    assert_same_bits(quantize_nf4(weight.T), quantize_nf4(weight.T.contiguous()))
 
 
 def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
-    program = (
-        "import sys; sys.modules.update(triton=None, bitsandbytes=None); from qlora_kernels import nf4, lora_linear"
-    )
+    program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); from qlora_kernels import lora_linear"
     subprocess.run([sys.executable, "-c", program], check=True)

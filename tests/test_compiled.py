@@ -1,0 +1,131 @@
+"""C++ compiled at its first use: kept, shared, and given up where it cannot be made."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from qlora_kernels import compiled
+from qlora_kernels.compiled import load_library
+from qlora_kernels.registry import UnavailableError
+
+needs_compiler = pytest.mark.skipif(shutil.which(cpp_extension.get_cxx_compiler()) is None, reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    load_library.cache_clear()
+    return tmp_path / "kept" / "torch_extensions" / "qlora_kernels"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "answer.cpp"
+    path.write_text('extern "C" int answer() { return 42; }\n')
+    return path
+
+
+@needs_compiler
+def test_a_file_is_compiled_once_and_kept(source: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_library(source).answer() == 42
+    (kept,) = own_folder.iterdir()
+    load_library.cache_clear()
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert load_library(source).answer() == 42
+    assert list(own_folder.iterdir()) == [kept]
+
+
+@needs_compiler
+def test_changed_code_is_compiled_anew(source: Path) -> None:
+    assert load_library(source).answer() == 42
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    load_library.cache_clear()
+    assert load_library(source).answer() == 43
+
+
+@needs_compiler
+def test_another_processor_gets_its_own_library(
+    source: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_library(source)
+    load_library.cache_clear()
+    monkeypatch.setattr(compiled, "_processor", lambda: b"another")
+    load_library(source)
+    assert len(list(own_folder.iterdir())) == 2
+
+
+@needs_compiler
+def test_what_is_compiled_takes_part_in_torchs_threads(source: Path) -> None:
+    source.write_text(
+        "#ifdef _OPENMP\n#include <omp.h>\n"
+        'extern "C" int threads() { int n = 0;\n#pragma omp parallel\n#pragma omp single\n'
+        "n = omp_get_num_threads(); return n; }\n"
+        '#else\nextern "C" int threads() { return 0; }\n#endif\n'
+    )
+    before = torch.get_num_threads()
+    library = load_library(source)
+    if library.threads() == 0:
+        pytest.skip("torch's OpenMP was not found, so the code has one thread")
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert library.threads() == count
+    finally:
+        torch.set_num_threads(before)
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}) == 1
+
+
+@needs_compiler
+def test_code_that_does_not_compile_says_why(source: Path, own_folder: Path) -> None:
+    source.write_text("int answer( {\n")
+    with pytest.raises(UnavailableError, match=r"cannot compile answer\.cpp: .*error"):
+        load_library(source)
+    assert list(own_folder.iterdir()) == []
+
+
+def test_without_a_compiler_the_reason_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnavailableError, match=r"no C\+\+ compiler here: install"):
+        load_library(source)
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_told(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("a file in its place")
+    with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
+        load_library(source)
+
+
+@needs_compiler
+def test_a_damaged_library_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_compile", lambda command, source, library: library.write_bytes(b"no library"))
+    with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
+        load_library(source)
+
+
+@needs_compiler
+def test_a_killed_compilation_is_waited_for_by_nobody(source: Path, own_folder: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.chmod(0o755)
+    program = "import sys, pathlib, qlora_kernels.compiled as c; c.load_library(pathlib.Path(sys.argv[1]))"
+    environment = os.environ | {"CXX": str(slow)}
+    process = subprocess.Popen([sys.executable, "-c", program, source], env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not own_folder.is_dir() or not list(own_folder.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert isinstance(load_library(source), ctypes.CDLL)
