@@ -134,6 +134,7 @@ def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
     assert_same_tensors(ours, theirs)
     is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
+    assert ours.all_tied_weights_keys == theirs.all_tied_weights_keys
     assert load(directory).notices == []
 
 
