@@ -61,7 +61,7 @@ class StreamedMatrix(nn.Parameter):
     def rows(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
         """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
         assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
-        return read_tensor(self.source)[index].to(self.device, dtype)
+        return read_tensor(self.source)[index].to(self.device).to(dtype)
 
     def fetch(self) -> None:
         if self.users == 0:
@@ -211,7 +211,7 @@ def _read(source: Source, device: torch.device) -> Tensor:
     """The whole tensor in fp32."""
     if isinstance(source, TrainedWeight):
         return source.dense(device)
-    return read_tensor(source).to(device, torch.float32)
+    return read_tensor(source).to(device).float()
 
 
 def _absent(shape: torch.Size, device: torch.device) -> Tensor:
