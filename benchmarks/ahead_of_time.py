@@ -163,7 +163,7 @@ def _norm() -> dict[str, Case]:
             signature=dict.fromkeys(pointers, f"*{dtype}")
             | {"inverse_ptr": "*fp32", "eps": "fp32"}
             | dict.fromkeys(("rows", "features", "stride", "grad_stride"), "i32"),
-            constants={"CAST_FIRST": True, "ROWS": tile["ROWS"], "FEATURES": tile["FEATURES"]},
+            constants={"CAST_FIRST": True, "SHIFT": 0.0, "ROWS": tile["ROWS"], "FEATURES": tile["FEATURES"]},
             options=rms_norm_triton.OPTIONS | {"num_warps": tile["num_warps"]},
             multiples_of_16=("features", "stride", "grad_stride"),
             is_variant=features != 4096,

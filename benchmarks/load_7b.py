@@ -11,8 +11,8 @@ process of its own, one after the other:
   stays dense and hashes nothing;
 - quantize: `qlora quantize`, with what it writes read back from the disk;
 - kept: `load_base_model` of what that wrote, mapped; and the peer's loading of the same, for which it was not written;
-- with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, on the base loaded
-  from the 16-bit shards (plain) or from what was kept.
+- with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, model.embeddings=host
+  (in the checkpoint's dtype, with the same results), on the base from the 16-bit shards (plain) or from what was kept.
 
 The source is dropped from the page cache before each, as far as the system does that. Libraries are imported before the
 time is taken; private memory is what no file backs, at its peak, imports and all. The goals: a sixth of the peer's
@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -45,6 +45,7 @@ from qlora_trainer.data.examples import Example
 from qlora_trainer.data.packing import make_packs
 from qlora_trainer.model import Base, load_base_model
 from qlora_trainer.prequantize import quantize_checkpoint
+from qlora_trainer.process_memory import return_freed_memory
 from qlora_trainer.settings import ModelConfig, RunConfig
 from qlora_trainer.tensor_io import checkpoint_tensors
 from qlora_trainer.training import build_state, train_step
@@ -104,7 +105,8 @@ def quantize(directory: Path, source: str) -> dict[str, Any]:
 def take_step(directory: Path, source: str) -> dict[str, Any]:
     """Load, train one step, and tell of the step alone; the peak is of all."""
     config = step_config(directory / source)
-    base = open_base(directory / source)
+    base = open_base(directory / source, "host")
+    return_freed_memory()  # as a run does with a large base
     started = time.perf_counter()
     add_adapters(base.model, config.adapter, config.training.seed)
     ids = torch.randint(0, base.model.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -123,18 +125,18 @@ MEASURED: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 }
 
 
-def open_base(directory: Path) -> Base:
+def open_base(directory: Path, embeddings: Literal["device", "host"] = "device") -> Base:
     def progress(label: str, done: int, total: int | None) -> None:
         if sys.stderr.isatty():
             print(f"\r{label}: {done / (total or 1):.0%}  ", end="", file=sys.stderr)
 
-    return load_base_model(directory, ModelConfig(name=str(directory), device="cpu"), progress)
+    return load_base_model(directory, ModelConfig(name=str(directory), device="cpu", embeddings=embeddings), progress)
 
 
 def step_config(directory: Path) -> RunConfig:
     return make_config(
         {
-            "model": {"name": str(directory), "device": "cpu"},
+            "model": {"name": str(directory), "device": "cpu", "embeddings": "host"},
             "adapter": {"rank": RANK},
             "data": {"train": "rows.jsonl", "max_length": TOKENS},
             "training": {"batch_size": 1, "max_steps": 1, "activations": "recompute"},

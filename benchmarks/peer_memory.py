@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
+from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.memory_tracking import LiveBytes, once_more
 from qlora_trainer.planning import (
     CUBLAS_WORKSPACE_BYTES,
@@ -32,7 +33,6 @@ from qlora_trainer.planning import (
     PAGED,
     PAGED_ELEMENTS,
     WORKSPACES_ON_CUDA,
-    FakeRun,
 )
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults

@@ -2,7 +2,8 @@
 
 On disk a tensor may be called otherwise than in the model: with or without the model's prefix, or by an older name that
 transformers translates. Its renaming is asked here, name by name, so there is no second scheme of ours. Where it makes
-one parameter of several tensors, or the other way round, the names are told apart and left to its own loader.
+one parameter of several tensors, or the other way round, the names are told apart and left to its own loader, unless
+the model has a parameter for each tensor (experts.py).
 """
 
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
         if name in statistics:
             continue
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state:  # what would be merged has a place of its own
+            renamed, pattern = rename_source_key(name, renamings, [], prefix, state)
         if renamed not in state and name in state:  # a rule that was meant for older checkpoints
             renamed, pattern = name, None
         if renamed not in state or renamed in match.found:

@@ -32,12 +32,14 @@ from qlora_trainer.errors import (
     first_line,
 )
 from qlora_trainer.evaluation import heldout_loss
+from qlora_trainer.experts import has_experts
 from qlora_trainer.fingerprint import config_identity
 from qlora_trainer.forward import ForwardPlan, examine_forward, hidden_states, logits
 from qlora_trainer.logit_comparison import Answers, LogitDifference, WholeAnswers, compare_logits
 from qlora_trainer.merge_plan import MergeBase, MergeInputs, read_config
 from qlora_trainer.merge_verification import (
     KL_BOUNDS,
+    ROUTED_KL_BOUNDS,
     BaseChoice,
     check_original,
     choose_base,
@@ -108,10 +110,11 @@ class _Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """A model's answers at every token of the sample rows, and its held-out loss."""
+    """A model's answers at every token of the sample rows, its held-out loss, and whether it has experts."""
 
     answers: Answers
     loss: float | None
+    is_routed: bool
 
 
 def merge_run(
@@ -171,7 +174,7 @@ def merge_run(
             reference.answers,
             lambda path: load_streamed_model(path, run.device),
             sample.forward.loss_path,
-            KL_BOUNDS[dtype],
+            (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[dtype],
             progress,
         ),
         provenance={
@@ -306,13 +309,14 @@ def _load(run: _Run, base: MergeBase, progress: Progress, layers: int | None = N
 def _measure(model: Any, run: _Run, sample: _Sample, progress: Progress) -> _Measured:
     """In one pass over the sample rows, by the training forward, and one for each pack of held-out rows."""
     progress("measuring answers", 0, None)
-    answers = _answers(model, sample)
+    answers, is_routed = _answers(model, sample), has_experts(model)
     if sample.heldout is None:
-        return _Measured(answers, None)
+        return _Measured(answers, None, is_routed)
     # Whole logits of a large pack would take more memory than the weights.
     least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
     most_tokens = max(micro_batch_tokens(run.trained.config), least)
-    return _Measured(answers, heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress))
+    loss = heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress)
+    return _Measured(answers, loss, is_routed)
 
 
 def _answers(model: Any, sample: _Sample) -> Answers:

@@ -50,6 +50,8 @@ class BaseFingerprint:
     # sha256 of each tensor's bytes on disk, by the checkpoint's names; no part of the identity, as a copy kept in 4
     # bits is the same base. Empty where transformers read the base, and in records of earlier versions.
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    # The checkpoint's name of each of the model's tensors that transformers renames; no part of the identity either.
+    stored_as: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -61,7 +63,8 @@ class BaseFingerprint:
             path: TensorFingerprint(fields["packed_sha256"], fields["offset"], tuple(fields["scales"]))
             for path, fields in data["tensors"].items()
         }
-        return cls(data["config"], data["source_dtype"], tensors, data["dense"], data.get("sources", {}))
+        later = {key: data[key] for key in ("sources", "stored_as") if key in data}
+        return cls(data["config"], data["source_dtype"], tensors, data["dense"], **later)
 
     def difference(self, other: "BaseFingerprint") -> str | None:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
@@ -111,10 +114,11 @@ def make_fingerprint(
     tensors: dict[str, TensorFingerprint],
     dense: dict[str, str],
     sources: dict[str, str],
+    stored_as: dict[str, str],
 ) -> BaseFingerprint:
     """A fingerprint of its parts, each as BaseFingerprint says."""
     name = str(source_dtype).removeprefix("torch.")
-    return BaseFingerprint(config_identity(config), name, tensors, dense, sources)
+    return BaseFingerprint(config_identity(config), name, tensors, dense, sources, stored_as)
 
 
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
@@ -130,7 +134,7 @@ def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: 
             seen.add(id(tensor))
             dense[name] = values_sha256(tensor)
     tensors = {path: tensor_fingerprint(layer.nf4_weight) for path, layer in layers.items()}
-    return make_fingerprint(config, source_dtype, tensors, dense, {})
+    return make_fingerprint(config, source_dtype, tensors, dense, {}, {})
 
 
 def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:

@@ -1,15 +1,11 @@
 """What fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
 
-A plan of a large model takes seconds for each length. Its live bytes are linear in the number of like layers (a test
-shows it), so the search goes by two models of a few layers, and only its outcome is planned whole; what the allocator
-wastes is not linear, and its share is taken from the last whole plan. What is found fits, and the next size was found
-not to. A run that cannot fit is refused.
+What is found is planned whole, and fits. That the next size does not is an estimate from models of a few layers
+(estimating.py), which is off by a page of 20 MiB, the memory of about one more step of 256 tokens of an 8B's row. A run
+that cannot fit is refused, by whole plans.
 """
 
-import bisect
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -17,6 +13,7 @@ import torch
 
 from qlora_trainer.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
 from qlora_trainer.errors import InsufficientMemoryError
+from qlora_trainer.estimating import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
@@ -67,30 +64,28 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
     return None
 
 
-def longest_context(
-    directory: Path, config: RunConfig, near: MemoryPlan, budget: int, progress: Progress = silent
-) -> MemoryPlan | None:
+def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
     """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
 
-    Under the policy of the config, or the leanest where that is left open. `near` is a plan of the same model.
+    Under the policy of the config, or the leanest where that is left open. One GRAIN more does not fit by estimate.
     """
     limit = max_positions(directory) or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return _largest(directory, sizes, lambda size: with_length(leanest(config), size), near, budget)
+    return largest_that_fits(directory, sizes, lambda size: with_length(leanest(config), size), budget)
 
 
 def largest_micro_batch(
-    directory: Path, config: RunConfig, near: MemoryPlan, budget: int, progress: Progress = silent
+    directory: Path, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
     """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
 
-    Under the policy of the config, or the leanest where that is left open.
+    Under the policy of the config, or the leanest where that is left open. One row more does not fit by estimate.
     """
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    return _largest(directory, sizes, lambda size: with_micro_batch(leanest(config), size), near, budget)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(leanest(config), size), budget)
 
 
 def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
@@ -132,7 +127,7 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
     if fastest is not None:
         raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
-    shorter = longest_context(directory, with_policy(config, Policy("tile")), plan, budget.card, progress)
+    shorter = longest_context(directory, with_policy(config, Policy("tile")), budget.card, progress)
     if shorter is not None:
         raise InsufficientMemoryError(
             f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
@@ -220,9 +215,12 @@ def _keep_what_fits(
 ) -> MemoryPlan:
     """The plan that keeps the activations of as many layers as fit; `recompute` fits, and keeps none."""
     layers = len(layer_kinds(directory))
-    kept_bytes = _layer_bytes(directory, config, Policy("keep")) - _layer_bytes(directory, config, Policy("recompute"))
-    waste = recompute.total / _without_slack(recompute)
-    kept = min(int((budget - recompute.total) / (waste * kept_bytes)), layers)
+    keeping, recomputing = (
+        bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("keep", "recompute")
+    )
+    kept_bytes = keeping - recomputing
+    # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
+    kept = min((budget - recompute.total) // kept_bytes + 1, layers)
     while kept > 0:
         progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
         plan = _plan(directory, config, Policy("keep") if kept == layers else Policy("recompute", kept_layers=kept))
@@ -232,15 +230,8 @@ def _keep_what_fits(
     return recompute
 
 
-def _layer_bytes(directory: Path, config: RunConfig, policy: Policy) -> int:
-    """What one more layer needs under a policy, by models of a few layers."""
-    few = _repeating(layer_kinds(directory))
-    fewer, more = (_plan(directory, config, policy, layers) for layers in (2 * few, 3 * few))
-    return (_without_slack(more) - _without_slack(fewer)) // few
-
-
-def _plan(directory: Path, config: RunConfig, policy: Policy, layers: int | None = None) -> MemoryPlan:
-    return plan_memory(directory, with_policy(config, policy), layers)
+def _plan(directory: Path, config: RunConfig, policy: Policy) -> MemoryPlan:
+    return plan_memory(directory, with_policy(config, policy))
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
@@ -251,49 +242,6 @@ def _as_overrides(policy: Policy, config: RunConfig) -> str:
     """What to write on the command line to have a policy instead of the config's."""
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
-
-
-def _repeating(kinds: Sequence[str]) -> int:
-    """After how many layers their kinds repeat."""
-    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
-
-
-def _largest(
-    directory: Path,
-    sizes: Sequence[int],  # rising
-    sized: Callable[[int], RunConfig],
-    near: MemoryPlan,
-    budget: int,
-) -> MemoryPlan | None:
-    """Bisection by estimates, corrected by whole plans until one fits and the next size does not."""
-    estimate = functools.cache(lambda index: _estimate(directory, sized(sizes[index])))
-    waste, best = near.total / _without_slack(near), None
-    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
-    while low < high:
-        fitting = bisect.bisect_right(range(low, high), budget / waste, key=estimate)
-        guess = max(low + fitting - 1, low)
-        plan = plan_memory(directory, sized(sizes[guess]))
-        waste = plan.total / _without_slack(plan)
-        if plan.total <= budget:
-            best, low = plan, guess + 1
-        else:
-            high = guess
-    return best
-
-
-def _estimate(directory: Path, config: RunConfig) -> int:
-    """What the whole model needs but for the allocator's slack, from two models of a few layers."""
-    kinds = layer_kinds(directory)
-    period = _repeating(kinds)
-    few = period * -(-2 // period)
-    if few + period >= len(kinds):
-        return _without_slack(plan_memory(directory, config))
-    fewer, more = (_without_slack(plan_memory(directory, config, layers)) for layers in (few, few + period))
-    return fewer + (more - fewer) * (len(kinds) - few) // period
-
-
-def _without_slack(plan: MemoryPlan) -> int:
-    return plan.total - plan.components[SLACK]
 
 
 def _set(config: RunConfig, **sections: dict[str, object]) -> RunConfig:

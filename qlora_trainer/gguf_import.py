@@ -49,6 +49,7 @@ from qlora_trainer.gguf_weights import (
 from qlora_trainer.progress import Progress
 from qlora_trainer.quiet import quiet_transformers
 
+FOLDER = "gguf-2"  # in the cache; `gguf` held copies in 16 bits, which are read no more and may be deleted
 FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -70,7 +71,7 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     if not path.is_file():
         raise FileMissingError(f"There is no model file {path}.")
     digest = _sha256(path, progress)
-    directory = cache_dir / "imported" / f"{path.stem}-{digest[:16]}"
+    directory = cache_dir / FOLDER / f"{path.stem}-{digest[:16]}"
     if (directory / IMPORT_RECORD).is_file():
         _note_place(directory, path)
         return directory

@@ -42,16 +42,19 @@ class StoredTensor:
     shape: tuple[int, ...]  # row by row, as torch counts
     offset: int  # of its first byte in the file
 
-    def values(self, file: Path, rows: slice | None = None) -> Tensor:
-        """The tensor, or some rows of its first dimension, in fp32; ModelError where it cannot be read."""
+    def values(self, file: Path, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor, or some rows of its first dimension, as fp32 and cast once; ModelError where it cannot be read.
+
+        Beside the result it takes the memory of a few chunks.
+        """
         if len(self.shape) < 2:  # gguf's functions take rows; a vector is one
-            (vector,) = dataclasses.replace(self, shape=(1, *self.shape)).values(file)
+            (vector,) = dataclasses.replace(self, shape=(1, *self.shape)).values(file, dtype=dtype)
             return vector if rows is None else vector[rows]
         start, stop, _ = (rows or slice(None)).indices(self.shape[0])
-        out = torch.empty(stop - start, *self.shape[1:], dtype=torch.float32)
+        out = torch.empty(stop - start, *self.shape[1:], dtype=dtype)
         step = max(1, CHUNK_ELEMENTS // max(1, math.prod(self.shape[1:])))
         chunks = [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
-        fill = functools.partial(self._fill, file, out.numpy(), start)
+        fill = functools.partial(self._fill, file, out, start)
         try:
             if len(chunks) == 1:
                 fill(chunks[0])
@@ -64,7 +67,7 @@ class StoredTensor:
             ) from error
         return out
 
-    def _fill(self, file: Path, out: np.ndarray, start: int, rows: slice) -> None:
+    def _fill(self, file: Path, out: Tensor, start: int, rows: slice) -> None:
         from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
         from gguf.quants import dequantize
 
@@ -72,7 +75,8 @@ class StoredTensor:
         data = np.memmap(file, np.uint8, "r", self.offset, quant_shape_to_byte_shape(self.shape, kind))
         part = out[rows.start - start : rows.stop - start]
         # As one row: gguf goes by sixteen rows, of narrow ones far too little at a time.
-        part[:] = dequantize(data[rows].reshape(1, -1), kind).reshape(part.shape)
+        values = dequantize(data[rows].reshape(1, -1), kind).reshape(part.shape)
+        part.copy_(torch.from_numpy(values if values.flags.writeable else values.copy()))
 
 
 Rows = Literal["as stored", "otherwise"] | str
@@ -103,11 +107,18 @@ class GGUFWeights:
     """The checkpoint that an imported GGUF file stands for: its tensors by name, read when they are asked for."""
 
     def __init__(self, directory: Path) -> None:
-        record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
+        try:
+            record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
+            self.file = Path(record["file"])
+            self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
+            known = int(record["bytes"]), int(record["modified_ns"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{directory / IMPORT_RECORD} cannot be read ({type(error).__name__}: {error}). Delete {directory}; it "
+                "is made again from the GGUF file."
+            ) from error
         self.directory = directory
-        self.file = Path(record["file"])
-        self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
-        self._check_file(record["bytes"], record["modified_ns"])
+        self._check_file(*known)
         self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
 
     def _check_file(self, size: int, modified_ns: int) -> None:
@@ -131,18 +142,18 @@ class GGUFWeights:
         """
         tensor = self.tensors[name]
         if tensor.rows == "as stored":
-            return tensor.stored.values(self.file, rows).to(tensor.dtype)
+            return tensor.stored.values(self.file, rows, tensor.dtype)
         converted = self._converted  # taken once: another thread may read another tensor
         if converted is None or converted[0] != name:
             self._converted = None  # an old one goes before the new one comes
-            converted = self._converted = (name, self._convert(tensor).to(tensor.dtype))
+            converted = self._converted = (name, self._convert(tensor))
         return converted[1] if rows is None else converted[1][rows]
 
     def _convert(self, tensor: ImportedTensor) -> Tensor:
-        values = tensor.stored.values(self.file)
         if tensor.rows == "otherwise":
-            return self._translations[tensor.stored.name].convert(values.numpy())
-        return values[_permutation(tensor.rows)]
+            values = tensor.stored.values(self.file)
+            return self._translations[tensor.stored.name].convert(values.numpy()).to(tensor.dtype)
+        return tensor.stored.values(self.file, dtype=tensor.dtype)[_permutation(tensor.rows)]
 
     @functools.cached_property
     def _translations(self) -> dict[str, Translation]:
@@ -183,9 +194,13 @@ def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Te
         values = tensor.values(file, slice(start, start + step))
         low, high = (float(bound) for bound in values.aminmax())
         lowest, highest = float(np.minimum(lowest, low)), float(np.maximum(highest, high))  # NaN stays NaN
-        if start == 0:
+        if start == 0 and math.isfinite(low) and math.isfinite(high):  # NaN is not equal to itself
             converted = convert(values.numpy())
             rows = _rows(values, converted, convert)
+            if rows != "as stored" and len(values) < tensor.shape[0]:
+                values = tensor.values(file)
+                converted = convert(values.numpy())
+                rows = _rows(values, converted, convert)
             shape = tensor.shape if rows == "as stored" else tuple(converted.shape)
     return Examined(shape, rows, lowest, highest)
 

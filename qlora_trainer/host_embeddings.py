@@ -1,8 +1,9 @@
 """The input embedding kept in host memory: the rows of a micro-batch are looked up there and copied to the device.
 
 A step reads a few thousand of the embedding's rows, of a gigabyte for a vocabulary of 128,000: the copy is small, and
-the results are the same to the last bit. The embedding's own forward runs, so what a model does in it (Gemma scales
-by the root of the hidden size) is done.
+the results are the same to the last bit. A plain embedding stays in the checkpoint's dtype, and its rows are cast: half
+the memory on a CPU that computes in fp32. Another one runs its own forward in the dtype of computation, so what a model
+does in it (Gemma scales by the root of the hidden size) is done.
 
 The embedding is not among the module's parameters and buffers: the model's device stays the one that computes, for
 transformers too, and moving or casting the model leaves the host's part where it is. `host_tensors` finds it. So put it
@@ -22,16 +23,16 @@ from qlora_trainer.errors import ModelError
 
 
 class HostEmbedding(nn.Module):
-    """`embedding` on the CPU, called with ids on `device` and giving its result there."""
+    """`embedding` on the CPU, called with ids on `device` and giving its result there, in `dtype`."""
 
-    def __init__(self, embedding: nn.Module, device: torch.device) -> None:
+    def __init__(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         for parameter in embedding.parameters():
             parameter.data = parameter.data.to("cpu")
         for name, buffer in embedding.named_buffers():  # such as a scale that multiplies the rows
             setattr(embedding, name, buffer.to("cpu"))
         self._outside = (embedding,)  # in a tuple, where nn.Module does not look for modules
-        self.device = device
+        self.device, self.dtype = device, dtype
 
     @property
     def embedding(self) -> nn.Module:
@@ -42,7 +43,7 @@ class HostEmbedding(nn.Module):
         return self.embedding.get_parameter("weight")
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
-        found: Tensor = self.embedding(input_ids.to("cpu"))
+        found: Tensor = self.embedding(input_ids.to("cpu")).to(self.dtype)
         if self.device.type == "cuda":
             found = found.pin_memory()
         return found.to(self.device, non_blocking=True)
@@ -51,8 +52,17 @@ class HostEmbedding(nn.Module):
         return f"{self.embedding} on the host"
 
 
-def keep_embeddings_on_host(model: Any, device: torch.device) -> None:
-    """Move the model's input embedding to host memory and put a HostEmbedding in its place; `device` computes.
+def keeps_own_dtype(model: Any) -> bool:
+    """Whether the model's input embedding may stay in the checkpoint's dtype: it gives rows, and computes nothing."""
+    return type(model.get_input_embeddings()) is nn.Embedding
+
+
+def keep_embeddings_on_host(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the model's input embedding to host memory and put a HostEmbedding in its place.
+
+    Args:
+        device: the one that computes.
+        dtype: of computation; the embedding has it already, or a narrower one where `keeps_own_dtype`.
 
     Raises:
         ModelError: the embedding's weight is the output head's too.
@@ -60,7 +70,7 @@ def keep_embeddings_on_host(model: Any, device: torch.device) -> None:
     refuse_tied_embedding(model)
     embedding = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules() if module is embedding]
-    model.set_submodule(paths[0], HostEmbedding(embedding, device))
+    model.set_submodule(paths[0], HostEmbedding(embedding, device, dtype))
 
 
 def refuse_tied_embedding(model: Any) -> None:

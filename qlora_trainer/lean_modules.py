@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_kernels.gated import ACTIVATIONS, activate
 from qlora_kernels.lora_linear import Activation, gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_trainer.adapters.layers import LoRALinear, is_linear
-from qlora_trainer.probing import agree
+from qlora_trainer.experts import SplitExperts
+from qlora_trainer.probing import agree, named_activation
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.rotary_embedding import turn_in_one_pass
 
@@ -90,7 +90,8 @@ def make_lean(model: nn.Module) -> LeanReport:
         if found is not None:
             norm.forward = functools.partial(_norm_forward, norm, *found)
         lean_norms += found is not None or isinstance(norm, nn.LayerNorm)  # torch's own keeps no more
-    lean_mlps = 0
+    experts = [module for module in modules if isinstance(module, SplitExperts)]
+    lean_mlps = sum(module.is_4bit for module in experts)  # by their own forward
     for mlp in mlps:
         gated = gated_mlp(mlp)
         if gated is not None:
@@ -98,7 +99,7 @@ def make_lean(model: nn.Module) -> LeanReport:
             lean_mlps += 1
     return LeanReport(
         projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
-        mlps=(lean_mlps, len(mlps)),
+        mlps=(lean_mlps, len(mlps) + len(experts)),
         norms=(lean_norms, len(norms)),
     )
 
@@ -122,7 +123,7 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
         or len(norm._parameters) != 1
     ):
         return None
-    forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast")
+    forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast", "weight_before_cast")
     if not _takes_one_argument(norm):
         return None
     return next(
@@ -159,7 +160,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
         is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
         if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
             split = _split([linear[name] for name in names[:-1]])
-            return GatedMLP(split, _named(activation), down)  # type: ignore[arg-type]
+            return GatedMLP(split, named_activation(activation), down)  # type: ignore[arg-type]
     return None
 
 
@@ -180,17 +181,6 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
             return stubs[-1](activation(gate) * up)
 
         return agree(lambda: small(x), expected)
-
-
-def _named(activation: nn.Module) -> Activation:
-    """The name of an activation that qlora_kernels has operations for; else itself."""
-    with unset_fake_temporarily(), torch.no_grad():
-        probes = [torch.linspace(-9, 9, 257).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
-        for name in ACTIVATIONS:
-            ours = functools.partial(activate, activation=name)
-            if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):
-                return name
-    return activation
 
 
 def _split(projections: Sequence[nn.Module]) -> Split:
@@ -237,4 +227,5 @@ def _is_mlp(module: nn.Module) -> bool:
     if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
         return False
     children = list(module.children())
-    return sum(map(_is_projection, children)) >= 2 and any(next(c.parameters(), None) is None for c in children)
+    others = [child for child in children if not _is_projection(child)]
+    return len(children) - len(others) >= 2 and any(next(child.parameters(), None) is None for child in others)

@@ -49,6 +49,17 @@ class LoadPlan:
     original: dict[str, str]  # sha256 of the tensors that a 4-bit checkpoint was made of, where it says so
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """The checkpoint's name of each tensor that the model calls otherwise; a prefix or a tie is no other name."""
+        names = {name: [f"{path}.weight"] for name, path in self.four_bit.items()}
+        names |= {name: dense.names for name, dense in self.dense.items()}
+        return {
+            own[0]: name
+            for name, own in names.items()
+            if not any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in own)
+        }
+
+    @property
     def notices(self) -> list[str]:
         """What is worth telling of the checkpoint."""
         if not self.unused:

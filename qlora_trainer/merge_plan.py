@@ -2,7 +2,7 @@
 
 All of it is known before a byte is written, so everything that cannot fit is refused first. The source checkpoint's
 names and order drive the plan; the model's module paths, which fingerprint and adapter use, are mapped to them exactly
-or refused. Left out: mixtures of experts and others whose tensors transformers renames or fuses while loading.
+or refused. Left out: models whose tensors transformers fuses or splits while loading.
 
 Legend: O out features, I in features, R rank.
 """
@@ -98,7 +98,7 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
         )
     trained = trained_weights(inputs.base, tensors, inputs.fingerprint, inputs.fan_in_fan_out)
     dense = dense_tensors(tensors, inputs.fingerprint)
-    loras, biases = _sort_adapter(inputs.adapter, tensors)
+    loras, biases = _sort_adapter(inputs.adapter, tensors, inputs.fingerprint.stored_as)
     _refuse_tied(inputs.base, loras)
 
     belongs_to_weight = {info.name for keys in statistics.values() for info in keys.values()}
@@ -121,7 +121,7 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
 
 
 def _sort_adapter(
-    adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo]
+    adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """LoRA factors (A, B), and trained biases, by the checkpoint's names."""
     factors: dict[str, dict[str, Tensor]] = {}
@@ -132,10 +132,10 @@ def _sort_adapter(
             raise MergeError(f"The adapter holds {key}, which is neither a LoRA factor nor a bias, and is not merged.")
         path, factor = match["path"], match["factor"]
         if factor:
-            name = name_of(f"{path}.weight", tensors, "has an adapter")
+            name = name_of(f"{path}.weight", tensors, stored_as, "has an adapter")
             factors.setdefault(name, {})[factor] = tensor
         else:
-            biases[name_of(f"{path}.bias", tensors, "was trained")] = tensor
+            biases[name_of(f"{path}.bias", tensors, stored_as, "was trained")] = tensor
     if not factors:
         raise MergeError("The adapter holds no LoRA factors; there is nothing to merge.")
     if halves := [name for name, pair in factors.items() if len(pair) != 2]:

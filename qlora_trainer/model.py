@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,14 @@ from qlora_trainer.errors import (
     ModelError,
     QuantizationError,
 )
+from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
-from qlora_trainer.host_embeddings import host_tensors, keep_embeddings_on_host, refuse_tied_embedding
+from qlora_trainer.host_embeddings import (
+    host_tensors,
+    keep_embeddings_on_host,
+    keeps_own_dtype,
+    refuse_tied_embedding,
+)
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error, memory_errors
@@ -36,7 +42,7 @@ from qlora_trainer.quantization import NF4Linear, check_dequantization, check_fo
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.streaming_load import lay_out, load_tensors
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors
+from qlora_trainer.tensor_io import checkpoint_tensors
 
 
 @dataclasses.dataclass
@@ -90,29 +96,23 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     share = check_four_bit_share(model, settings.minimum_4bit_share)
     if share == 0.0:
         raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
-    if settings.embeddings == "host":
+    on_host = settings.embeddings == "host"
+    if on_host:
         refuse_tied_embedding(model)
-    check_mergeable(directory, [path for path, m in model.named_modules() if isinstance(m, NF4Linear)], plan.tensors)
-    _check_memory(model, plan, settings, compute_dtype, device)
+    compute_in(model, compute_dtype, embedding_on_host=on_host)
+    check_mergeable(plan, [path for path, module in model.named_modules() if isinstance(module, NF4Linear)])
+    _check_memory(model, plan, device, embedding_on_host=on_host)
     check_dequantization(device)
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if plan.converted:
         model, fingerprint = load_converted(plan, config, settings.output_head, device)
+        compute_in(model, compute_dtype, embedding_on_host=on_host)
     else:
         with memory_errors(directory, device):
-            fingerprint = load_tensors(
-                model,
-                plan,
-                config,
-                device=device,
-                compute_dtype=compute_dtype,
-                embedding_on_host=settings.embeddings == "host",
-                progress=progress,
-            )
-    compute_in(model, compute_dtype)
-    if settings.embeddings == "host":
-        keep_embeddings_on_host(model, device)
+            fingerprint = load_tensors(model, plan, config, device=device, embedding_on_host=on_host, progress=progress)
+    if on_host:
+        keep_embeddings_on_host(model, device, compute_dtype)
     return Base(
         model=model,
         directory=directory,
@@ -140,17 +140,16 @@ def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
         _check_prequantized(config.quantization_config, directory)
         del config.quantization_config  # the model is made dense, and filled by ourselves
     source_dtype = widest_dtype(tensors)
-    model = empty_model(directory, config, source_dtype)
+    model = empty_model(directory, config, source_dtype, tensors)
     return plan_load(model, directory, tensors, source_dtype), model
 
 
-def check_mergeable(directory: Path, paths: Iterable[str], tensors: Mapping[str, TensorInfo]) -> None:
-    """ModelError where a 4-bit layer's weight has no tensor of its name on disk, before an adapter is trained on it."""
-    lost = [path for path in paths if checkpoint_name(f"{path}.weight", tensors) is None]
-    if lost:
+def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
+    """ModelError where a 4-bit layer's weight has no tensor of its own on disk, before an adapter is trained on it."""
+    if lost := sorted({*paths} - {*plan.four_bit.values()}):
         raise ModelError(
-            f"{directory} stores its weights under other names than the model has ({len(lost)} of them, such as "
-            f"{lost[0]}.weight): transformers renames or fuses them while loading. It could be trained, but its "
+            f"{plan.directory} has no tensor of its own for {len(lost)} weight(s) of the model, such as "
+            f"{lost[0]}.weight: transformers merges or splits tensors while loading. It could be trained, but its "
             "adapter could not be merged here. Choose another architecture."
         )
 
@@ -170,12 +169,17 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     return model.eval()
 
 
-def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+def empty_model(
+    directory: Path, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
+) -> Any:
     """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+
+    Experts that transformers fuses are linear layers of their own in it (experts.py).
 
     Args:
         config: take this one, such as the directory's own with fewer layers.
         dtype: of the parameters, and of buffers that follow them.
+        stored: the names of the checkpoint's tensors, where they are known; experts that are fused there stay so.
 
     Raises:
         ModelError: it cannot be made.
@@ -186,16 +190,21 @@ def empty_model(directory: Path, config: Any = None, dtype: torch.dtype = torch.
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise loading_error(error, directory) from error
+    split_experts(model, stored)
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
 
 
-def compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties."""
+def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = False) -> None:
+    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
+
+    An embedding that goes to host memory keeps its dtype where it may.
+    """
+    kept = model.get_input_embeddings().weight if embedding_on_host and keeps_own_dtype(model) else None
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter is not kept:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
@@ -237,15 +246,10 @@ def _check_prequantized(config: Any, directory: Path) -> None:
         )
 
 
-def _check_memory(
-    model: Any, plan: LoadPlan, settings: ModelConfig, compute_dtype: torch.dtype, device: torch.device
-) -> None:
+def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding_on_host: bool) -> None:
     """Refuse early what cannot fit: the model as laid out, and the largest tensor once as it lies on disk."""
-    sizes = {
-        name: p.numel() * (compute_dtype if p.is_floating_point() else p.dtype).itemsize
-        for name, p in model.named_parameters()
-    }
-    if settings.embeddings == "host" and device.type == "cuda":
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    if embedding_on_host and device.type == "cuda":
         embedding = model.get_input_embeddings().weight
         sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
     needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers())

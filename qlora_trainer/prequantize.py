@@ -2,9 +2,10 @@
 
 What is written is bitsandbytes' own layout under the checkpoint's names, so plain transformers loads it as it is, and
 so does this trainer, to the same base: the packed codes and their statistics are those that loading the original gives,
-and what stays dense is copied. Tensors pass through one at a time, as they do in loading.
+and what stays dense is copied. Tensors pass through one at a time, as they do in loading. A mixture of experts loads
+here alone, which its report says.
 
-A kept copy in the user's cache is known by the files it was made of (path, size, times) and by their config. Left out:
+A kept copy in the user's cache is known by the files it was made of (path, size, times), and by their config. Left out:
 models whose tensors transformers merges or splits while loading, which have no 4-bit weights of those names.
 """
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
 from qlora_trainer.errors import ModelError, OutputExistsError
+from qlora_trainer.experts import SplitExperts
+from qlora_trainer.gguf_weights import IMPORT_RECORD
 from qlora_trainer.hashing import Hasher, bytes_sha256
 from qlora_trainer.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.merge_verification import verify_files
@@ -35,8 +38,13 @@ from qlora_trainer.quantization import empty_weight, is_transposed, linear_layer
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.streaming_load import check_finite, quantize_arrival
-from qlora_trainer.tensor_io import TensorInfo, TensorSpec, row_blocks
+from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, row_blocks
 from qlora_trainer.tensor_stream import stream_tensors
+
+FUSED_EXPERTS = (
+    "This copy loads here alone: transformers fuses the model's experts while loading, and reads none in 4 bits."
+)
+_KEPT_FORMAT = 1  # raise it where other layers become 4-bit than before, so that copies are made anew
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class QuantizeReport:
     bytes: int  # of all tensors
     source_bytes: int  # of the checkpoint
     source_dtype: str  # that the weights were quantised from
+    notices: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -93,6 +102,7 @@ def quantize_checkpoint(
             bytes=total,
             source_bytes=sum(info.nbytes for info in plan.tensors.values()),
             source_dtype=str(plan.source_dtype).removeprefix("torch."),
+            notices=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
         )
         record = report.to_json() | {"model": str(directory.absolute()), "sources": sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
@@ -134,15 +144,15 @@ def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress
 def _key(directory: Path) -> str:
     """Of the files a base is loaded from: their contents are not read, so a file is known by its path, size and times.
 
-    A changed file changes the time of its last change, whatever its other times were set to.
+    A changed file changes the time of its last change, whatever its other times were set to. What an import has
+    recorded of its file, such as the file's sha256, is part of the key too.
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    facts: list[Any] = [config]
-    for path in sorted(directory.glob("*.safetensors*")):
-        real = path.resolve()
-        status = real.stat()
-        facts.append([path.name, str(real), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    described = [directory / "config.json", directory / IMPORT_RECORD]
+    facts: list[Any] = [_KEPT_FORMAT, *(path.read_text(encoding="utf-8") for path in described if path.is_file())]
+    for path in sorted({info.file.resolve() for info in checkpoint_tensors(directory).values()}):
+        status = path.stat()
+        facts.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _refuse_unfit(plan: LoadPlan, model: Any) -> None:

@@ -3,11 +3,16 @@
 So there is no list of models that ours fits, and nothing that only looks alike is taken for it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_kernels.gated import ACTIVATIONS, activate
+from qlora_kernels.lora_linear import Activation
 
 # What code may raise that is run in a way it is not made for.
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -21,3 +26,14 @@ def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
         return False
     expected = ours()
     return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+def named_activation(activation: nn.Module) -> Activation:
+    """The name of an activation that qlora_kernels has operations for; else itself."""
+    with unset_fake_temporarily(), torch.no_grad():
+        probes = [torch.linspace(-9, 9, 257).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+        for name in ACTIVATIONS:
+            ours = functools.partial(activate, activation=name)
+            if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):
+                return name
+    return activation

@@ -2,13 +2,18 @@
 
 A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantised block maxima, held as plain buffers, so
 that nothing can cast them, move them halfway or hand them to an optimizer. On CUDA bitsandbytes quantises (QLoRA,
-Dettmers et al. 2023), on a CPU qlora_kernels, to the same bits. Dequantisation is qlora_kernels' own, checked against
-bitsandbytes' at start-up, because bitsandbytes' module forwards rewrite biases and, on some CPUs, repack the weights
-they were given.
+Dettmers et al. 2023), on a CPU qlora_kernels, to the bits that bitsandbytes gives on a CPU; its CUDA code is compiled
+with approximate division, and a value beside the middle of two codes may take the other one there. Dequantisation is
+qlora_kernels' own, checked against its definition at start-up, because bitsandbytes' module forwards rewrite biases
+and, on some CPUs, repack the weights they were given.
+
+The tables of a weight that was quantised elsewhere are held to the shapes and dtypes of our own: compiled kernels read
+them by these alone.
 
 Legend: O out features, I in features.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -44,6 +49,7 @@ bitsandbytes = _import_bitsandbytes()
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 256
+_DAMAGED = "The checkpoint is damaged: fetch it again, or use the model's 16-bit checkpoint."
 _SOURCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHT_TENSORS = ("packed", "absmax", "nested_absmax", "nested_code", "offset")  # of an NF4Weight
 
@@ -102,8 +108,21 @@ class NF4Linear(nn.Module):
     ) -> Tensor:  # (..., O), dtype of x
         return nf4_linear(x, self.nf4_weight, self.bias)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise _NoWeightError(
+                f"This model's own code reads the weight of a linear layer ({self.out_features} x {self.in_features}) "
+                "rather than calls the layer, and in 4 bits (NF4Linear) there is none to read. Choose a base of "
+                "another architecture."
+            )
+        return super().__getattr__(name)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _NoWeightError(ModelError, AttributeError):
+    """So that hasattr answers, and a forward that needs the weight ends with a letter."""
 
 
 def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> None:
@@ -129,35 +148,37 @@ def quantize_weight(
 ) -> NF4Weight:
     """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
 
-    On a CPU by our own code, elsewhere by bitsandbytes'; both give the same bits.
+    On a CPU by our own code, elsewhere by bitsandbytes'.
 
     Raises:
         QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
     """
     if weight.device.type == "cpu":
         quantized = quantize_nf4(weight)
-        _refuse_not_finite(quantized, weight, name)
-        return quantized
-    packed, state = bitsandbytes.functional.quantize_4bit(
-        weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
-    )
-    nested = state.state2
-    tables = (packed.reshape(-1), state.absmax, nested.absmax, nested.code, state.offset.reshape(()))
-    quantized = NF4Weight(*tables, shape=(weight.shape[0], weight.shape[1]))
-    _refuse_not_finite(quantized, weight, name)
+        is_sound = bool(torch.isfinite(quantized.offset))  # the mean of all block maxima, so it shows such a value
+    else:
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+        )
+        nested = state.state2
+        tables = (packed.reshape(-1), state.absmax, nested.absmax, nested.code, state.offset.reshape(()))
+        quantized = NF4Weight(*tables, shape=(weight.shape[0], weight.shape[1]))
+        is_sound = all_finite(weight, quantized.offset)  # bitsandbytes' CUDA code passes over NaN
+    if not is_sound:
+        bad = int((~torch.isfinite(weight)).sum())
+        told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
+        raise QuantizationError(
+            f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose "
+            "another base."
+        )
     return quantized
 
 
-def _refuse_not_finite(quantized: NF4Weight, weight: Tensor, name: str) -> None:
-    """The offset is the mean of all block maxima, so it shows a value that is not finite anywhere."""
-    if torch.isfinite(quantized.offset):
-        return
-    bad = int((~torch.isfinite(weight)).sum())
-    told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
-    raise QuantizationError(
-        f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose another "
-        "base."
-    )
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no value is infinite or NaN; tensors that are not of floats have none."""
+    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return all(torch.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 
 
 def adopt_linear4bit(model: nn.Module) -> int:
@@ -243,13 +264,27 @@ def weight_from_checkpoint(
     """Rebuild a weight from a prequantised bitsandbytes checkpoint's tensors.
 
     Raises:
-        QuantizationError: it is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+        QuantizationError: it is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage; or a
+            table is missing or damaged.
     """
-    try:
-        state = bitsandbytes.functional.QuantState.from_dict(dict(stats), device=packed.device)
-    except (KeyError, ValueError, StopIteration) as error:
-        raise QuantizationError(f"{name}: the checkpoint's quantisation keys cannot be read: {error}") from error
-    return _from_bitsandbytes(packed, state, name)
+    facts = _facts(stats, name)
+    _refuse_otherwise(facts.get("quant_type"), facts.get("blocksize"), facts.get("nested_blocksize"), packed, name)
+    offset = facts.get("nested_offset")
+    absent = packed.new_empty(0)  # is refused by its shape
+    return _checked(
+        NF4Weight(
+            packed=packed.reshape(-1),
+            absmax=stats.get("absmax", absent),
+            nested_absmax=stats.get("nested_absmax", absent),
+            nested_code=stats.get("nested_quant_map", absent),
+            offset=torch.tensor(
+                offset if type(offset) is float else torch.nan, dtype=torch.float32, device=packed.device
+            ),
+            shape=facts.get("shape", ()),
+        ),
+        stats.get("quant_map", absent),
+        name,
+    )
 
 
 def weight_to_checkpoint(
@@ -286,9 +321,16 @@ def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
     Raises:
         QuantizationError: it is no NF4 weight, or its keys cannot be read.
     """
+    return _SOURCE_DTYPES[_facts(statistics, name)["dtype"]]
+
+
+def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """What bitsandbytes says of a weight in JSON, of which nothing is sure but that it names a source dtype."""
     try:
-        return _SOURCE_DTYPES[json.loads(bytes(statistics[_STATE_KEY].tolist()))["dtype"]]
-    except (KeyError, ValueError, TypeError) as error:
+        facts: dict[str, Any] = json.loads(bytes(statistics[_STATE_KEY].tolist()))
+        _SOURCE_DTYPES[facts["dtype"]]
+        return facts
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         stored = ", ".join(sorted(statistics)) or "nothing"
         raise QuantizationError(
             f"{name} is quantised otherwise than this trainer keeps its base, or its quantisation keys cannot be read "
@@ -298,11 +340,19 @@ def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
 
 def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
     nested: Any = getattr(state, "state2", None)
+    _refuse_otherwise(state.quant_type, state.blocksize, nested and nested.blocksize, packed, name)
+    offset, shape = state.offset.reshape(()), tuple(state.shape)
+    weight = NF4Weight(packed.reshape(-1), state.absmax, nested.absmax, nested.code, offset, shape)
+    return _checked(weight, state.code, name)
+
+
+def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed: Tensor, name: str) -> None:
+    """QuantizationError unless it is NF4, block size 64, double quantisation, uint8 storage."""
     found = {
-        "type": state.quant_type,
-        "block size": state.blocksize,
-        "double quantisation": nested is not None,
-        "nested block size": nested.blocksize if nested else NESTED_BLOCK_SIZE,
+        "type": kind,
+        "block size": block_size,
+        "double quantisation": nested_block_size is not None,
+        "nested block size": nested_block_size or NESTED_BLOCK_SIZE,
         "storage": str(packed.dtype).removeprefix("torch."),
     }
     wanted = {
@@ -320,19 +370,39 @@ def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
             f"{name} is quantised otherwise than this trainer keeps its base: {differences}. Use the model's 16-bit "
             "checkpoint, which is quantised while loading, or one prequantised to NF4 with double quantisation."
         )
-    statistics = (state.offset, nested.absmax)
-    if not all(torch.isfinite(statistic).all() for statistic in statistics):
-        raise QuantizationError(f"{name} was quantised from values that are not finite. The checkpoint is damaged.")
-    return NF4Weight(
-        packed=packed.reshape(-1),
-        absmax=state.absmax,
-        nested_absmax=nested.absmax,
-        nested_code=nested.code,
-        offset=state.offset.reshape(()),
-        shape=(int(state.shape[0]), int(state.shape[1])),
-        block_size=BLOCK_SIZE,
-        nested_block_size=NESTED_BLOCK_SIZE,
-    )
+
+
+def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
+    """The weight, if its tables are those of its shape; `code` are the sixteen values its codes stand for.
+
+    Raises:
+        QuantizationError: a table has another shape or dtype, or a value that cannot be.
+    """
+    shape: Any = weight.shape  # still what the checkpoint says
+    if not (
+        isinstance(shape, list | tuple)
+        and len(shape) == 2
+        and all(type(size) is int and 0 < size < 2**31 for size in shape)
+    ):
+        raise QuantizationError(f"{name} says that its shape is {shape!r}, which is no matrix's. {_DAMAGED}")
+    weight = dataclasses.replace(weight, shape=tuple(shape))
+    expected = empty_weight(*weight.shape, "meta")
+    for table in WEIGHT_TENSORS:
+        found, wanted = getattr(weight, table), getattr(expected, table)
+        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            raise QuantizationError(
+                f"{name}: {table} is {_told(found)}, and in a weight of {shape[0]} x {shape[1]} it is {_told(wanted)}. "
+                f"{_DAMAGED}"
+            )
+    if code.dtype != NF4_CODE.dtype or not torch.equal(code, NF4_CODE.to(code.device)):
+        raise QuantizationError(f"{name}: quant_map, the values of its codes, is not that of NF4. {_DAMAGED}")
+    if not all_finite(weight.offset, weight.nested_absmax, weight.nested_code):
+        raise QuantizationError(f"{name} was quantised from values that are not finite. {_DAMAGED}")
+    return weight
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def check_dequantization(device: torch.device) -> list[str]:

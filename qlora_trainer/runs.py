@@ -21,13 +21,14 @@ from qlora_trainer.config import save_config
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import new_directory, refuse_existing
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.experts import named_as_experts
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.fitting import check_fits_here, plan_as_lowered
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings
 from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.prequantize import load_base
-from qlora_trainer.process_memory import private_bytes
+from qlora_trainer.process_memory import private_bytes, return_freed_memory
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import (
     CONFIG_NAME,
@@ -42,6 +43,8 @@ from qlora_trainer.run_directory import (
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import as_lowered, build_state
 from qlora_trainer.training_run import Run
+
+_LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 
 
 def start_run(config: RunConfig, progress: Progress = silent) -> Run:
@@ -135,11 +138,18 @@ def _assemble(
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base(path, config.model, user_cache(), progress)
+    if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
+        return_freed_memory()
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
+    if names := named_as_experts(base.model, adapted):
+        notices.append(
+            f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
+            "them. Use the merged model there, or leave these layers out: adapter.targets=attention."
+        )
     if base.device.type == "cuda":
         notices.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "

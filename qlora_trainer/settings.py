@@ -48,7 +48,7 @@ class ModelConfig(Section):
         ge=0.0,
         le=1.0,
         description="Refuse a base of which less than this share of the linear weights (output head left out) "
-        "becomes 4-bit, for example a mixture of experts.",
+        "becomes 4-bit, for example one whose experts are fused on disk.",
     )
     keep_quantized: bool = Field(
         False,
@@ -79,6 +79,11 @@ class AdapterConfig(Section):
         description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
         "expression that whole paths must match.",
     )
+    fused_parts: dict[str, list[str]] = Field(
+        {},
+        description="Parts to adapt alone in layers that compute several projections at once, by the layer's name, "
+        "such as {c_attn: [query, value]}; each has the rank. Layers not named are adapted whole.",
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="Which biases of the base train too: none, those of adapted layers, or all."
@@ -99,6 +104,16 @@ class AdapterConfig(Section):
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"is no regular expression: {error}") from None
+        return value
+
+    @field_validator("fused_parts")
+    @classmethod
+    def _parts_are_named_once(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for layer, parts in value.items():
+            if not parts:
+                raise ValueError(f"names no part of {layer}; give some, such as [query, value], or leave {layer} out")
+            if len(set(parts)) < len(parts):
+                raise ValueError(f"names a part of {layer} twice")
         return value
 
 

@@ -43,9 +43,9 @@ def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype)
     empty_nf4(model)
     check_four_bit_share(model, settings.minimum_4bit_share)
     empty_head(model, settings.output_head)
-    compute_in(model, compute_dtype)
+    compute_in(model, compute_dtype, embedding_on_host=settings.embeddings == "host")
     if settings.embeddings == "host":
-        keep_embeddings_on_host(model, torch.device("cpu"))
+        keep_embeddings_on_host(model, torch.device("cpu"), compute_dtype)
 
 
 def layer_kinds(directory: Path) -> list[str]:

@@ -12,7 +12,7 @@ Between its uses a matrix is a single NaN seen in the matrix's shape, four bytes
 for shapes and devices gets the right ones; code that computes with a weight outside of its module's forward gets NaN,
 never a plausible number. Vectors always stay: they are small, and biases may be trained.
 
-Left out: models whose tensors transformers renames or fuses while loading. Those are loaded whole.
+Left out: models whose tensors transformers fuses or splits while loading. Those are loaded whole.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.head_rows import head_logits
+from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
 from qlora_trainer.model import device_with_room, empty_model, load_dense_model
 from qlora_trainer.model_source import read_config
 from qlora_trainer.skeleton import keep_layers
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
 from qlora_trainer.weights_as_trained import TrainedWeight
 
 WORKING_BYTES = 2**30  # activations of a pass, roughly
@@ -141,8 +142,9 @@ def load_streamed_model(
 
 
 def can_stream(directory: Path) -> bool:
-    """Whether `load_streamed_model` can stream the model; else its tensors are renamed or fused while loading."""
-    return _sources(empty_model(directory), checkpoint_tensors(directory), {}) is not None
+    """Whether `load_streamed_model` can stream the model; else its tensors are fused while loading."""
+    tensors = checkpoint_tensors(directory)
+    return _sources(empty_model(directory, stored=tensors), tensors, {}) is not None
 
 
 def streaming_device(directory: Path, device: torch.device) -> torch.device:
@@ -150,7 +152,7 @@ def streaming_device(directory: Path, device: torch.device) -> torch.device:
 
     Raises:
         InsufficientMemoryError: neither has room for its largest matrix twice (it is made from another), or for the
-            whole model where its tensors are renamed while loading.
+            whole model where its tensors are fused while loading.
     """
     return _examine(directory, device, {}, None)[2]
 
@@ -162,8 +164,9 @@ def _examine(
     config = read_config(directory)
     if layers is not None:
         keep_layers(config.get_text_config(), layers)
-    model = empty_model(directory, config)
-    sources = _sources(model, checkpoint_tensors(directory), trained)
+    tensors = checkpoint_tensors(directory)
+    model = empty_model(directory, config, stored=tensors)
+    sources = _sources(model, tensors, trained)
     if sources is None:
         needed = sum(4 * parameter.numel() for parameter in model.parameters())
     else:
@@ -176,21 +179,22 @@ def _examine(
 
 
 def _sources(
-    model: nn.Module, tensors: Mapping[str, TensorInfo], trained: Mapping[str, TrainedWeight]
+    model: Any, tensors: Mapping[str, TensorInfo], trained: Mapping[str, TrainedWeight]
 ) -> dict[str, Source] | None:
     """What each parameter and stored buffer is read from, tied ones under each of their names; None if one has none."""
+    stored_as = match_names(model, tensors).found
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     sources: dict[str, Source] = {}
     for tied in names.values():
-        stored = [tensors[found] for name in tied if (found := checkpoint_name(name, tensors))]
+        stored = [tensors[found] for name in tied if (found := stored_as.get(name))]
         # transformers ties what is stored twice only where both hold the same values.
         if not stored or not all(torch.equal(read_tensor(stored[0]), read_tensor(other)) for other in stored[1:]):
             return None
         sources |= dict.fromkeys(tied, trained.get(stored[0].name, stored[0]))
     for name in model.state_dict().keys() - sources.keys():
-        if found := checkpoint_name(name, tensors):
+        if found := stored_as.get(name):
             sources[name] = tensors[found]
     return sources
 

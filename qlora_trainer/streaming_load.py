@@ -28,7 +28,7 @@ from qlora_trainer.hashing import Hasher, bytes_sha256, values_sha256
 from qlora_trainer.load_plan import DenseTensor, LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, QuantizedHead, empty_head
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import empty_nf4, quantize_weight, weight_from_checkpoint
+from qlora_trainer.quantization import all_finite, empty_nf4, quantize_weight, weight_from_checkpoint
 from qlora_trainer.tensor_io import TensorInfo, read_tensor
 from qlora_trainer.tensor_stream import Arrival, stream_tensors
 
@@ -44,12 +44,11 @@ def lay_out(model: Any, plan: LoadPlan, output_head: HeadKind) -> None:
 
 
 def load_tensors(
-    model: Any,  # as `lay_out` left it; filled
+    model: Any,  # as `lay_out` left it, each parameter in the dtype it shall have; filled
     plan: LoadPlan,
     config: Mapping[str, Any],  # what config.json holds
     *,
     device: torch.device,
-    compute_dtype: torch.dtype,  # of the parameters that stay dense
     embedding_on_host: bool = False,  # leave it out of the device; who computes must know (host_embeddings.py)
     progress: Progress = silent,
 ) -> BaseFingerprint:
@@ -62,7 +61,7 @@ def load_tensors(
     wanted = [info for name, info in plan.tensors.items() if name in plan.four_bit or name in plan.dense]
     done, total = 0, sum(info.nbytes for info in wanted)
     with Hasher() as hasher:
-        filling = _Filling(model, plan, hasher, device, compute_dtype, embedding_on_host)
+        filling = _Filling(model, plan, hasher, device, embedding_on_host)
         arrivals = stream_tensors(wanted, device, filling.stays_on_host, filling.hash_source)
         with contextlib.closing(arrivals):
             for arrival in arrivals:
@@ -84,11 +83,9 @@ class _Filling:
         plan: LoadPlan,
         hasher: Hasher,
         device: torch.device,
-        compute_dtype: torch.dtype,
         embedding_on_host: bool,
     ) -> None:
-        self.model, self.plan, self.hasher = model, plan, hasher
-        self.device, self.compute_dtype = device, compute_dtype
+        self.model, self.plan, self.hasher, self.device = model, plan, hasher, device
         embedding = model.get_input_embeddings() if embedding_on_host else None
         self.host_name = next((f"{path}.weight" for path, m in model.named_modules() if m is embedding), None)
         self.sources: dict[str, Future[str]] = {}  # by the checkpoint's names
@@ -136,9 +133,9 @@ class _Filling:
             elif leaf in module._buffers:
                 module._buffers[leaf] = self._own_copy(arrival, dense.dtype, dense.dtype)
             else:
-                dtype = self.compute_dtype if dense.dtype.is_floating_point else dense.dtype
                 if parameter is None:
-                    parameter = nn.Parameter(self._own_copy(arrival, dense.dtype, dtype), requires_grad=False)
+                    values = self._own_copy(arrival, dense.dtype, module.get_parameter(leaf).dtype)
+                    parameter = nn.Parameter(values, requires_grad=False)
                 module._parameters[leaf] = parameter
 
     def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
@@ -174,6 +171,7 @@ class _Filling:
             tensors,
             {name: found.result() for name, found in self.dense.items()},
             self.plan.original or sources,
+            self.plan.renamed,
         )
 
 
@@ -185,10 +183,7 @@ def quantize_arrival(arrival: Arrival, source_dtype: torch.dtype, transposed: bo
 
 def check_finite(arrival: Arrival) -> None:
     """QuantizationError where a tensor that stays dense holds a value that is not finite."""
-    values = arrival.values
-    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
-    extremes = torch.aminmax(values) if values.is_floating_point() and values.numel() else ()
-    if not all(torch.isfinite(extreme) for extreme in extremes):
+    if not all_finite(arrival.values):
         raise QuantizationError(
             f"{_described(arrival.info)} holds values that are not finite. The checkpoint is damaged: fetch it again."
         )

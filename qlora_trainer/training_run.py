@@ -13,7 +13,7 @@ import torch
 
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, write_adapter
+from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
 from qlora_trainer.checkpoint import save_checkpoint
 from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
@@ -202,15 +202,22 @@ class Run:
         """The adapter as it is now, in PEFT's format."""
         settings = self.config.adapter
         first = self.base.model.get_submodule(self.adapted[0]).base
+        tensors = adapter_state_dict(self.base.model)
+        # The scaling as alpha / rank, for rsLoRA too: some readers know lora_alpha alone.
+        scaling = lora_scaling(settings.rank, settings.alpha, settings.use_rslora)
+        ranks = stored_ranks(tensors)
+        rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())
+        other_ranks = {path: found for path, found in ranks.items() if found != rank}
         write_adapter(
             directory,
-            adapter_state_dict(self.base.model),
+            tensors,
             AdapterFileConfig(
                 base_model_name_or_path=self.config.model.name,
                 revision=self.config.model.revision,
-                r=settings.rank,
-                # The scaling as alpha / rank, for rsLoRA too: some readers know lora_alpha alone.
-                lora_alpha=lora_scaling(settings.rank, settings.alpha, settings.use_rslora) * settings.rank,
+                r=rank,
+                lora_alpha=scaling * rank,
+                rank_pattern=other_ranks,
+                alpha_pattern={path: scaling * other for path, other in other_ranks.items()},
                 lora_dropout=settings.dropout,
                 target_modules=target_names(self.base.model, self.adapted),
                 bias=settings.bias,

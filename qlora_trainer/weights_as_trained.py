@@ -112,7 +112,7 @@ def trained_weights(
     source_dtype = getattr(torch, fingerprint.source_dtype)
     weights = {}
     for path, recorded in fingerprint.tensors.items():
-        name = name_of(f"{path}.weight", tensors, "was 4-bit in training")
+        name = name_of(f"{path}.weight", tensors, fingerprint.stored_as, "was 4-bit in training")
         source, found = tensors[name], statistics.get(name, {})
         shape = _prequantized(source, found, "cpu").shape if found else source.shape
         if len(shape) != 2:
@@ -128,18 +128,19 @@ def trained_weights(
 def dense_tensors(tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint) -> dict[str, DenseTensor]:
     """What the fingerprint says of other tensors, by the checkpoint's names; those it stores otherwise are left out."""
     source_dtype = getattr(torch, fingerprint.source_dtype)
-    found = {checkpoint_name(name, tensors): sha256 for name, sha256 in fingerprint.dense.items()}
+    stored_as = fingerprint.stored_as
+    found = {checkpoint_name(stored_as.get(name, name), tensors): sha for name, sha in fingerprint.dense.items()}
     return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items() if name}
 
 
-def name_of(parameter: str, tensors: Mapping[str, TensorInfo], what: str) -> str:
+def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:
     """The checkpoint's name of a parameter; MergeError where it has none, which says `what` the parameter is."""
-    if name := checkpoint_name(parameter, tensors):
+    if name := checkpoint_name(stored_as.get(parameter, parameter), tensors):
         return name
     raise MergeError(
         f"{parameter} {what}, but the base's checkpoint has no such tensor. Either this is another base than the one "
-        "trained, or transformers renames or fuses this architecture's tensors while loading, and then it cannot be "
-        "merged here. The adapter itself is whole, and can be used beside its base."
+        "trained, or transformers fuses this architecture's tensors while loading, and then it cannot be merged "
+        "here. The adapter itself is whole, and can be used beside its base."
     )
 
 

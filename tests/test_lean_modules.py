@@ -17,7 +17,10 @@ from qlora_trainer.quantization import NF4Linear, quantize_weight
 from qlora_trainer.runs import start_run
 from qlora_trainer.settings import AdapterConfig, ModelConfig, RunConfig
 
-LISTED = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"]
+LISTED = [
+    *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "olmo2", "granite"),
+    *("mixtral", "qwen3_moe"),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,15 +43,26 @@ def test_every_layer_of_every_listed_family_is_lean_and_gives_the_same_logits(
     assert make_lean(model) == report, "twice is as once"
 
 
-def test_what_has_no_lean_form_is_counted_and_left_alone(tiny_models: Callable[[str], Path]) -> None:
-    """GPT-2's MLPs have no gate; torch's own layer norms keep no more than ours would."""
-    directory = tiny_models("gpt2")
+@pytest.mark.parametrize(
+    ("family", "mlps", "norms"),
+    [
+        ("gpt2", (0, 2), (5, 5)),  # MLPs without a gate; torch's own layer norms keep no more than ours would
+        ("starcoder2", (0, 2), (5, 5)),
+        ("gpt_neox", (0, 2), (5, 5)),
+        ("falcon", (0, 2), (3, 3)),
+        ("cohere", (2, 2), (0, 3)),  # a layer norm of its own, without a bias
+    ],
+)
+def test_what_has_no_lean_form_is_counted_and_left_alone(
+    family: str, mlps: tuple[int, int], norms: tuple[int, int], tiny_models: Callable[[str], Path]
+) -> None:
+    directory = tiny_models(family)
     model = load_base_model(directory, ModelConfig(name=str(directory))).model
     add_adapters(model, AdapterConfig(rank=4))
     report = make_lean(model)
-    assert report.mlps == (0, 2)
-    assert report.norms == (5, 5)
-    assert "0 of 2 MLPs" in str(report)
+    assert report.projections[0] == report.projections[1] > 0
+    assert (report.mlps, report.norms) == (mlps, norms)
+    assert f"{mlps[0]} of {mlps[1]} MLPs" in str(report)
 
 
 def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:

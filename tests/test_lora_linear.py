@@ -73,6 +73,16 @@ def test_frozen_input_costs_no_backward(weight: NF4Weight, monkeypatch: pytest.M
     assert bias.grad is not None
 
 
+def test_a_model_may_add_into_the_output(weight: NF4Weight) -> None:
+    """Falcon adds its MLP's output into its attention's, in place."""
+    x = normal(2, 3, 45).requires_grad_()
+    output = nf4_linear(x, weight, None)
+    output += nf4_linear(2 * x, weight, None)
+    output.sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 3 * dequantize_nf4(weight, torch.float32).sum(0).expand_as(x), rtol=1e-5)
+
+
 def test_nothing_is_kept_for_backward(weight: NF4Weight) -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

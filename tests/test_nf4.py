@@ -197,3 +197,27 @@ def test_a_transposed_weight_is_read_in_its_own_order() -> None:
 def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
     program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); from qlora_kernels import lora_linear"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"packed": torch.zeros(95, dtype=torch.uint8)},
+        {"absmax": torch.zeros(2, dtype=torch.uint8)},
+        {"absmax": torch.zeros(3)},
+        {"nested_absmax": torch.ones(1, dtype=torch.float16)},
+        {"nested_absmax": torch.ones(0)},
+        {"nested_code": torch.ones(4)},
+        {"offset": torch.zeros((), dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_compiled_code_is_given_no_table_that_it_would_read_beside(table: dict[str, Tensor]) -> None:
+    dequantize = compiled_for()["dequantize_nf4"]
+    weight = quantize_nf4(normal((3, 64)))
+    tables = {name: getattr(weight, name) for name in TABLES}
+    dequantize(*tables.values(), 0, 64, 256, torch.empty(3, 64))
+    with pytest.raises(AssertionError):
+        dequantize(*(tables | table).values(), 0, 64, 256, torch.empty(3, 64))
+    with pytest.raises(AssertionError):
+        dequantize(*tables.values(), 64, 64, 256, torch.empty(3, 64))

@@ -45,6 +45,7 @@ ROWS = [
         "rotary_embedding",
         "sizes",
     },
+    {"experts"},
     {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {
         "checkpoint_names",
@@ -62,7 +63,8 @@ ROWS = [
     {"model"},
     {"doctor", "prequantize", "run_directory", "skeleton", "training"},
     {"initial_adapter", "planning", "recovery", "streamed_model", "trained"},
-    {"deployment", "fitting"},
+    {"deployment", "estimating"},
+    {"fitting"},
     {"training_run"},
     {"runs"},
     {"demo"},
@@ -74,6 +76,7 @@ OWNERS = {
     "transformers": {
         "attention",
         "checkpoint_names",
+        "experts",
         "model",
         "model_source",
         "pretrained",

@@ -9,15 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_gguf_import import tiny_weights, write_gguf
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer import model_files, prequantize
 from qlora_trainer.deployment import merge_run
 from qlora_trainer.errors import DiskError, ModelError, OutputExistsError, QuantizationError
+from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.load_plan import RECORD_NAME
 from qlora_trainer.model import Base, load_base_model
 from qlora_trainer.prequantize import load_base, quantize_checkpoint
+from qlora_trainer.progress import silent
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.run_directory import user_cache
 from qlora_trainer.runs import resume_run, start_run
@@ -158,6 +161,21 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
     changed = load_base(base, settings, tmp_path / "cache")
     assert first.fingerprint.difference(changed.fingerprint) is not None
     assert len(kept_copies(tmp_path)) == 2
+
+
+def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path: Path) -> None:
+    """A directory that stands for a GGUF file holds no weights; the file it names does."""
+    (tmp_path / "files").mkdir()
+    codes = []
+    for seed in (0, 1):
+        file = write_gguf(tmp_path / "files" / "model.gguf", tiny_weights(seed))
+        base = import_gguf(file, tmp_path / "cache", silent)
+        settings = ModelConfig(name=str(file), keep_quantized=True)
+        kept = load_base(base, settings, tmp_path / "cache")
+        assert kept.fingerprint == load(base).fingerprint
+        codes.append(kept.fingerprint.tensors)
+        file.unlink()
+    assert codes[0] != codes[1]
 
 
 def losses(run_dir: Path) -> list[float]:

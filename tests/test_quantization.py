@@ -10,8 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, MixtralConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    GraniteMoeConfig,
+)
 from transformers.core_model_loading import WeightRenaming
 
 from qlora_kernels.nf4 import dequantize_nf4
@@ -23,15 +29,18 @@ from qlora_trainer.errors import (
     QLoRATrainerError,
     QuantizationError,
 )
-from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
-from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model
+from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint, is_same, tensor_fingerprint
+from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model, plan_base
 from qlora_trainer.model_source import resolve_model
 from qlora_trainer.quantization import (
+    WEIGHT_TENSORS,
     NF4Linear,
     adopt_linear4bit,
     check_dequantization,
     four_bit_share,
     quantize_weight,
+    weight_from_checkpoint,
+    weight_to_checkpoint,
 )
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors
@@ -150,6 +159,69 @@ def test_a_checkpoint_prequantised_otherwise_is_refused(tiny_llama: Path, tmp_pa
         load(prequantized(tiny_llama, tmp_path / "other", **settings))
 
 
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+def say(stored: dict[str, Tensor], **facts: object) -> None:
+    """Change what the JSON beside a weight says."""
+    told = json.loads(bytes(stored[STATE].tolist())) | facts
+    stored[STATE] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "codes cut": (lambda s: s.update({"": s[""][:-1]}), r"packed is uint8 of shape \(9215,\), .* \(9216,\)"),
+    "scales cut": (lambda s: s.update(absmax=s["absmax"][:-1]), r"absmax is uint8 of shape \(287,\)"),
+    "scales as floats": (lambda s: s.update(absmax=s["absmax"].float()), "absmax is float32"),
+    "scales missing": (lambda s: s.pop("absmax"), "absmax"),
+    "nested scales in fp16": (lambda s: s.update(nested_absmax=s["nested_absmax"].half()), "nested_absmax is float16"),
+    "nested scales missing": (lambda s: s.pop("nested_absmax"), "nested_absmax"),
+    "nested code in fp16": (
+        lambda s: s.update(nested_quant_map=s["nested_quant_map"].half()),
+        "nested_code is float16",
+    ),
+    "nested code cut": (lambda s: s.update(nested_quant_map=s["nested_quant_map"][:4]), r"nested_code .*\(4,\)"),
+    "nested code not finite": (lambda s: s["nested_quant_map"].fill_(torch.inf), "not finite"),
+    "nested scale not finite": (lambda s: s["nested_absmax"].fill_(torch.nan), "not finite"),
+    "code changed": (lambda s: s.update(quant_map=s["quant_map"].flip(0)), "quant_map, .* not that of NF4"),
+    "code missing": (lambda s: s.pop("quant_map"), "quant_map, .* not that of NF4"),
+    "shape not told": (lambda s: say(s, shape=None), "shape is None"),
+    "shape of one size": (lambda s: say(s, shape=[18432]), r"shape is \[18432\]"),
+    "shape of no numbers": (lambda s: say(s, shape=["96", 192]), "no matrix's"),
+    "shape below zero": (lambda s: say(s, shape=[-96, -192]), "no matrix's"),
+    "shape beyond reason": (lambda s: say(s, shape=[2**40, 2**40]), "no matrix's"),
+    "another shape": (lambda s: say(s, shape=[96, 256]), r"packed is uint8 of shape \(9216,\)"),
+    "offset not told": (lambda s: say(s, nested_offset=None), "not finite"),
+    "offset beyond fp32": (lambda s: say(s, nested_offset=1e300), "not finite"),
+    "block size as text": (lambda s: say(s, blocksize="64"), "block size 64 "),
+    "no JSON": (lambda s: s[STATE].fill_(91), "cannot be read"),
+    "JSON of floats": (lambda s: s.update({STATE: s[STATE].float()}), "cannot be read"),
+    "dtype unknown": (lambda s: say(s, dtype=["bfloat16"]), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_prequantised_weight_whose_tables_do_not_fit_is_refused_by_name(damage: str) -> None:
+    """Before a kernel reads them, which goes by the weight's shape alone."""
+    weight = quantize_weight(torch.randn(96, 192, generator=torch.Generator().manual_seed(0)))
+    stored = {key: tensor.clone() for key, tensor in weight_to_checkpoint(weight, torch.bfloat16).items()}
+    again = weight_from_checkpoint(stored[""], {key: stored[key] for key in stored if key}, "a.weight")
+    assert all(torch.equal(getattr(again, table), getattr(weight, table)) for table in WEIGHT_TENSORS)
+    change, told = DAMAGES[damage]
+    change(stored)
+    with pytest.raises(QuantizationError, match=rf"^a\.weight.* {told}"):
+        weight_from_checkpoint(stored.pop(""), stored, "a.weight")
+
+
+def test_a_model_that_reads_a_4_bit_layers_weight_is_told_so() -> None:
+    """As the fused path of a Mamba does: the letter comes in whatever forward is the first."""
+    layer = NF4Linear(quantize_weight(torch.ones(96, 64)), None)
+    assert not hasattr(layer, "weight")
+    with pytest.raises(ModelError, match=r"reads the weight of a linear layer \(96 x 64\) .*another architecture"):
+        nn.functional.linear(torch.ones(1, 64), layer.weight)
+    with pytest.raises(AttributeError, match="no attribute 'scales'"):
+        _ = layer.scales
+
+
 def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     check_dequantization(CPU)
     from qlora_trainer import quantization
@@ -161,7 +233,8 @@ def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.Mo
 
 
 def test_experts_that_stay_16_bit_are_refused_with_their_share(tmp_path: Path) -> None:
-    config = MixtralConfig(
+    """Granite's lie fused on disk too, so there is no tensor for each matrix."""
+    config = GraniteMoeConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, num_local_experts=4,
     )  # fmt: skip
@@ -313,10 +386,9 @@ def test_the_memory_a_base_needs_is_what_it_takes(
                 load(directory)
 
 
-def test_what_could_be_trained_but_not_merged_is_refused_before_training(
+def test_names_that_transformers_translates_are_found_and_remembered_for_the_merge(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tensors of a checkpoint whose names transformers translates are found, but a merge would not find them."""
     tensors = {name.replace("self_attn", "old"): t for name, t in load_file(tiny_llama / "model.safetensors").items()}
     directory = tmp_path / "renamed"
     shutil.copytree(tiny_llama, directory)
@@ -324,9 +396,19 @@ def test_what_could_be_trained_but_not_merged_is_refused_before_training(
     monkeypatch.setattr(
         checkpoint_names, "get_model_conversion_mapping", lambda model: [WeightRenaming(r"\.old\.", r"\.self_attn\.")]
     )
-    with pytest.raises(ModelError, match=r"other names .*\(8 of them, such as model\.layers\.0\.self_attn\.q_proj\.w"):
-        load(directory)
-    check_mergeable(directory, ["model.layers.0.mlp.up_proj"], checkpoint_tensors(directory))
+    base, plain = load(directory), load(tiny_llama)
+    assert base.fingerprint.difference(plain.fingerprint) is None
+    assert plain.fingerprint.stored_as == {}
+    assert len(base.fingerprint.stored_as) == 8
+    assert base.fingerprint.stored_as["model.layers.0.self_attn.q_proj.weight"] == "model.layers.0.old.q_proj.weight"
+    assert BaseFingerprint.from_json(base.fingerprint.to_json()) == base.fingerprint
+
+
+def test_what_could_be_trained_but_not_merged_is_refused_before_training(tiny_llama: Path) -> None:
+    plan, _ = plan_base(tiny_llama)
+    check_mergeable(plan, ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ModelError, match=r"no tensor of its own for 1 weight.*model\.layers\.0\.mlp\.both\.weight"):
+        check_mergeable(plan, ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.both"])
 
 
 def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path) -> None:
@@ -344,3 +426,28 @@ def test_a_base_on_cuda_holds_the_same_codes_as_on_the_cpu(tiny_llama: Path) -> 
     assert on_cuda.compute_dtype in (torch.bfloat16, torch.float16)
     assert on_cpu.fingerprint.difference(on_cuda.fingerprint) is None
     check_dequantization(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_quantises_to_the_codes_of_a_cpu(dtype: torch.dtype) -> None:
+    """bitsandbytes' kernel there is compiled with approximate division: in 16 bits few values lie beside a midpoint."""
+    values = torch.randn(1024, 1000, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
+    ours, theirs = quantize_weight(values), quantize_weight(values.cuda())
+    assert torch.equal(ours.packed, theirs.packed.cpu()), int((ours.packed != theirs.packed.cpu()).sum())
+    assert torch.equal(ours.nested_code, theirs.nested_code.cpu())
+    assert is_same(tensor_fingerprint(ours), tensor_fingerprint(theirs))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_that_is_not_finite_is_refused_on_cuda(dtype: torch.dtype, bad: float) -> None:
+    weight = torch.randn(64, 128, dtype=dtype, device="cuda")
+    weight[3, 5] = bad
+    with pytest.raises(QuantizationError, match="holds 1 value"):
+        quantize_weight(weight)
+    with pytest.raises(QuantizationError, match="holds 1 value"):
+        quantize_weight(weight.T)

@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from qlora_kernels import rms_norm as module
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_trainer.memory_tracking import LiveBytes
 
-LIBRARY: dict[Form, type[nn.Module]] = {"scale_after_cast": LlamaRMSNorm, "scale_before_cast": Gemma2RMSNorm}
+LIBRARY: dict[Form, type[nn.Module]] = {
+    "scale_after_cast": LlamaRMSNorm,
+    "scale_before_cast": Gemma2RMSNorm,
+    "weight_before_cast": Olmo2RMSNorm,
+}
 FORMS = list(LIBRARY)
 EPS = 1e-5
 
@@ -24,7 +29,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def formula(x: Tensor, weight: Tensor, form: Form) -> Tensor:
     x_hat = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-    return x_hat * weight if form == "scale_after_cast" else x_hat * (1.0 + weight)
+    return x_hat * (1.0 + weight) if form == "scale_before_cast" else x_hat * weight
 
 
 def output_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModel
 
 from qlora_trainer import model as model_room
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
@@ -138,15 +138,23 @@ def test_a_head_stored_beside_its_embedding_is_tied_only_where_both_are_equal(tm
         assert_same_answers(load_streamed_model(directory, CPU), load_dense_model(directory, CPU))
 
 
-def test_what_is_renamed_while_loading_is_loaded_whole(tmp_path: Path) -> None:
-    config = MixtralConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, num_local_experts=4,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
-    model = load_streamed_model(tmp_path / "moe", CPU)
+def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
+    tiny_models: Callable[[str], Path],
+) -> None:
+    model = load_streamed_model(tiny_models("mixtral"), CPU)
+    assert (
+        len([matrix for matrix in matrices(model) if ".block_sparse_moe.experts." in matrix.source.name]) == 2 * 4 * 3
+    )
+    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
+
+
+def test_what_is_fused_while_loading_is_loaded_whole(
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_room, "split_experts", lambda model, stored: [])
+    model = load_streamed_model(tiny_models("mixtral"), CPU)
     assert matrices(model) == []
-    assert_same_answers(model, load_dense_model(tmp_path / "moe", CPU))
+    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
 
 
 def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Promises of loading a tensor at a time: every tensor as transformers and bitsandbytes would have it, and no more."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.llama_checkpoint import LlamaShape, make_checkpoint
 from qlora_trainer import model, streaming_load, tensor_stream
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError
 from qlora_trainer.fingerprint import base_fingerprint
@@ -21,10 +25,13 @@ from qlora_trainer.hashing import bytes_sha256
 from qlora_trainer.load_plan import widest_dtype
 from qlora_trainer.model import Base, load_base_model
 from qlora_trainer.output_head import quantize_head
+from qlora_trainer.prequantize import quantize_checkpoint
+from qlora_trainer.process_memory import private_bytes
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 from qlora_trainer.tensor_stream import stream_tensors
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -215,3 +222,64 @@ def test_no_more_than_one_tensor_is_read_ahead(tiny_llama: Path) -> None:
         assert torch.equal(arrival.values, read_tensor(arrival.info))
         assert len(seen) <= taken + 1
     assert seen == [info.name for info in infos]
+
+
+PEAKS = """
+import sys
+from pathlib import Path
+from benchmarks.private_memory import PrivatePeak
+from qlora_trainer.model import load_base_model
+from qlora_trainer.settings import ModelConfig
+settings = ModelConfig(name="base", device="cpu", compute_dtype="bfloat16")
+first, *others = map(Path, sys.argv[1:])
+load_base_model(first, settings)  # what libraries keep from their first use
+for directory in others:
+    with PrivatePeak() as memory:
+        base = load_base_model(directory, settings)
+    print(memory.peak - memory.before, base.bytes)
+    del base
+"""
+
+
+@pytest.mark.skipif(private_bytes() is None, reason="needs Linux's /proc")
+def test_private_memory_is_the_4bit_model_and_little_more(tiny_llama: Path, tmp_path: Path) -> None:
+    """Neither all of the 16-bit weights nor two copies of what is made of them; of a copy kept in 4 bits, nothing."""
+    plain = make_checkpoint(tmp_path / "plain", LlamaShape(512, 4096, 3, 8, 8, 512))
+    quantize_checkpoint(plain, tmp_path / "kept", device=CPU)
+    command = [sys.executable, "-c", PEAKS, str(tiny_llama), str(tmp_path / "kept"), str(plain)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    (of_kept, _), (of_plain, model) = (map(int, line.split()) for line in lines)
+    sizes = [info.nbytes for info in checkpoint_tensors(plain).values()]
+    assert of_plain < model + max(sizes) + 2**23 < sum(sizes) * 0.6
+    assert of_kept < model / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("settings", [{}, {"output_head": "4bit", "embeddings": "host"}])
+def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_path: Path) -> None:
+    """The 4-bit model, the tensor being quantised, the one read ahead, and what quantising takes."""
+    plain = make_checkpoint(tmp_path / "plain", LlamaShape(1024, 4096, 12, 16, 16, 8192))
+    sizes = sorted(info.nbytes for info in checkpoint_tensors(plain).values())
+    load(plain, device="cuda", **settings)  # what libraries keep from their first use
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    base = load(plain, device="cuda", **settings)
+    on_card = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < on_card + sizes[-1] + sizes[-2] + 2**24 < sum(sizes)
+    assert base.fingerprint.difference(load(plain, device="cpu").fingerprint) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_tensor_larger_than_the_staging_buffers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_stream, "STAGING_BYTES", 1000)
+    path = make_checkpoint(tmp_path / "plain", LlamaShape(128, 256, 2, 4, 2, 512))
+    infos = list(checkpoint_tensors(path).values())
+    arrivals = stream_tensors(infos, torch.device("cuda"), lambda info: "norm" in info.name, lambda *seen: None)
+    for arrival in arrivals:
+        assert arrival.values.device.type == ("cpu" if "norm" in arrival.info.name else "cuda")
+        assert torch.equal(arrival.values.cpu(), read_tensor(arrival.info))

@@ -6,16 +6,24 @@ import torch
 from tiny_tokenizers import tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 SHAPE = {
@@ -44,20 +52,49 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
     "gpt2": (GPT2Config, {"n_inner": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
 }
 
+# Families that only tests/test_architectures.py takes through a whole run: FAMILIES are those of every test.
+EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16}
+MORE_FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
+    "olmo2": (Olmo2Config, {}),
+    "granite": (
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 4.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "cohere": (CohereConfig, {"logit_scale": 0.25, "use_qk_norm": True}),
+    "starcoder2": (
+        Starcoder2Config,
+        {"sliding_window": 6, "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    ),
+    "gpt_neox": (GPTNeoXConfig, {}),
+    "falcon": (FalconConfig, {"ffn_hidden_size": 128}),  # as the 7B: one head of keys and values for all queries
+    "falcon_grouped": (  # as the 40B: groups of queries, each with its head of keys and values
+        FalconConfig,
+        {"ffn_hidden_size": 128, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "mixtral": (MixtralConfig, {**EXPERTS, "sliding_window": 6, "num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 64, "mlp_only_layers": [1]}),
+}
+
 
 def make_model_directory(
     directory: Path, family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0, **shape: int
 ) -> Path:
     """A model of the family with random weights, large enough that tokens and positions matter, and a tokenizer."""
     tokenizer = tiny_tokenizer("smollm2")
-    config_class, changes = FAMILIES[family]
+    config_class, changes = (FAMILIES | MORE_FAMILIES)[family]
     vocab_size = -(-len(tokenizer) // 64) * 64
     config = config_class(**{**SHAPE, "vocab_size": vocab_size, **changes, **shape})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.12)
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -191,7 +191,7 @@ class _NF4Linear(torch.autograd.Function):
         del low_rank
         grad_A = adapter.grad_A(x) if adapter and needs_A and x is not None else None
         del x
-        grad_x = _grad_x(grad, ctx.weight, adapter) if needs_x else None
+        grad_x = input_gradient(grad, ctx.weight, adapter) if needs_x else None
         grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
         return grad_x, grad_bias, grad_A, grad_B, None, None
 
@@ -209,7 +209,7 @@ class _GatedNF4Linear(torch.autograd.Function):
         weight: NF4Weight,
         adapter: Adapter | None,
     ) -> Tensor:
-        product = _gated_product(gate, up, activation)
+        product = gated_product(gate, up, activation)
         low_rank = None if adapter is None else _low_rank(product, adapter)
         if any(ctx.needs_input_grad):
             ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
@@ -228,19 +228,20 @@ class _GatedNF4Linear(torch.autograd.Function):
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
         grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        grad_A = adapter.grad_A(_gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
+        grad_A = adapter.grad_A(gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
         grad_gate = grad_up = None
         if needs_gate or needs_up:
-            grad_product = _grad_x(grad, ctx.weight, adapter)
-            grad_gate, grad_up = _gated_gradients(grad_product, gate, up, ctx.activation)
+            grad_product = input_gradient(grad, ctx.weight, adapter)
+            grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
         return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
 
 
-def _gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # (..., I)
+def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # (..., I)
+    """activation(gate) * up."""
     return gated.gated_product(gate, up, activation) if isinstance(activation, str) else activation(gate).mul_(up)
 
 
-def _gated_gradients(
+def gated_gradients(
     grad: Tensor,  # (..., I) of the product; its contents are lost
     gate: Tensor,
     up: Tensor,
@@ -296,10 +297,16 @@ def _output(
     output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
-    return output.view(*x.shape[:-1], weight.shape[0])
+    # No view of a tensor made in here: autograd forbids models (Falcon) to add into one.
+    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
-def _grad_x(grad: Tensor, weight: NF4Weight, adapter: _AdapterBackward | None) -> Tensor:  # (..., I)
+def input_gradient(
+    grad: Tensor,  # (..., O)
+    weight: NF4Weight,  # (O, I)
+    adapter: _AdapterBackward | None = None,
+) -> Tensor:  # (..., I)
+    """grad W, and the adapter's part."""
     tokens_grad = grad.reshape(-1, grad.shape[-1])
     grad_x = None
     if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes

@@ -36,6 +36,9 @@ def quantizer(*flags: str) -> Callable[..., None]:
     ) -> None:
         if values.dtype not in _DTYPES:
             return nf4.quantize_torch(values, packed, maxima)
+        assert (packed.dtype, maxima.dtype) == (torch.uint8, torch.float32)
+        assert packed.numel() == -(values.numel() // -2)
+        assert maxima.numel() == -(values.numel() // -nf4.BLOCK_SIZE)
         assert packed.is_contiguous()
         assert maxima.is_contiguous()
         values = values.contiguous()
@@ -80,6 +83,16 @@ def dequantizer(*flags: str) -> Callable[..., None]:
                 packed, absmax, nested_absmax, nested_code, offset, start, block_size, nested_block_size, out
             )
         assert out.is_contiguous()
+        # The compiled code goes by these, and reads beside tables that are smaller.
+        stop = start + out.numel()
+        blocks = -(stop // -block_size)
+        assert (packed.dtype, absmax.dtype) == (torch.uint8, torch.uint8)
+        assert {table.dtype for table in (nested_absmax, nested_code, offset)} == {torch.float32}
+        assert start >= 0
+        assert packed.numel() >= -(stop // -2)
+        assert absmax.numel() >= blocks
+        assert nested_absmax.numel() >= -(blocks // -nested_block_size)
+        assert (nested_code.numel(), offset.numel()) == (256, 1)
         tables = [table.contiguous() for table in (packed, absmax, nested_absmax, nested_code, offset)]
         function(
             *(table.data_ptr() for table in tables),

@@ -1,8 +1,8 @@
 """RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467) that keeps its input and one number a row for backward.
 
 Written in plain torch operations, autograd keeps two or three fp32 tensors of the input's size for each norm; here the
-input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Two forms are in use and
-differ in where they round; `Form` names them. The weight is frozen and gets no gradient.
+input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Three forms are in use,
+`Form` names them: they differ in where they round, and in what the weight is. It is frozen and gets no gradient.
 
 Forward and backward are ops of the register: in plain torch, rows a chunk at a time, so that fp32 values of a long
 input never exist whole; on CUDA one kernel each (rms_norm_triton.py), which reads and writes 16-bit values once.
@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels.lora_linear import fetch, keep, visible
 from qlora_kernels.registry import define, from_triton
 
-Form = Literal["scale_after_cast", "scale_before_cast"]
-"""weight * x_hat.to(dtype), as Llama has it, or (x_hat * (1 + weight.float())).to(dtype), as Gemma has it."""
+Form = Literal["scale_after_cast", "scale_before_cast", "weight_before_cast"]
+"""weight * x_hat.to(dtype), as Llama has it; (x_hat * (1 + weight.float())).to(dtype), as Gemma has it; or
+(x_hat * weight.float()).to(dtype), as OLMo 2 has it."""
 
 CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than MOST_CHUNKS chunks
 MOST_CHUNKS = 16
@@ -100,14 +101,16 @@ def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
     """x_hat, fp32 or wider, times the weight."""
     if form == "scale_after_cast":
         return weight * x_hat.to(weight.dtype)
-    return x_hat * (1.0 + weight.to(x_hat.dtype))
+    factor = weight.to(x_hat.dtype)
+    return x_hat * (factor if form == "weight_before_cast" else 1.0 + factor)
 
 
 def _scaled_gradient(grad: Tensor, weight: Tensor, form: Form) -> Tensor:
     """The gradient of x_hat, fp32 or wider, from that of the output."""
     if form == "scale_after_cast":
         return (grad * weight).to(_wide(grad))
-    return grad * (1.0 + weight.to(_wide(grad)))
+    factor = weight.to(_wide(grad))
+    return grad * (factor if form == "weight_before_cast" else 1.0 + factor)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -33,6 +33,7 @@ def normalise_kernel(  # type: ignore[no-untyped-def]
     features,
     stride,
     CAST_FIRST: tl.constexpr,  # the form is scale_after_cast
+    SHIFT: tl.constexpr,  # added to the weight: 1 where the form is scale_before_cast, else 0
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
@@ -44,7 +45,7 @@ def normalise_kernel(  # type: ignore[no-untyped-def]
     inverse = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / features + eps)
     x_hat = x * inverse[:, None]
     # The product of two 16-bit values is exact in fp32: rounded once more, as plain torch has it.
-    y = x_hat.to(out_ptr.dtype.element_ty).to(tl.float32) * weight if CAST_FIRST else x_hat * (1.0 + weight)
+    y = x_hat.to(out_ptr.dtype.element_ty).to(tl.float32) * weight if CAST_FIRST else x_hat * (SHIFT + weight)
     tl.store(out_ptr + row[:, None] * features + feature[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(inverse_ptr + row, inverse, mask=row < rows)
 
@@ -61,6 +62,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     grad_stride,
     stride,
     CAST_FIRST: tl.constexpr,
+    SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
@@ -72,7 +74,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     weight = tl.load(weight_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[None, :]
     inverse = tl.load(inverse_ptr + row, mask=row < rows, other=0.0)[:, None]
     x_hat = x * inverse
-    grad_hat = grad * weight if CAST_FIRST else grad * (1.0 + weight)
+    grad_hat = grad * weight if CAST_FIRST else grad * (SHIFT + weight)
     along = tl.sum(grad_hat * x_hat, axis=1)[:, None] / features
     grad_x = (grad_hat - x_hat * along) * inverse
     tl.store(out_ptr + row[:, None] * features + feature[None, :], grad_x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -105,6 +107,7 @@ def normalise(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Ten
                 features,
                 rows.stride(0),
                 CAST_FIRST=form == "scale_after_cast",
+                SHIFT=float(form == "scale_before_cast"),
                 **launch,
                 **OPTIONS,
             )
@@ -132,6 +135,7 @@ def backward(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form:
                 grads.stride(0),
                 rows.stride(0),
                 CAST_FIRST=form == "scale_after_cast",
+                SHIFT=float(form == "scale_before_cast"),
                 **launch,
                 **OPTIONS,
             )

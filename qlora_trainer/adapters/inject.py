@@ -10,6 +10,7 @@ Works on any nn.Module with linear layers, so that it can be used as a library, 
 Targets are found by what the modules are, not by a list of model names: every linear layer but the output embedding,
 those of attention or of the MLP, or those whose path ends in a given name. A name that matches nothing is an error with
 the names that exist, because a fused projection (Phi-3's qkv_proj) makes a familiar list match half of what was meant.
+Experts are no targets (experts.py).
 """
 
 import re
@@ -20,9 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.adapters.delta import without_zero_blocks
 from qlora_trainer.adapters.flat import FlatGroup
+from qlora_trainer.adapters.fused import trained_rows
 from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
 from qlora_trainer.errors import AdapterError
+from qlora_trainer.experts import SplitExperts
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.settings import AdapterConfig
 
@@ -35,14 +39,16 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """Paths of the linear layers to adapt, in the model's order.
 
     Args:
-        targets: "all-linear"; "attention" or "mlp", the linear layers in a decoder layer's attention, or beside it;
-            a list of names, each the end of a path; or a regular expression that a whole path must match.
+        targets: "all-linear", experts left out; "attention" or "mlp", those in a decoder layer's attention, or beside
+            it; a list of names, each the end of a path; or a regular expression that a whole path must match.
 
     Raises:
         AdapterError: something matches nothing, or names an embedding or the output head; the message says what exists.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    candidates = [path for path, module in model.named_modules() if path and is_linear(module) and module is not head]
+    linear = [path for path, module in model.named_modules() if path and is_linear(module) and module is not head]
+    of_experts = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, SplitExperts))
+    candidates = [path for path in linear if not path.startswith(of_experts)]
     if not candidates:
         raise AdapterError(
             "This model has no linear layers to put adapters on. (A single nn.Linear must lie in a module, such as "
@@ -59,6 +65,8 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
                 " Embeddings and the output head are not adapted: they may share one weight, and merging would change "
                 "both."
                 if any(_ends_in(path, name) for path in excluded for name in unmatched)
+                else " Experts are not adapted."
+                if any(_ends_in(path, name) for path in linear for name in unmatched)
                 else ""
             )
             raise AdapterError(
@@ -73,7 +81,9 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     else:
         found = [path for path in candidates if re.fullmatch(targets, path)]
     if not found:
-        hint = "" if targets in ("attention", "mlp") else f" To name layers, give a list: adapter.targets=[{targets}]."
+        hint = f" To name layers, give a list: adapter.targets=[{targets}]."
+        if targets in ("attention", "mlp"):
+            hint = " Experts are not adapted." if of_experts else ""
         raise AdapterError(
             f"adapter.targets={targets} matches no linear layer of this model. Their paths look like {candidates[0]}, "
             f"and their names are: {', '.join(names)}.{hint}"
@@ -88,9 +98,10 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
     on the CPU, so it is the same on every device.
 
     Raises:
-        AdapterError: the targets match nothing.
+        AdapterError: the targets match nothing, or `settings.fused_parts` names parts that cannot be adapted alone.
     """
     paths = find_targets(model, settings.targets)
+    parts = trained_rows(model, paths, settings.fused_parts)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
         layer = LoRALinear.from_base(
@@ -100,6 +111,7 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
             dropout=settings.dropout,
             use_rslora=settings.use_rslora,
             generator=generator,
+            parts=parts.get(path, ()),
         )
         for part in (layer.lora_A, layer.lora_B):
             part.weight = nn.Parameter(part.weight.detach().to(getattr(torch, settings.dtype)))
@@ -189,8 +201,13 @@ def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tens
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of all that trains, in its dtype, by PEFT's names."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in trainable_parameters(model)}
+    """Copies on the CPU of all that trains, in its dtype, by PEFT's names and in its shapes."""
+    in_parts = _layers_in_parts(model)
+    state = {}
+    for name, parameter in trainable_parameters(model):
+        layer = in_parts.get(id(parameter))
+        state[name] = (layer.whole_B(parameter.detach()) if layer else parameter.detach()).cpu().clone()
+    return state
 
 
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -213,21 +230,37 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, or "
             "another architecture."
         )
+    in_parts = _layers_in_parts(model)
+    values: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
+        layer = in_parts.get(id(parameter))
+        shape = layer.whole_B(parameter.detach()).shape if layer else parameter.shape
+        if tensors[name].shape != shape:
             raise AdapterError(
                 f"The adapter does not fit: {name} has shape {tuple(tensors[name].shape)}, the model needs "
-                f"{tuple(parameter.shape)}. Check adapter.rank and the base."
+                f"{tuple(shape)}. Check adapter.rank and the base."
             )
         if not torch.isfinite(tensors[name]).all():
             raise AdapterError(f"The adapter's tensor {name} holds values that are not finite; it is damaged.")
+        blocks = without_zero_blocks(tensors[name], layer.parts) if layer else tensors[name]
+        if blocks is None:
+            raise AdapterError(
+                f"The adapter's tensor {name} also adapts what adapter.fused_parts leaves out, or ties its parts: it "
+                "was made with other settings. Leave its layer out of adapter.fused_parts."
+            )
+        values[name] = blocks
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(values[name])
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def _layers_in_parts(model: nn.Module) -> dict[int, LoRALinear]:
+    """Layers of which some parts are adapted alone, by the id of the B that trains."""
+    return {id(layer.lora_B.weight): layer for layer in _lora_layers(model).values() if layer.parts}
 
 
 def _ends_in(path: str, name: str) -> bool:

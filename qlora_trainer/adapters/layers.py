@@ -6,10 +6,14 @@ the formula in plain torch. A and B are fp32 parameters; they are cast to the ac
 multiplied, so their gradients and updates are fp32. lora_B starts at zero: before the first step the layer gives the
 base's own output, bit for bit.
 
-Legend: O out features, I in features, R rank.
+Of a fused layer some parts may be adapted alone, each with an A and a B of rank R: the A's lie stacked, the B's below
+each other, and B's zero blocks, which make it one adapter of the summed rank, are put between them at each use.
+
+Legend: O out features, I in features, R rank, P parts of a fused layer, S rows of these parts together.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, nf4_linear
-from qlora_trainer.adapters.delta import lora_scaling
+from qlora_trainer.adapters.delta import lora_scaling, with_zero_blocks
 from qlora_trainer.quantization import NF4Linear
 
 
@@ -30,15 +34,23 @@ class LoRALinear(nn.Module):
     """See above. `base` is what `is_linear` says; the adapter lies on its device, on the CPU for a meta base."""
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        parts: Sequence[slice] = (),  # the rows to adapt, of each part of a fused layer; none: all, as one
     ) -> None:
         super().__init__()
-        in_features, out_features, device = _facts(base)
+        in_features, self.out_features, device = linear_facts(base)
         self.base = base
+        self.parts = tuple(parts)
         self.scaling = lora_scaling(rank, alpha, use_rslora)
         self.dropout = dropout  # a probability, of the adapter's input
-        self.lora_A = _uninitialised(in_features, rank, device)  # weight (R, I)
-        self.lora_B = _uninitialised(rank, out_features, device)  # weight (O, R)
+        adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
+        self.lora_A = _uninitialised(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
+        self.lora_B = _uninitialised(rank, adapted_rows, device)  # weight (O, R), or (S, R)
         self.casts: tuple[Tensor, Tensor] | None = None  # A and B in the compute dtype, while `adapters_cast` holds
 
     @classmethod
@@ -51,9 +63,10 @@ class LoRALinear(nn.Module):
         dropout: float,
         use_rslora: bool,
         generator: torch.Generator,
+        parts: Sequence[slice] = (),
     ) -> Self:
         """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it (Kaiming-uniform), and B zero."""
-        layer = cls(base, rank, alpha, dropout, use_rslora)
+        layer = cls(base, rank, alpha, dropout, use_rslora, parts)
         bound = math.sqrt(1.0 / layer.lora_A.in_features)  # kaiming_uniform with a = sqrt(5)
         drawn = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
@@ -69,16 +82,24 @@ class LoRALinear(nn.Module):
         if isinstance(base, NF4Linear):
             return nf4_linear(x, base.nf4_weight, base.bias, self.adapter())
         dropped = F.dropout(x, self.dropout, self.training)
-        return add_lora(base(x), dropped, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        return add_lora(base(x), dropped, self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
+
+    def whole_B(
+        self,
+        lora_B: Tensor,  # (S, R) where parts are adapted
+    ) -> Tensor:  # (O, R), or (O, P * R)
+        """B as one adapter of the layer has it; itself, where the layer is adapted whole."""
+        return with_zero_blocks(lora_B, self.parts, self.out_features) if self.parts else lora_B
 
     def adapter(self) -> Adapter:
         """The adapter as the kernels take it, for one call: with dropout on, it draws the seed of that call."""
         dropout = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout else None
-        return Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, seed, self.casts)
+        casts = None if self.casts is None else (self.casts[0], self.whole_B(self.casts[1]))
+        return Adapter(self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling, dropout, seed, casts)
 
     def extra_repr(self) -> str:
-        return f"rank={self.lora_A.out_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        return f"rank={self.lora_B.in_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
 class TrainableBias(nn.Module):
@@ -97,7 +118,7 @@ class TrainableBias(nn.Module):
         return torch.func.functional_call(self.base, {"bias": bias}, inputs, named)
 
 
-def _facts(base: nn.Module) -> tuple[int, int, torch.device]:
+def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:
     """(I, O, device of the adapter) of a linear layer."""
     if isinstance(base, NF4Linear):
         return base.in_features, base.out_features, base.packed.device

@@ -3,8 +3,9 @@
 An adapter from elsewhere is data from strangers, so reading is strict where other loaders are lenient. Safetensors and
 JSON only, never pickle. Only lora_A, lora_B and (where the config says so) bias tensors are allowed: a file that also
 holds `lm_head.weight` would silently overwrite the base in loaders that accept it. What would make the adapter another
-function than s * B A added to the weight (DoRA, ranks that differ, modules saved whole, initialisations that changed
-the base) is refused by name instead of ignored.
+function than s * B A added to the weight (DoRA, scalings that differ, modules saved whole, initialisations that changed
+the base) is refused by name instead of ignored. Layers may differ in rank where their alpha differs with it, so that
+one s holds for all: so lie layers of which parts are adapted alone (fused.py) beside others.
 
 Legend: R rank, I in features, O out features.
 """
@@ -15,10 +16,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from qlora_trainer.settings import AdapterConfig
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
-MAX_RANK = 1024
+MAX_RANK = 3 * 1024  # of three parts of a fused layer at the largest adapter.rank
 MAX_TENSORS = 100_000
 
 _LORA = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
@@ -51,8 +52,6 @@ _IGNORED = {
 # Keys that change what an adapter does, and what to do about them. Neutral (null, false, empty) they pass.
 _REFUSED = {
     "use_dora": "DoRA is not supported yet",
-    "rank_pattern": "layers of different rank are not supported; train it with one rank",
-    "alpha_pattern": "layers of different alpha are not supported; train it with one alpha",
     "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
     "trainable_token_indices": "trained tokens are not supported; merge it with PEFT first",
     "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
@@ -75,6 +74,8 @@ class AdapterFileConfig(BaseModel):
     r: int = Field(ge=1, le=MAX_RANK)
     lora_alpha: float = Field(gt=0.0)
     lora_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    rank_pattern: dict[str, int] = {}  # of layers of another rank than r, by the end of their path
+    alpha_pattern: dict[str, float] = {}  # likewise of alpha
     target_modules: list[str] | str | None  # ends of module paths, or a regex; reading goes by the tensors instead
     bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
@@ -83,6 +84,23 @@ class AdapterFileConfig(BaseModel):
     init_lora_weights: bool | str | None = True
     modules_to_save: None = None
     inference_mode: bool = True
+
+    def rank_of(self, path: str) -> int:
+        """R of a layer. (Names are compared as they are written, though PEFT would read them as expressions.)"""
+        return next((r for end, r in self.rank_pattern.items() if f".{path}".endswith(f".{end}")), self.r)
+
+    @model_validator(mode="after")
+    def _one_scaling_holds_for_all(self) -> Self:
+        scaling = lora_scaling(self.r, self.lora_alpha, self.use_rslora)
+        for name in {**self.rank_pattern, **self.alpha_pattern}:
+            rank, alpha = self.rank_pattern.get(name, self.r), self.alpha_pattern.get(name, self.lora_alpha)
+            if not 1 <= rank <= MAX_RANK or not math.isclose(lora_scaling(rank, alpha, self.use_rslora), scaling):
+                key = "rank_pattern" if name in self.rank_pattern else "alpha_pattern"
+                raise ValueError(
+                    f"{key} gives {name} rank {rank} and alpha {alpha:g}, and so another scaling than the other layers "
+                    "have, which is not supported; train it with one scaling"
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ class Adapter:
     @property
     def paths(self) -> list[str]:
         """Paths of the adapted modules in the base model, in the order of the file."""
-        return [match["path"] for name in self.tensors if (match := _LORA.fullmatch(name)) and match["part"] == "A"]
+        return list(stored_ranks(self.tensors))
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterFileConfig) -> None:
@@ -112,6 +130,9 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Adapte
     content = config.model_dump()
     if content["lora_alpha"].is_integer():
         content["lora_alpha"] = int(content["lora_alpha"])  # as PEFT writes it; some readers insist
+    content["alpha_pattern"] = {
+        name: int(alpha) if alpha.is_integer() else alpha for name, alpha in content["alpha_pattern"].items()
+    }
     if isinstance(content["target_modules"], list):
         content["target_modules"] = sorted(content["target_modules"])
     weights = directory / WEIGHTS_NAME
@@ -140,10 +161,21 @@ def read_adapter(directory: Path) -> Adapter:
     return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()})
 
 
+def stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """R of each adapted layer, by its path, from tensors named as PEFT names them."""
+    return {
+        match["path"]: len(tensor)
+        for name, tensor in tensors.items()
+        if (match := _LORA.fullmatch(name)) and match["part"] == "A"
+    }
+
+
 def setting_differences(found: AdapterFileConfig, wanted: AdapterConfig) -> dict[str, tuple[Any, Any]]:
     """Settings that make an adapter's numbers another function: config key -> (the file's value, the config's)."""
+    # Parts of a fused layer that are adapted alone are stored as one adapter of their summed rank.
+    ranks = {wanted.rank * count for count in {1, *map(len, wanted.fused_parts.values())}}
     pairs: dict[str, tuple[Any, Any]] = {
-        "adapter.rank": (found.r, wanted.rank),
+        "adapter.rank": (wanted.rank if found.r in ranks else found.r, wanted.rank),
         "adapter.bias": (found.bias, wanted.bias),
     }
     scaling = lora_scaling(found.r, found.lora_alpha, found.use_rslora)
@@ -201,7 +233,7 @@ def _read_config(path: Path) -> AdapterFileConfig:
         # What is refused has been told; here it must not be told again.
         config = AdapterFileConfig.model_validate({k: v for k, v in known.items() if k not in _REFUSED})
     except ValidationError as error:
-        problems += [f"{'.'.join(map(str, item['loc'][:1]))}: {item['msg'].lower()}" for item in error.errors()]
+        problems += [_told(item["loc"], item["msg"]) for item in error.errors()]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise AdapterError(f"{path} describes an adapter that cannot be used here:\n{lines}")
@@ -230,11 +262,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: AdapterFileConfig, ori
             continue
         path, part = match["path"], match["part"]
         pairs.setdefault(path, set()).add(part)
-        rank_dimension = 0 if part == "A" else 1
-        if tensor.dim() != 2 or tensor.shape[rank_dimension] != config.r:
-            wanted = f"({config.r}, in features)" if part == "A" else f"(out features, {config.r})"
+        rank_dimension, rank = 0 if part == "A" else 1, config.rank_of(path)
+        if tensor.dim() != 2 or tensor.shape[rank_dimension] != rank:
+            wanted = f"({rank}, in features)" if part == "A" else f"(out features, {rank})"
             raise AdapterError(
-                f"{origin}: {name} has shape {tuple(tensor.shape)}; with r {config.r} it should be {wanted}."
+                f"{origin}: {name} has shape {tuple(tensor.shape)}; with r {rank} it should be {wanted}."
             )
     if not pairs:
         raise AdapterError(f"{origin} holds no lora_A and lora_B tensors.")
@@ -266,6 +298,11 @@ def _check_bias(
         raise AdapterError(f"{origin} holds the bias {name}, though its config says bias: {config.bias}.")
     if tensor.dim() != 1:
         raise AdapterError(f"{origin}: the bias {name} has shape {tuple(tensor.shape)}; one dimension is expected.")
+
+
+def _told(place: tuple[int | str, ...], message: str) -> str:
+    """One of pydantic's errors; what concerns several keys has no place."""
+    return f"{place[0]}: {message.lower()}" if place else message.removeprefix("Value error, ")
 
 
 def _short(value: Any) -> str:

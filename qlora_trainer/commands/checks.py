@@ -85,7 +85,12 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(help="Host memory for what is offloaded, such as 32GiB; what is free here by default.")
     ] = None,
-    search: Annotated[bool, typer.Option(help="Find the longest rows and largest micro-batch that fit.")] = True,
+    search: Annotated[
+        bool,
+        typer.Option(
+            help="Find the longest rows and largest micro-batch that fit; that larger ones do not is an estimate."
+        ),
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Say what memory a run needs, before it has it: the training step itself, on tensors without memory.
@@ -118,8 +123,8 @@ def plan(
             planned = fitting.fastest_plan(directory, settings, budget, progress)
         planned = planned or plan_memory(directory, fitting.leanest(settings) if budget else settings)
         if budget and search:
-            longest = fitting.longest_context(directory, settings, planned, budget.card, progress)
-            largest = fitting.largest_micro_batch(directory, settings, planned, budget.card, progress)
+            longest = fitting.longest_context(directory, settings, budget.card, progress)
+            largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)
     if as_json:
         answer = {
             "plan": planned.to_json(),

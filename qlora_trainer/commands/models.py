@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.commands.arguments import AsJson
-from qlora_trainer.console import ProgressBars, gibibytes, print_table, write_out
+from qlora_trainer.console import ProgressBars, gibibytes, print_notices, print_table, write_out
 
 
 def quantize(
@@ -22,8 +22,8 @@ def quantize(
     """Write a model in 4 bits (NF4), which loads in seconds: here, and in plain transformers with bitsandbytes.
 
     It trains as the original does, and takes a third of its room. The JSON has output, weights (how many are in 4
-    bits), dense (tensors copied as they were), bytes and source_bytes (of all tensors, and of the original's), and
-    source_dtype (that the weights were quantised from).
+    bits), dense (tensors copied as they were), bytes and source_bytes (of all tensors, and of the original's),
+    source_dtype (that the weights were quantised from), and notices.
     """
     from qlora_trainer.directories import refuse_existing
     from qlora_trainer.model import choose_device
@@ -45,3 +45,4 @@ def quantize(
             ("size", f"{gibibytes(report.bytes)}, of {gibibytes(report.source_bytes)}"),
         ],
     )
+    print_notices(report.notices)

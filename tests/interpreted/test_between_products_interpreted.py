@@ -35,7 +35,7 @@ ROWS = [(1, 1), (3, 65), (70, 64), (5, 5000)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["scale_after_cast", "scale_before_cast"])
+@pytest.mark.parametrize("form", ["scale_after_cast", "scale_before_cast", "weight_before_cast"])
 @pytest.mark.parametrize(("rows", "features"), ROWS)
 def test_norm_and_its_gradient(rows: int, features: int, form: rms_norm.Form, dtype: torch.dtype) -> None:
     x, weight = 3.0 * normal(rows, features, dtype=dtype), normal(features, seed=1, dtype=dtype)

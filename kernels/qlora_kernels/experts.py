@@ -1,0 +1,120 @@
+"""Gated experts over frozen NF4 weights: each token goes through the few experts that its router chose.
+
+output[t] = sum over slots s of routing[t, s] * down(activation(gate(x[t])) * up(x[t])), with the matrices of expert
+chosen[t, s] (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088). Experts take turns, each
+with all of its tokens at once, so that one dequantised matrix is alive at a time, in the weights' shared workspace.
+
+For backward only the tokens are kept, once, with their routes: an expert's inputs are gathered and taken through gate
+and up again, which costs two of its three products once more and saves three tensors of the MLP's width for each slot.
+Gradients go to the tokens and to the routing weights, whose router sees the tokens too. Experts are frozen.
+
+Left out: which expert a token goes to (the model's router), adapters on experts.
+
+Legend: N tokens, K slots of each token, E experts, H hidden size, I the experts' width.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from qlora_kernels.lora_linear import (
+    Activation,
+    fetch,
+    gated_gradients,
+    gated_product,
+    input_gradient,
+    keep,
+    nf4_linear,
+    visible,
+)
+from qlora_kernels.nf4 import NF4Weight
+
+
+class Expert(NamedTuple):
+    """One expert's matrices."""
+
+    gate: NF4Weight  # (I, H)
+    up: NF4Weight  # (I, H)
+    down: NF4Weight  # (H, I)
+
+
+def gated_experts(
+    x: Tensor,  # (N, H)
+    chosen: Tensor,  # (N, K) int64: experts, each at most once for a token
+    routing: Tensor,  # (N, K), any float dtype
+    experts: Sequence[Expert],
+    activation: Activation,
+) -> Tensor:  # (N, H), dtype of x
+    """See above. Products are in x's dtype; a routing weight of a wider dtype multiplies in that one.
+
+    On fake tensors, whose routes cannot be read, the first K experts take every token: no routing fills memory more.
+    """
+    return _GatedExperts.apply(*visible(x, routing), chosen, experts, activation)
+
+
+class _GatedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, routing: Tensor, chosen: Tensor, experts: Sequence[Expert], activation: Activation
+    ) -> Tensor:
+        order, counts = expert_order(chosen, len(experts))
+        if any(ctx.needs_input_grad):
+            ctx.kept = keep(x, routing, order)
+        ctx.counts, ctx.experts, ctx.activation = counts, experts, activation
+        output = torch.zeros_like(x)
+        for index, tokens, slots in expert_turns(order, counts, routing.shape[1]):
+            expert = experts[index]
+            inputs = x[tokens]
+            gate, up = nf4_linear(inputs, expert.gate, None), nf4_linear(inputs, expert.up, None)
+            product = gated_product(gate, up, activation)
+            weighted = nf4_linear(product, expert.down, None) * routing.reshape(-1)[slots, None]
+            output.index_add_(0, tokens, weighted.to(x.dtype))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (N, H)
+        x, routing, order = fetch(ctx.kept)
+        assert x is not None
+        assert routing is not None
+        assert order is not None
+        weights = routing.reshape(-1)
+        wide = torch.promote_types(x.dtype, torch.float32)  # of sums over the experts' width
+        grad_x, grad_weights = torch.zeros_like(x), torch.empty_like(weights)
+        for index, tokens, slots in expert_turns(order, ctx.counts, routing.shape[1]):
+            expert = ctx.experts[index]
+            inputs = x[tokens]
+            gate, up = nf4_linear(inputs, expert.gate, None), nf4_linear(inputs, expert.up, None)
+            # d output / d routing is down(product), and grad . down(product) = (grad W_down) . product
+            grad_product = input_gradient(grad[tokens], expert.down)
+            product = gated_product(gate, up, ctx.activation)
+            grad_weights[slots] = torch.linalg.vecdot(grad_product.to(wide), product.to(wide)).to(weights.dtype)
+            del product
+            grad_product = (grad_product * weights[slots, None]).to(x.dtype)
+            grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
+            grad_inputs = input_gradient(grad_gate, expert.gate).add_(input_gradient(grad_up, expert.up))
+            grad_x.index_add_(0, tokens, grad_inputs)
+        return grad_x, grad_weights.view_as(routing), None, None, None
+
+
+def expert_turns(order: Tensor, counts: Sequence[int], slots_of_token: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that has tokens, with these and their slots, by what `expert_order` gave: (index, (n,), (n,))."""
+    for index, slots in enumerate(order.split(list(counts))):
+        if len(slots):
+            yield index, slots // slots_of_token, slots
+
+
+def expert_order(
+    chosen: Tensor,  # (N, K) int64
+    experts: int,
+) -> tuple[Tensor, list[int]]:
+    """All slots, numbered from 0 to N * K, expert after expert, and how many each expert has: ((N * K,), [E])."""
+    order = chosen.reshape(-1).argsort(stable=True)
+    if isinstance(chosen, FakeTensor):
+        tokens, slots = chosen.shape
+        return order, [tokens] * slots + [0] * (experts - slots)
+    return order, torch.bincount(chosen.reshape(-1), minlength=experts).tolist()

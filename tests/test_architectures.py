@@ -1,0 +1,116 @@
+"""Every listed family goes the whole way: load, train, stop and resume, merge, and plain transformers answers the same.
+
+Tiny random models of the real config classes, whose structure is what differs between families: biases, tied weights,
+soft-capping, scalings, fused projections, experts. What a family's layers keep for backward is test_lean_modules.py's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.deployment import merge_run
+from qlora_trainer.logit_comparison import WholeAnswers, compare_logits
+from qlora_trainer.merge_plan import MergeInputs
+from qlora_trainer.merge_verification import KL_BOUNDS, ROUTED_KL_BOUNDS
+from qlora_trainer.merging import merge
+from qlora_trainer.planning import plan_memory
+from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
+from qlora_trainer.tensor_io import checkpoint_tensors
+
+Config = Callable[..., RunConfig]
+Models = Callable[[str], Path]
+
+DENSE = [
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "cohere"),
+    *("starcoder2", "gpt_neox", "gpt2", "falcon", "falcon_grouped"),
+]
+EXPERTS = ["mixtral", "qwen3_moe"]
+FUSED = {"gpt2": {"c_attn": ["query", "value"]}, "phi3": {"qkv_proj": ["query", "value"], "gate_up_proj": ["up"]}}
+ROWS = [list(range(3, 45)), [9, 8, 7, 6, 5], list(range(120, 60, -2))]
+
+
+def quiet(_metrics: dict[str, Any]) -> None:
+    pass
+
+
+def config_of(tiny_config: Config, directory: Path, output: str = "run", **adapter: Any) -> RunConfig:
+    return tiny_config(
+        output,
+        model={"name": str(directory)},
+        adapter={"rank": 4, "alpha": 8, "dropout": 0.1, **adapter},
+        training={"max_steps": 3, "evaluate_every": 3, "save_every": 3},
+    )
+
+
+def linear_layers(directory: Path) -> set[str]:
+    """The paths of every linear layer but the output head, in transformers' own model."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    head = model.get_output_embeddings()
+    return {path for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
+
+
+@pytest.mark.parametrize(
+    ("family", "fused_parts"),
+    [*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()],
+    ids=[*DENSE, *EXPERTS, *(f"{family}_in_parts" for family in FUSED)],
+)
+def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers_alike(
+    family: str, fused_parts: dict[str, list[str]], tiny_config: Config, tiny_models: Models, tmp_path: Path
+) -> None:
+    directory = tiny_models(family)
+    whole = start_run(config_of(tiny_config, directory, "whole", fused_parts=fused_parts))
+    assert whole.base.four_bit_share == 1.0
+    assert set(whole.adapted) == linear_layers(directory)
+    assert whole.train(quiet)
+
+    parts = start_run(config_of(tiny_config, directory, "parts", fused_parts=fused_parts))
+    parts.train(quiet, stop_after=1)
+    assert resume_run(parts.directory).train(quiet)
+    of_whole, of_parts = (load_file(run.directory / "adapter" / "adapter_model.safetensors") for run in (whole, parts))
+    assert of_whole.keys() == of_parts.keys()
+    assert all(torch.equal(tensor, of_parts[name]) for name, tensor in of_whole.items())
+
+    done = merge_run(parts.directory, tmp_path / "float16", base="dequantized")
+    assert done.report.verification is not None
+    bound = (ROUTED_KL_BOUNDS if family in EXPERTS else KL_BOUNDS)[torch.float16]
+    assert done.report.verification.kl_bound == bound
+    inputs = MergeInputs.from_adapter(directory, whole.base.fingerprint, read_adapter(whole.directory / "adapter"))
+    merge(inputs, tmp_path / "float32", dtype=torch.float32)
+
+    trained, base = answers(whole.base.model.eval()), answers(plain_model(directory))
+    assert compare_logits(trained, base).relative_error > 1e-2, "training and NF4 must matter"
+    assert compare_logits(trained, answers(plain_model(tmp_path / "float32"))).relative_error < 1e-5
+    assert compare_logits(trained, answers(plain_model(tmp_path / "float16"))).kl <= bound
+    assert checkpoint_tensors(tmp_path / "float16").keys() == checkpoint_tensors(directory).keys()
+
+
+@torch.no_grad()
+def answers(model: Any) -> WholeAnswers:
+    return WholeAnswers.of_rows([model(input_ids=torch.tensor([row]), use_cache=False).logits for row in ROWS])
+
+
+def plain_model(directory: Path) -> Any:
+    """What any user of transformers gets, in fp32, nothing missing and nothing left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", DENSE + EXPERTS)
+def test_the_plan_of_a_family_counts_what_a_run_has(family: str, tiny_config: Config, tiny_models: Models) -> None:
+    config = config_of(tiny_config, tiny_models(family))
+    plan = plan_memory(tiny_models(family), config)
+    numbers = sum(info.numel for info in checkpoint_tensors(tiny_models(family)).values())
+    assert plan.base_parameters == numbers
+    assert plan.adapter_parameters > 0
+    assert plan.total > plan.components["base in NF4"] > 0
