@@ -31,13 +31,18 @@ def values_sha256(
     dtype: torch.dtype | None = None,  # convert to this one first; None: the tensor's own
 ) -> str:
     """Of shape, dtype and values, on whatever device."""
-    dtype = dtype or tensor.dtype
     flat = tensor.detach().reshape(-1)
+    blocks = (flat[start : start + _BLOCK_ELEMENTS] for start in range(0, flat.numel(), _BLOCK_ELEMENTS))
+    return blocks_sha256(tuple(tensor.shape), dtype or tensor.dtype, blocks)
+
+
+def blocks_sha256(shape: tuple[int, ...], dtype: torch.dtype, blocks: Iterable[Tensor]) -> str:
+    """As `values_sha256`, of a tensor of this shape that comes in blocks, from the first element to the last."""
 
     def parts() -> Iterator[bytes | memoryview]:
-        yield f"{tuple(tensor.shape)} {dtype}".encode()
-        for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
-            yield _bytes(flat[start : start + _BLOCK_ELEMENTS].to(dtype))
+        yield f"{shape} {dtype}".encode()
+        for block in blocks:
+            yield _bytes(block.to(dtype))
 
     return _sha256(parts())
 

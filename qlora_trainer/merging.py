@@ -19,6 +19,7 @@ Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_kernels.nf4 import dequantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.adapters.delta import fold_lora
 from qlora_trainer.background import Background
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
@@ -39,7 +40,7 @@ from qlora_trainer.merge_verification import Verification, verify_files
 from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from qlora_trainer.tensor_io import read_tensor, row_blocks
+from qlora_trainer.tensor_io import read_tensor, row_blocks, row_reader
 
 PROVENANCE_NAME = "qlora_merge.json"
 
@@ -137,9 +138,9 @@ def merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks
     if plan.replacement is not None:
         yield plan.replacement.float()
     elif not plan.output.dtype.is_floating_point:
-        source = read_tensor(plan.source)
+        read = row_reader(plan.source)
         for rows in row_blocks(plan.source.shape):
-            yield source if rows is None else source[rows]
+            yield read(rows)
     elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
         yield torch.cat(list(_weight_blocks(plan, inputs, base, checks))).T
     else:
@@ -148,23 +149,30 @@ def merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks
 
 def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
     """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
-    quantized = source = None
+    quantized = None
     if plan.trained_as:
         weight = plan.trained_as.read(inputs.device)
         checks.submit(plan.trained_as.check, weight)
         quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
-    if quantized is None:
-        source = read_tensor(plan.source).T if plan.transposed else read_tensor(plan.source)
+    read = _source_rows(plan) if quantized is None else functools.partial(_dequantized_rows, quantized)
     lora = [factor.to(inputs.device) for factor in plan.lora or ()]
     for rows in row_blocks(plan.output.shape[::-1] if plan.transposed else plan.output.shape):
-        if source is None:
-            assert quantized is not None
-            block = dequantize_nf4(quantized, torch.float32, rows=rows)
-        else:
-            block = (source if rows is None else source[rows]).to(inputs.device).float()
+        block = read(rows).to(inputs.device).float()
         if lora:
             block = fold_lora(block, lora[0], lora[1][rows], inputs.scaling)
         yield block
+
+
+def _source_rows(plan: TensorPlan) -> Callable[[slice | None], Tensor]:
+    """What gives rows of the tensor as the checkpoint has it, a weight as (O, I)."""
+    if not plan.transposed:
+        return row_reader(plan.source)
+    weight = read_tensor(plan.source).T
+    return lambda rows: weight[rows]
+
+
+def _dequantized_rows(weight: NF4Weight, rows: slice | None) -> Tensor:
+    return dequantize_nf4(weight, torch.float32, rows=rows)
 
 
 def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:

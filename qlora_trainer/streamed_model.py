@@ -60,9 +60,15 @@ class StreamedMatrix(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
     def rows(self, index: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
+        """Some of its rows, by a slice or by their numbers, of a matrix that was not 4-bit in training."""
         assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
-        return read_tensor(self.source)[index].to(self.device).to(dtype)
+        if isinstance(index, slice):
+            found = read_tensor(self.source, index)
+        elif self.source.read is None:
+            found = read_tensor(self.source)[index]
+        else:
+            found = torch.cat([self.source.read(slice(row, row + 1)) for row in index.tolist()])
+        return found.to(self.device).to(dtype)
 
     def fetch(self) -> None:
         if self.users == 0:

@@ -229,6 +229,14 @@ def read_tensors(infos: Sequence[TensorInfo]) -> list[Tensor]:
     return [found[info.name] for info in infos]
 
 
+def row_reader(info: TensorInfo) -> Callable[[slice | None], Tensor]:
+    """What gives rows of a tensor, or all of it for None, without opening a mapped file each time."""
+    if info.read is not None:
+        return info.read
+    tensor = read_tensor(info)
+    return lambda rows: tensor if rows is None else tensor[rows]
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes as they lie in a safetensors file; no copy where it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)

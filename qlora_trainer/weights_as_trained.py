@@ -18,9 +18,17 @@ from torch import Tensor
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.errors import CheckpointError, MergeError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
-from qlora_trainer.hashing import values_sha256
+from qlora_trainer.hashing import blocks_sha256
 from qlora_trainer.quantization import quantize_weight, weight_from_checkpoint
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_name, read_tensor, read_tensors, weight_statistics
+from qlora_trainer.tensor_io import (
+    TensorInfo,
+    checkpoint_name,
+    read_tensor,
+    read_tensors,
+    row_blocks,
+    row_reader,
+    weight_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,11 @@ class DenseTensor:
         Copies of one base may keep it in different dtypes, and models keep a few tensors in fp32, so it is compared in
         the dtype it was loaded in, its own, and fp32.
         """
-        tensor = read_tensor(self.source)
-        dtypes = [self.source_dtype, tensor.dtype, torch.float32] if tensor.is_floating_point() else [tensor.dtype]
-        if not any(values_sha256(tensor, dtype) == self.sha256 for dtype in dict.fromkeys(dtypes)):
+        shape, dtype = self.source.shape, self.source.dtype
+        read = row_reader(self.source)
+        dtypes = [self.source_dtype, dtype, torch.float32] if dtype.is_floating_point else [dtype]
+        found = (blocks_sha256(shape, as_dtype, map(read, row_blocks(shape))) for as_dtype in dict.fromkeys(dtypes))
+        if self.sha256 not in found:
             raise CheckpointError(
                 f"The base is not the one this adapter was trained on: {self.source.name} in {self.source.file.parent} "
                 "holds other values than in training. Give the base of the run, as it was."
