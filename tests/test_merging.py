@@ -25,7 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_trainer import merging, model_files
+from qlora_trainer import merge_plan, merging, weights_as_trained
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
@@ -36,7 +36,7 @@ from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_bas
 from qlora_trainer.merging import merge
 from qlora_trainer.model import load_base_model
 from qlora_trainer.settings import AdapterConfig, ModelConfig
-from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor, row_blocks
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 LLAMA = {**SHAPE, "intermediate_size": 640, "num_key_value_heads": 2}
@@ -464,7 +464,7 @@ def test_output_needs_an_empty_place_and_room_on_the_disk(
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config"):
         merge(dataclasses.replace(llama.inputs, base=adapted), tmp_path / "merged")
-    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
     with pytest.raises(DiskError, match="GB free"):
         merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
@@ -537,3 +537,28 @@ def test_flushed_elements_are_counted_about_the_smallest_numbers(dtype: torch.dt
     block = torch.tensor([kept + lost + [0.0, -0.0]], dtype=torch.float32)
     assert merging._count_flushed(block, block.to(dtype)) == len(lost)
     assert merging._count_flushed(block, block) == 0
+
+
+def test_what_cannot_be_mapped_is_read_by_rows(tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensors of a GGUF file are: an embedding is never read whole."""
+    merge(llama.inputs, tmp_path / "mapped")
+    read: dict[str, list[int]] = {}
+
+    def unmapped(directory: Path) -> dict[str, TensorInfo]:
+        tensors = checkpoint_tensors(directory)
+
+        def rows_of(info: TensorInfo, rows: slice | None) -> Tensor:
+            tensor = read_tensor(info)
+            found = tensor if rows is None else tensor[rows]
+            read.setdefault(info.name, []).append(len(found))
+            return found
+
+        return {n: dataclasses.replace(info, read=functools.partial(rows_of, info)) for n, info in tensors.items()}
+
+    monkeypatch.setattr(merge_plan, "checkpoint_tensors", unmapped)
+    for room in (merging, weights_as_trained):
+        monkeypatch.setattr(room, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=32))
+    merge(llama.inputs, tmp_path / "by_rows")
+    assert read["model.embed_tokens.weight"] == [32] * 8, "once for the check, once for the merge"
+    mapped, by_rows = stored(tmp_path / "mapped"), stored(tmp_path / "by_rows")
+    assert all(torch.equal(mapped[name], by_rows[name]) for name in mapped)
