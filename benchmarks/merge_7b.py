@@ -2,9 +2,9 @@
 
     python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
 
-A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py), a copy of it prequantised to NF4 in
-bitsandbytes' layout, and a random rank-16 adapter on all linear layers, all of it a tensor at a time. Then, each in a
-process of its own, one after the other:
+A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py), a copy of it by `qlora quantize`, and a
+random rank-16 adapter on all linear layers, all of it a tensor at a time. Then, each in a process of its own, one after
+the other:
 
 - copy: the plain base's shards, read and written to another directory and flushed to the disk, file by file; the merged
   model in fp16 has as many bytes;
@@ -36,12 +36,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
-from qlora_kernels.nf4 import NF4_CODE, NF4Weight
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
 from qlora_trainer.background import Background
@@ -52,13 +49,13 @@ from qlora_trainer.hashing import values_sha256
 from qlora_trainer.logit_comparison import compare_logits
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import row_answers
-from qlora_trainer.merging import _merged_blocks, merge
-from qlora_trainer.quantization import bitsandbytes, quantize_weight
+from qlora_trainer.merging import merge, merged_blocks
+from qlora_trainer.prequantize import quantize_checkpoint
+from qlora_trainer.quantization import quantize_weight
 from qlora_trainer.settings import AdapterConfig
-from qlora_trainer.shard_writer import ShardWriter
 from qlora_trainer.sizes import parse_bytes
 from qlora_trainer.streamed_model import load_streamed_model
-from qlora_trainer.tensor_io import TensorInfo, TensorSpec, checkpoint_tensors, read_tensor
+from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
 from qlora_trainer.weights_as_trained import trained_weights
 
 RANK, ALPHA = 16, 32.0
@@ -77,80 +74,33 @@ CPU = torch.device("cpu")
 
 
 def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
-    """The base, its prequantised copy with the fingerprint, and an adapter, where they are not there yet."""
+    """The base, its prequantised copy, the fingerprint of both, and an adapter, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / PLAIN).exists():
         make_checkpoint(directory / PLAIN, shape, seed)
     if not (directory / FOUR_BIT).exists():
-        make_prequantized(directory / PLAIN, directory / FOUR_BIT)
+        quantize_checkpoint(directory / PLAIN, directory / FOUR_BIT, device=CPU)
+    if not (directory / FINGERPRINT).exists():
+        write_text(directory / FINGERPRINT, json.dumps(make_fingerprint(directory / PLAIN).to_json()) + "\n")
     if not (directory / ADAPTER).exists():
         make_adapter(directory / PLAIN, directory / ADAPTER, seed)
 
 
-def make_prequantized(base: Path, output: Path) -> None:
-    """A copy in NF4 as bitsandbytes stores it, and in it the fingerprint of both, a tensor at a time."""
-    tensors = checkpoint_tensors(base)
-    specs = [spec for info in tensors.values() for spec in _stored_specs(info)]
-    fingerprints, dense = {}, {}
+def make_fingerprint(base: Path) -> BaseFingerprint:
+    """As loading the base makes it, without a model."""
+    tensors, dense = {}, {}
+    for name, info in checkpoint_tensors(base).items():
+        if _is_linear(info):
+            weight = quantize_weight(read_tensor(info), name)
+            tensors[name.removesuffix(".weight")] = tensor_fingerprint(weight)
+        else:
+            dense[name] = values_sha256(read_tensor(info))
     config = json.loads((base / "config.json").read_text())
-    with new_directory(output) as work:
-        with ShardWriter(work, specs, 2 * 10**9) as writer:
-            for name, info in tensors.items():
-                tensor = read_tensor(info)
-                if _is_linear(info):
-                    weight = quantize_weight(tensor, name)
-                    fingerprints[name.removesuffix(".weight")] = tensor_fingerprint(weight)
-                    for key, value in _stored_tensors(info, weight).items():
-                        writer.write(key, value)
-                else:
-                    dense[name] = values_sha256(tensor)
-                    writer.write(name, tensor)
-        quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        quantization |= {"bnb_4bit_use_double_quant": True}
-        write_text(work / "config.json", json.dumps(config | {"quantization_config": quantization}, indent=2) + "\n")
-        fingerprint = BaseFingerprint(config_identity(config), "bfloat16", fingerprints, dense)
-        write_text(work / FINGERPRINT, json.dumps(fingerprint.to_json()) + "\n")
+    return BaseFingerprint(config_identity(config), config["dtype"], tensors, dense)
 
 
 def _is_linear(info: TensorInfo) -> bool:
     return "_proj." in info.name
-
-
-def _stored_specs(info: TensorInfo) -> list[TensorSpec]:
-    """What `_stored_tensors` gives, from the shapes alone."""
-    if not _is_linear(info):
-        return [info]
-    zeros = torch.zeros(info.numel // 64, dtype=torch.uint8)
-    stand_in = NF4Weight(
-        packed=torch.zeros(1, dtype=torch.uint8).expand(info.numel // 2),
-        absmax=zeros,
-        nested_absmax=torch.zeros(-(-len(zeros) // 256)),
-        nested_code=torch.zeros(256),
-        offset=torch.tensor(0.0),
-        shape=(info.shape[0], info.shape[1]),
-    )
-    return [TensorSpec(k, v.dtype, tuple(v.shape)) for k, v in _stored_tensors(info, stand_in).items()]
-
-
-def _stored_tensors(info: TensorInfo, weight: NF4Weight) -> dict[str, Tensor]:
-    """A weight's tensors in a checkpoint, by bitsandbytes' names."""
-    state_class = bitsandbytes.functional.QuantState
-    nested = state_class(absmax=weight.nested_absmax, blocksize=256, code=weight.nested_code, dtype=torch.float32)
-    state = state_class(
-        absmax=weight.absmax,
-        shape=torch.Size(weight.shape),
-        code=NF4_CODE,
-        blocksize=64,
-        quant_type="nf4",
-        dtype=info.dtype,
-        offset=weight.offset,
-        state2=nested,
-    )
-    stored = {info.name: weight.packed.reshape(-1, 1)}
-    for key, value in state.as_dict(packed=True).items():
-        in_json = key.startswith("quant_state.")  # blanks at its end make it as long whatever the offset
-        stored[f"{info.name}.{key}"] = F.pad(value, (0, 256 - value.numel()), value=ord(" ")) if in_json else value
-    return stored
 
 
 def make_adapter(base: Path, output: Path, seed: int) -> None:
@@ -169,7 +119,7 @@ def make_adapter(base: Path, output: Path, seed: int) -> None:
 
 
 def merge_inputs(directory: Path, base: str) -> MergeInputs:
-    fingerprint = BaseFingerprint.from_json(json.loads((directory / FOUR_BIT / FINGERPRINT).read_text()))
+    fingerprint = BaseFingerprint.from_json(json.loads((directory / FINGERPRINT).read_text()))
     return MergeInputs.from_adapter(directory / base, fingerprint, read_adapter(directory / ADAPTER))
 
 
@@ -224,7 +174,7 @@ def arithmetic_seconds(inputs: MergeInputs) -> float:
     for plan in plan_merge(inputs, torch.float16, "dequantized"):
         read_tensor(plan.source).view(torch.uint8).reshape(-1)[::4096].sum()
         started = time.perf_counter()
-        for block in _merged_blocks(plan, inputs, "dequantized", _NoChecks()):
+        for block in merged_blocks(plan, inputs, "dequantized", _NoChecks()):
             block.to(torch.float16)
         total += time.perf_counter() - started
     return total

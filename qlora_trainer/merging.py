@@ -121,8 +121,8 @@ def _write_tensors(
         for plan in plans:
             if plan.recorded:
                 checks.submit(plan.recorded.check)
-            for block in _merged_blocks(plan, inputs, base, checks):
-                cast = block.to(plan.output.dtype)
+            for block in merged_blocks(plan, inputs, base, checks):
+                cast = block.to(plan.output.dtype).cpu()
                 if cast.is_floating_point():
                     _check_finite(plan.source.name, block, cast.dtype)
                     flushed += _count_flushed(block, cast)
@@ -132,7 +132,7 @@ def _write_tensors(
     return flushed, writer.checksums
 
 
-def _merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
+def merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
     """The merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating."""
     if plan.replacement is not None:
         yield plan.replacement.float()
@@ -188,12 +188,12 @@ def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
 
 def _count_flushed(
     block: Tensor,  # fp32
-    cast: Tensor,  # the same in the output dtype
+    cast: Tensor,  # the same in the output dtype, on the CPU
 ) -> int:
     """How many elements became zero."""
     if cast.dtype == torch.float32:
         return 0
-    bits = cast.cpu().view(torch.int16)
+    bits = cast.view(torch.int16)
     # Twice the bits lose the sign, so that -0 counts as zero; integers are counted several times as fast as halves.
     return int(torch.count_nonzero(block)) - int(np.count_nonzero(bits.add(bits).numpy()))
 

@@ -220,7 +220,7 @@ def _read(source: Source, device: torch.device) -> Tensor:
     """The whole tensor in fp32."""
     if isinstance(source, TrainedWeight):
         return source.dense(device)
-    return read_tensor(source).to(device, torch.float32)
+    return read_tensor(source).to(device).float()
 
 
 def _absent(shape: torch.Size, device: torch.device) -> Tensor:

@@ -50,7 +50,7 @@ class TrainedWeight:
         """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
         if self.statistics:
             return _prequantized(self.source, self.statistics, device)
-        weight = read_tensor(self.source).to(device, self.source_dtype)
+        weight = read_tensor(self.source).to(device).to(self.source_dtype)
         return quantize_weight(weight.T if self.transposed else weight, self.source.name)
 
     def check(self, weight: NF4Weight) -> None:

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_trainer import merging, model_files, tensor_io
+from qlora_trainer import merging, tensor_io
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
@@ -500,7 +500,7 @@ def test_output_needs_an_empty_place_and_room_on_the_disk(
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config"):
         merge(dataclasses.replace(llama.inputs, base=adapted), tmp_path / "merged")
-    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
     with pytest.raises(DiskError, match="GB free"):
         merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

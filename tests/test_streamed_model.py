@@ -1,5 +1,6 @@
 """Promises of the streamed model: the dense model's answers, in the memory of one matrix."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from qlora_trainer.errors import CheckpointError, InsufficientMemoryError, Model
 from qlora_trainer.model import load_base_model, load_dense_model
 from qlora_trainer.settings import AdapterConfig, ModelConfig
 from qlora_trainer.streamed_model import StreamedHead, StreamedMatrix, load_streamed_model, streaming_device
-from qlora_trainer.tensor_io import checkpoint_tensors
+from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 from qlora_trainer.weights_as_trained import trained_weights
 
 CPU = torch.device("cpu")
@@ -204,3 +205,15 @@ def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
     whole.model.layers = whole.model.layers[:2]
     assert len(cut.model.layers) == 2
     assert_same_answers(cut, whole)
+
+
+def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
+    """As an embedding's in a GGUF file, of which the whole would be dequantised."""
+    info = checkpoint_tensors(tiny_llama)["model.embed_tokens.weight"]
+    expected, read = read_tensor(info), []
+    unmapped = dataclasses.replace(info, read=lambda rows: read.append(rows) or expected[rows])
+    matrix = StreamedMatrix.of(unmapped, expected.shape, CPU)
+    ids = torch.tensor([[9, 2, 9]])
+    assert torch.equal(nn.functional.embedding(ids, matrix), nn.functional.embedding(ids, expected.float()))
+    assert torch.equal(matrix.rows(slice(10, 30), torch.float32), expected[10:30].float())
+    assert read == [slice(2, 3), slice(9, 10), slice(10, 30)]
