@@ -13,6 +13,7 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from qlora_trainer.errors import ModelError
 from qlora_trainer.tensor_io import TensorInfo, weight_statistics
 
 
@@ -29,6 +30,9 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
     """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
 
     Statistics of prequantised weights go with their weights, and are in no list.
+
+    Raises:
+        ModelError: one parameter is stored under two names, such as with and without the model's prefix.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -45,7 +49,12 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
             renamed, pattern = rename_source_key(name, renamings, [], prefix, state)
         if renamed not in state and name in state:  # a rule that was meant for older checkpoints
             renamed, pattern = name, None
-        if renamed not in state or renamed in match.found:
+        if renamed in match.found:
+            raise ModelError(
+                f"{tensors[name].file.parent} stores {renamed} twice, as {match.found[renamed]} and as {name}; which "
+                "one counts is left to chance. Fetch the checkpoint again, or remove the stale tensor."
+            )
+        if renamed not in state:
             match.unused.append(name)
         elif pattern is not None:
             match.converted[name] = renamed

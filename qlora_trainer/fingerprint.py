@@ -94,7 +94,7 @@ class BaseFingerprint:
     def _origin(self, other: "BaseFingerprint") -> str:
         """The end of a sentence: why the same layers hold other weights, as far as the checkpoints' bytes tell."""
         if self.sources and self.sources == other.sources:
-            told = "the checkpoint is the same to the byte, and was quantised otherwise"
+            told = "they were made of the same bytes: quantised otherwise, or a copy kept in 4 bits is damaged"
         elif self.sources.keys() == other.sources.keys() and self.sources:
             changed = [name for name, source in self.sources.items() if other.sources[name] != source]
             told = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"

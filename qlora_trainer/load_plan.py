@@ -19,7 +19,7 @@ from torch import nn
 
 from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
-from qlora_trainer.quantization import linear_layers, source_dtype_of
+from qlora_trainer.quantization import is_transposed, linear_layers, source_dtype_of
 from qlora_trainer.tensor_io import TensorInfo, read_tensor, same_values, weight_statistics
 
 RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
@@ -42,6 +42,7 @@ class LoadPlan:
     tensors: Mapping[str, TensorInfo]  # all there are, in the order they lie on disk
     source_dtype: torch.dtype  # what 4-bit weights are quantised from
     four_bit: dict[str, str]  # weight -> path of the layer that holds it in 4 bits
+    transposed: set[str]  # those of them that the checkpoint stores as (I, O)
     statistics: dict[str, dict[str, TensorInfo]]  # of a weight that is 4-bit on disk
     dense: dict[str, DenseTensor]
     converted: list[str]  # tensors that transformers merges or splits while loading
@@ -69,6 +70,25 @@ class LoadPlan:
             f"{self.unused[0]}. They take no part in training; a merged model keeps them as they are."
         ]
 
+    @property
+    def used(self) -> list[str]:
+        """The tensors that the model is made of, without the statistics of 4-bit ones."""
+        return [*self.four_bit, *self.dense, *self.converted]
+
+    def passing_bytes(self, device: torch.device) -> int:
+        """The most memory that tensors take beside the model while one of them becomes part of it on `device`."""
+        used = [self.tensors[name] for name in self.used]
+        # On a GPU the next tensor is there already.
+        ahead = max((info.nbytes for info in used), default=0) if device.type == "cuda" else 0
+        return ahead + max((info.nbytes + self._copied_bytes(info) for info in used), default=0)
+
+    def _copied_bytes(self, info: TensorInfo) -> int:
+        """Of the copies that are made of a tensor on its way: in the dtype it is taken in, and row by row."""
+        if info.name in self.statistics:
+            return 0
+        dtype = self.dense[info.name].dtype if info.name in self.dense else self.source_dtype
+        return ((info.dtype != dtype) + (info.name in self.transposed)) * info.numel * dtype.itemsize
+
 
 def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """The dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantised.
@@ -95,7 +115,8 @@ def plan_load(
     """Match a checkpoint with its model. Tied parameters whose tensors differ become parameters of their own in it.
 
     Raises:
-        ModelError: weights are missing, have another shape, or are 4-bit where they must stay dense.
+        ModelError: weights are missing, are stored under two names, have another shape or a dtype such as fp8, or are
+            4-bit where they must stay dense.
     """
     match, statistics = match_names(model, tensors), weight_statistics(tensors)
     layers = {f"{path}.weight": path for path in linear_layers(model)}
@@ -128,11 +149,23 @@ def plan_load(
             f"{wrong[0]} in {directory} is 4-bit, where this trainer keeps the model dense (output head, embedding, "
             "tied weight). Use the model's 16-bit checkpoint, or one prequantised without it."
         )
+    kinds = {name: state[f"{path}.weight"].dtype for name, path in four_bit.items() if name not in statistics}
+    kinds |= {name: state[names[0]].dtype for name, names in dense.items()}
+    kinds |= {name: state[into].dtype for name, into in match.converted.items()}
+    if strange := [
+        name for name, dtype in kinds.items() if dtype.is_floating_point and not _is_readable(tensors[name])
+    ]:
+        info = tensors[strange[0]]
+        raise ModelError(
+            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')} ({len(strange)} such "
+            "tensors), which cannot be trained here. Use the model's 16-bit checkpoint."
+        )
     return LoadPlan(
         directory=directory,
         tensors=tensors,
         source_dtype=source_dtype,
         four_bit=four_bit,
+        transposed={name for name, path in four_bit.items() if is_transposed(model.get_submodule(path))},
         statistics=statistics,
         dense={name: DenseTensor(names, state[names[0]].dtype) for name, names in dense.items()},
         converted=list(match.converted),
@@ -148,6 +181,10 @@ def refuse_incomplete(directory: Path, missing: Sequence[str], mismatched: Seque
             f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
             f"shape, such as {[*missing, *mismatched][0]}. They would be random; fetch the checkpoint again."
         )
+
+
+def _is_readable(info: TensorInfo) -> bool:
+    return info.dtype in {*FLOAT_DTYPES, torch.float64}
 
 
 def _original_hashes(directory: Path) -> dict[str, str]:

@@ -29,10 +29,9 @@ from qlora_trainer.gguf_weights import IMPORT_RECORD
 from qlora_trainer.hashing import Hasher, bytes_sha256
 from qlora_trainer.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.merge_verification import verify_files
-from qlora_trainer.model import Base, choose_device, load_base_model, plan_base
+from qlora_trainer.model import Base, choose_device, device_with_room, load_base_model, plan_base
 from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
-from qlora_trainer.model_source import is_prequantized
-from qlora_trainer.pretrained import nf4_config
+from qlora_trainer.pretrained import memory_errors, nf4_config
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import empty_weight, is_transposed, linear_layers, weight_to_checkpoint
 from qlora_trainer.settings import ModelConfig
@@ -74,15 +73,17 @@ def quantize_checkpoint(
 
     Raises:
         ModelError: it cannot be loaded here, or not be kept in 4 bits.
+        InsufficientMemoryError: no device has room for its largest tensor.
         QuantizationError: a weight is not finite, or it is quantised already.
         OutputExistsError, DiskError: nothing is left, nothing was overwritten.
     """
     refuse_existing(output)
     plan, model = plan_base(directory)
-    _refuse_unfit(plan, model)
+    if hindrance := _hindrance(plan, model):
+        raise ModelError(f"{hindrance} Train from the checkpoint as it is.")
+    device = device_with_room(plan.passing_bytes(device), device, f"Quantising {directory}")
     layers = linear_layers(model)
-    transposed = {name for name, path in plan.four_bit.items() if is_transposed(layers[path])}
-    specs = {info.name: _specs(info, plan, info.name in transposed) for info in plan.tensors.values()}
+    specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
     written = [spec for found in specs.values() for spec in found]
     copied = files_to_copy(directory)
     total = sum(spec.nbytes for spec in written)
@@ -91,8 +92,8 @@ def quantize_checkpoint(
 
     kept_dense = [path for path, layer in _linear_modules(model) if path not in layers]
     with new_directory(output) as work:
-        with ShardWriter(work, written, max_shard_bytes) as writer:
-            sources = _write_tensors(plan, transposed, writer, device, progress)
+        with ShardWriter(work, written, max_shard_bytes) as writer, memory_errors(directory, device):
+            sources = _write_tensors(plan, writer, device, progress)
         verify_files(work, written, writer.checksums, progress, "quantised model")
         copy_files(directory, copied, work)
         _write_config(directory, work, plan.source_dtype, kept_dense)
@@ -118,13 +119,18 @@ def load_base(
     """The base of a model directory, from its 4-bit copy under `cache_dir` where model.keep_quantized asks for one.
 
     The copy is made where there is none. It is the same base; `directory` stays the base's directory, from which it is
-    merged.
+    merged. What cannot be kept in 4 bits is loaded as it is, with a notice.
 
     Raises:
         QLoRATrainerError: as `load_base_model` and `quantize_checkpoint`.
     """
-    if not settings.keep_quantized or is_prequantized(directory):
+    if not settings.keep_quantized:
         return load_base_model(directory, settings, progress)
+    plan, model = plan_base(directory)
+    if hindrance := _hindrance(plan, model):
+        base = load_base_model(directory, settings, progress)
+        notices = [] if plan.statistics else [f"{hindrance} It was quantised while loading, as it will be each time."]
+        return dataclasses.replace(base, notices=[*base.notices, *notices])
     kept = _kept_copy(directory, settings, cache_dir, progress)
     return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
 
@@ -155,29 +161,31 @@ def _key(directory: Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _refuse_unfit(plan: LoadPlan, model: Any) -> None:
+def _hindrance(plan: LoadPlan, model: Any) -> str | None:
+    """Why a model cannot be kept in 4 bits, in a sentence; None where it can."""
     if plan.statistics:
-        raise ModelError(f"{plan.directory} holds 4-bit weights already; it can be trained as it is.")
+        return f"{plan.directory} holds 4-bit weights already."
     if not plan.four_bit:
-        raise ModelError(f"{plan.directory} has no linear layers that can be quantised.")
+        return f"{plan.directory} has no linear layers that can be quantised."
     if plan.converted:
-        raise ModelError(
+        return (
             f"{plan.directory} cannot be kept in 4 bits: transformers merges or splits {len(plan.converted)} of its "
-            f"tensors while loading, such as {plan.converted[0]}. Train from the 16-bit checkpoint."
+            f"tensors while loading, such as {plan.converted[0]}."
         )
     unknown = {type(layer).__name__ for layer in linear_layers(model).values()} - {"Linear", "Conv1D"}
     if unknown:
-        raise ModelError(
+        return (
             f"{plan.directory} cannot be kept in 4 bits: transformers does not load its layers of class "
-            f"{', '.join(sorted(unknown))} from such a checkpoint. Train from the 16-bit checkpoint."
+            f"{', '.join(sorted(unknown))} from such a checkpoint."
         )
+    return None
 
 
-def _specs(info: TensorInfo, plan: LoadPlan, transposed: bool) -> list[TensorSpec]:
+def _specs(info: TensorInfo, plan: LoadPlan) -> list[TensorSpec]:
     """What is written of a tensor of the checkpoint."""
     if info.name not in plan.four_bit:
         return [info]
-    rows, columns = reversed(info.shape) if transposed else info.shape
+    rows, columns = reversed(info.shape) if info.name in plan.transposed else info.shape
     parts = weight_to_checkpoint(empty_weight(rows, columns, "meta"), plan.source_dtype)
     return [TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in _named(info, parts)]
 
@@ -187,9 +195,7 @@ def _named(info: TensorInfo, parts: dict[str, Tensor]) -> Iterator[tuple[str, Te
         yield (f"{info.name}.{key}" if key else info.name), part
 
 
-def _write_tensors(
-    plan: LoadPlan, transposed: set[str], writer: ShardWriter, device: torch.device, progress: Progress
-) -> dict[str, str]:
+def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress) -> dict[str, str]:
     """Write every tensor in the checkpoint's order; returns the sha256 of what each was on disk."""
     sources: dict[str, Future[str]] = {}
     done, total = 0, sum(info.nbytes for info in plan.tensors.values())
@@ -206,11 +212,12 @@ def _write_tensors(
                 progress("quantising", done, total)
                 info = arrival.info
                 if info.name in plan.four_bit:
-                    weight = quantize_arrival(arrival, plan.source_dtype, info.name in transposed)
+                    weight = quantize_arrival(arrival, plan)
                     for name, part in _named(info, weight_to_checkpoint(weight, plan.source_dtype)):
                         writer.write(name, part)
                 else:
-                    check_finite(arrival)
+                    if info.name in plan.dense:
+                        check_finite(arrival)
                     for rows in row_blocks(info.shape):
                         writer.write(info.name, arrival.mapped if rows is None else arrival.mapped[rows])
                 done += info.nbytes
@@ -227,5 +234,8 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def _write_config(directory: Path, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
     """config.json as it was, with what transformers needs to know of the quantisation."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = nf4_config(source_dtype, kept_dense).to_dict()
+    # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
+    named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
+    compute_dtype = named if named in (torch.bfloat16, torch.float16) else source_dtype
+    config["quantization_config"] = nf4_config(compute_dtype, kept_dense).to_dict()
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

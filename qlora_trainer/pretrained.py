@@ -15,9 +15,9 @@ from qlora_trainer.errors import InsufficientMemoryError, ModelError, Quantizati
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, quantize_head
-from qlora_trainer.quantization import adopt_linear4bit
+from qlora_trainer.quantization import adopt_linear4bit, all_finite
 from qlora_trainer.quiet import quiet_transformers
-from qlora_trainer.tensor_io import TensorInfo, read_tensor
+from qlora_trainer.tensor_io import read_tensor
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
@@ -48,7 +48,7 @@ def load_converted(
 ) -> tuple[Any, BaseFingerprint]:
     """A base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
     if not plan.statistics:
-        _check_finite(plan.tensors)
+        _check_finite(plan)
     quantization = None if plan.statistics else nf4_config(plan.source_dtype)
     model = load_pretrained(plan.directory, device, plan.source_dtype, quantization_config=quantization)
     adopt_linear4bit(model)
@@ -72,7 +72,7 @@ def memory_errors(directory: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def nf4_config(source_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:
+def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:
     """What tells transformers of our 4-bit weights.
 
     Args:
@@ -82,7 +82,7 @@ def nf4_config(source_dtype: torch.dtype, kept_dense: list[str] | None = None) -
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=source_dtype,
+        bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage="uint8",
         llm_int8_skip_modules=kept_dense,
     )
@@ -93,11 +93,11 @@ def loading_error(error: Exception, directory: Path) -> ModelError:
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
 
 
-def _check_finite(tensors: Mapping[str, TensorInfo]) -> None:
+def _check_finite(plan: LoadPlan) -> None:
     """One value that is not finite turns its whole tensor into NaN when block maxima are quantised too."""
-    for name, info in tensors.items():
-        if info.dtype.is_floating_point and not torch.isfinite(read_tensor(info)).all():
+    for name in plan.used:
+        if not all_finite(read_tensor(plan.tensors[name])):
             raise QuantizationError(
-                f"{name} in {info.file.name} holds values that are not finite. The checkpoint is damaged: "
-                "fetch it again."
+                f"{name} in {plan.tensors[name].file.name} holds values that are not finite. The checkpoint is "
+                "damaged: fetch it again."
             )

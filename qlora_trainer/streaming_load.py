@@ -103,9 +103,8 @@ class _Filling:
             self._take_weight(arrival, self.plan.four_bit[name])
 
     def _take_weight(self, arrival: Arrival, path: str) -> None:
-        layer = self.model.get_submodule(path)
-        weight = quantize_arrival(arrival, self.plan.source_dtype, layer.fan_in_fan_out)
-        layer.take(weight)
+        weight = quantize_arrival(arrival, self.plan)
+        self.model.get_submodule(path).take(weight)
         self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
 
     def _take_prequantized(self, arrival: Arrival, path: str) -> None:
@@ -175,10 +174,10 @@ class _Filling:
         )
 
 
-def quantize_arrival(arrival: Arrival, source_dtype: torch.dtype, transposed: bool) -> NF4Weight:
+def quantize_arrival(arrival: Arrival, plan: LoadPlan) -> NF4Weight:
     """A linear weight in 4 bits, on the device where it arrived; QuantizationError where it is not finite."""
-    values = arrival.values.to(source_dtype)
-    return quantize_weight(values.T if transposed else values, _described(arrival.info))
+    values = arrival.values.to(plan.source_dtype)
+    return quantize_weight(values.T if arrival.info.name in plan.transposed else values, _described(arrival.info))
 
 
 def check_finite(arrival: Arrival) -> None:

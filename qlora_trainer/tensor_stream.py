@@ -45,17 +45,20 @@ def stream_tensors(
             return mapped, mapped, None
         return mapped, *uploader.upload(mapped)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
-        ahead = reader.submit(read, infos[0]) if infos else None
-        for index, info in enumerate(infos):
-            assert ahead is not None
-            mapped, values, copied = ahead.result()
-            ahead = reader.submit(read, infos[index + 1]) if index + 1 < len(infos) else None
-            if copied is not None:
-                torch.cuda.current_stream(device).wait_event(copied)
-                values.record_stream(torch.cuda.current_stream(device))  # its memory is not used anew before that
-            yield Arrival(info, mapped, values)
-            del mapped, values
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+            ahead = reader.submit(read, infos[0]) if infos else None
+            for index, info in enumerate(infos):
+                assert ahead is not None
+                mapped, values, copied = ahead.result()
+                ahead = reader.submit(read, infos[index + 1]) if index + 1 < len(infos) else None
+                if copied is not None:
+                    torch.cuda.current_stream(device).wait_event(copied)
+                yield Arrival(info, mapped, values)
+                del mapped, values
+    finally:
+        if uploader is not None:
+            uploader.stream.synchronize()  # where nobody took the last one, its copy may still run
 
 
 class _Uploader:
@@ -64,6 +67,7 @@ class _Uploader:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.taker = torch.cuda.current_stream(device)  # of the thread that takes the tensors
         self.buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.copied = [torch.cuda.Event() for _ in self.buffers]  # out of each buffer
         self.turn = 0
@@ -71,8 +75,11 @@ class _Uploader:
     def upload(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """The tensor on the device, and the event after which it is whole there."""
         source = tensor.contiguous().reshape(-1).view(torch.uint8)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.taker):
+            # Of the memory of the stream that takes and drops it, so the next use of that memory comes after.
             values = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        self.stream.wait_stream(self.taker)  # which may still compute with what lay there before
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             target = values.reshape(-1).view(torch.uint8)
             for piece, place in zip(source.split(STAGING_BYTES), target.split(STAGING_BYTES), strict=True):
                 buffer, copied = self.buffers[self.turn][: piece.numel()], self.copied[self.turn]

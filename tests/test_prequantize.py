@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_gguf_import import tiny_weights, write_gguf
 from tiny_models import make_model_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, MixtralConfig
 
-from qlora_trainer import model_files, prequantize
+from qlora_trainer import model, model_files, prequantize, streaming_load
 from qlora_trainer.deployment import merge_run
-from qlora_trainer.errors import DiskError, ModelError, OutputExistsError, QuantizationError
+from qlora_trainer.errors import DiskError, InsufficientMemoryError, ModelError, OutputExistsError, QuantizationError
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.load_plan import RECORD_NAME
 from qlora_trainer.model import Base, load_base_model
@@ -112,7 +112,7 @@ def test_a_difference_from_the_original_is_explained(damage: str, tiny_llama: Pa
         assert "another checkpoint: 21 of its 21 tensors differ on disk" in told
     else:
         assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in told
-        assert "the checkpoint is the same to the byte, and was quantised otherwise" in told
+        assert "made of the same bytes: quantised otherwise, or a copy kept in 4 bits is damaged" in told
 
 
 def test_what_cannot_be_kept_in_4_bits_is_refused_and_leaves_nothing(
@@ -178,6 +178,60 @@ def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path
         codes.append(kept.fingerprint.tensors)
         file.unlink()
     assert codes[0] != codes[1]
+
+
+def test_what_cannot_be_kept_is_loaded_as_it_is_and_told(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+    mixture = MixtralConfig(**shape, intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
+    for config, told in ((FalconConfig(**shape), "class FalconLinear"), (mixture, "merges or splits")):
+        directory = tmp_path / config.model_type
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
+        settings = ModelConfig(name=str(directory), keep_quantized=True, minimum_4bit_share=0.0)
+        base = load_base(directory, settings, tmp_path / "cache")
+        assert base.fingerprint == load(directory, minimum_4bit_share=0.0).fingerprint
+        (notice,) = base.notices
+        assert told in notice
+        assert "It was quantised while loading" in notice
+    assert kept_copies(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_config_says(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = quantize(tiny_llama, tmp_path / "nf4")
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    loaded = load_base(base, ModelConfig(name=str(base), keep_quantized=True), tmp_path / "cache")
+    assert loaded.fingerprint == load(tiny_llama).fingerprint
+    assert loaded.notices == []
+    assert kept_copies(tmp_path) == []
+
+
+def test_a_16_bit_model_with_a_tensor_in_fp32_is_computed_with_in_16_bits(tmp_path: Path) -> None:
+    """By transformers, which follows the copy's config; here model.compute_dtype says."""
+    base = make_model_directory(tmp_path / "m")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((quantize(base, tmp_path / "nf4") / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_memory_that_is_too_little_or_runs_out_while_quantising_is_a_letter(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming_load, "quantize_weight", full)
+        with pytest.raises(InsufficientMemoryError, match=r"ran out of memory on cpu: .*2 GiB"):
+            quantize(tiny_llama, tmp_path / "nf4")
+    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    with pytest.raises(InsufficientMemoryError, match=r"Quantising .* GiB free"):
+        quantize(tiny_llama, tmp_path / "nf4")
+    assert not (tmp_path / "nf4").exists()
 
 
 def losses(run_dir: Path) -> list[float]:

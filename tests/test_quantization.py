@@ -372,12 +372,21 @@ def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch:
 def test_the_memory_a_base_needs_is_what_it_takes(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte: the 4-bit model, and its largest tensor once."""
+    """To the byte: the 4-bit model, and its largest tensor, with the copies that are made of it on its way."""
     from qlora_trainer import model
 
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
-    for directory in (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed):
-        needed = load(directory).bytes + max(info.nbytes for info in checkpoint_tensors(directory).values())
+    mixed = tmp_path / "mixed"  # its weights are quantised from fp32, and its embedding is loaded in that
+    shutil.copytree(tiny_models("llama"), mixed)
+    tensors = load_file(mixed / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    fused = tmp_path / "fused"  # its largest tensor is stored as (I, O)
+    make_model_directory(fused, "gpt2", n_inner=4096)
+    plain = (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed)
+    for directory, copies in (*((directory, 0) for directory in plain), (mixed, 4 / 2), (fused, 1)):
+        largest = max(info.nbytes for info in checkpoint_tensors(directory).values())
+        needed = load(directory).bytes + int(largest * (1 + copies))
         with monkeypatch.context() as patch:
             patch.setattr(model, "_free_memory", lambda device, free=needed: free)
             load(directory)

@@ -13,11 +13,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, make_model_directory
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.llama_checkpoint import LlamaShape, make_checkpoint
+from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer import model, streaming_load, tensor_stream
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError
 from qlora_trainer.fingerprint import base_fingerprint
@@ -27,6 +28,7 @@ from qlora_trainer.model import Base, load_base_model
 from qlora_trainer.output_head import quantize_head
 from qlora_trainer.prequantize import quantize_checkpoint
 from qlora_trainer.process_memory import private_bytes
+from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 from qlora_trainer.tensor_stream import stream_tensors
@@ -78,7 +80,26 @@ def assert_same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_tensor_is_as_transformers_loads_it(family: str, tiny_models: Callable[[str], Path]) -> None:
     """Parameters, stored buffers and computed ones, packed codes and their statistics, to the last bit."""
-    assert_same_tensors(load(tiny_models(family)).model, load_by_transformers(tiny_models(family)))
+    ours = load(tiny_models(family), compute_dtype="bfloat16")  # the checkpoint's, in which theirs computes its buffers
+    assert_same_tensors(ours.model, load_by_transformers(tiny_models(family)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_model_computes_for_itself_is_as_transformers_has_it_in_that_dtype(dtype: str, tmp_path: Path) -> None:
+    """Gemma 3 scales its embedding by the root of its width, here one that bf16 does not hold."""
+    directory = make_model_directory(tmp_path / "m", "gemma3", hidden_size=192)
+    ours = load(directory, compute_dtype=dtype).model
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    found, expected = dict(ours.named_buffers()), dict(theirs.named_buffers())
+    assert "model.embed_tokens.embed_scale" in expected
+    assert all(torch.equal(found[name], buffer) for name, buffer in expected.items())
+    if dtype == "float32":
+        assert float(found["model.embed_tokens.embed_scale"]) == pytest.approx(192**0.5, rel=1e-6)
+        for path, layer in ours.named_modules():
+            if isinstance(layer, NF4Linear):
+                theirs.get_submodule(path).weight.data = dequantize_nf4(layer.nf4_weight, torch.float32)
+        ids = torch.arange(5, 25)[None]
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: object) -> Path:
@@ -130,7 +151,7 @@ def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
     family: str, change: Callable[[dict[str, Tensor]], None], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = changed(tiny_models(family), tmp_path / "changed", change)
-    ours, theirs = load(directory).model, load_by_transformers(directory)
+    ours, theirs = load(directory).model, load_by_transformers(directory)  # whose computed buffers are in fp32 alike
     assert_same_tensors(ours, theirs)
     is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
@@ -164,6 +185,39 @@ def test_tensors_that_no_parameter_takes_are_told(tiny_llama: Path, tmp_path: Pa
 
     (notice,) = load(changed(tiny_llama, tmp_path / "extra", extra)).notices
     assert "1 tensor(s) that this model has no place for, such as mtp.weight" in notice
+
+
+def test_a_parameter_that_is_stored_under_two_names_is_refused(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def stored_twice(tensors: dict[str, Tensor]) -> None:
+        tensors["ln_f.weight"] = tensors["transformer.ln_f.weight"] * 2
+
+    with pytest.raises(ModelError, match=r"stores transformer\.ln_f\.weight twice, as .*ln_f\.weight and as .*ln_f"):
+        load(changed(tiny_models("gpt2"), tmp_path / "twice", stored_twice))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_tensor_of_a_dtype_that_is_no_models_is_refused_by_name(
+    dtype: torch.dtype, name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    def stored_otherwise(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+
+    told = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=rf"{name} in .*model\.safetensors is stored as {told} \(1 such"):
+        load(changed(tiny_llama, tmp_path / "otherwise", stored_otherwise))
+
+
+def test_a_tensor_of_such_a_dtype_that_the_model_does_not_use_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    def extra(tensors: dict[str, Tensor]) -> None:
+        tensors["mtp.weight"] = torch.ones(8).to(torch.float8_e4m3fn)
+
+    directory = changed(tiny_llama, tmp_path / "extra", extra)
+    assert load(directory).fingerprint == load(tiny_llama).fingerprint
+    quantize_checkpoint(directory, tmp_path / "nf4", device=CPU)
+    assert load_file(tmp_path / "nf4" / "model.safetensors")["mtp.weight"].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -284,3 +338,14 @@ def test_a_tensor_larger_than_the_staging_buffers_comes_whole(tmp_path: Path, mo
     for arrival in arrivals:
         assert arrival.values.device.type == ("cpu" if "norm" in arrival.info.name else "cuda")
         assert torch.equal(arrival.values.cpu(), read_tensor(arrival.info))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loading_on_cuda_gives_back_what_the_tensors_came_through(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m", hidden_size=1024, intermediate_size=4096)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    base = load(directory, device="cuda")
+    # Two of the allocator's segments may be used in part: one of small tensors, one of large ones.
+    assert torch.cuda.memory_reserved() - before <= base.bytes + 22 * 2**20

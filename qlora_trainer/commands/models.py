@@ -5,7 +5,7 @@ Rooms that import torch are imported inside the command, so that `qlora --help` 
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Hub name, directory of safetensors, or a .gguf file.")],
     output: Annotated[Path, typer.Option(help="A new or empty directory for the 4-bit model.")],
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantise; auto takes CUDA where it is.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a model in 4 bits (NF4), which loads in seconds: here, and in plain transformers with bitsandbytes.
@@ -34,7 +37,7 @@ def quantize(
     refuse_existing(output)  # before anything is fetched
     with ProgressBars() as progress:
         directory = resolve_model(model, revision, user_cache(), progress)
-        report = quantize_checkpoint(directory, output, device=choose_device("auto"), progress=progress)
+        report = quantize_checkpoint(directory, output, device=choose_device(device), progress=progress)
     if as_json:
         write_out(json.dumps({"output": str(output), **report.to_json()}) + "\n")
         return
