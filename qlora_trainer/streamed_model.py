@@ -10,12 +10,15 @@ time, so memory does not grow with the vocabulary.
 
 Between its uses a matrix is a single NaN seen in the matrix's shape, four bytes on the model's device. Code that asks
 for shapes and devices gets the right ones; code that computes with a weight outside of its module's forward gets NaN,
-never a plausible number. Vectors always stay: they are small, and biases may be trained.
+never a plausible number: `gives_answers` tells. Vectors always stay: they are small, and biases may be trained. So do
+the small matrices of modules that are not linear, such as convolutions, which the code around them may take directly.
 
 Left out: models whose tensors transformers fuses or splits while loading. Those are loaded whole.
 """
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.head_rows import head_logits
+from qlora_trainer.adapters.layers import is_linear
 from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
 from qlora_trainer.model import device_with_room, empty_model, load_dense_model
@@ -69,15 +73,18 @@ class StreamedMatrix(nn.Parameter):
         read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
         return read.to(self.device, dtype)
 
-    def fetch(self) -> None:
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """It has its values as long as the block runs."""
         if self.users == 0:
             self.data = _read(self.source, self.device)
         self.users += 1
-
-    def drop(self) -> None:
-        self.users -= 1
-        if self.users == 0:
-            self.data = _absent(self.shape, self.device)
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if self.users == 0:
+                self.data = _absent(self.shape, self.device)
 
 
 class StreamedHead(nn.Module):
@@ -127,11 +134,12 @@ def load_streamed_model(
     if sources is None:
         assert not trained, "callers ask can_stream"
         return load_dense_model(directory, device)
+    resident = _resident(model)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters are one, and stay one
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             if parameter not in made:
-                made[parameter] = _parameter(sources[name], parameter, device)
+                made[parameter] = _parameter(sources[name], parameter, device, parameter in resident)
             setattr(module, name.rpartition(".")[2], made[parameter])
         for name, buffer in module.named_buffers(path, recurse=False):
             source = sources.get(name)
@@ -140,9 +148,8 @@ def load_streamed_model(
     for path, module in list(model.named_modules()):
         if _is_plain_head(module, model):
             model.set_submodule(path, StreamedHead(module.weight, module.bias))
-        elif _is_fetched(module, model) and _matrices(module):
-            module.register_forward_pre_hook(_fetch)
-            module.register_forward_hook(_drop, always_call=True)
+        elif not isinstance(module, nn.Embedding) and _matrices(module):
+            module.forward = functools.partial(_run_with_matrices, module, module.forward)
     return model
 
 
@@ -150,6 +157,13 @@ def can_stream(directory: Path) -> bool:
     """Whether `load_streamed_model` can stream the model; else its tensors are fused while loading."""
     tensors = checkpoint_tensors(directory)
     return _sources(empty_model(directory, stored=tensors), tensors, {}) is not None
+
+
+@torch.no_grad()
+def gives_answers(model: Any) -> bool:
+    """Whether a few tokens' logits are finite; a streamed model's are not where its code takes absent weights."""
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    return bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())
 
 
 def streaming_device(directory: Path, device: torch.device) -> torch.device:
@@ -175,11 +189,10 @@ def _examine(
     if sources is None:
         needed = sum(4 * parameter.numel() for parameter in model.parameters())
     else:
-        fetched = [
-            p for m in model.modules() if _is_fetched(m, model) for p in m.parameters(recurse=False) if p.ndim >= 2
-        ]
-        vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim < 2)
-        needed = vectors + 2 * max((4 * parameter.numel() for parameter in fetched), default=0)
+        resident = _resident(model)
+        by_rows = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) or _is_plain_head(m, model)}
+        fetched = [4 * parameter.numel() for parameter in set(model.parameters()) - resident - by_rows]
+        needed = sum(4 * parameter.numel() for parameter in resident) + 2 * max(fetched, default=0)
     return model, sources, device_with_room(needed + WORKING_BYTES, device, f"Comparing answers of {directory}")
 
 
@@ -204,16 +217,32 @@ def _sources(
     return sources
 
 
-def _parameter(source: Source, expected: Tensor, device: torch.device) -> nn.Parameter:
+def _resident(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that stay: vectors, and matrices that the code around their module may take without calling it.
+
+    Those are small, such as the convolutions of state-space models. Stacks of experts are not, and are used by their
+    own module alone.
+    """
+    resident = set()
+    for module in model.modules():
+        is_torchs = type(module).__module__.startswith("torch.")
+        for parameter in module.parameters(recurse=False):
+            is_stack = parameter.ndim >= 3 and not is_torchs
+            if parameter.ndim < 2 or not (is_stack or is_linear(module) or isinstance(module, nn.Embedding)):
+                resident.add(parameter)
+    return resident
+
+
+def _parameter(source: Source, expected: Tensor, device: torch.device, stays: bool) -> nn.Parameter:
     info, shape = (source.source, source.stored_shape) if isinstance(source, TrainedWeight) else (source, source.shape)
     if shape != expected.shape:
         raise ModelError(
             f"{info.name} in {info.file} has shape {shape}, and the config asks for {tuple(expected.shape)}. "
             "Fetch the checkpoint again."
         )
-    if len(shape) >= 2:
-        return StreamedMatrix.of(source, expected.shape, device)
-    return nn.Parameter(_read(source, device).clone(), requires_grad=False)
+    if stays:
+        return nn.Parameter(_read(source, device).clone(), requires_grad=False)
+    return StreamedMatrix.of(source, expected.shape, device)
 
 
 def _read(source: Source, device: torch.device) -> Tensor:
@@ -232,20 +261,12 @@ def _is_plain_head(module: nn.Module, model: Any) -> bool:
     return module is model.get_output_embeddings() and type(module) is nn.Linear
 
 
-def _is_fetched(module: nn.Module, model: Any) -> bool:
-    """Whether the module's matrices come whole when it runs: all but those that are read by rows."""
-    return not isinstance(module, nn.Embedding) and not _is_plain_head(module, model)
-
-
 def _matrices(module: nn.Module) -> list[StreamedMatrix]:
     return [parameter for parameter in module.parameters(recurse=False) if isinstance(parameter, StreamedMatrix)]
 
 
-def _fetch(module: nn.Module, *_: Any) -> None:
-    for matrix in _matrices(module):
-        matrix.fetch()
-
-
-def _drop(module: nn.Module, *_: Any) -> None:
-    for matrix in _matrices(module):
-        matrix.drop()
+def _run_with_matrices(module: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    with contextlib.ExitStack() as matrices:
+        for matrix in _matrices(module):
+            matrices.enter_context(matrix.present())
+        return forward(*arguments, **named)

@@ -1,6 +1,7 @@
 """Promises of the streamed model: the dense model's answers, in the memory of one matrix."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +12,29 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from torch import nn
-from transformers import AutoModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    Lfm2Config,
+    MambaConfig,
+)
 
 from qlora_trainer import model as model_room
+from qlora_trainer import streamed_model
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
 from qlora_trainer.errors import CheckpointError, InsufficientMemoryError, ModelError
 from qlora_trainer.model import load_base_model, load_dense_model
 from qlora_trainer.settings import AdapterConfig, ModelConfig
-from qlora_trainer.streamed_model import StreamedHead, StreamedMatrix, load_streamed_model, streaming_device
+from qlora_trainer.streamed_model import (
+    StreamedHead,
+    StreamedMatrix,
+    gives_answers,
+    load_streamed_model,
+    streaming_device,
+)
 from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
 from qlora_trainer.weights_as_trained import trained_weights
 
@@ -69,10 +85,21 @@ def test_never_more_than_one_matrix_is_live_and_embedding_and_head_never(
     vectors = sum(parameter.nbytes for parameter in streamed.parameters() if parameter.ndim < 2)
     assert idle <= vectors + 4 * len(matrices(streamed))
     seen: dict[str, int] = {}
+
+    def observed(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            seen[path] = live_bytes(streamed)
+            return forward(*arguments, **named)
+
+        return run
+
     for path, module in streamed.named_modules():
         if any(isinstance(parameter, StreamedMatrix) for parameter in module.parameters(recurse=False)):
-            # Runs after the fetch.
-            module.register_forward_pre_hook(lambda *_, path=path: seen.update({path: live_bytes(streamed)}))
+            if isinstance(module.forward, functools.partial):  # fetches, and runs the module's own
+                module_itself, forward = module.forward.args
+                module.forward = functools.partial(module.forward.func, module_itself, observed(path, forward))
+            else:
+                module.forward = observed(path, module.forward)
     with torch.no_grad():
         streamed(input_ids=IDS)
     assert len(seen) == 2 + 7 * 2
@@ -113,6 +140,62 @@ def test_a_matrix_is_dropped_when_the_forward_fails(tiny_llama: Path) -> None:
     with pytest.raises(IndexError):
         streamed(input_ids=torch.tensor([[10**6]]))
     assert live_bytes(streamed) == idle
+
+
+def test_a_failed_fetch_is_forgotten(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a disk that fails once: the forward after it answers."""
+    streamed = load_streamed_model(tiny_llama, CPU)
+    idle = live_bytes(streamed)
+    with torch.no_grad():
+        expected = streamed(input_ids=IDS).logits
+        for failing in (1, 9):
+            reads = iter(range(1, 100))
+            read = streamed_model._read
+
+            def fail_once(*arguments: Any, at: int = failing, reads: Any = reads, read: Any = read) -> torch.Tensor:
+                if next(reads) == at:
+                    raise ModelError("cannot be read")
+                return read(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(streamed_model, "_read", fail_once)
+                with pytest.raises(ModelError, match="cannot be read"):
+                    streamed(input_ids=IDS)
+            assert live_bytes(streamed) == idle
+            assert torch.equal(streamed(input_ids=IDS).logits, expected)
+
+
+HYBRIDS = {
+    "mamba": MambaConfig(hidden_size=64, state_size=4, num_hidden_layers=2, vocab_size=128),
+    "falcon_mamba": FalconMambaConfig(hidden_size=64, state_size=4, num_hidden_layers=2, vocab_size=128),
+    "lfm2": Lfm2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, layer_types=["conv", "full_attention"],
+    ),
+    "bamba": BambaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8,
+    ),
+    "falcon_h1": FalconH1Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_chunk_size=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is_told(
+    family: str, tmp_path: Path
+) -> None:
+    """All of these take the weights of their convolutions so; Mambas take a linear layer's too, which are absent."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(HYBRIDS[family]).save_pretrained(tmp_path / family)
+    streamed, dense = (load(tmp_path / family, CPU) for load in (load_streamed_model, load_dense_model))
+    assert len(matrices(streamed)) > 4
+    assert gives_answers(dense)
+    assert gives_answers(streamed) == (family not in ("mamba", "falcon_mamba"))
+    if gives_answers(streamed):
+        assert_same_answers(streamed, dense)
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
