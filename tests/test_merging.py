@@ -562,3 +562,14 @@ def test_what_cannot_be_mapped_is_read_by_rows(tmp_path: Path, llama: Run, monke
     assert read["model.embed_tokens.weight"] == [32] * 8, "once for the check, once for the merge"
     mapped, by_rows = stored(tmp_path / "mapped"), stored(tmp_path / "by_rows")
     assert all(torch.equal(mapped[name], by_rows[name]) for name in mapped)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_merges_to_the_same_weights(tmp_path: Path, llama: Run) -> None:
+    """NF4 to the bit, the adapter's product to fp32's rounding."""
+    merge(llama.inputs, tmp_path / "cpu", dtype=torch.float32)
+    report = merge(dataclasses.replace(llama.inputs, device="cuda"), tmp_path / "cuda", dtype=torch.float32)
+    assert report.folded == 14
+    on_cpu, on_cuda = stored(tmp_path / "cpu"), stored(tmp_path / "cuda")
+    assert all(torch.allclose(on_cuda[name], tensor, rtol=0.0, atol=1e-6) for name, tensor in on_cpu.items())
