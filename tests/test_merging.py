@@ -573,3 +573,14 @@ def test_flushed_elements_are_counted_about_the_smallest_numbers(dtype: torch.dt
     block = torch.tensor([kept + lost + [0.0, -0.0]], dtype=torch.float32)
     assert merging._count_flushed(block, block.to(dtype)) == len(lost)
     assert merging._count_flushed(block, block) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_merges_to_the_same_weights(tmp_path: Path, llama: Run) -> None:
+    """NF4 to the bit, the adapter's product to fp32's rounding."""
+    merge(llama.inputs, tmp_path / "cpu", dtype=torch.float32)
+    report = merge(dataclasses.replace(llama.inputs, device="cuda"), tmp_path / "cuda", dtype=torch.float32)
+    assert report.folded == 14
+    on_cpu, on_cuda = stored(tmp_path / "cpu"), stored(tmp_path / "cuda")
+    assert all(torch.allclose(on_cuda[name], tensor, rtol=0.0, atol=1e-6) for name, tensor in on_cpu.items())

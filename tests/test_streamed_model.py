@@ -300,3 +300,23 @@ def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> 
     assert torch.equal(nn.functional.embedding(ids, matrix), nn.functional.embedding(ids, expected.float()))
     assert torch.equal(matrix.rows(slice(10, 30), torch.float32), expected[10:30].float())
     assert read == [slice(2, 3), slice(9, 10), slice(10, 30)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "gpt2"])
+def test_a_streamed_model_answers_alike_on_a_gpu_and_leaves_it_empty(
+    family: str, tiny_models: Callable[[str], Path]
+) -> None:
+    directory = tiny_models(family)
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    weights = trained_weights(
+        directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=family == "gpt2"
+    )
+    on_cpu, on_cuda = (load_streamed_model(directory, torch.device(kind), weights) for kind in ("cpu", "cuda"))
+    with torch.no_grad():
+        expected = on_cpu(input_ids=IDS).logits
+        before = torch.cuda.memory_allocated()
+        found = on_cuda(input_ids=IDS.cuda()).logits.cpu()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert torch.cuda.memory_allocated() <= before + 4 * len(matrices(on_cuda)) * 512
