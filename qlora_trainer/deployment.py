@@ -9,8 +9,9 @@ clearly worse it is refused.
 No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
 there are few passes, of many tokens. What is kept of a model's answers is what its output head takes. So memory is that
 of the largest matrix in fp32, twice, and of the activations of a pass, whatever the number of layers and the size of
-the vocabulary. Models whose tensors transformers renames or fuses while loading are the exception: they are loaded
-whole, where there is room. Where the GPU is too small, all is measured on the CPU.
+the vocabulary. Models whose tensors transformers renames or fuses while loading are the exception, and those whose code
+takes weights without calling their modules: they are loaded whole, where there is room. Where the GPU is too small, all
+is measured on the CPU.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from qlora_trainer.errors import (
     InsufficientMemoryError,
     MergeError,
     first_line,
+    memory_errors,
 )
 from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.experts import has_experts
@@ -47,14 +49,14 @@ from qlora_trainer.merge_verification import (
     row_answers,
     verify_merge,
 )
-from qlora_trainer.merging import MergeReport, merge
-from qlora_trainer.model import choose_device, give_back_memory, load_base_model
+from qlora_trainer.merging import MergeReport, merge, prepare_merge
+from qlora_trainer.model import choose_device, give_back_memory, load_base_model, load_dense_model
 from qlora_trainer.model_source import is_prequantized, load_tokenizer, resolve_model
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.run_directory import user_cache
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES
 from qlora_trainer.skeleton import layer_kinds
-from qlora_trainer.streamed_model import can_stream, load_streamed_model, streaming_device
+from qlora_trainer.streamed_model import can_stream, gives_answers, load_streamed_model, streaming_device
 from qlora_trainer.tensor_io import checkpoint_tensors
 from qlora_trainer.trained import TrainedAdapter, prepare_trained, read_trained
 from qlora_trainer.training import micro_batch_tokens
@@ -96,7 +98,12 @@ class _Run:
     tokenizer: Any
     weights: dict[str, TrainedWeight]  # that were 4-bit, by the checkpoint's names
     device: torch.device
+    streams: bool  # its passes read the weights as they go; else the model is loaded whole
     notices: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def inputs(self) -> MergeInputs:
+        return MergeInputs.from_adapter(self.directory, self.trained.fingerprint, self.trained.adapter, self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +148,24 @@ def merge_run(
     """
     refuse_existing(output)
     run = _open_run(run_dir, model, progress)
+    with memory_errors(f"Merging {run_dir}", "Free memory and merge again; nothing was written."):
+        return _merge_run(run, output, dtype, base, max_shard_bytes, progress)
+
+
+def _merge_run(
+    run: _Run,
+    output: Path,
+    dtype: torch.dtype,
+    base: Literal["auto", "dequantized", "original"],
+    max_shard_bytes: int,
+    progress: Progress,
+) -> Deployment:
     if base == "original" and is_prequantized(run.directory):
         raise MergeError(
             f"{run.directory} is prequantised: it holds no original weights to merge into. Merge into the dequantised "
             "base (--base dequantized), which is the function that was trained."
         )
+    _refuse_early(run, output, dtype, base, progress)
     sample, as_trained = _measure_trained(run, progress)
     on_original = _measure_original(run, sample, base, progress)
     original_loss = on_original.loss if on_original else None
@@ -163,7 +183,7 @@ def merge_run(
         difference = compare_logits(as_trained.answers, on_original.answers)
 
     report = merge(
-        MergeInputs.from_adapter(run.directory, run.trained.fingerprint, run.trained.adapter, run.device),
+        run.inputs,
         output,
         dtype=dtype,
         base=choice.base,
@@ -172,7 +192,7 @@ def merge_run(
             directory,
             sample.rows,
             reference.answers,
-            lambda path: load_streamed_model(path, run.device),
+            lambda path: load_streamed_model(path, run.device) if run.streams else load_dense_model(path, run.device),
             sample.forward.loss_path,
             (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[dtype],
             progress,
@@ -208,14 +228,25 @@ def _open_run(run_dir: Path, model: str | None, progress: Progress) -> _Run:
             directory, checkpoint_tensors(directory), trained.fingerprint, trained.adapter.config.fan_in_fan_out
         ),
         device=streaming_device(directory, wanted),
+        streams=can_stream(directory),
     )
     if run.device != wanted:
         run.notices.append(_ON_CPU)
     return run
 
 
+def _refuse_early(run: _Run, output: Path, dtype: torch.dtype, base: str, progress: Progress) -> None:
+    """What can be refused without a pass over all weights: a merge that cannot be made, or another base's embedding."""
+    plans = prepare_merge(run.inputs, output, dtype, "original" if base == "original" else "dequantized")[0]
+    recorded = [plan.recorded for plan in plans if plan.recorded]
+    for done, tensor in enumerate(recorded):
+        progress("checking the base", done, len(recorded))
+        tensor.check()
+
+
 def _measure_trained(run: _Run, progress: Progress) -> tuple[_Sample, _Measured]:
     """What to measure on, and the trained function's answers; on the CPU where a GPU turns out to be too small."""
+    told = len(run.notices)
     try:
         return _measure_trained_here(run, progress)
     except (torch.OutOfMemoryError, InsufficientMemoryError):
@@ -223,7 +254,7 @@ def _measure_trained(run: _Run, progress: Progress) -> tuple[_Sample, _Measured]
             raise
     give_back_memory()
     run.device = torch.device("cpu")
-    run.notices.append(_ON_CPU)
+    run.notices[told:] = [_ON_CPU]  # what was told since will be told again
     return _measure_trained_here(run, progress)
 
 
@@ -275,7 +306,11 @@ def _examine_forward(run: _Run, progress: Progress) -> ForwardPlan:
     kinds = layer_kinds(run.directory)
     layers = 1 + max(kinds.index(kind) for kind in set(kinds))
     progress("examining the model", 0, None)
-    return examine_forward(_load(run, "dequantized", progress, layers))
+    model = _load(run, "dequantized", progress, layers)
+    if run.streams and not gives_answers(model):
+        run.streams = False
+        model = _load(run, "dequantized", progress)
+    return examine_forward(model)
 
 
 def _with_adapter(run: _Run, base: MergeBase, progress: Progress) -> Any:
@@ -287,9 +322,11 @@ def _with_adapter(run: _Run, base: MergeBase, progress: Progress) -> Any:
 
 def _load(run: _Run, base: MergeBase, progress: Progress, layers: int | None = None) -> Any:
     """The base in fp32, as it was trained or as its checkpoint has it; `layers` of it, where it can be streamed."""
-    if base == "original" or can_stream(run.directory):
+    if run.streams:
         weights = run.weights if base == "dequantized" else None
         return load_streamed_model(run.directory, run.device, weights, layers=layers)
+    if base == "original":
+        return load_dense_model(run.directory, run.device)
     # With the base's own output head, which the merged model has, not with the approximation it was trained by.
     settings = run.trained.config.model.model_copy(
         update={

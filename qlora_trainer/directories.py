@@ -41,7 +41,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         OutputExistsError: `path` is a file, or a directory that is not empty.
         DiskError: the disk is full or cannot be written.
     """
-    path = path.expanduser().resolve()
+    path = real_path(path)
     refuse_existing(path)
     remove_leftovers(path)
     with disk_errors(path.parent):
@@ -64,7 +64,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left of their work on `path`; what a living one works in stays."""
-    path = path.expanduser().resolve()
+    path = real_path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
         with contextlib.suppress(OSError):  # a living process works in it, another was as quick, or it is not ours
             lock = _lock(left)
@@ -124,8 +124,14 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def real_path(path: Path) -> Path:
+    """Where `path` leads, from the user's home or through links; it need not exist."""
+    return path.expanduser().resolve()
+
+
 def refuse_existing(path: Path) -> None:
     """OutputExistsError if `path` is anything but missing or an empty directory."""
+    path = real_path(path)
     if path.is_dir():
         if any(path.iterdir()):
             raise OutputExistsError(f"{path} exists and is not empty. Choose a new directory, or empty that one.")

@@ -5,6 +5,9 @@ stdlib kind that fits, so that a program using the library can catch either. Wha
 assertion and ends with a traceback and exit code 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class QLoRATrainerError(Exception):
     """Something the user can mend. The message says what was found, where, and what to do."""
@@ -85,6 +88,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     )
+
+
+@contextmanager
+def memory_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Within, memory that runs out, the device's or the host's, becomes an InsufficientMemoryError on `what` did so."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InsufficientMemoryError(f"{what} ran out of memory: {first_line(error)} {advice}".rstrip()) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -80,12 +80,7 @@ def merge(
         MergeError: the adapter does not fit, a value overflows the dtype, or the verification failed.
         OutputExistsError, DiskError: nothing is left, nothing was overwritten.
     """
-    refuse_existing(output)
-    plans = plan_merge(inputs, dtype, base)
-    copied = files_to_copy(inputs.base)
-    remove_leftovers(output)
-    needed = sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied)
-    refuse_full_disk(output, needed, "The merged model")
+    plans, copied = prepare_merge(inputs, output, dtype, base)
     with new_directory(output) as work:
         flushed, checksums = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
         copy_files(inputs.base, copied, work)
@@ -104,6 +99,19 @@ def merge(
         record = dataclasses.asdict(report) | dict(provenance or {})
         write_text(work / PROVENANCE_NAME, json.dumps(record, indent=2) + "\n")
     return report
+
+
+def prepare_merge(
+    inputs: MergeInputs, output: Path, dtype: torch.dtype, base: MergeBase
+) -> tuple[list[TensorPlan], list[Path]]:
+    """The plan of a merge and the files to copy, before a value is read; raises as `merge` where it cannot be made."""
+    refuse_existing(output)
+    plans = plan_merge(inputs, dtype, base)
+    copied = files_to_copy(inputs.base)
+    remove_leftovers(output)
+    needed = sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied)
+    refuse_full_disk(output, needed, "The merged model")
+    return plans, copied
 
 
 def _write_tensors(

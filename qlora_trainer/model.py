@@ -109,7 +109,7 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
         model, fingerprint = load_converted(plan, config, settings.output_head, device)
         compute_in(model, compute_dtype, embedding_on_host=on_host)
     else:
-        with memory_errors(directory, device):
+        with memory_errors(f"Loading {directory} on {device}"):
             fingerprint = load_tensors(model, plan, config, device=device, embedding_on_host=on_host, progress=progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)

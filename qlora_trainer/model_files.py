@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_trainer.directories import disk_errors
+from qlora_trainer.directories import disk_errors, real_path
 from qlora_trainer.errors import DiskError
 from qlora_trainer.tensor_io import file_inside
 
@@ -54,7 +54,7 @@ def copy_files(directory: Path, files: Sequence[Path], work: Path) -> None:
 
 def refuse_full_disk(output: Path, needed: int, what: str) -> None:
     """DiskError where the disk of `output` has too little room for `needed` bytes of tensors and files."""
-    home = next(parent for parent in output.absolute().parents if parent.exists())
+    home = next(parent for parent in real_path(output).parents if parent.exists())
     free = shutil.disk_usage(home).free
     if needed + 2**24 > free:  # headers, index and record are far below 16 MiB
         raise DiskError(

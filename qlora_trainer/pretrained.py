@@ -3,15 +3,14 @@
 Left out: plain and prequantised bases, which are loaded a tensor at a time (streaming_load.py).
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, first_line, is_out_of_memory
+from qlora_trainer.errors import ModelError, QuantizationError, first_line, is_out_of_memory, memory_errors
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, quantize_head
@@ -24,7 +23,7 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runt
 
 def load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
     """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
-    with memory_errors(directory, device), quiet_transformers():
+    with memory_errors(f"Loading {directory} on {device}"), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -57,19 +56,6 @@ def load_converted(
     quantize_head(model, output_head)
     model.config.use_cache = False
     return model.eval(), fingerprint
-
-
-@contextmanager
-def memory_errors(directory: Path, device: torch.device) -> Iterator[None]:
-    """Within, memory that runs out, the device's or the host's, becomes an InsufficientMemoryError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InsufficientMemoryError(
-            f"Loading {directory} ran out of memory on {device}: {first_line(error)}"
-        ) from error
 
 
 def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:

@@ -136,11 +136,22 @@ def trained_weights(
 
 
 def dense_tensors(tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint) -> dict[str, DenseTensor]:
-    """What the fingerprint says of other tensors, by the checkpoint's names; those it stores otherwise are left out."""
+    """What the fingerprint says of other tensors, by the checkpoint's names; those it stores otherwise are left out.
+
+    Raises:
+        MergeError: the checkpoint lacks one, and has no tensor that could be it under another name.
+    """
     source_dtype = getattr(torch, fingerprint.source_dtype)
     stored_as = fingerprint.stored_as
-    found = {checkpoint_name(stored_as.get(name, name), tensors): sha for name, sha in fingerprint.dense.items()}
-    return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items() if name}
+    names = {name: checkpoint_name(stored_as.get(name, name), tensors) for name in fingerprint.dense}
+    weights = (f"{path}.weight" for path in fingerprint.tensors)
+    known = {checkpoint_name(stored_as.get(name, name), tensors) for name in weights} | set(names.values())
+    known |= {info.name for keys in weight_statistics(tensors).values() for info in keys.values()}
+    if tensors.keys() <= known:
+        for name in names:
+            name_of(name, tensors, stored_as, "was in the base in training")
+    found = {stored: fingerprint.dense[name] for name, stored in names.items() if stored}
+    return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items()}
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:

@@ -1,8 +1,11 @@
 """Promises of the merge command: the base is chosen by measurement, and what is written answers as trained."""
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,20 +14,21 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from qlora_trainer import deployment, merging, streamed_model
+from qlora_trainer import deployment, merging, model_files, streamed_model
 from qlora_trainer import model as model_room
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.deployment import merge_run
-from qlora_trainer.errors import CheckpointError, InsufficientMemoryError, MergeError, OutputExistsError
+from qlora_trainer.errors import CheckpointError, DiskError, InsufficientMemoryError, MergeError, OutputExistsError
 from qlora_trainer.evaluation import answer_questions, questions
 from qlora_trainer.forward import logits
 from qlora_trainer.merge_verification import check_original
+from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.run_directory import prepare_data
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
-from qlora_trainer.trained import evaluate_trained, open_trained
+from qlora_trainer.trained import evaluate_trained, open_trained, read_trained
 
 Config = Callable[..., RunConfig]
 
@@ -64,6 +68,25 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
         pack = make_packs([Example(row, row)], 1000, packing=True)[0]
         expected = logits(trained.base.model, pack)
     assert float((plain - expected).norm() / expected.norm()) < 3e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
+    family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing streamed, no code of the merge on either side; square weights, and Conv1D's, stored (I, O)."""
+    settings = {"name": str(tiny_models(family)), "compute_dtype": "float32"}
+    run = start_run(tiny_config(model=settings, optimizer={"learning_rate": 2e-2}))
+    run.train(quiet)
+    merge_run(run.directory, tmp_path / "merged", base="dequantized", dtype=torch.float32)
+    trained = open_trained(run.directory).base.model
+    layers = [module for module in trained.modules() if isinstance(module, NF4Linear)]
+    assert any(layer.nf4_weight.shape[0] == layer.nf4_weight.shape[1] for layer in layers)
+    ids = torch.arange(5, 65)[None]
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(input_ids=ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: Path) -> None:
@@ -121,6 +144,66 @@ def test_too_little_memory_to_verify_is_told_before_anything_is_written(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.fixture
+def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "_measure_trained", lambda *args: pytest.fail("a pass over all weights was begun"))
+
+
+@pytest.mark.usefixtures("no_pass")
+def test_a_full_disk_is_told_before_any_pass_over_the_weights(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
+    with pytest.raises(DiskError, match="GB free"):
+        merge_run(run_dir, tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("no_pass")
+def test_a_changed_embedding_is_refused_before_any_pass_over_the_weights(run_dir: Path, tmp_path: Path) -> None:
+    base = Path(read_trained(run_dir).config.model.name)
+    shutil.copytree(base, tmp_path / "other")
+    file = tmp_path / "other" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["model.embed_tokens.weight"][3, 5] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight in .*other holds other values"):
+        merge_run(run_dir, tmp_path / "merged", model=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("where", ["merge", "verify_merge"])
+def test_memory_that_runs_out_in_a_merge_is_told_as_such(
+    where: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **named: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(deployment, where, full)
+    with pytest.raises(InsufficientMemoryError, match=r"^Merging .* ran out of memory: .* nothing was written\.$"):
+        merge_run(run_dir, tmp_path / "merged", base="dequantized")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_whose_code_takes_absent_weights_is_measured_whole(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = merge_run(run_dir, tmp_path / "streamed")
+    monkeypatch.setattr(deployment, "gives_answers", lambda model: False)
+    monkeypatch.setattr(deployment, "load_streamed_model", once(deployment.load_streamed_model))
+    whole = merge_run(run_dir, tmp_path / "whole")
+    assert whole.choice.heldout_loss == pytest.approx(streamed.choice.heldout_loss, rel=1e-5)
+    assert whole.report.verification is not None
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter([None])
+
+    def call(*args: Any, **named: Any) -> Any:
+        assert next(calls, "again") is None, "called again"
+        return function(*args, **named)
+
+    return call
+
+
 def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,13 +226,16 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    load = deployment._load
+    load, prepare = deployment._load, deployment.prepare_trained
+    monkeypatch.setattr(deployment, "prepare_trained", lambda *args: (prepare(*args)[0], ["told once"]))
 
-    def load_on(run: Any, *args: Any) -> Any:
+    def load_on(run: Any, base: str, progress: Any, layers: int | None = None) -> Any:
         tried.append(run.device.type)
+        if layers:
+            return load(dataclasses.replace(run, device=torch.device("cpu")), base, progress, layers)
         if run.device.type == "cuda":
             raise torch.OutOfMemoryError("too small")
-        return load(run, *args)
+        return load(run, base, progress)
 
     monkeypatch.setattr(deployment, "_load", load_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
@@ -157,9 +243,10 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     for name, room in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
         monkeypatch.setattr(model_room, "_free_memory", lambda device, r=room: r if device.type == "cuda" else 2**40)
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
-        assert done.notices == ["The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."]
+        on_cpu = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
+        assert done.notices == [on_cpu, "told once"]
         assert done.report.verification is not None
-    assert tried == ["cpu", "cpu", "cuda", "cpu", "cpu"]
+    assert tried == ["cpu", "cpu", "cuda", "cuda", "cpu", "cpu"]
 
 
 def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
@@ -292,7 +379,7 @@ def test_another_copy_of_the_base_merges_to_the_same_bits(
 
 def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, tmp_path: Path) -> None:
     other = make_model_directory(tmp_path / "other", seed=9)
-    with pytest.raises(CheckpointError, match=r"not the one this adapter was trained on: model\.layers\.0"):
+    with pytest.raises(CheckpointError, match=r"not the one this adapter was trained on: \S+\.weight in"):
         merge_run(run_dir, tmp_path / "merged", model=str(other))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))

@@ -36,7 +36,7 @@ from qlora_trainer.gguf_weights import GGUFWeights
 from qlora_trainer.logit_comparison import WholeAnswers, compare_logits
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import KL_BOUNDS, Verification, choose_base, verify_merge
-from qlora_trainer.merging import merge
+from qlora_trainer.merging import merge, prepare_merge
 from qlora_trainer.model import load_base_model
 from qlora_trainer.progress import silent
 from qlora_trainer.settings import AdapterConfig, ModelConfig
@@ -486,6 +486,29 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
     assert len(by_tokens) == 1 + untied
     assert all(0 < read_most[name] < 0.5 * vocabulary for name in by_tokens)
     check_logits(run, tmp_path / "merged", kl=1e-10)
+
+
+def test_a_tensor_of_training_that_the_checkpoint_lacks_is_refused(tmp_path: Path, llama: Run) -> None:
+    dense = llama.inputs.fingerprint.dense | {"model.extra.weight": "0" * 64}
+    fingerprint = dataclasses.replace(llama.inputs.fingerprint, dense=dense)
+    with pytest.raises(MergeError, match=r"model\.extra\.weight was in the base in training, but"):
+        merge(dataclasses.replace(llama.inputs, fingerprint=fingerprint), tmp_path / "merged")
+
+
+def test_a_place_in_the_users_home_is_known_by_its_full_path(
+    tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("kept")
+    with pytest.raises(OutputExistsError, match="full exists"):
+        prepare_merge(llama.inputs, Path("~/full"), torch.float16, "dequantized")
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        model_files.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2**40)
+    )
+    prepare_merge(llama.inputs, Path("~/merged"), torch.float16, "dequantized")
+    assert asked == [tmp_path]
 
 
 def test_output_needs_an_empty_place_and_room_on_the_disk(
