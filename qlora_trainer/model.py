@@ -212,13 +212,16 @@ def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = Fals
     model.config.dtype = dtype
 
 
-def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype) -> None:
+def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: Any = None) -> None:
     """Give the model the buffers that no checkpoint holds as they are where its directory is loaded in `dtype`.
 
     Some are made in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is 13.856
     in fp32 and 13.875 in bf16.
+
+    Args:
+        config: the model's, where it is not that of the directory.
     """
-    config = read_config(directory)
+    config = config or read_config(directory)
     vars(config).pop("quantization_config", None)
     for path, module in empty_model(directory, config, dtype).named_modules():
         for name in module._non_persistent_buffers_set:

@@ -153,7 +153,7 @@ def empty_run(
 ) -> tuple[TrainState, Pack, FakeRun]:
     """A run before its first step and its longest micro-batch, by the functions that a run calls, on fake tensors."""
     fake = FakeRun()
-    model = build_skeleton(directory, layers)
+    model = build_skeleton(directory, layers, dtype)
     with fake:
         fill_skeleton(model, config.model, dtype)
         add_adapters(model, config.adapter, config.training.seed)

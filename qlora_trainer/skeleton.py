@@ -10,18 +10,19 @@ import torch
 from torch import nn
 
 from qlora_trainer.host_embeddings import keep_embeddings_on_host
-from qlora_trainer.model import compute_in, empty_model
+from qlora_trainer.model import compute_in, empty_model, recompute_buffers
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.output_head import empty_head
 from qlora_trainer.quantization import check_four_bit_share, empty_nf4
 from qlora_trainer.settings import ModelConfig
 
 
-def build_skeleton(directory: Path, layers: int | None = None) -> Any:
+def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: torch.dtype | None = None) -> Any:
     """The model of a directory's config.json, dense, without memory for its weights.
 
     Args:
         layers: build only so many of the decoder's layers.
+        compute_dtype: that buffers which no checkpoint holds are made in; by default the checkpoint's.
 
     Raises:
         ModelError: not a causal language model that transformers knows.
@@ -30,7 +31,11 @@ def build_skeleton(directory: Path, layers: int | None = None) -> Any:
     refuse_multi_modal(config, directory)
     if layers is not None:
         keep_layers(config.get_text_config(), layers)
-    return empty_model(directory, config, config.dtype or torch.float32)  # the checkpoint's, as it is loaded
+    source_dtype = config.dtype or torch.float32
+    model = empty_model(directory, config, source_dtype)  # as the checkpoint is loaded
+    if compute_dtype not in (None, source_dtype):
+        recompute_buffers(model, directory, compute_dtype, config)
+    return model
 
 
 def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
