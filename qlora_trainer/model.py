@@ -21,11 +21,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.errors import (
-    InsufficientMemoryError,
-    ModelError,
-    QuantizationError,
-)
+from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.host_embeddings import (
@@ -36,7 +32,7 @@ from qlora_trainer.host_embeddings import (
 )
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model_source import read_config, refuse_multi_modal
-from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error, memory_errors
+from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import NF4Linear, check_dequantization, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers

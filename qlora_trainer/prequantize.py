@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
-from qlora_trainer.errors import ModelError, OutputExistsError
+from qlora_trainer.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.experts import SplitExperts
 from qlora_trainer.gguf_weights import IMPORT_RECORD
 from qlora_trainer.hashing import Hasher, bytes_sha256
@@ -31,7 +31,7 @@ from qlora_trainer.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.merge_verification import verify_files
 from qlora_trainer.model import Base, choose_device, device_with_room, load_base_model, plan_base
 from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
-from qlora_trainer.pretrained import memory_errors, nf4_config
+from qlora_trainer.pretrained import nf4_config
 from qlora_trainer.progress import Progress, silent
 from qlora_trainer.quantization import empty_weight, is_transposed, linear_layers, weight_to_checkpoint
 from qlora_trainer.settings import ModelConfig

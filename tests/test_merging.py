@@ -504,9 +504,7 @@ def test_a_place_in_the_users_home_is_known_by_its_full_path(
     with pytest.raises(OutputExistsError, match="full exists"):
         prepare_merge(llama.inputs, Path("~/full"), torch.float16, "dequantized")
     asked: list[Path] = []
-    monkeypatch.setattr(
-        model_files.shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2**40)
-    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2**40))
     prepare_merge(llama.inputs, Path("~/merged"), torch.float16, "dequantized")
     assert asked == [tmp_path]
 
