@@ -92,7 +92,10 @@ def quantize_checkpoint(
 
     kept_dense = [path for path, layer in _linear_modules(model) if path not in layers]
     with new_directory(output) as work:
-        with ShardWriter(work, written, max_shard_bytes) as writer, memory_errors(f"Quantising {directory}"):
+        with (
+            ShardWriter(work, written, max_shard_bytes) as writer,
+            memory_errors(f"Quantising {directory} on {device}"),
+        ):
             sources = _write_tensors(plan, writer, device, progress)
         verify_files(work, written, writer.checksums, progress, "quantised model")
         copy_files(directory, copied, work)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from qlora_kernels.gated import ACTIVATIONS, Name, activate, gated_gradients, gated_product
-from qlora_trainer.lean_modules import _named
+from qlora_trainer.probing import named_activation
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,9 +38,9 @@ def test_halves_of_one_tensor_are_taken_as_they_lie() -> None:
 
 @pytest.mark.parametrize(("theirs", "name"), [("silu", "silu"), ("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh")])
 def test_activations_of_the_library_are_known_by_their_numbers(theirs: str, name: str) -> None:
-    assert _named(ACT2FN[theirs]) == name
+    assert named_activation(ACT2FN[theirs]) == name
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh(), nn.SiLU(inplace=False), ACT2FN["quick_gelu"]])
 def test_another_activation_is_no_name(activation: nn.Module) -> None:
-    assert (_named(activation) == "silu") == isinstance(activation, nn.SiLU)
+    assert (named_activation(activation) == "silu") == isinstance(activation, nn.SiLU)

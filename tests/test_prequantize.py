@@ -223,7 +223,7 @@ def test_memory_that_is_too_little_or_runs_out_while_quantising_is_a_letter(
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming_load, "quantize_weight", full)
-        with pytest.raises(InsufficientMemoryError, match=r"ran out of memory on cpu: .*2 GiB"):
+        with pytest.raises(InsufficientMemoryError, match=r"Quantising .* on cpu ran out of memory: .*2 GiB"):
             quantize(tiny_llama, tmp_path / "nf4")
     monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError, match=r"Quantising .* GiB free"):
