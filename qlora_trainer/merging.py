@@ -162,7 +162,7 @@ def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, check
         quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
     lora = [factor.to(inputs.device) for factor in plan.lora or ()]
     for rows, values in _base_blocks(plan, quantized):
-        block = values.to(inputs.device, torch.float32)
+        block = values.to(inputs.device).float()  # cast there: it goes over in its own dtype
         yield fold_lora(block, lora[0], lora[1][rows], inputs.scaling) if lora else block
 
 

@@ -71,7 +71,7 @@ class StreamedMatrix(nn.Parameter):
         """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
         assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
         read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
-        return read.to(self.device, dtype)
+        return read.to(self.device).to(dtype)
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
