@@ -58,5 +58,6 @@ def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[in
                 with torch.no_grad():
                     loss_sum(model, pack, LossPath())
         grown.append(memory.peak - memory.before)
-    # The loss has the logits of 64 tokens at a time.
-    assert grown[1] - grown[0] < MATRIX // 4 + (4 * 64 * VOCABULARY if base == PLAIN else 0)
+    # The loss has the logits of 64 tokens at a time. Blocks of rows, and what malloc keeps of them, vary by some 40 MB
+    # between runs; a whole matrix would be three times that.
+    assert grown[1] - grown[0] < MATRIX // 2 + (4 * 64 * VOCABULARY if base == PLAIN else 0)
