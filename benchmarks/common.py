@@ -42,6 +42,8 @@ def plain_checkpoint(directory: Path, output: Path) -> Path:
 
     if not (directory / IMPORT_RECORD).is_file():
         return directory
+    if output.is_dir():  # a contender before this one made it
+        return output
     shutil.copytree(directory, output, ignore=shutil.ignore_patterns(IMPORT_RECORD))
     tensors = checkpoint_tensors(directory)
     with ShardWriter(output, list(tensors.values())) as writer:
