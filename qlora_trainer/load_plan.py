@@ -75,11 +75,11 @@ class LoadPlan:
         """The tensors that the model is made of, without the statistics of 4-bit ones."""
         return [*self.four_bit, *self.dense, *self.converted]
 
-    def passing_bytes(self, device: torch.device) -> int:
-        """The most memory that tensors take beside the model while one of them becomes part of it on `device`."""
+    @property
+    def passing_bytes(self) -> int:
+        """The most memory that tensors take beside the model while one of them becomes part of it, on any device."""
         used = [self.tensors[name] for name in self.used]
-        # On a GPU the next tensor is there already.
-        ahead = max((info.nbytes for info in used), default=0) if device.type == "cuda" else 0
+        ahead = max((info.nbytes for info in used), default=0)  # the next tensor is there already
         return ahead + max((info.nbytes + self._copied_bytes(info) for info in used), default=0)
 
     def _copied_bytes(self, info: TensorInfo) -> int:

@@ -269,7 +269,7 @@ def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding
     if embedding_on_host and device.type == "cuda":
         embedding = model.get_input_embeddings().weight
         sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
-    needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers()) + plan.passing_bytes(device)
+    needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers()) + plan.passing_bytes
     free = _free_memory(device)
     if needed > free:
         raise InsufficientMemoryError(

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from qlora_trainer.directories import new_directory, refuse_existing, remove_lef
 from qlora_trainer.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.experts import SplitExperts
 from qlora_trainer.gguf_weights import IMPORT_RECORD
-from qlora_trainer.hashing import Hasher, bytes_sha256
 from qlora_trainer.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.merge_verification import verify_files
 from qlora_trainer.model import Base, choose_device, device_with_room, load_base_model, plan_base
@@ -81,7 +79,7 @@ def quantize_checkpoint(
     plan, model = plan_base(directory)
     if hindrance := _hindrance(plan, model):
         raise ModelError(f"{hindrance} Train from the checkpoint as it is.")
-    device = device_with_room(plan.passing_bytes(device), device, f"Quantising {directory}")
+    device = device_with_room(plan.passing_bytes, device, f"Quantising {directory}")
     layers = linear_layers(model)
     specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
     written = [spec for found in specs.values() for spec in found]
@@ -200,32 +198,28 @@ def _named(info: TensorInfo, parts: dict[str, Tensor]) -> Iterator[tuple[str, Te
 
 def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress) -> dict[str, str]:
     """Write every tensor in the checkpoint's order; returns the sha256 of what each was on disk."""
-    sources: dict[str, Future[str]] = {}
+    sources: dict[str, str] = {}
     done, total = 0, sum(info.nbytes for info in plan.tensors.values())
-    with Hasher() as hasher:
-
-        def hash_source(info: TensorInfo, mapped: Tensor) -> None:
-            sources[info.name] = hasher.submit(bytes_sha256, mapped)
-
-        arrivals = stream_tensors(
-            list(plan.tensors.values()), device, lambda info: info.name not in plan.four_bit, hash_source
-        )
-        with contextlib.closing(arrivals):
-            for arrival in arrivals:
-                progress("quantising", done, total)
-                info = arrival.info
-                if info.name in plan.four_bit:
-                    weight = quantize_arrival(arrival, plan)
-                    for name, part in _named(info, weight_to_checkpoint(weight, plan.source_dtype)):
-                        writer.write(name, part)
-                else:
-                    if info.name in plan.dense:
-                        check_finite(arrival)
-                    for rows in row_blocks(info.shape):
-                        writer.write(info.name, arrival.mapped if rows is None else arrival.mapped[rows])
-                done += info.nbytes
-                del arrival  # before the next one comes
-        return {name: found.result() for name, found in sources.items()}
+    infos = list(plan.tensors.values())
+    arrivals = stream_tensors(infos, device, stays_on_host=lambda info: info.name not in plan.four_bit)
+    with contextlib.closing(arrivals):
+        for arrival in arrivals:
+            progress("quantising", done, total)
+            info = arrival.info
+            assert arrival.sha256 is not None
+            sources[info.name] = arrival.sha256
+            if info.name in plan.four_bit:
+                weight = quantize_arrival(arrival, plan)
+                for name, part in _named(info, weight_to_checkpoint(weight, plan.source_dtype)):
+                    writer.write(name, part)
+            else:
+                if info.name in plan.dense:
+                    check_finite(arrival)
+                for rows in row_blocks(info.shape):
+                    writer.write(info.name, arrival.host if rows is None else arrival.host[rows])
+            done += info.nbytes
+            del arrival  # before the next one comes
+    return sources
 
 
 def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:

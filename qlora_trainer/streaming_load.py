@@ -62,7 +62,12 @@ def load_tensors(
     done, total = 0, sum(info.nbytes for info in wanted)
     with Hasher() as hasher:
         filling = _Filling(model, plan, hasher, device, embedding_on_host)
-        arrivals = stream_tensors(wanted, device, filling.stays_on_host, filling.hash_source)
+        arrivals = stream_tensors(
+            wanted,
+            device,
+            stays_on_host=filling.stays_on_host,
+            stays_in_file=lambda info: info.name in plan.statistics,
+        )
         with contextlib.closing(arrivals):
             for arrival in arrivals:
                 progress("loading the base", done, total)
@@ -88,13 +93,15 @@ class _Filling:
         self.model, self.plan, self.hasher, self.device = model, plan, hasher, device
         embedding = model.get_input_embeddings() if embedding_on_host else None
         self.host_name = next((f"{path}.weight" for path, m in model.named_modules() if m is embedding), None)
-        self.sources: dict[str, Future[str]] = {}  # by the checkpoint's names
+        self.sources: dict[str, str] = {}  # by the checkpoint's names
         self.four_bit: dict[str, Future[TensorFingerprint]] = {}  # by path of the layer
         self.dense: dict[str, Future[str]] = {}  # by the model's names
 
     def take(self, arrival: Arrival) -> None:
         """Make a tensor part of the model."""
         name = arrival.info.name
+        if arrival.sha256 is not None:
+            self.sources[name] = arrival.sha256
         if name in self.plan.dense:
             self._take_dense(arrival, self.plan.dense[name])
         elif name in self.plan.statistics:
@@ -111,9 +118,9 @@ class _Filling:
         layer, name = self.model.get_submodule(path), arrival.info.name
         statistics = {}
         for key, info in self.plan.statistics[name].items():
-            mapped = read_tensor(info)
-            self.hash_source(info, mapped)
-            statistics[key] = mapped.to(arrival.values.device)
+            values = read_tensor(info)
+            self.sources[info.name] = bytes_sha256(values)
+            statistics[key] = values.to(arrival.values.device)
         weight = weight_from_checkpoint(arrival.values, statistics, _described(arrival.info))
         if weight.shape != (layer.out_features, layer.in_features):
             refuse_incomplete(self.plan.directory, [], [f"{name} {weight.shape}"])
@@ -121,7 +128,7 @@ class _Filling:
         self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
 
     def _take_dense(self, arrival: Arrival, dense: DenseTensor) -> None:
-        self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.mapped, dense.dtype)
+        self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.host, dense.dtype)
         check_finite(arrival)
         parameter = None  # one for all names: they are tied
         for name in dense.names:
@@ -140,16 +147,11 @@ class _Filling:
     def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
         """What arrived, in memory of its own, as `loaded` and cast from that."""
         values = arrival.values.to(loaded)
-        return values.to(dtype, copy=values is arrival.mapped)
+        return values.to(dtype, copy=values is arrival.host)
 
     def stays_on_host(self, info: TensorInfo) -> bool:
         """Whether it is wanted in host memory; the output head may be made of it on the device too."""
         return info.name in self.plan.dense and self.host_name in self.plan.dense[info.name].names
-
-    def hash_source(self, info: TensorInfo, mapped: Tensor) -> None:
-        """Hash what lies on disk; the codes of a 4-bit weight are hashed as its packed bytes."""
-        if info.name not in self.plan.statistics:
-            self.sources[info.name] = self.hasher.submit(bytes_sha256, mapped)
 
     def move_buffers(self) -> None:
         """Put the buffers that no checkpoint has, such as rotary frequencies, where the model computes."""
@@ -162,8 +164,8 @@ class _Filling:
     def fingerprint(self, config: Mapping[str, Any]) -> BaseFingerprint:
         """What has been loaded; waits for the hashes."""
         tensors = {path: found.result() for path, found in self.four_bit.items()}
-        sources = {name: found.result() for name, found in self.sources.items()}
-        sources |= {name: tensors[self.plan.four_bit[name]].packed_sha256 for name in self.plan.statistics}
+        packed = {name: tensors[self.plan.four_bit[name]].packed_sha256 for name in self.plan.statistics}
+        sources = self.sources | packed  # of a prequantised weight, the packed bytes are what lies on disk
         return make_fingerprint(
             config,
             self.plan.source_dtype,

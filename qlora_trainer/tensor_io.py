@@ -66,6 +66,7 @@ class TensorInfo(TensorSpec):
     """A tensor on disk; in another file than one of safetensors, `read` gives its rows."""
 
     file: Path
+    offset: int | None = None  # of its first byte in a file of safetensors
     read: Callable[[slice | None], Tensor] | None = dataclasses.field(default=None, compare=False)
 
 
@@ -87,14 +88,15 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
             "to a second time. Give the directory of the base model alone."
         )
     if (imported := open_weights(directory)) is not None:
+        file, read = imported.file, imported.read
         return {
-            name: TensorInfo(name, tensor.dtype, tensor.shape, imported.file, functools.partial(imported.read, name))
+            name: TensorInfo(name, tensor.dtype, tensor.shape, file, read=functools.partial(read, name))
             for name, tensor in imported.tensors.items()
         }
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(directory)
     for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
-        for info in _tensors_of_file(file_inside(directory, file_name)):
+        for info in tensors_of_file(file_inside(directory, file_name)):
             if info.name in tensors:
                 raise ModelError(
                     f"{directory}: tensor {info.name} is both in {tensors[info.name].file.name} and in {file_name}; "
@@ -183,16 +185,23 @@ def _read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _tensors_of_file(path: Path) -> list[TensorInfo]:
+def tensors_of_file(path: Path) -> list[TensorInfo]:
+    """Of a file of safetensors, in the order they lie there.
+
+    Raises:
+        ModelError: the file is damaged, or holds a dtype that is not known here.
+    """
     tensors = []
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file, path.open("rb") as header:
+            end = 8 + int.from_bytes(header.read(8), "little")  # of the header; the tensors follow without a gap
             for name in file.offset_keys():
                 tensor = file.get_slice(name)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in _DTYPES:
                     raise ModelError(f"{path}: tensor {name} has dtype {dtype}, which this trainer does not know.")
-                tensors.append(TensorInfo(name, _DTYPES[dtype], shape, path))
+                tensors.append(TensorInfo(name, _DTYPES[dtype], shape, path, end))
+                end += tensors[-1].nbytes
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or cut short ({error}). Fetch the file again.") from error
     return tensors
@@ -222,11 +231,18 @@ def read_tensors(infos: Sequence[TensorInfo]) -> list[Tensor]:
             with safe_open(path, framework="pt") as file:
                 found |= {info.name: file.get_tensor(info.name) for info in mine}
         except (SafetensorError, OSError) as error:
-            names = ", ".join(info.name for info in mine)
-            raise ModelError(f"{path}: tensor {names} cannot be read ({error}). Fetch the file again.") from error
+            raise unreadable(path, error) from error
         if any((found[info.name].dtype, found[info.name].shape) != (info.dtype, info.shape) for info in mine):
-            raise ModelError(f"{path} was changed while it was being read. Start again when nothing writes to it.")
+            raise changed(path)
     return [found[info.name] for info in infos]
+
+
+def unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} cannot be read ({error}). Fetch the file again.")
+
+
+def changed(path: Path) -> ModelError:
+    return ModelError(f"{path} was changed while it was being read. Start again when nothing writes to it.")
 
 
 def read_rows(

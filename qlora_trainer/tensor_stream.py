@@ -1,8 +1,8 @@
 """A checkpoint's tensors one after another, on the device where they are wanted, the next one read beside the work.
 
-On a CPU a tensor is the mapped file itself: no memory of its own, and gone when it is dropped. For a CUDA device a
-thread reads the file through two small pinned buffers, whose copies run on a stream of their own. One tensor is read
-ahead and no more, so the device never holds more than two that are not part of the model.
+A thread reads the files (direct_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
+stream of their own. One tensor is read ahead and no more, so neither host nor device ever holds more than two that are
+not part of the model. What shall stay in its file is mapped instead, and takes no memory of its own.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_trainer.direct_reading import DirectReader
 from qlora_trainer.tensor_io import TensorInfo, read_tensor
 
 STAGING_BYTES = 2**26  # of each of the two pinned buffers
@@ -21,15 +22,17 @@ class Arrival(NamedTuple):
     """A tensor of the checkpoint."""
 
     info: TensorInfo
-    mapped: Tensor  # on the host, the file's own pages: read them, but do not write into them
-    values: Tensor  # the same where it was asked for; `mapped` itself where that is the host
+    sha256: str | None  # of its bytes as a safetensors file holds them; None of what stays in its file
+    host: Tensor  # do not write into it: it may be the file's own pages
+    values: Tensor  # the same where it was asked for; `host` itself where that is the host
 
 
 def stream_tensors(
     infos: Sequence[TensorInfo],
     device: torch.device,
+    *,
     stays_on_host: Callable[[TensorInfo], bool],  # not copied to the device
-    seen: Callable[[TensorInfo, Tensor], None],  # called in the reading thread with what was mapped
+    stays_in_file: Callable[[TensorInfo], bool] = lambda info: False,  # mapped, and not hashed
 ) -> Generator[Arrival, None, None]:
     """Yield the tensors in order; drop each before taking the next, where memory counts.
 
@@ -38,24 +41,24 @@ def stream_tensors(
     """
     uploader = _Uploader(device) if device.type == "cuda" else None
 
-    def read(info: TensorInfo) -> tuple[Tensor, Tensor, Any]:
-        mapped = read_tensor(info)
-        seen(info, mapped)
+    def read(info: TensorInfo) -> tuple[Arrival, Any]:
+        host, sha256 = (read_tensor(info), None) if stays_in_file(info) else direct.read(info)
         if uploader is None or stays_on_host(info):
-            return mapped, mapped, None
-        return mapped, *uploader.upload(mapped)
+            return Arrival(info, sha256, host, host), None
+        values, copied = uploader.upload(host)
+        return Arrival(info, sha256, host, values), copied
 
     try:
-        with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        with DirectReader() as direct, ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
             ahead = reader.submit(read, infos[0]) if infos else None
-            for index, info in enumerate(infos):
+            for index in range(len(infos)):
                 assert ahead is not None
-                mapped, values, copied = ahead.result()
+                arrival, copied = ahead.result()
                 ahead = reader.submit(read, infos[index + 1]) if index + 1 < len(infos) else None
                 if copied is not None:
                     torch.cuda.current_stream(device).wait_event(copied)
-                yield Arrival(info, mapped, values)
-                del mapped, values
+                yield arrival
+                del arrival
     finally:
         if uploader is not None:
             uploader.stream.synchronize()  # where nobody took the last one, its copy may still run
