@@ -2,8 +2,8 @@
 
     python -m benchmarks.load_7b [--size 7.4B] [--directory DIR] [--step [plain] [kept]] [--skip NAME ...] [--json]
 
-A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py; 14.8 GB in bf16, eight shards). Then, each in a
-process of its own, one after the other:
+A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py; 14.8 GB in bf16, eight shards). Then, each in
+a process of its own, one after the other:
 
 - ours: `load_base_model`, from the 16-bit shards to the frozen NF4 base with its fingerprint, in fp32 where it stays
   dense;

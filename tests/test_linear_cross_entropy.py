@@ -245,9 +245,8 @@ def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
 def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch.dtype) -> None:
     """To the bit what a second tensor would give, though each overwrites what it is read from."""
     hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
-    out = torch.full((96, 9001), torch.nan)
-    head_rows.multiply_into(out, hidden, head_rows.DenseRows(weight))
-    assert torch.equal(out, (hidden @ weight.T).float())
+    product = head_rows.multiply(hidden, head_rows.DenseRows(weight), torch.float32)
+    assert torch.equal(product, (hidden @ weight.T).float())
     grad = normal(96, 9001, seed=2, dtype=torch.float32)
     expected = grad.to(dtype) @ weight
     assert torch.equal(head_rows.multiply_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)

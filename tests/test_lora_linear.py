@@ -32,8 +32,9 @@ def weight() -> NF4Weight:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
 def test_output_and_gradient_equal_a_dense_layer_with_the_dequantised_weight(
-    weight: NF4Weight, lead: tuple[int, ...], dtype: torch.dtype
+    weight: NF4Weight, lead: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "reference")  # whose products are torch's own
     dense = dequantize_nf4(weight, dtype)
     x, bias = normal(*lead, 45, dtype=dtype).requires_grad_(), normal(7, seed=1, dtype=dtype)
     grad = normal(*lead, 7, seed=2, dtype=dtype)
@@ -186,8 +187,11 @@ def test_layer_with_adapter_is_the_plain_formula(weight: NF4Weight, lead: tuple[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_layer_with_adapter_errs_no_more_than_the_plain_formula(dtype: torch.dtype, dropout: float) -> None:
+def test_layer_with_adapter_errs_no_more_than_the_plain_formula(
+    dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Root mean square errors against fp64 with the same weight and inputs; fp32 adapters, as in training."""
+    monkeypatch.setenv("QLORA_KERNELS", "reference")  # whose products are the plain formula's; see test_products.py
     weight = quantize_nf4(normal(200, 320) / 320**0.5)
     inputs = adapter_inputs(300, dtype=dtype, parameters=torch.float32, sizes=(200, 320, 16))
     dense = dequantize_nf4(weight, dtype).double()  # what this dtype multiplies; fp64 must multiply the same
@@ -509,9 +513,10 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
     ("tokens", "is_training", "is_fused"), [(16, False, True), (17, False, False), (4, True, False)]
 )
 def test_few_tokens_without_gradients_take_the_operation_for_them(
-    weight: NF4Weight, tokens: int, is_training: bool, is_fused: bool
+    weight: NF4Weight, tokens: int, is_training: bool, is_fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which a GPU runs in one pass over the four bits; here it is the same product to the last bit."""
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
 
     class Seen(TorchDispatchMode):
         names: ClassVar[list[str]] = []

@@ -372,7 +372,7 @@ def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch:
 def test_the_memory_a_base_needs_is_what_it_takes(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte: the 4-bit model, and its largest tensor, with the copies that are made of it on its way."""
+    """To the byte: the model, its largest tensor with the copies that are made of it on its way, and the one after."""
     from qlora_trainer import model
 
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
@@ -386,7 +386,7 @@ def test_the_memory_a_base_needs_is_what_it_takes(
     plain = (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed)
     for directory, copies in (*((directory, 0) for directory in plain), (mixed, 4 / 2), (fused, 1)):
         largest = max(info.nbytes for info in checkpoint_tensors(directory).values())
-        needed = load(directory).bytes + int(largest * (1 + copies))
+        needed = load(directory).bytes + int(largest * (2 + copies))
         with monkeypatch.context() as patch:
             patch.setattr(model, "_free_memory", lambda device, free=needed: free)
             load(directory)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.products import linear
+
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the head made at once: 32 MiB in 16 bits."""
 
@@ -49,21 +51,23 @@ class DenseRows:
         return self.weight[start:stop].to(dtype)
 
 
-def multiply_into(
-    out: Tensor,  # (N, V), of hidden's dtype, or fp32 where that has 16 bits
+def multiply(
     hidden: Tensor,  # (N, H)
     head: HeadRows,
-) -> None:
-    """out = hidden @ head.T, multiplied in hidden's dtype, without a second tensor of out's size."""
+    dtype: torch.dtype,  # hidden's, or fp32 where that has 16 bits
+) -> Tensor:  # (N, V) in `dtype`
+    """hidden @ head.T, multiplied in hidden's dtype, without a second tensor of the result's size."""
     vocabulary, _ = head.shape
+    if _is_ready(head, hidden.dtype) and dtype == hidden.dtype:
+        return linear(hidden, head.rows(0, vocabulary, dtype))
+    out = hidden.new_empty((hidden.shape[0], vocabulary), dtype=dtype)
     if _is_ready(head, hidden.dtype):
         product = out.view(hidden.dtype)[:, :vocabulary]
         torch.mm(hidden, head.rows(0, vocabulary, hidden.dtype).T, out=product)
-        if product.dtype != out.dtype:
-            # What is written over has been read: the right half by blocks before, and a block itself is copied aside.
-            for block in reversed(_cut(vocabulary)):
-                out[:, block] = product[:, block].clone()
-        return
+        # What is written over has been read: the right half by blocks before, and a block itself is copied aside.
+        for block in reversed(_cut(vocabulary)):
+            out[:, block] = product[:, block].clone()
+        return out
     for block in _cut(*head.shape):
         rows = head.rows(block.start, block.stop, hidden.dtype)
         if out.dtype == hidden.dtype:
@@ -71,6 +75,7 @@ def multiply_into(
         else:
             out[:, block] = hidden @ rows.T
         del rows  # or the next block's would be made beside them
+    return out
 
 
 def multiply_transposed_(
@@ -85,7 +90,7 @@ def multiply_transposed_(
         if low.dtype != grad.dtype:
             for block in _cut(vocabulary):  # as above, from the left
                 low[:, block] = grad[:, block].to(dtype)
-        return low @ head.rows(0, vocabulary, dtype)
+        return linear(low, head.rows(0, vocabulary, dtype).T)
     total = grad.new_zeros((grad.shape[0], hidden_size))
     for block in _cut(*head.shape):
         total += grad[:, block].to(dtype) @ head.rows(block.start, block.stop, dtype)
@@ -106,9 +111,7 @@ class _HeadLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: HeadRows) -> Tensor:
         ctx.head = head
-        logits = hidden.new_empty((hidden.shape[0], head.shape[0]))
-        multiply_into(logits, hidden, head)
-        return logits
+        return multiply(hidden, head, hidden.dtype)
 
     @staticmethod
     @once_differentiable

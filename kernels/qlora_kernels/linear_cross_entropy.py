@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_into, multiply_transposed_
+from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply, multiply_transposed_
 from qlora_kernels.registry import define
 
 IGNORED = -100
@@ -94,8 +94,7 @@ def _loss_and_gradient(
     for rows in torch.ops.qlora_kernels.label_rows(labels).split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
-        logits = chunk.new_empty((chunk.shape[0], head.shape[0]), dtype=dtype)  # (C, V)
-        multiply_into(logits, chunk, head)
+        logits = multiply(chunk, head, dtype)  # (C, V)
         del chunk
         if bias is not None:
             logits += bias

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels import gated
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
+from qlora_kernels.products import linear
 from qlora_kernels.registry import define
 
 Activation = Callable[[Tensor], Tensor] | gated.Name
@@ -265,22 +266,23 @@ class _AdapterBackward:
         self.adapter = adapter
         self.tokens_grad = grad.reshape(-1, grad.shape[-1])  # (N, O)
         self.A, self.B = adapter.in_dtype(grad.dtype)
-        self.low_rank_grad = self.tokens_grad @ self.B  # (N, R), not yet scaled
+        self.low_rank_grad = linear(self.tokens_grad, self.B.T)  # (N, R), not yet scaled
         self.mask = adapter.keep_mask(self.tokens_grad)
 
     def grad_B(self, low_rank: Tensor) -> Tensor:
-        return (self.tokens_grad.T @ low_rank).to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
+        product = linear(low_rank.T, self.tokens_grad.T)  # (R, O)
+        return product.T.to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
 
     def grad_A(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         dropped = tokens if self.mask is None else self.mask * tokens
-        return (self.low_rank_grad.T @ dropped).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
+        return linear(self.low_rank_grad.T, dropped.T).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
 
 
 def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
     tokens = x.reshape(-1, x.shape[-1])
     mask = adapter.keep_mask(tokens)
-    return (tokens if mask is None else mask.mul_(tokens)) @ adapter.in_dtype(x.dtype)[0].T
+    return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(x.dtype)[0])
 
 
 def _output(
@@ -314,7 +316,7 @@ def input_gradient(
         adapter.mask = None
     for rows, values in dequantized_blocks(weight, grad.dtype):
         part = tokens_grad[:, rows]
-        grad_x = part @ values if grad_x is None else grad_x.addmm_(part, values)
+        grad_x = linear(part, values.T) if grad_x is None else grad_x.addmm_(part, values)
     assert grad_x is not None
     if adapter is not None and not adapter.adapter.dropout:
         grad_x.addmm_(adapter.low_rank_grad, adapter.A, alpha=adapter.adapter.factor)

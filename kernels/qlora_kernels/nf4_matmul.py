@@ -11,10 +11,10 @@ Legend: N tokens, I in features, O out features.
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
+from qlora_kernels.products import linear
 from qlora_kernels.registry import define, from_triton
 
 MOST_FEW = 16
@@ -30,7 +30,7 @@ def multiply(
     output, out_features = None, weight.shape[0]
     for rows, values in dequantized_blocks(weight, x.dtype):
         if len(values) == out_features:
-            return F.linear(x, values, bias)
+            return linear(x, values, bias)
         output = x.new_empty(len(x), out_features) if output is None else output
         torch.mm(x, values.T, out=output[:, rows])
         if bias is not None:

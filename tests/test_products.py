@@ -1,0 +1,109 @@
+"""Dense products on a CPU: the same to fp32's rounding whichever library makes them, and the same again each time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_kernels import products
+from qlora_kernels.products import FEWEST_ROWS, by_onednn, linear, maker_of_processor
+from qlora_kernels.registry import UnavailableError
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="needs torch's oneDNN",
+)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("rows", [1, FEWEST_ROWS, 17, 300])
+@pytest.mark.parametrize("features", [(64, 48), (576, 1536), (1536, 16), (16, 576), (7, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_onednn_multiplies_in_fp32(rows: int, features: tuple[int, int], transposed: bool, with_bias: bool) -> None:
+    """Not in a shorter format, which would err by 1e-4 and more."""
+    wide, narrow = features
+    x, weight = normal(rows, wide), normal(narrow, wide, seed=1)
+    if transposed:
+        weight = weight.T.contiguous().T
+    bias = normal(narrow, seed=2) if with_bias else None
+    found = by_onednn(x, weight, bias)
+    exact = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    assert relative_error(found, exact) < 2e-6
+    assert found.shape == (rows, narrow)
+    assert found.is_contiguous()
+
+
+def test_onednn_takes_columns_of_a_wider_matrix() -> None:
+    """As gradients of a block of rows are."""
+    x, weight = normal(32, 100)[:, 20:60], normal(24, 40, seed=1)
+    assert relative_error(by_onednn(x, weight, None), x.double() @ weight.double().T) < 2e-6
+    weight = normal(24, 32, seed=2)
+    assert relative_error(by_onednn(x.T, weight, None), x.T.double() @ weight.double().T) < 2e-6
+
+
+def test_onednn_repeats_its_bits_wherever_the_operands_lie() -> None:
+    """What resuming to the last bit stands on."""
+    x, weight = normal(257, 576), normal(1536, 576, seed=1)
+    found = by_onednn(x, weight, None)
+    memory = torch.empty(x.numel() + 3)
+    elsewhere = memory[3:].view_as(x).copy_(x)
+    assert elsewhere.data_ptr() % 16 != x.data_ptr() % 16
+    assert all(torch.equal(by_onednn(operand, weight, None), found) for operand in (x, elsewhere, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes_are_torchs_own_products(dtype: torch.dtype) -> None:
+    x, weight, bias = normal(9, 64, dtype=dtype), normal(5, 64, seed=1, dtype=dtype), normal(5, seed=2, dtype=dtype)
+    assert torch.equal(by_onednn(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("rows", "wide", "narrow"), [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+def test_empty_products(rows: int, wide: int, narrow: int) -> None:
+    x, weight = torch.ones(rows, wide), torch.ones(narrow, wide)
+    assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert torch.equal(by_onednn(x, weight, None), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "machine", "takes_onednn"),
+    [
+        ("AuthenticAMD", "AVX512", "x86_64", True),
+        ("HygonGenuine", "AVX512", "x86_64", True),
+        ("GenuineIntel", "AVX512", "x86_64", False),
+        ("AuthenticAMD", "AVX2", "x86_64", False),
+        (None, "AVX512", "x86_64", False),
+        ("AuthenticAMD", "AVX512", "aarch64", False),
+    ],
+)
+def test_the_library_goes_by_the_processors_maker(
+    maker: str | None, capability: str, machine: str, takes_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "maker_of_processor", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.fastest_on_cpu() is (by_onednn if takes_onednn else torch.nn.functional.linear)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    if takes_onednn:
+        with pytest.raises(UnavailableError, match="no oneDNN"):
+            products.fastest_on_cpu()
+    else:
+        assert products.fastest_on_cpu() is torch.nn.functional.linear
+
+
+def test_the_maker_is_read_where_linux_tells_it(tmp_path: Path) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
+    assert maker_of_processor(told) == "AuthenticAMD"
+    told.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert maker_of_processor(told) is None
+    assert maker_of_processor(tmp_path / "none") is None
