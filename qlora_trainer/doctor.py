@@ -198,7 +198,8 @@ def _nf4(kind: str) -> Finding:
     name = f"NF4 to the bit on {kind}"
     try:
         from qlora_kernels.nf4 import quantize_torch
-        from qlora_trainer.quantization import check_dequantization, quantize_weight
+        from qlora_trainer.bitsandbytes_format import check_dequantization
+        from qlora_trainer.quantization import quantize_weight
 
         device = torch.device(kind)
         sample = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))

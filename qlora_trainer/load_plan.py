@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_trainer.bitsandbytes_format import source_dtype_of
 from qlora_trainer.checkpoint_names import match_names
 from qlora_trainer.errors import ModelError
-from qlora_trainer.quantization import is_transposed, linear_layers, source_dtype_of
+from qlora_trainer.quantization import is_transposed, linear_layers
 from qlora_trainer.tensor_io import TensorInfo, read_tensor, same_values, weight_statistics
 
 RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits

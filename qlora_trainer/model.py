@@ -21,6 +21,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.bitsandbytes_format import check_dequantization
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
@@ -34,7 +35,7 @@ from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import NF4Linear, check_dequantization, check_four_bit_share
+from qlora_trainer.quantization import NF4Linear, check_four_bit_share
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.streaming_load import lay_out, load_tensors

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.bitsandbytes_format import weight_to_checkpoint
 from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
 from qlora_trainer.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.experts import SplitExperts
@@ -31,7 +32,7 @@ from qlora_trainer.model import Base, choose_device, device_with_room, load_base
 from qlora_trainer.model_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.pretrained import nf4_config
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import empty_weight, is_transposed, linear_layers, weight_to_checkpoint
+from qlora_trainer.quantization import empty_weight, is_transposed, linear_layers
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.streaming_load import check_finite, quantize_arrival

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_trainer.bitsandbytes_format import adopt_linear4bit
 from qlora_trainer.errors import ModelError, QuantizationError, first_line, is_out_of_memory, memory_errors
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, quantize_head
-from qlora_trainer.quantization import adopt_linear4bit, all_finite
+from qlora_trainer.quantization import all_finite
 from qlora_trainer.quiet import quiet_transformers
 from qlora_trainer.tensor_io import read_tensor
 

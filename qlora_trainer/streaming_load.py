@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.errors import QuantizationError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
 from qlora_trainer.hashing import Hasher, bytes_sha256, values_sha256
 from qlora_trainer.load_plan import DenseTensor, LoadPlan, refuse_incomplete
 from qlora_trainer.output_head import HeadKind, QuantizedHead, empty_head
 from qlora_trainer.progress import Progress, silent
-from qlora_trainer.quantization import all_finite, empty_nf4, quantize_weight, weight_from_checkpoint
+from qlora_trainer.quantization import all_finite, empty_nf4, quantize_weight
 from qlora_trainer.tensor_io import TensorInfo, read_tensor
 from qlora_trainer.tensor_stream import Arrival, stream_tensors
 

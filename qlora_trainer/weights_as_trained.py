@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_trainer.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.errors import CheckpointError, MergeError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
 from qlora_trainer.hashing import blocks_sha256
-from qlora_trainer.quantization import quantize_weight, weight_from_checkpoint
+from qlora_trainer.quantization import quantize_weight
 from qlora_trainer.tensor_io import (
     TensorInfo,
     checkpoint_name,

@@ -45,7 +45,7 @@ ROWS = [
         "rotary_embedding",
         "sizes",
     },
-    {"experts"},
+    {"bitsandbytes_format", "experts"},
     {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
     {
         "checkpoint_names",

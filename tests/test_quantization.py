@@ -22,6 +22,12 @@ from transformers.core_model_loading import WeightRenaming
 
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer import checkpoint_names
+from qlora_trainer.bitsandbytes_format import (
+    adopt_linear4bit,
+    check_dequantization,
+    weight_from_checkpoint,
+    weight_to_checkpoint,
+)
 from qlora_trainer.errors import (
     FileMissingError,
     InsufficientMemoryError,
@@ -35,12 +41,8 @@ from qlora_trainer.model_source import resolve_model
 from qlora_trainer.quantization import (
     WEIGHT_TENSORS,
     NF4Linear,
-    adopt_linear4bit,
-    check_dequantization,
     four_bit_share,
     quantize_weight,
-    weight_from_checkpoint,
-    weight_to_checkpoint,
 )
 from qlora_trainer.settings import ModelConfig
 from qlora_trainer.tensor_io import checkpoint_tensors
@@ -224,10 +226,10 @@ def test_a_model_that_reads_a_4_bit_layers_weight_is_told_so() -> None:
 
 def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     check_dequantization(CPU)
-    from qlora_trainer import quantization
+    from qlora_trainer import bitsandbytes_format
 
-    right = quantization.dequantize_nf4
-    monkeypatch.setattr(quantization, "dequantize_nf4", lambda *a: right(*a).nextafter(torch.tensor(9e9)))
+    right = bitsandbytes_format.dequantize_nf4
+    monkeypatch.setattr(bitsandbytes_format, "dequantize_nf4", lambda *a: right(*a).nextafter(torch.tensor(9e9)))
     with pytest.raises(QuantizationError, match="otherwise than they are defined"):
         check_dequantization(CPU)
 
