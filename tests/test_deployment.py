@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from qlora_trainer import deployment, merging, model_files, streamed_model
+from qlora_trainer import deployment, merge_measurement, merging, model_files, streamed_model
 from qlora_trainer import model as model_room
 from qlora_trainer.data.packing import Example, make_packs
 from qlora_trainer.data.rendering import Renderer
@@ -120,7 +120,7 @@ def test_an_adapter_much_worse_on_the_original_base_is_not_merged_into_it(
         with pytest.raises(MergeError, match="--base dequantized"):
             check_original(trained, original)
     losses = iter([2.0, 2.3])
-    monkeypatch.setattr(deployment, "heldout_loss", lambda *args: next(losses))
+    monkeypatch.setattr(merge_measurement, "heldout_loss", lambda *args: next(losses))
     with pytest.raises(MergeError, match=r"loss of 2\.3000, and of 2\.0000 .* more than 10% worse"):
         merge_run(run_dir, tmp_path / "merged", base="original")
     assert not (tmp_path / "merged").exists()
@@ -146,7 +146,7 @@ def test_too_little_memory_to_verify_is_told_before_anything_is_written(
 
 @pytest.fixture
 def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "_measure_trained", lambda *args: pytest.fail("a pass over all weights was begun"))
+    monkeypatch.setattr(deployment, "measure_trained", lambda *args: pytest.fail("a pass over all weights was begun"))
 
 
 @pytest.mark.usefixtures("no_pass")
@@ -187,8 +187,8 @@ def test_a_model_whose_code_takes_absent_weights_is_measured_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed = merge_run(run_dir, tmp_path / "streamed")
-    monkeypatch.setattr(deployment, "gives_answers", lambda model: False)
-    monkeypatch.setattr(deployment, "load_streamed_model", once(deployment.load_streamed_model))
+    monkeypatch.setattr(merge_measurement, "gives_answers", lambda model: False)
+    monkeypatch.setattr(merge_measurement, "load_streamed_model", once(merge_measurement.load_streamed_model))
     whole = merge_run(run_dir, tmp_path / "whole")
     assert whole.choice.heldout_loss == pytest.approx(streamed.choice.heldout_loss, rel=1e-5)
     assert whole.report.verification is not None
@@ -207,14 +207,14 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = deployment._with_adapter
+    measure = merge_measurement._with_adapter
 
     def full(run: Any, base: str, progress: Any) -> Any:
         if base == "original":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(run, base, progress)
 
-    monkeypatch.setattr(deployment, "_with_adapter", full)
+    monkeypatch.setattr(merge_measurement, "_with_adapter", full)
     done = merge_run(run_dir, tmp_path / "merged")
     assert done.choice.base == "dequantized"
     assert "not measured: OutOfMemoryError: CUDA out of memory" in done.notices[0]
@@ -226,8 +226,8 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    load, prepare = deployment._load, deployment.prepare_trained
-    monkeypatch.setattr(deployment, "prepare_trained", lambda *args: (prepare(*args)[0], ["told once"]))
+    load, prepare = merge_measurement._load, merge_measurement.prepare_trained
+    monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["told once"]))
 
     def load_on(run: Any, base: str, progress: Any, layers: int | None = None) -> Any:
         tried.append(run.device.type)
@@ -237,9 +237,9 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
             raise torch.OutOfMemoryError("too small")
         return load(run, base, progress)
 
-    monkeypatch.setattr(deployment, "_load", load_on)
+    monkeypatch.setattr(merge_measurement, "_load", load_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
-    monkeypatch.setattr(deployment, "give_back_memory", lambda: None)
+    monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
     for name, room in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
         monkeypatch.setattr(model_room, "_free_memory", lambda device, r=room: r if device.type == "cuda" else 2**40)
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
@@ -371,7 +371,7 @@ def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, t
 
 
 def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "load_base_model", lambda *args: pytest.fail("a 4-bit model was loaded"))
+    monkeypatch.setattr(merge_measurement, "load_base_model", lambda *args: pytest.fail("a 4-bit model was loaded"))
     assert len(merge_run(run_dir, tmp_path / "merged").choice.heldout_loss) == 2
 
 
