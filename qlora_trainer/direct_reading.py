@@ -8,11 +8,12 @@ processor's cache. The memory goes back when nobody holds the tensor any longer,
 Where a system or file system has no such reading, the same code reads through the page cache.
 """
 
+import collections
+import contextlib
 import hashlib
 import io
 import mmap
 import os
-import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,7 @@ class _File:
             self.file = self._open()
         except OSError as error:
             raise unreadable(path, error) from error
+        self.size = os.fstat(self.file.fileno()).st_size
 
     def _open(self) -> io.FileIO:
         if self.is_direct:
@@ -110,10 +112,12 @@ class _File:
         """Fill `memory` from the file, as far as the file goes; address, length and offset aligned."""
         done = 0
         try:
-            while done < len(memory) and (not self.is_direct or done % ALIGNMENT == 0):  # else it was the file's end
-                if not (count := self._read(memory[done:], offset + done)):
-                    break
+            while done < len(memory) and (count := self._read(memory[done:], offset + done)):
                 done += count
+                if self.is_direct and done % ALIGNMENT:
+                    if offset + done >= self.size:
+                        break
+                    self._read_through_the_cache()  # it gave less than a block, and cannot go on from there
         except OSError as error:
             raise unreadable(self.path, error) from error
         return done
@@ -125,36 +129,47 @@ class _File:
         except OSError:
             if not self.is_direct:
                 raise
-        self.is_direct = False  # it opens such files, and does not read them
+        self._read_through_the_cache()  # it opens such files, and does not read them
+        return self._read(memory, offset)
+
+    def _read_through_the_cache(self) -> None:
+        self.is_direct = False
         self.file.close()
         self.file = self._open()
-        return self._read(memory, offset)
 
 
 class _Memory:
     """Anonymous memory, handed out as tensors, and taken back when the last view of one is gone."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[mmap.mmap] = []
+        self._free: collections.deque[mmap.mmap] = collections.deque()  # a lock could wait for its own finaliser
 
     def take(self, size: int) -> Tensor:  # (size,) uint8, aligned
-        with self._lock:
-            # All that are kept have one size: pages that no tensor reached take no memory.
-            block = self._free.pop() if self._free and size <= LARGEST_KEPT else None
-        if block is None:
-            flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-            block = mmap.mmap(-1, max(size, LARGEST_KEPT), **flags)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                block.madvise(mmap.MADV_HUGEPAGE)
+        block = None
+        if size <= LARGEST_KEPT:  # all that are kept have this size: pages that no tensor reached take no memory
+            with contextlib.suppress(IndexError):
+                block = self._free.pop()
+        block = block or _new_block(max(size, LARGEST_KEPT))
         array = np.frombuffer(block, np.uint8)
         weakref.finalize(array, self._give_back, block).atexit = False
         return torch.from_numpy(array)[:size]
 
     def _give_back(self, block: mmap.mmap) -> None:
         if len(block) == LARGEST_KEPT:
-            with self._lock:
-                self._free.append(block)
+            self._free.append(block)
+
+
+def _new_block(size: int) -> mmap.mmap:
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        block = mmap.mmap(-1, size, **flags)
+    except OSError as error:
+        raise MemoryError(f"the system gives no {size / 2**20:.0f} MiB to read into ({error.strerror})") from error
+    # Fewer page faults; and no copy in a process forked meanwhile, which direct reading must not meet (man 2 open).
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        with contextlib.suppress(OSError, AttributeError):  # not every kernel knows them
+            block.madvise(getattr(mmap, advice))
+    return block
 
 
 def _aligned(size: int) -> int:

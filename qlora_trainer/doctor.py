@@ -250,7 +250,10 @@ def _tensorboard() -> Finding:
 
 
 def _processors() -> Finding:
-    detail = f"{os.cpu_count()} logical cores, torch computes with {torch.get_num_threads()} threads"
+    from qlora_kernels.products import library
+
+    threads = torch.get_num_threads()
+    detail = f"{os.cpu_count()} logical cores, torch computes with {threads} threads, fp32 products by {library()}"
     return Finding("Processors", "ok", detail)
 
 

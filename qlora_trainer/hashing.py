@@ -1,7 +1,7 @@
 """sha256 of tensors, in threads beside the work that made or reads them.
 
-hashlib lets other threads run, so a checkpoint is hashed while it is quantised, in the same pass over its files; the
-thread that hashes a mapped tensor also brings its pages in. Few tensors wait at a time, as each is held until then.
+hashlib lets other threads run, so what is made of a checkpoint is hashed while the next of it is quantised, in the same
+pass over its files (direct_reading.py hashes what lies there). Few tensors wait at a time, as each is held until then.
 """
 
 import hashlib

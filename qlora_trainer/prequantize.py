@@ -217,7 +217,8 @@ def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, pr
                 if info.name in plan.dense:
                     check_finite(arrival)
                 for rows in row_blocks(info.shape):
-                    writer.write(info.name, arrival.host if rows is None else arrival.host[rows])
+                    block = arrival.host if rows is None else arrival.host[rows]
+                    writer.write(info.name, block.clone())  # or what waits to be written would hold all of the tensor
             done += info.nbytes
             del arrival  # before the next one comes
     return sources

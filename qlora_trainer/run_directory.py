@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_kernels.products import library
 from qlora_kernels.registry import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.config import dump_config, load_config
@@ -175,6 +176,7 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "kernels": kernel_choice(),
+        "products": library() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in RECORDED_PACKAGES},

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.bitsandbytes_format import weight_from_checkpoint
+from qlora_trainer.direct_reading import LARGEST_KEPT
 from qlora_trainer.errors import QuantizationError
 from qlora_trainer.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
 from qlora_trainer.hashing import Hasher, bytes_sha256, values_sha256
@@ -129,7 +130,7 @@ class _Filling:
         self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
 
     def _take_dense(self, arrival: Arrival, dense: DenseTensor) -> None:
-        self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.host, dense.dtype)
+        hashed = self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.host, dense.dtype)
         check_finite(arrival)
         parameter = None  # one for all names: they are tied
         for name in dense.names:
@@ -144,6 +145,8 @@ class _Filling:
                     values = self._own_copy(arrival, dense.dtype, module.get_parameter(leaf).dtype)
                     parameter = nn.Parameter(values, requires_grad=False)
                 module._parameters[leaf] = parameter
+        if arrival.info.nbytes > LARGEST_KEPT:
+            hashed.result()  # or several of the largest tensors could wait for it side by side
 
     def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
         """What arrived, in memory of its own, as `loaded` and cast from that."""

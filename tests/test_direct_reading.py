@@ -116,7 +116,7 @@ def test_a_very_large_tensors_memory_is_not_kept(tmp_path: Path, monkeypatch: py
     infos = saved(tmp_path / "model")
     with DirectReader() as reader:
         reader.read(infos["long"])  # 40,000 bytes
-        assert reader._memory._free == []
+        assert not reader._memory._free
         reader.read(infos["half"])
         assert [len(block) for block in reader._memory._free] == [2**14]
 
@@ -159,6 +159,41 @@ def test_a_file_that_opens_and_cannot_be_read_directly_is_read_all_the_same(
     monkeypatch.setattr(direct_reading.io, "FileIO", Refusing)
     assert_all_read(infos)
     assert len(refused) == 1
+
+
+def test_a_direct_read_that_stops_in_a_block_goes_on_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on disks of 512-byte blocks, and some network file systems: it is not the file's end."""
+    infos = saved(tmp_path / "model")
+
+    class Stopping(io.FileIO):
+        def __init__(self, path: Any, **options: Any) -> None:
+            super().__init__(path)
+            self.is_direct = "opener" in options
+
+        def readinto(self, memory: Any) -> int:
+            return super().readinto(memory[:512] if self.is_direct else memory)
+
+    monkeypatch.setattr(direct_reading.io, "FileIO", Stopping)
+    reader = assert_all_read(infos)
+    assert reader._file is None
+
+
+def test_a_system_that_gives_no_memory_is_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    infos = saved(tmp_path / "model")
+
+    def full(*arguments: Any, **named: Any) -> mmap.mmap:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(direct_reading.mmap, "mmap", full)
+    with DirectReader() as reader, pytest.raises(MemoryError, match=r"no 128 MiB .*Cannot allocate memory"):
+        reader.read(infos["long"])
+
+
+def test_a_kernel_without_huge_pages_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_reading.mmap, "MADV_HUGEPAGE", 9999)  # advice that no kernel knows
+    assert_all_read(saved(tmp_path / "model"))
 
 
 def test_a_disk_that_fails_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,11 +187,15 @@ def test_layer_with_adapter_is_the_plain_formula(weight: NF4Weight, lead: tuple[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("kernels", "most"), [("reference", 1.1), ("auto", 3.0)])
 def test_layer_with_adapter_errs_no_more_than_the_plain_formula(
-    dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, dropout: float, kernels: str, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root mean square errors against fp64 with the same weight and inputs; fp32 adapters, as in training."""
-    monkeypatch.setenv("QLORA_KERNELS", "reference")  # whose products are the plain formula's; see test_products.py
+    """Root mean square errors against fp64 with the same weight and inputs; fp32 adapters, as in training.
+
+    The plain formula's products are torch's own; sums in another order may err more, by much less than bf16 does.
+    """
+    monkeypatch.setenv("QLORA_KERNELS", kernels)
     weight = quantize_nf4(normal(200, 320) / 320**0.5)
     inputs = adapter_inputs(300, dtype=dtype, parameters=torch.float32, sizes=(200, 320, 16))
     dense = dequantize_nf4(weight, dtype).double()  # what this dtype multiplies; fp64 must multiply the same
@@ -207,7 +211,7 @@ def test_layer_with_adapter_errs_no_more_than_the_plain_formula(
     for name, ours, theirs, truth in zip(("y", "x", "bias", "A", "B"), found, expected, exact, strict=True):
         assert ours.dtype == (dtype if name in "yx" else torch.float32)
         error, allowed = ((value.double() - truth).pow(2).mean().sqrt() for value in (ours, theirs))
-        assert error <= 1.1 * allowed, f"{name}: {float(error / allowed):.2f} times the plain formula's error"
+        assert error <= most * allowed, f"{name}: {float(error / allowed):.2f} times the plain formula's error"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

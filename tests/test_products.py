@@ -1,13 +1,17 @@
 """Dense products on a CPU: the same to fp32's rounding whichever library makes them, and the same again each time."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from qlora_kernels import products
-from qlora_kernels.products import FEWEST_ROWS, by_onednn, linear, maker_of_processor
+from qlora_kernels.products import STEP, by_onednn, library, linear, maker_of_processor, step_of
 from qlora_kernels.registry import UnavailableError
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +28,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("rows", [1, FEWEST_ROWS, 17, 300])
+@pytest.mark.parametrize("rows", [1, 8, 17, 64, 65, 300, 2051])
 @pytest.mark.parametrize("features", [(64, 48), (576, 1536), (1536, 16), (16, 576), (7, 5)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -48,6 +52,75 @@ def test_onednn_takes_columns_of_a_wider_matrix() -> None:
     assert relative_error(by_onednn(x, weight, None), x.double() @ weight.double().T) < 2e-6
     weight = normal(24, 32, seed=2)
     assert relative_error(by_onednn(x.T, weight, None), x.T.double() @ weight.double().T) < 2e-6
+
+
+def test_gradients_of_any_number_of_tokens() -> None:
+    """The terms of these sums are tokens; both factors are transposes."""
+    for tokens in (8, 64, 65, 500, 2049):
+        low, grad = normal(tokens, 16), normal(tokens, 96, seed=1)
+        found = by_onednn(low.T, grad.T, None)
+        assert relative_error(found, low.T.double() @ grad.double()) < 2e-6
+
+
+@pytest.mark.parametrize("tokens", [16, 200])
+def test_a_bias_and_a_weight_may_lie_in_any_way(tokens: int) -> None:
+    x, wide = normal(tokens, 40), normal(24, 100, seed=1)
+    for weight in (wide[:, 20:60], wide[:, :80:2], normal(24, seed=2)[:, None].expand(24, 40)):
+        for bias in (normal(48, seed=3)[::2], normal(1, seed=4).expand(24)):
+            exact = x.double() @ weight.double().T + bias.double()
+            assert relative_error(by_onednn(x, weight, bias), exact) < 2e-6
+
+
+def test_steps_are_a_small_share_of_the_number() -> None:
+    assert [step_of(number) for number in (1, 64, 1000, 1024, 2047, 2048, 5000, 131_072)] == [
+        STEP, STEP, STEP, STEP, STEP, 128, 256, 8192
+    ]  # fmt: skip
+    assert all(number / 32 <= step_of(number) <= number / 16 for number in range(1024, 9000))
+
+
+SHAPES = """
+import sys, torch
+from qlora_kernels.products import by_onednn
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+weight, tokens = torch.randn(64, 64), torch.randn(1024, 64)
+by_onednn(tokens, weight, None)
+before = resident()
+for rows in range(300, 900):
+    by_onednn(tokens[:rows], weight, None)
+    by_onednn(tokens[:rows, :16].T, tokens[:rows].T, None)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_every_number_of_tokens() -> None:
+    """Code for each of 600 numbers of rows would take some 200 MiB."""
+    done = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50 * 2**20
+
+
+def test_what_fails_for_want_of_memory_is_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(told: str) -> Callable[..., Tensor]:
+        def multiply(*arguments: Any) -> Tensor:
+            raise RuntimeError(told)
+
+        return multiply
+
+    x, weight = normal(100, 40), normal(24, 40, seed=1)
+    monkeypatch.setattr(products, "_multiply", failing("could not create a primitive"))
+    assert torch.equal(by_onednn(x, weight, None), torch.nn.functional.linear(x, weight))
+    monkeypatch.setattr(products, "_multiply", failing("could not execute a primitive"))
+    with pytest.raises(RuntimeError, match="could not execute"):
+        by_onednn(x, weight, None)
+
+
+def test_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "fastest_on_cpu", lambda: by_onednn)
+    monkeypatch.setenv("QLORA_KERNELS", "auto")
+    assert library() == "oneDNN"
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    assert library() == "torch's own"
 
 
 def test_onednn_repeats_its_bits_wherever_the_operands_lie() -> None:

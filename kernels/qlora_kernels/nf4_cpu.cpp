@@ -16,7 +16,12 @@ namespace {
 
 constexpr int64_t kBlock = 64;             // elements that share a scale
 constexpr int64_t kSerialElements = 65536;  // fewer than these are not worth a second thread
-constexpr int kShareBlocks = 1024;  // a thread takes so many at a time: one that is held up leaves the rest to others
+
+// Blocks that a thread takes at a time, so that one that is held up leaves the rest to the others.
+inline int64_t share(int64_t blocks, int threads) {
+  const int64_t even = blocks / (4 * static_cast<int64_t>(threads));
+  return even < 16 ? 16 : even > 1024 ? 1024 : even;
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -73,7 +78,8 @@ void quantize_block(const T* values, int64_t count, const float* midpoints, uint
 template <typename T>
 void quantize(const T* values, int64_t count, const float* midpoints, uint8_t* packed, float* maxima, int threads) {
   const int64_t blocks = (count + kBlock - 1) / kBlock;
-#pragma omp parallel for schedule(dynamic, kShareBlocks) num_threads(threads) if (count > kSerialElements)
+  const int64_t share_blocks = share(blocks, threads);
+#pragma omp parallel for schedule(dynamic, share_blocks) num_threads(threads) if (count > kSerialElements)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * kBlock;
     const int64_t here = count - begin < kBlock ? count - begin : kBlock;
@@ -157,7 +163,8 @@ template <typename T>
 void dequantize(const uint8_t* packed, const Scales& scales, int64_t start, int64_t count, int64_t block_size,
                 const float* code, T* out, int threads) {
   const int64_t first = start / block_size, last = (start + count + block_size - 1) / block_size;
-#pragma omp parallel for schedule(dynamic, kShareBlocks) num_threads(threads) if (count > kSerialElements)
+  const int64_t share_blocks = share(last - first, threads);
+#pragma omp parallel for schedule(dynamic, share_blocks) num_threads(threads) if (count > kSerialElements)
   for (int64_t block = first; block < last; ++block) {
     const float scale = scales(block);
     T table[16];

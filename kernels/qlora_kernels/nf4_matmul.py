@@ -1,6 +1,6 @@
 """Products with an NF4 weight: x W^T + bias, the weight dequantised to x's dtype.
 
-`multiply` takes any number of tokens: it dequantises into the weight's workspace and leaves the product to torch.
+`multiply` takes any number of tokens: it dequantises into the weight's workspace, and multiplies as `products` does.
 `multiply_few` is for generation, where one to sixteen tokens meet each weight: there reading the weight is all the
 cost, and the fast version (`nf4_matmul_triton`) reads the four bits and nothing else, where dequantising first writes
 and reads back two bytes a weight beside them. Both give the same products summed in another order.

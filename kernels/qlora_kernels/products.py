@@ -3,7 +3,8 @@
 torch multiplies fp32 matrices on x86 with MKL. On an AVX-512 processor that Intel did not make, oneDNN, which torch
 carries for other dtypes, can be twice as fast at the same precision: on two cores of an EPYC of Zen 5 about 430 GFLOP/s
 beside 190 (`python -m benchmarks.cpu_kernels`). Both round each sum to fp32; its order differs. The choice goes by the
-processor's maker and never by a measurement, so that the same machine computes the same bits again.
+processor's maker and never by a measurement, so that the same machine computes the same bits again, as long as memory
+does not run out.
 """
 
 import platform
@@ -14,10 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels.registry import UnavailableError, define
+from qlora_kernels.registry import UnavailableError, define, kernel_choice
 
-FEWEST_ROWS = 4
-"""Fewer are a matter of reading the weight, which MKL does as well."""
+STEP = 64
+"""oneDNN makes code for each shape it meets, up to a megabyte, whose memory is badly used again. Tokens come in any
+number, so it is given numbers in steps: of STEP, and from 2,048 on of a 32nd to a 16th of the number."""
+
+FEW_STEP = 8
+"""Fewer rows than STEP go to oneDNN where they are a multiple of this, as ranks are, and else to MKL."""
 
 
 def linear(
@@ -37,17 +42,61 @@ def maker_of_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
 
 
-def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` by oneDNN, for what it is faster at."""
-    if x.dtype != torch.float32 or len(x) < FEWEST_ROWS or not weight.numel():
+def by_onednn(
+    x: Tensor,  # (N, I)
+    weight: Tensor,  # (O, I)
+    bias: Tensor | None,  # (O,)
+) -> Tensor:  # (N, O)
+    """`linear` by oneDNN, for what it is faster at.
+
+    Sums over a number of terms in between two steps are made in two parts, rows in between are filled up with zeros.
+    """
+    rows, terms = x.shape
+    is_few = rows < STEP
+    if x.dtype != torch.float32 or not x.numel() or not weight.numel() or (is_few and rows % FEW_STEP):
         return F.linear(x, weight, bias)
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # else it is a hundred times as slow
+    # A weight's own width is always the same; the terms of a gradient are tokens.
+    rest = terms % step_of(terms) if terms > STEP and not weight.is_contiguous() else 0
+    whole = terms - rest
+    filled = rows if is_few else -(rows // -step_of(rows)) * step_of(rows)
+    main = x[:, :whole]
+    if filled > rows:
+        main = x.new_empty(filled, whole)
+        main[:rows] = x[:, :whole]
+        main[rows:] = 0.0
     try:
-        # The op that torch's compiler puts in the place of F.linear.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    except RuntimeError:
-        # It makes code for each new shape. Where memory has run out for that it says no more than that it could not;
-        # torch's own product needs less, and tells what fails.
+        output = _multiply(main, weight[:, :whole], bias)[:rows]
+    except RuntimeError as error:
+        if "could not create" not in str(error):
+            raise
+        # Memory has run out for its code. torch's own product needs less, and tells where that fails too.
         return F.linear(x, weight, bias)
+    return output.addmm_(x[:, whole:], weight[:, whole:].T) if rest else output
+
+
+def step_of(number: int) -> int:
+    """The steps in which numbers near this one are taken."""
+    return max(STEP, 1 << max(number.bit_length() - 5, 0))
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By the op that torch's compiler puts in the place of F.linear. It reads a bias as if it were contiguous."""
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def library() -> str:
+    """Which library makes fp32 products on this machine's CPU: its bits are its own."""
+    return "oneDNN" if kernel_choice() != "reference" and _takes_onednn() else "torch's own"
+
+
+def _takes_onednn() -> bool:
+    try:
+        return fastest_on_cpu() is by_onednn
+    except UnavailableError:
+        return False
 
 
 def fastest_on_cpu() -> Callable[..., Tensor]:
