@@ -29,7 +29,7 @@ from qlora_trainer.hashing import bytes_sha256
 from qlora_trainer.tensor_io import TensorInfo, changed, read_tensor, tensors_of_file, unreadable
 
 ALIGNMENT = 4096  # of addresses and lengths, in files and memory: what any disk's blocks divide
-PIECE_BYTES = 2**22  # read and hashed at a time
+PIECE_BYTES = 2**22  # read and hashed at a time; a smaller tensor is mapped, and takes none of this room's memory
 LARGEST_KEPT = 2**27  # memory for a tensor larger than this is not kept for the next one
 
 
@@ -61,7 +61,7 @@ class DirectReader:
         Raises:
             ModelError: the file is damaged, or was changed since it was listed.
         """
-        if info.offset is None or info.offset % info.dtype.itemsize or not info.nbytes:
+        if info.offset is None or info.offset % info.dtype.itemsize or info.nbytes < PIECE_BYTES:
             tensor = read_tensor(info)
             return Read(tensor, bytes_sha256(tensor))
         if self._file is None or self._file.path != info.file:

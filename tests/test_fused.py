@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.delta import with_zero_blocks, without_zero_blocks
 from qlora_trainer.adapters.fused import LAYOUTS, trained_rows
 from qlora_trainer.adapters.inject import (
@@ -24,7 +25,7 @@ from qlora_trainer.config import make_config
 from qlora_trainer.deployment import merge_run
 from qlora_trainer.errors import AdapterError, ConfigError
 from qlora_trainer.planning import plan_memory
-from qlora_trainer.quantization import NF4Linear, dequantize_nf4
+from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import AdapterConfig, RunConfig
 
