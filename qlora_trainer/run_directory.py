@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_kernels.processor import processor_fact
 from qlora_kernels.products import library
 from qlora_kernels.registry import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
@@ -185,12 +186,7 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's model, as Linux tells it; elsewhere what Python knows."""
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return processor_fact("model name", cpuinfo) or platform.processor() or platform.machine()
 
 
 def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

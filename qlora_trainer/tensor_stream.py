@@ -1,8 +1,8 @@
 """A checkpoint's tensors one after another, on the device where they are wanted, the next one read beside the work.
 
 A thread reads the files (direct_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
-stream of their own. One tensor is read ahead and no more, so neither host nor device ever holds more than two that are
-not part of the model. What shall stay in its file is mapped instead, and takes no memory of its own.
+stream of their own. One tensor is read ahead and no more: where each is dropped before the next is taken, neither host
+nor device holds more than two. What shall stay in its file is mapped instead, and takes no memory of its own.
 """
 
 from collections.abc import Callable, Generator, Sequence

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qlora_kernels import products
-from qlora_kernels.products import STEP, by_onednn, library, linear, maker_of_processor, step_of
-from qlora_kernels.registry import UnavailableError
+from qlora_kernels.processor import processor_fact
+from qlora_kernels.products import STEP, by_onednn, library, linear, step_of
+from qlora_kernels.registry import Op, UnavailableError
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
@@ -116,7 +117,7 @@ def test_what_fails_for_want_of_memory_is_torchs_own_product(monkeypatch: pytest
 
 
 def test_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "fastest_on_cpu", lambda: by_onednn)
+    monkeypatch.setattr(products, "_LINEAR", Op("linear", linear, {"cpu": lambda: by_onednn}))
     monkeypatch.setenv("QLORA_KERNELS", "auto")
     assert library() == "oneDNN"
     monkeypatch.setenv("QLORA_KERNELS", "reference")
@@ -160,7 +161,7 @@ def test_empty_products(rows: int, wide: int, narrow: int) -> None:
 def test_the_library_goes_by_the_processors_maker(
     maker: str | None, capability: str, machine: str, takes_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "maker_of_processor", lambda: maker)
+    monkeypatch.setattr(products, "processor_fact", {"vendor_id": maker}.get)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(products.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -176,7 +177,7 @@ def test_the_library_goes_by_the_processors_maker(
 def test_the_maker_is_read_where_linux_tells_it(tmp_path: Path) -> None:
     told = tmp_path / "cpuinfo"
     told.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
-    assert maker_of_processor(told) == "AuthenticAMD"
+    assert processor_fact("vendor_id", told) == "AuthenticAMD"
     told.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert maker_of_processor(told) is None
-    assert maker_of_processor(tmp_path / "none") is None
+    assert processor_fact("vendor_id", told) is None
+    assert processor_fact("vendor_id", tmp_path / "none") is None

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
+from qlora_kernels.processor import processor_fact
 from qlora_kernels.registry import UnavailableError
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-fvisibility=default")
@@ -77,7 +78,5 @@ def _threads() -> list[str]:
 
 def _processor() -> bytes:
     """What -march=native depends on: a folder may be shared between machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))][:2]
+    told = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
     return os.linesep.join([platform.machine(), platform.processor(), *told]).encode()

@@ -9,12 +9,12 @@ does not run out.
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_kernels.processor import processor_fact
 from qlora_kernels.registry import UnavailableError, define, kernel_choice
 
 STEP = 64
@@ -34,14 +34,6 @@ def linear(
     return torch.ops.qlora_kernels.linear(x, weight, bias)
 
 
-def maker_of_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The vendor's id, such as AuthenticAMD; None where the system does not tell."""
-    if not cpuinfo.is_file():
-        return None
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
-
-
 def by_onednn(
     x: Tensor,  # (N, I)
     weight: Tensor,  # (O, I)
@@ -52,22 +44,16 @@ def by_onednn(
     Sums over a number of terms in between two steps are made in two parts, rows in between are filled up with zeros.
     """
     rows, terms = x.shape
-    is_few = rows < STEP
-    if x.dtype != torch.float32 or not x.numel() or not weight.numel() or (is_few and rows % FEW_STEP):
+    suits = rows >= STEP or rows % FEW_STEP == 0
+    if x.dtype != torch.float32 or not x.numel() or not weight.numel() or not suits:
         return F.linear(x, weight, bias)
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()  # else it is a hundred times as slow
     # A weight's own width is always the same; the terms of a gradient are tokens.
     rest = terms % step_of(terms) if terms > STEP and not weight.is_contiguous() else 0
     whole = terms - rest
-    filled = rows if is_few else -(rows // -step_of(rows)) * step_of(rows)
-    main = x[:, :whole]
-    if filled > rows:
-        main = x.new_empty(filled, whole)
-        main[:rows] = x[:, :whole]
-        main[rows:] = 0.0
     try:
-        output = _multiply(main, weight[:, :whole], bias)[:rows]
+        output = _multiply(_filled_up(x[:, :whole]), weight[:, :whole], bias)[:rows]
     except RuntimeError as error:
         if "could not create" not in str(error):
             raise
@@ -81,6 +67,17 @@ def step_of(number: int) -> int:
     return max(STEP, 1 << max(number.bit_length() - 5, 0))
 
 
+def _filled_up(x: Tensor) -> Tensor:  # (N, I) -> (N to the next step, I)
+    """With rows of zeros; x itself where it is few, or at a step."""
+    rows, step = len(x), step_of(len(x))
+    if rows < STEP or rows % step == 0:
+        return x
+    filled = x.new_empty(-(rows // -step) * step, x.shape[1])
+    filled[:rows] = x
+    filled[rows:] = 0.0
+    return filled
+
+
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By the op that torch's compiler puts in the place of F.linear. It reads a bias as if it were contiguous."""
     bias = None if bias is None else bias.contiguous()
@@ -89,14 +86,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def library() -> str:
     """Which library makes fp32 products on this machine's CPU: its bits are its own."""
-    return "oneDNN" if kernel_choice() != "reference" and _takes_onednn() else "torch's own"
-
-
-def _takes_onednn() -> bool:
-    try:
-        return fastest_on_cpu() is by_onednn
-    except UnavailableError:
-        return False
+    takes_onednn = kernel_choice() != "reference" and _LINEAR.fast_version("cpu") is by_onednn
+    return "oneDNN" if takes_onednn else "torch's own"
 
 
 def fastest_on_cpu() -> Callable[..., Tensor]:
@@ -105,14 +96,14 @@ def fastest_on_cpu() -> Callable[..., Tensor]:
     is_wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if not (is_x86 and is_wide and torch.backends.mkl.is_available()):
         return F.linear
-    if maker_of_processor() in (None, "GenuineIntel"):
+    if processor_fact("vendor_id") in (None, "GenuineIntel"):
         return F.linear
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         raise UnavailableError("this torch has no oneDNN, which is twice as fast here: install torch from pytorch.org")
     return by_onednn
 
 
-define(
+_LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     F.linear,
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),

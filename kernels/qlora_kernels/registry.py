@@ -81,7 +81,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     **fast: Callable[[], Callable[..., Any]],
-) -> None:
+) -> Op:
     """Make torch.ops.qlora_kernels.<name>.
 
     Args:
@@ -98,6 +98,7 @@ def define(
     for device_type in fast:
         torch.library.impl(qualified, _DEVICES[device_type], functools.partial(op.run, device_type))
     torch.library.register_fake(qualified, fake)
+    return op
 
 
 def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
