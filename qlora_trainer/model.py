@@ -21,6 +21,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
+from qlora_kernels.torch_features import release_pinned_memory
 from qlora_trainer.bitsandbytes_format import check_dequantization
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.experts import split_experts
@@ -246,7 +247,7 @@ def give_back_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.accelerator.empty_host_cache()
+        release_pinned_memory()
 
 
 def _free_memory(device: torch.device) -> int:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A room imports only from rows above its own, never from a room beside it; so no imports go in circles. Packages are
 # rooms too. A new room goes into the first row that is below all it imports.
 ROWS = [
+    {"machine"},
     {
         "background",
         "caching_allocator",

@@ -136,16 +136,28 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
-def keep(*tensors: Tensor | None) -> Any:
-    """Save tensors for backward now, inside a function's forward, instead of when it ends: the node to `fetch` from."""
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Tensors that `keep` saved for backward.
+
+    Holds the node's output, not the node: up to torch 2.11 a node's Python object does not keep the node alive, which
+    ends with its output and lets the saved tensors go.
+    """
+
+    output: Tensor  # (0,)
+
+
+def keep(*tensors: Tensor | None) -> Kept:
+    """Save tensors for backward now, inside a function's forward, instead of when it ends; `fetch` gives them back."""
     with torch.enable_grad():
-        return _Kept.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        return Kept(_Saved.apply(torch.empty(0, requires_grad=True), *tensors))
 
 
-def fetch(kept: Any) -> tuple[Tensor | None, ...]:
+def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
     """What `keep` saved; freed from there, unless the graph is to be used again."""
-    tensors = kept.saved_tensors
-    kept.maybe_clear_saved_tensors()
+    node: Any = kept.output.grad_fn
+    tensors = node.saved_tensors
+    node.maybe_clear_saved_tensors()
     return tensors
 
 
@@ -153,7 +165,7 @@ def _check(adapter: Adapter | None) -> None:
     assert adapter is None or not adapter.dropout or adapter.dropout_seed is not None, "dropout needs a seed"
 
 
-class _Kept(torch.autograd.Function):
+class _Saved(torch.autograd.Function):
     """Never a part of the graph: a node that holds saved tensors, seen by whoever hooks saved tensors."""
 
     @staticmethod

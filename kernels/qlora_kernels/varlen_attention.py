@@ -9,7 +9,6 @@ that is not causal, and key/value caches (generation goes through transformers' 
 """
 
 import functools
-import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qlora_kernels.blockwise_attention import blockwise_attention
 from qlora_kernels.registry import kernel_choice
+from qlora_kernels.torch_features import varlen_attention_arguments
 
 MOST_BACKWARD_BYTES = 2**28
 """Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
@@ -115,19 +115,9 @@ def _flash_varlen_fits(query: Tensor) -> bool:
         and (head_dim <= 192 or head_dim == 256)
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _has_windowed_varlen_attn()
+        and varlen_attention_arguments() >= {"scale", "window_size"}
         and kernel_choice() != "reference"
     )
-
-
-@functools.cache
-def _has_windowed_varlen_attn() -> bool:
-    """Earlier versions of torch.nn.attention.varlen have other arguments; those take the loop."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def _flash_varlen(
@@ -142,6 +132,7 @@ def _flash_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens = _bounds_on_device(bounds, query.device)
+    grouping = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in varlen_attention_arguments() else {}
     output = varlen_attn(
         query.squeeze(0).transpose(0, 1),  # (T, Hq, D)
         key.squeeze(0).transpose(0, 1),
@@ -152,7 +143,7 @@ def _flash_varlen(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),  # tokens to the left, the query's own not counted
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouping,
     )
     assert isinstance(output, Tensor)  # it returns a pair only where the normalisers are asked for
     return output.unsqueeze(0)
