@@ -1,10 +1,9 @@
 """The frozen 4-bit base: its layers, how they are made, and which of a model's layers they are.
 
 A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantised block maxima, held as plain buffers, so
-that nothing can cast them, move them halfway or hand them to an optimizer. On CUDA bitsandbytes quantises (QLoRA,
-Dettmers et al. 2023), on a CPU qlora_kernels, to the bits that bitsandbytes gives on a CPU; its CUDA code is compiled
-with approximate division, and a value beside the middle of two codes may take the other one there. Weights that were
-quantised elsewhere come through bitsandbytes_format.py.
+that nothing can cast them, move them halfway or hand them to an optimizer. qlora_kernels quantises (QLoRA, Dettmers et
+al. 2023), on every device to the codes that bitsandbytes gives on a CPU. Weights that were quantised elsewhere come
+through bitsandbytes_format.py.
 
 Legend: O out features, I in features.
 """
@@ -138,23 +137,13 @@ def quantize_weight(
 ) -> NF4Weight:
     """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
 
-    On a CPU by our own code, elsewhere by bitsandbytes'.
+    The codes are the same on every device.
 
     Raises:
         QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
     """
-    if weight.device.type == "cpu":
-        quantized = quantize_nf4(weight)
-        is_sound = bool(torch.isfinite(quantized.offset))  # the mean of all block maxima, so it shows such a value
-    else:
-        packed, state = bitsandbytes.functional.quantize_4bit(
-            weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
-        )
-        nested = state.state2
-        tables = (packed.reshape(-1), state.absmax, nested.absmax, nested.code, state.offset.reshape(()))
-        quantized = NF4Weight(*tables, shape=(weight.shape[0], weight.shape[1]))
-        is_sound = all_finite(weight, quantized.offset)  # bitsandbytes' CUDA code passes over NaN
-    if not is_sound:
+    quantized = quantize_nf4(weight)
+    if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so it shows such a value
         bad = int((~torch.isfinite(weight)).sum())
         told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
         raise QuantizationError(

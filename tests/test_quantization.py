@@ -4,8 +4,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from transformers import (
 )
 from transformers.core_model_loading import WeightRenaming
 
-from qlora_kernels.nf4 import dequantize_nf4
+from qlora_kernels.nf4 import MIDPOINTS, NF4Weight, dequantize_nf4
 from qlora_trainer import checkpoint_names
 from qlora_trainer.bitsandbytes_format import (
     adopt_linear4bit,
@@ -35,6 +37,7 @@ from qlora_trainer.errors import (
     QLoRATrainerError,
     QuantizationError,
 )
+from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.fingerprint import BaseFingerprint, base_fingerprint, is_same, tensor_fingerprint
 from qlora_trainer.model import Base, check_mergeable, load_base_model, load_dense_model, plan_base
 from qlora_trainer.model_source import resolve_model
@@ -439,16 +442,61 @@ def test_a_base_on_cuda_holds_the_same_codes_as_on_the_cpu(tiny_llama: Path) -> 
     check_dequantization(torch.device("cuda"))
 
 
+def beside_midpoints(dtype: torch.dtype) -> Tensor:  # (1024, 1024)
+    """Blocks whose values lie within two steps of fp32 of the middle of two codes, under as many maxima as blocks."""
+    generator = torch.Generator().manual_seed(0)
+    maxima = torch.rand(1 << 14, 1, generator=generator) + 0.5
+    midpoints = MIDPOINTS[torch.randint(15, (1 << 14, 63), generator=generator)]
+    values = (midpoints.double() * maxima).float()
+    values += values * torch.randint(-2, 3, values.shape, generator=generator) * 2**-24
+    return torch.cat([maxima, values], dim=1).to(dtype).view(1024, 1024)
+
+
+def codes_by_numpy(values: Tensor, reciprocal_off_by: int = 0) -> Any:
+    """The code of every value by the definition, with the reciprocals of the maxima so many steps of fp32 off."""
+    blocks = values.float().numpy().reshape(-1, 64)
+    inverse = np.float32(1) / np.abs(blocks).max(1, keepdims=True)
+    for _ in range(abs(reciprocal_off_by)):
+        inverse = np.nextafter(inverse, np.float32(np.sign(reciprocal_off_by) * np.inf))
+    return np.searchsorted(MIDPOINTS.numpy(), blocks * inverse, side="left").reshape(-1)
+
+
+def unpacked(weight: NF4Weight) -> Any:
+    return torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(-1).cpu().numpy()
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_codes_are_those_of_exact_division(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes divides on CUDA, with a reciprocal that may be one step of fp32 off, fp32 values change codes."""
+    monkeypatch.setenv("QLORA_KERNELS", choice)
+    values = beside_midpoints(torch.float32)
+    exact = codes_by_numpy(values)
+    assert all((codes_by_numpy(values, off) != exact).sum() > 1000 for off in (-1, 1))
+    assert (unpacked(quantize_weight(values)) == exact).all()
+
+
+def test_no_device_quantises_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise AssertionError("bitsandbytes was asked to quantise")
+
+    monkeypatch.setattr(bnb.functional, "quantize_4bit", refuse)
+    run = FakeRun()
+    run.mode.allow_non_fake_inputs = True  # the tables of the format
+    with run:
+        weight = quantize_weight(torch.empty(64, 128, dtype=torch.bfloat16, device="meta"))
+    assert (weight.packed.device.type, tuple(weight.packed.shape)) == ("meta", (4096,))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_quantises_to_the_codes_of_a_cpu(dtype: torch.dtype) -> None:
-    """bitsandbytes' kernel there is compiled with approximate division: in 16 bits few values lie beside a midpoint."""
-    values = torch.randn(1024, 1000, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
-    ours, theirs = quantize_weight(values), quantize_weight(values.cuda())
-    assert torch.equal(ours.packed, theirs.packed.cpu()), int((ours.packed != theirs.packed.cpu()).sum())
-    assert torch.equal(ours.nested_code, theirs.nested_code.cpu())
-    assert is_same(tensor_fingerprint(ours), tensor_fingerprint(theirs))
+    plain = torch.randn(1024, 1000, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
+    for values in (plain, beside_midpoints(dtype)):
+        ours, theirs = quantize_weight(values), quantize_weight(values.cuda())
+        assert torch.equal(ours.packed, theirs.packed.cpu()), int((ours.packed != theirs.packed.cpu()).sum())
+        assert torch.equal(ours.nested_code, theirs.nested_code.cpu())
+        assert is_same(tensor_fingerprint(ours), tensor_fingerprint(theirs))
 
 
 @pytest.mark.gpu

@@ -320,7 +320,7 @@ def test_private_memory_is_the_4bit_model_and_little_more(tiny_llama: Path, tmp_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [{}, {"output_head": "4bit", "embeddings": "host"}])
 def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_path: Path) -> None:
-    """The 4-bit model, the tensor being quantised, the one read ahead, and what quantising takes."""
+    """The 4-bit model, the tensor being quantised, the one read ahead, and what quantising a part of it takes."""
     plain = make_checkpoint(tmp_path / "plain", LlamaShape(1024, 4096, 12, 16, 16, 8192))
     sizes = sorted(info.nbytes for info in checkpoint_tensors(plain).values())
     load(plain, device="cuda", **settings)  # what libraries keep from their first use
@@ -331,7 +331,7 @@ def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_pat
     base = load(plain, device="cuda", **settings)
     on_card = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak < on_card + sizes[-1] + sizes[-2] + 2**24 < sum(sizes)
+    assert peak < on_card + sizes[-1] + sizes[-2] + 14 * 2**21 < sum(sizes)
     assert base.fingerprint.difference(load(plain, device="cpu").fingerprint) is None
 
 
@@ -354,5 +354,6 @@ def test_loading_on_cuda_gives_back_what_the_tensors_came_through(tmp_path: Path
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     base = load(directory, device="cuda")
-    # Two of the allocator's segments may be used in part: one of small tensors, one of large ones.
-    assert torch.cuda.memory_reserved() - before <= base.bytes + 22 * 2**20
+    # Two of the allocator's segments may be used in part, one of small tensors and one of large ones, and of large ones
+    # a page of 20 MiB on either side of a hole: a page is given back only when nothing of it is used.
+    assert torch.cuda.memory_reserved() - before <= base.bytes + (2 + 2 * 20) * 2**20

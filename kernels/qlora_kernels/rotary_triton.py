@@ -40,7 +40,7 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    token, head = (place // heads).to(tl.int64), place % heads
+    token, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)  # heads may lie 2**31 elements apart
     column = tl.arange(0, HALF)[None, :]
     inside = (token < tokens)[:, None] & (column < half)
     x_at = x_ptr + row * x_row + (token * x_token + head * x_head)[:, None] + column

@@ -1,6 +1,7 @@
 """The kernels between the matrix products, interpreted: they err no more against fp64 than plain torch does."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +127,16 @@ def test_rotary_embedding_of_heads_that_lie_apart_or_of_none() -> None:
         assert torch.equal(rotary_triton.rotate(x, cos, sin, False), rotary_triton.rotate(x.clone(), cos, sin, False))
     slow = cos.mT.contiguous().mT
     assert torch.equal(rotary_triton.rotate(fused, slow, sin, True), rotary_triton.rotate(fused, cos, sin, True))
+
+
+def test_rotary_embedding_reaches_heads_above_2_to_the_31_elements(tmp_path: Path) -> None:
+    """The last of three heads begins there, each stride fits 32 bits; a sparse file stands for the memory between."""
+    stride, tokens, size = 2**30 + 64, 2, 16
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2 * (2 * stride + tokens * size))
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=2 * stride + tokens * size, dtype=torch.half)
+    far = memory.as_strided((1, 3, tokens, size), (0, stride, size, 1))
+    near = normal(1, 3, tokens, size, dtype=torch.half)
+    far.copy_(near)
+    cos, sin = (normal(1, tokens, size, seed=seed, dtype=torch.half) for seed in (1, 2))
+    assert torch.equal(rotary_triton.rotate(far, cos, sin, False), rotary_triton.rotate(near, cos, sin, False))
