@@ -1,9 +1,11 @@
 # make demo   fine-tune, resume, merge and verify a small real model, in minutes on two CPU cores
 # make test   run the tests
 # make test-gpu   run what needs a GPU, in one process; then see python -m benchmarks.gpu
+# PYTEST="--junitxml=FILE" passes arguments on to pytest; .ci/floor runs the tests of the lowest torch.
 # All make .venv on a fresh machine with Python 3.11 or later.
 
 PYTHON ?= python3
+PYTEST ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-gpu env check clean
@@ -12,7 +14,7 @@ demo: .venv/.demo
 	.venv/bin/qlora demo
 
 test: .venv/.dev .venv/.demo
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 $(PYTEST)
 
 test-gpu: .venv/.dev
 	.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device here: run qlora doctor")'
