@@ -6,6 +6,7 @@ Needs no GPU; some minutes of one core. The commit is only recorded, for who ask
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from qlora_trainer.caching_allocator import prefer_expandable_segments  # noqa: E402
 
 prefer_expandable_segments()
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as first_gpu.sh has it: a plan counts it
 
 import torch  # noqa: E402
 
