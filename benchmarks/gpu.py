@@ -10,19 +10,24 @@ the first step on; what an optimizer pages is not in it, for anyone.
 
 Always: each kernel on a layer's tensors of a 7B, beside what it replaces, in bytes a second of the card's own copying,
 and the projection over a 4-bit weight in FLOP/s of the card's own bf16 product. The kernels' bytes are counted
-(benchmarks.kernels), the time is the median of CUDA events.
+(benchmarks.kernels). The time is the card's alone, by CUDA events: the card sleeps until all calls are launched, since
+launching one from Python takes longer than a fast kernel; and calls take copies of their inputs in turn, as many as no
+cache holds, since a weight that was just read is read again from the cache.
 
 `--dry-run` needs no GPU: the same tables on fake tensors, memory as planned, times as computed for an RTX 4090. Nothing
 here has run on a GPU yet.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +45,10 @@ from benchmarks.kernels import Work
 from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
 
-REPEATS = 20
+ROUNDS, WARM_UP = 10, 3  # the first compile and warm up
+MOST_COPIES = 32  # the launches of a round must fit the queue of a card, about a thousand
+SLEEPS = [2_000_000 * 4**i for i in range(5)]  # clock cycles, a millisecond and more: the shortest that hides launching
+Calls = Sequence[Callable[[], Any]]
 ASSUMED = kernels.CARDS["RTX 4090"]  # of a dry run
 
 
@@ -68,31 +76,73 @@ class Line:
 
 
 def seconds_of(work: Work, device: str) -> float:
-    """The median time of a computation on random tensors, or of its backward."""
-    tensors = [_random(shape, dtype, device) for shape, dtype in work.inputs]
-    for tensor in tensors[: work.gradients]:
-        tensor.requires_grad_()
-    times = []
-    for _ in range(REPEATS + 3):  # the first compile and warm up
-        if work.gradients:
+    """The median time of a computation on random tensors, or of its backward, none of them in the card's cache."""
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in work.inputs)
+    copies = [
+        [_random(shape, dtype, device) for shape, dtype in work.inputs]
+        for _ in range(copies_beyond(card_cache(), size))
+    ]
+    for tensors in copies:
+        for tensor in tensors[: work.gradients]:
+            tensor.requires_grad_()
+
+    def forward(tensors: list[Tensor]) -> None:
+        with torch.no_grad():
+            work.function(*tensors)
+
+    def prepared() -> Calls:
+        if not work.gradients:
+            return [functools.partial(forward, tensors) for tensors in copies]
+        calls = []
+        for tensors in copies:
             outputs = [tensor for tensor in tree_leaves(work.function(*tensors)) if tensor.requires_grad]
             grads = [torch.ones_like(output) for output in outputs]
             for tensor in tensors:
                 tensor.grad = None
-            times.append(_timed(lambda outputs=outputs, grads=grads: torch.autograd.backward(outputs, grads)))  # type: ignore[misc]
-        else:
-            with torch.no_grad():
-                times.append(_timed(lambda: work.function(*tensors)))
-    return statistics.median(times[3:])
+            calls.append(functools.partial(torch.autograd.backward, outputs, grads))
+        return calls
+
+    return median_seconds(prepared)
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+def card_cache() -> int:
+    """Bytes of the card's largest cache."""
+    return torch.cuda.get_device_properties("cuda").L2_cache_size
+
+
+def copies_beyond(cache: int, size: int) -> int:
+    """Copies of inputs of `size` bytes, so many that between two uses of one the others fill the cache twice over."""
+    return min(1 + math.ceil(2 * cache / size), MOST_COPIES)
+
+
+def median_seconds(prepared: Callable[[], Calls]) -> float:
+    """The median over rounds of the card's time for a call; each round makes its calls anew, so backward can be one."""
+    for _ in range(WARM_UP):
+        for call in prepared():
+            call()
+    return statistics.median(_seconds_a_call(prepared) for _ in range(ROUNDS))
+
+
+def _seconds_a_call(prepared: Callable[[], Calls]) -> float:
+    """The card's time for a round's calls, divided by their number. It sleeps while the processor launches them."""
+    for cycles in SLEEPS:
+        calls = prepared()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        is_hidden = not begin.query()  # the card has not come to the first call yet
+        end.synchronize()
+        if is_hidden:
+            break
+    else:
+        warnings.warn(
+            "The card was not kept waiting while calls were launched: launching is in the time.", stacklevel=2
+        )
+    return begin.elapsed_time(end) / 1e3 / len(calls)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -1,0 +1,66 @@
+"""The runs of an 8B that are taken on the card: what plans.py plans and the steps of base_runs.py measure."""
+
+from dataclasses import dataclass
+from typing import Any
+
+RANK = 16
+HOST_BYTES = 64 * 2**30  # that a plan may offload to
+LEAN: dict[str, dict[str, Any]] = {
+    "model": {"embeddings": "host", "output_head": "4bit"},
+    "adapter": {"dtype": "bfloat16"},
+    "optimizer": {"name": "paged_adamw_8bit"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: rows of so many tokens, under the first of the policies that its plan says fits the card."""
+
+    name: str
+    card: int | None  # GB that torch may take less what the plan counts for CUDA itself, or None for all
+    tokens: int
+    policies: tuple[str, ...]
+    steps: int
+    is_lean: bool = False
+
+    @property
+    def policy(self) -> str:
+        """That which needs least: taken where there is no plan."""
+        return self.policies[-1]
+
+
+CASES = [
+    Case("2k-recompute", None, 2048, ("recompute",), 6),
+    Case("2k-8gb", 8, 2048, ("recompute", "offload", "tile"), 6),
+    Case("2k-keep", None, 2048, ("keep",), 6),
+    Case("16k-12gb", 12, 16384, ("recompute", "offload", "tile"), 3),
+    Case("16k-24gb", 24, 16384, ("recompute",), 3),
+    Case("64k-16gb", 16, 65536, ("offload", "tile"), 1),
+    Case("2k-12gb", 12, 2048, ("recompute",), 6),
+    Case("64k-24gb", 24, 65536, ("recompute", "offload", "tile"), 1),
+    Case("2k-6gb-lean", 6, 2048, ("tile",), 6, is_lean=True),
+    Case("16k-8gb-lean", 8, 16384, ("tile",), 3, is_lean=True),
+]
+
+
+def raw_config(
+    model: str, rows: str, output: str, tokens: int, training: dict[str, Any], steps: int, is_lean: bool
+) -> dict[str, dict[str, Any]]:
+    """Of a run of rows that are full, one a step. `training` names the policy, and whatever else of that section."""
+    raw: dict[str, dict[str, Any]] = {
+        "model": {"name": model, "compute_dtype": "bfloat16"},
+        "adapter": {"rank": RANK, "alpha": 2 * RANK},
+        "data": {"train": rows, "heldout": 0.0, "max_length": tokens, "format": "text"},
+        "training": {
+            "output_dir": output,
+            "batch_size": 1,
+            "max_steps": steps,
+            "evaluate_every": 10**6,
+            "save_every": 10**6,
+            **training,
+        },
+        "evaluation": {"samples": 0},
+    }
+    for section, fields in LEAN.items() if is_lean else ():
+        raw[section] = {**raw.get(section, {}), **fields}
+    return raw

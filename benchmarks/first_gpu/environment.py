@@ -1,0 +1,100 @@
+"""The first part: versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
+
+Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, in this order,
+and a line is printed where it works: bitsandbytes ends the process where CUDA refuses it, so first_gpu.sh looks for the
+lines and goes on without what has none.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.first_gpu.device import Device, has_concurrent_managed_access
+from benchmarks.first_gpu.kit import Kit, gib
+from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_trainer.caching_allocator import uses_expandable_segments
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "numpy", "datasets", "gguf")
+NO_CUDA = 4  # exit code
+
+
+def report_environment(kit: Kit, device: Device) -> int:
+    """Report this machine; 4 where it should have a card and torch sees none."""
+    versions = {name: _version(name) for name in PACKAGES}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "versions": versions,
+        "cores": os.cpu_count(),
+        "memory_disk_free": _free(Path("/dev/shm")),
+        "work_free": _free(kit.work),
+        "gcc": shutil.which("gcc"),
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
+        "varlen_attention": sorted(varlen_attention_arguments()),
+    }
+    told = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    if not device.is_cuda:
+        kit.result("env", **facts)
+        kit.verdict(f"env: no card, {told}")
+        return 0
+    if not torch.cuda.is_available():
+        kit.result("env", **facts)
+        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {told}")
+        return NO_CUDA
+    properties = torch.cuda.get_device_properties(0)
+    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {told}")
+    started = time.perf_counter()
+    ones = torch.ones(2**26, device="cuda")
+    assert float(ones.sum()) == 2**26
+    is_expandable = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+    facts |= {
+        "start_seconds": time.perf_counter() - started,
+        "card": properties.name,
+        "capability": [properties.major, properties.minor],
+        "total": properties.total_memory,
+        "cache": properties.L2_cache_size,
+        "context": device.used - torch.cuda.memory_reserved(),
+        "expandable": is_expandable,
+    }
+    kit.result("env", **facts)
+    if is_expandable or not uses_expandable_segments():
+        kit.verdict(
+            f"env: allocating works, expandable segments {'on' if is_expandable else 'off'};"
+            f" context {facts['context'] / 2**20:.0f} MiB before any kernel of ours,"
+            f" cache {properties.L2_cache_size / 2**20:.0f} MiB, {gib(facts['memory_disk_free'])} free in /dev/shm"
+        )
+    if kit.may_page:
+        _try_managed_memory(kit)
+    return 0
+
+
+def _try_managed_memory(kit: Kit) -> None:
+    import bitsandbytes.functional as F
+
+    elements = 2**20
+    buffer = F.get_paged(elements, dtype=torch.float32, device=torch.device("cuda", 0))
+    F.fill(buffer, 3)
+    torch.cuda.synchronize()
+    assert float(buffer.sum()) == 3 * elements
+    F.prefetch_tensor(buffer)
+    torch.cuda.synchronize()
+    is_concurrent = has_concurrent_managed_access()
+    kit.result("managed", is_concurrent=is_concurrent)
+    kit.verdict(f"env: managed memory works, 4 MiB tried, concurrent access {int(is_concurrent)}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _free(directory: Path) -> int:
+    return shutil.disk_usage(directory).free if directory.is_dir() else 0
