@@ -40,9 +40,7 @@ def llama_8b(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def config_of(
-    directory: Path, tokens: int = TOKENS, *, **training: Any
-) -> Any:
+def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
     return make_config(
         {
             "model": {"name": str(directory)},
