@@ -30,12 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer_memory import PeerPlan, plan_peer
+from benchmarks.peer_memory import PeerPlan, allowances, plan_peer
 from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config
 from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.model_source import max_positions
-from qlora_trainer.planning import CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES, PAGED, MemoryPlan, plan_memory
+from qlora_trainer.planning import CUBLAS, PAGED, MemoryPlan, plan_memory
 from qlora_trainer.settings import RunConfig
 
 MODELS = Path(__file__).parent / "models"
@@ -64,8 +64,8 @@ class Figure:
     who: str
     tokens: int
     rank: int
-    resident: int  # reserved by torch, and the paged state
-    allocated: int  # alive at the fullest moment, without the paged state
+    resident: int  # reserved by torch but for cuBLAS' workspaces, and the paged state
+    allocated: int  # alive at the fullest moment, without either
     paged: int
     total: int  # with the allowances
     host: int  # kept in host memory, beside the paged state
@@ -85,14 +85,14 @@ def our_config(directory: Path, rank: int, tokens: int, lean: bool) -> RunConfig
 
 
 def our_figure(model: str, rank: int, lean: bool, plan: MemoryPlan) -> Figure:
-    paged = plan.components[PAGED]
+    paged, cublas = plan.components[PAGED], plan.components[CUBLAS]
     return Figure(
         model=model,
         who=LEAN if lean else OURS,
         tokens=plan.max_length,
         rank=rank,
-        resident=plan.reserved + paged,
-        allocated=plan.allocated,
+        resident=plan.reserved - cublas + paged,
+        allocated=plan.allocated - cublas,
         paged=paged,
         total=plan.total,
         host=plan.host,
@@ -200,7 +200,7 @@ def print_peaks(figures: list[Figure]) -> None:
 
 
 def print_contexts(model: str, found: dict[str, dict[int, Figure | None]]) -> None:
-    allowance = (CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES) / 2**20
+    allowance = allowances() / 2**20
     print(f"Longest row of {model}, rank {CONTEXT_RANK}, tokens, {allowance:.0f} MiB allowed for context and cuBLAS:")
     print(f"  {'':<42}" + "".join(f"{f'{card} GB':>12}" for card in CARDS))
     for who, by_card in found.items():

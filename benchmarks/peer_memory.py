@@ -27,13 +27,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.memory_tracking import LiveBytes, once_more
-from qlora_trainer.planning import (
-    CUBLAS_WORKSPACE_BYTES,
-    CUDA_CONTEXT_BYTES,
-    PAGED,
-    PAGED_ELEMENTS,
-    WORKSPACES_ON_CUDA,
-)
+from qlora_trainer.planning import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
+from qlora_trainer.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
 FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantising (its backends/cuda/ops.py)
@@ -41,7 +36,7 @@ FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantisin
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """What the peer needs, in bytes; the same allowances as in MemoryPlan."""
+    """What the peer needs, in bytes; the same allowances as in MemoryPlan, but beside `allocated` and `reserved`."""
 
     tokens: int
     operation: str  # at which most is alive
@@ -56,7 +51,12 @@ class PeerPlan:
 
     @property
     def total(self) -> int:
-        return self.resident + CUDA_CONTEXT_BYTES + CUBLAS_WORKSPACE_BYTES
+        return self.resident + allowances()
+
+
+def allowances() -> int:
+    """For the CUDA context and cuBLAS, in bytes; ours are the same."""
+    return CUDA_CONTEXT_BYTES + cublas_bytes(card_here(), cublas_setting(deterministic=False))
 
 
 def plan_peer(
@@ -71,7 +71,7 @@ def plan_peer(
         prepared: with peft's prepare_model_for_kbit_training and autocast.
     """
     model = _model_without_weights(directory, rank, layers, prepared)
-    live = LiveBytes(workspaces=WORKSPACES_ON_CUDA | WORKSPACES)
+    live = LiveBytes(workspaces=workspaces_on_cuda(card_here()) | WORKSPACES)
     paged: list[int] = []
     with FakeRun():
         live.watch(_fill(model), "model")

@@ -111,9 +111,9 @@ def compare(directory: Path, setting: str, changes: Changes) -> Comparison:
     dtype = getattr(torch, config.model.compute_dtype)
     state, pack, fake = empty_run(directory, config, dtype, choose_policy(config.training, torch.device("cpu")))
     with fake:
-        planned, _ = track_steps(state, pack, on_cuda=False)
+        planned, _ = track_steps(state, pack)
     del state
-    tracked, _ = track_steps(*real_run(directory, config), on_cuda=False)
+    tracked, _ = track_steps(*real_run(directory, config))
     return Comparison(
         setting=setting,
         planned=planned.peak.bytes,

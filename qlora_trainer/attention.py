@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, masking_utils
 
-from qlora_kernels.varlen_attention import varlen_attention
+from qlora_kernels.varlen_attention import Card, attention_in_words, varlen_attention
 from qlora_trainer.errors import ModelError, QLoRATrainerError
 
 NAME = "qlora_packed"
@@ -113,6 +113,26 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
     expected = torch.cat(alone, dim=1).float()
     tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
     return bool((packed.float() - expected).norm() <= tolerance * expected.norm())
+
+
+def attention_taken(model: Any, card: Card | None, dtype: torch.dtype, packing: bool) -> str:
+    """Say how a model attends in training, on a card or for None on a CPU, and why not better."""
+    config = model.config.get_text_config()
+    sizes = head_sizes(config)
+    if not packing or sizes is None:
+        return "transformers' own, over padded rows"
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0
+    return attention_in_words(card, dtype, sizes[2], softcap=softcap, dropout=dropout)
+
+
+def head_sizes(config: Any) -> tuple[int, int, int] | None:
+    """(query heads, key heads, numbers of a head) as a model's config tells them; None where it does not."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 @contextmanager

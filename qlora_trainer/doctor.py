@@ -59,7 +59,7 @@ def examine(cache_dir: Path | None = None) -> list[Finding]:
     checks: list[Callable[[], Finding]] = [
         _compute_dtype,
         _bitsandbytes,
-        *(functools.partial(check, kind) for kind in kinds for check in (_kernels, _nf4)),
+        *(functools.partial(check, kind) for kind in kinds for check in (_kernels, _attention, _nf4)),
         _paged_optimizer,
         _triton,
         _tensorboard,
@@ -191,6 +191,23 @@ def _kernels(kind: str) -> Finding:
         if version not in ("fast", "reference: plain torch is the only version")
     ]
     return Finding(name, "note" if missing else "ok", detail, "; ".join(missing))
+
+
+def _attention(kind: str) -> Finding:
+    """How packed documents are attended to, in the dtype taken here and by heads of 128 numbers, as most are."""
+    name = f"Attention on {kind}"
+    try:
+        from qlora_kernels.varlen_attention import Card, attention_in_words
+        from qlora_trainer.model import choose_compute_dtype
+
+        device = torch.device(kind)
+        card, dtype = Card.of(device) if kind == "cuda" else None, choose_compute_dtype("auto", device)
+        has_better = card is not None and card.flash_refusal(dtype, 128) is not None
+        return Finding(name, "note" if has_better else "ok", attention_in_words(card, dtype, 128))
+    except ValueError as error:  # QLORA_KERNELS holds a word unknown
+        return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
+    except IMPORT_FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See the packages above.")
 
 
 def _nf4(kind: str) -> Finding:

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kernels.varlen_attention import Card, planned_for
 from qlora_trainer.attention import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -31,16 +32,20 @@ class FakeRun:
     """Within, tensors are made without memory, and a number read from one is 1.
 
     Training reads a loss, a norm, and whether it is finite; to a plan, all is well.
+
+    Args:
+        card: attention goes as on this card; None: as where the tensors are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card | None = None) -> None:
+        self.card = card
         self.mode = FakeTensorMode()
         self._remembering = _Remembering(self.mode)
         self._entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         stack = contextlib.ExitStack()
-        for context in (self.mode, self._remembering, masks_as_for_real_tensors()):
+        for context in (self.mode, self._remembering, masks_as_for_real_tensors(), planned_for(self.card)):
             stack.enter_context(context)
         self._entered.append(stack)
 

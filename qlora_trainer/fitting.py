@@ -153,6 +153,8 @@ def describe(
             "backward",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
+        *([("card", plan.card)] if plan.card else []),
+        ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
         ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
         (

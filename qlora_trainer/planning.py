@@ -5,13 +5,15 @@ dtypes it will have on the card, and goes through the functions that a run calls
 the longest micro-batch. Every storage is followed, so the plan is right for whatever the step does: there is no second
 model of memory to keep true. A plan is for a CUDA card, or, where the config says model.device=cpu, for host memory.
 
-Not seen by fake tensors, and so stated: the CUDA context, cuBLAS' workspace, and what flash attention's backward uses
-inside. Left out: loading the base, evaluation and generation, which need less than a step of training, and the choice
-of settings.
+What attention takes depends on the card. The one here is asked; where there is none, the plan is for one of sm_80 and
+the torch installed, as if that were built for CUDA, and says so.
+
+Not seen by fake tensors, and so stated: the CUDA context, cuBLAS' workspaces, and what operations use inside
+(workspaces.py). Left out: loading the base, evaluation and generation, which need less than a step of training, and the
+choice of settings.
 """
 
 import dataclasses
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,35 +22,34 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kernels import rms_norm, rotary
-from qlora_kernels.blockwise_attention import workspace_bytes
 from qlora_kernels.host_copy import pinned_bytes
-from qlora_kernels.varlen_attention import flash_backward_bytes
+from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.attention import attends_apart, refusals_as_model_error
+from qlora_trainer.attention import attends_apart, attention_taken, head_sizes, refusals_as_model_error
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.errors import ModelError
 from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.host_embeddings import host_tensors
-from qlora_trainer.memory_tracking import LiveBytes, Workspace, once_more
+from qlora_trainer.memory_tracking import LiveBytes, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
+from qlora_trainer.workspaces import cublas_bytes, cublas_setting, workspaces_on_cpu, workspaces_on_cuda
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB, by card and driver
-CUBLAS_WORKSPACE_BYTES = 32 * 2**20  # an allowance: torch's default on Hopper; older cards take 8 MiB
+ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
 PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
 
 BASE, HEAD, DENSE = "base in NF4", "embeddings and head", "norms, biases, other dense"
 ADAPTERS, GRADIENTS, STATE, PAGED = "adapters", "gradients", "optimizer state", "optimizer state, paged (resident)"
 WORKSPACE, ACTIVATIONS, INSIDE = "dequantisation workspace", "activations and loss", "inside one operation (by formula)"
 HOST = "host memory"
-SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspace (allowance)", "CUDA context (allowance)"
+SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspaces (allowance)", "CUDA context (allowance)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class MemoryPlan:
     host: int  # bytes of host memory for what is offloaded and for an embedding kept there, in no component
     base_parameters: int  # numbers of the base, ties once, and the adapters'
     adapter_parameters: int
+    card: str  # which is planned for, and whether it was assumed; empty for a CPU
+    attention: str  # how documents are attended to there
 
     @property
     def total(self) -> int:
@@ -102,45 +105,71 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
     Raises:
         ModelError: the base cannot be built or trained here.
     """
-    on_cuda = config.model.device != "cpu"
-    policy = choose_policy(config.training, torch.device("cuda" if on_cuda else "cpu"))
-    state, pack, fake = empty_run(directory, config, compute_dtype(config), policy, layers)
+    card = planned_card(config)
+    policy, dtype = choose_policy(config.training, torch.device("cuda" if card else "cpu")), compute_dtype(config, card)
+    state, pack, fake = empty_run(directory, config, dtype, policy, layers, card)
     with fake:
-        live, persistent = track_steps(state, pack, on_cuda, steps=1)
+        live, persistent = track_steps(state, pack, card, steps=1)
     base = sum(p.numel() for p in (*state.model.parameters(), *host_tensors(state.model)) if not p.requires_grad)
     base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
     base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
     kinds = dict(live.peak.by_kind)
     order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
-    components = {name: kinds.pop(name, 0) for name in (*order, *([] if on_cuda else [HOST]))}
+    components = {name: kinds.pop(name, 0) for name in (*order, *([] if card else [HOST]))}
     assert not kinds, f"memory of unknown kinds {kinds}"
     reserved = allocated = live.peak.bytes - components[PAGED]
-    if on_cuda:
+    cublas = 0
+    if card:
         steps = [*live.trace, *once_more(live.trace, live.began)]  # the second meets what the first has left in pieces
         reserved = CachingAllocator(uses_expandable_segments()).play(steps, without=persistent[PAGED]).reserved
-    allowances = (CUBLAS_WORKSPACE_BYTES, CUDA_CONTEXT_BYTES) if on_cuda else (0, 0)
-    components |= {SLACK: reserved - allocated, CUBLAS: allowances[0], CONTEXT: allowances[1]}
+        cublas = cublas_bytes(card, cublas_setting(config.training.deterministic))
+    components |= {SLACK: reserved - allocated, CUBLAS: cublas, CONTEXT: CUDA_CONTEXT_BYTES if card else 0}
     return MemoryPlan(
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
         policy=policy,
         components=components,
         operation=live.peak.operation,
-        allocated=allocated,
-        reserved=reserved,
+        allocated=allocated + cublas,
+        reserved=reserved + cublas,
         host=live.host_peak,
         base_parameters=base,
         adapter_parameters=adapters,
+        card=_card_in_words(card),
+        attention=attention_taken(state.model, card, dtype, state.loader.packing),
     )
 
 
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Of a card from Ampere on; older ones compute in float16, which takes the same memory."""
-    wanted = config.model.compute_dtype
-    if wanted == "auto":
-        return torch.float32 if config.model.device == "cpu" else torch.bfloat16
-    return getattr(torch, wanted)
+def planned_card(config: RunConfig) -> Card | None:
+    """The card that a plan is for: the one here, else an assumed one; None for a plan of host memory."""
+    if config.model.device == "cpu":
+        return None
+    return dataclasses.replace(card_here(), is_deterministic=config.training.deterministic)
+
+
+def card_here() -> Card:
+    """The CUDA card that a run would use, or the one that is assumed where there is none."""
+    return Card.of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ASSUMED_CARD
+
+
+def _card_in_words(card: Card | None) -> str:
+    if card is None:
+        return ""
+    major, minor = card.capability
+    said = f"compute capability {major}.{minor}, {card.processors} multiprocessors"
+    if torch.cuda.is_available():
+        return said
+    return f"assumed, as there is none here: {said}, torch {torch.__version__.split('+')[0]} built for CUDA"
+
+
+def compute_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
+    """As `choose_compute_dtype` takes it on the card, or for None on a CPU."""
+    if config.model.compute_dtype != "auto":
+        return getattr(torch, config.model.compute_dtype)
+    if card is None:
+        return torch.float32
+    return torch.bfloat16 if card.capability >= (8, 0) else torch.float16
 
 
 def longest_row(directory: Path, config: RunConfig) -> int:
@@ -149,17 +178,27 @@ def longest_row(directory: Path, config: RunConfig) -> int:
 
 
 def empty_run(
-    directory: Path, config: RunConfig, dtype: torch.dtype, policy: Policy, layers: int | None = None
+    directory: Path,
+    config: RunConfig,
+    dtype: torch.dtype,
+    policy: Policy,
+    layers: int | None = None,
+    card: Card | None = None,
 ) -> tuple[TrainState, Pack, FakeRun]:
-    """A run before its first step and its longest micro-batch, by the functions that a run calls, on fake tensors."""
-    fake = FakeRun()
+    """A run before its first step and its longest micro-batch, by the functions that a run calls, on fake tensors.
+
+    Args:
+        card: within the FakeRun, attention goes as on this card; None: as on a CPU.
+    """
+    fake = FakeRun(card)
     model = build_skeleton(directory, layers, dtype)
     with fake:
         fill_skeleton(model, config.model, dtype)
         add_adapters(model, config.adapter, config.training.seed)
         state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype, policy)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
-    pack = longest_pack(directory, config, config.data.packing and state.forward.can_pack)
+    packing = state.loader.packing
+    pack = longest_pack(directory, config, packing, documents=_most_costly_documents(state, directory, config, card))
     return state, _as_fake(pack, fake.mode), fake
 
 
@@ -175,12 +214,22 @@ def keeps_apart(directory: Path) -> bool | None:
         return None  # a run says why
 
 
-def longest_pack(directory: Path, config: RunConfig, packing: bool) -> Pack:
-    """The largest micro-batch: rows of full length, every token learned."""
+def longest_pack(directory: Path, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
+    """The largest micro-batch: rows of full length, every token learned.
+
+    Args:
+        documents: where rows are packed and a step has so many, the last row leaves a token to each of the others.
+            By default to one, as attention takes more for two documents than for one, and no more for three.
+    """
     length = longest_row(directory, config)
     limit = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
-    rest = limit % length if packing else 0  # padded rows all take as much as the longest
-    lengths = [length] * (limit // length) + [rest] * (rest > 0)
+    lengths = [length] * (limit // length)
+    if packing:  # padded rows all take as much as the longest
+        lengths += [limit % length] * (limit % length > 0)
+        others = max(min(documents, config.training.batch_size) - len(lengths), 0)
+        others = min(others, lengths[-1] - 1)
+        lengths[-1] -= others
+        lengths += [1] * others
     (pack,) = make_packs([Example([1] * n, [1] * n) for n in lengths], limit, packing)
     return dataclasses.replace(pack, labels=pack.input_ids.clone(), label_tokens=pack.tokens)
 
@@ -191,24 +240,48 @@ def _as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
     return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
 
 
-def track_steps(state: TrainState, pack: Pack, on_cuda: bool, steps: int = 2) -> tuple[LiveBytes, dict[str, list[int]]]:
+def _most_costly_documents(state: TrainState, directory: Path, config: RunConfig, card: Card | None) -> int:
+    """In how many documents the longest pack takes most memory, of those it can have: at most a step's rows.
+
+    Flash attention's backward pads each, and where it is deterministic has fewer sums the more there are.
+    """
+    if card is None or (sizes := head_sizes(state.model.config)) is None:
+        return 2
+    query_heads, key_heads, head_dim = sizes
+    dtype, length = state.model.dtype, longest_row(directory, config)
+    if card.flash_refusal(dtype, head_dim) is not None:
+        return 2
+    tokens = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
+
+    def inside(documents: int) -> int:
+        processors = card.processors_summed_over(dtype)
+        return flash_backward_bytes(tokens, query_heads, key_heads, head_dim, dtype.itemsize, documents, processors)
+
+    return max(-(-tokens // length), config.training.batch_size, key=inside)
+
+
+def track_steps(
+    state: TrainState, pack: Pack, card: Card | None = None, steps: int = 2
+) -> tuple[LiveBytes, dict[str, list[int]]]:
     """Take optimizer steps and count the last, real or fake: (what was seen, persistent blocks by kind).
 
     Every step takes the same memory, as optimizer state exists before the first.
 
     Args:
-        on_cuda: count as a card would: large optimizer state pages, attention's backward needs room inside, and host
-            memory is apart.
+        card: count as this card would: large optimizer state pages, attention's backward needs room inside, and host
+            memory is apart. None: as a CPU.
     """
     live = LiveBytes(
         kinds={torch.ops.qlora_kernels.copy_to_host.default: HOST},
-        workspaces=WORKSPACES_ON_CUDA if on_cuda else WORKSPACES_ON_CPU,
+        workspaces=workspaces_on_cuda(card) if card else workspaces_on_cpu(),
         other=ACTIVATIONS,
         inside=INSIDE,
-        host=HOST if on_cuda else "",  # to a CPU's step, host memory is memory as any other
+        host=HOST if card else "",  # to a CPU's step, host memory is memory as any other
         host_rounding=pinned_bytes,
     )
-    persistent = {kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, on_cuda).items()}
+    persistent = {
+        kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, card is not None).items()
+    }
     live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
     state.model.train()
     with live:
@@ -243,64 +316,3 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
         PAGED: [moment for moment, is_paged in moments if is_paged],
         DENSE: [*model.parameters(), *model.buffers()],  # what was not named above
     }
-
-
-def fused_backward_bytes(arguments: tuple[Any, ...]) -> int:
-    """What attention's backward uses inside on CUDA."""
-    return flash_backward_bytes(arguments[1], arguments[2])
-
-
-def adamw_32bit_bytes(arguments: tuple[Any, ...]) -> int:
-    """bitsandbytes' update on a CPU, written in torch, has three fp32 tensors of its own at once; on CUDA none."""
-    parameter = arguments[2]
-    return (3 + (parameter.dtype != torch.float32)) * 4 * parameter.numel()
-
-
-def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
-    """Likewise; both moments in fp32 come to them."""
-    return adamw_32bit_bytes(arguments) + 2 * 4 * arguments[2].numel()
-
-
-def blockwise_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -> int:
-    """What attention by blocks of queries uses inside its forward."""
-    query, key, _, _, _, *settings = arguments
-    if on_cuda and _is_fused_on_cuda(query, *settings):
-        return 0
-    return workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
-
-
-def blockwise_backward_bytes(arguments: tuple[Any, ...], on_cuda: bool = True) -> int:
-    """Likewise inside its backward."""
-    _, query, key, _, _, _, *settings = arguments
-    if on_cuda and _is_fused_on_cuda(query, *settings):
-        return fused_backward_bytes(arguments)
-    return workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
-
-
-def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
-    """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
-    return rms_norm.workspace_bytes(arguments[1 if backward else 0], backward=backward)
-
-
-def _is_fused_on_cuda(query: Tensor, window: int | None, softcap: float | None, dropout: float) -> bool:
-    """Flash attention on a card takes a window or dropout; a plan's tensors, which are on the CPU, go by blocks."""
-    is_windowed = window is not None and query.shape[2] > window
-    return softcap is None and not (dropout and is_windowed)
-
-
-WORKSPACES_ON_CUDA: dict[torch._ops.OpOverload, Workspace] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused_backward_bytes,
-    torch.ops.qlora_kernels.blockwise_attention.default: blockwise_bytes,
-    torch.ops.qlora_kernels.blockwise_attention_backward.default: blockwise_backward_bytes,
-}
-WORKSPACES_ON_CPU: dict[torch._ops.OpOverload, Workspace] = {
-    torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
-    torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
-        blockwise_backward_bytes, on_cuda=False
-    ),
-    torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
-    torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
-    torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
-    torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
-    torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
-}

@@ -44,6 +44,7 @@ _FREE_KEYS = {
     "model.name",
     "model.revision",
     "training.activations",
+    "training.deterministic",
     "training.kept_layers",
     "training.offload_every",
     "training.evaluate_every",
@@ -54,6 +55,7 @@ _FREE_KEYS = {
 _TOLD = {
     "data.packing": "a step's rows are summed in another order, so last bits may differ",
     "model.device": "its last bits may differ from an uninterrupted run's",
+    "training.deterministic": "on CUDA sums are made in another order, so last bits may differ from here on",
     "training.micro_batch_tokens": "a step's rows are summed in another order, so last bits may differ",
 }
 

@@ -19,6 +19,7 @@ from qlora_trainer.adapters.peft_format import read_adapter, setting_differences
 from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.config import save_config
 from qlora_trainer.data.rendering import Renderer
+from qlora_trainer.determinism import set_up_cublas
 from qlora_trainer.directories import new_directory, refuse_existing
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.experts import named_as_experts
@@ -134,6 +135,8 @@ def _assemble(
     config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress, planned: RunConfig | None = None
 ) -> Run:
     """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
+    if config.training.deterministic:
+        set_up_cublas(config.model.device)
     prepared = prepare_data(config, tokenizer, path, progress)
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
@@ -150,10 +153,10 @@ def _assemble(
             f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
             "them. Use the merged model there, or leave these layers out: adapter.targets=attention."
         )
-    if base.device.type == "cuda":
+    if base.device.type == "cuda" and not config.training.deterministic:
         notices.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
-            "the uninterrupted one closely, not bit for bit."
+            "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
         )
     return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
 

@@ -280,8 +280,9 @@ class TrainingConfig(Section):
     offload_every: int = Field(
         1, ge=1, description="Offload the input of every so many layers; those between are computed from it again."
     )
-    seed: int = Field(
-        0, ge=0, le=2**63 - 1, description="Seed of adapter initialisation, dropout, and the order of rows."
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
+    deterministic: bool = Field(
+        False, description="On CUDA sum in a fixed order too, so that runs repeat bit for bit; takes time and memory."
     )
     evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
     save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")

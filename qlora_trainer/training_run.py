@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 import torch
 
+from qlora_kernels.registry import kernels_in_words
+from qlora_kernels.varlen_attention import Card
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
+from qlora_trainer.attention import attention_taken
 from qlora_trainer.checkpoint import save_checkpoint
 from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
+from qlora_trainer.determinism import deterministic_algorithms
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fitting import gib
@@ -51,7 +55,16 @@ class Run:
     program_bytes: int | None = None  # of host memory, before the base was loaded
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
-        """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
+        """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written.
+
+        Raises:
+            TrainingError: the gradient is not finite, or training.deterministic cannot be had.
+            InsufficientMemoryError: a row does not fit by itself.
+        """
+        with deterministic_algorithms(self.config.training.deterministic):
+            return self._train(on_step, stop_after)
+
+    def _train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
         if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
             probe(self.state, self.prepared.train.lengths)
@@ -116,6 +129,7 @@ class Run:
         trainable = sum(parameter.numel() for group in self.state.groups for parameter in group.parameters.values())
         data, optimizer, settings = self.prepared.report, self.state.optimizer, self.config.adapter
         name = Path(self.config.model.name).name if Path(self.config.model.name).exists() else self.config.model.name
+        card = Card.of(self.base.device) if self.base.device.type == "cuda" else None
         pages = (
             f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
             if self.base.device.type == "cuda"
@@ -128,6 +142,8 @@ class Run:
                 "adapters",
                 f"rank {settings.rank} on {len(self.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
             ),
+            ("attention", attention_taken(self.base.model, card, self.base.compute_dtype, self.state.loader.packing)),
+            ("kernels", kernels_in_words(self.base.device.type)),
             ("backward", f"{self.state.policy}; little is kept by {self.state.lean}"),
             ("optimizer", f"{self.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
             (

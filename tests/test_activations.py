@@ -12,7 +12,7 @@ from qlora_kernels.host_copy import HostCopy
 from qlora_trainer import lean_modules
 from qlora_trainer.activations import LEVELS, KeptInput, Policy, apply_policy, decoder_layers
 from qlora_trainer.errors import ModelError
-from qlora_trainer.planning import HOST, longest_pack, track_steps
+from qlora_trainer.planning import ASSUMED_CARD, HOST, longest_pack, track_steps
 from qlora_trainer.runs import start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.training import TrainState, train_step
@@ -106,7 +106,7 @@ def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Pa
     peaks = []
     for level in LEVELS:
         apply_policy(state.model, Policy(level))
-        peaks.append(track_steps(state, pack, on_cuda=True)[0].peak.bytes)
+        peaks.append(track_steps(state, pack, ASSUMED_CARD)[0].peak.bytes)
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == len(LEVELS)
 
@@ -118,7 +118,7 @@ def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: C
     layer_input = 512 * 64 * 4
     for every, inputs in ((1, 5), (2, 3), (3, 2), (5, 1)):
         apply_policy(state.model, Policy("offload", offload_every=every))
-        live, _ = track_steps(state, pack, on_cuda=True)
+        live, _ = track_steps(state, pack, ASSUMED_CARD)
         assert live.host_peak == inputs * layer_input
         assert HOST not in live.peak.by_kind
 

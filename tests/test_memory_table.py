@@ -13,7 +13,8 @@ from benchmarks.memory_table import MODELS, PRECISION, Figure, longest
 from benchmarks.peer_memory import WORKSPACES, plan_peer
 from qlora_trainer.fitting import GRAIN
 from qlora_trainer.memory_tracking import LiveBytes
-from qlora_trainer.planning import WORKSPACES_ON_CUDA
+from qlora_trainer.planning import card_here
+from qlora_trainer.workspaces import workspaces_on_cuda
 
 TOKENS, RANK = 128, 64
 
@@ -52,7 +53,7 @@ def real_peak(directory: Path) -> int:
     optimizer = bitsandbytes.optim.PagedAdamW32bit(trained)
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     statistics = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
-    live = LiveBytes(workspaces=WORKSPACES_ON_CUDA | WORKSPACES)
+    live = LiveBytes(workspaces=workspaces_on_cuda(card_here()) | WORKSPACES)
     live.watch([*model.parameters(), *model.buffers(), *statistics], "model")
     input_ids = torch.ones((1, TOKENS), dtype=torch.int64)
     live.watch([input_ids], "model")

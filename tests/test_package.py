@@ -47,9 +47,10 @@ ROWS = [
         "sizes",
     },
     {"bitsandbytes_format", "experts"},
-    {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io"},
+    {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io", "workspaces"},
     {
         "checkpoint_names",
+        "determinism",
         "direct_reading",
         "forward",
         "inspection",

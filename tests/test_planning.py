@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cards import a_card_is_here
 from transformers import FalconConfig
 
-from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer import estimating, fitting, forward, planning, runs, training
 from qlora_trainer.activations import Policy, choose_policy, offloaded_bytes
 from qlora_trainer.config import load_config, make_config
@@ -85,11 +85,11 @@ def test_fake_and_real_steps_take_the_same_bytes(
     policy = choose_policy(config.training, torch.device("cpu"))
     state, pack, fake = empty_run(directory, config, torch.float32, policy)
     with fake:
-        planned, _ = track_steps(state, pack, on_cuda=False)
+        planned, _ = track_steps(state, pack)
 
     real = start_run(config).state
     real_pack = longest_pack(directory, config, real.loader.packing)
-    measured, _ = track_steps(real, real_pack, on_cuda=False)
+    measured, _ = track_steps(real, real_pack)
     assert planned.peak == measured.peak
     assert [event.bytes for event in planned.trace] == [event.bytes for event in measured.trace]
     # The second step is the first once more, and so a plan takes but one.
@@ -140,23 +140,15 @@ def test_a_change_of_the_step_changes_the_plan(
 
 
 def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
-    """Flash attention takes it there, in the memory it takes without; a plan's own tensors are on the CPU.
-
-    They lack the number a query that flash attention keeps for its backward.
-    """
+    """Flash attention takes it there, in the memory it takes without."""
     windowed = tiny_models("mistral")
     config = json.loads((windowed / "config.json").read_text())
     assert config["sliding_window"] == 6
     (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     settings = tiny_config(training={"activations": "keep"})
     plain, planned = (plan_memory(directory, settings) for directory in (tmp_path, windowed))
-    kept = config["num_hidden_layers"] * config["num_attention_heads"] * plain.micro_batch_tokens * 4
-    assert 0 <= plain.allocated - planned.allocated <= kept
-    q, k = torch.empty(1, 8, 500, 64, dtype=torch.bfloat16), torch.empty(1, 4, 500, 64, dtype=torch.bfloat16)
-    inside = planning.WORKSPACES_ON_CUDA[torch.ops.qlora_kernels.blockwise_attention_backward.default]
-    in_flash = flash_backward_bytes(q, k)
-    assert inside((q, q, k, k, None, 0.1, 64, None, 0.0)) == in_flash
-    assert inside((q, q, k, k, None, 0.1, 64, 30.0, 0.0)) != in_flash, "no fused attention takes a soft cap"
+    assert planned.allocated == plain.allocated
+    assert planned.attention == plain.attention == "flash attention over packed documents"
 
 
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
@@ -330,7 +322,7 @@ def test_a_letter_names_every_setting_that_must_change(tiny_config: Config, tiny
         check_fits(tiny_llama, keeping, Budget(needed.total - 1, 2**40))
 
 
-@pytest.mark.parametrize(("limit", "rows"), [("auto", [128]), (300, [128, 128, 44]), (10_000, [128, 128, 128])])
+@pytest.mark.parametrize(("limit", "rows"), [("auto", [127, 1]), (300, [128, 128, 44]), (10_000, [128, 128, 128])])
 def test_the_largest_micro_batch_fills_its_limit(
     tiny_config: Config, tiny_llama: Path, limit: int | str, rows: list[int]
 ) -> None:
@@ -338,7 +330,8 @@ def test_the_largest_micro_batch_fills_its_limit(
     pack = longest_pack(tiny_llama, config, packing=True)
     assert pack.cu_seqlens is not None
     assert pack.cu_seqlens.diff().tolist() == rows
-    assert longest_pack(tiny_llama, config, packing=False).tokens == sum(row for row in rows if row == 128)
+    whole = max(sum(row for row in rows if row == 128), 128)
+    assert longest_pack(tiny_llama, config, packing=False).tokens == whole
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -375,7 +368,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     plan = plan_memory(tiny_llama, config)
     run = start_run(config)
     pack = longest_pack(tiny_llama, config, packing=True)
-    live, _ = track_steps(run.state, pack, on_cuda=False)
+    live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
     assert fitting.describe(plan, Budget(2**40, 0))[-3][0] == f"with {fitting.gib(2**40)} of memory"
@@ -415,11 +408,14 @@ def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monke
     assert f"planned {fitting.gib(run.plan.total + run.program_bytes)}" in page
 
 
-def test_the_report_sets_the_peak_beside_the_plan(tiny_config: Config, tiny_llama: Path) -> None:
+def test_the_report_sets_the_peak_beside_the_plan(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
     assert run.train(lambda record: None)
     run.plan = plan_memory(tiny_llama, run.config)
     run.base.device = torch.device("cuda")
+    a_card_is_here(monkeypatch, (8, 6))
     page = run.write_report().read_text()
     assert "planned memory" in page
     assert f"planned {fitting.gib(run.plan.allocated)}" in page

@@ -8,9 +8,13 @@ blocks of queries (blockwise_attention.py), so a long document costs no square i
 that is not causal, and key/value caches (generation goes through transformers' own attention).
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,98 @@ from qlora_kernels.torch_features import varlen_attention_arguments
 
 MOST_BACKWARD_BYTES = 2**28
 """Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What decides how attention goes on a CUDA card and what it takes there; a plan has one without the card."""
+
+    capability: tuple[int, int]  # compute capability: major, minor
+    processors: int  # streaming multiprocessors
+    has_cuda: bool = True  # torch is built for CUDA, not for ROCm
+    is_deterministic: bool = False  # torch is asked for deterministic algorithms, by an error where there are none
+
+    @classmethod
+    def of(cls, device: torch.device) -> Self:
+        """The card that a device is, under torch's present settings."""
+        return cls(
+            torch.cuda.get_device_capability(device),
+            torch.cuda.get_device_properties(device).multi_processor_count,
+            torch.version.cuda is not None,
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    def flash_refusal(self, dtype: torch.dtype, head_dim: int) -> str | None:
+        """`flash_refusal` on this card, with the torch and the choice of kernels here."""
+        offered, choice = varlen_attention_arguments(), kernel_choice()
+        return flash_refusal(self.capability, dtype, head_dim, offered, choice, has_cuda=self.has_cuda)
+
+    def processors_summed_over(self, dtype: torch.dtype) -> int:
+        """Multiprocessors that flash attention's backward gives sums of their own, to add them up in order; or 0."""
+        return self.processors if self.is_deterministic and self.capability >= (8, 0) and dtype in HALVES else 0
+
+
+def flash_refusal(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    offered: frozenset[str],  # arguments of torch's variable-length attention
+    choice: str,  # of kernels, as QLORA_KERNELS says it
+    *,
+    has_cuda: bool = True,
+) -> str | None:
+    """Say why packed documents do not go through flash attention, and what would change that; None: they do.
+
+    Its limits on card, dtype and head size hold for its backward too.
+    """
+    if choice == "reference":
+        return "QLORA_KERNELS=reference asks for plain torch; unset it"
+    if not has_cuda:
+        return "this torch is not built for CUDA"
+    if not offered >= {"scale", "window_size"}:
+        return "this torch's variable-length attention takes no scale and no window; install a newer torch"
+    if capability < (8, 0):
+        major, minor = capability
+        return f"it needs a card of compute capability 8.0 (Ampere) or higher, and this one has {major}.{minor}"
+    if dtype not in HALVES:
+        return f"it computes in 16 bits, and this is {str(dtype).removeprefix('torch.')}; take bfloat16"
+    if head_dim % 8 or (head_dim > 192 and head_dim != 256):
+        return f"it takes heads of 256 numbers or a multiple of 8 up to 192, and these have {head_dim}"
+    return None
+
+
+def attention_in_words(
+    card: Card | None,  # None: a CPU
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> str:
+    """Say how packed documents are attended to, and why not by flash attention."""
+    if softcap is not None:
+        return "by blocks of queries: no fused attention has this model's soft cap"
+    if card is None:
+        return "one document after another, with a window by blocks of queries"
+    refusal = "it has no dropout" if dropout else card.flash_refusal(dtype, head_dim)
+    if refusal is None:
+        return "flash attention over packed documents"
+    return f"one document after another, with a window by blocks of queries; no flash attention over packs: {refusal}"
+
+
+_PLANNED_FOR: ContextVar[Card | None] = ContextVar("planned_for", default=None)
+
+
+@contextmanager
+def planned_for(card: Card | None) -> Iterator[None]:
+    """Within, attention treats tensors that are on no card as it would on `card`: a plan's, which hold no values."""
+    token = _PLANNED_FOR.set(card)
+    try:
+        yield
+    finally:
+        _PLANNED_FOR.reset(token)
 
 
 def varlen_attention(
@@ -45,7 +141,12 @@ def varlen_attention(
     lengths = [stop - start for start, stop in pairwise(bounds)]
     covers = bounds[0] == 0 and bounds[-1] == query.shape[2] and min(lengths) > 0
     assert covers, "cu_seqlens must rise from 0 to the number of tokens"
-    if (count := key_heads_at_a_time(query, key)) < key.shape[1]:
+    card = Card.of(query.device) if query.is_cuda else _PLANNED_FOR.get()
+    is_plain = softcap is None and dropout == 0.0
+    takes_flash = card is not None and is_plain and card.flash_refusal(query.dtype, query.shape[3]) is None
+    processors = card.processors_summed_over(query.dtype) if card else 0
+    count = key_heads_at_a_time(query, key, len(lengths) if takes_flash else 1, processors)
+    if count < key.shape[1]:
         query_heads = count * query.shape[1] // key.shape[1]
         groups = zip(query.split(query_heads, 1), key.split(count, 1), value.split(count, 1), strict=True)
         outputs = [
@@ -53,33 +154,59 @@ def varlen_attention(
             for group in groups
         ]
         return torch.cat(outputs, dim=2)
-    if softcap is None and dropout == 0.0 and _flash_varlen_fits(query):
+    if takes_flash:
         return _flash_varlen(query, key, value, tuple(bounds), max(lengths), scale, window)
 
     # split, not slices: its backward is one concatenation, where each slice's would fill a zero tensor of all tokens.
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    documents = [_attend(q, k, v, scale, window, softcap, dropout) for q, k, v in parts]
+    documents = [_attend(q, k, v, scale, window, softcap, dropout, is_on_card=card is not None) for q, k, v in parts]
     return documents[0] if len(documents) == 1 else torch.cat(documents, dim=1)
 
 
-def key_heads_at_a_time(query: Tensor, key: Tensor) -> int:
-    """How many key heads, with the query heads they serve, attention takes at once: all, but of a long context."""
-    share = MOST_BACKWARD_BYTES / flash_backward_bytes(query, key)
-    return max(int(share * key.shape[1]), 1) if share < 1 else key.shape[1]
+def key_heads_at_a_time(
+    query: Tensor,  # (1, Hq, T, D)
+    key: Tensor,  # (1, Hkv, T, D)
+    documents: int = 1,
+    processors: int = 0,
+) -> int:
+    """How many key heads, with the query heads they serve, attention takes at once.
 
-
-def flash_backward_bytes(query: Tensor, key: Tensor) -> int:  # (B, Hq, T, D), (B, Hkv, T, D)
-    """What CUDA's variable-length flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
-
-    The gradient of the queries in fp32 and one number a query, over tokens padded by 128; for grouped queries also
-    the keys' and values' gradients of every query head.
+    The most whose backward keeps to MOST_BACKWARD_BYTES inside. Where not even one does, one; or, where sums are kept
+    apart for `processors` and fewer heads have more such sums each, the number that takes least.
     """
-    batch, heads, tokens, head_dim = query.shape
+    _, heads, tokens, head_dim = query.shape
+    key_heads, size = key.shape[1], query.element_size()
+
+    def inside(count: int) -> int:
+        group = count * heads // key_heads
+        return flash_backward_bytes(tokens, group, count, head_dim, size, documents, processors)
+
+    counts = range(key_heads, 0, -1)
+    fitting = next((count for count in counts if inside(count) <= MOST_BACKWARD_BYTES), None)
+    return fitting or min(counts, key=inside)
+
+
+def flash_backward_bytes(
+    tokens: int,  # of all documents
+    query_heads: int,
+    key_heads: int,
+    head_dim: int,
+    element_size: int,  # bytes
+    documents: int = 1,
+    processors: int = 0,  # those with sums of their own, as Card.processors_summed_over gives them
+) -> int:
+    """What CUDA's flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
+
+    The gradient of the queries in fp32 and one number a query, over tokens padded by 128 a document; in a
+    deterministic backward that gradient as often as there are processors for each head of each document; for grouped
+    queries also the keys' and values' gradients of every query head.
+    """
     rounding = 32 if head_dim <= 128 else 64
-    padded, rounded_dim = batch * (tokens + 128), -(-head_dim // rounding) * rounding
-    inside = 4 * heads * padded * (rounded_dim + 1)
-    if key.shape[1] != heads:
-        inside += 2 * batch * key.shape[2] * heads * head_dim * query.element_size()
+    rounded_dim = -(-head_dim // rounding) * rounding
+    sums = max(-(-processors // (documents * query_heads)), 1)
+    inside = 4 * query_heads * (tokens + 128 * documents) * (rounded_dim * sums + 1)
+    if key_heads != query_heads:
+        inside += 2 * tokens * query_heads * head_dim * element_size
     return inside
 
 
@@ -91,33 +218,25 @@ def _attend(
     window: int | None,
     softcap: float | None,
     dropout: float,
+    *,
+    is_on_card: bool,  # these tensors, or those they stand for
 ) -> Tensor:  # (1, L, Hq, D)
     """Causal attention in one document: torch's fused one where that makes no scores over all pairs of tokens."""
     _, heads, length, _ = query.shape
     is_windowed = window is not None and length > window
-    if is_windowed or softcap is not None or (dropout and not query.is_cuda):
+    if is_windowed or softcap is not None or (dropout and not is_on_card):
         return blockwise_attention(query, key, value, scale=scale, window=window, softcap=softcap, dropout=dropout)
     group = heads // key.shape[1]
-    if query.is_cuda and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
+    if is_on_card and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
+    if is_on_card and not query.is_cuda:  # what torch takes there; it would choose by where these tensors are
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        for_backward = any(tensor.requires_grad for tensor in (query, key, value))
+        output, *_ = attend(query, key, value, None, for_backward, dropout, True, scale=scale)
+        return output.transpose(1, 2)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=group > 1
     ).transpose(1, 2)
-
-
-def _flash_varlen_fits(query: Tensor) -> bool:
-    """Whether torch's flash attention takes this: its limits on device, dtype and head size, backward included."""
-    head_dim = query.shape[3]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and (head_dim <= 192 or head_dim == 256)
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and varlen_attention_arguments() >= {"scale", "window_size"}
-        and kernel_choice() != "reference"
-    )
 
 
 def _flash_varlen(
@@ -131,8 +250,12 @@ def _flash_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_seqlens = _bounds_on_device(bounds, query.device)
-    grouping = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in varlen_attention_arguments() else {}
+    # A plan's tensors belong to that plan, and are kept for no other.
+    to_device = _bounds_on_device if query.is_cuda else _bounds_on_device.__wrapped__
+    cu_seqlens = to_device(bounds, query.device)
+    grouping: dict[str, Any] = (
+        {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in varlen_attention_arguments() else {}
+    )
     output = varlen_attn(
         query.squeeze(0).transpose(0, 1),  # (T, Hq, D)
         key.squeeze(0).transpose(0, 1),
