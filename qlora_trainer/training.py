@@ -6,7 +6,6 @@ and its state_dict; a run stopped and resumed does the same arithmetic as one th
 """
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
 from qlora_trainer.lean_modules import LeanReport, make_lean
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
+from qlora_trainer.process_memory import peak_resident_bytes
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.signals import stop_requests
 
@@ -323,4 +323,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak of torch's allocator on CUDA; on a CPU the process's peak resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
