@@ -53,6 +53,7 @@ class TrainState:
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
     notices: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
+    ran_out_of_memory: bool = False  # in this process, where torch's allocator may be broken since
 
     @property
     def device(self) -> torch.device:

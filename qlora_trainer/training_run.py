@@ -14,11 +14,13 @@ import torch
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
-from qlora_trainer.checkpoint import save_checkpoint
+from qlora_trainer.caching_allocator import SETTINGS
+from qlora_trainer.checkpoint import newest_checkpoint, save_checkpoint
 from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import replaced_directory
+from qlora_trainer.errors import DiskError, InsufficientMemoryError, first_line, is_broken_allocator
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fitting import gib
 from qlora_trainer.initial_adapter import target_names
@@ -52,6 +54,21 @@ class Run:
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
+        try:
+            finished = self._take_steps(on_step, stop_after)
+        except RuntimeError as error:
+            if not (self.state.ran_out_of_memory and is_broken_allocator(error)):
+                raise
+            raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
+        if finished:
+            with replaced_directory(self.directory / "adapter") as work:
+                self.write_adapter(work)
+                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
+                write_base_record(work, belongs_to)
+        return finished
+
+    def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
+        """Train and keep the metrics; returns whether the end was reached."""
         if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
             probe(self.state, self.prepared.train.lengths)
@@ -64,7 +81,7 @@ class Run:
             on_step(metrics)
 
         try:
-            finished = train(
+            return train(
                 self.state,
                 self.prepared.heldout,
                 take_step=take_step,
@@ -74,12 +91,20 @@ class Run:
             )
         finally:
             log.close()
-        if finished:
-            with replaced_directory(self.directory / "adapter") as work:
-                self.write_adapter(work)
-                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
-                write_base_record(work, belongs_to)
-        return finished
+
+    def _go_on_in_a_new_process(self, reason: str) -> str:
+        """Save what can be saved after the allocator broke, which takes no device memory, and say how to go on."""
+        try:
+            if self.state.optimizer.steps == {self.state.updates}:  # not amid an update
+                self.save()
+        except (RuntimeError, DiskError) as error:
+            reason = f"{reason} Saving step {self.state.step} failed too: {first_line(error)}"
+        saved = newest_checkpoint(self.directory).step
+        return (
+            f"Memory ran out on {self.base.device}, and after that torch's allocator failed for good, as it can with "
+            f"expandable segments ({reason}). A new process without them goes on after step {saved}: "
+            f"{SETTINGS[0]}=expandable_segments:False qlora resume {self.directory}"
+        )
 
     def save(self, directory: Path | None = None) -> Path:
         """Write a checkpoint of the present state, into the run directory unless another is given."""
