@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
@@ -33,6 +32,7 @@ from qlora_trainer.host_embeddings import (
     refuse_tied_embedding,
 )
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
+from qlora_trainer.machine import host_memory
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error
 from qlora_trainer.progress import Progress, silent
@@ -63,10 +63,16 @@ class Base:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device to train on; ModelError where CUDA is asked for and absent."""
+    """The device to train on; ModelError where CUDA is asked for and absent.
+
+    A CUDA device has its index: without one it would mean the current card of each thread, and threads that read or
+    hash begin with the first.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -251,7 +257,7 @@ def give_back_memory() -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
 
 
 def _check_prequantized(config: Any, directory: Path) -> None:

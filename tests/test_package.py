@@ -23,6 +23,7 @@ ROWS = [
         "errors",
         "hashing",
         "logit_comparison",
+        "paged_trial",
         "probing",
         "process_memory",
         "progress",
@@ -32,7 +33,7 @@ ROWS = [
         "settings",
         "signals",
     },
-    {"gguf_tensors"},
+    {"gguf_tensors", "managed_memory"},
     {
         "attention",
         "checkpoint",
@@ -75,7 +76,7 @@ ROWS = [
     {"cli"},
 ]
 OWNERS = {
-    "bitsandbytes": {"quantization", "optim"},
+    "bitsandbytes": {"quantization", "optim", "paged_trial"},
     "transformers": {
         "attention",
         "checkpoint_names",
@@ -196,6 +197,14 @@ def test_kernels_know_nothing_of_models() -> None:
 def test_each_dependency_has_its_owners(package: str) -> None:
     users = {room for room, imports in rooms().items() if any(m.split(".")[0] == package for m in imports)}
     assert users <= OWNERS[package]
+
+
+def test_no_module_that_only_unix_has_is_needed_to_import_ours() -> None:
+    """At the top of a file, outside a `try`."""
+    for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = imported_modules("\n".join(map(ast.unparse, at_once)))
+        assert not {"fcntl", "grp", "pwd", "resource", "termios"} & modules, path
 
 
 def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:

@@ -20,9 +20,12 @@ from torch import Tensor
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.config import dump_config, make_config
+from qlora_trainer.data.messages import Message
+from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
+from qlora_trainer.progress import silent
 from qlora_trainer.quantization import bitsandbytes
 from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
 from qlora_trainer.runs import resume_run, start_run
@@ -443,6 +446,27 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert resumed.write_report().is_file()
 
 
+def test_prompts_longer_than_trainings_rows_are_asked_by_their_end(
+    tiny_config: Config, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation that loses its last turns in training is asked for the last one all the same."""
+    long = {"messages": [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]}
+    rows.write_text("".join(json.dumps(long) + "\n" for _ in range(4)))
+    run = start_run(tiny_config(data={"heldout": 0, "max_length": 64}, training={"batch_size": 2, "max_steps": 1}))
+    asked: list[Tensor] = []
+    run.base.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: asked.append(given[0]))
+    run.answer_samples("before")
+    assert max(ids.shape[1] for ids in asked) == 64
+    (notice,) = (notice for notice in run.notices if "sample prompts" in notice)
+    assert notice.startswith("2 of the 2 sample prompts are longer than training's rows; only their last 64 tokens")
+    messages = [Message(**message) for message in long["messages"][:-1]]
+    whole = Renderer(run.tokenizer).render_prompt(messages)
+    assert asked[0][0, -40:].tolist() == whole[-40:]
+    assert all(sample["before"] is not None for sample in read_samples(run.directory))
+    run.answer_samples("after")
+    assert sum("sample prompts" in notice for notice in run.notices) == 1
+
+
 def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_before_the_base_is_loaded(
     tiny_config: Config, own_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,6 +498,32 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
     first, second = (run.base.fingerprint for run in runs_of)
     assert first.difference(second) is None
     assert dataclasses.replace(first, dense={}).difference(second) is not None
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_a_card_that_refuses_to_page_is_told_with_what_it_said(
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    bitsandbytes_of_the_child: Callable[..., Path],
+    name: str,
+    works: bool,
+) -> None:
+    end = "print('Error operation not supported at line 5', flush=True); ctypes.CDLL(None).exit(1)"
+    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    notices = runs._unpaged_notices(tiny_config(optimizer={"name": name}), silent)
+    if works or name == "adamw":
+        assert notices == []
+        return
+    (notice,) = notices
+    assert "not paged" in notice
+    assert "Error operation not supported at line 5" in notice
+    assert "a lower adapter.rank" in notice
+    assert ("optimizer.name=paged_adamw_8bit" in notice) == (name == "paged_adamw_32bit")
+    on_the_host = tiny_config("cpu", model={"device": "cpu"}, optimizer={"name": name})
+    assert runs._unpaged_notices(on_the_host, silent) == []
 
 
 def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:
