@@ -23,6 +23,7 @@ ROWS = [
         "errors",
         "hashing",
         "logit_comparison",
+        "paged_trial",
         "probing",
         "process_memory",
         "progress",
@@ -32,7 +33,7 @@ ROWS = [
         "settings",
         "signals",
     },
-    {"gguf_tensors"},
+    {"gguf_tensors", "managed_memory"},
     {
         "attention",
         "checkpoint",
@@ -74,7 +75,7 @@ ROWS = [
     {"cli"},
 ]
 OWNERS = {
-    "bitsandbytes": {"quantization", "optim"},
+    "bitsandbytes": {"quantization", "optim", "paged_trial"},
     "transformers": {
         "attention",
         "checkpoint_names",
