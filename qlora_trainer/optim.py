@@ -5,7 +5,8 @@ accepts state of other widths, and brings paged state back as ordinary GPU tenso
 with the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself.
 And those buffers are made when the optimizer is built, so that memory runs out before training rather than in it,
 and the bytes really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one
-optimizer and keep it.
+optimizer and keep it. Where the card cannot page (managed_memory.py), its optimizer that does not takes the place of
+the one that does: the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
 
 Left out: the loop, and what happens after a non-finite norm (training.py).
 """
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from qlora_trainer.adapters.flat import FlatGroup
 from qlora_trainer.errors import CheckpointError
+from qlora_trainer.managed_memory import paging_refusal
 from qlora_trainer.quantization import bitsandbytes
 from qlora_trainer.settings import OptimizerConfig
 
+PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
 STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
 
 
@@ -117,7 +120,7 @@ class Optimizer:
     def _wait_for_device(self) -> None:
         """Host and device share paged memory; on some systems the host may touch it only while the device is idle."""
         if self.groups[0].data.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.groups[0].data.device)
 
     def _tensors(self) -> dict[str, Tensor]:
         """The live state. bitsandbytes' code books (qmap1, qmap2) are constants, not state."""
@@ -148,10 +151,11 @@ class Optimizer:
 
     def _check(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
         ours = self._description()
+        rule, our_rule = (_update_rule(one.get("class")) for one in (description, ours))
         problems = [
             f"{key} is {description.get(key)} in the checkpoint and {ours[key]} here"
             for key in ("class", "bits", "betas", "epsilon")
-            if description.get(key) != ours[key]
+            if (rule != our_rule if key == "class" else description.get(key) != ours[key])
         ]
         problems += _layout_problems(description.get("groups"), ours["groups"])
         expected = self._tensors()
@@ -172,14 +176,19 @@ class Optimizer:
 
 
 def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Optimizer:
-    """The optimizer that `config.name` names, one parameter group a flat group. Its state exists at once."""
+    """The optimizer that `config.name` names, one parameter group a flat group. Its state exists at once.
+
+    A paged one where the card refuses to page is the same without paging.
+    """
     params = [{"params": [group.data], "weight_decay": group.weight_decay} for group in groups]
     common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
     if config.name == "adamw":
         return Optimizer(torch.optim.AdamW(params, fused=True, **common), groups, bits=32)  # type: ignore[arg-type]
-    if config.name == "paged_adamw_8bit":
-        return Optimizer(bitsandbytes.optim.PagedAdamW8bit(params, **common), groups, bits=8)
-    return Optimizer(bitsandbytes.optim.PagedAdamW32bit(params, **common), groups, bits=32)
+    parameter = groups[0].data
+    bits = 8 if config.name == "paged_adamw_8bit" else 32
+    prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else PAGED
+    kind = getattr(bitsandbytes.optim, f"{prefix}AdamW{bits}bit")
+    return Optimizer(kind(params, **common), groups, bits)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -250,6 +259,11 @@ class GradScale:
             )
         self.value = float(state["value"])
         self.good_steps = int(state["good_steps"])
+
+
+def _update_rule(name: Any) -> Any:
+    """An optimizer's class, paged or not."""
+    return name.removeprefix(PAGED) if isinstance(name, str) else name
 
 
 def _layout_problems(saved: Any, ours: list[dict[str, Any]]) -> list[str]:

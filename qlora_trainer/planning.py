@@ -32,6 +32,7 @@ from qlora_trainer.data.packing import Example, Pack, make_packs
 from qlora_trainer.errors import ModelError
 from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.host_embeddings import host_tensors
+from qlora_trainer.managed_memory import paging_refusal_here
 from qlora_trainer.memory_tracking import LiveBytes, Workspace, once_more
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
@@ -223,11 +224,9 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     model = state.model
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    pages = on_cuda and state.optimizer.is_paged and not paging_refusal_here()
     moments = [
-        (
-            value,
-            on_cuda and state.optimizer.is_paged and key in ("state1", "state2") and value.numel() >= PAGED_ELEMENTS,
-        )
+        (value, pages and key in ("state1", "state2") and value.numel() >= PAGED_ELEMENTS)
         for values in state.optimizer.optimizer.state.values()
         for key, value in values.items()
         if isinstance(value, Tensor)

@@ -26,6 +26,8 @@ from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.fitting import check_fits_here, plan_as_lowered
 from qlora_trainer.gguf_import import import_notices
 from qlora_trainer.initial_adapter import check_base, check_settings
+from qlora_trainer.managed_memory import paging_refusal
+from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import load_tokenizer, resolve_model
 from qlora_trainer.prequantize import load_base
 from qlora_trainer.process_memory import private_bytes, return_freed_memory
@@ -135,6 +137,7 @@ def _assemble(
 ) -> Run:
     """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
     prepared = prepare_data(config, tokenizer, path, progress)
+    unpaged = _unpaged_notices(config, progress)  # before the plan, which counts state where it will lie
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base(path, config.model, user_cache(), progress)
@@ -144,7 +147,7 @@ def _assemble(
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
-    notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
+    notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices, *unpaged]
     if names := named_as_experts(base.model, adapted):
         notices.append(
             f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
@@ -156,6 +159,23 @@ def _assemble(
             "the uninterrupted one closely, not bit for bit."
         )
     return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
+
+
+def _unpaged_notices(config: RunConfig, progress: Progress) -> list[str]:
+    """One notice where the optimizer of the config should page its state and the card refuses to."""
+    device = choose_device(config.model.device)
+    if device.type != "cuda" or config.optimizer.name == "adamw":
+        return []
+    progress("trying paged memory", 0, None)
+    refusal = paging_refusal(device)
+    if not refusal:
+        return []
+    narrower = " or optimizer.name=paged_adamw_8bit" if config.optimizer.name != "paged_adamw_8bit" else ""
+    return [
+        f"The optimizer's state is not paged and stays on the card: {refusal}. It trains the same, but the "
+        "state cannot move to the host where the card is full. If memory runs out, start a run with a lower "
+        f"adapter.rank{narrower}."
+    ]
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:

@@ -12,6 +12,7 @@ from tiny_models import make_model_directory
 
 from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config
+from qlora_trainer.managed_memory import paging_refusal
 from qlora_trainer.settings import RunConfig
 
 WORDS = [
@@ -35,6 +36,15 @@ WORDS = [
     "vinegar",
 ]
 
+_FILLED = "buffer[:] = value"
+_TORCH = """
+from numpy import empty, float32, zeros
+class device:
+    def __init__(self, kind, index): pass
+class cuda:
+    set_device = synchronize = print
+"""
+
 prefer_expandable_segments()  # as the command line does; torch reads it when CUDA is first used
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other are slower than none
 
@@ -50,7 +60,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache."""
+    """No test reads or writes the user's cache, or is answered as another was."""
+    paging_refusal.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -116,3 +127,32 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
         return make_config(raw)
 
     return config
+
+
+@pytest.fixture
+def bitsandbytes_of_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a package `bitsandbytes` of these two functions before the child's own; what it was asked goes to a file.
+
+    And for speed a `torch` of the few names that a child needs, unless it shall be the real one.
+    """
+    package = tmp_path / "child" / "bitsandbytes"
+
+    def write(get_paged: str, fill: str = _FILLED, real_torch: bool = False) -> Path:
+        package.mkdir(parents=True)
+        if not real_torch:
+            (package.parent / "torch.py").write_text(_TORCH)
+        asked = package / "asked"
+        (package / "__init__.py").write_text("import torch\ntorch.cuda.synchronize = torch.cuda.set_device = print\n")
+        (package / "functional.py").write_text(
+            "import ctypes, os, signal, sys, time, torch\n"
+            "def get_paged(*shape, dtype, device):\n"
+            f"    open({str(asked)!r}, 'a').write(str(device) + '\\n')\n"
+            f"    {get_paged}\n"
+            "def fill(buffer, value):\n"
+            f"    {fill}\n"
+        )
+        path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+        monkeypatch.setenv("PYTHONPATH", path)
+        return asked
+
+    return write

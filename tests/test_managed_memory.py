@@ -1,6 +1,5 @@
 """Whether state can be paged is tried in a process of its own, which may end as it likes."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -15,49 +14,6 @@ from qlora_trainer import managed_memory
 from qlora_trainer.managed_memory import paging_refusal, paging_refusal_here
 
 CARD = torch.device("cuda", 1)
-FILLED = "buffer[:] = value"
-TORCH = """
-from numpy import empty, float32, zeros
-class device:
-    def __init__(self, kind, index): pass
-class cuda:
-    set_device = synchronize = print
-"""
-
-
-@pytest.fixture(autouse=True)
-def _own_answers() -> None:
-    """What one test was answered is not remembered for the next."""
-    paging_refusal.cache_clear()
-
-
-@pytest.fixture
-def bitsandbytes_of_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts a package `bitsandbytes` of these two functions before the child's own; what it was asked goes to a file.
-
-    And for speed a `torch` of the few names that a child needs, unless it shall be the real one.
-    """
-    package = tmp_path / "child" / "bitsandbytes"
-
-    def write(get_paged: str, fill: str = FILLED, real_torch: bool = False) -> Path:
-        package.mkdir(parents=True)
-        if not real_torch:
-            (package.parent / "torch.py").write_text(TORCH)
-        asked = package / "asked"
-        (package / "__init__.py").write_text("import torch\ntorch.cuda.synchronize = torch.cuda.set_device = print\n")
-        (package / "functional.py").write_text(
-            "import ctypes, os, signal, sys, time, torch\n"
-            "def get_paged(*shape, dtype, device):\n"
-            f"    open({str(asked)!r}, 'a').write(str(device) + '\\n')\n"
-            f"    {get_paged}\n"
-            "def fill(buffer, value):\n"
-            f"    {fill}\n"
-        )
-        path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
-        monkeypatch.setenv("PYTHONPATH", path)
-        return asked
-
-    return write
 
 
 def test_managed_memory_that_works_is_not_refused_and_tried_once(

@@ -3,6 +3,8 @@
 import json
 import math
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -202,27 +204,46 @@ class CudaLooking(nn.Parameter):
     device = torch.device("cuda", 0)
 
 
-def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes' own code runs; only its C calls for managed memory are stood in for."""
-    paged: list[Tensor] = []
+class CudaLookingGroups:
+    """A group of 100,000 elements, which bitsandbytes pages; only what is asked of CUDA is stood in for."""
 
-    def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffer = torch.empty(shape, dtype=dtype)
-        buffer.is_paged, buffer.page_deviceid = True, device.index  # type: ignore[attr-defined]
-        paged.append(buffer)
-        return buffer
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paged: list[Tensor] = []
+        self.on_the_card: list[Tensor] = []
+        zeros_like = torch.zeros_like
 
-    monkeypatch.setattr(F, "get_paged", get_paged)
-    monkeypatch.setattr(F, "fill", lambda buffer, value: buffer.fill_(value))
-    monkeypatch.setattr(F.GlobalPageManager.get_instance(), "paged_tensors", [])
+        def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+            buffer = torch.empty(shape, dtype=dtype)
+            buffer.is_paged, buffer.page_deviceid = True, device.index  # type: ignore[attr-defined]
+            self.paged.append(buffer)
+            return buffer
 
-    def groups(kind: type[nn.Parameter]) -> list[FlatGroup]:
+        def zeros_on_the_card(like: Tensor, **options: Any) -> Tensor:
+            zeros = zeros_like(like, **{**options, "device": "cpu"})
+            if options.get("device") == CudaLooking.device:
+                self.on_the_card.append(zeros)
+            return zeros
+
+        monkeypatch.setattr(F, "get_paged", get_paged)
+        monkeypatch.setattr(F, "fill", lambda buffer, value: buffer.fill_(value))
+        monkeypatch.setattr(F.GlobalPageManager.get_instance(), "paged_tensors", [])
+        monkeypatch.setattr(torch, "zeros_like", zeros_on_the_card)
+
+    def __call__(self, kind: type[nn.Parameter]) -> list[FlatGroup]:
         weight = nn.Parameter(torch.ones(100_000))
         group = flatten_parameters([("lora_A", weight)], name="decay", weight_decay=0.0)
         data = kind(group.data.detach())
         data.grad = group.grad
         return [FlatGroup(group.name, data, 0.0, group.parameters, group.slices)]
 
+
+def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(
+    monkeypatch: pytest.MonkeyPatch, bitsandbytes_of_the_child: Callable[..., Path]
+) -> None:
+    """bitsandbytes' own code runs; only its C calls for managed memory are stood in for."""
+    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
+    groups = CudaLookingGroups(monkeypatch)
+    paged = groups.paged
     source = build_optimizer(config(), groups(nn.Parameter))
     take_steps(source, 0, 2)
     tensors, state = source.state_dict()
@@ -240,6 +261,49 @@ def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(monkeypatch:
     assert torch.equal(paged[1], tensors["decay.state2"])
     copies, _ = target.state_dict()
     assert not any(getattr(copy, "is_paged", False) for copy in copies.values())
+
+
+def test_a_card_that_refuses_to_page_trains_on_with_state_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, bitsandbytes_of_the_child: Callable[..., Path]
+) -> None:
+    """The child ends as bitsandbytes ends a process; a checkpoint of paged state goes on there."""
+    bitsandbytes_of_the_child("ctypes.CDLL(None).exit(1)")
+    groups = CudaLookingGroups(monkeypatch)
+    source = build_optimizer(config(), groups(nn.Parameter))
+    take_steps(source, 0, 2)
+    tensors, state = source.state_dict()
+    assert state["class"] == "PagedAdamW32bit"
+
+    target = build_optimizer(config(), groups(CudaLooking))
+    target.load_state_dict(tensors, state)
+    assert not target.is_paged
+    assert not groups.paged
+    live = target.optimizer.state[target.groups[0].data]
+    assert [live["state1"].data_ptr(), live["state2"].data_ptr()] == [t.data_ptr() for t in groups.on_the_card]
+    assert (target.state_bytes, target.paged_bytes) == (2 * 4 * 100_000, 0)
+    assert torch.equal(live["state2"], tensors["decay.state2"])
+    assert live["step"] == 2
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("names", [("PagedAdamW", "AdamW"), ("AdamW", "PagedAdamW")], ids=["to none", "to paging"])
+def test_a_checkpoint_goes_on_with_or_without_paging_to_the_same_bits(names: tuple[str, str], bits: int) -> None:
+    def built(name: str, named: dict[str, nn.Parameter]) -> Optimizer:
+        groups, settings = groups_of(named), config()
+        params = [{"params": [group.data], "weight_decay": group.weight_decay} for group in groups]
+        kind = getattr(bitsandbytes.optim, f"{name}{bits}bit")
+        return Optimizer(kind(params, betas=(settings.beta1, settings.beta2), eps=settings.epsilon), groups, bits)
+
+    whole, first = parameters(), parameters()
+    take_steps(built(names[0], whole), 0, 6)
+    interrupted = built(names[0], first)
+    take_steps(interrupted, 0, 3)
+    second = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in first.items()}
+    resumed = built(names[1], second)
+    resumed.load_state_dict(*through_a_file(*interrupted.state_dict()))
+    take_steps(resumed, 3, 6)
+    for key, parameter in whole.items():
+        assert torch.equal(second[key], parameter)
 
 
 @pytest.mark.gpu

@@ -358,6 +358,28 @@ def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -
         check_fits(tiny_llama, offloading, Budget(2**40, 0))
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
+    tiny_config: Config,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bitsandbytes_of_the_child: Callable[..., Path],
+    works: bool,
+) -> None:
+    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
+    config = tiny_config(adapter={"rank": 64})
+    state, *_ = planning.empty_run(tiny_llama, config, torch.bfloat16, Policy("keep"))
+    size = state.groups[0].data.numel()
+    assert size > planning.PAGED_ELEMENTS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kinds = planning.persistent_tensors(state, on_cuda=True)
+    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (planning.STATE, planning.PAGED)}
+    moments = 2 * 4 * size
+    expected = {planning.STATE: 0, planning.PAGED: moments} if works else {planning.STATE: moments, planning.PAGED: 0}
+    assert bytes_of == expected
+
+
 def test_a_cuda_run_is_refused_before_its_weights_are_read(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

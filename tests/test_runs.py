@@ -23,6 +23,7 @@ from qlora_trainer.config import dump_config, make_config
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
+from qlora_trainer.progress import silent
 from qlora_trainer.quantization import bitsandbytes
 from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
 from qlora_trainer.runs import resume_run, start_run
@@ -474,6 +475,32 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
     first, second = (run.base.fingerprint for run in runs_of)
     assert first.difference(second) is None
     assert dataclasses.replace(first, dense={}).difference(second) is not None
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+def test_a_card_that_refuses_to_page_is_told_with_what_it_said(
+    tiny_config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    bitsandbytes_of_the_child: Callable[..., Path],
+    name: str,
+    works: bool,
+) -> None:
+    end = "print('Error operation not supported at line 5', flush=True); ctypes.CDLL(None).exit(1)"
+    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    notices = runs._unpaged_notices(tiny_config(optimizer={"name": name}), silent)
+    if works or name == "adamw":
+        assert notices == []
+        return
+    (notice,) = notices
+    assert "not paged" in notice
+    assert "Error operation not supported at line 5" in notice
+    assert "a lower adapter.rank" in notice
+    assert ("optimizer.name=paged_adamw_8bit" in notice) == (name == "paged_adamw_32bit")
+    on_the_host = tiny_config("cpu", model={"device": "cpu"}, optimizer={"name": name})
+    assert runs._unpaged_notices(on_the_host, silent) == []
 
 
 def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:
