@@ -103,15 +103,22 @@ def define(
 
 
 def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
-    """What `define` takes for cuda: a function of a module of this package that needs Triton, imported at first use."""
+    """What `define` takes for cuda: a function of a module of this package that needs Triton, imported at first use.
+
+    It is unavailable where Triton cannot compile and launch, which is tried once a process.
+    """
 
     def load() -> Callable[..., Any]:
         try:
-            return getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
+            version = getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
+            why = importlib.import_module(f"{NAMESPACE}.probe_triton").why_unavailable()
         except ImportError as error:
             missing = error.name == "triton"
             told = "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
             raise UnavailableError(told) from error
+        if why:
+            raise UnavailableError(why)
+        return version
 
     return load
 
