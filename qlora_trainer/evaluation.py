@@ -28,13 +28,6 @@ class Question:
     expected: str
     stop_token_ids: tuple[int, ...]
 
-    def ending(self, longest: int, bos_id: int | None) -> "Question":
-        """The question with no more than the last `longest` tokens of its prompt; a beginning-of-text token stays."""
-        if len(self.prompt_ids) <= longest:
-            return self
-        first = self.prompt_ids[:1] if self.prompt_ids[0] == bos_id and longest > 1 else []
-        return dataclasses.replace(self, prompt_ids=first + self.prompt_ids[len(first) - longest :])
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

@@ -137,25 +137,20 @@ class Run:
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
         """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report.
 
-        Prompts longer than training's rows are cut, and where memory runs out there are no answers: either is a notice.
+        A prompt begins a row as it is trained, and so is no longer than these. Where memory runs out all the same, as a
+        cache for generation may be more than a step takes, there are no answers but a notice.
         """
         examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
         renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
         asked = questions(renderer, examples, self.config.evaluation.samples)
         if not asked:
             return
-        longest, bos_id = self.prepared.report.max_length, self.tokenizer.bos_token_id
-        if count := sum(len(question.prompt_ids) > longest for question in asked):
-            self._note(
-                f"{count} of the {len(asked)} sample prompts are longer than training's rows; only their last "
-                f"{longest:,} tokens are asked."
-            )
         reason, is_broken = "", False
         try:
             answers = answer_questions(
                 self.base.model,
                 self.tokenizer,
-                [question.ending(longest, bos_id) for question in asked],
+                asked,
                 max_new_tokens=self.config.evaluation.max_new_tokens,
                 progress=progress,
             )
@@ -168,18 +163,13 @@ class Run:
             self.state.ran_out_of_memory = True
             if not is_broken:
                 give_back_memory()
-            self._note(
+            self.notices.append(
                 f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
                 "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."
             )
             return
         kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}
         write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
-
-    def _note(self, notice: str) -> None:
-        """Say it once."""
-        if notice not in self.notices:
-            self.notices.append(notice)
 
     def summary(self) -> list[tuple[str, str]]:
         """What a person wants to know before the run begins: (name, value)."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache, or is answered as another was."""
-    paging_refusal.cache_clear()
+    """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -130,7 +129,17 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
 
 
 @pytest.fixture
-def bitsandbytes_of_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def nothing_tried() -> Iterator[None]:
+    """Whether the card pages is tried anew, and what a test was answered is forgotten."""
+    paging_refusal.cache_clear()
+    yield
+    paging_refusal.cache_clear()
+
+
+@pytest.fixture
+def bitsandbytes_of_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_tried: None
+) -> Callable[..., Path]:
     """Puts a package `bitsandbytes` of these two functions before the child's own; what it was asked goes to a file.
 
     And for speed a `torch` of the few names that a child needs, unless it shall be the real one.

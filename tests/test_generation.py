@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from qlora_trainer import generation
-from qlora_trainer.evaluation import Answer, Question, exact_match, perplexity
+from qlora_trainer.evaluation import Answer, exact_match, perplexity
 from qlora_trainer.generation import generate_answers, stream_answer
 from qlora_trainer.model import load_base_model
 from qlora_trainer.model_source import load_tokenizer
@@ -90,14 +90,6 @@ def test_a_prompt_makes_logits_of_its_last_token_alone(model: Any, tokenizer: An
     finally:
         hook.remove()
     assert set(lengths) == {1}
-
-
-def test_a_long_question_keeps_its_end_and_the_token_that_begins_a_text() -> None:
-    question = Question("q", [1, 5, 6, 7, 8], "a", (2,))
-    assert question.ending(5, 1) is question
-    assert question.ending(3, 1).prompt_ids == [1, 7, 8]
-    assert question.ending(3, None).prompt_ids == question.ending(3, 9).prompt_ids == [6, 7, 8]
-    assert question.ending(1, 1).prompt_ids == [8]
 
 
 def test_streaming_gives_the_same_answer(model: Any, tokenizer: Any) -> None:

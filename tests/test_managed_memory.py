@@ -13,6 +13,7 @@ import torch
 from qlora_trainer import managed_memory
 from qlora_trainer.managed_memory import paging_refusal, paging_refusal_here
 
+pytestmark = pytest.mark.usefixtures("nothing_tried")
 CARD = torch.device("cuda", 1)
 
 

@@ -207,6 +207,13 @@ def test_no_module_that_only_unix_has_is_needed_to_import_ours() -> None:
         assert not {"fcntl", "grp", "pwd", "resource", "termios"} & modules, path
 
 
+def test_bitsandbytes_is_not_asked_to_move_paged_memory_to_the_host() -> None:
+    """It would ask CUDA about device -1, and end the process."""
+    for path in (ROOT / "qlora_trainer").rglob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not {"prefetch_tensor", "prefetch_all"} & names, path
+
+
 def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:
     for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

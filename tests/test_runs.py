@@ -20,8 +20,6 @@ from torch import Tensor
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.config import dump_config, make_config
-from qlora_trainer.data.messages import Message
-from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
@@ -446,25 +444,23 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert resumed.write_report().is_file()
 
 
-def test_prompts_longer_than_trainings_rows_are_asked_by_their_end(
-    tiny_config: Config, rows: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
+    tiny_config: Config, rows: Path, packing: bool
 ) -> None:
-    """A conversation that loses its last turns in training is asked for the last one all the same."""
-    long = {"messages": [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]}
-    rows.write_text("".join(json.dumps(long) + "\n" for _ in range(4)))
-    run = start_run(tiny_config(data={"heldout": 0, "max_length": 64}, training={"batch_size": 2, "max_steps": 1}))
-    asked: list[Tensor] = []
-    run.base.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: asked.append(given[0]))
-    run.answer_samples("before")
-    assert max(ids.shape[1] for ids in asked) == 64
-    (notice,) = (notice for notice in run.notices if "sample prompts" in notice)
-    assert notice.startswith("2 of the 2 sample prompts are longer than training's rows; only their last 64 tokens")
-    messages = [Message(**message) for message in long["messages"][:-1]]
-    whole = Renderer(run.tokenizer).render_prompt(messages)
-    assert asked[0][0, -40:].tolist() == whole[-40:]
-    assert all(sample["before"] is not None for sample in read_samples(run.directory))
-    run.answer_samples("after")
-    assert sum("sample prompts" in notice for notice in run.notices) == 1
+    """Also of rows that are cut: by whole turns, or at the end of a completion."""
+    messages = [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]
+    long = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
+    for row in long:
+        rows.write_text(4 * (json.dumps(row) + "\n"))
+        data = {"heldout": 0, "max_length": 64, "packing": packing}
+        run = start_run(tiny_config("-".join(row), data=data, training={"batch_size": 2, "max_steps": 1}))
+        asked: list[int] = []
+        run.base.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, x, seen=asked: seen.append(x[0].shape[1])
+        )
+        run.answer_samples("before")
+        assert 1 < max(asked) <= 64
 
 
 def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_before_the_base_is_loaded(
