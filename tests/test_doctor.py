@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import a_card_is_here
 
 from qlora_kernels import registry
 from qlora_trainer import doctor
@@ -51,6 +52,21 @@ def test_every_operation_is_told_with_its_version_and_why() -> None:
     for name in registry.implementations("cpu"):
         assert name in finding.detail
     assert "reference: plain torch is the only version: " in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("capability", "status", "words"),
+    [((8, 6), "ok", "flash attention over packed documents"), ((7, 5), "note", "or higher, and this one has 7.5")],
+)
+def test_which_attention_a_card_takes_is_told_and_why_no_better_one(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], status: str, words: str
+) -> None:
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    a_card_is_here(monkeypatch, capability)
+    finding = doctor._attention("cuda")
+    assert finding.status == status
+    assert words in finding.detail
+    assert doctor._attention("cpu").status == "ok"
 
 
 def test_a_missing_compiler_is_a_note_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

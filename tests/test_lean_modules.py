@@ -1,10 +1,12 @@
 """Every layer of every listed family keeps little for backward; what only looks like one that can stays as it is."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cards import a_card_is_here
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -69,6 +71,24 @@ def test_what_has_no_lean_form_is_counted_and_left_alone(
 def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:
     summary = dict(start_run(tiny_config()).summary())
     assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["backward"]
+
+
+def test_a_run_says_which_attention_and_kernels_it_takes(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    padded = start_run(tiny_config("padded", data={"packing": False}))
+    assert dict(padded.summary())["attention"] == "transformers' own, over padded rows"
+    run = start_run(tiny_config())
+    assert dict(run.summary())["attention"] == "one document after another, with a window by blocks of queries"
+    assert re.match(r"\d+ fast", dict(run.summary())["kernels"])
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    assert re.search(r"^0 fast; plain torch for .*: QLORA_KERNELS=reference$", dict(run.summary())["kernels"])
+    a_card_is_here(monkeypatch, (7, 5))
+    monkeypatch.delenv("QLORA_KERNELS")
+    run.base.device = torch.device("cuda")
+    run.base.compute_dtype = torch.float16
+    assert "and this one has 7.5" in dict(run.summary())["attention"]
 
 
 def nf4(out_features: int, in_features: int, seed: int) -> NF4Linear:

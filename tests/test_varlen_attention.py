@@ -1,11 +1,13 @@
 """Attention over packed documents: the dense mask's values, no leak between documents, no mask over all tokens."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels import blockwise_attention
@@ -200,7 +202,7 @@ def test_cuda_errs_little_more_than_the_dense_mask(
     exact_leaves = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
     dense_leaves = [leaf.detach().cpu().requires_grad_() for leaf in leaves]
     if "softcap" not in options and torch.cuda.get_device_capability() >= (8, 0):
-        assert module._flash_varlen_fits(leaves[0]), "the flash path should be taken here"
+        assert module.Card.of(leaves[0].device).flash_refusal(dtype, head_dim) is None, "flash should be taken here"
     output = varlen_attention(*leaves, BOUNDS, scale=scale, **options)
     exact = dense_attention(*exact_leaves, BOUNDS, scale=scale, **options)
     dense = dense_attention(*dense_leaves, BOUNDS, scale=scale, **options)
@@ -231,8 +233,8 @@ def test_heads_a_few_at_a_time_give_the_same_output_and_gradients(
     expected = run()
     calls = []
     whole = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *a: calls.append(a[0].shape[1]) or whole(*a))
-    monkeypatch.setattr(module, "MOST_BACKWARD_BYTES", module.flash_backward_bytes(*inputs[:2]) * 2 // 3)
+    monkeypatch.setattr(module, "_attend", lambda *a, **named: calls.append(a[0].shape[1]) or whole(*a, **named))
+    monkeypatch.setattr(module, "MOST_BACKWARD_BYTES", module.flash_backward_bytes(TOKENS, 6, 3, 16, 8) * 2 // 3)
     found = run()
     assert set(calls) == {4, 2}, "two of the three key heads, then the last"
     for one, other in zip(found, expected, strict=True):
@@ -243,6 +245,153 @@ def test_heads_a_few_at_a_time_give_the_same_output_and_gradients(
 def test_attention_takes_as_many_heads_as_its_backward_has_room_for_inside(tokens: int) -> None:
     query, key = (torch.empty(1, count, tokens, 128, dtype=torch.bfloat16, device="meta") for count in (32, 8))
     count = module.key_heads_at_a_time(query, key)
-    inside = [module.flash_backward_bytes(query[:, : 4 * heads], key[:, :heads]) for heads in range(1, 9)]
+    inside = [module.flash_backward_bytes(tokens, 4 * heads, heads, 128, 2) for heads in range(1, 9)]
     assert count == max([1, *(heads for heads in range(1, 9) if inside[heads - 1] <= module.MOST_BACKWARD_BYTES)])
     assert (count == 8) == (tokens == 2_048)
+
+
+NEW = frozenset({"scale", "window_size", "enable_gqa"})
+REFUSALS: list[tuple[tuple[int, int], torch.dtype, int, frozenset[str], str, bool, str | None]] = [
+    ((8, 0), torch.bfloat16, 128, NEW, "auto", True, None),
+    ((12, 0), torch.float16, 64, NEW, "fast", True, None),
+    ((9, 0), torch.bfloat16, 256, NEW - {"enable_gqa"}, "auto", True, None),
+    ((7, 5), torch.float16, 128, NEW, "auto", True, "compute capability 8.0 .Ampere. or higher, and this one has 7.5"),
+    ((8, 6), torch.float32, 128, NEW, "auto", True, "this is float32; take bfloat16"),
+    ((8, 6), torch.bfloat16, 100, NEW, "auto", True, "these have 100"),
+    ((8, 6), torch.bfloat16, 200, NEW, "auto", True, "these have 200"),
+    ((8, 6), torch.bfloat16, 128, frozenset({"scale"}), "auto", True, "no window; install a newer torch"),
+    ((8, 6), torch.bfloat16, 128, frozenset(), "auto", True, "no window; install a newer torch"),
+    ((8, 6), torch.bfloat16, 128, NEW, "reference", True, "QLORA_KERNELS=reference .* unset it"),
+    ((9, 4), torch.bfloat16, 128, NEW, "auto", False, "not built for CUDA"),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "head_dim", "offered", "choice", "has_cuda", "reason"), REFUSALS)
+def test_why_flash_attention_is_not_taken_is_told_with_what_would_change_it(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    offered: frozenset[str],
+    choice: str,
+    has_cuda: bool,
+    reason: str | None,
+) -> None:
+    found = module.flash_refusal(capability, dtype, head_dim, offered, choice, has_cuda=has_cuda)
+    assert (found is None) == (reason is None)
+    if found and reason:
+        assert re.search(reason, found)
+
+
+class Seen(TorchDispatchMode):
+    """The names of operations; the documents of flash attention, the key heads of the one for other cards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.documents = self.key_heads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        if func.name() == "torch_attn::_varlen_attn_backward":
+            self.documents = len(args[6]) - 1
+        if func.name() == "aten::_scaled_dot_product_efficient_attention":
+            self.key_heads = args[1].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+FLASH = {"torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"}
+EFFICIENT = {"aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_efficient_attention_backward"}
+BLOCKWISE = {"qlora_kernels::blockwise_attention", "qlora_kernels::blockwise_attention_backward"}
+CPU = {f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")}
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "options", "taken"),
+    [
+        (module.Card((8, 0), 128), torch.bfloat16, {}, FLASH),
+        (module.Card((8, 0), 128), torch.bfloat16, {"window": 5}, FLASH),
+        (module.Card((8, 0), 128), torch.bfloat16, {"softcap": 3.0}, BLOCKWISE),
+        (module.Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1}, EFFICIENT),
+        (module.Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1, "window": 5}, BLOCKWISE | EFFICIENT),
+        (module.Card((7, 5), 40), torch.float16, {}, EFFICIENT),
+        (module.Card((7, 5), 40), torch.float16, {"window": 5}, BLOCKWISE | EFFICIENT),
+        (module.Card((8, 0), 128), torch.float32, {}, EFFICIENT),
+        (None, torch.bfloat16, {}, CPU),
+    ],
+)
+def test_tensors_without_memory_are_attended_to_as_on_the_card_they_are_planned_for(
+    monkeypatch: pytest.MonkeyPatch,
+    card: module.Card | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    taken: set[str],
+) -> None:
+    """Each branch of a real card's, by the operations: the tests of fake tensors of device cuda walk those."""
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    with FakeTensorMode(), module.planned_for(card):
+        leaves = [torch.empty(1, count, TOKENS, 16, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+        with Seen() as seen:
+            output = varlen_attention(*leaves, BOUNDS, scale=0.3, **options)
+            output.sum().backward()
+    assert output.shape == (1, TOKENS, 4, 16)
+    assert seen.names & (FLASH | EFFICIENT | BLOCKWISE | CPU) == taken
+    assert seen.documents == (5 if taken == FLASH else 0)
+    assert seen.key_heads == (4 if taken & EFFICIENT else 0), "there each query head has keys of its own"
+
+
+def test_a_plan_for_a_card_leaves_attention_on_a_cpu_as_it_is() -> None:
+    inputs = heads()
+    before = varlen_attention(*inputs, BOUNDS, scale=0.3)
+    with module.planned_for(module.Card((8, 0), 128)):
+        pass
+    assert torch.equal(varlen_attention(*inputs, BOUNDS, scale=0.3), before)
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "options", "words"),
+    [
+        (module.Card((8, 9), 128), torch.bfloat16, {}, "^flash attention over packed documents$"),
+        (module.Card((7, 5), 40), torch.float16, {}, "^one document after another.*by blocks.*this one has 7.5$"),
+        (module.Card((8, 9), 128), torch.bfloat16, {"dropout": 0.1}, "it has no dropout$"),
+        (module.Card((8, 9), 128), torch.bfloat16, {"softcap": 50.0}, "^by blocks of queries: no fused .* soft cap$"),
+        (None, torch.float32, {}, "^one document after another, with a window by blocks of queries$"),
+    ],
+)
+def test_attention_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, card: module.Card | None, dtype: torch.dtype, options: Any, words: str
+) -> None:
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    assert re.search(words, module.attention_in_words(card, dtype, 128, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("documents", [1, 2, 64])
+def test_flash_attentions_backward_allocates_what_its_formula_says(documents: int, deterministic: bool) -> None:
+    """Beside the three gradients that it returns, of 2,048 tokens, 16 query and 4 key heads."""
+    tokens, device = 2048, torch.device("cuda")
+    card = module.Card.of(device)
+    if card.flash_refusal(torch.bfloat16, 128) is not None:
+        pytest.skip("this card has no flash attention")
+    leaves = [
+        torch.randn(1, count, tokens, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for count in (16, 4, 4)
+    ]
+    output = varlen_attention(*leaves, list(range(0, tokens + 1, tokens // documents)), scale=0.1)
+    grad = torch.ones_like(output)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        gradients = torch.autograd.grad(output, leaves, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
+    processors = card.processors if deterministic else 0
+    expected = module.flash_backward_bytes(tokens, 16, 4, 128, 2, documents, processors)
+    print(
+        f"{documents} documents, deterministic {deterministic}: {found / 2**20:.1f} MiB, by formula {expected / 2**20:.1f}"
+    )
+    assert abs(found - expected) <= 2 * 2**20

@@ -99,7 +99,8 @@ def plan(
 
     The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
     total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
-    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters and elsewhere.
+    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (which is
+    planned for, and whether it was assumed), attention (how documents are attended to) and elsewhere.
     """
     from qlora_trainer import fitting
     from qlora_trainer.activations import host_room
