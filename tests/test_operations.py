@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.registry import NAMESPACE, implementations
@@ -42,6 +43,9 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
     "rotate": lambda: [normal(2, 5, 3, 8).transpose(1, 2), normal(1, 5, 8), normal(1, 5, 8, seed=1), True],
     "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],
 }
+
+
+WORKSPACE_OF_FEW = 7  # the place of nf4_matmul_few's workspace
 
 
 def test_every_operation_has_a_sample() -> None:
@@ -83,7 +87,7 @@ def test_reference_gives_what_the_cpu_gives(name: str, monkeypatch: pytest.Monke
 def test_operation_on_cuda_gives_what_its_reference_gives(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the rounding of the dtype: in the last bits, sums in another order differ."""
+    """Within the rounding of the dtype, of each result's largest value: sums in another order lose other last bits."""
 
     def on_cuda(argument: Any) -> Any:
         if not isinstance(argument, Tensor) or (argument.ndim == 0 and not argument.is_floating_point()):
@@ -92,16 +96,19 @@ def test_operation_on_cuda_gives_what_its_reference_gives(
         stays = name in ("dequantize_nf4", "quantize_nf4") or argument.shape in [(256,), (1,), (), (3, 1)]
         return argument.cuda() if stays or not argument.is_floating_point() else argument.to("cuda", dtype)
 
-    def run() -> tuple[list[Tensor], Any]:
+    def run() -> list[Tensor]:
         arguments = [on_cuda(argument) for argument in SAMPLES[name]()]
         result = operation(name)(*arguments)
         torch.cuda.synchronize()  # a copy to the host has begun, not ended, when it returns
-        return [argument for argument in arguments if isinstance(argument, Tensor)], result
+        if name == "nf4_matmul_few":
+            arguments[WORKSPACE_OF_FEW] = None  # which a fast version needs not, and the reference overwrites
+        return [tensor for tensor in (*arguments, *tree_leaves(result)) if isinstance(tensor, Tensor)]
 
     monkeypatch.setenv("QLORA_KERNELS", "auto")
     found = run()
     version = implementations("cuda")[name]
     assert version in ("fast", "reference: plain torch is the only version"), version
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found, run(), rtol=tolerance, atol=tolerance)
+    for one, other in zip(found, run(), strict=True):
+        largest = float(other.abs().max()) if other.is_floating_point() and other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=0.0, atol=8 * torch.finfo(dtype).eps * largest)
