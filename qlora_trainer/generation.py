@@ -16,9 +16,8 @@ from transformers import GenerationConfig, TextIteratorStreamer
 
 from qlora_trainer.progress import Progress, silent
 
-MASK_BYTES = (
-    2**26
-)  # of a batch, at most; attention adds it to the scores in the dtype of computation, twice to four times
+# Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
+MASK_BYTES = 2**26
 
 
 @torch.no_grad()
