@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_devices import CUDA_13, pretend
-from test_machine import GIB, groups, write  # noqa: F401 - a fixture
+from test_machine import GIB, write
 
 from qlora_trainer import doctor_machine, machine
 from qlora_trainer.config import make_config
@@ -130,7 +130,7 @@ def assert_settings_are_taken(advice: str) -> None:
     make_config({"model": {"name": "a/b"}, "data": {"train": "x.jsonl"}, "optimizer": {"name": "paged_adamw_8bit"}})
 
 
-def test_limit_of_a_container_is_named_with_how_to_raise_it(groups: Path) -> None:  # noqa: F811
+def test_limit_of_a_container_is_named_with_how_to_raise_it(groups: Path) -> None:
     """64 GiB in the machine, 16 for the container, of which 2 are used."""
     machine.CGROUP_LIST.write_text("0::/\n")
     write(groups, memory__max=16 * GIB, memory__current=2 * GIB)
