@@ -20,6 +20,10 @@ SMALL_HOST_BYTES = 8 * GIB
 SMALL_GPU_BYTES = 6 * GIB
 SMALL_DISK_BYTES = 20 * GIB
 FIRST_WITH_TENSOR_CORES = (7, 0)
+BROKEN_CARD = (
+    "nvidia-smi shows whether another program holds the card. If none does, update the driver, or install a torch that "
+    "fits it (pytorch.org, 'Get started')."
+)
 
 
 def system() -> Finding:
@@ -49,6 +53,13 @@ def cards() -> list[Finding]:
                 "Install a CUDA build of torch that fits the driver (pytorch.org, 'Get started'), then try again.",
             )
         ]
+    try:
+        return _cards_seen()
+    except FAILURES as error:
+        return [Finding("GPU", "problem", first_line(error), BROKEN_CARD)]
+
+
+def _cards_seen() -> list[Finding]:
     count = torch.cuda.device_count()
     used = torch.cuda.current_device()
     findings = [_card(index, is_used=index == used) for index in range(count)]
@@ -77,8 +88,7 @@ def _card(index: int, is_used: bool) -> Finding:
         ones = torch.ones(64, 64, device=torch.device("cuda", index))
         works = bool((ones @ ones == 64).all())
     except FAILURES as error:
-        advice = "Update the driver, or install a torch that fits it (pytorch.org, 'Get started')."
-        return Finding(name, "problem" if is_used else "note", f"{detail}: {first_line(error)}", advice)
+        return Finding(name, "problem" if is_used else "note", f"{detail}: {first_line(error)}", BROKEN_CARD)
     detail += f", {free / GIB:.1f} of {total / GIB:.1f} GiB free, torch built for CUDA {torch.version.cuda}"
     if not works:
         return Finding(name, "problem", f"{detail}; it multiplies matrices wrongly", "Update the driver.")
@@ -97,7 +107,11 @@ def paged_optimizer() -> Finding:
     name = "Paged optimizer"
     if not torch.cuda.is_available():
         return Finding(name, "note", "there is nothing to page on a CPU: its state is in host memory anyway")
-    if refusal := paging_refusal_here():
+    try:
+        refusal = paging_refusal_here()
+    except FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See the GPU above.")
+    if refusal:
         return Finding(
             name,
             "note",

@@ -81,6 +81,19 @@ def test_card_that_fails_is_a_problem_and_no_traceback(monkeypatch: pytest.Monke
     assert finding.detail.endswith("no kernel image is available for execution on the device")
 
 
+def test_card_that_another_program_holds_is_a_problem_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> int:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    pretend(monkeypatch, CUDA_13, (8, 6))
+    monkeypatch.setattr(torch.cuda, "current_device", busy)
+    (finding,) = doctor_machine.cards()
+    for found in (finding, doctor_machine.paged_optimizer()):
+        assert found.status == "problem"
+        assert found.detail.endswith("all CUDA-capable devices are busy or unavailable")
+    assert "nvidia-smi" in finding.advice
+
+
 def test_card_on_which_nothing_works_ends_no_check_in_a_traceback() -> None:
     """In a process of its own: Triton and torch remember what they found."""
     code = (
