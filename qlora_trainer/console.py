@@ -106,6 +106,21 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     console.print(table)
 
 
+def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
+    """Lines of (status, name, detail, advice), each in a column of its own, the advice under the detail."""
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for status, name, detail, advice in findings:
+        told = Text(detail)
+        if advice:
+            told.append(f"\n→ {advice}", style="dim")
+        table.add_row(Text(status, style=colours[status]), Text(name), told)
+    console.print(table)
+
+
 def print_notices(notices: Sequence[str]) -> None:
     for notice in notices:
         console.print(f"[yellow]note[/] {escape(notice)}")

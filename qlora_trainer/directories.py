@@ -14,6 +14,7 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,29 @@ def disk_errors(
             raise
         advice = _ADVICE.get(error.errno or 0, "Check the path and its permissions")
         raise DiskError(f"Writing in {directory} failed: {error}. {advice}; nothing half-made is left.") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path`, or the closest folder above it that is there; a file where a folder should be is one too."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def unwritable(directory: Path) -> str:
+    """Return why a folder, which may be yet to be made, cannot be written; "" where it can.
+
+    It is tried: rights do not tell of read-only disks, nor root of anything.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest_existing(directory)):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def refuse_unwritable(directory: Path, variable: str) -> None:
+    """Raise DiskError where a cache cannot be written; `variable` is that of the environment which moves it."""
+    if reason := unwritable(directory):
+        raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a folder that can be.")
 
 
 def sync_tree(directory: Path) -> None:

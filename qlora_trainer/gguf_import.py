@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_trainer.directories import new_directory, write_text
+from qlora_trainer.directories import new_directory, refuse_unwritable, write_text
 from qlora_trainer.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
 from qlora_trainer.gguf_tensors import (
     ROPE_DIVISORS,
@@ -75,6 +75,7 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     if (directory / IMPORT_RECORD).is_file():
         _note_place(directory, path)
         return directory
+    refuse_unwritable(directory, "XDG_CACHE_HOME")
     with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
         reader = _open(path)

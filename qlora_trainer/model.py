@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kernels.torch_features import release_pinned_memory
 from qlora_trainer.bitsandbytes_format import check_dequantization
+from qlora_trainer.devices import refuse_unusable
 from qlora_trainer.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.experts import split_experts
 from qlora_trainer.fingerprint import BaseFingerprint
@@ -63,7 +64,7 @@ class Base:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device to train on; ModelError where CUDA is asked for and absent.
+    """The device to train on; ModelError where CUDA is asked for and absent, or the card cannot be used.
 
     A CUDA device has its index: without one it would mean the current card of each thread, and threads that read or
     hash begin with the first.
@@ -72,6 +73,7 @@ def choose_device(wanted: str) -> torch.device:
         raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    refuse_unusable(torch.cuda.current_device())
     return torch.device("cuda", torch.cuda.current_device())
 
 

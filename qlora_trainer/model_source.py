@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_trainer.directories import refuse_unwritable
 from qlora_trainer.errors import FileMissingError, ModelError, first_line
 from qlora_trainer.gguf_import import import_gguf
 from qlora_trainer.progress import Progress, silent
@@ -30,6 +31,7 @@ def resolve_model(
     Raises:
         FileMissingError: it looks like a path and does not exist.
         ModelError: the directory holds an adapter or no config, or the hub does not give it.
+        DiskError: what is fetched cannot be kept.
     """
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -80,6 +82,7 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
                 f"The model {name} is not in the hub's cache, and HF_HUB_OFFLINE is set, so it was not fetched. Unset "
                 "it, or name a directory."
             ) from error
+        refuse_unwritable(Path(constants.HF_HUB_CACHE), "HF_HOME")
         raise ModelError(
             f"The model {name} could not be fetched from the hub: {first_line(error)}. What has arrived is kept; try "
             "again when the network is there."

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.bitsandbytes_format import weight_to_checkpoint
-from qlora_trainer.directories import new_directory, refuse_existing, remove_leftovers, write_text
+from qlora_trainer.directories import new_directory, refuse_existing, refuse_unwritable, remove_leftovers, write_text
 from qlora_trainer.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.experts import SplitExperts
 from qlora_trainer.gguf_weights import IMPORT_RECORD
@@ -140,6 +140,7 @@ def load_base(
 def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
     kept = cache_dir / "quantized" / f"{Path(settings.name).name}-{_key(directory)[:16]}"
     if not (kept / RECORD_NAME).is_file():
+        refuse_unwritable(kept, "XDG_CACHE_HOME")
         try:
             quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
         except OutputExistsError:

@@ -22,7 +22,7 @@ from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.config import dump_config, load_config
 from qlora_trainer.data.preparation import Prepared, prepare
 from qlora_trainer.directories import write_text
-from qlora_trainer.errors import CheckpointError, FileMissingError
+from qlora_trainer.errors import CheckpointError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import BaseFingerprint
 from qlora_trainer.model_source import max_positions, vocabulary_size
 from qlora_trainer.progress import Progress, silent
@@ -71,8 +71,12 @@ class BaseRecord(NamedTuple):
 
 def user_cache() -> Path:
     """Where imported models and prepared data are kept: $XDG_CACHE_HOME/qlora-trainer, else ~/.cache/qlora-trainer."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "qlora-trainer"
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "qlora-trainer"
+    try:
+        return Path.home() / ".cache" / "qlora-trainer"
+    except RuntimeError as error:  # a container's user that no list of users names
+        raise DiskError("This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written.") from error
 
 
 def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny_models import make_model_directory
 
+from qlora_trainer import cli, machine
 from qlora_trainer.caching_allocator import prefer_expandable_segments
-from qlora_trainer.config import make_config
+from qlora_trainer.config import make_config, save_config
 from qlora_trainer.managed_memory import paging_refusal
 from qlora_trainer.settings import RunConfig
 
@@ -166,3 +169,39 @@ def bitsandbytes_of_the_child(
         return asked
 
     return write
+
+
+@pytest.fixture
+def qlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, " ".join(printed.err.split())
+
+    return run
+
+
+@pytest.fixture
+def config_file(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> Path:
+    save_config(tiny_config(), tmp_path / "config.yaml")
+    return tmp_path / "config.yaml"
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of /sys/fs/cgroup, on a machine with 64 GiB of which 40 are available."""
+    monkeypatch.setattr(machine, "CGROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "CGROUP_LIST", tmp_path / "list")
+    memory = type(psutil.virtual_memory())(
+        **{**psutil.virtual_memory()._asdict(), "total": 64 * 2**30, "available": 40 * 2**30}
+    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return tmp_path / "cgroup"

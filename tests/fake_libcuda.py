@@ -35,13 +35,22 @@ def pretend_to_have_a_card() -> None:
     import torch
 
     torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
+    torch.cuda.get_arch_list = lambda: ["sm_80"]
     torch.cuda.get_device_capability = lambda device=None: (8, 6)
+    torch.cuda.get_device_name = lambda device=None: "a card that is none"
+    torch.cuda.mem_get_info = lambda device=None: (2**34, 2**34)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
 def version_taken() -> str:
-    """Return "fast", or why the version of `rotate` in Triton cannot be had."""
+    """Return "fast", or why the version of `rotate` in Triton cannot be had; or, for ASK=doctor, what it advises."""
+    if os.environ.get("ASK") == "doctor":
+        from qlora_trainer.doctor_packages import kernels
+
+        finding = kernels("cuda")
+        return f"{finding.status}: {finding.advice}"
     from qlora_kernels.registry import UnavailableError, from_triton
 
     try:

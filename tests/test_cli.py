@@ -14,35 +14,9 @@ import torch
 import yaml
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from qlora_trainer import cli
-from qlora_trainer.config import save_config
 from qlora_trainer.settings import RunConfig
 
 Config = Callable[..., RunConfig]
-
-
-@pytest.fixture
-def qlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, " ".join(printed.err.split())
-
-    return run
-
-
-@pytest.fixture
-def config_file(tiny_config: Config, tmp_path: Path) -> Path:
-    save_config(tiny_config(), tmp_path / "config.yaml")
-    return tmp_path / "config.yaml"
 
 
 def test_a_run_whose_samples_run_out_of_memory_trains_and_writes_its_report(

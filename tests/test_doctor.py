@@ -9,8 +9,9 @@ import torch
 from cards import a_card_is_here
 
 from qlora_kernels import registry
-from qlora_trainer import doctor
-from qlora_trainer.doctor import Finding, examine
+from qlora_trainer import doctor_machine, doctor_packages
+from qlora_trainer.doctor import examine
+from qlora_trainer.findings import Finding
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
@@ -42,16 +43,16 @@ def test_wrong_values_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
             out[-1, -1] += 1
 
     monkeypatch.setattr(nf4, "_dequantize_into", wrong)
-    finding = doctor._nf4("cpu")
+    finding = doctor_packages.nf4("cpu")
     assert finding.status == "problem"
     assert "QLORA_KERNELS=reference" in finding.detail
 
 
 def test_every_operation_is_told_with_its_version_and_why() -> None:
-    finding = doctor._kernels("cpu")
+    finding = doctor_packages.kernels("cpu")
     for name in registry.implementations("cpu"):
         assert name in finding.detail
-    assert "reference: plain torch is the only version: " in finding.detail
+    assert "plain torch, which is the only version: " in finding.detail
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,10 @@ def test_which_attention_a_card_takes_is_told_and_why_no_better_one(
 ) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     a_card_is_here(monkeypatch, capability)
-    finding = doctor._attention("cuda")
+    finding = doctor_packages.attention("cuda")
     assert finding.status == status
     assert words in finding.detail
-    assert doctor._attention("cpu").status == "ok"
+    assert doctor_packages.attention("cpu").status == "ok"
 
 
 def test_a_missing_compiler_is_a_note_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,15 +77,15 @@ def test_a_missing_compiler_is_a_note_that_says_what_to_install(monkeypatch: pyt
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     op = registry.Op("dequantize_nf4", torch.neg, {"cpu": missing})  # type: ignore[dict-item]
     monkeypatch.setitem(registry._OPS, "dequantize_nf4", op)
-    finding = doctor._kernels("cpu")
+    finding = doctor_packages.kernels("cpu")
     assert finding.status == "note"
-    assert "reference: there is no C++ compiler here: install g++: dequantize_nf4" in finding.detail
+    assert "plain torch in the place of a faster version: dequantize_nf4" in finding.detail
     assert finding.advice == "there is no C++ compiler here: install g++"
 
 
 def test_kernels_asked_for_by_an_unknown_word_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "triton")
-    finding = doctor._kernels("cpu")
+    finding = doctor_packages.kernels("cpu")
     assert (finding.status, finding.advice) == ("problem", "unset QLORA_KERNELS")
 
 
@@ -93,7 +94,7 @@ def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
     right = quantization.quantize_weight
     monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))
-    finding = doctor._nf4("cpu")
+    finding = doctor_packages.nf4("cpu")
     assert finding.status == "problem"
     assert "other codes" in finding.detail
 
@@ -104,17 +105,37 @@ def test_untested_version_is_a_note_and_a_missing_package_a_problem(monkeypatch:
     def version(package: str) -> str:
         if package == "accelerate":
             raise importlib.metadata.PackageNotFoundError(package)
-        return {"transformers": "99.0", "torch": doctor.TESTED_VERSIONS["torch"] + "+cu130"}.get(package) or real(
+        return {"transformers": "5.99", "torch": doctor_packages.TESTED_VERSIONS["torch"] + "+cu130"}.get(
             package
-        )
+        ) or real(package)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    findings = named(doctor._versions())
+    findings = named(doctor_packages.versions())
     assert findings["transformers"].status == "note"
-    assert findings["transformers"].detail == f"99.0; tests ran with {doctor.TESTED_VERSIONS['transformers']}"
+    assert findings["transformers"].detail == f"5.99; tests ran with {doctor_packages.TESTED_VERSIONS['transformers']}"
     assert findings["accelerate"].status == "problem"
-    assert findings["accelerate"].advice == f"pip install accelerate=={doctor.TESTED_VERSIONS['accelerate']}"
+    assert findings["accelerate"].advice == f"pip install accelerate=={doctor_packages.TESTED_VERSIONS['accelerate']}"
     assert findings["torch"].status == "ok"
+
+
+def test_version_below_what_the_project_asks_for_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    asked = ["torch>=2.11", "transformers<6,>=5.23", 'peft>=99; extra == "test"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: asked)
+    monkeypatch.setattr(importlib.metadata, "version", lambda p: {"torch": "2.10.1+cu128"}.get(p) or real(p))
+    finding = named(doctor_packages.versions())["torch"]
+    assert (finding.status, finding.detail) == ("problem", "2.10.1+cu128; qlora-trainer needs torch>=2.11")
+    assert finding.advice == f"pip install torch=={doctor_packages.TESTED_VERSIONS['torch']}"
+    monkeypatch.setattr(importlib.metadata, "version", lambda p: {"torch": "2.11.0+cu130"}.get(p) or real(p))
+    assert named(doctor_packages.versions())["torch"].status == "note"
+
+
+def test_checkout_that_is_not_installed_asks_for_no_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert {finding.status for finding in doctor_packages.versions()} <= {"ok", "note"}
 
 
 def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,17 +148,17 @@ def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
 
 def test_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    (finding,) = doctor._devices()
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    (finding,) = doctor_machine.cards()
     assert finding.status == "problem"
     assert "CUDA build of torch" in finding.advice
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    (finding,) = doctor._devices()
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: None)
+    (finding,) = doctor_machine.cards()
     assert finding.status == "note"
 
 
 def test_disk_of_a_directory_that_is_yet_to_be_made_is_its_parents(tmp_path: Path) -> None:
-    finding = doctor._disk("Disk", tmp_path / "a" / "b")
+    finding = doctor_machine.disk("Disk", tmp_path / "a" / "b", "Move it.")
     assert "GiB free for" in finding.detail
     assert not (tmp_path / "a").exists()
 

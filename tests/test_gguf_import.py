@@ -256,6 +256,12 @@ def test_tokenizer_and_chat_template_read_back_the_same_without_the_gguf_file(tm
     assert ours.model_max_length == 256
 
 
+def test_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    with pytest.raises(DiskError, match=r"^/dev/null/gguf.* cannot be written: Not a directory\. Set XDG_CACHE_HOME"):
+        import_gguf(path, Path("/dev/null"), silent)
+
+
 def test_value_beyond_float16_keeps_its_tensor_in_float32(tmp_path: Path) -> None:
     weights = tiny_weights()
     weights["model.layers.0.mlp.up_proj.weight"][5, 7] = 1e6

@@ -3,24 +3,11 @@
 import platform
 from pathlib import Path
 
-import psutil
 import pytest
 
 from qlora_trainer import machine
 
 GIB = 2**30
-
-
-@pytest.fixture
-def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in the place of /sys/fs/cgroup, on a machine with 64 GiB of which 40 are available."""
-    monkeypatch.setattr(machine, "CGROUP_ROOT", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "CGROUP_LIST", tmp_path / "list")
-    memory = type(psutil.virtual_memory())(
-        **{**psutil.virtual_memory()._asdict(), "total": 64 * GIB, "available": 40 * GIB}
-    )
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    return tmp_path / "cgroup"
 
 
 def write(group: Path, **files: object) -> None:

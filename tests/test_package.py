@@ -33,7 +33,7 @@ ROWS = [
         "settings",
         "signals",
     },
-    {"gguf_tensors", "managed_memory"},
+    {"devices", "findings", "gguf_tensors", "managed_memory"},
     {
         "attention",
         "checkpoint",
@@ -47,7 +47,7 @@ ROWS = [
         "rotary_embedding",
         "sizes",
     },
-    {"bitsandbytes_format", "experts"},
+    {"bitsandbytes_format", "doctor_machine", "experts"},
     {"adapters", "data", "fake_run", "fingerprint", "output_head", "report", "report_page", "tensor_io", "workspaces"},
     {
         "checkpoint_names",
@@ -64,8 +64,8 @@ ROWS = [
     {"activations", "evaluation", "gguf_import", "load_plan", "merge_plan", "merge_verification", "tensor_stream"},
     {"merging", "model_source", "pretrained", "streaming_load"},
     {"model"},
-    {"doctor", "prequantize", "run_directory", "skeleton", "training"},
-    {"initial_adapter", "planning", "recovery", "streamed_model", "trained"},
+    {"doctor_packages", "prequantize", "run_directory", "skeleton", "training"},
+    {"doctor", "initial_adapter", "planning", "recovery", "streamed_model", "trained"},
     {"estimating", "merge_measurement"},
     {"deployment"},
     {"fitting"},
@@ -92,7 +92,7 @@ OWNERS = {
         "data.encoding",
         "data.templates",
         "data.workers",
-        "doctor",
+        "doctor_packages",
     },
     "triton": set(),
     "typer": {

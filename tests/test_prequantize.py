@@ -192,6 +192,12 @@ def test_what_cannot_be_kept_is_loaded_as_it_is_and_told(tmp_path: Path) -> None
     assert kept_copies(tmp_path) == []
 
 
+def test_cache_that_cannot_keep_a_copy_is_named_with_what_moves_it(tmp_path: Path) -> None:
+    base = make_model_directory(tmp_path / "m")
+    with pytest.raises(DiskError, match=r"^/dev/null/quantized/.* cannot be written: .*Set XDG_CACHE_HOME"):
+        load_base(base, ModelConfig(name=str(base), keep_quantized=True), Path("/dev/null"))
+
+
 def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_config_says(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ from qlora_trainer.bitsandbytes_format import (
     weight_to_checkpoint,
 )
 from qlora_trainer.errors import (
+    DiskError,
     FileMissingError,
     InsufficientMemoryError,
     ModelError,
@@ -347,6 +348,20 @@ def test_a_download_that_breaks_off_is_a_letter(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
     with pytest.raises(ModelError, match="could not be fetched from the hub: ReadTimeout: nothing came"):
+        resolve_model("owner/model", None, tmp_path)
+
+
+def test_a_hub_cache_that_cannot_be_written_is_named_with_what_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/dev/null/hub")
+    with pytest.raises(DiskError, match=r"^/dev/null/hub cannot be written: Not a directory\. Set HF_HOME to a folder"):
         resolve_model("owner/model", None, tmp_path)
 
 

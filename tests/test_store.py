@@ -96,7 +96,7 @@ def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
 
 def test_a_cache_that_is_a_file_is_a_letter(tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(DiskError, match="choose another cache directory"), new_store(tmp_path / "cache" / "set"):
+    with pytest.raises(DiskError, match="set XDG_CACHE_HOME to another folder"), new_store(tmp_path / "cache" / "set"):
         raise AssertionError("there is nowhere to write")
 
 

@@ -52,6 +52,8 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "failing compiler": fresh("3", CC=str(fails)),
         "no headers": fresh("4", HEADERS=str(folder)),
         "no libcuda": fresh("5", LD_LIBRARY_PATH=None),
+        "no libcuda, by doctor": fresh("5", LD_LIBRARY_PATH=None, ASK="doctor"),
+        "all there, by doctor": {"TRITON_CACHE_DIR": kept, "ASK": "doctor"},
         "cache below a file": fresh("file/cache"),
         "home below a file": {"TRITON_CACHE_DIR": None, "TRITON_HOME": str(folder / "file")},
         "no assembler for the card": fresh("6", TRITON_PTXAS_PATH=str(too_old)),
@@ -69,6 +71,11 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_kernels_are_taken_where_all_is_there(taken: dict[str, str]) -> None:
     assert taken["all there"] == taken["all there, and in the cache"] == "fast"
+
+
+def test_doctor_advises_what_is_missing(taken: dict[str, str]) -> None:
+    assert taken["no libcuda, by doctor"] == f"note: {taken['no libcuda']}"
+    assert taken["all there, by doctor"] == "ok: "
 
 
 def test_a_missing_compiler_is_found_behind_a_full_cache(taken: dict[str, str]) -> None:

@@ -46,7 +46,10 @@ def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL
             _compile(command, source, library)
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise UnavailableError(f"the compiled {source.name} cannot be kept or opened: {error}") from error
+        raise UnavailableError(
+            f"the compiled {source.name} cannot be kept or opened: {error}; set XDG_CACHE_HOME to a folder that can be "
+            "written and run from"
+        ) from error
 
 
 def _compile(command: list[str], source: Path, library: Path) -> None:

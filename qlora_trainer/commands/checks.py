@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.commands.arguments import AsJson, Overrides
-from qlora_trainer.console import ProgressBars, console, print_table, write_out
+from qlora_trainer.console import ProgressBars, console, print_findings, print_table, write_out
 
 
 def inspect(
@@ -155,11 +155,6 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:
-        colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-        for finding in findings:
-            console.print(f"[{colours[finding.status]}]{finding.status:>7}[/] ", end="")
-            console.print(f"{finding.name}: {finding.detail}", markup=False)
-            if finding.advice:
-                console.print(f"        {finding.advice}", style="dim", markup=False)
+        print_findings([(each.status, each.name, each.detail, each.advice) for each in findings])
     if any(finding.status == "problem" for finding in findings):
         raise typer.Exit(1)

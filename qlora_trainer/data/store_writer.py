@@ -26,7 +26,7 @@ from qlora_trainer.directories import sync_tree
 from qlora_trainer.errors import DiskError, QLoRATrainerError
 
 _ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 _WRITTEN = {name: dtype for name, dtype in ARRAYS.items() if name not in TWINS}
 
@@ -160,6 +160,9 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
     _remove_abandoned(directory.parent)
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _disk_error(directory, error) from error
+    try:
         with StoreWriter(temporary) as writer:
             yield writer
         sync_tree(temporary)
@@ -167,12 +170,16 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
     except OSError as error:
         if isinstance(error, QLoRATrainerError) or error.errno not in _DISK_ERRORS:
             raise
-        raise DiskError(
-            f"Prepared data cannot be written to {directory.parent}: {error.strerror or error}. Free some space, or "
-            "choose another cache directory."
-        ) from error
+        raise _disk_error(directory, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _disk_error(directory: Path, error: OSError) -> DiskError:
+    return DiskError(
+        f"Prepared data cannot be written to {directory.parent}: {error.strerror or error}. Free some space, or set "
+        "XDG_CACHE_HOME to another folder, which can be written."
+    )
 
 
 def _take_place(fresh: Path, directory: Path) -> None:

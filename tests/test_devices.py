@@ -1,0 +1,113 @@
+"""A card that torch has no code for is refused with the ways out; kernels that are missing are said before training."""
+
+import pytest
+import torch
+
+from qlora_kernels import registry
+from qlora_trainer import model
+from qlora_trainer.devices import kernel_notices, unusable
+from qlora_trainer.errors import ConfigError, ModelError
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # what torch 2.11 for CUDA 13.0 says
+CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, architectures: list[str], *capabilities: tuple[int, int]) -> None:
+    """Torch's device functions as of these cards, and of a torch built for these architectures."""
+    functions = {
+        "is_available": lambda: True,
+        "device_count": lambda: len(capabilities),
+        "current_device": lambda: 0,
+        "get_arch_list": lambda: architectures,
+        "get_device_capability": lambda device=0: capabilities[torch.device("cuda", device).index],
+        "get_device_name": lambda device=0: f"Card {torch.device('cuda', device).index}",
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (CUDA_13, (7, 5), True),
+        (CUDA_13, (8, 9), True),  # by the code for 8.6
+        (CUDA_13, (12, 1), True),
+        (CUDA_13, (7, 0), False),
+        (CUDA_13, (6, 1), False),
+        (CUDA_13, (11, 0), False),  # between two majors
+        (CUDA_12_6, (6, 1), True),
+        (CUDA_12_6, (12, 0), False),
+        ([*CUDA_12_6, "compute_90"], (12, 0), True),  # the driver compiles PTX for later cards
+        ([*CUDA_12_6, "sm_90a", "compute_90"], (10, 3), True),
+        (CUDA_12_6, (5, 2), False),  # torch has code, bitsandbytes has not
+        ([], (3, 5), True),  # no list to go by
+        (["gfx1100"], (11, 0), True),  # AMD's
+    ],
+)
+def test_card_runs_where_torch_has_code_for_it(
+    architectures: list[str], capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, architectures, capability)
+    assert (unusable(0)[0] == "") == runs
+
+
+def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, CUDA_13, (6, 1), (8, 6))
+    for wanted in ("cuda", "auto"):
+        with pytest.raises(ModelError) as refusal:
+            model.choose_device(wanted)
+        told = str(refusal.value)
+        assert "GPU 0 (Card 0, compute capability 6.1) cannot be used: torch" in told
+        assert "sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only" in told
+        assert "a torch built for CUDA 12.6" in told
+        assert "CUDA_VISIBLE_DEVICES=1 takes Card 1, compute capability 8.6" in told
+        assert "model.device=cpu trains without a card" in told
+
+
+def test_ways_out_of_the_refusal_are_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, CUDA_13, (6, 1))
+    assert model.choose_device("cpu") == torch.device("cpu")
+    pretend(monkeypatch, CUDA_13, (8, 6))  # as CUDA_VISIBLE_DEVICES=1 would show the other card
+    assert model.choose_device("auto").type == "cuda"
+    pretend(monkeypatch, CUDA_12_6, (6, 1))  # as the other build of torch says
+    assert model.choose_device("auto").type == "cuda"
+
+
+def test_card_newer_than_torch_is_refused_with_a_newer_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, CUDA_12_6, (12, 0))
+    with pytest.raises(ModelError, match="Install a newer torch"):
+        model.choose_device("auto")
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C++ compiler, and nothing made before."""
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    from qlora_kernels import compiled, nf4  # noqa: F401 - defines the operations
+
+    compiled.load_library.cache_clear()
+    for name in ("dequantize_nf4", "quantize_nf4"):
+        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_kernels_that_are_missing_are_said_once_with_what_brings_them() -> None:
+    (told,) = kernel_notices("cpu")
+    assert told.startswith(
+        "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4: there is no"
+    )
+    assert "install g++" in told
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_kernels_that_are_demanded_and_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "fast")
+    with pytest.raises(ConfigError, match=r"QLORA_KERNELS=fast, but: .*install g\+\+.* Or unset QLORA_KERNELS\."):
+        kernel_notices("cpu")
+
+
+def test_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "triton")
+    with pytest.raises(ConfigError, match="QLORA_KERNELS is 'triton'; it can be auto, reference, fast"):
+        kernel_notices("cpu")
