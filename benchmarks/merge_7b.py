@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
@@ -47,6 +46,7 @@ from qlora_trainer.fingerprint import BaseFingerprint, config_identity, tensor_f
 from qlora_trainer.forward import LossPath
 from qlora_trainer.hashing import values_sha256
 from qlora_trainer.logit_comparison import compare_logits
+from qlora_trainer.machine import host_memory
 from qlora_trainer.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merge_verification import row_answers
 from qlora_trainer.merging import merge, merged_blocks
@@ -215,7 +215,7 @@ def forget_pages(files: Iterable[Path]) -> None:
 def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The step in a process of its own; why it was left out, where memory is short."""
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
-    free = psutil.virtual_memory().available
+    free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
         told = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return {"left_out": told}

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,6 +27,7 @@ from qlora_kernels.host_copy import HostCopy, pinned_bytes
 from qlora_kernels.random_state import RandomState
 from qlora_trainer.errors import ModelError
 from qlora_trainer.lean_modules import tile_mlps
+from qlora_trainer.machine import host_memory
 from qlora_trainer.quantization import share_workspace
 from qlora_trainer.settings import TrainingConfig
 
@@ -107,7 +107,7 @@ def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
 
 def host_room() -> int:
     """Bytes of host memory that may be taken for what is offloaded."""
-    return int(psutil.virtual_memory().available * HOST_SHARE)
+    return int(host_memory().available * HOST_SHARE)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from qlora_trainer.machine import is_wsl
+
 MIB = 2**20
 PAGES = {True: 2 * MIB, False: 20 * MIB}  # what a segment begins with or grows by, for small blocks and for others
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for them, the first one first
@@ -28,8 +30,11 @@ class Event:
 
 
 def prefer_expandable_segments() -> None:
-    """Ask torch for expandable segments, unless the user has settings of their own. Before torch is imported."""
-    if not any(name in os.environ for name in SETTINGS):
+    """Ask torch for expandable segments, unless the user has settings of their own. Before torch is imported.
+
+    Not under WSL: some cards and drivers refuse the first allocation there (pytorch#192330).
+    """
+    if not any(name in os.environ for name in SETTINGS) and not is_wsl():
         os.environ[SETTINGS[0]] = "expandable_segments:True"
 
 

@@ -90,6 +90,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_broken_allocator(error: BaseException) -> bool:
+    """Whether torch's CUDA allocator failed a check of its own, as it does at every allocation once it is broken.
+
+    With expandable segments it can be after memory ran out: what was mapped half way stays so (pytorch#188008).
+    """
+    told = ("INTERNAL ASSERT FAILED", "CUDACachingAllocator")
+    return isinstance(error, RuntimeError) and all(words in str(error) for words in told)
+
+
 @contextmanager
 def memory_errors(what: str, advice: str = "") -> Iterator[None]:
     """Within, memory that runs out, the device's or the host's, becomes an InsufficientMemoryError on `what` did so."""

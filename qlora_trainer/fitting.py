@@ -8,12 +8,12 @@ that cannot fit is refused, by whole plans.
 import dataclasses
 from pathlib import Path
 
-import psutil
 import torch
 
 from qlora_trainer.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
 from qlora_trainer.errors import InsufficientMemoryError
 from qlora_trainer.estimating import bytes_of_a_layer, largest_that_fits
+from qlora_trainer.machine import host_memory
 from qlora_trainer.model import choose_device
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.planning import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
@@ -97,7 +97,7 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
         return None
     else:
         config = _set(config, model={"device": "cpu"})
-        budget = Budget(psutil.virtual_memory().available, 0)
+        budget = Budget(host_memory().available, 0)
     plan = check_fits(directory, config, budget, progress)
     progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
     return plan
@@ -177,9 +177,10 @@ def describe(
 
 
 def memory_here(config: RunConfig) -> int | None:
-    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu."""
+    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu,
+    as far as this process may use it."""
     if config.model.device == "cpu":
-        return psutil.virtual_memory().total
+        return host_memory().total
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 

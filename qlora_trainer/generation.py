@@ -1,6 +1,8 @@
 """Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
 
-Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed.
+Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
+mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
+attends without a mask (unless the model has a window).
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,9 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from qlora_trainer.progress import Progress, silent
+
+# Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
+MASK_BYTES = 2**26
 
 
 @torch.no_grad()
@@ -28,16 +33,20 @@ def generate_answers(
 ) -> list[str]:
     """The greedy answer to each prompt as text, without the end-of-turn token, in the order given.
 
-    Prompts of like length share a batch. The model's training mode is restored.
+    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow. The model's training
+    mode is restored.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
+        start = 0
+        while start < len(order):
             progress("answering", start, len(order))
-            chosen = order[start : start + batch_size]
+            lengths = [len(prompts[index]) for index in order[start : start + batch_size]]
+            chosen = order[start : start + _rows_together(lengths)]
+            start += len(chosen)
             input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], _device(model))
             with _no_hidden_settings(model):
                 output = model.generate(
@@ -82,6 +91,12 @@ def stream_answer(
     thread.join()
     if not failures.empty():
         raise failures.get()
+
+
+def _rows_together(lengths: Sequence[int]) -> int:
+    """How many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
+    fitting = (rows for rows, width in enumerate(lengths, 1) if rows * width**2 <= MASK_BYTES)
+    return max(fitting, default=1)
 
 
 def _greedy(stop_token_ids: Sequence[int], max_new_tokens: int) -> GenerationConfig:

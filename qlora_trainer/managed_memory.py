@@ -7,9 +7,7 @@ at the wrong moment would be a segmentation fault.
 """
 
 import functools
-import os
 import platform
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +51,9 @@ def paging_refusal(device: torch.device) -> str:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == 0 and lines[-1:] == [SUCCESS]:
         return ""
-    told = lines[-1] if lines else "it said nothing"
-    return f"a process that tried managed memory on cuda:{index} {_ending(done.returncode)}: {told}"
+    code, told = done.returncode, lines[-1] if lines else "it said nothing"
+    ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return f"a process that tried managed memory on cuda:{index} {ending}: {told}"
 
 
 def paging_refusal_here() -> str:
@@ -62,9 +61,3 @@ def paging_refusal_here() -> str:
     if not torch.cuda.is_available():
         return ""
     return paging_refusal(torch.device("cuda", torch.cuda.current_device()))
-
-
-def _ending(code: int) -> str:
-    if code < 0 and os.name == "posix":
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
@@ -34,6 +33,7 @@ from qlora_trainer.host_embeddings import (
     refuse_tied_embedding,
 )
 from qlora_trainer.load_plan import LoadPlan, plan_load, widest_dtype
+from qlora_trainer.machine import host_memory
 from qlora_trainer.model_source import read_config, refuse_multi_modal
 from qlora_trainer.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error
 from qlora_trainer.progress import Progress, silent
@@ -259,7 +259,7 @@ def give_back_memory() -> None:
 
 
 def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
 
 
 def _check_prequantized(config: Any, directory: Path) -> None:

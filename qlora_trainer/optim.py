@@ -67,6 +67,11 @@ class Optimizer:
         return sum(tensor.nbytes for tensor in self._tensors().values() if getattr(tensor, "is_paged", False))
 
     @property
+    def steps(self) -> set[int]:
+        """How many updates the groups have had; one number, but for an update that failed between them."""
+        return {int(self.optimizer.state[group.data]["step"]) for group in self.groups}
+
+    @property
     def is_paged(self) -> bool:
         """Whether state is asked for that pages where the device can."""
         return bool(getattr(self.optimizer, "is_paged", False))

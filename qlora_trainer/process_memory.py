@@ -1,19 +1,35 @@
-"""What this process holds of host memory, as Linux counts it; None on other systems."""
+"""What this process holds of host memory: its peak on every system, and what is private as Linux counts it."""
 
 import ctypes
+import sys
 from pathlib import Path
+
+import psutil
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+def peak_resident_bytes() -> int:
+    """The most that was resident since the process began, what files back included."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def private_bytes() -> int | None:
-    """Resident now, less what files back, such as libraries and weights that are mapped."""
+    """Resident now, less what files back, such as libraries and weights that are mapped; None but on Linux."""
     return _resident("VmRSS")
 
 
 def peak_private_bytes() -> int | None:
-    """The most that was resident since the process began, or since `restart_peak`, less what files back now."""
+    """The most that was resident since the process began, or since `restart_peak`, less what files back now.
+
+    None but on Linux.
+    """
     return _resident("VmHWM")
 
 

@@ -9,6 +9,9 @@ for the rest of the run, also when it is resumed: what failed once would fail ag
 
 `probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
 
+With expandable segments torch's allocator may be broken afterwards, for the rest of the process. Then there is nothing
+to try again here: the run is saved and goes on in a new process (training_run.py).
+
 Left out: memory that runs out elsewhere (evaluation, loading), and a host whose kernel ends the process: that cannot
 be caught.
 """
@@ -89,6 +92,10 @@ def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -
         except MicroBatchError as error:
             failed.append(error.row_lengths)
             reason = error.reason
+            state.ran_out_of_memory = True
+        except RuntimeError:
+            restore_rng(*random)  # the state before the attempt may be saved yet
+            raise
         # Here, not in the except block: there the error's traceback still holds every frame, and they their tensors.
         restore_rng(*random)
         give_back_memory()

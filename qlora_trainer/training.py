@@ -6,7 +6,6 @@ and its state_dict; a run stopped and resumed does the same arithmetic as one th
 """
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from qlora_trainer.evaluation import heldout_loss
 from qlora_trainer.forward import ForwardPlan, attention_for, examine_forward, loss_sum
 from qlora_trainer.lean_modules import LeanReport, make_lean
 from qlora_trainer.optim import GradScale, Optimizer, build_optimizer, learning_rate
+from qlora_trainer.process_memory import peak_resident_bytes
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.signals import stop_requests
 
@@ -53,6 +53,7 @@ class TrainState:
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
     notices: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
+    ran_out_of_memory: bool = False  # in this process, where torch's allocator may be broken since
 
     @property
     def device(self) -> torch.device:
@@ -323,4 +324,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak of torch's allocator on CUDA; on a CPU the process's peak resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()

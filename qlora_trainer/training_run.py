@@ -14,11 +14,13 @@ import torch
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
-from qlora_trainer.checkpoint import save_checkpoint
+from qlora_trainer.caching_allocator import SETTINGS
+from qlora_trainer.checkpoint import newest_checkpoint, save_checkpoint
 from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.directories import replaced_directory
+from qlora_trainer.errors import DiskError, InsufficientMemoryError, first_line, is_broken_allocator, is_out_of_memory
 from qlora_trainer.evaluation import Answer, answer_questions, questions
 from qlora_trainer.fitting import gib
 from qlora_trainer.initial_adapter import target_names
@@ -52,6 +54,21 @@ class Run:
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written."""
+        try:
+            finished = self._take_steps(on_step, stop_after)
+        except RuntimeError as error:
+            if not (self.state.ran_out_of_memory and is_broken_allocator(error)):
+                raise
+            raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
+        if finished:
+            with replaced_directory(self.directory / "adapter") as work:
+                self.write_adapter(work)
+                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
+                write_base_record(work, belongs_to)
+        return finished
+
+    def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
+        """Train and keep the metrics; returns whether the end was reached."""
         if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
             probe(self.state, self.prepared.train.lengths)
@@ -64,7 +81,7 @@ class Run:
             on_step(metrics)
 
         try:
-            finished = train(
+            return train(
                 self.state,
                 self.prepared.heldout,
                 take_step=take_step,
@@ -74,12 +91,20 @@ class Run:
             )
         finally:
             log.close()
-        if finished:
-            with replaced_directory(self.directory / "adapter") as work:
-                self.write_adapter(work)
-                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
-                write_base_record(work, belongs_to)
-        return finished
+
+    def _go_on_in_a_new_process(self, reason: str) -> str:
+        """Save what can be saved after the allocator broke, which takes no device memory, and say how to go on."""
+        try:
+            if self.state.optimizer.steps == {self.state.updates}:  # not amid an update
+                self.save()
+        except (RuntimeError, DiskError) as error:
+            reason = f"{reason} Saving step {self.state.step} failed too: {first_line(error)}"
+        saved = newest_checkpoint(self.directory).step
+        return (
+            f"Memory ran out on {self.base.device}, and after that torch's allocator failed for good, as it can with "
+            f"expandable segments ({reason}). A new process without them goes on after step {saved}: "
+            f"{SETTINGS[0]}=expandable_segments:False qlora resume {self.directory}"
+        )
 
     def save(self, directory: Path | None = None) -> Path:
         """Write a checkpoint of the present state, into the run directory unless another is given."""
@@ -100,14 +125,39 @@ class Run:
         )
 
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
-        """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report."""
+        """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report.
+
+        A prompt begins a row as it is trained, and so is no longer than these. Where memory runs out all the same, as a
+        cache for generation may be more than a step takes, there are no answers but a notice.
+        """
         examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
         renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
         asked = questions(renderer, examples, self.config.evaluation.samples)
         if not asked:
             return
-        limit = self.config.evaluation.max_new_tokens
-        answers = answer_questions(self.base.model, self.tokenizer, asked, max_new_tokens=limit, progress=progress)
+        reason, is_broken = "", False
+        try:
+            answers = answer_questions(
+                self.base.model,
+                self.tokenizer,
+                asked,
+                max_new_tokens=self.config.evaluation.max_new_tokens,
+                progress=progress,
+            )
+        except (MemoryError, RuntimeError) as error:
+            is_broken = self.state.ran_out_of_memory and is_broken_allocator(error)
+            if not (is_broken or is_out_of_memory(error)):
+                raise
+            reason = first_line(error)
+        if reason:  # here, where no traceback holds what was allocated
+            self.state.ran_out_of_memory = True
+            if not is_broken:
+                give_back_memory()
+            self.notices.append(
+                f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
+                "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."
+            )
+            return
         kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}
         write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
 

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,17 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
 
 
 @pytest.fixture
-def bitsandbytes_of_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def nothing_tried() -> Iterator[None]:
+    """Whether the card pages is tried anew, and what a test was answered is forgotten."""
+    paging_refusal.cache_clear()
+    yield
+    paging_refusal.cache_clear()
+
+
+@pytest.fixture
+def bitsandbytes_of_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_tried: None
+) -> Callable[..., Path]:
     """Puts a package `bitsandbytes` of these two functions before the child's own; what it was asked goes to a file.
 
     And for speed a `torch` of the few names that a child needs, unless it shall be the real one.

@@ -1,5 +1,7 @@
 """The rules of torch's CUDA allocator, one by one."""
 
+import os
+import platform
 import random
 
 import pytest
@@ -126,3 +128,17 @@ def test_expandable_segments_are_asked_for_unless_the_user_has_settings(monkeypa
         prefer_expandable_segments()
         assert not uses_expandable_segments(), name
         monkeypatch.delenv(name)
+
+
+def test_under_wsl_expandable_segments_are_taken_only_where_the_user_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On some cards and drivers the first allocation fails with them there."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    prefer_expandable_segments()
+    assert not any(name in os.environ for name in SETTINGS)
+    assert not uses_expandable_segments()
+    monkeypatch.setenv(SETTINGS[0], "expandable_segments:True")
+    assert uses_expandable_segments(), "torch takes the user's word, and so does the plan"

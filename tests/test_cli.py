@@ -7,13 +7,37 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from qlora_trainer.settings import RunConfig
 
 Config = Callable[..., RunConfig]
+
+
+def test_a_run_whose_samples_run_out_of_memory_trains_and_writes_its_report(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt as a whole does not fit where there is a cache, which training and held-out loss have not."""
+    real = LlamaModel.forward
+
+    def forward(self: Any, input_ids: Any = None, use_cache: bool | None = None, **rest: Any) -> Any:
+        if use_cache and input_ids.shape[1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.51 GiB.")
+        return real(self, input_ids=input_ids, use_cache=use_cache, **rest)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    code, _, told = qlora("train", config_file, "training.max_steps=2")
+    assert code == 0, told
+    for when in ("before", "after"):
+        notice = f"The samples have no answers {when} training, as memory ran out (OutOfMemoryError: CUDA out of memory"
+        assert told.count(notice) == 1
+        assert notice in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qlora_trainer import generation
 from qlora_trainer.evaluation import Answer, exact_match, perplexity
 from qlora_trainer.generation import generate_answers, stream_answer
 from qlora_trainer.model import load_base_model
@@ -47,6 +48,48 @@ def test_answers_do_not_depend_on_their_batch(model: Any, tokenizer: Any) -> Non
     alone = [answers(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
     assert answers(model, tokenizer) == alone
     assert answers(model, tokenizer, batch_size=2) == alone
+
+
+def test_long_prompts_are_answered_one_at_a_time_and_as_in_a_batch(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def note(module: Any, arguments: tuple[torch.Tensor]) -> None:
+        if arguments[0].shape[1] > 1:  # the prompts, not the tokens after them
+            shapes.append(tuple(arguments[0].shape))
+
+    expected = answers(model, tokenizer)
+    hook = model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        for limit, batches in (
+            (3 * 7 * 7, [(3, 7)]),
+            (3 * 7 * 7 - 1, [(2, 4), (1, 7)]),
+            (1, [(1, 2), (1, 4), (1, 7)]),
+        ):
+            shapes.clear()
+            monkeypatch.setattr(generation, "MASK_BYTES", limit)
+            assert answers(model, tokenizer) == expected
+            assert shapes == batches
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("width", "rows"), [(512, 16), (2048, 16), (4096, 4), (5000, 2), (6000, 1), (30_000, 1)])
+def test_a_batch_has_a_mask_of_64_mib_at_most(width: int, rows: int) -> None:
+    """A byte for each pair of tokens of each prompt; a prompt alone has none, however long."""
+    assert generation._rows_together([width] * 16) == rows
+    assert rows == 1 or rows * width * width <= 64 * 1024 * 1024
+
+
+def test_a_prompt_makes_logits_of_its_last_token_alone(model: Any, tokenizer: Any) -> None:
+    lengths: list[int] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+    try:
+        answers(model, tokenizer)
+    finally:
+        hook.remove()
+    assert set(lengths) == {1}
 
 
 def test_streaming_gives_the_same_answer(model: Any, tokenizer: Any) -> None:

@@ -198,6 +198,21 @@ def test_each_dependency_has_its_owners(package: str) -> None:
     assert users <= OWNERS[package]
 
 
+def test_no_module_that_only_unix_has_is_needed_to_import_ours() -> None:
+    """At the top of a file, outside a `try`."""
+    for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = imported_modules("\n".join(map(ast.unparse, at_once)))
+        assert not {"fcntl", "grp", "pwd", "resource", "termios"} & modules, path
+
+
+def test_bitsandbytes_is_not_asked_to_move_paged_memory_to_the_host() -> None:
+    """It would ask CUDA about device -1, and end the process."""
+    for path in (ROOT / "qlora_trainer").rglob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        assert not {"prefetch_tensor", "prefetch_all"} & names, path
+
+
 def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:
     for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

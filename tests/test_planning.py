@@ -6,13 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import FalconConfig
 
 from qlora_kernels.varlen_attention import flash_backward_bytes
-from qlora_trainer import estimating, fitting, forward, planning, runs, training
-from qlora_trainer.activations import Policy, choose_policy, offloaded_bytes
+from qlora_trainer import estimating, fitting, forward, machine, planning, runs, training
+from qlora_trainer.activations import Policy, choose_policy, host_room, offloaded_bytes
 from qlora_trainer.config import load_config, make_config
 from qlora_trainer.errors import InsufficientMemoryError
 from qlora_trainer.fitting import (
@@ -24,9 +25,10 @@ from qlora_trainer.fitting import (
     longest_context,
     with_length,
 )
+from qlora_trainer.model import load_base_model, load_dense_model
 from qlora_trainer.planning import MemoryPlan, empty_run, keeps_apart, longest_pack, plan_memory, track_steps
 from qlora_trainer.runs import resume_run, start_run
-from qlora_trainer.settings import RunConfig
+from qlora_trainer.settings import ModelConfig, RunConfig
 from qlora_trainer.sizes import parse_bytes
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
@@ -412,7 +414,8 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
         for level in ("keep", "recompute")
     )
     free = {"available": kept}
-    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(**free))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, **free))
+    monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     for available, level in ((kept, "keep"), (leaner, "recompute")):
@@ -424,6 +427,62 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
         start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
+
+
+@pytest.fixture(params=["version 1", "version 2"])
+def container(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Gives this process a limit by the files of control groups, on a machine with a TiB that is all available."""
+    root = tmp_path / "cgroup"
+    monkeypatch.setattr(machine, "CGROUP_ROOT", root)
+    monkeypatch.setattr(machine, "CGROUP_LIST", tmp_path / "list")
+    memory = SimpleNamespace(total=2**40, available=2**40)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+    def limit(allowed: int, used: int) -> None:
+        is_first = request.param == "version 1"
+        (tmp_path / "list").write_text("7:memory:/docker/abc\n" if is_first else "0::/\n")
+        directory = root / "memory" if is_first else root
+        directory.mkdir(parents=True, exist_ok=True)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_first else ("memory.max", "memory.current")
+        for name, value in zip(names, (allowed, used), strict=True):
+            (directory / name).write_text(f"{value}\n")
+
+    return limit
+
+
+def test_what_is_offloaded_has_the_room_that_a_container_is_allowed(container: Callable[..., None]) -> None:
+    before = host_room()
+    container(12 * 2**30, used=4 * 2**30)
+    assert (before, host_room()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
+
+
+def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
+    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, container: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
+    config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
+    kept, leaner = (
+        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activations": level}})).total
+        for level in ("keep", "recompute")
+    )
+    for free, level in ((kept, "keep"), (leaner, "recompute")):
+        container(2**30 + free, used=2**30)
+        plan = fitting.check_fits_here(tiny_llama, config)
+        assert plan is not None
+        assert plan.policy == Policy(level)
+    assert fitting.memory_here(config) == 2**30 + leaner
+    container(2**30, used=2**30 - 2**20)
+    with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
+        fitting.check_fits_here(tiny_llama, config)
+
+
+def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, container: Callable[..., None]) -> None:
+    container(2**30, used=2**30 - 2**16)
+    settings = ModelConfig(name=str(tiny_llama), device="cpu")
+    with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.0 GiB free"):
+        load_base_model(tiny_llama, settings)
+    with pytest.raises(InsufficientMemoryError, match="in fp32 takes"):
+        load_dense_model(tiny_llama, torch.device("cpu"))
 
 
 def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

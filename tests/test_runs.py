@@ -444,6 +444,25 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert resumed.write_report().is_file()
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
+    tiny_config: Config, rows: Path, packing: bool
+) -> None:
+    """Also of rows that are cut: by whole turns, or at the end of a completion."""
+    messages = [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]
+    long = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
+    for row in long:
+        rows.write_text(4 * (json.dumps(row) + "\n"))
+        data = {"heldout": 0, "max_length": 64, "packing": packing}
+        run = start_run(tiny_config("-".join(row), data=data, training={"batch_size": 2, "max_steps": 1}))
+        asked: list[int] = []
+        run.base.model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, x, seen=asked: seen.append(x[0].shape[1])
+        )
+        run.answer_samples("before")
+        assert 1 < max(asked) <= 64
+
+
 def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_before_the_base_is_loaded(
     tiny_config: Config, own_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

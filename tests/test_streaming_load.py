@@ -25,7 +25,7 @@ from qlora_trainer.errors import InsufficientMemoryError, ModelError, Quantizati
 from qlora_trainer.fingerprint import base_fingerprint
 from qlora_trainer.hashing import bytes_sha256
 from qlora_trainer.load_plan import widest_dtype
-from qlora_trainer.model import Base, load_base_model
+from qlora_trainer.model import Base, choose_device, load_base_model
 from qlora_trainer.output_head import quantize_head
 from qlora_trainer.prequantize import quantize_checkpoint
 from qlora_trainer.process_memory import private_bytes
@@ -314,6 +314,14 @@ def test_private_memory_is_the_4bit_model_and_little_more(tiny_llama: Path, tmp_
     sizes = [info.nbytes for info in checkpoint_tensors(plain).values()]
     assert of_plain < model + 2 * max(sizes) + 2**23 < sum(sizes) * 0.6  # one tensor is read ahead
     assert of_kept < model / 2
+
+
+def test_a_base_goes_to_the_current_card_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that reads or hashes, a device without an index would be the first card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
+    assert choose_device("cpu") == CPU
 
 
 @pytest.mark.gpu

@@ -206,7 +206,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, parameter in trainable_parameters(model):
         layer = in_parts.get(id(parameter))
-        state[name] = (layer.whole_B(parameter.detach()) if layer else parameter.detach()).cpu().clone()
+        values = parameter.detach().to("cpu", copy=True)  # first, so that it takes nothing of a full device
+        state[name] = layer.whole_B(values) if layer else values
     return state
 
 

@@ -62,8 +62,10 @@ def _train(run: "Run") -> None:
     with TrainingBar(run.state.total_steps, run.state.step) as bar:
         finished = run.train(bar)
     if finished:
+        told = len(run.notices)
         with ProgressBars() as progress:
             run.answer_samples("after", progress)
+        print_notices(run.notices[told:])
     report = run.write_report()
     if not finished:
         say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")
