@@ -22,10 +22,10 @@ def card_name(index: int) -> str:
 
 def unusable(index: int) -> tuple[str, str]:
     """Return why the installed torch cannot use a card, and what to do; ("", "") where it can."""
-    capability = torch.cuda.get_device_capability(index)
     architectures = [code for code in torch.cuda.get_arch_list() if _version(code)]
     if not architectures:  # torch for a CPU, or for AMD's cards
         return "", ""
+    capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_CAPABILITY:
         return "bitsandbytes has no code for cards below compute capability {}.{}".format(*OLDEST_CAPABILITY), ""
     if any(_runs_on(code, capability) for code in architectures):

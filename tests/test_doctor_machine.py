@@ -15,7 +15,6 @@ from test_machine import GIB, write
 from qlora_trainer import doctor_machine, machine
 from qlora_trainer.config import make_config
 from qlora_trainer.findings import Finding
-from qlora_trainer.managed_memory import paging_refusal
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
@@ -111,15 +110,14 @@ def test_card_on_which_nothing_works_ends_no_check_in_a_traceback() -> None:
     assert all(finding["advice"] for finding in findings.values() if finding["status"] == "problem")
 
 
+@pytest.mark.usefixtures("nothing_tried")
 def test_card_that_refuses_to_page_is_a_note_with_the_childs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, stdout="Error operation not supported at line 82\n")
 
     pretend(monkeypatch, CUDA_13, (8, 6))
     monkeypatch.setattr(subprocess, "run", ended)
-    paging_refusal.cache_clear()
     finding = doctor_machine.paged_optimizer()
-    paging_refusal.cache_clear()
     assert finding.status == "note"
     assert "stays on the card" in finding.detail
     assert "Error operation not supported at line 82" in finding.detail
