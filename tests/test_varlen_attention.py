@@ -391,7 +391,5 @@ def test_flash_attentions_backward_allocates_what_its_formula_says(documents: in
     found = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
     processors = card.processors if deterministic else 0
     expected = module.flash_backward_bytes(tokens, 16, 4, 128, 2, documents, processors)
-    print(
-        f"{documents} documents, deterministic {deterministic}: {found / 2**20:.1f} MiB, by formula {expected / 2**20:.1f}"
-    )
+    print(f"{documents} documents: {found / 2**20:.1f} MiB, by formula {expected / 2**20:.1f}, {deterministic=}")
     assert abs(found - expected) <= 2 * 2**20
