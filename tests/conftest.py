@@ -48,7 +48,8 @@ class cuda:
     set_device = synchronize = print
 """
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic runs, before CUDA is first used
+if torch.cuda.is_available():  # for deterministic runs, before CUDA is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 prefer_expandable_segments()  # as the command line does; torch reads it when CUDA is first used
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other are slower than none
 

@@ -48,6 +48,12 @@ def test_packed_documents_take_flash_attention_in_16_bits_only(operations: dict[
         assert flash <= seen if "bf16" in name else flash.isdisjoint(seen) and efficient in seen
 
 
+def test_no_operation_of_a_step_is_without_a_deterministic_version(operations: dict[str, set[str]]) -> None:
+    """Of those on CUDA for which torch says so; cumsum is here one of integers, which has one."""
+    without = {"put_", "histc", "nll_loss2d_forward", "kthvalue", "median.dim", "_ctc_loss", "grid_sampler_2d_backward"}
+    assert not any(seen & {f"aten::{name}" for name in without} for seen in operations.values())
+
+
 def test_only_what_offloads_copies_to_the_host(operations: dict[str, set[str]]) -> None:
     copying = {name for name, seen in operations.items() if "qlora_kernels::copy_to_host" in seen}
     assert copying == {"bf16, tile"}, "which offloads too"

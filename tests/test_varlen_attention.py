@@ -339,6 +339,26 @@ def test_tensors_without_memory_are_attended_to_as_on_the_card_they_are_planned_
     assert seen.key_heads == (4 if taken & EFFICIENT else 0), "there each query head has keys of its own"
 
 
+@pytest.mark.parametrize(("documents", "heads"), [(1, [32]), (16, [32]), (64, [28, 4]), (256, [12, 12, 8])])
+def test_flash_attention_takes_fewer_heads_at_a_time_of_many_documents(
+    monkeypatch: pytest.MonkeyPatch, documents: int, heads: list[int]
+) -> None:
+    """4,096 tokens of an 8B: of 64 documents all heads would take 257.5 MiB, where 256 are allowed."""
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    calls: list[int] = []
+    whole = module._flash_varlen
+
+    def noting(query: Tensor, *arguments: Any) -> Tensor:
+        calls.append(query.shape[1])
+        return whole(query, *arguments)
+
+    monkeypatch.setattr(module, "_flash_varlen", noting)
+    with FakeTensorMode(), module.planned_for(module.Card((8, 0), 128)):
+        tensors = [torch.empty(1, count, 4096, 128, dtype=torch.bfloat16) for count in (32, 8, 8)]
+        varlen_attention(*tensors, list(range(0, 4097, 4096 // documents)), scale=0.3)
+    assert calls == heads
+
+
 def test_a_plan_for_a_card_leaves_attention_on_a_cpu_as_it_is() -> None:
     inputs = heads()
     before = varlen_attention(*inputs, BOUNDS, scale=0.3)
@@ -392,5 +412,5 @@ def test_flash_attentions_backward_allocates_what_its_formula_says(documents: in
     found = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
     processors = card.processors if deterministic else 0
     expected = module.flash_backward_bytes(tokens, 16, 4, 128, 2, documents, processors)
-    print(f"{documents} documents, {deterministic=}: {found / 2**20:.1f} MiB, by formula {expected / 2**20:.1f}")
+    print(f"{documents} documents: {found / 2**20:.1f} MiB, by formula {expected / 2**20:.1f}, {deterministic=}")
     assert abs(found - expected) <= 2 * 2**20
