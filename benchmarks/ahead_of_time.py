@@ -132,7 +132,7 @@ def _multiply_few() -> dict[str, Case]:
             kernel=module.multiply_few_kernel,
             signature=_TABLES
             | dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
-            | dict.fromkeys(("tokens", "out_features", "in_features", "blocks_per_stretch"), "i32"),
+            | dict.fromkeys(("tokens", "out_features", "in_features"), "i32"),
             constants=_BLOCKS
             | {
                 "HAS_BIAS": has_bias,
@@ -147,20 +147,10 @@ def _multiply_few() -> dict[str, Case]:
             is_variant=has_bias,
         )
 
-    adding = Case(
-        kernel=nf4_matmul_triton.add_kernel,
-        signature={"sums_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-        | dict.fromkeys(("stretches", "elements", "out_features"), "i32"),
-        constants={"HAS_BIAS": True, "BLOCK": nf4_matmul_triton.ELEMENTS_ADDED},
-        options=nf4_matmul_triton.ADDING_OPTIONS,
-        multiples_of_16=("elements", "out_features"),
-        rounds_each=True,
-    )
     return {
         "nf4_matmul_few bf16": case("bf16", False),
         "nf4_matmul_few fp16, with bias": case("fp16", True),
         "nf4_matmul_few fp32": case("fp32", False),
-        "nf4_matmul_few bf16, the sum of stretches": adding,
     }
 
 

@@ -9,8 +9,6 @@ programs, which would fill a large card better for the smallest layers, at the p
 Legend: N tokens, I in features, O out features.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -20,11 +18,10 @@ from qlora_kernels.nf4_matmul import MOST_FEW, multiply_few_torch
 from qlora_kernels.nf4_triton import code_on, load_scale
 
 ROWS_PER_PROGRAM = 16
-BLOCKS_PER_TURN = {2: 2, 4: 1}  # of the format, by bytes of an element: 128 or 64 in features, for want of registers
-PROGRAMS_PER_PROCESSOR = 4
-ELEMENTS_ADDED = 256
+BLOCKS_PER_TURN = {2: 4, 4: 1}  # of the format, by bytes of an element: 256 or 64 in features
+# One stage: with more the loop waits for loads of single bytes, and took four times as long on an H200 (0028). With two
+# blocks of 16 bits a turn, Triton 3.6 spills on sm_90.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-ADDING_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -37,11 +34,10 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
     offset_ptr,
     nf4_code_ptr,
     bias_ptr,  # (O,); x_ptr again where there is no bias
-    out_ptr,  # (N, O); of several stretches (stretches, N, O) in fp32, a sum for each
+    out_ptr,  # (N, O)
     tokens,
     out_features,
     in_features,
-    blocks_per_stretch,  # a multiple of BLOCKS
     HAS_BIAS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
@@ -53,10 +49,8 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     blocks_per_row = in_features // BLOCK_SIZE
-    stretch = tl.program_id(1)
-    begin = stretch * blocks_per_stretch
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(begin, min(begin + blocks_per_stretch, blocks_per_row), BLOCKS):
+    for first in range(0, blocks_per_row, BLOCKS):
         place = first + tl.arange(0, BLOCKS)
         inside = (row < out_features)[:, None] & (place < blocks_per_row)[None, :]
         # 64-bit: a weight may hold more than 2**31 elements.
@@ -78,30 +72,9 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
         total = tl.dot(odd, tl.trans(x_odd), total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < out_features, other=0.0).to(tl.float32)[:, None]
-    place = (stretch * tokens + token[None, :]) * out_features + row[:, None]
+    place = token[None, :] * out_features + row[:, None]
     wanted = (row < out_features)[:, None] & (token < tokens)[None, :]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=wanted)
-
-
-@triton.jit
-def add_kernel(  # type: ignore[no-untyped-def]
-    sums_ptr,  # (stretches, elements) fp32
-    bias_ptr,  # (O,)
-    out_ptr,  # (elements,)
-    stretches,
-    elements,
-    out_features,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for stretch in range(stretches):
-        total += tl.load(sums_ptr + stretch * elements + place, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + place % out_features, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def multiply_few(
@@ -126,49 +99,22 @@ def multiply_few(
     x, out = x.contiguous(), x.new_empty(tokens, out_features)
     if out.numel() == 0:
         return out
-    bias = None if bias is None else bias.contiguous()
-    blocks = BLOCKS_PER_TURN[x.element_size()]
-    row_programs = triton.cdiv(out_features, ROWS_PER_PROGRAM)
-    turns = triton.cdiv(in_features // block_size, blocks)  # of the loop, for all in features
-    stretches = max(min(PROGRAMS_PER_PROCESSOR * _processors(x.device) // row_programs, turns), 1)
-    blocks_per_stretch = triton.cdiv(turns, stretches) * blocks
-    stretches = triton.cdiv(in_features // block_size, blocks_per_stretch)  # each holds some
-    sums = out if stretches == 1 else out.new_empty(stretches, tokens, out_features, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        multiply_few_kernel[row_programs, stretches](
+        multiply_few_kernel[(triton.cdiv(out_features, ROWS_PER_PROGRAM),)](
             x,
             *(table.contiguous() for table in tables),
             code_on(x.device),
-            x if bias is None else bias,
-            sums,
+            x if bias is None else bias.contiguous(),
+            out,
             tokens,
             out_features,
             in_features,
-            blocks_per_stretch,
-            HAS_BIAS=bias is not None and stretches == 1,
+            HAS_BIAS=bias is not None,
             BLOCK_SIZE=block_size,
             NESTED_BLOCK_SIZE=nested_block_size,
             TOKENS=MOST_FEW,
             ROWS=ROWS_PER_PROGRAM,
-            BLOCKS=blocks,
+            BLOCKS=BLOCKS_PER_TURN[x.element_size()],
             **OPTIONS,
         )
-        if stretches > 1:
-            add_kernel[(triton.cdiv(out.numel(), ELEMENTS_ADDED),)](
-                sums,
-                x if bias is None else bias,
-                out,
-                stretches,
-                out.numel(),
-                out_features,
-                HAS_BIAS=bias is not None,
-                BLOCK=ELEMENTS_ADDED,
-                **ADDING_OPTIONS,
-            )
     return out
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a card; of a CPU, where the interpreter runs, a few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
