@@ -320,6 +320,7 @@ def test_a_base_goes_to_the_current_card_by_its_index(monkeypatch: pytest.Monkey
     """In a thread that reads or hashes, a device without an index would be the first card."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cpu") == CPU
 
