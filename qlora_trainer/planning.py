@@ -198,8 +198,8 @@ def empty_run(
         add_adapters(model, config.adapter, config.training.seed)
         state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype, policy)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
-    packing = state.loader.packing
-    pack = longest_pack(directory, config, packing, documents=_most_costly_documents(state, directory, config, card))
+    documents = _most_costly_documents(head_sizes(model.config.get_text_config()), directory, config, dtype, card)
+    pack = longest_pack(directory, config, state.loader.packing, documents)
     return state, _as_fake(pack, fake.mode), fake
 
 
@@ -241,21 +241,24 @@ def _as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
     return dataclasses.replace(pack, input_ids=ids, labels=labels, position_ids=positions)
 
 
-def _most_costly_documents(state: TrainState, directory: Path, config: RunConfig, card: Card | None) -> int:
+def _most_costly_documents(
+    heads: tuple[int, int, int] | None,  # as head_sizes gives them
+    directory: Path,
+    config: RunConfig,
+    dtype: torch.dtype,
+    card: Card | None,
+) -> int:
     """In how many documents the longest pack takes most memory, of those it can have: at most a step's rows.
 
     Flash attention's backward pads each, and where it is deterministic has fewer sums the more there are.
     """
-    if card is None or (sizes := head_sizes(state.model.config)) is None:
+    if card is None or heads is None or card.flash_refusal(dtype, heads[2]) is not None:
         return 2
-    query_heads, key_heads, head_dim = sizes
-    dtype, length = state.model.dtype, longest_row(directory, config)
-    if card.flash_refusal(dtype, head_dim) is not None:
-        return 2
+    query_heads, key_heads, head_dim = heads
+    length, processors = longest_row(directory, config), card.processors_summed_over(dtype)
     tokens = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
 
     def inside(documents: int) -> int:
-        processors = card.processors_summed_over(dtype)
         return flash_backward_bytes(tokens, query_heads, key_heads, head_dim, dtype.itemsize, documents, processors)
 
     return max(-(-tokens // length), config.training.batch_size, key=inside)
