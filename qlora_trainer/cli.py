@@ -15,7 +15,7 @@ from qlora_trainer.commands.models import quantize
 from qlora_trainer.commands.results import evaluate, generate, merge
 from qlora_trainer.commands.training import demo, resume, train
 from qlora_trainer.console import print_error
-from qlora_trainer.errors import QLoRATrainerError, first_line, is_out_of_memory
+from qlora_trainer.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,6 +47,13 @@ def main() -> None:
         print_error(str(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
+        if is_cuda_not_starting(error):
+            print_error(
+                f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
+                "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says what "
+                "torch sees. To train without a card, slowly: model.device=cpu"
+            )
+            sys.exit(2)
         if not is_out_of_memory(error):
             raise
         print_error(

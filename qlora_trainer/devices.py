@@ -8,11 +8,11 @@ import re
 
 import torch
 
-from qlora_kernels.registry import implementations, kernel_choice
+from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
 from qlora_trainer.errors import ConfigError, ModelError
 
 OLDEST_CAPABILITY = (6, 0)  # the oldest that bitsandbytes' CUDA libraries have code for
-FAST, ONLY_VERSION = "fast", "reference: plain torch is the only version"
+FAST = "fast"
 
 
 def card_name(index: int) -> str:
@@ -59,6 +59,13 @@ def operations_by_version(device_type: str) -> dict[str, list[str]]:
     for operation, version in implementations(device_type).items():
         found.setdefault(version, []).append(operation)
     return found
+
+
+def kernels_in_words(device_type: str) -> str:
+    """Say how many operations are fast on this kind of device, and which could be and are not; a notice has why."""
+    found = operations_by_version(device_type)
+    slower = sorted(name for version, names in found.items() if version not in (FAST, ONLY_VERSION) for name in names)
+    return f"{len(found.get(FAST, []))} fast" + (f", plain torch for {', '.join(slower)}" if slower else "")
 
 
 def kernel_notices(device_type: str) -> list[str]:

@@ -110,6 +110,24 @@ def memory_errors(what: str, advice: str = "") -> Iterator[None]:
         raise InsufficientMemoryError(f"{what} ran out of memory: {first_line(error)} {advice}".rstrip()) from error
 
 
+def is_cuda_not_starting(error: BaseException) -> bool:
+    """True if CUDA or its driver refuses to start on a card: held by another program, a driver that does not fit.
+
+    torch and CUDA say it by the text of a RuntimeError alone.
+    """
+    told = (
+        "busy or unavailable",  # another program has the card for itself
+        "driver initialization failed",
+        "initialization error",
+        "No CUDA GPUs are available",
+        "driver version is insufficient",
+        "display driver / cuda driver combination",
+        "system not yet initialized",
+        "CUDA unknown error",
+    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+
+
 def first_line(error: BaseException) -> str:
     """Another library's error for use in a letter: its kind, and the first line of what it says."""
     lines = str(error).strip().splitlines()

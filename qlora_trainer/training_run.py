@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_kernels.registry import kernels_in_words
 from qlora_kernels.varlen_attention import Card
 from qlora_trainer.adapters.delta import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
@@ -23,6 +22,7 @@ from qlora_trainer.data.overview import bin_labels, heldout_facts, overview_of, 
 from qlora_trainer.data.preparation import Prepared
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.determinism import deterministic_algorithms
+from qlora_trainer.devices import kernels_in_words
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import DiskError, InsufficientMemoryError, first_line, is_broken_allocator, is_out_of_memory
 from qlora_trainer.evaluation import Answer, answer_questions, questions

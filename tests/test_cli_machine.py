@@ -1,10 +1,13 @@
 """The command line on a machine that lacks something: the next best way and a notice, or one message and exit 2."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from cards import a_card_is_here
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc/1/no-such"])  # which root cannot write either
@@ -61,3 +64,25 @@ def test_doctor_prints_each_finding_with_its_advice_below(qlora: Callable, monke
     found = [Finding("Disk", "problem", "[bold]/x[/] is full", "Empty it."), Finding("Python", "ok", "3.11")]
     monkeypatch.setattr(doctor, "examine", lambda cache: found)
     assert qlora("doctor") == (1, "", "problem Disk [bold]/x[/] is full → Empty it. ok Python 3.11")
+
+
+def test_card_that_another_program_holds_ends_a_run_with_the_way_out(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thing that needs the card itself fails, as where a card is in exclusive mode; nothing is left."""
+
+    def held(device: object = None) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA")
+
+    importlib.import_module("qlora_trainer.runs")  # libraries look for a card while they are imported
+    with monkeypatch.context() as card:
+        a_card_is_here(card, (8, 6))
+        card.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+        card.setattr(torch.cuda, "mem_get_info", held)
+        code, _, told = qlora("train", config_file, "optimizer.name=adamw")
+    assert code == 2
+    assert "CUDA-capable device(s) is/are busy or unavailable" in told
+    assert "Traceback" not in told
+    assert "TORCH_USE_CUDA" not in told
+    assert not (tmp_path / "run").exists()
+    assert qlora("train", config_file, "training.max_steps=1", "model.device=cpu")[0] == 0, "the advice works"

@@ -5,7 +5,7 @@ import torch
 
 from qlora_kernels import registry
 from qlora_trainer import model
-from qlora_trainer.devices import kernel_notices, unusable
+from qlora_trainer.devices import kernel_notices, kernels_in_words, unusable
 from qlora_trainer.errors import ConfigError, ModelError
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # what torch 2.11 for CUDA 13.0 says
@@ -98,6 +98,14 @@ def test_kernels_that_are_missing_are_said_once_with_what_brings_them() -> None:
         "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4: there is no"
     )
     assert "install g++" in told
+
+
+@pytest.mark.usefixtures("without_compiler")
+def test_a_run_counts_fast_kernels_and_names_those_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = sum(version == "fast" for version in registry.implementations("cpu").values())
+    assert kernels_in_words("cpu") == f"{fast} fast, plain torch for dequantize_nf4, quantize_nf4"
+    monkeypatch.setenv("QLORA_KERNELS", "reference")
+    assert kernels_in_words("cpu").startswith("0 fast, plain torch for ")
 
 
 @pytest.mark.usefixtures("without_compiler")

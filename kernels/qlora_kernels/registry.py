@@ -18,7 +18,7 @@ import torch
 
 NAMESPACE = "qlora_kernels"
 _CHOICES = ("auto", "reference", "fast")
-_ONLY = "plain torch is the only version"
+ONLY_VERSION = "reference: plain torch is the only version"
 _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # torch's dispatch keys
 
 
@@ -137,20 +137,8 @@ def implementations(device_type: str) -> dict[str, str]:
         if kernel_choice() == "reference":
             found[name] = "reference: QLORA_KERNELS=reference"
         elif device_type not in op.fast:
-            found[name] = f"reference: {_ONLY}"
+            found[name] = ONLY_VERSION
         else:
             version = op.fast_version(device_type)
             found[name] = f"reference: {version}" if isinstance(version, str) else "fast"
     return found
-
-
-def kernels_in_words(device_type: str) -> str:
-    """Say which operations with a fast version for this kind of device do not take it here, and why."""
-    found = implementations(device_type)
-    slow: dict[str, list[str]] = {}
-    for name, version in found.items():
-        reason = version.removeprefix("reference: ")
-        if version != "fast" and reason != _ONLY:
-            slow.setdefault(reason, []).append(name)
-    fast = sum(version == "fast" for version in found.values())
-    return "; ".join([f"{fast} fast", *(f"plain torch for {', '.join(names)}: {why}" for why, names in slow.items())])
