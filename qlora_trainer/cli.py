@@ -50,8 +50,8 @@ def main() -> None:
         if is_cuda_not_starting(error):
             print_error(
                 f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
-                "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says what "
-                "torch sees. To train without a card, slowly: model.device=cpu"
+                "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says "
+                "what torch sees. To train without a card, slowly: model.device=cpu"
             )
             sys.exit(2)
         if not is_out_of_memory(error):
