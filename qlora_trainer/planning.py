@@ -42,7 +42,7 @@ from qlora_trainer.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training import TrainState, build_state, micro_batch_tokens, train_step
 from qlora_trainer.workspaces import cublas_bytes, cublas_setting, workspaces_on_cpu, workspaces_on_cuda
 
-CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB, by card and driver
+CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB on cards of consumers; an H200 took 619
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
 PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
 

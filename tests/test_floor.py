@@ -60,6 +60,18 @@ def test_floor_may_skip_nothing_that_runs_on_the_tested_torch(tmp_path: Path) ->
     assert "a::y" in told
 
 
+def test_floor_must_collect_what_the_tested_torch_runs(tmp_path: Path) -> None:
+    """As where a module that cannot be imported leaves nothing to test, skipped or not."""
+    code, told = result(tmp_path, RAN.format("x"), RAN.format("x") + RAN.format("y"))
+    assert (code, told.splitlines()[1:]) == (1, ["  a::y"])
+
+
+def test_floor_is_told_where_pip_ends_without_a_word(tmp_path: Path) -> None:
+    done = floor(tmp_path / "cache", '[ "$1 $2" != "-m venv" ] || { echo "WARNING: nothing"; exit 137; }')
+    assert done.returncode == 0
+    assert done.stdout == "torch floor: NOT RUN, its environment cannot be made: pip ended without a word\n"
+
+
 def test_floor_on_which_nothing_ran_has_failed(tmp_path: Path) -> None:
     code, told = result(tmp_path, SKIPPED.format("x"), SKIPPED.format("x"))
     assert (code, told) == (1, "torch floor 2.11.0: FAILED, no test ran\n")

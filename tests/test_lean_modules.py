@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_trainer import lean_modules
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.devices import kernel_notices
 from qlora_trainer.lean_modules import GatedMLP, gated_mlp, make_lean, rms_norm_form
 from qlora_trainer.model import load_base_model
 from qlora_trainer.quantization import NF4Linear, quantize_weight
@@ -83,7 +84,8 @@ def test_a_run_says_which_attention_and_kernels_it_takes(
     assert dict(run.summary())["attention"] == "one document after another, with a window by blocks of queries"
     assert re.match(r"\d+ fast", dict(run.summary())["kernels"])
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    assert re.search(r"^0 fast; plain torch for .*: QLORA_KERNELS=reference$", dict(run.summary())["kernels"])
+    assert re.search("^0 fast, plain torch for .*dequantize_nf4", dict(run.summary())["kernels"])
+    assert any(line.endswith(": QLORA_KERNELS=reference.") for line in kernel_notices("cpu")), "a notice has the reason"
     a_card_is_here(monkeypatch, (7, 5))
     monkeypatch.delenv("QLORA_KERNELS")
     run.base.device = torch.device("cuda")

@@ -86,8 +86,6 @@ class BaseRuns:
             self.is_lean if is_lean is None else is_lean,
         )
         raw["model"]["device"] = self.device.name
-        if not self.kit.may_page:
-            raw["optimizer"] = {"name": "adamw"}
         return make_config(raw)
 
     def start(self, name: str, tokens: int, training: dict[str, Any], steps: int) -> Run:

@@ -19,24 +19,26 @@ def resume(runs: BaseRuns) -> None:
     for is_deterministic in (False, True):
         training = {**RECOMPUTE, **({"deterministic": True} if is_deterministic else {})}
         losses: list[list[float]] = []
-        whole = _trained(runs, runs.start("whole", 2048, training, 4), losses)
-        repeated = _trained(runs, runs.start("repeated", 2048, training, 4), losses)
+        rates: list[float] = []
+        whole = _trained(runs, runs.start("whole", 2048, training, 4), losses, rates)
+        repeated = _trained(runs, runs.start("repeated", 2048, training, 4), losses, rates)
         stopped = runs.start("resumed", 2048, training, 4)
         stopped.train(lambda record: None, stop_after=2)
         runs.drop(stopped)
-        resumed = _trained(runs, runs.resume("resumed"), losses)
+        resumed = _trained(runs, runs.resume("resumed"), losses, rates)
         apart = {"repeated": _distance(repeated, whole), "resumed": _distance(resumed, whole)}
         how = "deterministic" if is_deterministic else "by default"
-        runs.kit.result(f"resume-{how.replace(' ', '-')}", apart=apart, losses=losses)
+        runs.kit.result(f"resume-{how.replace(' ', '-')}", apart=apart, losses=losses, rates=rates)
         told = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
-        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(told)}")
+        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(told)}; {max(rates):,.0f} tokens/s")
 
 
-def _trained(runs: BaseRuns, run: Run, losses: list[list[float]]) -> dict[str, Tensor]:
-    """The adapter of a run that is trained to its end."""
+def _trained(runs: BaseRuns, run: Run, losses: list[list[float]], rates: list[float]) -> dict[str, Tensor]:
+    """Train a run to its end; returns its adapter, and adds its losses and its fastest step's tokens a second."""
     records: list[dict[str, Any]] = []
     run.train(records.append)
     losses.append([record["loss"] for record in records])
+    rates.append(max(record["tokens_per_second"] for record in records))
     runs.drop(run)
     return load_file(run.directory / "adapter" / "adapter_model.safetensors")
 

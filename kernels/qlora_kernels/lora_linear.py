@@ -14,14 +14,12 @@ it has what backward needs) a layer's last product is not made again.
 
 `add_lora` is the adapter's formula (Hu et al. 2021, arXiv:2106.09685) in plain torch; the functions compute the same.
 
-Left out: gradients of gradients, and autocast, which is not used here.
-
-Legend: N tokens, I in features, O out features, R rank.
+Left out: gradients of gradients, and autocast. Legend: N tokens, I in features, O out features, R rank.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,13 +134,8 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """Tensors that `keep` saved for backward.
-
-    Holds the node's output, not the node: up to torch 2.11 a node's Python object does not keep the node alive, which
-    ends with its output and lets the saved tensors go.
-    """
+class Kept(NamedTuple):
+    """What `keep` saved: the node's output, as up to torch 2.11 the node ends with it and lets go of what it saved."""
 
     output: Tensor  # (0,)
 
@@ -189,7 +182,7 @@ class _NF4Linear(torch.autograd.Function):
         low_rank = None if adapter is None else _low_rank(x, adapter)
         if needs_A or needs_B:
             ctx.kept = keep(x if needs_A else None, low_rank if needs_B else None)
-        # Handles to weight and adapter, not saved tensors: hooks that offload or recompute saved tensors pass them by.
+        # Handles, not saved tensors: hooks that offload or recompute saved tensors pass weight and adapter by.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _output(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
