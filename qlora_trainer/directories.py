@@ -174,7 +174,8 @@ def disk_errors(
 
 def nearest_existing(path: Path) -> Path:
     """Return `path`, or the closest folder above it that is there; a file where a folder should be is one too."""
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    path = path.absolute()
+    return next((parent for parent in (path, *path.parents) if parent.exists()), Path(path.anchor))
 
 
 def unwritable(directory: Path) -> str:

@@ -179,12 +179,14 @@ def hub() -> Finding:
     name = "Model hub"
     try:
         from huggingface_hub import constants
+
+        from qlora_trainer.model_source import hub_variable
     except FAILURES as error:
         return Finding(name, "problem", first_line(error), "pip install huggingface_hub")
     detail = f"downloads are kept in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         return Finding(name, "note", f"{detail}; HF_HUB_OFFLINE is set, so only those are used")
     if reason := unwritable(Path(constants.HF_HUB_CACHE)):
-        advice = "Set HF_HOME to a folder that can be, or name directories instead of hub names."
+        advice = f"Set {hub_variable()} to a folder that can be, or name directories instead of hub names."
         return Finding(name, "note", f"{detail}, which cannot be written: {reason}", advice)
     return Finding(name, "ok", f"{detail}; the network is used only for hub names")

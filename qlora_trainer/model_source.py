@@ -4,6 +4,7 @@ A hub name, a directory of safetensors or a GGUF file becomes a directory here; 
 out: the weights (model.py).
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,16 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
                 f"The model {name} is not in the hub's cache, and HF_HUB_OFFLINE is set, so it was not fetched. Unset "
                 "it, or name a directory."
             ) from error
-        refuse_unwritable(Path(constants.HF_HUB_CACHE), "HF_HOME")
+        refuse_unwritable(Path(constants.HF_HUB_CACHE), hub_variable())
         raise ModelError(
             f"The model {name} could not be fetched from the hub: {first_line(error)}. What has arrived is kept; try "
             "again when the network is there."
         ) from error
+
+
+def hub_variable() -> str:
+    """Name the environment variable that moves the hub's cache: the one that is set and comes first, else HF_HOME."""
+    return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ CONCURRENT_MANAGED_ACCESS = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS 
 def has_concurrent_access(index: int) -> bool:
     """False where the driver says that host and device may not use managed memory at the same time."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return True  # then the trial itself answers
     device, value = ctypes.c_int(), ctypes.c_int(1)

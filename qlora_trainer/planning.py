@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels.host_copy import pinned_bytes
+from qlora_kernels.registry import kernel_choice
 from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.activations import Policy, choose_policy
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.attention import attends_apart, attention_taken, head_sizes, refusals_as_model_error
 from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.data.packing import Example, Pack, make_packs
-from qlora_trainer.errors import ModelError
+from qlora_trainer.errors import ConfigError, ModelError
 from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.managed_memory import paging_refusal_here
@@ -143,7 +144,15 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
 
 
 def planned_card(config: RunConfig) -> Card | None:
-    """The card that a plan is for: the one here, else an assumed one; None for a plan of host memory."""
+    """The card that a plan is for: the one here, else an assumed one; None for a plan of host memory.
+
+    Raises:
+        ConfigError: QLORA_KERNELS holds an unknown word.
+    """
+    try:
+        kernel_choice()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if config.model.device == "cpu":
         return None
     return dataclasses.replace(card_here(), is_deterministic=config.training.deterministic)

@@ -6,6 +6,7 @@ optimizer's state and the plan of memory. What a step is, is training.py's.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +163,8 @@ class Run:
         if reason:  # here, where no traceback holds what was allocated
             self.state.ran_out_of_memory = True
             if not is_broken:
-                give_back_memory()
+                with suppress(RuntimeError):  # an allocator that broke says so at the next step, which saves the run
+                    give_back_memory()
             self.notices.append(
                 f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
                 "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."

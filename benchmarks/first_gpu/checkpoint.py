@@ -31,6 +31,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def make_checkpoint(kit: Kit, device: str) -> None:
     """The model's directory, which appears when it is whole, and rows."""
     if (kit.model / "config.json").is_file():
+        if not kit.rows.is_file():  # the model may lie in memory that outlives the folder of the rows
+            write_rows(kit, tiny_tokenizer("llama3_1"))
         size = sum(path.stat().st_size for path in kit.model.glob("*.safetensors"))
         kit.verdict(f"make: {size / 1e9:.1f} GB are there, {kit.model}")
         return

@@ -137,14 +137,14 @@ try_environment() { stage env 60 20 "$PY" "$KIT/gpu_run.py" env; }
 was_refused() { [ "$KIT_DRY" != 1 ] && ! grep -aq "^VERDICT env: $1" "$LOGS/env.log"; }
 try_environment
 rc=$?
-[ $rc = 4 ] && exit 4
+[ $rc = 4 ] && { rm -f "$DONE/env"; exit 4; }
 if [ $rc != 99 ] && was_refused "allocating works"; then
   say "env: nothing could be allocated with $PYTORCH_ALLOC_CONF; trying without expandable segments"
   echo 'export PYTORCH_ALLOC_CONF=expandable_segments:False' >> "$KIT_WORK/settings.sh"
   export PYTORCH_ALLOC_CONF=expandable_segments:False
   rm -f "$DONE/env"
   try_environment
-  was_refused "allocating works" && { say "env: FAILED: CUDA computes nothing here"; exit 4; }
+  was_refused "allocating works" && { say "env: FAILED: CUDA computes nothing here"; rm -f "$DONE/env"; exit 4; }
 fi
 if [ $rc != 99 ] && [ -z "${KIT_NO_PAGED:-}" ] && was_refused "managed memory works"; then
   say "env: managed memory is REFUSED here ($(tail -1 "$LOGS/env.log" | cut -c1-200)); optimizers go without paging"

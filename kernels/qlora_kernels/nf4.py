@@ -76,9 +76,10 @@ class NF4Weight:
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
-    """Quantises a finite (O, I) weight of any floating dtype, on any device bit for bit as bitsandbytes does on a CPU.
+    """Quantises a finite (O, I) weight of any floating dtype to the codes that bitsandbytes gives on a CPU.
 
-    Only the mean of all block maxima, which the device sums in its own order, may differ in its last bit.
+    The packed codes are the same on every device, on a CPU all other bits too. A GPU sums the block maxima in another
+    order; their mean may differ in its last bit, and with it how the maxima are quantised.
 
     Blocks hold 64 elements; every value is divided by its block's largest magnitude and takes the nearest of the 16
     codes, a tie the lower one. The block maxima, less their mean, are quantised in turn (see `_quantize_maxima`).

@@ -113,7 +113,7 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
             version = getattr(importlib.import_module(f"{NAMESPACE}.{module}"), function)
             why = importlib.import_module(f"{NAMESPACE}.probe_triton").why_unavailable()
         except ImportError as error:
-            missing = error.name == "triton"
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
             told = "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
             raise UnavailableError(told) from error
         if why:

@@ -149,9 +149,14 @@ def doctor(as_json: AsJson = False) -> None:
     from dataclasses import asdict
 
     from qlora_trainer.doctor import examine
+    from qlora_trainer.errors import DiskError
+    from qlora_trainer.findings import Finding
     from qlora_trainer.run_directory import user_cache
 
-    findings = examine(user_cache())
+    try:
+        findings = examine(user_cache())
+    except DiskError as error:  # a user without a home
+        findings = [*examine(), Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder.")]
     if as_json:
         write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:
