@@ -148,6 +148,7 @@ def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
 
 def test_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     (finding,) = doctor_machine.cards()
     assert finding.status == "problem"
