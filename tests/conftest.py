@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import make_model_directory
 
+from qlora_kernels import compiled, nf4, registry  # noqa: F401 - nf4 defines its operations
 from qlora_trainer import cli, machine
 from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config, save_config
@@ -133,6 +134,18 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
         return make_config(raw)
 
     return config
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No C++ compiler, and nothing made before."""
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled.load_library.cache_clear()
+    for name in ("dequantize_nf4", "quantize_nf4"):
+        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
+    yield
+    compiled.load_library.cache_clear()
 
 
 @pytest.fixture

@@ -159,18 +159,6 @@ def test_a_driver_that_shows_no_card_is_told_from_one_that_is_missing(
     assert finding.advice.startswith(advice)
 
 
-@pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No C++ compiler, and nothing made before."""
-    monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    from qlora_kernels import compiled, nf4  # noqa: F401 - defines the operations
-
-    compiled.load_library.cache_clear()
-    for name in ("dequantize_nf4", "quantize_nf4"):
-        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
-
-
 @pytest.mark.usefixtures("without_compiler")
 def test_kernels_that_are_missing_are_said_once_with_what_brings_them() -> None:
     (told,) = kernel_notices("cpu")

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -496,31 +497,62 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
     assert dataclasses.replace(first, dense={}).difference(second) is not None
 
 
+@pytest.fixture
+def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The notices of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
+    original = runs.load_base
+
+    def on_the_host(path: Path, settings: Any, *rest: Any) -> Any:
+        with pytest.MonkeyPatch.context() as no_card:
+            no_card.setattr(torch.cuda, "is_available", lambda: False)
+            return original(path, settings, *rest)
+
+    def notices(name: str, device: str = "auto") -> list[str]:
+        config = tiny_config(f"{name}-{device}", model={"device": device}, optimizer={"name": name})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(runs, "load_base", on_the_host)
+        monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
+        path = Path(config.model.name)
+        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).notices
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+    return notices
+
+
 @pytest.mark.parametrize("works", [True, False])
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
-def test_a_card_that_refuses_to_page_is_told_with_what_it_said(
-    tiny_config: Config,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_run_on_a_card_that_refuses_to_page_says_so_with_what_it_said(
+    run_as_on_a_card: Callable[..., list[str]],
     bitsandbytes_of_the_child: Callable[..., Path],
     name: str,
     works: bool,
 ) -> None:
     end = "print('Error operation not supported at line 5', flush=True); ctypes.CDLL(None).exit(1)"
-    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    notices = runs._unpaged_notices(tiny_config(optimizer={"name": name}), silent)
+    asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
+    told = [notice for notice in run_as_on_a_card(name) if "not paged" in notice]
+    assert asked.exists() == (name != "adamw")
     if works or name == "adamw":
-        assert notices == []
+        assert told == []
         return
-    (notice,) = notices
-    assert "not paged" in notice
+    (notice,) = told
     assert "Error operation not supported at line 5" in notice
     assert "a lower adapter.rank" in notice
     assert ("optimizer.name=paged_adamw_8bit" in notice) == (name == "paged_adamw_32bit")
-    on_the_host = tiny_config("cpu", model={"device": "cpu"}, optimizer={"name": name})
-    assert runs._unpaged_notices(on_the_host, silent) == []
+    assert not any("not paged" in notice for notice in run_as_on_a_card(name, device="cpu"))
+
+
+def test_a_run_under_wsl_says_that_nothing_is_paged(
+    run_as_on_a_card: Callable[..., list[str]],
+    bitsandbytes_of_the_child: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    (notice,) = [notice for notice in run_as_on_a_card("paged_adamw_32bit") if "not paged" in notice]
+    assert "WSL does not let host and card use managed memory at the same time" in notice
+    assert not asked.exists(), "no child is needed for that"
 
 
 def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:
