@@ -3,11 +3,13 @@
 import dataclasses
 import datetime
 import errno
+import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +20,17 @@ from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
 
+from qlora_kernels.registry import implementations
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.config import dump_config, make_config
+from qlora_trainer.devices import FAST
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
 from qlora_trainer.progress import silent
 from qlora_trainer.quantization import bitsandbytes
-from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
+from qlora_trainer.run_directory import config_changes, cpu_name, environment, environment_differences, read_samples
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import evaluate_trained, open_trained
@@ -428,6 +432,44 @@ def test_a_checkpoint_records_what_its_last_bits_depend_on(monkeypatch: pytest.M
     assert {"cpu", "cuda", "device", "accelerate", "qlora-trainer", "bitsandbytes"} <= recorded.keys()
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3: fast\n\nprocessor\t: 1\n")
     assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3: fast"
+
+
+def test_a_run_that_goes_on_without_a_compiler_says_that_its_kernels_changed(
+    tiny_config: Config, request: pytest.FixtureRequest
+) -> None:
+    if implementations("cpu")["dequantize_nf4"] != FAST:
+        pytest.skip("there is no C++ compiler here")
+    run = start_run(tiny_config(model={"device": "cpu"}))
+    assert not [notice for notice in resume_run(run.directory).notices if "its last bits may differ" in notice]
+    request.getfixturevalue("without_compiler")
+    (notice,) = [text for text in resume_run(run.directory).notices if "its last bits may differ" in text]
+    assert "kernels_taken was" in notice
+    assert "plain torch for dequantize_nf4, quantize_nf4" in notice
+
+
+@pytest.mark.parametrize(("before", "after"), [("3.6.0", "3.7.1"), ("3.6.0", "none"), ("none", "3.7.1")])
+def test_a_run_that_goes_on_under_another_triton_says_so(
+    before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what importlib finds installed; a checkpoint of an earlier version does not say which it was."""
+    installed = importlib.metadata.distribution
+
+    def recorded(triton: str) -> dict[str, Any]:
+        def found(name: str) -> Any:
+            if name != "triton":
+                return installed(name)
+            if triton == "none":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return SimpleNamespace(version=triton)
+
+        monkeypatch.setattr(importlib.metadata, "distribution", found)
+        return environment(torch.device("cpu"), torch.float32)
+
+    first, second = recorded(before), recorded(after)
+    (notice,) = environment_differences(first, second)
+    assert f"(triton was {before} and is {after})" in notice
+    of_before = {key: value for key, value in first.items() if key not in ("triton", "kernels_taken")}
+    assert environment_differences(of_before, second) == []
 
 
 @pytest.mark.parametrize("samples", [1, 3])
