@@ -1,23 +1,59 @@
 """Find out what a run's device can do before anything is loaded: whether this torch runs on the card, and its kernels.
 
 A card is too old, or too new, for a torch that has no code for it: the first operation would fail with "no kernel
-image is available". torch's own list of architectures decides, so that no version is written down here.
+image is available". torch's own list of architectures decides, so that no version is written down here. A torch built
+for CUDA that sees no card is a notice: who installed one rarely means the CPU.
 """
 
+import ctypes
+import os
+import platform
 import re
 
 import torch
 
 from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
-from qlora_trainer.errors import ConfigError, ModelError
+from qlora_trainer.errors import ConfigError, ModelError, first_line
 
 OLDEST_CAPABILITY = (6, 0)  # the oldest that bitsandbytes' CUDA libraries have code for
+DRIVER_LIBRARY = "libcuda.so.1"
 FAST = "fast"
 
 
 def card_name(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+
+
+def missing_card() -> tuple[str, str]:
+    """Return why a torch built for CUDA sees no card, and what to do; ("", "") where nothing is missing."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return "", ""
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if platform.system() == "Linux":
+        try:
+            ctypes.CDLL(DRIVER_LIBRARY)
+        except OSError as error:
+            return (
+                f"{built}, but the NVIDIA driver's library cannot be loaded ({first_line(error)})",
+                "Install the NVIDIA driver; in a container, start it with --gpus all.",
+            )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"{built}, but sees no card under CUDA_VISIBLE_DEVICES={hidden!r}", "Unset CUDA_VISIBLE_DEVICES."
+    return (
+        f"{built}, but sees no card",
+        "nvidia-smi says whether the driver runs and for which CUDA. Update it where that is older; in a container, "
+        "start it with --gpus all.",
+    )
+
+
+def missing_card_notices(wanted: str) -> list[str]:
+    """Say that `model.device=auto` takes the CPU because a card is missing that this torch could use."""
+    why, advice = missing_card() if wanted == "auto" else ("", "")
+    if not why:
+        return []
+    return [f"This run takes the CPU, slowly: {why}. {advice} If the CPU is meant, model.device=cpu says so."]
 
 
 def unusable(index: int) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_trainer.devices import card_name, unusable
+from qlora_trainer.devices import card_name, missing_card, unusable
 from qlora_trainer.directories import nearest_existing, unwritable
 from qlora_trainer.errors import first_line
 from qlora_trainer.findings import FAILURES, Finding
@@ -42,14 +42,17 @@ def system() -> Finding:
 def cards() -> list[Finding]:
     """One finding a GPU and, where there are several, which of them is used; or one that says why there is none."""
     if not torch.cuda.is_available():
+        why, advice = missing_card()
         if shutil.which("nvidia-smi") is None:
-            return [Finding("GPU", "note", "none found; everything runs on the CPU, slowly")]
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+            found = f"none found: {why}" if why else "none found"
+            return [Finding("GPU", "note", f"{found}; everything runs on the CPU, slowly", advice)]
+        if why:
+            return [Finding("GPU", "problem", f"this machine has nvidia-smi, and {why}", advice)]
         return [
             Finding(
                 "GPU",
                 "problem",
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} (built {build}) sees no GPU",
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} (built without CUDA) sees no GPU",
                 "Install a CUDA build of torch that fits the driver (pytorch.org, 'Get started'), then try again.",
             )
         ]

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from qlora_kernels.registry import kernel_choice
 from qlora_trainer.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.config import dump_config, load_config
 from qlora_trainer.data.preparation import Prepared, prepare
+from qlora_trainer.devices import kernels_in_words
 from qlora_trainer.directories import write_text
 from qlora_trainer.errors import CheckpointError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import BaseFingerprint
@@ -183,11 +184,20 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "kernels": kernel_choice(),
+        "kernels_taken": kernels_in_words(device.type),
         "products": library() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in RECORDED_PACKAGES},
+        "triton": _triton_version(),
     }
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -196,8 +206,11 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One notice where a checkpoint comes from another machine or other versions; empty where all is the same."""
-    changed = [f"{key} was {saved.get(key)} and is {value}" for key, value in here.items() if saved.get(key) != value]
+    """One notice where a checkpoint comes from another machine or other versions; empty where all is the same.
+
+    Checkpoints of earlier versions lack newer keys, of which nothing is said.
+    """
+    changed = [f"{key} was {saved[key]} and is {here[key]}" for key in here if key in saved and saved[key] != here[key]]
     if not changed:
         return []
     return [

@@ -20,7 +20,7 @@ from qlora_trainer.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.config import save_config
 from qlora_trainer.data.rendering import Renderer
 from qlora_trainer.determinism import set_up_cublas
-from qlora_trainer.devices import kernel_notices
+from qlora_trainer.devices import kernel_notices, missing_card_notices
 from qlora_trainer.directories import new_directory, refuse_existing
 from qlora_trainer.errors import CheckpointError
 from qlora_trainer.experts import named_as_experts
@@ -153,7 +153,7 @@ def _assemble(
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
-    notices += [*unpaged, *slower]
+    notices += [*missing_card_notices(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         notices.append(
             f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "

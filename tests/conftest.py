@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import make_model_directory
 
+from qlora_kernels import compiled, nf4, registry  # noqa: F401 - nf4 defines its operations
 from qlora_trainer import cli, machine
 from qlora_trainer.caching_allocator import prefer_expandable_segments
 from qlora_trainer.config import make_config, save_config
@@ -112,8 +113,10 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
     """A config of a short run on a tiny model; keyword arguments are sections to change: adapter={"rank": 2}."""
 
     def config(output: str = "run", **changes: dict[str, Any]) -> RunConfig:
+        # A torch built for CUDA without a card would add a notice to each run of `auto`.
+        wants_card = torch.version.cuda is None or torch.cuda.is_available()
         raw: dict[str, dict[str, Any]] = {
-            "model": {"name": str(tiny_llama)},
+            "model": {"name": str(tiny_llama), "device": "auto" if wants_card else "cpu"},
             "adapter": {"rank": 4, "alpha": 8},
             "data": {"train": str(rows), "heldout": 0.2, "max_length": 128},
             "optimizer": {"learning_rate": 5e-3},
@@ -131,6 +134,18 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
         return make_config(raw)
 
     return config
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No C++ compiler, and nothing made before."""
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled.load_library.cache_clear()
+    for name in ("dequantize_nf4", "quantize_nf4"):
+        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
+    yield
+    compiled.load_library.cache_clear()
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A libcuda.so.1 that does nothing and says that all went well, for Triton's driver on a machine without a card.
 
-Run as a program it asks whether a kernel in Triton can be had, with torch's device functions replaced by a card's:
-`python fake_libcuda.py '{"case": {"VARIABLE": "value"}}'` prints the answers as JSON. What is missing is the caller's
-to arrange, by the environment of each case; the library is found by LD_LIBRARY_PATH, as libcuda.so.1 always is.
+Run as a program it asks whether a kernel in Triton can be had, and what doctor and a run's notices say of that, with
+torch's device functions replaced by a card's: `python fake_libcuda.py '{"case": {"VARIABLE": "value"}}'` prints the
+answers as JSON. What is missing is the caller's to arrange, by the environment of each case; the library is found by
+LD_LIBRARY_PATH, as libcuda.so.1 always is.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 
 def make_libcuda(folder: Path) -> None:
@@ -44,23 +46,22 @@ def pretend_to_have_a_card() -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
-def version_taken() -> str:
-    """Return "fast", or why the version of `rotate` in Triton cannot be had; or, for ASK=doctor, what it advises."""
-    if os.environ.get("ASK") == "doctor":
-        from qlora_trainer.doctor_packages import kernels
-
-        finding = kernels("cuda")
-        return f"{finding.status}: {finding.advice}"
+def version_taken() -> dict[str, Any]:
+    """Return what becomes of `rotate` in Triton ("fast", or why it cannot be had), and what doctor and a run say."""
     from qlora_kernels.registry import UnavailableError, from_triton
+    from qlora_trainer.devices import kernel_notices
+    from qlora_trainer.doctor_packages import kernels
 
     try:
         from_triton("rotary_triton", "rotate")()
+        taken = "fast"
     except UnavailableError as reason:
-        return str(reason)
-    return "fast"
+        taken = str(reason)
+    finding = kernels("cuda")
+    return {"taken": taken, "doctor": f"{finding.status}: {finding.advice}", "notices": kernel_notices("cuda")}
 
 
-def in_a_fork(environment: dict[str, str | None]) -> str:
+def in_a_fork(environment: dict[str, str | None]) -> dict[str, Any]:
     """Ask in a process of its own, since Triton asks once for much; None takes a variable away."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -74,13 +75,13 @@ def in_a_fork(environment: dict[str, str | None]) -> str:
         try:
             answer = version_taken()
         except BaseException as error:
-            answer = f"raised {error!r}"
-        os.write(writing, answer.encode())
+            answer = {"taken": f"raised {error!r}", "doctor": "", "notices": []}
+        os.write(writing, json.dumps(answer).encode())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
-        return pipe.read()
+        return json.load(pipe)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""A card that torch has no code for is refused with the ways out; kernels that are missing are said before training."""
+"""A card that torch has no code for is refused with the ways out; what is missing is said before training."""
+
+import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from qlora_kernels import registry
-from qlora_trainer import model
+from qlora_trainer import doctor_machine, model
 from qlora_trainer.devices import kernel_notices, kernels_in_words, unusable
 from qlora_trainer.errors import ConfigError, ModelError
+from qlora_trainer.runs import resume_run, start_run
+from qlora_trainer.settings import RunConfig
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # what torch 2.11 for CUDA 13.0 says
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -79,16 +84,79 @@ def test_card_newer_than_torch_is_refused_with_a_newer_torch(monkeypatch: pytest
         model.choose_device("auto")
 
 
-@pytest.fixture
-def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No C++ compiler, and nothing made before."""
-    monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    from qlora_kernels import compiled, nf4  # noqa: F401 - defines the operations
+def has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
-    compiled.load_library.cache_clear()
-    for name in ("dequantize_nf4", "quantize_nf4"):
-        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
+
+def built_for(monkeypatch: pytest.MonkeyPatch, cuda: str | None) -> None:
+    """A torch built for this CUDA, or for a CPU, that sees no card."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+no_driver = pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+
+
+@no_driver
+def test_a_run_that_takes_the_cpu_for_want_of_a_driver_says_so_until_the_cpu_is_meant(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_for(monkeypatch, "13.0")
+    run = start_run(tiny_config(model={"device": "auto"}))
+    (notice,) = [notice for notice in run.notices if "takes the CPU" in notice]
+    for words in ("built for CUDA 13.0", "libcuda.so.1", "Install the NVIDIA driver", "--gpus all", "model.device=cpu"):
+        assert words in notice
+    meant = resume_run(run.directory, ["model.device=cpu"])
+    assert not [notice for notice in meant.notices if "takes the CPU" in notice]
+
+
+def test_a_torch_built_for_a_cpu_misses_no_card(
+    tiny_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_for(monkeypatch, None)
+    run = start_run(tiny_config(model={"device": "auto"}))
+    assert not [notice for notice in run.notices if "takes the CPU" in notice]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (finding,) = doctor_machine.cards()
+    assert (finding.detail, finding.advice) == ("none found; everything runs on the CPU, slowly", "")
+
+
+@no_driver
+@pytest.mark.parametrize(("program", "status"), [(None, "note"), ("/usr/bin/nvidia-smi", "problem")])
+def test_doctor_names_a_driver_that_cannot_be_loaded(
+    program: str | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_for(monkeypatch, "13.0")
+    monkeypatch.setattr("shutil.which", lambda name: program)
+    (finding,) = doctor_machine.cards()
+    assert finding.status == status
+    assert "built for CUDA 13.0" in finding.detail
+    assert "libcuda.so.1" in finding.detail
+    assert finding.advice == "Install the NVIDIA driver; in a container, start it with --gpus all."
+
+
+@pytest.mark.parametrize(
+    ("visible", "found", "advice"),
+    [("", "CUDA_VISIBLE_DEVICES=''", "Unset CUDA_VISIBLE_DEVICES."), (None, "sees no card", "nvidia-smi says whether")],
+)
+def test_a_driver_that_shows_no_card_is_told_from_one_that_is_missing(
+    visible: str | None, found: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_for(monkeypatch, "13.0")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    (finding,) = doctor_machine.cards()
+    assert finding.status == "problem"
+    assert found in finding.detail
+    assert "cannot be loaded" not in finding.detail
+    assert finding.advice.startswith(advice)
 
 
 @pytest.mark.usefixtures("without_compiler")

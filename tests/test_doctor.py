@@ -70,17 +70,13 @@ def test_which_attention_a_card_takes_is_told_and_why_no_better_one(
     assert doctor_packages.attention("cpu").status == "ok"
 
 
-def test_a_missing_compiler_is_a_note_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise registry.UnavailableError("there is no C++ compiler here: install g++")
-
-    monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    op = registry.Op("dequantize_nf4", torch.neg, {"cpu": missing})  # type: ignore[dict-item]
-    monkeypatch.setitem(registry._OPS, "dequantize_nf4", op)
+@pytest.mark.usefixtures("without_compiler")
+def test_a_missing_compiler_is_a_note_that_says_what_to_install() -> None:
     finding = doctor_packages.kernels("cpu")
     assert finding.status == "note"
-    assert "plain torch in the place of a faster version: dequantize_nf4" in finding.detail
-    assert finding.advice == "there is no C++ compiler here: install g++"
+    assert "plain torch in the place of a faster version: dequantize_nf4, quantize_nf4" in finding.detail
+    assert finding.advice.startswith("there is no")
+    assert "install g++" in finding.advice
 
 
 def test_kernels_asked_for_by_an_unknown_word_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +144,7 @@ def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.Monkey
 
 def test_driver_without_a_cuda_build_of_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     (finding,) = doctor_machine.cards()
     assert finding.status == "problem"

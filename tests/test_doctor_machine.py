@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from test_machine import GIB, write
 from qlora_trainer import doctor_machine, machine
 from qlora_trainer.config import make_config
 from qlora_trainer.findings import Finding
+
+PAGING_FAILS = "print('Error operation not supported at line 82', flush=True); ctypes.CDLL(None).exit(1)"
 
 
 def named(findings: list[Finding]) -> dict[str, Finding]:
@@ -110,17 +113,15 @@ def test_card_on_which_nothing_works_ends_no_check_in_a_traceback() -> None:
     assert all(finding["advice"] for finding in findings.values() if finding["status"] == "problem")
 
 
-@pytest.mark.usefixtures("nothing_tried")
-def test_card_that_refuses_to_page_is_a_note_with_the_childs_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, stdout="Error operation not supported at line 82\n")
-
+def test_card_that_refuses_to_page_is_a_note_with_the_childs_reason(
+    bitsandbytes_of_the_child: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes_of_the_child(PAGING_FAILS)
     pretend(monkeypatch, CUDA_13, (8, 6))
-    monkeypatch.setattr(subprocess, "run", ended)
     finding = doctor_machine.paged_optimizer()
     assert finding.status == "note"
     assert "stays on the card" in finding.detail
-    assert "Error operation not supported at line 82" in finding.detail
+    assert "ended with exit code 1: Error operation not supported at line 82" in finding.detail
     assert_settings_are_taken(finding.advice)
 
 

@@ -214,6 +214,65 @@ def test_bitsandbytes_is_not_asked_to_move_paged_memory_to_the_host() -> None:
         assert not {"prefetch_tensor", "prefetch_all"} & names, path
 
 
+def version_questions(source: str) -> set[str]:
+    """How a file asks which torch it has: by names that not every version has, or by its version number.
+
+    The number itself may be kept or written, shortened inside an f-string too; it may not be compared or parsed.
+    """
+    tree, number = ast.parse(source), "torch.__version__"
+    written = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    found = set()
+    for node in ast.walk(tree):
+        names = {getattr(node, field, None) for field in ("attr", "id", "value", "name")}
+        found |= {name for name in ("empty_host_cache", "_host_emptyCache") if name in names}
+        asked: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Subscript):
+            asked = [node.value]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called.endswith("signature") and "varlen_attn" in map(ast.unparse, node.args):
+                found.add("signature(varlen_attn)")
+            if called not in ("print", "str") and node not in written:
+                asked = [*node.args, getattr(node.func, "value", node.func)]
+        if any(ast.unparse(part) == number for part in asked):
+            found.add(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("torch.accelerator.empty_host_cache()", {"empty_host_cache"}),
+        ("getattr(torch._C, '_host_emptyCache', None)", {"_host_emptyCache"}),
+        ("from torch.accelerator import empty_host_cache", {"empty_host_cache"}),
+        ("inspect.signature(varlen_attn)", {"signature(varlen_attn)"}),
+        ("if Version(torch.__version__) >= Version('2.12'): pass", {"torch.__version__"}),
+        ("torch.__version__ < '2.12'", {"torch.__version__"}),
+        ("torch.__version__.startswith('2.1')", {"torch.__version__"}),
+        ("torch.__version__.split('.')", {"torch.__version__"}),
+        ("f'{torch.__version__ >= chosen}'", {"torch.__version__"}),
+        ("torch.__version__[:4]", {"torch.__version__"}),
+        ("json.dumps({'torch': str(torch.__version__)})", set()),
+        ("record = {'torch': torch.__version__}", set()),
+        ("say(f'torch {torch.__version__.split(chr(43))[0]}')", set()),
+    ],
+)
+def test_a_question_for_torchs_version_is_seen_however_it_is_written(source: str, found: set[str]) -> None:
+    assert version_questions(source) == found
+
+
+def test_which_torch_there_is_is_asked_in_one_file() -> None:
+    asking = {
+        str(path.relative_to(ROOT)): found
+        for folder in ("qlora_trainer", "kernels", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if (found := version_questions(path.read_text()))
+    }
+    assert asking.keys() == {"kernels/qlora_kernels/torch_features.py"}, asking
+
+
 def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:
     for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -3,10 +3,13 @@
 import dataclasses
 import datetime
 import errno
+import importlib.metadata
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +20,17 @@ from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
 
+from qlora_kernels.registry import implementations
 from qlora_trainer import checkpoint, runs
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.config import dump_config, make_config
+from qlora_trainer.devices import FAST
 from qlora_trainer.directories import replaced_directory
 from qlora_trainer.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.fingerprint import base_fingerprint
 from qlora_trainer.progress import silent
 from qlora_trainer.quantization import bitsandbytes
-from qlora_trainer.run_directory import config_changes, cpu_name, environment, read_samples
+from qlora_trainer.run_directory import config_changes, cpu_name, environment, environment_differences, read_samples
 from qlora_trainer.runs import resume_run, start_run
 from qlora_trainer.settings import RunConfig
 from qlora_trainer.trained import evaluate_trained, open_trained
@@ -429,6 +434,44 @@ def test_a_checkpoint_records_what_its_last_bits_depend_on(monkeypatch: pytest.M
     assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3: fast"
 
 
+def test_a_run_that_goes_on_without_a_compiler_says_that_its_kernels_changed(
+    tiny_config: Config, request: pytest.FixtureRequest
+) -> None:
+    if implementations("cpu")["dequantize_nf4"] != FAST:
+        pytest.skip("there is no C++ compiler here")
+    run = start_run(tiny_config(model={"device": "cpu"}))
+    assert not [notice for notice in resume_run(run.directory).notices if "its last bits may differ" in notice]
+    request.getfixturevalue("without_compiler")
+    (notice,) = [text for text in resume_run(run.directory).notices if "its last bits may differ" in text]
+    assert "kernels_taken was" in notice
+    assert "plain torch for dequantize_nf4, quantize_nf4" in notice
+
+
+@pytest.mark.parametrize(("before", "after"), [("3.6.0", "3.7.1"), ("3.6.0", "none"), ("none", "3.7.1")])
+def test_a_run_that_goes_on_under_another_triton_says_so(
+    before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what importlib finds installed; a checkpoint of an earlier version does not say which it was."""
+    installed = importlib.metadata.distribution
+
+    def recorded(triton: str) -> dict[str, Any]:
+        def found(name: str) -> Any:
+            if name != "triton":
+                return installed(name)
+            if triton == "none":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return SimpleNamespace(version=triton)
+
+        monkeypatch.setattr(importlib.metadata, "distribution", found)
+        return environment(torch.device("cpu"), torch.float32)
+
+    first, second = recorded(before), recorded(after)
+    (notice,) = environment_differences(first, second)
+    assert f"(triton was {before} and is {after})" in notice
+    of_before = {key: value for key, value in first.items() if key not in ("triton", "kernels_taken")}
+    assert environment_differences(of_before, second) == []
+
+
 @pytest.mark.parametrize("samples", [1, 3])
 def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_config: Config, samples: int) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
@@ -496,31 +539,62 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
     assert dataclasses.replace(first, dense={}).difference(second) is not None
 
 
+@pytest.fixture
+def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The notices of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
+    original = runs.load_base
+
+    def on_the_host(path: Path, settings: Any, *rest: Any) -> Any:
+        with pytest.MonkeyPatch.context() as no_card:
+            no_card.setattr(torch.cuda, "is_available", lambda: False)
+            return original(path, settings, *rest)
+
+    def notices(name: str, device: str = "auto") -> list[str]:
+        config = tiny_config(f"{name}-{device}", model={"device": device}, optimizer={"name": name})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(runs, "load_base", on_the_host)
+        monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
+        path = Path(config.model.name)
+        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).notices
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+    return notices
+
+
 @pytest.mark.parametrize("works", [True, False])
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
-def test_a_card_that_refuses_to_page_is_told_with_what_it_said(
-    tiny_config: Config,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_run_on_a_card_that_refuses_to_page_says_so_with_what_it_said(
+    run_as_on_a_card: Callable[..., list[str]],
     bitsandbytes_of_the_child: Callable[..., Path],
     name: str,
     works: bool,
 ) -> None:
     end = "print('Error operation not supported at line 5', flush=True); ctypes.CDLL(None).exit(1)"
-    bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    notices = runs._unpaged_notices(tiny_config(optimizer={"name": name}), silent)
+    asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
+    told = [notice for notice in run_as_on_a_card(name) if "not paged" in notice]
+    assert asked.exists() == (name != "adamw")
     if works or name == "adamw":
-        assert notices == []
+        assert told == []
         return
-    (notice,) = notices
-    assert "not paged" in notice
+    (notice,) = told
     assert "Error operation not supported at line 5" in notice
     assert "a lower adapter.rank" in notice
     assert ("optimizer.name=paged_adamw_8bit" in notice) == (name == "paged_adamw_32bit")
-    on_the_host = tiny_config("cpu", model={"device": "cpu"}, optimizer={"name": name})
-    assert runs._unpaged_notices(on_the_host, silent) == []
+    assert not any("not paged" in notice for notice in run_as_on_a_card(name, device="cpu"))
+
+
+def test_a_run_under_wsl_says_that_nothing_is_paged(
+    run_as_on_a_card: Callable[..., list[str]],
+    bitsandbytes_of_the_child: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
+    monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    (notice,) = [notice for notice in run_as_on_a_card("paged_adamw_32bit") if "not paged" in notice]
+    assert "WSL does not let host and card use managed memory at the same time" in notice
+    assert not asked.exists(), "no child is needed for that"
 
 
 def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:

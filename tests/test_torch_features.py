@@ -9,6 +9,7 @@ from torch.nn.attention import varlen
 from qlora_kernels import torch_features
 from qlora_kernels.lora_linear import fetch, keep
 from qlora_kernels.varlen_attention import _flash_varlen
+from qlora_trainer import model
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,17 @@ def test_pinned_memory_is_released_by_whichever_function_there_is(
         monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
     torch_features.release_pinned_memory()
     assert called == ["public" if has_public else "binding"]
+
+
+def test_memory_is_given_back_under_a_torch_without_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("device"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("pinned"), raising=False)
+    model.give_back_memory()
+    assert called == ["wait", "device", "pinned"]
 
 
 def test_without_any_function_for_pinned_memory_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

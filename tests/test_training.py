@@ -237,6 +237,7 @@ def test_a_checkpoint_of_another_machine_is_resumed_with_a_word(tiny_config: Con
     assert environment_differences(here, here) == []
     (notice,) = environment_differences({"threads": 8, "torch": "2.13.0"}, here)
     assert "threads was 8 and is 2" in notice
+    assert environment_differences({"torch": "2.13.0"}, here) == [], "an earlier version recorded no threads"
 
 
 def test_a_new_run_starts_from_an_adapter_with_a_fresh_optimizer(tiny_config: Config) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_libcuda import make_libcuda
@@ -24,8 +25,8 @@ PACKAGE = f"python{sysconfig.get_python_version()}-dev"
 
 
 @pytest.fixture(scope="module")
-def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By case: "fast", or why a kernel in Triton cannot be had."""
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """By case: `taken` is "fast", or why a kernel in Triton cannot be had; what doctor says, and a run's notices."""
     folder = tmp_path_factory.mktemp("probe")
     make_libcuda(folder / "lib")
     (folder / "bin").mkdir()
@@ -52,8 +53,6 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "failing compiler": fresh("3", CC=str(fails)),
         "no headers": fresh("4", HEADERS=str(folder)),
         "no libcuda": fresh("5", LD_LIBRARY_PATH=None),
-        "no libcuda, by doctor": fresh("5", LD_LIBRARY_PATH=None, ASK="doctor"),
-        "all there, by doctor": {"TRITON_CACHE_DIR": kept, "ASK": "doctor"},
         "cache below a file": fresh("file/cache"),
         "home below a file": {"TRITON_CACHE_DIR": None, "TRITON_HOME": str(folder / "file")},
         "no assembler for the card": fresh("6", TRITON_PTXAS_PATH=str(too_old)),
@@ -64,18 +63,30 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     command = [sys.executable, str(Path(__file__).parent / "fake_libcuda.py"), json.dumps(cases)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
     assert not list((folder / "kept").glob("probe-*"))
-    return {name: answer.replace(str(folder), "FOLDER") for name, answer in answers.items()}
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.replace(str(folder), "FOLDER"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def taken(answers: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {case: answer["taken"] for case, answer in answers.items()}
 
 
 def test_kernels_are_taken_where_all_is_there(taken: dict[str, str]) -> None:
     assert taken["all there"] == taken["all there, and in the cache"] == "fast"
 
 
-def test_doctor_advises_what_is_missing(taken: dict[str, str]) -> None:
-    assert taken["no libcuda, by doctor"] == f"note: {taken['no libcuda']}"
-    assert taken["all there, by doctor"] == "ok: "
+def test_doctor_and_a_run_say_what_is_missing_in_every_case(answers: dict[str, dict[str, Any]]) -> None:
+    for case, answer in answers.items():
+        if answer["taken"] == "fast":
+            assert (answer["doctor"], answer["notices"]) == ("ok: ", []), case
+            continue
+        assert answer["doctor"] == f"note: {answer['taken']}", case
+        (notice,) = answer["notices"]
+        assert notice.startswith("Plain torch takes the place of faster kernels for "), case
+        assert "rotate" in notice.partition(":")[0], case
+        assert notice.endswith(f": {answer['taken']}."), case
 
 
 def test_a_missing_compiler_is_found_behind_a_full_cache(taken: dict[str, str]) -> None:
