@@ -189,7 +189,7 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in RECORDED_PACKAGES},
-        "triton": _triton_version(),
+        "triton": _triton_version() if device.type == "cuda" else None,
     }
 
 

@@ -463,13 +463,16 @@ def test_a_run_that_goes_on_under_another_triton_says_so(
             return SimpleNamespace(version=triton)
 
         monkeypatch.setattr(importlib.metadata, "distribution", found)
-        return environment(torch.device("cpu"), torch.float32)
+        return environment(torch.device("cuda"), torch.bfloat16)
 
+    monkeypatch.setenv("QLORA_KERNELS", "reference")  # no kernel is tried for this
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     first, second = recorded(before), recorded(after)
     (notice,) = environment_differences(first, second)
     assert f"(triton was {before} and is {after})" in notice
     of_before = {key: value for key, value in first.items() if key not in ("triton", "kernels_taken")}
     assert environment_differences(of_before, second) == []
+    assert environment(torch.device("cpu"), torch.float32)["triton"] is None, "a CPU's bits do not depend on it"
 
 
 @pytest.mark.parametrize("samples", [1, 3])
