@@ -45,6 +45,7 @@ def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
         {
             "model": {"name": str(directory)},
             "data": {"train": "rows.jsonl", "max_length": tokens},
+            "optimizer": {"name": "adamw"},  # whose state lies on the card, whether or not that pages
             "training": {"batch_size": 1, "activations": "keep", **training},
         }
     )

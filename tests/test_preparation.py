@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(preparation.StoreWriter, "append", full)
-    with pytest.raises(DiskError, match=r"No space left on device.*another cache directory"):
+    with pytest.raises(DiskError, match=r"No space left on device.*set XDG_CACHE_HOME to another folder"):
         run(tmp_path, write(tmp_path, "x.jsonl", ROWS))
     assert stores(tmp_path) == []
 
