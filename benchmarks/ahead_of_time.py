@@ -19,8 +19,8 @@ from typing import Any
 from qlora_kernels import gated_triton, nf4_matmul_triton, nf4_triton, rms_norm_triton, rotary_triton
 
 # Shared memory that one block may ask for, in bytes (CUDA C++ Programming Guide, technical specifications by compute
-# capability): 163, 99, 99, 227, 227 and 99 KiB.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# capability): 64, 163, 99, 99, 227, 227 and 99 KiB.
+SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
@@ -35,6 +35,7 @@ class Case:
     multiples_of_16: tuple[str, ...] = ()
     rounds_each: bool = False  # no product is fused into a sum
     on_tensor_cores: bool = False
+    oldest: int = 75  # architecture that launches it
     is_variant: bool = False  # of a case that is here in another dtype or setting
 
 
@@ -59,7 +60,7 @@ class Compiled:
 
 
 def compile_ahead(case: Case, architecture: int) -> Compiled:
-    """Compile for a compute capability: 80, 86, 89, 90, 100 or 120."""
+    """Compile for a compute capability: 75, 80, 86, 89, 90, 100 or 120."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -144,6 +145,7 @@ def _multiply_few() -> dict[str, Case]:
             multiples_of_16=("out_features", "in_features"),
             rounds_each=dtype != "fp32",  # whose products are sums of fused multiplications, as everywhere
             on_tensor_cores=dtype != "fp32",
+            oldest=75 if dtype == "fp32" else 80,
             is_variant=has_bias,
         )
 

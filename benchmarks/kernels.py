@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels [matrix|bytes|roofline]
 
-The matrix: every kernel compiled for six architectures; registers a thread, shared memory a block, bytes spilled. The
+The matrix: every kernel compiled for seven architectures; registers a thread, shared memory a block, bytes spilled. The
 bytes: what each operation between the matrix products reads and writes, ours beside the library's code, counted on fake
 tensors (bytes_moved.py). The roofline: the time that arithmetic and memory need at least, on cards' published figures;
 where a kernel reaches less, or the processor does not keep up with launching, it is more. `benchmarks.gpu` measures.
@@ -233,8 +233,8 @@ def print_matrix() -> None:
     print("Registers a thread / shared KiB a block / bytes spilled, by architecture (compiled, not run)\n")
     print(f"{'kernel':42}" + "".join(f"{f'sm_{architecture}':>15}" for architecture in SHARED_MEMORY))
     for name, case in cases().items():
-        made = [compile_ahead(case, architecture) for architecture in SHARED_MEMORY]
-        cells = (f"{one.registers}/{one.shared / 1024:.1f}/{one.spills}" for one in made)
+        made = [compile_ahead(case, card) if card >= case.oldest else None for card in SHARED_MEMORY]
+        cells = (f"{one.registers}/{one.shared / 1024:.1f}/{one.spills}" if one else "not used" for one in made)
         print(f"{name:42}" + "".join(f"{cell:>15}" for cell in cells))
 
 

@@ -203,9 +203,9 @@ def test_cublas_has_a_workspace_for_each_of_two_threads(
 def test_cublas_workspaces_are_part_of_what_torch_reserves(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = plan_memory(tiny_llama, tiny_config())
+    small = plan_memory(tiny_llama, tiny_config(model={"device": "auto"}))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    large = plan_memory(tiny_llama, tiny_config())
+    large = plan_memory(tiny_llama, tiny_config(model={"device": "auto"}))
     more = 2 * (32_768 - 8_320) * 1024
     for name in ("allocated", "reserved", "total"):
         assert getattr(large, name) - getattr(small, name) == more, name

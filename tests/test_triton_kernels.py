@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted in a process of their own, compiled for six architectures, and run on a GPU.
+"""The Triton kernels: interpreted in a process of their own, compiled for seven architectures, and run on a GPU.
 
 The interpreter's tests lie in tests/interpreted; its bf16 is repaired there. How each kernel is launched, and what its
 code promises, is said in benchmarks/ahead_of_time.py, which prints the same as a table.
@@ -21,12 +21,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 try:
     from benchmarks.ahead_of_time import SHARED_MEMORY, cases, compile_ahead
 
-    # Of a kernel in another dtype or setting two architectures tell enough.
+    # Of a kernel in another dtype or setting three architectures tell enough.
     COMPILED = [
         (name, architecture)
         for name, case in cases().items()
         for architecture in SHARED_MEMORY
-        if not case.is_variant or architecture in (86, 120)
+        if architecture >= case.oldest and (not case.is_variant or architecture in (75, 86, 120))
     ]
 except ImportError:  # Triton is there for Linux only
     COMPILED = []

@@ -90,10 +90,15 @@ def multiply_few(
     block_size: int,
     nested_block_size: int,
 ) -> Tensor:  # (N, O)
-    """As `nf4_matmul.multiply_few_torch`. Rows that begin inside a block of the format, and fp64, are left to that."""
+    """As `nf4_matmul.multiply_few_torch`, to which is left what this does not fit.
+
+    That is rows that begin inside a block of the format, fp64, and 16 bits on cards before Ampere: Triton has no tensor
+    cores there, and multiplies by additions that take more registers than there are.
+    """
     tokens, in_features = x.shape
     tables = (packed, absmax, nested_absmax, nested_code, offset)
-    if in_features % block_size or x.dtype == torch.float64 or tokens > MOST_FEW:
+    is_narrow = x.element_size() == 2 and not _has_tensor_cores(x.device)
+    if in_features % block_size or x.dtype == torch.float64 or tokens > MOST_FEW or is_narrow:
         sizes = (out_features, block_size, nested_block_size)
         return multiply_few_torch(x, *tables, bias, workspace, *sizes)
     x, out = x.contiguous(), x.new_empty(tokens, out_features)
@@ -118,3 +123,8 @@ def multiply_few(
             **OPTIONS,
         )
     return out
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    """True for cards whose tensor cores Triton uses, and for a CPU, where the interpreter runs."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
