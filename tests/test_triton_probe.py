@@ -99,27 +99,19 @@ def test_a_missing_compiler_is_found_behind_a_full_cache(taken: dict[str, str]) 
         assert taken["no compiler, but a cache"] == "fast"
 
 
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        (
-            "no compiler",
-            f"Triton needs a C compiler, and there is none: install gcc (Debian, Ubuntu: apt install gcc {PACKAGE})",
-        ),
-        ("CC names nothing", "CC names /nowhere/gcc, which cannot be run: unset CC, and install gcc"),
-        ("failing compiler", "Triton's C compiler FOLDER/fails fails, and says why above: unset CC, and install gcc"),
-        ("no headers", f"has no Python.h: install them (Debian, Ubuntu: apt install {PACKAGE})"),
-        (
-            "no libcuda",
-            "Triton does not find libcuda.so.1: install the NVIDIA driver and run ldconfig as root, or set ",
-        ),
-        (
-            "cache below a file",
-            "Triton's cache FOLDER/file/cache cannot be written (Not a directory): set TRITON_CACHE_",
-        ),
-        ("home below a file", "Triton's cache FOLDER/file/.triton/cache cannot be written (Not a directory): set "),
-        ("no assembler for the card", "Triton cannot compile for this card or not launch there (PTXASError: "),
-    ],
-)
-def test_what_is_missing_is_said_with_what_brings_it(case: str, said: str, taken: dict[str, str]) -> None:
-    assert said in taken[case]
+# By case, what is said of it. No part of a test's name, as it names the Python here.
+SAID = {
+    "no compiler": f"a C compiler, and there is none: install gcc (Debian, Ubuntu: apt install gcc {PACKAGE})",
+    "CC names nothing": "CC names /nowhere/gcc, which cannot be run: unset CC, and install gcc",
+    "failing compiler": "Triton's C compiler FOLDER/fails fails, and says why above: unset CC, and install gcc",
+    "no headers": f"has no Python.h: install them (Debian, Ubuntu: apt install {PACKAGE})",
+    "no libcuda": "Triton does not find libcuda.so.1: install the NVIDIA driver and run ldconfig as root, or set ",
+    "cache below a file": "Triton's cache FOLDER/file/cache cannot be written (Not a directory): set TRITON_CACHE_",
+    "home below a file": "Triton's cache FOLDER/file/.triton/cache cannot be written (Not a directory): set ",
+    "no assembler for the card": "Triton cannot compile for this card or not launch there (PTXASError: ",
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_missing_is_said_with_what_brings_it(case: str, taken: dict[str, str]) -> None:
+    assert SAID[case] in taken[case]
