@@ -78,12 +78,18 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """fp32 on a CPU, where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
+    """`compute_dtype_of` on a device that is here."""
+    is_asked = wanted == "auto" and device.type != "cpu"
+    return compute_dtype_of(wanted, torch.cuda.get_device_capability(device) if is_asked else None)
+
+
+def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.dtype:
+    """fp32 on a CPU (None), where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    if device.type == "cpu":
+    if capability is None:
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:

@@ -35,6 +35,7 @@ from qlora_trainer.fake_run import FakeRun
 from qlora_trainer.host_embeddings import host_tensors
 from qlora_trainer.managed_memory import paging_refusal_here
 from qlora_trainer.memory_tracking import LiveBytes, once_more
+from qlora_trainer.model import compute_dtype_of
 from qlora_trainer.model_source import max_positions
 from qlora_trainer.output_head import QuantizedHead
 from qlora_trainer.quantization import NF4Linear
@@ -174,12 +175,8 @@ def _card_in_words(card: Card | None) -> str:
 
 
 def compute_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
-    """As `choose_compute_dtype` takes it on the card, or for None on a CPU."""
-    if config.model.compute_dtype != "auto":
-        return getattr(torch, config.model.compute_dtype)
-    if card is None:
-        return torch.float32
-    return torch.bfloat16 if card.capability >= (8, 0) else torch.float16
+    """What a run computes in on the card, or for None on a CPU."""
+    return compute_dtype_of(config.model.compute_dtype, card.capability if card else None)
 
 
 def longest_row(directory: Path, config: RunConfig) -> int:
