@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from qlora_trainer.training_run import Run
+    from qlora_trainer.runs.run import Run
 
 
 class Row(NamedTuple):
@@ -36,9 +36,9 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
 
 def plain_checkpoint(directory: Path, output: Path) -> Path:
     """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
-    from qlora_trainer.gguf_weights import IMPORT_RECORD
-    from qlora_trainer.shard_writer import ShardWriter
-    from qlora_trainer.tensor_io import checkpoint_tensors, read_tensor
+    from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
+    from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+    from qlora_trainer.weights.shard_writer import ShardWriter
 
     if not (directory / IMPORT_RECORD).is_file():
         return directory

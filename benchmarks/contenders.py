@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Row, load_peer, longest, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
-from qlora_trainer.process_memory import peak_private_bytes, restart_peak
+from qlora_trainer.common.process_memory import peak_private_bytes, restart_peak
 
 ALPHA = 32.0
 MAX_LENGTH = 1024  # tokens of a row: TRL's default
@@ -110,10 +110,10 @@ def cpu_seconds() -> float:
 
 def ours(job: Job, activations: str) -> Result:
     """A run of ours at its defaults, but for the model, rows, rank and steps; writes what the others need."""
-    from qlora_trainer.checkpoint import newest_checkpoint
-    from qlora_trainer.config import make_config
-    from qlora_trainer.optim import learning_rate
-    from qlora_trainer.runs import start_run
+    from qlora_trainer.config.load import make_config
+    from qlora_trainer.runs.checkpoint import newest_checkpoint
+    from qlora_trainer.runs.start import start_run
+    from qlora_trainer.training.optimizer import learning_rate
 
     config = make_config(
         {

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qlora_kernels import nf4, products
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dequantized_blocks, quantize_nf4
-from qlora_trainer.quantization import bitsandbytes
-from qlora_trainer.run_directory import cpu_name
+from qlora_trainer.model.modules.nf4_linear import bitsandbytes
+from qlora_trainer.runs.directory import cpu_name
 
 SHAPES = [(576, 1536), (4096, 4096), (4096, 11008), (4096, 16), (16, 4096)]  # in and out features
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from qlora_trainer.run_directory import cpu_name, user_cache
+from qlora_trainer.runs.directory import cpu_name, user_cache
 
 SAMPLE_SECONDS = 0.2
 MAX_LENGTH = 100_000  # nothing is cut, by any contender
@@ -53,9 +53,9 @@ class Result:
 
 
 def ours(job: Job, workers: int) -> Callable[[], int]:
-    from qlora_trainer.data.preparation import prepare
-    from qlora_trainer.model_source import load_tokenizer
-    from qlora_trainer.settings import DataConfig
+    from qlora_trainer.config.schema import DataConfig
+    from qlora_trainer.data.preparation.prepare import prepare
+    from qlora_trainer.model.source import load_tokenizer
 
     tokenizer = load_tokenizer(Path(job.model))
     config = DataConfig(train=job.rows, heldout=0.0, max_length=MAX_LENGTH, workers=workers)
@@ -154,10 +154,10 @@ def cpu_seconds() -> float:
 
 def conversations(path: str) -> Iterator[list[dict[str, str]]]:
     """The real rows as chat messages."""
-    from qlora_trainer.data.files import open_source
-    from qlora_trainer.data.formats import parse_record
-    from qlora_trainer.data.messages import Conversation
-    from qlora_trainer.errors import DataError
+    from qlora_trainer.common.errors import DataError
+    from qlora_trainer.data.formats.parse import parse_record
+    from qlora_trainer.data.reading.files import open_source
+    from qlora_trainer.data.types import Conversation
 
     for where, record in open_source(path).records():
         row = record if isinstance(record, DataError) else parse_record(record, "auto", {}, where)
@@ -183,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from qlora_trainer.model_source import resolve_model
+    from qlora_trainer.model.source import resolve_model
 
     model = str(resolve_model(options.model, None, user_cache()))
     real = list(conversations(options.file))

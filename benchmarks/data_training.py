@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.contenders import Meter, Result
 from benchmarks.cpu_training import child_environment, rate
-from qlora_trainer.run_directory import cpu_name
+from qlora_trainer.runs.directory import cpu_name
 
 LAYOUTS = ("packed", "padded, sorted", "padded, in order")
 TOLERANCE = 1e-4  # of losses, relative
@@ -127,9 +127,9 @@ def _measure(job: Job, threads: int) -> Result:
 
 def train(job: Job) -> Result:
     """Train as the job says, at the trainer's defaults otherwise, in fp32."""
-    from qlora_trainer.config import make_config
-    from qlora_trainer.data import packing
-    from qlora_trainer.runs import start_run
+    from qlora_trainer.config.load import make_config
+    from qlora_trainer.data.batching import packing
+    from qlora_trainer.runs.start import start_run
 
     if job.layout == "padded, in order":
         packing._group_padded = _in_order

@@ -242,8 +242,8 @@ def print_training(results: Mapping[str, Result | None]) -> None:
 def planned(model: Path, rank: int) -> dict[str, int]:
     """Bytes that a step of one row of MAX_LENGTH tokens reserves, by plan."""
     from benchmarks.peer_memory import plan_peer
-    from qlora_trainer.config import make_config
-    from qlora_trainer.planning import plan_memory
+    from qlora_trainer.config.load import make_config
+    from qlora_trainer.planning.memory_plan import plan_memory
 
     raw: dict[str, Any] = {
         "model": {"name": str(model)},

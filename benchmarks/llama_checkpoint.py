@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from qlora_trainer.directories import new_directory, write_text
-from qlora_trainer.progress import Progress, silent
-from qlora_trainer.shard_writer import ShardWriter
-from qlora_trainer.tensor_io import TensorSpec, row_blocks
+from qlora_trainer.common.atomic import new_directory, write_text
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.weights.model_directory import TensorSpec, row_blocks
+from qlora_trainer.weights.shard_writer import ShardWriter
 
 SPREAD = 0.02  # of the weights; norms are about one
 POSITIONS = 4096

@@ -38,17 +38,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.llama_checkpoint import SIZES, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
-from qlora_trainer.activations import choose_policy
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.config import make_config
+from qlora_trainer.common.process_memory import return_freed_memory
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.examples import Example
-from qlora_trainer.data.packing import make_packs
-from qlora_trainer.model import Base, load_base_model
-from qlora_trainer.prequantize import quantize_checkpoint
-from qlora_trainer.process_memory import return_freed_memory
-from qlora_trainer.settings import ModelConfig, RunConfig
-from qlora_trainer.tensor_io import checkpoint_tensors
-from qlora_trainer.training import build_state, train_step
+from qlora_trainer.model.load import Base, load_base_model
+from qlora_trainer.model.quantized_copy import quantize_checkpoint
+from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.loop import build_state, train_step
+from qlora_trainer.weights.model_directory import checkpoint_tensors
 
 PLAIN, KEPT = "plain", "kept"
 LABELS = {

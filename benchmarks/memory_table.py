@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_memory import PeerPlan, allowances, plan_peer
-from qlora_trainer.caching_allocator import prefer_expandable_segments
-from qlora_trainer.config import make_config
-from qlora_trainer.fitting import GRAIN, LONGEST_SEARCHED
-from qlora_trainer.model_source import max_positions
-from qlora_trainer.planning import CUBLAS, PAGED, MemoryPlan, plan_memory
-from qlora_trainer.settings import RunConfig
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.source import max_positions
+from qlora_trainer.planning.allocator import prefer_expandable_segments
+from qlora_trainer.planning.fit import GRAIN, LONGEST_SEARCHED
+from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, MemoryPlan, plan_memory
 
 MODELS = Path(__file__).parent / "models"
 PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32

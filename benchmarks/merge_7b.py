@@ -40,23 +40,23 @@ from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
-from qlora_trainer.background import Background
-from qlora_trainer.directories import new_directory, write_text
-from qlora_trainer.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
-from qlora_trainer.forward import LossPath
-from qlora_trainer.hashing import values_sha256
-from qlora_trainer.logit_comparison import compare_logits
-from qlora_trainer.machine import host_memory
-from qlora_trainer.merge_plan import MergeInputs, plan_merge
-from qlora_trainer.merge_verification import row_answers
-from qlora_trainer.merging import merge, merged_blocks
-from qlora_trainer.prequantize import quantize_checkpoint
-from qlora_trainer.quantization import quantize_weight
-from qlora_trainer.settings import AdapterConfig
-from qlora_trainer.sizes import parse_bytes
-from qlora_trainer.streamed_model import load_streamed_model
-from qlora_trainer.tensor_io import TensorInfo, checkpoint_tensors, read_tensor
-from qlora_trainer.weights_as_trained import trained_weights
+from qlora_trainer.common.atomic import new_directory, write_text
+from qlora_trainer.common.background import Background
+from qlora_trainer.common.hashing import values_sha256
+from qlora_trainer.common.machine import host_memory
+from qlora_trainer.common.units import parse_bytes
+from qlora_trainer.config.schema import AdapterConfig
+from qlora_trainer.merging.fold import merge, merged_blocks
+from qlora_trainer.merging.logits import compare_logits
+from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.streamed_model import load_streamed_model
+from qlora_trainer.merging.trained_weights import trained_weights
+from qlora_trainer.merging.verify import row_answers
+from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
+from qlora_trainer.model.forward import LossPath
+from qlora_trainer.model.modules.nf4_linear import quantize_weight
+from qlora_trainer.model.quantized_copy import quantize_checkpoint
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors, read_tensor
 
 RANK, ALPHA = 16, 32.0
 PLAIN, FOUR_BIT, ADAPTER, FINGERPRINT = "plain", "4bit", "adapter", "fingerprint.json"

@@ -24,11 +24,11 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.caching_allocator import CachingAllocator, uses_expandable_segments
-from qlora_trainer.fake_run import FakeRun
-from qlora_trainer.memory_tracking import LiveBytes, once_more
-from qlora_trainer.planning import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
-from qlora_trainer.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
+from qlora_trainer.planning.allocator import CachingAllocator, uses_expandable_segments
+from qlora_trainer.planning.fake_tensors import FakeRun
+from qlora_trainer.planning.live_bytes import LiveBytes, once_more
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
+from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
 FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantising (its backends/cuda/ops.py)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import load_peer, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
-from qlora_trainer.checkpoint import newest_checkpoint
-from qlora_trainer.config import make_config
-from qlora_trainer.optim import learning_rate
-from qlora_trainer.runs import start_run
-from qlora_trainer.training_run import Run
+from qlora_trainer.config.load import make_config
+from qlora_trainer.runs.checkpoint import newest_checkpoint
+from qlora_trainer.runs.run import Run
+from qlora_trainer.runs.start import start_run
+from qlora_trainer.training.optimizer import learning_rate
 
 RANK, ALPHA = 8, 16.0
 

@@ -28,14 +28,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.activations import choose_policy
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.config import make_config
-from qlora_trainer.data.packing import Example, Pack
-from qlora_trainer.model import load_base_model
-from qlora_trainer.planning import empty_run, longest_pack, persistent_tensors, track_steps
-from qlora_trainer.settings import RunConfig
-from qlora_trainer.training import TrainState, build_state, train_step
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.packing import Example, Pack
+from qlora_trainer.model.load import load_base_model
+from qlora_trainer.planning.memory_plan import empty_run, longest_pack, persistent_tensors, track_steps
+from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.loop import TrainState, build_state, train_step
 
 LIMIT = 0.01  # of the profiler's difference
 SHAPE = {

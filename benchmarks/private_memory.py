@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from qlora_trainer.process_memory import private_bytes
+from qlora_trainer.common.process_memory import private_bytes
 
 INTERVAL = 0.005  # seconds
 

@@ -21,24 +21,24 @@ if TYPE_CHECKING:
         lora_state_dict,
         mark_only_lora_as_trainable,
     )
-    from qlora_trainer.config import load_config
-    from qlora_trainer.deployment import merge_run
-    from qlora_trainer.errors import QLoRATrainerError
-    from qlora_trainer.runs import resume_run, start_run
-    from qlora_trainer.settings import AdapterConfig, RunConfig
+    from qlora_trainer.common.errors import QLoRATrainerError
+    from qlora_trainer.config.load import load_config
+    from qlora_trainer.config.schema import AdapterConfig, RunConfig
+    from qlora_trainer.merging.merge_run import merge_run
+    from qlora_trainer.runs.start import resume_run, start_run
 
 _HOMES = {
-    "AdapterConfig": "settings",
-    "QLoRATrainerError": "errors",
-    "RunConfig": "settings",
+    "AdapterConfig": "config.schema",
+    "QLoRATrainerError": "common.errors",
+    "RunConfig": "config.schema",
     "add_adapters": "adapters.inject",
     "load_adapter_state": "adapters.inject",
-    "load_config": "config",
+    "load_config": "config.load",
     "lora_state_dict": "adapters.inject",
     "mark_only_lora_as_trainable": "adapters.inject",
-    "merge_run": "deployment",
-    "resume_run": "runs",
-    "start_run": "runs",
+    "merge_run": "merging.merge_run",
+    "resume_run": "runs.start",
+    "start_run": "runs.start",
 }
 
 __all__ = [

@@ -13,11 +13,12 @@ import torch
 from tiny_models import make_model_directory
 
 from qlora_kernels import compiled, nf4, registry  # noqa: F401 - nf4 defines its operations
-from qlora_trainer import cli, machine
-from qlora_trainer.caching_allocator import prefer_expandable_segments
-from qlora_trainer.config import make_config, save_config
-from qlora_trainer.managed_memory import paging_refusal
-from qlora_trainer.settings import RunConfig
+from qlora_trainer.cli import app as cli
+from qlora_trainer.common import machine
+from qlora_trainer.config.load import make_config, save_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.allocator import prefer_expandable_segments
+from qlora_trainer.training.managed_memory import paging_refusal
 
 WORDS = [
     "the",

@@ -31,14 +31,15 @@ from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-# Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
-from qlora_trainer.activations import choose_policy  # noqa: E402
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
-from qlora_trainer.config import make_config  # noqa: E402
-from qlora_trainer.data.packing import Example, make_packs  # noqa: E402
-from qlora_trainer.planning import FakeRun, _as_fake  # noqa: E402
-from qlora_trainer.skeleton import build_skeleton, fill_skeleton  # noqa: E402
-from qlora_trainer.training import build_state, train_step  # noqa: E402
+from qlora_trainer.config.load import make_config  # noqa: E402
+from qlora_trainer.data.batching.packing import Example, make_packs  # noqa: E402
+from qlora_trainer.planning.memory_plan import FakeRun, _as_fake  # noqa: E402
+from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
+
+# Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
+from qlora_trainer.training.activations import choose_policy  # noqa: E402
+from qlora_trainer.training.loop import build_state, train_step  # noqa: E402
 
 
 class Stream:

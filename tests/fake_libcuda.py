@@ -49,8 +49,8 @@ def pretend_to_have_a_card() -> None:
 def version_taken() -> dict[str, Any]:
     """Return what becomes of `rotate` in Triton ("fast", or why it cannot be had), and what doctor and a run say."""
     from qlora_kernels.registry import UnavailableError, from_triton
-    from qlora_trainer.devices import kernel_notices
-    from qlora_trainer.doctor_packages import kernels
+    from qlora_trainer.cli.doctor_packages import kernels
+    from qlora_trainer.model.device import kernel_notices
 
     try:
         from_triton("rotary_triton", "rotate")()

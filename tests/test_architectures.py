@@ -1,7 +1,7 @@
 """Every listed family goes the whole way: load, train, stop and resume, merge, and plain transformers answers the same.
 
 Tiny random models of the real config classes, whose structure is what differs between families: biases, tied weights,
-soft-capping, scalings, fused projections, experts. What a family's layers keep for backward is test_lean_modules.py's.
+soft-capping, scalings, fused projections, experts. What a family's layers keep for backward is test_patches.py's.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.adapters.peft_format import read_adapter
-from qlora_trainer.deployment import merge_run
-from qlora_trainer.logit_comparison import WholeAnswers, compare_logits
-from qlora_trainer.merge_plan import MergeInputs
-from qlora_trainer.merge_verification import KL_BOUNDS, ROUTED_KL_BOUNDS
-from qlora_trainer.merging import merge
-from qlora_trainer.planning import plan_memory
-from qlora_trainer.runs import resume_run, start_run
-from qlora_trainer.settings import RunConfig
-from qlora_trainer.tensor_io import checkpoint_tensors
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.merging.fold import merge
+from qlora_trainer.merging.logits import WholeAnswers, compare_logits
+from qlora_trainer.merging.merge_plan import MergeInputs
+from qlora_trainer.merging.merge_run import merge_run
+from qlora_trainer.merging.verify import KL_BOUNDS, ROUTED_KL_BOUNDS
+from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.weights.model_directory import checkpoint_tensors
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]

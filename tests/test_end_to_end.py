@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_trainer.config import make_config
-from qlora_trainer.data.rendering import Renderer
-from qlora_trainer.demo import packaged_model
-from qlora_trainer.deployment import merge_run
-from qlora_trainer.errors import FileMissingError
-from qlora_trainer.evaluation import answer_questions, questions
-from qlora_trainer.report import read_metrics
-from qlora_trainer.runs import resume_run, start_run
-from qlora_trainer.settings import RunConfig
+from qlora_trainer.cli.demo import packaged_model
+from qlora_trainer.common.errors import FileMissingError
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.merging.merge_run import merge_run
+from qlora_trainer.runs.metrics import read_metrics
+from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.training.evaluation import answer_questions, questions
 
 
 def quiet(record: dict[str, Any]) -> None:

@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from tiny_models import make_model_directory
 
 from qlora_kernels.varlen_attention import Card
-from qlora_trainer.activations import Policy
-from qlora_trainer.fitting import with_micro_batch, with_policy
-from qlora_trainer.planning import CUBLAS, PAGED, plan_memory
-from qlora_trainer.report import read_metrics
-from qlora_trainer.runs import resume_run, start_run
-from qlora_trainer.settings import RunConfig
-from qlora_trainer.training_run import Run
-from qlora_trainer.workspaces import cublas_bytes
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.fit import with_micro_batch, with_policy
+from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, plan_memory
+from qlora_trainer.planning.workspaces import cublas_bytes
+from qlora_trainer.runs.metrics import read_metrics
+from qlora_trainer.runs.run import Run
+from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.training.activations import Policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

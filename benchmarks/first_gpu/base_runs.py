@@ -20,14 +20,14 @@ from torch import nn
 from benchmarks.first_gpu.cases import CASES, raw_config
 from benchmarks.first_gpu.device import Device
 from benchmarks.first_gpu.kit import Kit, gib
-from qlora_trainer import runs
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.config import make_config
-from qlora_trainer.model import Base, give_back_memory
-from qlora_trainer.prequantize import load_base
-from qlora_trainer.quantization import NF4Linear
-from qlora_trainer.settings import RunConfig
-from qlora_trainer.training_run import Run
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.load import Base, give_back_memory
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.model.quantized_copy import load_base
+from qlora_trainer.runs import start as runs
+from qlora_trainer.runs.run import Run
 
 RECOMPUTE: dict[str, Any] = {"activations": "recompute"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_trainer.planning import CUDA_CONTEXT_BYTES
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES
 
 CONCURRENT_MANAGED_ACCESS = 89  # cudaDevAttrConcurrentManagedAccess
 LAST_PREFETCH_LOCATION = 4  # cudaMemRangeAttributeLastPrefetchLocation

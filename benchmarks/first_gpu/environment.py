@@ -18,7 +18,7 @@ import torch
 from benchmarks.first_gpu.device import Device, has_concurrent_managed_access
 from benchmarks.first_gpu.kit import Kit, gib
 from qlora_kernels.torch_features import varlen_attention_arguments
-from qlora_trainer.caching_allocator import uses_expandable_segments
+from qlora_trainer.planning.allocator import uses_expandable_segments
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "numpy", "datasets", "gguf")
 NO_CUDA = 4  # exit code

@@ -152,7 +152,7 @@ if [ $rc != 99 ] && [ -z "${KIT_NO_PAGED:-}" ] && was_refused "managed memory wo
   export KIT_NO_PAGED=1
 fi
 
-stage doctor 90 20 "$PY" -m qlora_trainer.cli doctor
+stage doctor 90 20 "$PY" -m qlora_trainer doctor
 if [ $? != 99 ]; then
   say "doctor:$(for kind in ok note problem; do printf ' %s %s' "$(grep -acE "^ *$kind " "$LOGS/doctor.log")" "$kind"; done)"
   grep -aE '^ *(note|problem) ' "$LOGS/doctor.log" | cut -c1-200 | while IFS= read -r line; do say "  $line"; done
@@ -166,8 +166,8 @@ if is_wanted make && { [ "$WANTED" != "  " ] || [ ! -e "$DONE/make" ]; }; then
   MAKING=$!
 fi
 
-pytests tests-kernels 150 40 8 tests/test_operations.py tests/test_triton_kernels.py tests/test_varlen_attention.py \
-  tests/test_quantization.py tests/test_activations.py tests/test_checkpoint.py tests/test_optim.py
+pytests tests-kernels 150 40 8 tests/kernels/test_operations.py tests/kernels/test_triton_kernels.py tests/kernels/test_varlen_attention.py \
+  tests/model/modules/test_nf4_linear.py tests/training/test_activations.py tests/runs/test_checkpoint.py tests/training/test_optimizer.py
 
 if [ -n "$MAKING" ]; then
   wait "$MAKING"
@@ -178,8 +178,8 @@ if [ -n "$MAKING" ]; then
 fi
 
 big 230 2k-recompute 2k-8gb profile 2k-keep 16k-12gb resume generate paging keep_adapter
-pytests tests-runs 120 45 8 tests/test_gpu.py tests/test_recovery.py tests/test_runs.py tests/test_streaming_load.py \
-  tests/test_streamed_model.py tests/test_host_embeddings.py tests/test_merging.py tests/test_doctor.py
+pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery.py tests/runs/test_start.py tests/model/test_fill.py \
+  tests/merging/test_streamed_model.py tests/model/modules/test_cpu_embedding.py tests/merging/test_fold.py tests/cli/test_doctor.py
 stage peer 110 45 "$PY" "$KIT/gpu_run.py" peer
 stage kernels 60 25 "$PY" "$KIT/gpu_run.py" kernels
 big 400 16k-24gb 64k-16gb hostcopy 2k-12gb merge 64k-24gb 2k-6gb-lean 16k-8gb-lean

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
 from benchmarks.first_gpu.device import last_prefetched_to
-from qlora_trainer.generation import generate_answers
+from qlora_trainer.training.generation import generate_answers
 
 PAGE = 4096  # bytes that the host touches at once
 PROMPT_TOKENS = 32

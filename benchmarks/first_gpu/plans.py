@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from qlora_trainer.caching_allocator import prefer_expandable_segments  # noqa: E402
+from qlora_trainer.planning.allocator import prefer_expandable_segments  # noqa: E402
 
 prefer_expandable_segments()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as first_gpu.sh has it: a plan counts it
@@ -24,8 +24,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as first_gpu.sh h
 import torch  # noqa: E402
 
 from benchmarks.first_gpu.cases import CASES, HOST_BYTES, Case, raw_config  # noqa: E402
-from qlora_trainer.config import make_config  # noqa: E402
-from qlora_trainer.planning import MemoryPlan, plan_memory  # noqa: E402
+from qlora_trainer.config.load import make_config  # noqa: E402
+from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory  # noqa: E402
 
 
 def plan(case: Case, model: Path, work: Path) -> tuple[MemoryPlan, bool]:

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
-from qlora_trainer.recovery import take_step
+from qlora_trainer.training.recovery import take_step
 
 MOST_LISTED = 40
 

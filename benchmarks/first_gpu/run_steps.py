@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
-from qlora_trainer.training_run import Run
+from qlora_trainer.runs.run import Run
 
 
 def resume(runs: BaseRuns) -> None:
@@ -82,7 +82,7 @@ def keep_adapter(runs: BaseRuns) -> None:
 
 def merge(runs: BaseRuns) -> None:
     """The merge, verified, in the memory that nothing else holds."""
-    from qlora_trainer.deployment import merge_run
+    from qlora_trainer.merging.merge_run import merge_run
 
     kit, device = runs.kit, runs.device
     if not kit.adapter.is_dir():

@@ -10,7 +10,7 @@ Works on any nn.Module with linear layers, so that it can be used as a library, 
 Targets are found by what the modules are, not by a list of model names: every linear layer but the output embedding,
 those of attention or of the MLP, or those whose path ends in a given name. A name that matches nothing is an error with
 the names that exist, because a fused projection (Phi-3's qkv_proj) makes a familiar list match half of what was meant.
-Experts are no targets (experts.py).
+Experts are no targets (model/modules/experts.py).
 """
 
 import re
@@ -21,14 +21,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.delta import without_zero_blocks
-from qlora_trainer.adapters.flat import FlatGroup
-from qlora_trainer.adapters.fused import trained_rows
+from qlora_trainer.adapters.formulas import without_zero_blocks
+from qlora_trainer.adapters.fused_parts import trained_rows
 from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
-from qlora_trainer.errors import AdapterError
-from qlora_trainer.experts import SplitExperts
-from qlora_trainer.quantization import NF4Linear
-from qlora_trainer.settings import AdapterConfig
+from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.schema import AdapterConfig
+from qlora_trainer.model.modules.experts import SplitExperts
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.training.flat import FlatGroup
 
 PEFT_PREFIX = "base_model.model."
 

@@ -5,7 +5,7 @@ JSON only, never pickle. Only lora_A, lora_B and (where the config says so) bias
 holds `lm_head.weight` would silently overwrite the base in loaders that accept it. What would make the adapter another
 function than s * B A added to the weight (DoRA, scalings that differ, modules saved whole, initialisations that changed
 the base) is refused by name instead of ignored. Layers may differ in rank where their alpha differs with it, so that
-one s holds for all: so lie layers of which parts are adapted alone (fused.py) beside others.
+one s holds for all: so lie layers of which parts are adapted alone (fused_parts.py) beside others.
 
 Legend: R rank, I in features, O out features.
 """
@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qlora_trainer.adapters.delta import lora_scaling
-from qlora_trainer.directories import write_text
-from qlora_trainer.errors import AdapterError, DiskError, FileMissingError
-from qlora_trainer.settings import AdapterConfig
+from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.common.atomic import write_text
+from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
+from qlora_trainer.config.schema import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""From data files to the packs of an optimizer step.
+"""From data files to the packs of an optimizer step; knows no model.
 
-files -> messages -> rendering (templates, encoding) -> preparation (store) -> loader -> packing
+reading -> formats -> rendering -> preparation -> batching. Start at `preparation.prepare.prepare`.
 """

@@ -1,0 +1,192 @@
+"""What `qlora doctor` finds of installed packages: versions, native libraries, kernels, and 4-bit weights to the bit.
+
+A package that cannot be imported is a finding, not a crash, so everything heavy is imported inside its check.
+"""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_trainer.cli.findings import FAILURES, Finding
+from qlora_trainer.common.atomic import unwritable
+from qlora_trainer.common.errors import QuantizationError, first_line
+
+PROJECT = "qlora-trainer"
+# What the tests ran with. Others may well work, so a difference is a note.
+TESTED_VERSIONS = {
+    "torch": "2.13.0",
+    "bitsandbytes": "0.50.2",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "safetensors": "0.8.0",
+    "datasets": "5.2.0",
+    "gguf": "0.19.0",
+}
+
+
+def versions() -> list[Finding]:
+    """One finding a package that the tests name; what this project's own requirements exclude is a problem."""
+    findings = []
+    for package, tested in TESTED_VERSIONS.items():
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(package, "problem", "not installed", f"pip install {package}=={tested}"))
+            continue
+        advice = f"pip install {package}=={tested}"
+        allowed = _requirements().get(package)
+        if version.split("+")[0] == tested:
+            findings.append(Finding(package, "ok", version))
+        elif allowed is not None and not allowed.contains(version, prereleases=True):
+            findings.append(Finding(package, "problem", f"{version}; {PROJECT} needs {package}{allowed}", advice))
+        else:
+            findings.append(Finding(package, "note", f"{version}; tests ran with {tested}", advice))
+    return findings
+
+
+def _requirements() -> dict[str, Any]:
+    """Which versions of a package the installed project asks for; none where it runs from a checkout."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = importlib.metadata.requires(PROJECT) or []
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    found = [Requirement(line) for line in lines]
+    return {each.name: each.specifier for each in found if each.marker is None}
+
+
+def compute_dtype() -> Finding:
+    try:
+        from qlora_trainer.model.load import choose_compute_dtype, choose_device
+
+        device = choose_device("auto")
+        dtype = str(choose_compute_dtype("auto", device)).removeprefix("torch.")
+    except FAILURES as error:
+        return Finding("Compute dtype", "problem", first_line(error), "See the packages above.")
+    if dtype == "float16":
+        return Finding(
+            "Compute dtype",
+            "note",
+            "float16 with loss scaling: this GPU has no fast bfloat16",
+            "Steps whose gradients overflow are skipped; a few at the start are normal.",
+        )
+    return Finding("Compute dtype", "ok", f"{dtype} on {device.type}")
+
+
+def bitsandbytes_library() -> Finding:
+    advice = "pip install --force-reinstall bitsandbytes; `python -m bitsandbytes` says more."
+    try:
+        from qlora_trainer.model.modules.nf4_linear import bitsandbytes
+
+        library = bitsandbytes.cextension.lib
+    except FAILURES as error:
+        return Finding("bitsandbytes' library", "problem", first_line(error), advice)
+    kind = type(library).__name__
+    if "ErrorHandler" in kind:
+        return Finding("bitsandbytes' library", "problem", "the native library did not load", advice)
+    with_cuda = bool(getattr(library, "compiled_with_cuda", False))
+    if torch.cuda.is_available() and not with_cuda:
+        return Finding("bitsandbytes' library", "problem", "loaded for the CPU only, beside a GPU", advice)
+    return Finding("bitsandbytes' library", "ok", f"loaded, for {'CUDA' if with_cuda else 'the CPU'}")
+
+
+def kernels(kind: str) -> Finding:
+    """Which version of each operation a tensor on this kind of device takes, and why it is not the fast one."""
+    name = f"Kernels on {kind}"
+    try:
+        from qlora_trainer.model.device import FAST, ONLY_VERSION, operations_by_version
+
+        found = operations_by_version(kind)
+    except ValueError as error:  # the variable that chooses holds a word unknown
+        return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
+    except FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See the packages above.")
+    slower = {version: operations for version, operations in found.items() if version not in (FAST, ONLY_VERSION)}
+    parts = {
+        "fast": found.get(FAST, []),
+        "plain torch, which is the only version": found.get(ONLY_VERSION, []),
+        "plain torch in the place of a faster version": sorted(name for names in slower.values() for name in names),
+    }
+    detail = "; ".join(f"{part}: {', '.join(operations)}" for part, operations in parts.items() if operations)
+    # Why an operation that has a fast version does not take it, which says what to do.
+    advice = "; ".join(version.removeprefix("reference: ") for version in slower)
+    return Finding(name, "note" if slower else "ok", detail, advice)
+
+
+def attention(kind: str) -> Finding:
+    """How packed documents are attended to, in the dtype taken here and by heads of 128 numbers, as most are."""
+    name = f"Attention on {kind}"
+    try:
+        from qlora_kernels.varlen_attention import Card, attention_in_words
+        from qlora_trainer.model.load import choose_compute_dtype
+
+        device = torch.device(kind)
+        card, dtype = Card.of(device) if kind == "cuda" else None, choose_compute_dtype("auto", device)
+        has_better = card is not None and card.flash_refusal(dtype, 128) is not None
+        return Finding(name, "note" if has_better else "ok", attention_in_words(card, dtype, 128))
+    except ValueError as error:  # QLORA_KERNELS holds a word unknown
+        return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
+    except FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See the packages above.")
+
+
+def nf4(kind: str) -> Finding:
+    """Quantise and dequantise a sample, and compare both with their definition in plain torch, to the last bit."""
+    name = f"NF4 to the bit on {kind}"
+    try:
+        from qlora_kernels.nf4 import quantize_torch
+        from qlora_trainer.model.modules.nf4_linear import quantize_weight
+        from qlora_trainer.weights.bitsandbytes_format import check_dequantization
+
+        device = torch.device(kind)
+        sample = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+        codes, maxima = torch.empty(128 * 128, dtype=torch.uint8), torch.empty(128 * 4)
+        quantize_torch(sample.view(-1), codes, maxima)
+        found = quantize_weight(sample.to(device))
+        notices = check_dequantization(device)
+    except QuantizationError as error:
+        return Finding(name, "problem", str(error))
+    except FAILURES as error:
+        return Finding(name, "problem", first_line(error), "See bitsandbytes above.")
+    if not torch.equal(found.packed.cpu(), codes):
+        tested = f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}"
+        advice = tested if kind == "cuda" else "Set QLORA_KERNELS=reference, and please report this."
+        return Finding(name, "problem", f"a weight on {kind} is quantised to other codes than it should be", advice)
+    if notices:
+        return Finding(name, "note", "ours is right; " + " ".join(notices), "Nothing to do: training takes ours.")
+    return Finding(name, "ok", "quantised and dequantised as defined, in fp32, bf16 and fp16")
+
+
+def triton() -> Finding:
+    if importlib.util.find_spec("triton") is not None:
+        return Finding("Triton", "ok", importlib.metadata.version("triton"))
+    if torch.cuda.is_available():
+        return Finding("Triton", "note", "not installed: plain torch kernels, right but slower", "pip install triton")
+    return Finding("Triton", "ok", "not installed, and only used on GPUs")
+
+
+def tensorboard() -> Finding:
+    if importlib.util.find_spec("tensorboard") is not None:
+        return Finding("TensorBoard", "ok", f"{importlib.metadata.version('tensorboard')}; runs are logged for it too")
+    return Finding("TensorBoard", "ok", "not installed; metrics.jsonl and report.html hold the same numbers")
+
+
+def hub() -> Finding:
+    name = "Model hub"
+    try:
+        from huggingface_hub import constants
+
+        from qlora_trainer.model.source import hub_variable
+    except FAILURES as error:
+        return Finding(name, "problem", first_line(error), "pip install huggingface_hub")
+    detail = f"downloads are kept in {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return Finding(name, "note", f"{detail}; HF_HUB_OFFLINE is set, so only those are used")
+    if reason := unwritable(Path(constants.HF_HUB_CACHE)):
+        advice = f"Set {hub_variable()} to a folder that can be, or name directories instead of hub names."
+        return Finding(name, "note", f"{detail}, which cannot be written: {reason}", advice)
+    return Finding(name, "ok", f"{detail}; the network is used only for hub names")

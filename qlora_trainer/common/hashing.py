@@ -1,0 +1,86 @@
+"""sha256 of tensors, in threads beside the work that made or reads them.
+
+hashlib lets other threads run, so what is made of a checkpoint is hashed while the next of it is quantised, in the same
+pass over its files (weights/direct_reading.py hashes what is there). Few tensors wait at a time, as each is held until
+then.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import BoundedSemaphore
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 2**22  # converted at a time
+_MOST_WORKERS = 4
+
+Result = TypeVar("Result")
+
+
+def bytes_sha256(tensor: Tensor) -> str:
+    """Of a tensor's bytes as they lie in memory and in a safetensors file, on whatever device."""
+    return _sha256([_bytes(tensor)])
+
+
+def values_sha256(
+    tensor: Tensor,
+    dtype: torch.dtype | None = None,  # convert to this one first; None: the tensor's own
+) -> str:
+    """Of shape, dtype and values, on whatever device."""
+    return blocks_sha256(tuple(tensor.shape), [tensor], dtype or tensor.dtype)
+
+
+def blocks_sha256(
+    shape: tuple[int, ...],
+    blocks: Iterable[Tensor],  # a tensor's rows, one block after the other
+    dtype: torch.dtype,
+) -> str:
+    """The `values_sha256` of a tensor that is not there as a whole."""
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield f"{shape} {dtype}".encode()
+        for block in blocks:
+            flat = block.detach().reshape(-1)
+            for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
+                yield _bytes(flat[start : start + _BLOCK_ELEMENTS].to(dtype))
+
+    return _sha256(parts())
+
+
+class Hasher:
+    """Hashes in threads of its own, as a context manager; `submit` waits where too many tensors wait already."""
+
+    def __init__(self) -> None:
+        workers = min(os.cpu_count() or 1, _MOST_WORKERS)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sha256")
+        self._room = BoundedSemaphore(workers + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+        """Run `function`, such as `bytes_sha256`, on the arguments beside."""
+        self._room.acquire()
+        future = self._pool.submit(function, *arguments)
+        future.add_done_callback(lambda _: self._room.release())
+        return future
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return hashed.hexdigest()

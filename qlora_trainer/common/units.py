@@ -1,0 +1,16 @@
+"""Amounts of memory and of disk as people write them: 24GiB, 5GB."""
+
+import re
+
+from qlora_trainer.common.errors import ConfigError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB", "24 GB" or "512MiB"; ConfigError for anything else, and for less than a byte."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|[KMG]i?B)\s*", text, re.ASCII | re.IGNORECASE)
+    amount = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if amount < 1:
+        raise ConfigError(f"{text!r} is no amount of memory or disk; write it as 24GiB, or 24GB for 24 billion bytes.")
+    return amount

@@ -1,0 +1,196 @@
+"""A run's configuration from a file: YAML and `section.key=value` overrides become a RunConfig, or one error.
+
+`load_config` reports every problem at once (an unknown key with the nearest known one), and its local paths are
+absolute, so that the copy kept in the run directory means the same from anywhere. Left out: the keys (schema.py).
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.config.schema import RunConfig, Source, SourceFile
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `section.key=value` overrides.
+
+    Relative local paths are taken from the current directory, and made absolute.
+
+    Raises:
+        FileMissingError: there is no such file.
+        ConfigError: not YAML, or wrong keys or values; the message lists all of them.
+    """
+    if not path.is_file():
+        raise FileMissingError(f"There is no config file {path}. configs/ in the project has some to start from.")
+    try:
+        with path.open(encoding="utf-8") as file:
+            raw = yaml.load(file, _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return make_config(raw, origin=str(path))
+
+
+def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig:
+    """Check a nested mapping and return the config with absolute local paths; ConfigError lists every problem."""
+    try:
+        config = RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = _describe(error.errors())
+        raise ConfigError(
+            f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
+    return _with_absolute_paths(config)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML, every key present."""
+    path.write_text(dump_config(config), encoding="utf-8")
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, every key present."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML, but a key that stands twice is an error: plain YAML would let the last one win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key {key.value} stands twice in one section; join them"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not of the form section.key=value, such as adapter.rank=8.")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        if node.get(parent) is None:  # absent, or a bare section
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value in the config, not a section.")
+    try:
+        node[leaf] = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
+
+
+def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """pydantic's errors as one sentence a place, with the full key.
+
+    Where a key takes several types pydantic tells what each of them finds wrong. What lies deeper says most (a key
+    inside a list that could also have been a name); what lies at one place is joined.
+    """
+    by_place: dict[str, list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        by_place.setdefault(_place(problem), []).append(problem)
+    return [
+        _sentence(place, found)
+        for place, found in by_place.items()
+        if not any(other.startswith(f"{place}.") for other in by_place)
+    ]
+
+
+def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {place}{_suggestion(place)}"
+    if first["type"] == "missing":
+        return f"{place} is missing, and has no default"
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    if not place:
+        return messages[0]
+    return f"{place}: {', or '.join(m[0].lower() + m[1:] for m in messages)} (found {first['input']!r})"
+
+
+def _place(problem: Mapping[str, Any]) -> str:
+    """The key as the user wrote it, such as data.train.0.path."""
+    *parents, leaf = problem["loc"] or ("",)
+    is_users = problem["type"] == "extra_forbidden" or not _is_union_label(leaf)
+    return ".".join(str(part) for part in [p for p in parents if not _is_union_label(p)] + [leaf] * is_users)
+
+
+def _is_union_label(part: int | str) -> bool:
+    """pydantic names the branch of a union it tried, which no user wrote."""
+    return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int", "SourceFile"} or "[" in part)
+
+
+def _suggestion(unknown: str) -> str:
+    """What may have been meant by an unknown key, or what there is."""
+    if unknown.startswith(("data.train.", "data.heldout.")):  # inside a source
+        fields = Source.model_fields if unknown.startswith("data.train.") else SourceFile.model_fields
+        source, _, leaf = unknown.rpartition(".")
+        close = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.7)
+        return f"; did you mean {source}.{close[0]}?" if close else f"; a source has {', '.join(fields)}"
+    keys = _keys()
+    near = _nearest_key(unknown, keys)
+    return f"; did you mean {near}?" if near else f"; known: {', '.join(keys)}"
+
+
+def _keys() -> list[str]:
+    keys = []
+    for section, info in RunConfig.model_fields.items():
+        fields = getattr(info.annotation, "model_fields", {})
+        keys += [f"{section}.{name}" for name in fields]
+    return keys
+
+
+def _nearest_key(unknown: str, keys: list[str]) -> str | None:
+    leaf = unknown.rsplit(".", 1)[-1]
+    by_leaf = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    candidates = difflib.get_close_matches(unknown, keys + list(RunConfig.model_fields), n=1, cutoff=0.75)
+    if candidates:
+        return candidates[0]
+    close = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    return by_leaf[close[0]] if close else None
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make what exists on disk absolute; a name that is no file here stays, it may be a hub name."""
+    data = config.data
+    train = (
+        _absolute(data.train)
+        if isinstance(data.train, str)
+        else [source.model_copy(update={"path": _absolute(source.path)}) for source in data.train]
+    )
+    heldout = _absolute_heldout(data.heldout)
+    init_from = config.adapter.init_from and _absolute(config.adapter.init_from)
+    output_dir = str(Path(config.training.output_dir).expanduser().absolute())
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            "adapter": config.adapter.model_copy(update={"init_from": init_from}),
+            "data": data.model_copy(update={"train": train, "heldout": heldout}),
+            "training": config.training.model_copy(update={"output_dir": output_dir}),
+        }
+    )
+
+
+def _absolute_heldout(heldout: float | str | SourceFile) -> float | str | SourceFile:
+    if isinstance(heldout, SourceFile):
+        return heldout.model_copy(update={"path": _absolute(heldout.path)})
+    return _absolute(heldout) if isinstance(heldout, str) else heldout
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name

@@ -1,0 +1,152 @@
+"""The rows of each optimizer step, in an order that is a pure function of (seed, epoch), so a run resumes exactly.
+
+A step is a set of `batch_size` rows, the last of an epoch maybe fewer; micro-batches are made from the step's rows
+afterwards, so no choice of memory changes what a step learns from. The cursor is two integers.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from qlora_trainer.common.errors import CheckpointError, DataError
+from qlora_trainer.data.batching.mixing import Mixture, shuffled
+from qlora_trainer.data.batching.packing import Example, Pack, group_rows, make_packs
+
+
+class Examples(Protocol):
+    """What rows are taken from: an ExampleSet, or a plain list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class StepLoader:
+    """Endless steps over `examples`: after an epoch's last step comes the next epoch's first.
+
+    `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch. `micro_batch_tokens` may be set
+    anew at any time, and holds from the next packs on: it changes no step's rows. With a `mixture` an epoch takes from
+    each source what that says, otherwise every row once.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        micro_batch_tokens: int,
+        packing: bool,
+        seed: int,
+        mixture: Mixture | None = None,
+    ) -> None:
+        if len(examples) == 0:
+            raise DataError("There are no rows to train on.")
+        self.examples = examples
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.packing = packing
+        self.seed = seed
+        self.mixture = mixture
+        self.epoch_rows = len(mixture or examples)
+        self.epoch = 0
+        self.step = 0
+        self._order = self.order(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.epoch_rows // self.batch_size)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Which of `examples` each place of an epoch has, (epoch_rows,) int64."""
+        order = epoch_order(self.epoch_rows, self.seed, epoch)
+        return order if self.mixture is None else self.mixture.epoch_rows(self.seed, epoch)[order]
+
+    def next(self) -> list[Pack]:
+        """The packs of one optimizer step; moves the cursor."""
+        packs = self.peek()
+        self.advance()
+        return packs
+
+    def peek(self) -> list[Pack]:
+        """The packs of the step to come, under the present micro_batch_tokens; the cursor stays."""
+        return self._packs(self._rows(self._order, self.step), self.micro_batch_tokens)
+
+    def advance(self) -> None:
+        """Move the cursor to the step after."""
+        self.step += 1
+        if self.step == self.steps_per_epoch:
+            self._move_to(self.epoch + 1, 0)
+
+    def largest_pack(self, lengths: np.ndarray, steps: int) -> Pack:
+        """The pack that lays out the most tokens, padding counted, of the next `steps` steps; the cursor stays.
+
+        Args:
+            lengths: tokens of each row of `examples`, (rows,): every step is laid out by these alone, which takes
+                some 30 microseconds.
+        """
+        largest, most = self._order[:0], 0
+        epoch, step, order = self.epoch, self.step, self._order
+        for _ in range(steps):
+            rows = self._rows(order, step)
+            row_lengths = lengths[rows].tolist()
+            for group in group_rows(row_lengths, self.micro_batch_tokens, self.packing):
+                laid_out = [row_lengths[index] for index in group]
+                tokens = sum(laid_out) if self.packing else len(group) * max(laid_out)
+                if tokens > most:
+                    largest, most = rows[group], tokens
+            step += 1
+            if step == self.steps_per_epoch:
+                epoch, step = epoch + 1, 0
+                order = self.order(epoch)
+        (pack,) = self._packs(largest, most)
+        return pack
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "rows": self.epoch_rows,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to where `state` was taken.
+
+        Raises:
+            CheckpointError: the rows, batch size or seed are others now, so the order would be another too.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise CheckpointError(f"The data position holds {sorted(state)}, and should hold {sorted(own)}.")
+        changed = [
+            f"{name} was {state[name]} and is {own[name]}"
+            for name in ("rows", "batch_size", "seed")
+            if state[name] != own[name]
+        ]
+        if changed:
+            raise CheckpointError(
+                f"The checkpoint's data position does not fit this run: {', '.join(changed)}. "
+                "Resume with the data and settings that the run began with."
+            )
+        if not (0 <= state["step"] < self.steps_per_epoch and state["epoch"] >= 0):
+            raise CheckpointError(
+                f"The data position says step {state['step']} of epoch {state['epoch']}, but an epoch has "
+                f"{self.steps_per_epoch} steps."
+            )
+        self._move_to(state["epoch"], state["step"])
+
+    def _rows(self, order: np.ndarray, step: int) -> np.ndarray:
+        return order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
+        return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)
+
+    def _move_to(self, epoch: int, step: int) -> None:
+        self._order = self.order(epoch)
+        self.epoch, self.step = epoch, step
+
+
+def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch's rows, (rows,) int64."""
+    return shuffled(rows, [seed, epoch])

@@ -1,0 +1,128 @@
+"""Any columns become ours: data.columns takes values from paths into a row, data.template writes text around them.
+
+A path is a column's name, or names and list positions with dots between them, such as instances.0.input. Every path
+must be there in every row, unless it ends in a question mark, as in context?: a typing error would otherwise train on
+rows that lack half of their text. Left out: which columns of ours there are, and what they mean (recognition).
+"""
+
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.reading.values import json_text, kind, listed
+
+Record = Mapping[str, Any]
+
+
+def mapped(record: Record, columns: Mapping[str, str], template: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The record with our columns in place of those they are made from.
+
+    Args:
+        columns: {our column: path}.
+        template: {our column: text with {path} fields}; {{ and }} are braces.
+
+    Raises:
+        DataError: a path is not in the row, or a field of a template is null there.
+    """
+    if not columns and not template:
+        return dict(record)
+    made = {ours: look_up(record, path, f"data.columns {ours}", where) for ours, path in columns.items()}
+    made |= {ours: _filled(record, text, f"data.template {ours}", where) for ours, text in template.items()}
+    used = source_columns(record, columns, template)
+    return {name: value for name, value in record.items() if name not in used} | made
+
+
+def source_columns(record: Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
+    """The columns of the record that our columns are made from, whole or in part."""
+    paths = [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
+    return {_first_name(record, path) for path in paths}
+
+
+def parts(template: str) -> list[tuple[str, str | None]]:
+    """A template as texts, each with the path of the field that follows it, or None at the end.
+
+    Raises:
+        ValueError: a brace is open or alone, a field is empty, or has more than a path.
+    """
+    found: list[tuple[str, str | None]] = []
+    for text, path, form, conversion in Formatter().parse(template):
+        if form or conversion or path == "":
+            raise ValueError(f"the field {{{path}}} should be a path alone; write {{{{ and }}}} for braces")
+        found.append((text, path))
+    return found
+
+
+def look_up(record: Record, path: str, what: str, where: str) -> Any:
+    """The value at a path; None where something on the way is null, or the path ends in ? and is not there.
+
+    Raises:
+        DataError: the path is not there; the letter says how far it leads and what is there.
+    """
+    if path in record:
+        return record[path]
+    is_optional, path = path.endswith("?"), path.removesuffix("?")
+    first = _first_name(record, path)
+    names = [first, *path[len(first) + 1 :].split(".")] if len(path) > len(first) else [first]
+    value: Any = record
+    for depth, name in enumerate(names):
+        there, value = _step(value, name)
+        if not there:
+            if is_optional:
+                return None
+            raise DataError(_letter(record, names, depth, what, where))
+        if value is None:
+            return None
+    return value
+
+
+def _first_name(record: Record, path: str) -> str:
+    """The column that a path begins in: names may hold dots themselves."""
+    for whole in (path, path.removesuffix("?")):
+        if whole in record:
+            return whole
+    return path.removesuffix("?").partition(".")[0]
+
+
+def _step(value: Any, name: str) -> tuple[bool, Any]:
+    if isinstance(value, Mapping):
+        return name in value, value.get(name)
+    if isinstance(value, Sequence) and not isinstance(value, str) and name.removeprefix("-").isdecimal():
+        index = int(name)
+        return (True, value[index]) if -len(value) <= index < len(value) else (False, None)
+    return False, None
+
+
+def _letter(record: Record, names: Sequence[str], depth: int, what: str, where: str) -> str:
+    value: Any = record
+    for name in names[:depth]:
+        _, value = _step(value, name)
+    if isinstance(value, Mapping):
+        there = listed(value)
+    else:
+        there = f"a list of {len(value)}" if isinstance(value, list) else kind(value)
+    place = ".".join(names[:depth]) or "the row"
+    path = ".".join(names)
+    return f"{where}: {what} wants {path}, but {place} has {there}. If some rows have none, write {path}? for it."
+
+
+def _filled(record: Record, template: str, what: str, where: str) -> str:
+    written = []
+    for text, path in parts(template):
+        written.append(text)
+        if path is None:
+            continue
+        value = look_up(record, path, what, where)
+        if value is None and not path.endswith("?"):
+            raise DataError(f"{where}: {what} wants {path}, which is null. If that may be, write {path}? for nothing.")
+        written.append(_written(value, f"{what}: {path}", where))
+    return "".join(written)
+
+
+def _written(value: Any, what: str, where: str) -> str:
+    """Text as it is; numbers, lists and objects as JSON; dates and decimals of a table as they print."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bytes):
+        raise DataError(f"{where}: {what} holds bytes, not text.")
+    return json_text(value, what, where) if isinstance(value, int | float | list | dict) else str(value)

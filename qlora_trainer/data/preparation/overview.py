@@ -1,0 +1,222 @@
+"""The prepared data in numbers that a person wants before training: lengths, what an epoch is, what padding would cost.
+
+The counts of rows by reason come from preparation's own report; this room adds what follows from the lengths, and puts
+both into words for whoever shows them, the terminal and the report page alike. Left out: drawing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from qlora_trainer.data.batching.loader import StepLoader
+from qlora_trainer.data.batching.packing import group_rows
+from qlora_trainer.data.preparation.prepare import Prepared
+from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
+
+MOST_BINS = 12
+TAIL_PERCENT = 2.0  # of the rows, the longest, share the last bin if they would stretch all others
+STEPS_LAID_OUT = 500
+
+Fact = tuple[str, str]  # what, and its value in words
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many rows have how many tokens: bin i those from edges[i] to edges[i + 1] - 1."""
+
+    edges: list[int]  # (bins + 1,)
+    train: list[int]  # (bins,)
+    heldout: list[int]  # (bins,)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of an epoch's steps become micro-batches of at most `micro_batch_tokens` tokens."""
+
+    micro_batches: float  # a step, on average
+    fill: float  # of the tokens computed, the share that belongs to rows
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training rows. The layouts are of its first `steps_laid_out` steps.
+
+    `fill_of_whole_steps` is what the fill would be if all rows of a step were padded to its longest, as is common.
+    """
+
+    rows: int
+    batch_size: int
+    steps: int
+    tokens_per_step: float
+    micro_batch_tokens: int
+    packing: bool  # whether rows are packed: the config asks for it, and the model is not known to need padding
+    can_pack: bool | None  # whether the model's attention keeps packed rows apart; None: not known
+    packed: Layout
+    padded: Layout
+    fill_of_whole_steps: float
+    steps_laid_out: int
+
+
+@dataclass(frozen=True)
+class Overview:
+    lengths: Lengths
+    epoch: Epoch
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def overview_of(
+    prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, can_pack: bool | None, seed: int
+) -> Overview:
+    """The prepared rows of a run in numbers, its first epoch laid out as the run will.
+
+    Args:
+        packing: what the config asks for.
+        can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
+    """
+    loader = StepLoader(prepared.train, batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
+    return make_overview(
+        prepared.train.lengths,
+        prepared.heldout.lengths,
+        loader.order(0),
+        batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        packing=packing,
+        can_pack=can_pack,
+    )
+
+
+def make_overview(
+    train_lengths: np.ndarray,  # (rows,) tokens of each training row
+    heldout_lengths: np.ndarray,
+    order: np.ndarray,  # (rows of an epoch,) which training row each place of the first epoch has
+    *,
+    batch_size: int,
+    micro_batch_tokens: int,
+    packing: bool,
+    can_pack: bool | None = True,
+) -> Overview:
+    """All of it, in some 50 microseconds a step laid out."""
+    steps = -(-len(order) // batch_size)
+    looked_at = min(steps, STEPS_LAID_OUT)
+    rows_of_steps = [
+        train_lengths[order[step * batch_size : (step + 1) * batch_size]].tolist() for step in range(looked_at)
+    ]
+    epoch = Epoch(
+        rows=len(order),
+        batch_size=batch_size,
+        steps=steps,
+        tokens_per_step=float(train_lengths[order].sum()) / steps,
+        micro_batch_tokens=micro_batch_tokens,
+        packing=packing and can_pack is not False,
+        can_pack=can_pack,
+        packed=_layout(rows_of_steps, micro_batch_tokens, packing=True),
+        padded=_layout(rows_of_steps, micro_batch_tokens, packing=False),
+        fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(len(rows) * max(rows) for rows in rows_of_steps),
+        steps_laid_out=looked_at,
+    )
+    return Overview(count_lengths(train_lengths, heldout_lengths), epoch)
+
+
+def _layout(steps: Sequence[Sequence[int]], limit: int, packing: bool) -> Layout:
+    micro_batches = tokens = computed = 0
+    for lengths in steps:
+        for group in group_rows(lengths, limit, packing):
+            of_rows = [lengths[index] for index in group]
+            micro_batches += 1
+            tokens += sum(of_rows)
+            computed += sum(of_rows) if packing else len(group) * max(of_rows)
+    return Layout(micro_batches / len(steps), tokens / computed)
+
+
+def count_lengths(train: np.ndarray, heldout: np.ndarray) -> Lengths:
+    """Bins of one round size, in which all rows are counted; the last takes the longest few, however long."""
+    both = np.concatenate([train, heldout])
+    shortest, longest = int(both.min()), int(both.max())
+    usual = int(np.percentile(both, 100 - TAIL_PERCENT, method="higher"))
+    size = _round_size((usual + 1 - shortest) / (MOST_BINS - 1))
+    first = shortest // size * size
+    edges = list(range(first, usual + size + 1, size))
+    edges = [edge for edge in edges if edge <= longest] + [longest + 1]
+    return Lengths(edges, np.histogram(train, edges)[0].tolist(), np.histogram(heldout, edges)[0].tolist())
+
+
+def _round_size(raw: float) -> int:
+    """1, 2, 5, 10, 20, 50, ...: the next from `raw` on."""
+    magnitude = 10 ** max(0, math.floor(math.log10(max(raw, 1))))
+    return next(int(multiple * magnitude) for multiple in (1, 2, 5, 10) if multiple * magnitude >= raw)
+
+
+def bin_labels(lengths: Lengths) -> list[str]:
+    """A name for each bin: 50-99, or one number."""
+    return [f"{begin:,}" if end - begin == 1 else f"{begin:,}-{end - 1:,}" for begin, end in pairwise(lengths.edges)]
+
+
+def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
+    """What became of a source's rows."""
+    facts = [("rows read", f"{source.rows:,}"), ("rows used, or parts of them", f"{source.examples:,}")]
+    facts += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
+    facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in source.skipped.items()]
+    if source.truncated:
+        facts.append((f"cut to at most {max_length:,} tokens", f"{source.truncated:,}"))
+    if source.split:
+        facts.append((f"split into parts of at most {max_length:,} tokens", f"{source.split:,}"))
+    if source.epoch != source.train:
+        facts.append(("training rows an epoch takes", f"{source.epoch:,} of {source.train:,}"))
+    return facts
+
+
+def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
+    """The training rows, how many of them repeat others, and what an epoch of them is."""
+    repeated = [("repeat an earlier row", report.train_duplicates)]
+    if report.train_other_answers:
+        repeated.append(("have an earlier row's prompt, with another answer", report.train_other_answers))
+    facts = _set_facts(report.train, repeated)
+    computed = epoch.packed if epoch.packing else epoch.padded
+    facts.append(
+        (
+            "an epoch",
+            f"{epoch.steps:,} steps of up to {epoch.batch_size:,} rows, about {epoch.tokens_per_step:,.0f} tokens in "
+            f"{computed.micro_batches:.1f} micro-batches of at most {epoch.micro_batch_tokens:,}",
+        )
+    )
+    wasted = f"{1 - epoch.padded.fill:.0%} of what is computed"
+    whole = f"{1 - epoch.fill_of_whole_steps:.0%}"
+    if epoch.packing:
+        known = "" if epoch.can_pack else ", if the model's attention can keep them apart, which training finds out"
+        fill = (
+            f"100%, as rows are packed{known}; padding would waste {wasted}, or {whole} with rows not sorted by length"
+        )
+    else:
+        because = (
+            "this model's attention cannot keep packed rows apart"
+            if epoch.can_pack is False
+            else "with data.packing=true nothing would be"
+        )
+        fill = f"{epoch.padded.fill:.0%}: padding wastes {wasted}; {because}"
+    facts.append(("fill", fill))
+    return facts
+
+
+def heldout_facts(report: PreparationReport) -> list[Fact]:
+    """The held-out rows, and how many of them training has too."""
+    if report.heldout.examples == 0:
+        return [("rows", "none")]
+    repeated = [("also in training", report.heldout_duplicates)]
+    if report.heldout_other_answers:
+        repeated.append(("have a prompt of training, with another answer", report.heldout_other_answers))
+    return _set_facts(report.heldout, repeated)
+
+
+def _set_facts(found: SetReport, repeated: Sequence[tuple[str, int]]) -> list[Fact]:
+    return [
+        ("rows", f"{found.examples:,}"),
+        *[(name, f"{count:,}") for name, count in repeated],
+        ("tokens", f"{found.tokens:,}, of which {found.learned_tokens / found.tokens:.1%} are learned"),
+        ("tokens a row", f"shortest {found.shortest:,}, median {found.median:,}, longest {found.longest:,}"),
+    ]

@@ -1,0 +1,349 @@
+"""Data files become a prepared set: read, rendered and tokenised once, kept on disk, accounted for row by row.
+
+The cache key is the content of the files, the tokenizer with its template, and the settings that change tokens; the
+held-out share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
+read is used, or counted in the report with the reason, or skipped, counted and listed. Leaves out: how rows become
+examples (chunks.py) and in which process (workers.py), which rows an epoch takes (batching/mixing.py), and clearing the
+cache.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
+from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, heldout_counts, is_mixed, shuffled
+from qlora_trainer.data.preparation.chunks import (
+    BatchMaker,
+    Job,
+    count_reasons,
+    in_batches,
+    source_files,
+    tokenizer_identity,
+)
+from qlora_trainer.data.preparation.reports import (
+    PreparationReport,
+    SourceReport,
+    heldout_repeats,
+    repeat_notices,
+    set_report,
+    skipped_notice,
+    source_notices,
+    train_repeats,
+)
+from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
+from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
+from qlora_trainer.data.preparation.workers import MOST_WORKERS, Workers, make_batches
+from qlora_trainer.data.reading.digests import FileDigests
+from qlora_trainer.data.reading.files import RecordSource, open_source
+from qlora_trainer.data.rendering.encoding import Tokenizer
+
+PREPARATION_VERSION = 5  # raise it whenever the same files would give other tokens or another layout
+RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs.
+
+    `mixture` is None where an epoch takes every training row once.
+    """
+
+    train: ExampleSet
+    heldout: ExampleSet
+    report: PreparationReport
+    key: str
+    mixture: Mixture | None = None
+
+    def write_skipped_rows(self, directory: Path) -> None:
+        """List the skipped rows, where there are any, in a file of this directory."""
+        if self.report.skipped_rows:
+            (directory / SKIPPED_NAME).write_bytes(Path(self.report.skipped_rows).read_bytes())
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One source, and what of it is known before it is read."""
+
+    settings: SourceFile
+    source: RecordSource
+    part: Part | None  # how much of it an epoch takes; None: it is held out
+    lines: int | None  # of a file with one row a line
+
+    @property
+    def for_heldout(self) -> bool:
+        return self.part is None
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    max_positions: int | None,
+    seed: int,
+    cache_dir: Path,
+    vocab_size: int | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Read, render and tokenise the data of a run, or take it from the cache.
+
+    Args:
+        max_positions: the model's longest context, which caps `config.max_length`.
+        seed: chooses the held-out rows.
+        cache_dir: where prepared sets are kept, each in a directory of its own.
+        vocab_size: rows of the model's embedding; a token beyond is an error.
+
+    Raises:
+        FileMissingError, DataError: a file or row cannot be used, or nothing is left to train on.
+        DiskError: the cache cannot be written.
+    """
+    max_length = min(config.max_length, max_positions or config.max_length)
+    maker = BatchMaker(config, tokenizer, max_length, vocab_size)
+    date = maker.renderer.template_date
+    digests = FileDigests(cache_dir / "digests")
+    inputs = _inputs(config, digests)
+    directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
+    store, notices = existing_store(directory), _date_notices(config, date)
+    cached = store is not None
+    if store is None:
+        dated = config.model_copy(update={"template_date": date})  # a worker may start after midnight
+        with new_store(directory) as writer, _workers(dated, tokenizer, max_length, vocab_size) as workers:
+            _write(writer, inputs, maker, workers, progress)
+            _check_unchanged(digests)
+            notices += [
+                f"A process that helps to prepare data was lost ({failure}); the others did its part."
+                for failure in workers.failures
+            ]
+        store = ExampleStore(directory)
+    sources = [SourceReport(**source) for source in store.summary["sources"]]
+    _check_usable(sources, inputs, max_length)
+    train, heldout, mixture = _split(store, inputs, config.heldout, seed)
+    _count_parts(sources, inputs, train, heldout, mixture)
+    key = hashlib.sha256(train.digests.tobytes() + b"held out" + heldout.digests.tobytes())
+    if mixture:
+        key.update(json.dumps([[len(rows) for rows in mixture.rows], mixture.quotas]).encode())
+    report = _report(config, store, sources, train, heldout, max_length, cached, notices)
+    return Prepared(train, heldout, report, key.hexdigest()[:32], mixture)
+
+
+def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
+    if not config.train:
+        raise DataError("data.train is an empty list: name at least one file.")
+    parts = [Part()] if isinstance(config.train, str) else [Part(file.weight, file.count) for file in config.train]
+    inputs = []
+    for index, file in enumerate(source_files(config)):
+        source = open_source(
+            file.path,
+            file.split,
+            subset=file.subset,
+            encoding=file.encoding,
+            header=file.header,
+            content_digest=lambda path: digests.content(path).sha256,
+        )
+        path = Path(file.path).expanduser()
+        lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
+        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
+    return inputs
+
+
+def _cache_key(
+    inputs: Sequence[_Input],
+    config: DataConfig,
+    max_length: int,
+    vocab_size: int | None,
+    tokenizer: Tokenizer,
+    date: datetime.date | None,
+) -> str:
+    sources = [
+        [i.source.name, i.source.digest, i.settings.model_dump(exclude={"path", "weight", "count"}), i.for_heldout]
+        for i in inputs
+    ]
+    parts = {
+        "version": PREPARATION_VERSION,
+        "packages": [metadata.version(name) for name in RENDERING_PACKAGES],
+        "tokenizer": tokenizer_identity(tokenizer),
+        "sources": sources,
+        "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _date_notices(config: DataConfig, date: datetime.date | None) -> list[str]:
+    if date:
+        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
+    if config.template_date:
+        return ["data.template_date has no effect: the tokenizer's chat template writes no date"]
+    return []
+
+
+def _workers(config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> Workers:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores, MOST_WORKERS) if config.workers == "auto" else config.workers
+    return Workers(0 if cores == 1 and config.workers == "auto" else count, config, tokenizer, max_length, vocab_size)
+
+
+def _write(
+    writer: StoreWriter, inputs: Sequence[_Input], maker: BatchMaker, workers: Workers, progress: Progress
+) -> None:
+    reports = [SourceReport(item.source.name) for item in inputs]
+    counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "notices")} for _ in inputs]
+    unit = 1
+    for (index, _, _), batch in make_batches(_jobs(inputs, maker), maker, workers):
+        report, counted = reports[index], counts[index]
+        writer.append(batch.block, source=index, first_unit=unit)
+        writer.skip(batch.skipped)
+        unit += batch.rows
+        report.rows += batch.rows
+        report.truncated += batch.truncated
+        report.split += batch.split
+        report.examples += len(batch.block.lengths)
+        for name in ("dropped", "unused_columns", "notices"):
+            counted[name].update(getattr(batch, name))
+        count_reasons(counted["skipped"], batch.skipped)
+        lines = inputs[index].lines
+        progress(f"reading {report.name}", report.rows, max(lines, report.rows) if lines else None)
+    for item, report, counted in zip(inputs, reports, counts, strict=True):
+        for name, counter in counted.items():
+            setattr(report, name, dict(counter))
+        if report.rows == sum(report.skipped.values()):
+            raise DataError(
+                f"{item.source.name}: all {report.rows} rows are bad, so none can be skipped: "
+                f"{'; '.join(f'{count} {reason}' for reason, count in counted['skipped'].most_common(3))}."
+            )
+    writer.finish({"sources": [asdict(report) for report in reports]})
+
+
+def _jobs(inputs: Sequence[_Input], maker: BatchMaker) -> Iterator[Job]:
+    """Batches of all sources; the first rows of a source show how all of it is read."""
+    for index, item in enumerate(inputs):
+        format: DataFormat = "auto"
+        for records in in_batches(item.source.records()):
+            if format == "auto":
+                format = maker.format_of(index, records)
+            yield index, format, records
+
+
+def _check_unchanged(digests: FileDigests) -> None:
+    if changed := digests.changed():
+        raise DataError(
+            f"{', '.join(str(path) for path in changed)} changed while being read, so what was read is of no one "
+            "version. Try again when nothing writes to it."
+        )
+
+
+def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
+    """A set needs rows; so does each source that is mixed."""
+    groups = {
+        name: [source for source, item in zip(sources, inputs, strict=True) if item.for_heldout == for_heldout]
+        for for_heldout, name in ((False, "train"), (True, "heldout"))
+    }
+    checked = [(name, group) for name, group in groups.items() if group]
+    if is_mixed([item.part for item in inputs if item.part]):
+        checked += [("train", [source]) for source in groups["train"]]
+    for name, group in checked:
+        if any(source.examples for source in group):
+            continue
+        dropped = sum((Counter(source.dropped) + Counter(source.skipped) for source in group), Counter[str]())
+        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise DataError(
+            f"data.{name}: none of the {sum(source.rows for source in group)} rows of "
+            f"{', '.join(source.name for source in group)} can be used ({reasons}; max_length is {max_length})."
+        )
+
+
+def _split(
+    store: ExampleStore, inputs: Sequence[_Input], heldout: object, seed: int
+) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
+    """Training and held-out examples, and how the former are mixed."""
+    sources = np.asarray(store.arrays["sources"])
+    parts = [item.part for item in inputs if item.part]
+    is_heldout = sources >= len(parts)
+    if isinstance(heldout, float) and heldout > 0:
+        is_heldout = _heldout_share(store, parts, heldout, seed)
+    train = np.flatnonzero(~is_heldout)
+    mixture = None
+    if is_mixed(parts):
+        rows = tuple(np.flatnonzero(sources[train] == source) for source in range(len(parts)))
+        mixture = Mixture(rows, tuple(epoch_quotas([len(mine) for mine in rows], parts)))
+    return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_heldout)), mixture
+
+
+def _heldout_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
+    """Which examples are held out, (E,) bool.
+
+    Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
+    """
+    sources = np.asarray(store.arrays["sources"])
+    units = np.array(store.arrays["units"], dtype=np.float64)
+    for source in range(len(parts)):
+        mine = np.flatnonzero(sources == source)
+        if len(mine) and units[mine[0]] == units[mine[-1]]:  # one row: its parts get numbers between it and the next
+            units[mine] = units[mine[0]] + np.arange(len(mine)) / len(mine)
+    first = np.flatnonzero(np.diff(units, prepend=0))  # of each of R rows, which are in order; they count from 1
+    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(units)))
+    if len(first) < 2:
+        return np.zeros(len(units), dtype=np.bool_)
+    source_of = sources[first]
+    available = np.bincount(source_of, minlength=len(parts)).tolist()
+    order = shuffled(len(first), [seed, len(first)])
+    is_chosen = np.zeros(len(first), dtype=np.bool_)
+    for source, count in enumerate(heldout_counts(available, parts, share)):
+        is_chosen[order[source_of[order] == source][:count]] = True
+    return is_chosen[row_of]
+
+
+def _count_parts(
+    sources: Sequence[SourceReport],
+    inputs: Sequence[_Input],
+    train: ExampleSet,
+    heldout: ExampleSet,
+    mixture: Mixture | None,
+) -> None:
+    in_train, in_heldout = (np.bincount(part.sources, minlength=len(inputs)).tolist() for part in (train, heldout))
+    for index, report in enumerate(sources):
+        report.train, report.heldout = in_train[index], in_heldout[index]
+        report.epoch = report.train if mixture is None or inputs[index].for_heldout else mixture.quotas[index]
+
+
+def _report(
+    config: DataConfig,
+    store: ExampleStore,
+    sources: list[SourceReport],
+    train: ExampleSet,
+    heldout: ExampleSet,
+    max_length: int,
+    cached: bool,
+    notices: Sequence[str],
+) -> PreparationReport:
+    train_twice, heldout_twice = train_repeats(train), heldout_repeats(heldout, train)
+    capped = f"data.max_length is {config.max_length}, but the model has {max_length} positions: rows end there"
+    return PreparationReport(
+        sources=sources,
+        train=set_report(train),
+        heldout=set_report(heldout),
+        epoch_examples=sum(source.epoch for source in sources),
+        train_duplicates=train_twice[0],
+        heldout_duplicates=heldout_twice[0],
+        train_other_answers=train_twice[1],
+        heldout_other_answers=heldout_twice[1],
+        max_length=max_length,
+        notices=[
+            *([] if max_length == config.max_length else [capped]),
+            *source_notices(sources),
+            *skipped_notice(sources),
+            *repeat_notices(train_twice[0], heldout_twice[0], len(heldout)),
+            *notices,
+        ],
+        skipped_rows=str(store.skipped_rows) if any(source.skipped for source in sources) else None,
+        cached=cached,
+    )

@@ -1,0 +1,153 @@
+"""What became of the rows, in numbers: by source, by set, and what is found twice.
+
+Every row read is in one of these counts. Leaves out: showing them (inspection), and counting while rows are read
+(preparation).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
+
+
+@dataclass
+class SourceReport:
+    """What became of one source's rows. Rows read are those used, dropped and skipped.
+
+    `examples` are in both sets; `train` and `heldout` say how many are where, and `epoch` how many training examples an
+    epoch takes, which is more than `train` where the source is repeated.
+    """
+
+    name: str
+    rows: int = 0
+    examples: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    split: int = 0
+    unused_columns: dict[str, int] = field(default_factory=dict)
+    notices: dict[str, int] = field(default_factory=dict)
+    train: int = 0
+    heldout: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """One set in numbers; lengths in tokens."""
+
+    examples: int
+    tokens: int
+    learned_tokens: int
+    shortest: int
+    median: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class PreparationReport:
+    """All that preparation has to tell, JSON-able with `to_json`.
+
+    `train_duplicates` counts examples that repeat an earlier one of training, `heldout_duplicates` held-out examples
+    that training also has, token for token. `train_other_answers` and `heldout_other_answers` count, of the rest, those
+    whose prompt (all that stands before the last answer) training has with another answer.
+    """
+
+    sources: list[SourceReport]
+    train: SetReport
+    heldout: SetReport
+    epoch_examples: int
+    train_duplicates: int
+    heldout_duplicates: int
+    train_other_answers: int
+    heldout_other_answers: int
+    max_length: int
+    notices: list[str]
+    skipped_rows: str | None  # the file in the cache that lists them
+    cached: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def set_report(examples: ExampleSet) -> SetReport:
+    if len(examples) == 0:
+        return SetReport(0, 0, 0, 0, 0, 0)
+    lengths = examples.lengths
+    return SetReport(
+        examples=len(examples),
+        tokens=int(lengths.sum()),
+        learned_tokens=int(examples.learned_counts.sum()),
+        shortest=int(lengths.min()),
+        median=int(np.median(lengths)),
+        longest=int(lengths.max()),
+    )
+
+
+def train_repeats(train: ExampleSet) -> tuple[int, int]:
+    """How many examples repeat an earlier one, and how many others have an earlier one's prompt."""
+    is_first = _is_first(train.twins)
+    prompts = train.prompt_twins[is_first]
+    prompts = prompts[prompts >= 0]
+    return len(train) - int(is_first.sum()), len(prompts) - int(_is_first(prompts).sum())
+
+
+def heldout_repeats(heldout: ExampleSet, train: ExampleSet) -> tuple[int, int]:
+    """How many held-out examples training also has, and how many others have a prompt that training has."""
+    also = _is_among(heldout.twins, train.twins)
+    prompts, known = heldout.prompt_twins[~also], train.prompt_twins
+    return int(also.sum()), int(_is_among(prompts[prompts >= 0], known[known >= 0]).sum())
+
+
+def _is_first(numbers: np.ndarray) -> np.ndarray:
+    """Which of (n,) small numbers appear for the first time, (n,) bool. No sorting: a million take milliseconds."""
+    places = np.arange(len(numbers))
+    first = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
+    first[numbers[::-1]] = places[::-1]  # the last one written stays
+    return first[numbers] == places
+
+
+def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of (n,) small numbers are among others, (n,) bool."""
+    table = np.zeros(max(numbers.max(initial=-1), known.max(initial=-1)) + 1, dtype=np.bool_)
+    table[known] = True
+    return table[numbers]
+
+
+def repeat_notices(train_repeats: int, heldout_repeats: int, heldout_examples: int) -> list[str]:
+    """Exact repeats, in words. Other answers to a known prompt are common and often meant: the report has them."""
+    lines = []
+    if heldout_repeats:
+        lines.append(
+            f"{heldout_repeats:,} of {heldout_examples:,} held-out rows are in training too, token for token: the "
+            "held-out loss is better than it would be on unseen rows"
+        )
+    if train_repeats:
+        lines.append(f"{train_repeats:,} training rows repeat an earlier one, token for token")
+    return lines
+
+
+def source_notices(sources: Sequence[SourceReport]) -> list[str]:
+    """What a source's rows gave to tell, in words."""
+    lines = []
+    for source in sources:
+        lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.notices.items()]
+        lines += [
+            f"{source.name}: column {column} ({count} rows) is not used"
+            for column, count in source.unused_columns.items()
+        ]
+    return lines
+
+
+def skipped_notice(sources: Sequence[SourceReport]) -> list[str]:
+    """That rows were skipped, in one sentence."""
+    reasons = sum((Counter(source.skipped) for source in sources), Counter[str]())
+    if not reasons:
+        return []
+    most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
+    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    return [f"{reasons.total():,} bad rows were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"]

@@ -1,0 +1,104 @@
+"""Values of a row as a user sees them: text that must be text, JSON written as text, and words for what was found.
+
+Every error here is about one value of one row; `where` and the column's name come from the caller. Left out: which
+columns there are (recognition), and what a turn is (turns).
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from qlora_trainer.common.errors import DataError
+
+MOST_LEVELS = 100  # of lists and objects in each other
+
+
+def text(value: Any, column: str, where: str) -> str:
+    """The value, which must be text of whole characters.
+
+    Raises:
+        DataError: it is something else, or holds half of a surrogate pair, which no file can hold as text.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column} should be text, and is {kind(value)}.{_way_out(value, column)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {column} holds half of a surrogate pair at character {error.start}, which is no text. "
+                "The file was cut or converted wrongly there."
+            ) from error
+    return value
+
+
+def optional_text(value: Any, column: str, where: str) -> str:
+    """Text that may be absent:"""
+    return "" if value is None else text(value, column, where)
+
+
+def json_text(value: Any, column: str, where: str) -> str:
+    """A value as JSON text, not escaped beyond need; DataError for what JSON cannot hold."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {column} cannot be written as JSON: {error}.") from error
+    return text(written, column, where)
+
+
+def from_json_text(value: str, column: str, where: str) -> Any:
+    """What a JSON text says; DataError with the place in it where it is none."""
+    try:
+        found = json.loads(value)
+        check_depth(found, value)
+        return found
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {column} should be JSON, and is not: {error}; it begins {value[:60]!r}.") from error
+
+
+def check_depth(value: Any, text: str, begin: int = 0, end: int | None = None) -> None:
+    """RecursionError where the value that stands in this part of a JSON text is nested too deeply to be walked through
+    by recursion, as templates do; brackets are counted first, since that is fast and settles most."""
+    brackets = text.count("[", begin, end) + text.count("{", begin, end)
+    if brackets > MOST_LEVELS and _is_deeper(value, MOST_LEVELS):
+        raise RecursionError(f"lists and objects are nested more than {MOST_LEVELS} deep")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_is_deeper(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value))
+
+
+def without_nulls(value: Any) -> Any:
+    """A nested value without null keys: a table gives every struct the keys of all, null where a row has none."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def kind(value: Any) -> str:
+    """What a value is, in a user's words."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    if name := names.get(type(value)):
+        return name
+    shown = repr(value[:60] if isinstance(value, bytes) else value)
+    return f"the {type(value).__name__} {shown if len(shown) <= 60 else shown[:58] + '...'}"
+
+
+def listed(names: Iterable[Any]) -> str:
+    return ", ".join(str(name) for name in names) or "nothing"
+
+
+def _way_out(value: Any, column: str) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return " Where there is no value, write null or leave the column out."
+    if isinstance(value, int | float):
+        return f" To have it written as text: data.template {{{column}: '{{name of the column}}'}}."
+    if isinstance(value, dict | list) and value:
+        inner = f"{next(iter(value))}" if isinstance(value, dict) else "0"
+        return f" If one field of it is meant: data.columns {{{column}: name of the column.{inner}}}."
+    return ""

@@ -1,0 +1,216 @@
+"""A conversation in the shape that chat templates are written for, with what its texts spell kept apart from control.
+
+The shape is the one transformers documents: tools as JSON schemas under "function", tool calls with their arguments as
+an object, reasoning as `reasoning_content` (and `thinking`, which some templates read instead). Control tokens that a
+row's own texts spell are given other names here ("shields") before a template sees them, so that in the rendering each
+control token is one that the template wrote. Leaves out: the rendering (templates.py) and finding turns in it (spans).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.types import Conversation, Message, ToolCall
+
+Part = tuple[int, int]  # (turn, part of it)
+REASONING, CONTENT, FIRST_CALL = 0, 1, 2  # parts of a turn that hold text; a call's is the name of its function
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What a template is given: plain JSON, not to be changed in place."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+    def beginning(self, count: int) -> "Dialogue":
+        """The first `count` turns."""
+        return Dialogue(self.messages[:count], self.tools)
+
+
+def make_dialogue(conversation: Conversation, where: str, arguments_as_text: bool = False) -> Dialogue:
+    """A conversation as a template takes it.
+
+    Args:
+        arguments_as_text: for templates that want the arguments of a call as text, not as an object.
+
+    Raises:
+        DataError: a tool or the arguments of a call are no JSON object.
+    """
+    messages = [_plain(message, index, where, arguments_as_text) for index, message in enumerate(conversation.messages)]
+    _name_results(messages)
+    try:
+        tools = _tools(conversation.tools) if conversation.tools else None
+    except ValueError as error:
+        raise DataError(f"{where}: {error}. Each tool should be a JSON object with a name and parameters.") from error
+    return Dialogue(messages, tools)
+
+
+def says_something(message: Message) -> bool:
+    """Whether a turn has anything to learn: a blank answer has not."""
+    return bool(message.tool_calls or message.content.strip() or (message.reasoning or "").strip())
+
+
+def _plain(message: Message, index: int, where: str, arguments_as_text: bool) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning is not None:
+        plain |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+    if message.tool_calls:
+        place = f"{where}, turn {index + 1}"
+        plain["tool_calls"] = [_call(call, place, arguments_as_text) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _call(call: ToolCall, where: str, arguments_as_text: bool) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise DataError(
+            f"{where}: the arguments of the call of {call.name} are no JSON object: {call.arguments!r:.80}."
+        )
+    given = json.dumps(arguments, ensure_ascii=False) if arguments_as_text else arguments
+    plain: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": given}}
+    return plain if call.id is None else {**plain, "id": call.id}
+
+
+@lru_cache(maxsize=256)
+def _tools(tools: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Parsed once for the many rows that share them; a bare function is put where templates look for it."""
+    parsed = []
+    for text in tools:
+        tool = json.loads(text)
+        if not isinstance(tool, dict):
+            raise ValueError(f"a tool is no JSON object: {text!r:.80}")
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"a tool has no name: {text!r:.80}")
+        parsed.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return parsed
+
+
+def _name_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Say of each tool's result which function gave it, where the row leaves that to the order or the id of calls."""
+    open_calls: list[dict[str, Any]] = []
+    for message in messages:
+        open_calls += message.get("tool_calls", ())
+        if message["role"] == "tool" and open_calls:
+            wanted = message.get("tool_call_id")
+            answered = next((call for call in open_calls if wanted is not None and call.get("id") == wanted), None)
+            answered = answered or (open_calls[0] if wanted is None else None)
+            if answered is not None:
+                open_calls.remove(answered)
+                message.setdefault("name", answered["function"]["name"])
+
+
+def with_numbered_ids(dialogue: Dialogue) -> Dialogue | None:
+    """The same calls under ids of nine digits, for templates that ask for such; None where nothing is called."""
+    messages, numbers, unanswered = [], dict[str, str](), list[str]()
+    count = 0
+    for message in dialogue.messages:
+        if "tool_calls" in message:
+            calls = []
+            for call in message["tool_calls"]:
+                number = f"{count:09d}"
+                count += 1
+                numbers[call.get("id", number)] = number
+                unanswered.append(number)
+                calls.append({**call, "id": number})
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            known = numbers.get(message.get("tool_call_id", ""))
+            number = known or (unanswered[0] if unanswered else f"{count:09d}")
+            if number in unanswered:
+                unanswered.remove(number)
+            message = {**message, "tool_call_id": number}
+        messages.append(message)
+    has_ids = any("tool_calls" in message or message["role"] == "tool" for message in messages)
+    return Dialogue(messages, dialogue.tools) if has_ids else None
+
+
+def shielded(dialogue: Dialogue, control: re.Pattern[str]) -> tuple[Dialogue, dict[str, str]]:
+    """Texts with the control tokens they spell under other names, and what each of these names stands for."""
+    if not any(control.search(text) for text in _texts([dialogue.messages, dialogue.tools])):
+        return dialogue, {}
+    nonce = nonce_for(dialogue)
+    names: dict[str, str] = {}
+
+    def shield(match: re.Match[str]) -> str:
+        return names.setdefault(match[0], f"Q{nonce}s{len(names)}Q")
+
+    messages = _changed(dialogue.messages, lambda text: control.sub(shield, text))
+    tools = _changed(dialogue.tools, lambda text: control.sub(shield, text))
+    return Dialogue(messages, tools), {name: token for token, name in names.items()}
+
+
+def text_parts(dialogue: Dialogue) -> dict[Part, str]:
+    """What each turn says, by (turn, part); blank parts are left out."""
+    parts = {}
+    for index, message in enumerate(dialogue.messages):
+        if message.get("reasoning_content", "").strip():
+            parts[index, REASONING] = message["reasoning_content"]
+        if message["content"].strip():
+            parts[index, CONTENT] = message["content"]
+        for number, call in enumerate(message.get("tool_calls", ())):
+            parts[index, FIRST_CALL + number] = call["function"]["name"]
+    return parts
+
+
+def with_parts(dialogue: Dialogue, parts: dict[Part, str]) -> Dialogue:
+    """A dialogue with these parts in the place of its own."""
+    messages = []
+    for index, message in enumerate(dialogue.messages):
+        changed = dict(message)
+        if (index, CONTENT) in parts:
+            changed["content"] = parts[index, CONTENT]
+        if (index, REASONING) in parts:
+            changed["reasoning_content"] = changed["thinking"] = parts[index, REASONING]
+        if "tool_calls" in message:
+            changed["tool_calls"] = [
+                {
+                    **call,
+                    "function": {
+                        **call["function"],
+                        "name": parts.get((index, FIRST_CALL + number), call["function"]["name"]),
+                    },
+                }
+                for number, call in enumerate(message["tool_calls"])
+            ]
+        messages.append(changed)
+    return Dialogue(messages, dialogue.tools)
+
+
+def nonce_for(dialogue: Dialogue) -> str:
+    """A word that no text of it can hold: their own hash."""
+    return hashlib.sha256("\0".join(_texts([dialogue.messages, dialogue.tools])).encode()).hexdigest()[:24]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with every text changed, names of arguments too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,212 @@
+"""Text becomes tokens once, as a whole, with a flag for each token that is learned.
+
+Pieces that are encoded apart tokenise differently from the whole, so learned stretches are marked in the text and
+found again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
+"<|im_start|>", that stays text. Leaves out: tokenizers without offsets (slow ones), which are refused.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Protocol
+
+import tokenizers
+
+from qlora_trainer.common.errors import DataError
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer, which this room needs not import."""
+
+    is_fast: bool
+    backend_tokenizer: tokenizers.Tokenizer
+    added_tokens_decoder: Mapping[int, tokenizers.AddedToken]
+    all_special_tokens: list[str]
+    special_tokens_map: Mapping[str, Any]
+    chat_template: Any
+    eos_token: str | None
+    eos_token_id: int | None
+    unk_token_id: int | None
+
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def convert_tokens_to_ids(self, token: str) -> int: ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str: ...
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A piece of text. `ordinary` text spells a control token and must not become one."""
+
+    text: str
+    learned: bool
+    ordinary: bool = False
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens, and which of them are learned: [begin, end) of each unbroken run, in order."""
+
+    ids: list[int]
+    learned: list[tuple[int, int]]
+
+
+class Encoder:
+    """Encodes text for one fast tokenizer.
+
+    `bos_ids` is what the tokenizer itself puts before a text (nothing, for many); chat templates write it themselves.
+
+    Raises:
+        DataError: the tokenizer is a slow one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"The tokenizer {type(tokenizer).__name__} is a slow one, which cannot say where its tokens lie in the "
+                "text, so learned tokens cannot be found. Use a model with a tokenizer.json, or convert it with "
+                "transformers (AutoTokenizer with use_fast=True)."
+            )
+        self.tokenizer = tokenizer
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.control_tokens = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
+        self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens)
+        self.bos_ids = self._leading_ids()
+        self._escaping: _EscapingTokenizer | None = None
+
+    def encode(self, texts: Sequence[Sequence[Stretch]]) -> list[Encoded | DataError]:
+        """Each text, given as its stretches, in tokens; a token is learned if any of its characters is.
+
+        In the place of a text in which a control token cannot be kept as text stands an error.
+        """
+        plain = [index for index, text in enumerate(texts) if not any(stretch.ordinary for stretch in text)]
+        results: dict[int, Encoded | DataError] = {}
+        if plain:
+            # The tokenizer underneath, as transformers' wrapper turns its results into lists that are not needed here.
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            joined = ["".join([stretch.text for stretch in texts[index]]) for index in plain]
+            for index, encoding in zip(plain, backend.encode_batch(joined, add_special_tokens=False), strict=True):
+                ids = encoding.ids
+                results[index] = Encoded(ids, learned_runs(texts[index], ids, encoding.offsets, self._control_ids))
+        for index, text in enumerate(texts):
+            if index not in results:
+                try:
+                    results[index] = self._escaping_tokenizer(text).encode(text)
+                except DataError as error:
+                    results[index] = error
+        return [results[index] for index in range(len(texts))]
+
+    def as_stretches(self, text: str, learned: bool) -> list[Stretch]:
+        """A row's own text, in which nothing is a control token."""
+        return list(_split(self.control_pattern, text, learned))
+
+    def _leading_ids(self) -> list[int]:
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
+        return []
+
+    def _escaping_tokenizer(self, text: Sequence[Stretch]) -> "_EscapingTokenizer":
+        joined = "".join(stretch.text for stretch in text)
+        while self._escaping is None or self._escaping.nonce in joined:
+            previous = self._escaping.nonce if self._escaping else ""
+            self._escaping = _EscapingTokenizer(self.tokenizer, self.control_tokens, self.control_pattern, previous)
+        return self._escaping
+
+
+class _EscapingTokenizer:
+    """The same tokenizer with its control tokens under secret names, so that their usual spelling is plain text.
+
+    The text is still encoded whole: splitting it at such places would change the tokens around them.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, control_tokens: Sequence[str], pattern: re.Pattern[str], previous: str
+    ) -> None:
+        self.pattern = pattern
+        self.nonce = hashlib.sha256(f"control tokens {previous}".encode()).hexdigest()[:16]
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        known = {token["content"] for token in definition["added_tokens"]}
+        secret = (f"\uf8ff{self.nonce}.{index}\uf8ff" for index in itertools.count())
+        self.names = {token: next(secret) for token in control_tokens if token in known}
+        definition |= {"truncation": None, "padding": None, "post_processor": None}
+        own_ids = {}
+        for token in definition["added_tokens"]:
+            token["content"] = self.names.get(token["content"], token["content"])
+            own_ids[token["content"]] = token["id"]
+        self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
+        self.control_ids = {own_ids[name] for name in self.names.values()}
+        self.control_ids.discard(tokenizer.unk_token_id)
+
+    def encode(self, text: Sequence[Stretch]) -> Encoded:
+        renamed = [
+            stretch
+            if stretch.ordinary
+            else Stretch(
+                self.pattern.sub(lambda match: self.names.get(match[0], match[0]), stretch.text), stretch.learned
+            )
+            for stretch in text
+        ]
+        encoding = self.backend.encode("".join(stretch.text for stretch in renamed), add_special_tokens=False)
+        ids = [self.ids.get(token, token) for token in encoding.ids]
+        wanted = sum(stretch.text.count(self.nonce) for stretch in renamed)
+        found = sum(token in self.control_ids for token in ids)
+        if found > wanted:
+            spelled = next(stretch.text for stretch in text if stretch.ordinary)
+            raise DataError(f"this tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
+        return Encoded(ids, learned_runs(renamed, ids, encoding.offsets, self.control_ids))
+
+
+def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stretch]:
+    position = 0
+    for match in pattern.finditer(text):
+        if match.start() > position:
+            yield Stretch(text[position : match.start()], learned)
+        yield Stretch(match[0], learned, ordinary=True)
+        position = match.end()
+    if position < len(text):
+        yield Stretch(text[position:], learned)
+
+
+def learned_runs(
+    text: Iterable[Stretch],
+    ids: Sequence[int],  # (tokens,)
+    offsets: Sequence[tuple[int, int]],  # (tokens,) characters of each
+    control: Collection[int],
+) -> list[tuple[int, int]]:
+    """The runs of tokens of which any character is learned; of a control token the first: some swallow blanks after.
+
+    Whitespace that a tokenizer trims from its offsets counts to the token after it. Bounds are searched for, since rows
+    have few stretches and many tokens.
+    """
+    runs: list[tuple[int, int]] = []
+    position = 0
+    for stretch in text:
+        start, position = position, position + len(stretch.text)
+        if not stretch.learned or start == position:
+            continue
+        begin = bisect_right(offsets, start, key=itemgetter(1))
+        if begin < len(ids) and offsets[begin][0] < start and ids[begin] in control:
+            begin += 1
+        end = bisect_left(offsets, position, lo=begin, key=itemgetter(0))
+        if begin <= end < len(ids) and ids[end] not in control and (offsets[end - 1][1] if end else 0) < position:
+            end += 1
+        if runs and begin <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+        elif begin < end:
+            runs.append((begin, end))
+    return runs

@@ -1,0 +1,97 @@
+"""What a template leaves out of a conversation is found and told, with the turn and the way out.
+
+Templates skip without a word what they were not written for: tools, calls, reasoning, roles, the text beside a call.
+A row that says such things would be learned as another one, so it is refused. One omission is on purpose: reasoning of
+earlier turns, which some models never see again.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.rendering.dialogue import CONTENT, REASONING, Dialogue, Part
+from qlora_trainer.data.rendering.templates import ChatTemplate
+
+
+def check_tools(template: ChatTemplate, dialogue: Dialogue, text: str, where: str) -> None:
+    """Refuse a row whose tools are not all in its rendering."""
+    names = [tool["function"]["name"] for tool in dialogue.tools or ()]
+    if not names:
+        return
+    lost = names[0] if not template.knows_tools else next((name for name in names if name not in text), None)
+    if lost is not None:
+        raise DataError(
+            f"{where}: the model's chat template leaves out the tools that the row offers ({lost}). Write them "
+            "into the system or first user turn, or use a model whose template knows tools."
+        )
+
+
+def turns_without_reasoning(
+    dialogue: Dialogue, parts: Mapping[Part, str], seen: Collection[Part], where: str
+) -> set[int]:
+    """The turns of which the template leaves out the reasoning.
+
+    Raises:
+        DataError: it leaves out anything else.
+    """
+    unreasoned = set()
+    for turn, part in sorted(parts.keys() - set(seen)):
+        message = dialogue.messages[turn]
+        if part == REASONING:
+            unreasoned.add(turn)
+        elif part != CONTENT:
+            raise DataError(
+                f"{where}: the model's chat template leaves out the tool calls of turn {turn + 1}. Write them as "
+                "text into its content, as the model should say them, or use a model whose template knows tools."
+            )
+        elif "tool_calls" in message:
+            raise DataError(
+                f"{where}: the model's chat template leaves out the text beside the tool calls of turn {turn + 1}: "
+                "it writes the one or the other. Take the text out of the row, or put it into a turn of its own."
+            )
+        else:
+            raise _left_out_turn(where, turn, message["role"])
+    return unreasoned
+
+
+def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted: Collection[int], where: str) -> None:
+    """Refuse a row that wants turns learned whose reasoning the template leaves out, unless those are earlier turns.
+
+    Args:
+        unreasoned: turns to learn of which the template leaves out the reasoning.
+        wanted: turns that the row itself names.
+    """
+    if unreasoned and not template.knows_reasoning:
+        raise DataError(
+            f"{where}: the model's chat template leaves out the reasoning of turn {min(unreasoned) + 1}: it has no "
+            "place for reasoning. Write it into the turn's content, as the model should say it, or take it out of the "
+            "row."
+        )
+    if named := set(unreasoned) & set(wanted):
+        raise DataError(
+            f"{where}: the row wants turn {min(named) + 1} learned, and the model's chat template leaves out the "
+            "reasoning of earlier turns. End the row with that turn, or take its reasoning out."
+        )
+
+
+def check_nothing_left_out(dialogue: Dialogue, text: str, where: str) -> None:
+    """Where markers do not help: what each turn says is looked for by its longest plain word.
+
+    Of answers, a template may drop the reasoning on purpose.
+    """
+    contents = [message["content"] for message in dialogue.messages if message["role"] != "assistant"]
+    for index, message in enumerate(dialogue.messages):
+        word = max(re.findall(r"[A-Za-z0-9]+", message["content"]), key=len, default="")
+        if message["role"] == "assistant":
+            calls = message.get("tool_calls", ())
+            if any(call["function"]["name"] not in text for call in calls):
+                raise _left_out_turn(where, index, "assistant with tool calls")
+        elif word and text.count(word) < sum(content.count(word) for content in contents):
+            raise _left_out_turn(where, index, message["role"])
+
+
+def _left_out_turn(where: str, index: int, role: str) -> DataError:
+    return DataError(
+        f"{where}: the model's chat template leaves out turn {index + 1}, of role {role}: it has no "
+        "place for such turns. Write its text into a user turn, or use a model whose template knows the role."
+    )

@@ -1,0 +1,308 @@
+"""Rows become examples: the token ids as the model sees them, and which of them are learned.
+
+Conversations go through the tokenizer's own chat template; prompt and completion, and documents, are plain text that
+ends with the end-of-text token. A conversation that is too long loses whole turns from its end, and is rendered anew
+without them, as a model would meet it; nothing is cut before it is known what is learned, a row without a learned token
+is dropped, and all of it is reported to the caller, who counts. Leaves out: padding and the shift of labels (packing).
+"""
+
+import datetime
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.examples import IGNORED_LABEL, Example
+from qlora_trainer.data.rendering.dialogue import says_something
+from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Stretch, Tokenizer
+from qlora_trainer.data.rendering.spans import SpanFinder
+from qlora_trainer.data.rendering.templates import ChatTemplate
+from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
+
+NOTHING_LEARNED = "nothing to learn: no turn is learned, or the answers are empty"
+CUT_AWAY = "longer than max_length, and not even the first answer fits in"
+TOO_LONG = "longer than max_length"
+COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not learned"
+PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
+
+Prompt = Conversation | str
+Learn = Literal["assistant", "last", "all"] | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What became of one row: no example (then `dropped` says why), one, or for a long document several.
+
+    `rows` holds for each example what it shows, for display: the row, what was left of a conversation, or a document's
+    part. `tokens` is the length of the row before anything was cut.
+    """
+
+    examples: list[Example]
+    rows: list[Row]
+    dropped: str | None = None
+    truncated: bool = False
+    notices: tuple[str, ...] = ()
+    tokens: int = 0
+
+
+class Renderer:
+    """Renders rows for one tokenizer and one choice of what is learned.
+
+    Args:
+        learn: "assistant" (all answers), "last" (the last one), a list of roles (all turns of these), or "all" (every
+            token). What a message says of itself (Message.learn) comes first; blank turns are never learned.
+        max_length: longest example, in tokens.
+        too_long: "truncate" (take turns off the end of a conversation, cut the end of a completion), "drop" or "error".
+            Documents are split, whatever this says.
+        template_date: the date that a chat template writes as today's; None for today.
+
+    Raises:
+        DataError: the tokenizer is a slow one, or has no end-of-text token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        learn: Learn = "assistant",
+        max_length: int = 2048,
+        too_long: Literal["truncate", "drop", "error"] = "truncate",
+        template_date: datetime.date | None = None,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "The tokenizer has no end-of-text token, so no answer could be ended. Set eos_token in the model's "
+                "tokenizer_config.json, or use its instruct variant."
+            )
+        self.tokenizer = tokenizer
+        self.eos_id = tokenizer.eos_token_id
+        self.learn = learn
+        self.max_length = max_length
+        self.too_long = too_long
+        self.encoder = Encoder(tokenizer)
+        self._date = template_date
+        self._finders: dict[str | None, SpanFinder] = {}
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end an answer in generation: the template's ends of an answer and of a call, the end of text."""
+        templates = [self._finder(tools).template for tools in self._choices()]
+        ends = {end for template in templates for end in (template.end_of_turn, template.end_of_call) if end}
+        return sorted({self.eos_id, *map(self.tokenizer.convert_tokens_to_ids, ends)})
+
+    @property
+    def template_date(self) -> datetime.date | None:
+        """The date that the chat template writes into its texts; None where it writes none, or there is no template."""
+        try:
+            dates = [self._finder(tools).template.written_date for tools in self._choices()]
+        except DataError:
+            return None  # told where a conversation needs the template
+        return next((date for date in dates if date), None)
+
+    def _choices(self) -> list[tuple[str, ...]]:
+        """Offers of tools that lead to each of the templates that there are."""
+        named = self.tokenizer.chat_template
+        return [(), ("any",)] if isinstance(named, dict) and {"default", "tool_use"} <= named.keys() else [()]
+
+    def render(self, row: Row, where: str = "the row") -> Example:
+        """One row; DataError where it is refused or would be dropped."""
+        rendered = self.render_batch([(where, row)])[0]
+        if isinstance(rendered, DataError):
+            raise rendered
+        if rendered.dropped:
+            raise DataError(f"{where}: {rendered.dropped}.")
+        return rendered.examples[0]
+
+    def render_batch(self, rows: Sequence[tuple[str, Row]]) -> list[Rendered | DataError]:
+        """Many rows, each with its place for errors; tokenised together, which uses all cores.
+
+        In the place of a row that its template refuses stands the error, not raised.
+
+        Raises:
+            DataError: the tokenizer or its template cannot be used, or a row is too long and `too_long` is "error".
+        """
+        texts = [self._stretches(row, where) for where, row in rows]
+        encoded = iter(self.encoder.encode([text[0] for text in texts if not isinstance(text, DataError)]))
+        results: list[Rendered | DataError] = []
+        for (where, row), text in zip(rows, texts, strict=True):
+            if isinstance(text, DataError):
+                results.append(text)
+                continue
+            tokens = next(encoded)
+            if isinstance(tokens, DataError):
+                results.append(DataError(f"{where}: {tokens}"))
+            else:
+                results.append(self._finished(where, row, tokens, text[1]))
+        return results
+
+    def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> list[int]:
+        """The ids that stand before an answer: exactly those that begin the row in training."""
+        if isinstance(prompt, str):
+            # As in training, spaces at the end belong to the first word of what follows.
+            start, stretches = self.encoder.bos_ids, self.encoder.as_stretches(prompt.rstrip(" "), learned=False)
+        else:
+            conversation = prompt if isinstance(prompt, Conversation) else Conversation(tuple(prompt))
+            finder = self._finder(conversation.tools)
+            start, stretches = self._start(finder.template), finder.render_prompt(conversation, where=where)
+        encoded = self.encoder.encode([stretches])[0]
+        if isinstance(encoded, DataError):
+            raise DataError(f"{where}: {encoded}") from encoded
+        return start + encoded.ids
+
+    def _finder(self, tools: Sequence[str]) -> SpanFinder:
+        """By the template that transformers takes: of several named ones, "tool_use" where a row offers tools."""
+        source = None
+        if self.tokenizer.chat_template is not None:
+            try:
+                source = self.tokenizer.get_chat_template(tools=[] if tools else None)
+            except ValueError as error:
+                raise DataError(f"The tokenizer's chat template cannot be chosen: {error}") from error
+        if source not in self._finders:
+            template = ChatTemplate(self.tokenizer, source, self.encoder.control_pattern, self._date)
+            self._finders[source] = SpanFinder(template)
+        return self._finders[source]
+
+    def _stretches(self, row: Row, where: str) -> tuple[list[Stretch], tuple[str, ...]] | DataError:
+        match row:
+            case Document(text):
+                return self.encoder.as_stretches(text, learned=True), ()
+            case PromptCompletion(prompt, completion):
+                context = prompt.rstrip(" ")
+                answer = prompt[len(context) :] + completion
+                learn_prompt, learn_answer = self.learn == "all", bool(completion.strip())
+                stretches = self.encoder.as_stretches(context, learn_prompt and learn_answer)
+                return stretches + self.encoder.as_stretches(answer, learn_answer), ()
+            case Conversation():
+                return self._conversation(row, self._targets(row.messages), where)
+
+    def _conversation(
+        self, row: Conversation, targets: set[int], where: str
+    ) -> tuple[list[Stretch], tuple[str, ...]] | DataError:
+        finder = self._finder(row.tools)
+        wanted = {index for index in targets if row.messages[index].learn is True}
+        try:
+            rendering = finder.render(row, targets, others=self.learn == "all", wanted=wanted, where=where)
+        except DataError as error:
+            return error
+        return rendering.stretches, rendering.notices + self._template_notices(row, finder.template)
+
+    def _template_notices(self, row: Conversation, template: ChatTemplate) -> tuple[str, ...]:
+        if template.is_plain:
+            return (PLAIN_FORMAT_USED,)
+        named = self.tokenizer.chat_template
+        if isinstance(named, dict):
+            name = "tool_use" if row.tools and "tool_use" in named else "default"
+            return (f"of the tokenizer's chat templates ({', '.join(sorted(named))}), {name} is used",)
+        return ()
+
+    def _targets(self, messages: Sequence[Message]) -> set[int]:
+        """The turns that are learned; with learn="all", those that are not."""
+        if self.learn == "all":
+            return {index for index, message in enumerate(messages) if message.learn is False}
+        roles = ("assistant",) if isinstance(self.learn, str) else self.learn
+        of_roles = [index for index, message in enumerate(messages) if message.role in roles]
+        chosen = set(of_roles[-1:] if self.learn == "last" else of_roles)
+        chosen |= {index for index, message in enumerate(messages) if message.learn is True}
+        return {index for index in chosen if messages[index].learn is not False and says_something(messages[index])}
+
+    def _finished(self, where: str, row: Row, tokens: Encoded, notices: tuple[str, ...]) -> Rendered | DataError:
+        if isinstance(row, Document):
+            return self._windows(row.text, self.encoder.bos_ids + tokens.ids + [self.eos_id])
+        example = self._example(row, tokens)
+        length = len(example.input_ids)
+        if example.learned_tokens == 0:
+            return Rendered([], [], dropped=NOTHING_LEARNED, notices=notices, tokens=length)
+        if length <= self.max_length:
+            return Rendered([example], [row], notices=notices, tokens=length)
+        if self.too_long == "error":
+            raise DataError(
+                f"{where}: the row has {length} tokens, more than {self.max_length}. Raise data.max_length, shorten "
+                "the row, or set data.too_long to truncate or drop."
+            )
+        if self.too_long == "drop":
+            return Rendered([], [], dropped=TOO_LONG, notices=notices, tokens=length)
+        if isinstance(row, Conversation):
+            cut = self._shortened(row, where)
+        else:
+            start = Example(example.input_ids[: self.max_length], example.labels[: self.max_length])
+            cut = Rendered([start], [row], truncated=True, notices=(*notices, COMPLETION_CUT))
+            if start.learned_tokens == 0:
+                cut = Rendered([], [], dropped=CUT_AWAY, notices=notices)
+        return cut if isinstance(cut, DataError) else replace(cut, tokens=length)
+
+    def _example(self, row: Row, tokens: Encoded) -> Example:
+        if isinstance(row, Conversation):
+            start, end = self._start(self._finder(row.tools).template), []
+        else:
+            start, end = self.encoder.bos_ids, [self.eos_id]
+        ids = start + tokens.ids + end
+        labels = [IGNORED_LABEL] * len(ids)
+        for begin, stop in tokens.learned:
+            labels[len(start) + begin : len(start) + stop] = tokens.ids[begin:stop]
+        if end and tokens.learned:
+            labels[-1] = self.eos_id
+        return Example(ids, labels)
+
+    def _shortened(self, row: Conversation, where: str) -> Rendered | DataError:
+        """The most turns from the beginning that fit and end with a learned one, as a conversation of their own.
+
+        Which turns are learned is decided in the whole conversation. Where not even the first learned turn fits, the
+        row is dropped: half an answer would teach to stop in mid-sentence, or never.
+        """
+        targets = self._targets(row.messages)
+        learned = [i for i, m in enumerate(row.messages) if (i in targets) != (self.learn == "all")]
+        if self.learn == "all":
+            learned = [index for index in learned if row.messages[index].role == "assistant"]
+        ends = [index + 1 for index in learned if index + 1 < len(row.messages)]
+        found = Rendered([], [], dropped=CUT_AWAY)
+        # Templates that drop the reasoning of earlier turns may make a longer conversation shorter: then all are tried.
+        has_reasoning = any(message.reasoning or "</think>" in message.content for message in row.messages)
+        low, high = 0, len(ends)
+        while low < high:
+            middle = high - 1 if has_reasoning else (low + high) // 2
+            shorter = Conversation(row.messages[: ends[middle]], row.tools)
+            text = self._conversation(shorter, {index for index in targets if index < ends[middle]}, where)
+            if isinstance(text, DataError):
+                return text
+            encoded = self.encoder.encode([text[0]])[0]
+            if isinstance(encoded, DataError):
+                return DataError(f"{where}: {encoded}")
+            example = self._example(shorter, encoded)
+            if len(example.input_ids) <= self.max_length:
+                low = middle + 1
+                if example.learned_tokens:
+                    found = Rendered([example], [shorter], truncated=True, notices=text[1])
+            else:
+                high = middle
+        return found
+
+    def _start(self, template: ChatTemplate) -> list[int]:
+        """A chat template writes its own beginning-of-text token; the plain one does not."""
+        return self.encoder.bos_ids if template.is_plain else []
+
+    def _windows(self, text: str, ids: list[int]) -> Rendered:
+        """A document in parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
+        if not text.strip():
+            return Rendered([], [], dropped=NOTHING_LEARNED, tokens=len(ids))
+        count = -(-len(ids) // self.max_length)
+        bounds = [len(ids) * part // count for part in range(count + 1)]
+        parts = [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
+        rows: list[Row] = [Document(text)] if count == 1 else [Document(self.tokenizer.decode(part)) for part in parts]
+        return Rendered([Example(part, list(part)) for part in parts], rows, tokens=len(ids))
+
+
+def reference_answer(row: Row) -> tuple[Prompt, str] | None:
+    """A row's prompt and the text that should answer it, for evaluation by generation.
+
+    None where there is no such text: for a document, and where the last answer calls tools.
+    """
+    match row:
+        case PromptCompletion(prompt, completion):
+            return prompt, completion
+        case Conversation(messages, tools):
+            answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learn is not False]
+            if not answers or answers[-1] == 0 or messages[answers[-1]].tool_calls:
+                return None
+            return Conversation(messages[: answers[-1]], tools), messages[answers[-1]].content
+        case _:
+            return None

@@ -1,0 +1,82 @@
+"""What a row of any format becomes: a conversation, a prompt with its completion, or a document; and that as JSON.
+
+A Message has the parts that today's chat templates know: text, reasoning before it, calls of tools, and which call a
+tool's result answers. Left out: reading records into rows (formats/parse.py), and templates (rendering).
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant asks to be called."""
+
+    name: str
+    arguments: str  # a JSON object, as text
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `learn` overrides the run's setting for this turn; None leaves it to that."""
+
+    role: str  # one of ROLES
+    content: str  # empty where an assistant only calls tools
+    learn: bool | None = None
+    reasoning: str | None = None  # of an assistant, before the content
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant, after the content
+    tool_call_id: str | None = None  # of a tool's result: the call it answers
+    name: str | None = None  # of a tool's result: the function that was called
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()  # the functions that the assistant may call, each a JSON object as text
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """Plain text, no chat template: the completion is learned, and that the text ends after it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text, all of it learned."""
+
+    text: str
+
+
+Row = Conversation | PromptCompletion | Document
+
+
+def row_to_json(row: Row | Message | ToolCall) -> dict[str, Any]:
+    """A row as plain JSON, without what is at its default; `row_from_json` is its inverse."""
+    values = [(field, getattr(row, field.name)) for field in fields(row)]
+    return {field.name: _plain(value) for field, value in values if field.default is MISSING or value != field.default}
+
+
+def row_from_json(value: Mapping[str, Any]) -> Row:
+    if "text" in value:
+        return Document(value["text"])
+    if "prompt" in value:
+        return PromptCompletion(value["prompt"], value["completion"])
+    return Conversation(tuple(map(_message, value["messages"])), tuple(value.get("tools", ())))
+
+
+def _message(value: Mapping[str, Any]) -> Message:
+    calls = tuple(ToolCall(**call) for call in value.get("tool_calls", ()))
+    return Message(**{**value, "tool_calls": calls})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return row_to_json(value) if isinstance(value, Message | ToolCall) else value

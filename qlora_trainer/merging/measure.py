@@ -1,0 +1,212 @@
+"""What a merge is measured by: a run's answers on sample rows and its held-out loss, on either base, in fp32.
+
+No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
+there are few passes, of many tokens. What is kept of a model's answers is what its output head takes. So memory is that
+of the largest matrix in fp32, twice, and of the activations of a pass, whatever the number of layers and the size of
+the vocabulary. Models whose tensors transformers renames or fuses while loading are the exception, and those whose code
+takes weights without calling their modules: they are loaded whole, where there is room. Where the GPU is too small, all
+is measured on the CPU.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.common.errors import (
+    CheckpointError,
+    DataError,
+    FileMissingError,
+    InsufficientMemoryError,
+    first_line,
+)
+from qlora_trainer.common.progress import Progress
+from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.preparation.prepare import ExampleSet
+from qlora_trainer.merging.logits import Answers, WholeAnswers
+from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs
+from qlora_trainer.merging.streamed_model import gives_answers, load_streamed_model
+from qlora_trainer.merging.trained_weights import TrainedWeight
+from qlora_trainer.merging.verify import head_answers, row_answers
+from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
+from qlora_trainer.model.load import give_back_memory, load_base_model, load_dense_model
+from qlora_trainer.model.modules.experts import has_experts
+from qlora_trainer.model.source import is_prequantized
+from qlora_trainer.planning.skeleton import layer_kinds
+from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
+from qlora_trainer.training.evaluation import heldout_loss
+from qlora_trainer.training.loop import micro_batch_tokens
+
+SAMPLE_ROWS = 8
+SAMPLE_TOKENS = 64  # of each row
+STREAMED_TOKENS = 4096  # of a pass that reads all weights
+FALLBACK_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "To make bread, mix flour, water, salt and yeast, and let the dough rest.",
+    "In 1905 a clerk in Bern wrote four papers that changed physics.",
+)
+
+
+ON_CPU = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
+
+
+@dataclasses.dataclass
+class MergeRun:
+    """A trained adapter, and the base it is merged into."""
+
+    trained: TrainedAdapter
+    model: str  # what the base is called
+    directory: Path
+    tokenizer: Any
+    weights: dict[str, TrainedWeight]  # that were 4-bit, by the checkpoint's names
+    device: torch.device
+    streams: bool  # its passes read the weights as they go; else the model is loaded whole
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def inputs(self) -> MergeInputs:
+        return MergeInputs.from_adapter(self.directory, self.trained.fingerprint, self.trained.adapter, self.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What models are measured on."""
+
+    rows: list[list[int]]  # tokens to compare logits on
+    heldout: ExampleSet | None
+    forward: ForwardPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A model's answers at every token of the sample rows, its held-out loss, and whether it has experts."""
+
+    answers: Answers
+    loss: float | None
+    is_routed: bool
+
+
+def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+    """What to measure on, and the trained function's answers; on the CPU where a GPU turns out to be too small."""
+    told = len(run.notices)
+    try:
+        return _measure_trained_here(run, progress)
+    except (torch.OutOfMemoryError, InsufficientMemoryError):
+        if run.device.type == "cpu":
+            raise
+    give_back_memory()
+    run.device = torch.device("cpu")
+    run.notices[told:] = [ON_CPU]  # what was told since will be told again
+    return _measure_trained_here(run, progress)
+
+
+def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+    sample = _sample(run, progress)
+    measured = _measure(_with_adapter(run, "dequantized", progress), run, sample, progress)
+    give_back_memory()
+    return sample, measured
+
+
+def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
+    """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
+    required = base == "original"
+    if base == "dequantized" or is_prequantized(run.directory) or (sample.heldout is None and not required):
+        return None
+    try:
+        return _measure(_with_adapter(run, "original", progress), run, sample, progress)
+    except torch.OutOfMemoryError as error:
+        if required:
+            raise InsufficientMemoryError(
+                f"Measuring the original base ran out of memory on {run.device} ({first_line(error)}). Free memory "
+                "there, or merge with --base dequantized."
+            ) from error
+        run.notices.append(f"The original base was not measured: {first_line(error)}")
+        return None
+    finally:
+        give_back_memory()
+
+
+def _sample(run: MergeRun, progress: Progress) -> Sample:
+    """Held-out rows to measure on; token rows to compare on: held-out ones, else training's, else fixed sentences."""
+    forward = _examine_forward(run, progress)
+    try:
+        prepared, told = prepare_trained(run.trained, run.tokenizer, run.directory, progress)
+    except (DataError, FileMissingError) as error:
+        run.notices.append(f"The run's data could not be read, so nothing was measured on held-out rows. {error}")
+        return Sample([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
+    run.notices += told
+    examples: ExampleSet = prepared.heldout if len(prepared.heldout) else prepared.train
+    rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
+    if not len(prepared.heldout):
+        run.notices.append("The run has no held-out rows, so the two bases could not be measured against each other.")
+        return Sample(rows, None, forward)
+    return Sample(rows, prepared.heldout, forward)
+
+
+def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
+    """By the first layers of each kind, which tell as much of packing and of the logits as all would."""
+    kinds = layer_kinds(run.directory)
+    layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+    progress("examining the model", 0, None)
+    model = _load(run, "dequantized", progress, layers)
+    if run.streams and not gives_answers(model):
+        run.streams = False
+        model = _load(run, "dequantized", progress)
+    return examine_forward(model)
+
+
+def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
+    model = _load(run, base, progress)
+    add_adapters(model, run.trained.config.adapter, run.trained.config.training.seed)
+    load_adapter_state(model, run.trained.adapter.tensors)
+    return model.eval()
+
+
+def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None = None) -> Any:
+    """The base in fp32, as it was trained or as its checkpoint has it; `layers` of it, where it can be streamed."""
+    if run.streams:
+        weights = run.weights if base == "dequantized" else None
+        return load_streamed_model(run.directory, run.device, weights, layers=layers)
+    if base == "original":
+        return load_dense_model(run.directory, run.device)
+    # With the base's own output head, which the merged model has, not with the approximation it was trained by.
+    settings = run.trained.config.model.model_copy(
+        update={
+            "device": run.device.type,
+            "compute_dtype": "float32",
+            "output_head": "dense",
+            "embeddings": "device",
+        }
+    )
+    loaded = load_base_model(run.directory, settings, progress)
+    if difference := run.trained.fingerprint.difference(loaded.fingerprint):
+        raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
+    return loaded.model
+
+
+@torch.no_grad()
+def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> Measured:
+    """In one pass over the sample rows, by the training forward, and one for each pack of held-out rows."""
+    progress("measuring answers", 0, None)
+    answers, is_routed = _answers(model, sample), has_experts(model)
+    if sample.heldout is None:
+        return Measured(answers, None, is_routed)
+    # Whole logits of a large pack would take more memory than the weights.
+    least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
+    most_tokens = max(micro_batch_tokens(run.trained.config), least)
+    loss = heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress)
+    return Measured(answers, loss, is_routed)
+
+
+def _answers(model: Any, sample: Sample) -> Answers:
+    loss_path = sample.forward.loss_path
+    if not sample.forward.can_pack:
+        return row_answers(model, sample.rows, loss_path)
+    examples = [Example(row, row) for row in sample.rows]
+    (pack,) = make_packs(examples, sum(map(len, sample.rows)), packing=True)
+    pack = pack.to(next(model.parameters()).device)
+    if loss_path.own_logits:
+        return WholeAnswers.of_rows([logits(model, pack).float()])
+    return head_answers(model, hidden_states(model, pack)[0], loss_path)

@@ -1,0 +1,200 @@
+"""What a merge will do to each tensor: source checkpoint, fingerprint and adapter matched by name and shape.
+
+All of it is known before a byte is written, so everything that cannot fit is refused first. The source checkpoint's
+names and order drive the plan; the model's module paths, which fingerprint and adapter use, are mapped to them exactly
+or refused. Left out: models whose tensors transformers fuses or splits while loading.
+
+Legend: O out features, I in features, R rank.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.adapters.peft_format import Adapter
+from qlora_trainer.common.errors import MergeError
+from qlora_trainer.merging.trained_weights import (
+    DenseTensor,
+    TrainedWeight,
+    dense_tensors,
+    name_of,
+    trained_weights,
+)
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors, weight_statistics
+
+MergeBase = Literal["dequantized", "original"]
+OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+?)\.(?:(?P<factor>lora_[AB])\.weight|(?:base_layer\.)?bias)")
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """What was trained, and on what."""
+
+    base: Path  # the checkpoint's directory
+    fingerprint: BaseFingerprint  # of the base as trained
+    adapter: Mapping[str, Tensor]  # by PEFT's names: lora_A (R, I), lora_B (O, R), and biases where they were trained
+    scaling: float  # lora_scaling(rank, alpha, use_rslora)
+    fan_in_fan_out: bool = False  # the checkpoint stores (I, O), as GPT-2's Conv1D does
+    device: torch.device | str = "cpu"  # of the arithmetic; the kind of device trained on gives its very codes
+
+    @classmethod
+    def from_adapter(
+        cls, base: Path, fingerprint: BaseFingerprint, adapter: Adapter, device: torch.device | str = "cpu"
+    ) -> Self:
+        """With the scaling and layout that the adapter's own config says."""
+        config = adapter.config
+        return cls(
+            base=base,
+            fingerprint=fingerprint,
+            adapter=adapter.tensors,
+            scaling=lora_scaling(config.r, config.lora_alpha, config.use_rslora),
+            fan_in_fan_out=config.fan_in_fan_out,
+            device=device,
+        )
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor of the source checkpoint."""
+
+    source: TensorInfo
+    output: TensorSpec
+    trained_as: TrainedWeight | None = None  # it was NF4 in training
+    recorded: DenseTensor | None = None  # it was not, and the fingerprint knows it
+    lora: tuple[Tensor, Tensor] | None = None  # A (R, I), B (O, R)
+    replacement: Tensor | None = None  # a trained bias
+    transposed: bool = False  # stored (I, O)
+
+
+def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list[TensorPlan]:
+    """Match the checkpoint, the fingerprint and the adapter by names and shapes, before anything is written.
+
+    Raises:
+        MergeError: they do not match, or the output asked for cannot be made.
+        ModelError, FileMissingError: the base cannot be read.
+    """
+    if dtype not in OUTPUT_DTYPES:
+        raise MergeError(
+            f"A merged model cannot be written as {dtype_name(dtype)}; choose float16, bfloat16 or float32. (Rounding "
+            "it to the same 4 bits again would erase the adapter.)"
+        )
+    tensors = checkpoint_tensors(inputs.base)
+    statistics = weight_statistics(tensors)
+    if statistics and base == "original":
+        raise MergeError(
+            f"{inputs.base} holds 4-bit weights only, so there is no original base to fold into. Use --base "
+            "dequantized, or give the 16-bit checkpoint."
+        )
+    trained = trained_weights(inputs.base, tensors, inputs.fingerprint, inputs.fan_in_fan_out)
+    dense = dense_tensors(tensors, inputs.fingerprint)
+    loras, biases = _sort_adapter(inputs.adapter, tensors, inputs.fingerprint.stored_as)
+    _refuse_tied(inputs.base, loras)
+
+    belongs_to_weight = {info.name for keys in statistics.values() for info in keys.values()}
+    plans = []
+    for name, info in tensors.items():
+        if name in belongs_to_weight:
+            continue
+        plan = TensorPlan(
+            source=info,
+            output=info,
+            trained_as=trained.get(name),
+            recorded=dense.get(name),
+            lora=loras.get(name),
+            replacement=biases.get(name),
+            transposed=inputs.fan_in_fan_out and (name in trained or name in loras),
+        )
+        plans.append(dataclasses.replace(plan, output=_output_spec(plan, dtype)))
+        _check_shapes(plans[-1])
+    return plans
+
+
+def _sort_adapter(
+    adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """LoRA factors (A, B), and trained biases, by the checkpoint's names."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    biases = {}
+    for key, tensor in adapter.items():
+        match = _ADAPTER_KEY.fullmatch(key)
+        if match is None:
+            raise MergeError(f"The adapter holds {key}, which is neither a LoRA factor nor a bias, and is not merged.")
+        path, factor = match["path"], match["factor"]
+        if factor:
+            name = name_of(f"{path}.weight", tensors, stored_as, "has an adapter")
+            factors.setdefault(name, {})[factor] = tensor
+        else:
+            biases[name_of(f"{path}.bias", tensors, stored_as, "was trained")] = tensor
+    if not factors:
+        raise MergeError("The adapter holds no LoRA factors; there is nothing to merge.")
+    if halves := [name for name, pair in factors.items() if len(pair) != 2]:
+        raise MergeError(f"The adapter of {halves[0]} has only one of lora_A and lora_B; its file is incomplete.")
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}, biases
+
+
+def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
+    """An adapter on one of two tied weights would, once folded, be read by both."""
+    embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
+    touched = [name for name in loras if name.split(".")[-2] in embeddings]
+    if touched and read_config(directory).get("tie_word_embeddings", True):
+        raise MergeError(
+            f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
+            "Use the adapter beside its base instead."
+        )
+
+
+def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
+    info = plan.source
+    if plan.trained_as:
+        return TensorSpec(info.name, dtype, plan.trained_as.stored_shape)
+    if not info.dtype.is_floating_point:
+        return TensorSpec(info.name, info.dtype, info.shape)
+    if info.dtype.itemsize == 1:
+        raise MergeError(
+            f"{info.name} is stored as {dtype_name(info.dtype)}, an 8-bit quantisation this merge does not know. "
+            "Convert the base to 16 bits first."
+        )
+    return TensorSpec(info.name, dtype, info.shape)
+
+
+def _check_shapes(plan: TensorPlan) -> None:
+    shape = plan.output.shape[::-1] if plan.transposed else plan.output.shape  # (O, I) of a weight
+    if plan.lora is not None:
+        lora_A, lora_B = plan.lora
+        if shape != (lora_B.shape[0], lora_A.shape[1]) or lora_A.shape[0] != lora_B.shape[1]:
+            raise MergeError(
+                f"The adapter of {plan.source.name} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, "
+                f"which do not fit a weight of {shape}. It was made for another model."
+            )
+    if plan.replacement is not None and shape != plan.replacement.shape:
+        raise MergeError(
+            f"The adapter's {plan.source.name} has shape {tuple(plan.replacement.shape)}, the base's {shape}. It was "
+            "made for another model."
+        )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "transformers_weights" in config:
+        raise MergeError(
+            f"{directory / 'config.json'} is of a kind that cannot be merged: it names its own weight file."
+        )
+    return config
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

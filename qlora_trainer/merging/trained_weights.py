@@ -1,0 +1,172 @@
+"""A base's 4-bit weights as training had them, made again from its checkpoint, one at a time.
+
+From a plain checkpoint a weight is cast to the recorded dtype and quantised, exactly as it was for training; from a
+prequantised one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
+a run may be merged from another copy of its base than it was trained on. Merging and its verification both begin here.
+
+Legend: O out features, I in features.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_trainer.common.errors import CheckpointError, MergeError
+from qlora_trainer.common.hashing import blocks_sha256
+from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
+from qlora_trainer.model.modules.nf4_linear import quantize_weight
+from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
+from qlora_trainer.weights.model_directory import (
+    TensorInfo,
+    checkpoint_name,
+    read_blocks,
+    read_tensor,
+    read_tensors,
+    weight_statistics,
+)
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """How one weight was 4-bit in training, and where it comes from."""
+
+    source: TensorInfo  # the weight, or the packed codes of a prequantised one
+    statistics: Mapping[str, TensorInfo]  # of a prequantised one; else none
+    recorded: TensorFingerprint
+    source_dtype: torch.dtype  # that it was quantised from
+    shape: tuple[int, int]  # (O, I)
+    transposed: bool  # the checkpoint stores (I, O)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """As a dense checkpoint stores it."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
+    def read(self, device: torch.device | str) -> NF4Weight:
+        """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
+        if self.statistics:
+            return _prequantized(self.source, self.statistics, device)
+        weight = read_tensor(self.source).to(device).to(self.source_dtype)
+        return quantize_weight(weight.T if self.transposed else weight, self.source.name)
+
+    def check(self, weight: NF4Weight) -> None:
+        """CheckpointError where `weight`, as read, is not the one of training."""
+        found = tensor_fingerprint(weight)
+        if not is_same(found, self.recorded):
+            raise CheckpointError(
+                f"The base is not the one this adapter was trained on: {self.source.name} in {self.source.file.parent} "
+                f"does not give the 4-bit weights of training (offset {found.offset:.8g}, in training "
+                f"{self.recorded.offset:.8g}). Give the base of the run, as it was. A run on CUDA that an "
+                "earlier version began on a base of fp32 or fp16 may have other codes than this one gives: merge it by "
+                "the version that trained it."
+            )
+
+    def as_trained(self, weight: NF4Weight) -> NF4Weight:
+        """`weight`, as read, with the offset of training, whose last bits depend on the device that summed it."""
+        return dataclasses.replace(weight, offset=torch.full_like(weight.offset, self.recorded.offset))
+
+    def load(self, device: torch.device | str) -> NF4Weight:
+        """Read, checked, and as trained."""
+        weight = self.read(device)
+        self.check(weight)
+        return self.as_trained(weight)
+
+    def dense(self, device: torch.device | str) -> Tensor:
+        """The weight in fp32 as it was multiplied with in training, in the checkpoint's layout."""
+        weight = dequantize_nf4(self.load(device), torch.float32)
+        return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """A tensor that was not 4-bit in training, and its recorded hash."""
+
+    source: TensorInfo
+    sha256: str
+    source_dtype: torch.dtype  # of the base when it was loaded
+
+    def check(self) -> None:
+        """CheckpointError where the checkpoint's tensor is not the one of training.
+
+        Copies of one base may keep it in different dtypes, and models keep a few tensors in fp32, so it is compared in
+        the dtype it was loaded in, its own, and fp32.
+        """
+        own = self.source.dtype
+        dtypes = [self.source_dtype, own, torch.float32] if own.is_floating_point else [own]
+        if not any(self._hash(dtype) == self.sha256 for dtype in dict.fromkeys(dtypes)):
+            raise CheckpointError(
+                f"The base is not the one this adapter was trained on: {self.source.name} in {self.source.file.parent} "
+                "holds other values than in training. Give the base of the run, as it was."
+            )
+
+    def _hash(self, dtype: torch.dtype) -> str:
+        return blocks_sha256(self.source.shape, (block for _, block in read_blocks(self.source)), dtype)
+
+
+def trained_weights(
+    directory: Path, tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint, fan_in_fan_out: bool = False
+) -> dict[str, TrainedWeight]:
+    """The weights that were 4-bit in training, by the names of the checkpoint in `directory`, which holds `tensors`.
+
+    Args:
+        fan_in_fan_out: the checkpoint stores (I, O), as GPT-2's Conv1D does.
+
+    Raises:
+        MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
+        QuantizationError: one is prequantised otherwise than this trainer keeps its base.
+    """
+    statistics = weight_statistics(tensors)
+    source_dtype = getattr(torch, fingerprint.source_dtype)
+    weights = {}
+    for path, recorded in fingerprint.tensors.items():
+        name = name_of(f"{path}.weight", tensors, fingerprint.stored_as, "was 4-bit in training")
+        source, found = tensors[name], statistics.get(name, {})
+        shape = _prequantized(source, found, "cpu").shape if found else source.shape
+        if len(shape) != 2:
+            raise MergeError(f"{name} in {directory} has shape {shape}, and was a matrix in training.")
+        transposed = fan_in_fan_out
+        out_in = (shape[1], shape[0]) if transposed and not found else (shape[0], shape[1])
+        weights[name] = TrainedWeight(source, found, recorded, source_dtype, out_in, transposed)
+    if unknown := statistics.keys() - weights.keys():
+        raise MergeError(f"{min(unknown)} is 4-bit in {directory}, but was not in training: this is another base.")
+    return weights
+
+
+def dense_tensors(tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint) -> dict[str, DenseTensor]:
+    """What the fingerprint says of other tensors, by the checkpoint's names; those it stores otherwise are left out.
+
+    Raises:
+        MergeError: the checkpoint lacks one, and has no tensor that could be it under another name.
+    """
+    source_dtype = getattr(torch, fingerprint.source_dtype)
+    stored_as = fingerprint.stored_as
+    names = {name: checkpoint_name(stored_as.get(name, name), tensors) for name in fingerprint.dense}
+    weights = (f"{path}.weight" for path in fingerprint.tensors)
+    known = {checkpoint_name(stored_as.get(name, name), tensors) for name in weights} | set(names.values())
+    known |= {info.name for keys in weight_statistics(tensors).values() for info in keys.values()}
+    if tensors.keys() <= known:
+        for name in names:
+            name_of(name, tensors, stored_as, "was in the base in training")
+    found = {stored: fingerprint.dense[name] for name, stored in names.items() if stored}
+    return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items()}
+
+
+def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:
+    """The checkpoint's name of a parameter; MergeError where it has none, which says `what` the parameter is."""
+    if name := checkpoint_name(stored_as.get(parameter, parameter), tensors):
+        return name
+    raise MergeError(
+        f"{parameter} {what}, but the base's checkpoint has no such tensor. Either this is another base than the one "
+        "trained, or transformers fuses this architecture's tensors while loading, and then it cannot be merged "
+        "here. The adapter itself is whole, and can be used beside its base."
+    )
+
+
+def _prequantized(source: TensorInfo, statistics: Mapping[str, TensorInfo], device: torch.device | str) -> NF4Weight:
+    packed, *values = (tensor.to(device) for tensor in read_tensors([source, *statistics.values()]))
+    return weight_from_checkpoint(packed, dict(zip(statistics, values, strict=True)), source.name)

@@ -1,0 +1,206 @@
+"""Is the merged model the one that was trained? Its files are checked tensor by tensor, and its answers compared.
+
+Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
+dtype of what was written is read back, and every byte, against the checksum it had when it was computed and found
+finite. Then the merged model's logits on sample rows are compared with those of base + adapter through the training
+forward: the one check that sees a wrong value in a sound file.
+
+Both forwards compute in fp32, and so does the comparison (sums in fp64): bf16 arithmetic alone differs by more than
+the bound allows.
+
+Legend: B rows, T tokens of each, N tokens of all, H hidden size, V vocabulary.
+"""
+
+import inspect
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.head_rows import DenseRows
+from qlora_trainer.common.errors import MergeError, ModelError
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.merging.logits import Answers, HeadAnswers, LogitDifference, WholeAnswers, compare_logits
+from qlora_trainer.model.forward import LossPath
+from qlora_trainer.model.modules.lm_head import head_weight
+from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors, read_tensor, tensor_bytes
+
+# Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
+KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
+# A router's choice jumps: where two experts are as good as equal, rounding sends a token to the other one. Tiny random
+# mixtures, whose ties are many and whose slots weigh much, showed up to 1e-3 in fp16 and 5e-3 in bf16 (512 tokens).
+ROUTED_KL_BOUNDS = {torch.float16: 1e-2, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# How much worse on held-out rows an adapter may be on the original base than on the one it was trained on: a share of
+# the loss, or nats where the loss is so small that its share says nothing.
+MOST_WORSE_RELATIVE, MOST_WORSE_NATS = 0.10, 0.01
+_MOST_OFF = 1e-4  # relative, of logits made of hidden states beside the model's own
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A comparison that passed; `kl_bound` is None where the difference is only reported."""
+
+    rows: int
+    difference: LogitDifference
+    kl_bound: float | None
+
+
+@dataclass(frozen=True)
+class BaseChoice:
+    """Which base `auto` took, and the held-out losses it saw."""
+
+    base: Literal["dequantized", "original"]
+    heldout_loss: dict[str, float]
+    reason: str
+
+
+def verify_files(
+    directory: Path,
+    expected: Sequence[TensorSpec],
+    checksums: Mapping[str, int],
+    progress: Progress = silent,
+    what: str = "merged model",
+) -> None:
+    """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
+
+    Raises:
+        MergeError: something is missing, unexpected, or damaged; it is named.
+    """
+    failed = f"The {what} failed its verification"
+    try:
+        found = checkpoint_tensors(directory)
+        wanted = {spec.name: spec for spec in expected}
+        if differing := sorted(found.keys() ^ wanted.keys()):
+            state = "missing" if differing[0] in wanted else "not expected"
+            raise MergeError(f"{failed}: {len(differing)} tensor(s) missing or unexpected; {differing[0]} is {state}.")
+        total = sum(spec.nbytes for spec in expected)
+        done = 0
+        for name, info in found.items():
+            spec = wanted[name]
+            if (info.dtype, info.shape) != (spec.dtype, spec.shape):
+                raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
+            tensor = read_tensor(info)
+            if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+                damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
+                raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
+            done += tensor.nbytes
+            progress("verifying files", done, total)
+    except ModelError as error:
+        raise MergeError(f"{failed}: {error}") from error
+
+
+def _has_not_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not torch.isfinite(tensor).all()
+
+
+def verify_merge(
+    directory: Path,
+    sample_rows: Sequence[Sequence[int]],
+    reference: Answers,
+    load_merged: Callable[[Path], Any],
+    loss_path: LossPath,
+    kl_bound: float | None = KL_BOUNDS[torch.float16],
+    progress: Progress = silent,
+) -> Verification:
+    """Compare the merged model's logits with those of base + adapter on token rows.
+
+    `reference` has the logits of all tokens of the rows, one row after the other. `load_merged` gives a transformers
+    model of the directory, in fp32; `loss_path` is how such a model's hidden states become logits.
+
+    Raises:
+        MergeError: the KL is above the bound, or a logit is not finite.
+    """
+    assert sample_rows, "no rows to compare on"
+    progress("comparing answers", 0, None)
+    difference = compare_logits(reference, row_answers(load_merged(directory), sample_rows, loss_path))
+    limit = math.inf if kl_bound is None else kl_bound
+    if not math.isfinite(difference.kl) or difference.kl > limit:
+        raise MergeError(
+            f"The merged model does not answer as the trained one: KL {difference.kl:.2e} (at most {limit:.0e}), "
+            f"relative error {difference.relative_error:.2e}, same first choice for {difference.top1_agreement:.1%} of "
+            f"{difference.tokens} tokens. Nothing was kept. Please report it with the output of `qlora doctor`."
+        )
+    return Verification(rows=len(sample_rows), difference=difference, kl_bound=kl_bound)
+
+
+@torch.no_grad()
+def row_answers(model: Any, rows: Sequence[Sequence[int]], loss_path: LossPath) -> Answers:
+    """A transformers model's logits at every token of some rows, one row after the other, from one forward pass.
+
+    Rows are padded on the right and not masked: the tokens of a causal model do not see what is behind them. The
+    model's own logits are taken for the last of each padded row, and must be those that `loss_path` makes of its
+    hidden states; else it gives all its logits, which takes tokens x vocabulary of memory, in another pass.
+    """
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64, device=next(model.parameters()).device)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    if not loss_path.own_logits:
+        hidden, last = _last_logits(model, ids)
+        made = head_answers(model, hidden[:, -1], loss_path)
+        if compare_logits(WholeAnswers(last), made).relative_error <= _MOST_OFF:
+            return head_answers(model, torch.cat([hidden[i, : len(row)] for i, row in enumerate(rows)]), loss_path)
+    found = model(input_ids=ids, use_cache=False).logits.float()
+    return WholeAnswers.of_rows([found[index, : len(row)] for index, row in enumerate(rows)])
+
+
+def head_answers(
+    model: Any,
+    hidden: Tensor,  # (N, H)
+    loss_path: LossPath,
+) -> HeadAnswers:
+    """The logits that a model's output head makes of hidden states."""
+    head = model.get_output_embeddings()
+    weight = head_weight(head)
+    rows = DenseRows(weight) if isinstance(weight, Tensor) else weight
+    return HeadAnswers(hidden, rows, head.bias, loss_path.logit_scale, loss_path.softcap)
+
+
+def _last_logits(
+    model: Any,
+    ids: Tensor,  # (B, T)
+) -> tuple[Tensor, Tensor]:  # (B, T, H), (B, V) fp32 on the CPU
+    """The hidden states of a forward pass, and the model's own logits at the last tokens."""
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _, inputs, output: seen.append(output.last_hidden_state))
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    try:
+        own = model(input_ids=ids, use_cache=False, **only_last).logits[:, -1]
+    finally:
+        hook.remove()
+    return seen[0], own.float().cpu()
+
+
+def choose_base(dequantized_loss: float | None, original_loss: float | None) -> BaseChoice:
+    """What `--base auto` takes: the lower held-out loss; the base trained on where they tie or were not measured."""
+    losses = {
+        name: loss
+        for name, loss in (("dequantized", dequantized_loss), ("original", original_loss))
+        if loss is not None
+    }
+    if dequantized_loss is None or original_loss is None:
+        reason = "the two bases could not both be measured, so the one the adapter was trained on was taken"
+        return BaseChoice("dequantized", losses, reason)
+    better: Literal["dequantized", "original"] = "original" if original_loss < dequantized_loss else "dequantized"
+    reason = f"held-out loss {dequantized_loss:.4f} on the dequantized base, {original_loss:.4f} on the original"
+    return BaseChoice(better, losses, reason)
+
+
+def check_original(dequantized_loss: float | None, original_loss: float | None) -> None:
+    """MergeError where the adapter answers clearly worse on the original base than on the one it was trained on.
+
+    The comparison of logits cannot say so: a merge into the original base is compared with original + adapter.
+    """
+    if dequantized_loss is None or original_loss is None:
+        return
+    most = max(dequantized_loss * (1 + MOST_WORSE_RELATIVE), dequantized_loss + MOST_WORSE_NATS)
+    if not original_loss <= most:
+        raise MergeError(
+            f"On the original base this adapter has a held-out loss of {original_loss:.4f}, and of "
+            f"{dequantized_loss:.4f} on the dequantised base it was trained on: more than {MOST_WORSE_RELATIVE:.0%} "
+            "worse. Merge with --base dequantized. Nothing was written."
+        )

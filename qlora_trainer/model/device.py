@@ -1,0 +1,137 @@
+"""Find out what a run's device can do before anything is loaded: whether this torch runs on the card, and its kernels.
+
+A card is too old, or too new, for a torch that has no code for it: the first operation would fail with "no kernel
+image is available". torch's own list of architectures decides, so that no version is written down here. A torch built
+for CUDA that sees no card is a notice: who installed one rarely means the CPU.
+"""
+
+import ctypes
+import os
+import platform
+import re
+
+import torch
+
+from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
+from qlora_trainer.common.errors import ConfigError, ModelError, first_line
+
+OLDEST_CAPABILITY = (6, 0)  # the oldest that bitsandbytes' CUDA libraries have code for
+DRIVER_LIBRARY = "libcuda.so.1"
+FAST = "fast"
+
+
+def card_name(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+
+
+def missing_card() -> tuple[str, str]:
+    """Return why a torch built for CUDA sees no card, and what to do; ("", "") where nothing is missing."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return "", ""
+    built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if platform.system() == "Linux":
+        try:
+            ctypes.CDLL(DRIVER_LIBRARY)
+        except OSError as error:
+            return (
+                f"{built}, but the NVIDIA driver's library cannot be loaded ({first_line(error)})",
+                "Install the NVIDIA driver; in a container, start it with --gpus all.",
+            )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"{built}, but sees no card under CUDA_VISIBLE_DEVICES={hidden!r}", "Unset CUDA_VISIBLE_DEVICES."
+    return (
+        f"{built}, but sees no card",
+        "nvidia-smi says whether the driver runs and for which CUDA. Update it where that is older; in a container, "
+        "start it with --gpus all.",
+    )
+
+
+def missing_card_notices(wanted: str) -> list[str]:
+    """Say that `model.device=auto` takes the CPU because a card is missing that this torch could use."""
+    why, advice = missing_card() if wanted == "auto" else ("", "")
+    if not why:
+        return []
+    return [f"This run takes the CPU, slowly: {why}. {advice} If the CPU is meant, model.device=cpu says so."]
+
+
+def unusable(index: int) -> tuple[str, str]:
+    """Return why the installed torch cannot use a card, and what to do; ("", "") where it can."""
+    architectures = [code for code in torch.cuda.get_arch_list() if _version(code)]
+    if not architectures:  # torch for a CPU, or for AMD's cards
+        return "", ""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_CAPABILITY:
+        return "bitsandbytes has no code for cards below compute capability {}.{}".format(*OLDEST_CAPABILITY), ""
+    if any(_runs_on(code, capability) for code in architectures):
+        return "", ""
+    why = f"torch {torch.__version__} has code for {', '.join(architectures)} only"
+    is_older = capability < min(_version(code) for code in architectures)
+    wanted = "a torch built for CUDA 12.6, which has code for older cards" if is_older else "a newer torch"
+    return why, f"Install {wanted} (pytorch.org, 'Get started')."
+
+
+def refuse_unusable(index: int) -> None:
+    """Raise ModelError where the installed torch cannot use a card, with the ways out."""
+    why, advice = unusable(index)
+    if why:
+        others = [other for other in range(torch.cuda.device_count()) if not unusable(other)[0]]
+        ways = [advice] if advice else []
+        ways += [f"CUDA_VISIBLE_DEVICES={others[0]} takes {card_name(others[0])}."] if others else []
+        raise ModelError(
+            f"GPU {index} ({card_name(index)}) cannot be used: {why}. {' '.join(ways)} model.device=cpu trains without "
+            "a card, slowly."
+        )
+
+
+def operations_by_version(device_type: str) -> dict[str, list[str]]:
+    """Which operations are "fast" on this kind of device, and which "reference: why".
+
+    Raises:
+        ValueError: QLORA_KERNELS holds an unknown word.
+    """
+    found: dict[str, list[str]] = {}
+    for operation, version in implementations(device_type).items():
+        found.setdefault(version, []).append(operation)
+    return found
+
+
+def kernels_in_words(device_type: str) -> str:
+    """Say how many operations are fast on this kind of device, and which could be and are not; a notice has why."""
+    found = operations_by_version(device_type)
+    slower = sorted(name for version, names in found.items() if version not in (FAST, ONLY_VERSION) for name in names)
+    return f"{len(found.get(FAST, []))} fast" + (f", plain torch for {', '.join(slower)}" if slower else "")
+
+
+def kernel_notices(device_type: str) -> list[str]:
+    """Say which operations lack their fast version on this kind of device, and what would bring it: a line a reason.
+
+    Raises:
+        ConfigError: QLORA_KERNELS holds an unknown word, or asks for fast versions that cannot be had.
+    """
+    try:
+        found = operations_by_version(device_type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    lines = [
+        f"Plain torch takes the place of faster kernels for {', '.join(operations)}: "
+        f"{version.removeprefix('reference: ')}."
+        for version, operations in found.items()
+        if version not in (FAST, ONLY_VERSION)
+    ]
+    if lines and kernel_choice() == "fast":
+        raise ConfigError(f"QLORA_KERNELS=fast, but: {' '.join(lines)} Or unset QLORA_KERNELS.")
+    return lines
+
+
+def _version(code: str) -> tuple[int, int]:
+    """Return the compute capability in `sm_86`, `sm_90a` or `compute_120`; () where it is none."""
+    found = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", code)
+    return (int(found[1]), int(found[2])) if found else ()  # type: ignore[return-value]
+
+
+def _runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Machine code runs on later cards of the same major version; PTX, compiled by the driver, on all later ones."""
+    version = _version(code)
+    return version <= capability and (code.startswith("compute_") or version[0] == capability[0])

@@ -1,0 +1,198 @@
+"""Filling an empty model from its checkpoint, a tensor at a time: the 4-bit base is never whole in 16 bits, anywhere.
+
+`load_plan.py` says beforehand what becomes of each tensor; `lay_out` gives the empty model, still on meta, the form it
+will have, so its size is known to the byte before anything is read. `load_tensors` then goes through the files in their
+order: what becomes 4-bit is quantised from the checkpoint's widest dtype and dropped, what stays dense is checked for
+values that are not finite and cast once. Weights that are 4-bit on disk already are taken as they are: on a CPU they
+stay in the file, which is mapped privately, so nothing writes into it. Hashes of what lies on disk and of what was made
+of it are computed beside, in the same pass, and become the base's fingerprint.
+
+How a tensor becomes part of a module stands in one place, `_Filling.take`, by the tables of the plan. Another kind of
+module, such as experts that share one weight, needs a table there, its form in `lay_out`, and its case in `take`.
+
+Legend: O out features, I in features.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.common.errors import QuantizationError
+from qlora_trainer.common.hashing import Hasher, bytes_sha256, values_sha256
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
+from qlora_trainer.model.load_plan import DenseTensor, LoadPlan, refuse_incomplete
+from qlora_trainer.model.modules.lm_head import HeadKind, QuantizedHead, empty_head
+from qlora_trainer.model.modules.nf4_linear import all_finite, empty_nf4, quantize_weight
+from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
+from qlora_trainer.weights.direct_reading import LARGEST_KEPT
+from qlora_trainer.weights.model_directory import TensorInfo, read_tensor
+from qlora_trainer.weights.stream import Arrival, stream_tensors
+
+
+def lay_out(model: Any, plan: LoadPlan, output_head: HeadKind) -> None:
+    """Give the model, dense and on meta, its 4-bit layers and its output head, on meta too.
+
+    Raises:
+        ModelError: the head is no linear layer and cannot be held as asked for.
+    """
+    empty_nf4(model, set(plan.four_bit.values()), "meta")
+    empty_head(model, output_head, "meta")
+
+
+def load_tensors(
+    model: Any,  # as `lay_out` left it, each parameter in the dtype it shall have; filled
+    plan: LoadPlan,
+    config: Mapping[str, Any],  # what config.json holds
+    *,
+    device: torch.device,
+    embedding_on_host: bool = False,  # leave it out of the device; who computes must know (modules/cpu_embedding.py)
+    progress: Progress = silent,
+) -> BaseFingerprint:
+    """Read, check, quantise and place every tensor of the plan, and say which base it is.
+
+    Raises:
+        QuantizationError: a weight is not finite, or was quantised otherwise than to NF4 with double quantisation.
+        ModelError: a file is damaged, or a prequantised weight has another shape than the model.
+    """
+    wanted = [info for name, info in plan.tensors.items() if name in plan.four_bit or name in plan.dense]
+    done, total = 0, sum(info.nbytes for info in wanted)
+    with Hasher() as hasher:
+        filling = _Filling(model, plan, hasher, device, embedding_on_host)
+        arrivals = stream_tensors(
+            wanted,
+            device,
+            stays_on_host=filling.stays_on_host,
+            stays_in_file=lambda info: info.name in plan.statistics,
+        )
+        with contextlib.closing(arrivals):
+            for arrival in arrivals:
+                progress("loading the base", done, total)
+                filling.take(arrival)
+                done += arrival.info.nbytes
+                del arrival  # before the next one comes
+        filling.move_buffers()
+        progress("loading the base", total, total)
+        return filling.fingerprint(config)
+
+
+class _Filling:
+    """A model that is being filled, and the hashes of what has come."""
+
+    def __init__(
+        self,
+        model: Any,
+        plan: LoadPlan,
+        hasher: Hasher,
+        device: torch.device,
+        embedding_on_host: bool,
+    ) -> None:
+        self.model, self.plan, self.hasher, self.device = model, plan, hasher, device
+        embedding = model.get_input_embeddings() if embedding_on_host else None
+        self.host_name = next((f"{path}.weight" for path, m in model.named_modules() if m is embedding), None)
+        self.sources: dict[str, str] = {}  # by the checkpoint's names
+        self.four_bit: dict[str, Future[TensorFingerprint]] = {}  # by path of the layer
+        self.dense: dict[str, Future[str]] = {}  # by the model's names
+
+    def take(self, arrival: Arrival) -> None:
+        """Make a tensor part of the model."""
+        name = arrival.info.name
+        if arrival.sha256 is not None:
+            self.sources[name] = arrival.sha256
+        if name in self.plan.dense:
+            self._take_dense(arrival, self.plan.dense[name])
+        elif name in self.plan.statistics:
+            self._take_prequantized(arrival, self.plan.four_bit[name])
+        else:
+            self._take_weight(arrival, self.plan.four_bit[name])
+
+    def _take_weight(self, arrival: Arrival, path: str) -> None:
+        weight = quantize_arrival(arrival, self.plan)
+        self.model.get_submodule(path).take(weight)
+        self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
+
+    def _take_prequantized(self, arrival: Arrival, path: str) -> None:
+        layer, name = self.model.get_submodule(path), arrival.info.name
+        statistics = {}
+        for key, info in self.plan.statistics[name].items():
+            values = read_tensor(info)
+            self.sources[info.name] = bytes_sha256(values)
+            statistics[key] = values.to(arrival.values.device)
+        weight = weight_from_checkpoint(arrival.values, statistics, _described(arrival.info))
+        if weight.shape != (layer.out_features, layer.in_features):
+            refuse_incomplete(self.plan.directory, [], [f"{name} {weight.shape}"])
+        layer.take(weight)
+        self.four_bit[path] = self.hasher.submit(tensor_fingerprint, weight)
+
+    def _take_dense(self, arrival: Arrival, dense: DenseTensor) -> None:
+        hashed = self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.host, dense.dtype)
+        check_finite(arrival)
+        parameter = None  # one for all names: they are tied
+        for name in dense.names:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if isinstance(module, QuantizedHead) and leaf == "weight":
+                module.take(arrival.values.to(self.device, dense.dtype))
+            elif leaf in module._buffers:
+                module._buffers[leaf] = self._own_copy(arrival, dense.dtype, dense.dtype)
+            else:
+                if parameter is None:
+                    values = self._own_copy(arrival, dense.dtype, module.get_parameter(leaf).dtype)
+                    parameter = nn.Parameter(values, requires_grad=False)
+                module._parameters[leaf] = parameter
+        if arrival.info.nbytes > LARGEST_KEPT:
+            hashed.result()  # or several of the largest tensors could wait for it side by side
+
+    def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """What arrived, in memory of its own, as `loaded` and cast from that."""
+        values = arrival.values.to(loaded)
+        return values.to(dtype, copy=values is arrival.host)
+
+    def stays_on_host(self, info: TensorInfo) -> bool:
+        """Whether it is wanted in host memory; the output head may be made of it on the device too."""
+        return info.name in self.plan.dense and self.host_name in self.plan.dense[info.name].names
+
+    def move_buffers(self) -> None:
+        """Put the buffers that no checkpoint has, such as rotary frequencies, where the model computes."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    assert buffer.device.type != "meta", f"{name} of {type(module).__name__} was not filled"
+                    module._buffers[name] = buffer.to(self.device)
+
+    def fingerprint(self, config: Mapping[str, Any]) -> BaseFingerprint:
+        """What has been loaded; waits for the hashes."""
+        tensors = {path: found.result() for path, found in self.four_bit.items()}
+        packed = {name: tensors[self.plan.four_bit[name]].packed_sha256 for name in self.plan.statistics}
+        sources = self.sources | packed  # of a prequantised weight, the packed bytes are what lies on disk
+        return make_fingerprint(
+            config,
+            self.plan.source_dtype,
+            tensors,
+            {name: found.result() for name, found in self.dense.items()},
+            self.plan.original or sources,
+            self.plan.renamed,
+        )
+
+
+def quantize_arrival(arrival: Arrival, plan: LoadPlan) -> NF4Weight:
+    """A linear weight in 4 bits, on the device where it arrived; QuantizationError where it is not finite."""
+    values = arrival.values.to(plan.source_dtype)
+    return quantize_weight(values.T if arrival.info.name in plan.transposed else values, _described(arrival.info))
+
+
+def check_finite(arrival: Arrival) -> None:
+    """QuantizationError where a tensor that stays dense holds a value that is not finite."""
+    if not all_finite(arrival.values):
+        raise QuantizationError(
+            f"{_described(arrival.info)} holds values that are not finite. The checkpoint is damaged: fetch it again."
+        )
+
+
+def _described(info: TensorInfo) -> str:
+    return f"{info.name} in {info.file.name}"

@@ -1,0 +1,173 @@
+"""The training forward: a pack of rows through the model, and the summed loss of its label tokens.
+
+Most of a language model's memory in training is its logits, so the loss is taken from hidden states, label tokens
+only, in chunks. That needs the formula from hidden state to logit; `find_loss_path` reads it from the config (logit
+scale, soft-capping, head bias), compares it with the model's own logits once, and falls back to the model's own where
+they differ.
+
+Legend: B rows, T tokens, H hidden size, V vocabulary.
+"""
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora_kernels.head_rows import HeadRows
+from qlora_kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.model.modules.lm_head import head_weight
+from qlora_trainer.model.modules.packed_attention import (
+    DEVICE_FAILURES,
+    attends_apart,
+    is_out_of_host_memory,
+    packed_documents,
+    refusals_as_model_error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossPath:
+    """How a model's hidden states become logits: logits = softcap(scale * (hidden @ head^T + bias))."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    own_logits: bool = False  # the formula above is not this model's: take its own logits
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardPlan:
+    """What was found out about a model before training it."""
+
+    loss_path: LossPath
+    can_pack: bool
+    notices: tuple[str, ...]
+
+
+def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
+    """Try packing and the loss path on a few tokens, in five short forward passes.
+
+    Args:
+        max_length: the longest row to come, in tokens, for a notice where the model treats long rows otherwise.
+
+    Raises:
+        ModelError: the model cannot run a plain forward.
+    """
+    can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
+    loss_path = find_loss_path(model)
+    notices = []
+    limit = _longest_with_own_positions(model)
+    if limit is not None and max_length is not None and max_length > limit:
+        notices.append(
+            f"This model encodes positions otherwise in a forward pass with a row of more than {limit} tokens, and in "
+            "all its rows: shorter ones change with what lies in their micro-batch. data.max_length="
+            f"{limit} keeps every row on its own."
+        )
+    if not can_pack:
+        notices.append(
+            "This model's attention cannot keep packed documents apart; its rows are padded on the right instead."
+        )
+    if loss_path.own_logits:
+        notices.append(
+            "This model computes its logits in a way of its own; the loss takes them whole, which needs more memory."
+        )
+    return ForwardPlan(loss_path, can_pack, tuple(notices))
+
+
+@torch.no_grad()
+def find_loss_path(model: Any) -> LossPath:
+    """Read the logit formula from the config and check it against the model's own logits on eight tokens.
+
+    Raises:
+        ModelError: the model gives no logits of its own either.
+    """
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    path = LossPath(logit_scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    if not isinstance(head, nn.Linear | HeadRows) or (bias is not None and bias.requires_grad):
+        return LossPath(own_logits=True)  # the lean loss gives a head's bias no gradient
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(next(model.parameters()).device)
+    positions = torch.arange(8, device=ids.device)[None]
+    pack = Pack(ids[:, :8], ids[:, 1:], positions, cu_seqlens=None, tokens=8, label_tokens=8)
+    was_training = model.training
+    model.eval()
+    try:
+        with refusals_as_model_error(model):
+            theirs = loss_sum(model, pack, LossPath(own_logits=True))
+        ours = loss_sum(model, pack, path)
+    except DEVICE_FAILURES:
+        raise
+    except (AttributeError, RuntimeError, TypeError) as error:
+        if is_out_of_host_memory(error):
+            raise
+        return LossPath(own_logits=True)  # its hidden states are not what the head takes
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
+    return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
+
+
+def _longest_with_own_positions(model: Any) -> int | None:
+    """Tokens up to which a row's rotary frequencies are its own; None: always.
+
+    LongRoPE (Ding et al. 2024), as transformers has it, takes other frequencies for the whole forward pass once its
+    longest row is beyond the original positions. Dynamic NTK does so beyond all positions, where rows are cut.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one a layer type
+    return min((k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"), default=None)
+
+
+def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
+    """Cross entropy summed over the pack's label tokens; the caller divides by the label tokens of its whole step."""
+    if path.own_logits:
+        own, labels = label_logits(model, pack)
+        return F.cross_entropy(own.float(), labels, reduction="sum")
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, pack)
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head_weight(head),
+        pack.labels.reshape(-1),
+        bias=head.bias,
+        softcap=path.softcap,
+        logit_scale=path.logit_scale,
+    )
+
+
+def hidden_states(model: Any, pack: Pack) -> Tensor:  # (B, T, H)
+    """What the output head takes, at every token of the pack, documents kept apart as in training."""
+    with attention_for(model, pack):
+        return model.base_model(**_inputs(pack)).last_hidden_state
+
+
+def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
+    """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
+    labels = pack.labels.reshape(-1)
+    rows = torch.ops.qlora_kernels.label_rows(labels)
+    return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
+
+
+def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)
+    """The model's own logits at every token of the pack, documents kept apart as in training."""
+    with attention_for(model, pack):
+        return model(**_inputs(pack)).logits
+
+
+def attention_for(model: nn.Module, pack: Pack) -> AbstractContextManager[None]:
+    """The attention that `pack` needs. Hold it around backward too: recomputed layers run their forward there."""
+    # Right-padded rows need no mask: a causal row never sees the padding behind it.
+    return nullcontext() if pack.cu_seqlens is None else packed_documents(model)
+
+
+def _inputs(pack: Pack) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
+    if pack.cu_seqlens is not None:
+        inputs["document_bounds"] = pack.cu_seqlens.tolist()
+    return inputs

@@ -1,0 +1,235 @@
+"""What becomes of each tensor of a checkpoint when the base is loaded; known before one is read, so refused before.
+
+The model's parameters are matched with the checkpoint's tensors by name (names.py) and shape. A linear
+weight becomes 4-bit, or is so already; everything else stays dense. Tied parameters are one tensor; where a checkpoint
+holds several and they differ, they are not tied, as transformers does it.
+
+Left out: tensors that transformers merges or splits while loading. They are listed, and nothing is done about them.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
+from qlora_trainer.model.names import match_names
+from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
+from qlora_trainer.weights.model_directory import TensorInfo, read_tensor, same_values, weight_statistics
+
+RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """What a tensor that stays dense becomes."""
+
+    names: list[str]  # of the parameter or buffer in the model; several where they are tied
+    dtype: torch.dtype  # as the model would be loaded, before it is cast to the dtype of computation
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What becomes of each tensor of a checkpoint; the keys are the checkpoint's names."""
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]  # all there are, in the order they lie on disk
+    source_dtype: torch.dtype  # what 4-bit weights are quantised from
+    four_bit: dict[str, str]  # weight -> path of the layer that holds it in 4 bits
+    transposed: set[str]  # those of them that the checkpoint stores as (I, O)
+    statistics: dict[str, dict[str, TensorInfo]]  # of a weight that is 4-bit on disk
+    dense: dict[str, DenseTensor]
+    converted: list[str]  # tensors that transformers merges or splits while loading
+    unused: list[str]  # tensors that the model has no place for, and does not expect
+    original: dict[str, str]  # sha256 of the tensors that a 4-bit checkpoint was made of, where it says so
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The checkpoint's name of each tensor that the model calls otherwise; a prefix or a tie is no other name."""
+        names = {name: [f"{path}.weight"] for name, path in self.four_bit.items()}
+        names |= {name: dense.names for name, dense in self.dense.items()}
+        return {
+            own[0]: name
+            for name, own in names.items()
+            if not any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in own)
+        }
+
+    @property
+    def notices(self) -> list[str]:
+        """What is worth telling of the checkpoint."""
+        if not self.unused:
+            return []
+        return [
+            f"{self.directory} holds {len(self.unused)} tensor(s) that this model has no place for, such as "
+            f"{self.unused[0]}. They take no part in training; a merged model keeps them as they are."
+        ]
+
+    @property
+    def used(self) -> list[str]:
+        """The tensors that the model is made of, without the statistics of 4-bit ones."""
+        return [*self.four_bit, *self.dense, *self.converted]
+
+    @property
+    def passing_bytes(self) -> int:
+        """The most memory that tensors take beside the model while one of them becomes part of it, on any device."""
+        used = [self.tensors[name] for name in self.used]
+        ahead = max((info.nbytes for info in used), default=0)  # the next tensor is there already
+        return ahead + max((info.nbytes + self._copied_bytes(info) for info in used), default=0)
+
+    def _copied_bytes(self, info: TensorInfo) -> int:
+        """Of the copies that are made of a tensor on its way: in the dtype it is taken in, and row by row."""
+        if info.name in self.statistics:
+            return 0
+        dtype = self.dense[info.name].dtype if info.name in self.dense else self.source_dtype
+        return ((info.dtype != dtype) + (info.name in self.transposed)) * info.numel * dtype.itemsize
+
+
+def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantised.
+
+    Raises:
+        QuantizationError: weights are quantised otherwise than to NF4.
+    """
+    statistics = weight_statistics(tensors)
+    found = set()
+    for name, keys in statistics.items():
+        states = {key: read_tensor(info) for key, info in keys.items() if key.startswith("quant_state.")}
+        found.add(source_dtype_of(states, name))
+    of_weights = {info.name for keys in statistics.values() for info in keys.values()}
+    found |= {info.dtype for name, info in tensors.items() if name not in of_weights and info.dtype in FLOAT_DTYPES}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def plan_load(
+    model: Any,  # dense, its parameters on meta in the checkpoint's widest dtype
+    directory: Path,
+    tensors: Mapping[str, TensorInfo],
+    source_dtype: torch.dtype,
+) -> LoadPlan:
+    """Match a checkpoint with its model. Tied parameters whose tensors differ become parameters of their own in it.
+
+    Raises:
+        ModelError: weights are missing, are stored under two names, have another shape or a dtype such as fp8, or are
+            4-bit where they must stay dense.
+    """
+    match, statistics = match_names(model, tensors), weight_statistics(tensors)
+    layers = {f"{path}.weight": path for path in linear_layers(model)}
+    four_bit: dict[str, str] = {}
+    dense: dict[str, list[str]] = {}
+    missing: list[str] = []
+    for names in _names_of_tensors(model):
+        stored = {match.found[name]: name for name in names if name in match.found}  # the checkpoint's -> the model's
+        if not stored:
+            missing += [] if match.converted or _may_be_missing(model, names[0]) else names[:1]
+            continue
+        first, *others = stored
+        if names[0] in layers and (not statistics or first in statistics):
+            four_bit[first] = layers[names[0]]
+        elif all(same_values(tensors[first], tensors[other]) for other in others):
+            dense[first] = names
+        else:
+            apart = [stored[other] for other in others]
+            _untie(model, apart)
+            dense[first] = [name for name in names if name not in apart]
+            dense |= {other: [stored[other]] for other in others}
+
+    state = model.state_dict()
+    shapes = {name: state[names[0]].shape for name, names in dense.items()}
+    shapes |= {name: state[f"{path}.weight"].shape for name, path in four_bit.items() if name not in statistics}
+    others = [f"{name} {tensors[name].shape}" for name, shape in shapes.items() if tensors[name].shape != shape]
+    refuse_incomplete(directory, missing, others)
+    if wrong := [name for name in statistics if name not in four_bit]:
+        raise ModelError(
+            f"{wrong[0]} in {directory} is 4-bit, where this trainer keeps the model dense (output head, embedding, "
+            "tied weight). Use the model's 16-bit checkpoint, or one prequantised without it."
+        )
+    kinds = {name: state[f"{path}.weight"].dtype for name, path in four_bit.items() if name not in statistics}
+    kinds |= {name: state[names[0]].dtype for name, names in dense.items()}
+    kinds |= {name: state[into].dtype for name, into in match.converted.items()}
+    if strange := [
+        name for name, dtype in kinds.items() if dtype.is_floating_point and not _is_readable(tensors[name])
+    ]:
+        info = tensors[strange[0]]
+        raise ModelError(
+            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')} ({len(strange)} such "
+            "tensors), which cannot be trained here. Use the model's 16-bit checkpoint."
+        )
+    return LoadPlan(
+        directory=directory,
+        tensors=tensors,
+        source_dtype=source_dtype,
+        four_bit=four_bit,
+        transposed={name for name, path in four_bit.items() if is_transposed(model.get_submodule(path))},
+        statistics=statistics,
+        dense={name: DenseTensor(names, state[names[0]].dtype) for name, names in dense.items()},
+        converted=list(match.converted),
+        unused=[name for name in match.unused if not _is_expected_extra(model, name)],
+        original=_original_hashes(directory) if statistics else {},
+    )
+
+
+def refuse_incomplete(directory: Path, missing: Sequence[str], mismatched: Sequence[str]) -> None:
+    """ModelError where the model lacks weights, or a tensor has another shape than the model."""
+    if missing or mismatched:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
+            f"shape, such as {[*missing, *mismatched][0]}. They would be random; fetch the checkpoint again."
+        )
+
+
+def _is_readable(info: TensorInfo) -> bool:
+    return info.dtype in {*FLOAT_DTYPES, torch.float64}
+
+
+def _original_hashes(directory: Path) -> dict[str, str]:
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        hashes = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        return {str(name): str(value) for name, value in hashes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path} should say what this 4-bit checkpoint was made of, but cannot be read: {error!r}. Restore it, or "
+            "delete it: it only serves to explain differences."
+        ) from error
+
+
+def _names_of_tensors(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter and stored buffer, tied ones together, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def _untie(model: Any, names: Sequence[str]) -> None:
+    """Give parameters of their own to what shared one."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        shared = model.get_parameter(name)
+        setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(shared), requires_grad=False))
+        model.all_tied_weights_keys.pop(name, None)
+
+
+def _may_be_missing(model: Any, name: str) -> bool:
+    """Whether the model brings this buffer itself, and says so."""
+    is_buffer = name not in dict(model.named_parameters())
+    return is_buffer and _matches(model._keys_to_ignore_on_load_missing, name)
+
+
+def _is_expected_extra(model: Any, name: str) -> bool:
+    """Whether the model knows such tensors from older checkpoints, which stored what is computed now."""
+    computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+    return _matches({*(model._keys_to_ignore_on_load_unexpected or ()), *computed}, name)
+
+
+def _matches(patterns: Any, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())

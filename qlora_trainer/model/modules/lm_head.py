@@ -1,0 +1,130 @@
+"""The output head held in 4 or 8 bits while training.
+
+With a large vocabulary the dense head is a fifth of an 8B model's memory in training. Here it is NF4, as the linear
+layers are, or int8 with a scale a row, and is made again a block of rows at a time, for logits and for the loss alike.
+This is an approximation in training only: the merged model has the original head, and merging verifies with that one.
+
+A head that shares its weight with the input embedding gets a weight of its own, and the embedding stays as it was. So
+with such a model memory is saved only where the embedding goes to host memory (cpu_embedding.py).
+
+Legend: T tokens, H hidden size, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.head_rows import HeadRows, head_logits
+from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.model.modules.nf4_linear import empty_weight, quantize_weight
+
+HeadKind = Literal["dense", "8bit", "4bit"]
+
+
+class QuantizedHead(nn.Module):
+    """A frozen output head, logits = hidden W^T + b, with W (V, H) quantised; it is its own HeadRows."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: NF4Weight | Int8Weight,  # (V, H)
+        bias: nn.Parameter | None,  # (V,)
+    ) -> None:
+        super().__init__()
+        self._shape = weight.shape
+        self._make = _nf4_weight if isinstance(weight, NF4Weight) else _int8_weight
+        for name, value in _tensors(weight).items():
+            self.register_buffer(name, value, persistent=False)
+        self.bias = bias
+
+    def take(
+        self,
+        weight: Tensor,  # (V, H), finite
+    ) -> None:
+        """Quantise this weight as the one held so far is, and hold it instead."""
+        kind: HeadKind = "4bit" if self._make is _nf4_weight else "8bit"
+        for name, value in _tensors(_quantized(weight, kind)).items():
+            setattr(self, name, value)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, H)"""
+        return self._shape
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
+        """Rows of the weight in `dtype`."""
+        weight = self._make(self)
+        if isinstance(weight, NF4Weight):
+            return dequantize_nf4(weight, dtype, rows=slice(start, stop))
+        return dequantize_int8(weight, dtype, rows=slice(start, stop))
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., H)
+    ) -> Tensor:  # (..., V), dtype of hidden
+        logits = head_logits(hidden, self)
+        return logits if self.bias is None else logits + self.bias.to(hidden.dtype)
+
+    def extra_repr(self) -> str:
+        return f"vocabulary={self.shape[0]}, hidden_size={self.shape[1]}, bias={self.bias is not None}"
+
+
+def quantize_head(model: Any, kind: HeadKind) -> None:
+    """Put a QuantizedHead in the place of the model's output head, on its device; nothing for dense.
+
+    Raises:
+        ModelError: the model has no output head that is a linear layer.
+        QuantizationError: its weight is not finite.
+    """
+    if kind != "dense":
+        path, head = _find_head(model, kind)
+        model.set_submodule(path, QuantizedHead(_quantized(head.weight.detach(), kind), head.bias))
+
+
+def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
+    """As `quantize_head`, but what is quantised is uninitialised: to be filled, or for planning, on fake tensors."""
+    if kind != "dense":
+        path, head = _find_head(model, kind)
+        vocabulary, hidden_size = head.weight.shape
+        int8 = Int8Weight(
+            codes=torch.empty(vocabulary, hidden_size, dtype=torch.int8, device=device),
+            scale=torch.empty(vocabulary, dtype=torch.float32, device=device),
+        )
+        quantized = empty_weight(vocabulary, hidden_size, device) if kind == "4bit" else int8
+        model.set_submodule(path, QuantizedHead(quantized, head.bias))
+
+
+def head_weight(head: Any) -> Tensor | HeadRows:
+    """The matrix (V, H) of a linear layer, or of a head that makes it by rows, as the loss takes it."""
+    return head if isinstance(head, HeadRows) else head.weight
+
+
+def _find_head(model: Any, kind: HeadKind) -> tuple[str, nn.Linear]:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"The output head of {type(model).__name__} is no plain linear layer, and cannot be held in {kind}. Set "
+            "model.output_head=dense."
+        )
+    return next(path for path, module in model.named_modules() if module is head), head
+
+
+def _quantized(weight: Tensor, kind: HeadKind) -> NF4Weight | Int8Weight:
+    return quantize_weight(weight, "the output head") if kind == "4bit" else quantize_int8(weight)
+
+
+def _tensors(weight: NF4Weight | Int8Weight) -> dict[str, Tensor]:
+    """What a module holds of a weight; its other fields are constants of its format."""
+    return {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
+
+
+def _nf4_weight(head: Any) -> NF4Weight:
+    return NF4Weight(head.packed, head.absmax, head.nested_absmax, head.nested_code, head.offset, head.shape)
+
+
+def _int8_weight(head: Any) -> Int8Weight:
+    return Int8Weight(head.codes, head.scale)

@@ -1,0 +1,182 @@
+"""Attention over packed documents, through transformers' own attention registry.
+
+`packed_documents(model)` switches the model to our attention function for the forward passes inside: each of them is
+given `document_bounds`, where the documents lying end to end begin, and the function keeps them apart without any mask
+matrix. No mask function is registered under its name, so transformers builds none. Outside, the model attends as it
+was loaded, which generation with a cache needs.
+
+A model that does not go through the registry, or whose layers mix tokens otherwise, would silently let documents see
+each other; `attends_apart` tries it, and such a model is trained on right-padded rows instead. One that cannot run a
+plain forward on token and position ids cannot be trained at all.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, masking_utils
+
+from qlora_kernels.varlen_attention import Card, attention_in_words, varlen_attention
+from qlora_trainer.common.errors import ModelError, QLoRATrainerError
+
+NAME = "qlora_packed"
+LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
+DEVICE_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing about a model
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, Hq, T, D)
+    key: Tensor,  # (1, Hkv, T, D)
+    value: Tensor,  # (1, Hkv, T, D)
+    attention_mask: Tensor | None,
+    *,
+    document_bounds: list[int],  # (N + 1,) first token of each document, and the end
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The signature that transformers' models call; returns ((1, T, Hq, D), no weights)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = varlen_attention(
+        query, key, value, document_bounds, scale=scale, window=sliding_window, softcap=softcap, dropout=dropout
+    )
+    return output, None
+
+
+@contextmanager
+def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_attention) -> Iterator[None]:
+    """Within, the model's attention is `attention`, and every forward must pass `document_bounds`."""
+    AttentionInterface.register(NAME, attention)
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+@contextmanager
+def masks_as_for_real_tensors() -> Iterator[None]:
+    """Within, transformers takes no fake tensor for one being traced: for such a row, whose position ids it must not
+    read, it would build a mask of tokens x tokens that a real row of one document never gets."""
+    original = masking_utils.is_tracing
+    masking_utils.is_tracing = lambda tensor=None: False
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = original
+
+
+@torch.no_grad()
+def attends_apart(model: Any, vocab_size: int) -> bool:
+    """Whether packing leaves this model's documents alone: two packed documents give what each gives by itself.
+
+    Raises:
+        ModelError: the model cannot run a plain forward.
+    """
+    config = model.config.get_text_config()
+    first, second = _probe_length(config), 7
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (1, first + second), generator=generator).to(device)
+    positions = torch.cat([torch.arange(first), torch.arange(second)])[None].to(device)
+    windows: set[int | None] = set()
+
+    def noting_windows(*tensors: Any, sliding_window: int | None = None, **settings: Any) -> tuple[Tensor, None]:
+        windows.add(sliding_window)
+        return packed_attention(*tensors, sliding_window=sliding_window, **settings)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with refusals_as_model_error(model):
+            alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
+        try:
+            with packed_documents(model, noting_windows):
+                packed = _hidden(model, ids, positions, document_bounds=[0, first, first + second])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            return (
+                False  # it hands our arguments to code that does not know them, or misses a mask that we make none of
+            )
+    finally:
+        model.train(was_training)
+    if _has_window(config) and windows <= {None}:
+        return False  # its window acts through a mask alone, and a packed forward has none
+    expected = torch.cat(alone, dim=1).float()
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    return bool((packed.float() - expected).norm() <= tolerance * expected.norm())
+
+
+def attention_taken(model: Any, card: Card | None, dtype: torch.dtype, packing: bool) -> str:
+    """Say how a model attends in training, on a card or for None on a CPU, and why not better."""
+    config = model.config.get_text_config()
+    sizes = head_sizes(config)
+    if not packing or sizes is None:
+        return "transformers' own, over padded rows"
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0
+    return attention_in_words(card, dtype, sizes[2], softcap=softcap, dropout=dropout)
+
+
+def head_sizes(config: Any) -> tuple[int, int, int] | None:
+    """(query heads, key heads, numbers of a head) as a model's config tells them; None where it does not."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+@contextmanager
+def refusals_as_model_error(model: Any) -> Iterator[None]:
+    """Within, what the model's own code raises becomes a ModelError; a device that fails or is full stays what it is.
+
+    A host that is out of memory raises a plain RuntimeError, known by its text only; it passes too, and so does what
+    is a letter already.
+    """
+    try:
+        yield
+    except (*DEVICE_FAILURES, QLoRATrainerError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_host_memory(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
+            f"with {type(error).__name__}: {error}. Choose a base of another architecture."
+        ) from error
+
+
+def is_out_of_host_memory(error: Exception) -> bool:
+    """Whether torch's CPU allocator gave up, which it tells by a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _probe_length(config: Any) -> int:
+    """Tokens of the first probe document: past the window, where that is affordable and the model has the positions."""
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = max((w for w in windows if isinstance(w, int) and w <= LONGEST_WINDOW_TRIED), default=0)
+    return min(longest + 12, getattr(config, "max_position_embeddings", None) or longest + 12)
+
+
+def _has_window(config: Any) -> bool:
+    """Whether some layer sees only the nearest tokens, or a chunk of them: it must then hand us a window.
+
+    This holds for windows of any length, also those too long to try. A chunked layer has none to hand.
+    """
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    return any(kind in layer_types and getattr(config, name, None) is not None for kind, name in windows.items())
+
+
+def _hidden(model: Any, input_ids: Tensor, position_ids: Tensor, **bounds: list[int]) -> Tensor:
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+    return model.base_model(**inputs, **bounds).last_hidden_state

@@ -1,0 +1,94 @@
+"""transformers' own loading: of dense models, and of bases whose tensors it merges or splits on the way.
+
+Left out: plain and prequantised bases, which are loaded a tensor at a time (fill.py).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_trainer.common.errors import ModelError, QuantizationError, first_line, is_out_of_memory, memory_errors
+from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
+from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
+from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
+from qlora_trainer.model.modules.nf4_linear import all_finite
+from qlora_trainer.weights.bitsandbytes_format import adopt_linear4bit
+from qlora_trainer.weights.model_directory import read_tensor
+
+LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
+
+
+def load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+    """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
+    with memory_errors(f"Loading {directory} on {device}"), quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                device_map={"": device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except LOADING_ERRORS as error:
+            if is_out_of_memory(error):
+                raise
+            raise loading_error(error, directory) from error
+    refuse_incomplete(directory, sorted(info.get("missing_keys", ())), [*map(str, info.get("mismatched_keys", ()))])
+    return model
+
+
+def load_converted(
+    plan: LoadPlan, config: Mapping[str, Any], output_head: HeadKind, device: torch.device
+) -> tuple[Any, BaseFingerprint]:
+    """A base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
+    if not plan.statistics:
+        _check_finite(plan)
+    quantization = None if plan.statistics else nf4_config(plan.source_dtype)
+    # On CUDA bitsandbytes divides approximately: of bf16 weights that changes no code, of others now and then one.
+    is_exact = plan.statistics or plan.source_dtype == torch.bfloat16
+    place = device if is_exact else torch.device("cpu")
+    model = load_pretrained(plan.directory, place, plan.source_dtype, quantization_config=quantization)
+    adopt_linear4bit(model)
+    model.to(device)
+    fingerprint = base_fingerprint(model, config, plan.source_dtype)
+    model.requires_grad_(False)
+    quantize_head(model, output_head)
+    model.config.use_cache = False
+    return model.eval(), fingerprint
+
+
+def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:
+    """What tells transformers of our 4-bit weights.
+
+    Args:
+        kept_dense: paths of the linear layers that are not 4-bit; by default transformers finds the output head.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage="uint8",
+        llm_int8_skip_modules=kept_dense,
+    )
+
+
+def loading_error(error: Exception, directory: Path) -> ModelError:
+    """The letter for one of LOADING_ERRORS."""
+    return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
+
+
+def _check_finite(plan: LoadPlan) -> None:
+    """One value that is not finite turns its whole tensor into NaN when block maxima are quantised too."""
+    for name in plan.used:
+        if not all_finite(read_tensor(plan.tensors[name])):
+            raise QuantizationError(
+                f"{name} in {plan.tensors[name].file.name} holds values that are not finite. The checkpoint is "
+                "damaged: fetch it again."
+            )

@@ -1,0 +1,241 @@
+"""A base kept in 4 bits on disk: quantised once, and then loaded in the seconds that mapping a file takes.
+
+What is written is bitsandbytes' own layout under the checkpoint's names, so plain transformers loads it as it is, and
+so does this trainer, to the same base: the packed codes and their statistics are those that loading the original gives,
+and what stays dense is copied. Tensors pass through one at a time, as they do in loading. A mixture of experts loads
+here alone, which its report says.
+
+A kept copy in the user's cache is known by the files it was made of (path, size, times), and by their config. Left out:
+models whose tensors transformers merges or splits while loading, which have no 4-bit weights of those names.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.common.atomic import new_directory, refuse_existing, refuse_unwritable, remove_leftovers, write_text
+from qlora_trainer.common.errors import ModelError, OutputExistsError, memory_errors
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.merging.verify import verify_files
+from qlora_trainer.model.fill import check_finite, quantize_arrival
+from qlora_trainer.model.load import Base, choose_device, device_with_room, load_base_model, plan_base
+from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan
+from qlora_trainer.model.modules.experts import SplitExperts
+from qlora_trainer.model.modules.nf4_linear import empty_weight, is_transposed, linear_layers
+from qlora_trainer.model.pretrained import nf4_config
+from qlora_trainer.weights.bitsandbytes_format import weight_to_checkpoint
+from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
+from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors, row_blocks
+from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from qlora_trainer.weights.side_files import copy_files, files_to_copy, refuse_full_disk
+from qlora_trainer.weights.stream import stream_tensors
+
+FUSED_EXPERTS = (
+    "This copy loads here alone: transformers fuses the model's experts while loading, and reads none in 4 bits."
+)
+_KEPT_FORMAT = 1  # raise it where other layers become 4-bit than before, so that copies are made anew
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What was written."""
+
+    weights: int  # in 4 bits
+    dense: int  # tensors copied as they were
+    bytes: int  # of all tensors
+    source_bytes: int  # of the checkpoint
+    source_dtype: str  # that the weights were quantised from
+    notices: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def quantize_checkpoint(
+    directory: Path,
+    output: Path,
+    *,
+    device: torch.device,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: Progress = silent,
+) -> QuantizeReport:
+    """Write the model of `directory` in NF4 to `output`, a new or empty directory that appears when it is whole.
+
+    Raises:
+        ModelError: it cannot be loaded here, or not be kept in 4 bits.
+        InsufficientMemoryError: no device has room for its largest tensor.
+        QuantizationError: a weight is not finite, or it is quantised already.
+        OutputExistsError, DiskError: nothing is left, nothing was overwritten.
+    """
+    refuse_existing(output)
+    plan, model = plan_base(directory)
+    if hindrance := _hindrance(plan, model):
+        raise ModelError(f"{hindrance} Train from the checkpoint as it is.")
+    device = device_with_room(plan.passing_bytes, device, f"Quantising {directory}")
+    layers = linear_layers(model)
+    specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
+    written = [spec for found in specs.values() for spec in found]
+    copied = files_to_copy(directory)
+    total = sum(spec.nbytes for spec in written)
+    remove_leftovers(output)
+    refuse_full_disk(output, total + sum(path.stat().st_size for path in copied), "The quantised model")
+
+    kept_dense = [path for path, layer in _linear_modules(model) if path not in layers]
+    with new_directory(output) as work:
+        with (
+            ShardWriter(work, written, max_shard_bytes) as writer,
+            memory_errors(f"Quantising {directory} on {device}"),
+        ):
+            sources = _write_tensors(plan, writer, device, progress)
+        verify_files(work, written, writer.checksums, progress, "quantised model")
+        copy_files(directory, copied, work)
+        _write_config(directory, work, plan.source_dtype, kept_dense)
+        report = QuantizeReport(
+            weights=len(plan.four_bit),
+            dense=len(plan.tensors) - len(plan.four_bit),
+            bytes=total,
+            source_bytes=sum(info.nbytes for info in plan.tensors.values()),
+            source_dtype=str(plan.source_dtype).removeprefix("torch."),
+            notices=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
+        )
+        record = report.to_json() | {"model": str(directory.absolute()), "sources": sources}
+        write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
+    return report
+
+
+def load_base(
+    directory: Path,
+    settings: ModelConfig,
+    cache_dir: Path,  # the user's
+    progress: Progress = silent,
+) -> Base:
+    """The base of a model directory, from its 4-bit copy under `cache_dir` where model.keep_quantized asks for one.
+
+    The copy is made where there is none. It is the same base; `directory` stays the base's directory, from which it is
+    merged. What cannot be kept in 4 bits is loaded as it is, with a notice.
+
+    Raises:
+        QLoRATrainerError: as `load_base_model` and `quantize_checkpoint`.
+    """
+    if not settings.keep_quantized:
+        return load_base_model(directory, settings, progress)
+    plan, model = plan_base(directory)
+    if hindrance := _hindrance(plan, model):
+        base = load_base_model(directory, settings, progress)
+        notices = [] if plan.statistics else [f"{hindrance} It was quantised while loading, as it will be each time."]
+        return dataclasses.replace(base, notices=[*base.notices, *notices])
+    kept = _kept_copy(directory, settings, cache_dir, progress)
+    return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
+
+
+def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
+    kept = cache_dir / "quantized" / f"{Path(settings.name).name}-{_key(directory)[:16]}"
+    if not (kept / RECORD_NAME).is_file():
+        refuse_unwritable(kept, "XDG_CACHE_HOME")
+        try:
+            quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
+        except OutputExistsError:
+            # Another process made the same copy meanwhile; only a whole one can stand under this name.
+            if not (kept / RECORD_NAME).is_file():
+                raise
+    return kept
+
+
+def _key(directory: Path) -> str:
+    """Of the files a base is loaded from: their contents are not read, so a file is known by its path, size and times.
+
+    A changed file changes the time of its last change, whatever its other times were set to. What an import has
+    recorded of its file, such as the file's sha256, is part of the key too.
+    """
+    described = [directory / "config.json", directory / IMPORT_RECORD]
+    facts: list[Any] = [_KEPT_FORMAT, *(path.read_text(encoding="utf-8") for path in described if path.is_file())]
+    for path in sorted({info.file.resolve() for info in checkpoint_tensors(directory).values()}):
+        status = path.stat()
+        facts.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _hindrance(plan: LoadPlan, model: Any) -> str | None:
+    """Why a model cannot be kept in 4 bits, in a sentence; None where it can."""
+    if plan.statistics:
+        return f"{plan.directory} holds 4-bit weights already."
+    if not plan.four_bit:
+        return f"{plan.directory} has no linear layers that can be quantised."
+    if plan.converted:
+        return (
+            f"{plan.directory} cannot be kept in 4 bits: transformers merges or splits {len(plan.converted)} of its "
+            f"tensors while loading, such as {plan.converted[0]}."
+        )
+    unknown = {type(layer).__name__ for layer in linear_layers(model).values()} - {"Linear", "Conv1D"}
+    if unknown:
+        return (
+            f"{plan.directory} cannot be kept in 4 bits: transformers does not load its layers of class "
+            f"{', '.join(sorted(unknown))} from such a checkpoint."
+        )
+    return None
+
+
+def _specs(info: TensorInfo, plan: LoadPlan) -> list[TensorSpec]:
+    """What is written of a tensor of the checkpoint."""
+    if info.name not in plan.four_bit:
+        return [info]
+    rows, columns = reversed(info.shape) if info.name in plan.transposed else info.shape
+    parts = weight_to_checkpoint(empty_weight(rows, columns, "meta"), plan.source_dtype)
+    return [TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in _named(info, parts)]
+
+
+def _named(info: TensorInfo, parts: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for key, part in parts.items():
+        yield (f"{info.name}.{key}" if key else info.name), part
+
+
+def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress) -> dict[str, str]:
+    """Write every tensor in the checkpoint's order; returns the sha256 of what each was on disk."""
+    sources: dict[str, str] = {}
+    done, total = 0, sum(info.nbytes for info in plan.tensors.values())
+    infos = list(plan.tensors.values())
+    arrivals = stream_tensors(infos, device, stays_on_host=lambda info: info.name not in plan.four_bit)
+    with contextlib.closing(arrivals):
+        for arrival in arrivals:
+            progress("quantising", done, total)
+            info = arrival.info
+            assert arrival.sha256 is not None
+            sources[info.name] = arrival.sha256
+            if info.name in plan.four_bit:
+                weight = quantize_arrival(arrival, plan)
+                for name, part in _named(info, weight_to_checkpoint(weight, plan.source_dtype)):
+                    writer.write(name, part)
+            else:
+                if info.name in plan.dense:
+                    check_finite(arrival)
+                for rows in row_blocks(info.shape):
+                    block = arrival.host if rows is None else arrival.host[rows]
+                    writer.write(info.name, block.clone())  # or what waits to be written would hold all of the tensor
+            done += info.nbytes
+            del arrival  # before the next one comes
+    return sources
+
+
+def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_transposed(module):
+            yield path, module
+
+
+def _write_config(directory: Path, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
+    """config.json as it was, with what transformers needs to know of the quantisation."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
+    named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
+    compute_dtype = named if named in (torch.bfloat16, torch.float16) else source_dtype
+    config["quantization_config"] = nf4_config(compute_dtype, kept_dense).to_dict()
+    write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,140 @@
+"""Where a base model comes from, and what can be said of it before a weight is read: directory, config, tokenizer.
+
+A hub name, a directory of safetensors or a GGUF file becomes a directory here; everything else works on that. Left
+out: the weights (load.py).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_trainer.common.atomic import refuse_unwritable
+from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.weights.gguf.importer import import_gguf
+
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # and the config
+WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors")  # no pickles
+CONFIG_FILES = ("config.json",)
+NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same weights again, in other formats
+
+
+def resolve_model(
+    name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
+) -> Path:
+    """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
+
+    Of a hub name only `files` are fetched.
+
+    Raises:
+        FileMissingError: it looks like a path and does not exist.
+        ModelError: the directory holds an adapter or no config, or the hub does not give it.
+        DiskError: what is fetched cannot be kept.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return import_gguf(path, cache_dir, progress)
+    if path.is_dir():
+        if (path / "adapter_config.json").exists():
+            raise ModelError(
+                f"{path} holds an adapter, not a base model. Name the base as model.name, and this directory as "
+                "adapter.init_from to start from it."
+            )
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} has no config.json, so it is not a transformers model directory.")
+        return path
+    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
+        raise FileMissingError(f"There is no model at {name}.{hint}")
+    return _fetch(name, revision, files)
+
+
+def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Those of a hub model's files, in the hub's own cache, which another run finds again."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    # The hub's errors derive from those of its HTTP library, which is another one in each of its major versions.
+    http_errors = [k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k.__name__ == "HTTPError"]
+    not_fetched: tuple[type[Exception], ...] = (HfHubHTTPError, LocalEntryNotFoundError, OSError, *http_errors)
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(NOT_FETCHED))
+        )
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"The hub has no model {name}, or it needs a login (`hf auth login`), and there is no such directory here."
+        ) from error
+    except HFValidationError as error:
+        raise FileMissingError(
+            f"There is no directory {name}, and a hub name has the form owner/model, in letters, digits, -, _ and '.'."
+        ) from error
+    except not_fetched as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"The model {name} is not in the hub's cache, and HF_HUB_OFFLINE is set, so it was not fetched. Unset "
+                "it, or name a directory."
+            ) from error
+        refuse_unwritable(Path(constants.HF_HUB_CACHE), hub_variable())
+        raise ModelError(
+            f"The model {name} could not be fetched from the hub: {first_line(error)}. What has arrived is kept; try "
+            "again when the network is there."
+        ) from error
+
+
+def hub_variable() -> str:
+    """Name the environment variable that moves the hub's cache: the one that is set and comes first, else HF_HOME."""
+    return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; ModelError where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error
+
+
+def read_config(directory: Path) -> Any:
+    """transformers' config of a model directory; ModelError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
+        ) from error
+
+
+def max_positions(directory: Path) -> int | None:
+    """How many positions the model was made for, or None where its config does not say."""
+    config = read_config(directory).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def vocabulary_size(directory: Path) -> int | None:
+    """Rows of the model's embedding, or None where its config does not say."""
+    return getattr(read_config(directory).get_text_config(), "vocab_size", None)
+
+
+def is_prequantized(directory: Path) -> bool:
+    """Whether a model directory holds weights that are quantised already."""
+    return getattr(read_config(directory), "quantization_config", None) is not None
+
+
+def refuse_multi_modal(config: Any, directory: Path) -> None:
+    """transformers gives some of them whole as causal language models; the adapter would train the vision tower too."""
+    towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
+    if towers:
+        raise ModelError(
+            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
+            f"{' and '.join(towers)}). Only text models are trained here: choose one "
+            "that takes text alone."
+        )

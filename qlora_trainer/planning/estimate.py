@@ -1,0 +1,110 @@
+"""What a whole plan would say, from plans of a few layers; and the largest size that fits, found by such estimates.
+
+Like layers take like memory: live bytes are linear in their number (a test shows it), and what the allocator wastes
+hardly depends on it. An 8B's rows of 2,048 to 131,072 tokens waste the same in 3 layers as in 32, to 2 MiB, or where
+segments are expandable to a page of 20 MiB. So an estimate is worth a plan to about a page, for a sixth of the time.
+
+Left out: what an estimate decides. What is found is planned whole before it is said; that no larger size fits is said
+by estimate.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
+from qlora_trainer.planning.skeleton import layer_kinds
+
+
+def estimate(directory: Path, config: RunConfig) -> int:
+    """The total that `plan_memory` would give, in bytes, from two models of a few layers, or of as many as there are.
+
+    Two more say what a layer adds whose activations are all kept; the first of them adds little, since as much is
+    alive while a layer is recomputed.
+    """
+    layers, period, few = _few_layers(directory, config)
+    kept = min(config.training.kept_layers, layers)
+    if few + period >= layers:
+        return plan_memory(directory, config).total
+    first = _keeping(config, 0)
+    fewer, more = (plan_memory(directory, first, count) for count in (few, few + period))
+    live = _live(fewer) + (_live(more) - _live(fewer)) * (layers - few) // period
+    if kept:
+        one, two = (plan_memory(directory, _keeping(config, count), few + period) for count in (period, 2 * period))
+        live += _live(one) - _live(more) + (_live(two) - _live(one)) * (kept - period) // period
+    return live + more.components[SLACK]
+
+
+def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
+    """What one more layer takes, of models of a few layers."""
+    _, period, few = _few_layers(directory, config)
+    fewer, more = (plan_memory(directory, config, count) for count in (few, few + period))
+    return (_live(more) - _live(fewer)) // period
+
+
+def largest_that_fits(
+    directory: Path,
+    sizes: Sequence[int],  # rising
+    sized: Callable[[int], RunConfig],
+    budget: int,
+) -> MemoryPlan | None:
+    """The plan of the largest size that fits, whole; the next size does not fit by estimate. None where none fits.
+
+    Estimates say what to plan; what its plan says more or less than that corrects those that follow.
+    """
+    estimated = functools.cache(lambda index: estimate(directory, sized(sizes[index])))
+    correction, best = 0, None
+    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
+    while low < high:
+        guess = _last_within(estimated, low, high, budget - correction)
+        if guess is None and best is not None:
+            return best
+        guess = low if guess is None else guess
+        plan = plan_memory(directory, sized(sizes[guess]))
+        correction = plan.total - estimated(guess)
+        if plan.total <= budget:
+            best, low = plan, guess + 1
+        else:
+            high = guess
+    return best
+
+
+def _last_within(estimated: Callable[[int], int], low: int, high: int, budget: int) -> int | None:
+    """The last index of low..high-1 whose estimate is within the budget, as estimates rise; None: not even the first.
+
+    They rise nearly along a line, so the next index to try is where the line between two meets the budget.
+    """
+    fits, fails = low, high - 1
+    if estimated(fails) <= budget:
+        return fails
+    if estimated(fits) > budget:
+        return None
+    while fails - fits > 1:
+        share = (budget - estimated(fits)) / (estimated(fails) - estimated(fits))
+        guess = min(max(fits + int(share * (fails - fits)), fits + 1), fails - 1)
+        if estimated(guess) <= budget:
+            fits = guess
+        else:
+            fails = guess
+    return fits
+
+
+def _few_layers(directory: Path, config: RunConfig) -> tuple[int, int, int]:
+    """(layers of the model, after how many they repeat, few: a multiple of those, so many that one more is like them).
+
+    Two at least, as a first layer and a last one may differ; with inputs made again from every n-th layer's, n more.
+    """
+    kinds = layer_kinds(directory)
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    period = math.lcm(period, config.training.offload_every)
+    return len(kinds), period, period * -(-(1 + config.training.offload_every) // period)
+
+
+def _live(plan: MemoryPlan) -> int:
+    return plan.total - plan.components[SLACK]
+
+
+def _keeping(config: RunConfig, layers: int) -> RunConfig:
+    return config.model_copy(update={"training": config.training.model_copy(update={"kept_layers": layers})})

@@ -1,0 +1,253 @@
+"""What fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
+
+What is found is planned whole, and fits. That the next size does not is an estimate from models of a few layers
+(estimate.py), which is off by a page of 20 MiB, the memory of about one more step of 256 tokens of an 8B's row. A run
+that cannot fit is refused, by whole plans.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from qlora_trainer.common.errors import InsufficientMemoryError
+from qlora_trainer.common.machine import host_memory
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.load import choose_device
+from qlora_trainer.model.source import max_positions
+from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
+from qlora_trainer.planning.memory_plan import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
+from qlora_trainer.planning.skeleton import layer_kinds
+from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+
+GRAIN = 256  # tokens
+OFFLOADING: tuple[Level, ...] = ("offload", "tile")
+SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's tensors; to plan a smaller one on a CPU takes longer than it is worth
+LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may take."""
+
+    card: int  # or, for a run on a CPU, host memory
+    host: int  # for what is offloaded to it
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        return plan.total <= self.card and plan.host <= self.host
+
+
+def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan | None:
+    """The plan under the fastest policy that fits, for a config that leaves it open; None where none fits.
+
+    What fits is kept; else all is recomputed but for as many of the last layers as fit; else inputs are offloaded; else
+    MLPs are taken in tiles.
+    """
+    progress("planning memory", 0, None)
+    if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
+        keep = _plan(directory, config, Policy("keep"))
+        if budget.holds(keep):
+            return keep
+    recompute = _plan(directory, config, Policy("recompute"))
+    if recompute.total <= budget.card:
+        return _keep_what_fits(directory, config, recompute, budget.card, progress)
+    for level in OFFLOADING:
+        progress(f"planning memory, {level}", 0, None)
+        for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
+            plan = _plan(directory, config, Policy(level, offload_every=every))
+            if budget.holds(plan):
+                return plan
+            if plan.total > budget.card:
+                break
+    return None
+
+
+def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
+    """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
+
+    Under the policy of the config, or the leanest where that is left open. One GRAIN more does not fit by estimate.
+    """
+    limit = max_positions(directory) or LONGEST_SEARCHED
+    sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
+    progress("planning other lengths", 0, None)
+    return largest_that_fits(directory, sizes, lambda size: with_length(leanest(config), size), budget)
+
+
+def largest_micro_batch(
+    directory: Path, config: RunConfig, budget: int, progress: Progress = silent
+) -> MemoryPlan | None:
+    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
+
+    Under the policy of the config, or the leanest where that is left open. One row more does not fit by estimate.
+    """
+    length = longest_row(directory, config)
+    sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
+    progress("planning other micro-batches", 0, None)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(leanest(config), size), budget)
+
+
+def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
+    """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
+    device = choose_device(config.model.device)
+    if device.type == "cuda":
+        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_room())
+    elif sum(info.nbytes for info in checkpoint_tensors(directory).values()) < SMALLEST_PLANNED:
+        return None
+    else:
+        config = _set(config, model={"device": "cpu"})
+        budget = Budget(host_memory().available, 0)
+    plan = check_fits(directory, config, budget, progress)
+    progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
+    return plan
+
+
+def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
+    """The plan of a run that fits, under the policy that the config names or the fastest that does.
+
+    Raises:
+        InsufficientMemoryError: it does not fit; the message says what would.
+    """
+    open_policy = config.training.activations == "auto"
+    plan = None if open_policy else plan_memory(directory, config)
+    if plan is not None and budget.holds(plan):
+        return plan
+    fastest = fastest_plan(directory, config, budget, progress)
+    if open_policy and fastest is not None:
+        return fastest
+    if plan is None:
+        plan = _plan(directory, config, Policy("tile"))
+    found = (
+        f"This run needs {gib(plan.total)} {_place(config)} under training.activations={plan.policy.level}"
+        + (f", {gib(slack)} of it for fragmentation" if (slack := plan.components[SLACK]) else "")
+        + f", and {gib(budget.card)} are free."
+    )
+    if plan.host > budget.host:
+        found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
+    if fastest is not None:
+        raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
+    shorter = longest_context(directory, with_policy(config, Policy("tile")), budget.card, progress)
+    if shorter is not None:
+        raise InsufficientMemoryError(
+            f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
+            f"{_as_overrides(shorter.policy, config)}."
+        )
+    raise InsufficientMemoryError(
+        f"{found} No length of rows fits. Take a smaller base; model.output_head=4bit, model.embeddings=host, "
+        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save some."
+    )
+
+
+def describe(
+    plan: MemoryPlan, budget: Budget | None, longest: MemoryPlan | None = None, largest: MemoryPlan | None = None
+) -> list[tuple[str, str]]:
+    """A plan for people: (name, value)."""
+    on_card = plan.components[CONTEXT] > 0
+    rows = [
+        (
+            "planned",
+            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
+        ),
+        (
+            "backward",
+            f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
+        ),
+        *([("card", plan.card)] if plan.card else []),
+        ("attention", plan.attention),
+        *((name, gib(count)) for name, count in plan.components.items() if count),
+        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
+        (
+            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
+            if on_card
+            else ("the fullest moment", plan.operation)
+        ),
+    ]
+    if budget:
+        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
+        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
+        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        if plan.host > budget.host:
+            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
+    if longest:
+        rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
+    if largest:
+        rows.append(("largest micro-batch that fits", f"{largest.micro_batch_tokens:,} tokens ({gib(largest.total)})"))
+    rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
+    rows += [(f"{name} would need", f"{gib(count)} ({rules[name]})") for name, count in plan.elsewhere.items()]
+    return rows
+
+
+def memory_here(config: RunConfig) -> int | None:
+    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu,
+    as far as this process may use it."""
+    if config.model.device == "cpu":
+        return host_memory().total
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def _place(config: RunConfig) -> str:
+    return "of memory" if config.model.device == "cpu" else "on the card"
+
+
+def leanest(config: RunConfig) -> RunConfig:
+    """The config with its policy, or the one that needs least of the card where that is left open."""
+    return with_policy(config, Policy("tile")) if config.training.activations == "auto" else config
+
+
+def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
+    """The plan of a run on the device here, under what an earlier part of it came down to."""
+    config = _set(config, model={"device": choose_device(config.model.device).type})
+    return plan_memory(directory, with_policy(with_micro_batch(config, micro_batch_tokens), policy))
+
+
+def with_length(config: RunConfig, max_length: int) -> RunConfig:
+    return _set(config, data={"max_length": max_length}, training={"micro_batch_tokens": "auto"})
+
+
+def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
+    return _set(config, training={"micro_batch_tokens": tokens})
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _keep_what_fits(
+    directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
+) -> MemoryPlan:
+    """The plan that keeps the activations of as many layers as fit; `recompute` fits, and keeps none."""
+    layers = len(layer_kinds(directory))
+    keeping, recomputing = (
+        bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("keep", "recompute")
+    )
+    kept_bytes = keeping - recomputing
+    # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
+    kept = min((budget - recompute.total) // kept_bytes + 1, layers)
+    while kept > 0:
+        progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
+        plan = _plan(directory, config, Policy("keep") if kept == layers else Policy("recompute", kept_layers=kept))
+        if plan.total <= budget:
+            return plan
+        kept -= -(-(plan.total - budget) // kept_bytes)
+    return recompute
+
+
+def _plan(directory: Path, config: RunConfig, policy: Policy) -> MemoryPlan:
+    return plan_memory(directory, with_policy(config, policy))
+
+
+def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    return _set(config, training=policy.as_settings())
+
+
+def _as_overrides(policy: Policy, config: RunConfig) -> str:
+    """What to write on the command line to have a policy instead of the config's."""
+    wanted = policy.as_settings().items()
+    return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
+
+
+def _set(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
+    )

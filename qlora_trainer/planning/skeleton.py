@@ -1,0 +1,82 @@
+"""A model without weights: what `load_base_model` gives, made from config.json alone, for planning on fake tensors.
+
+Left out: the checkpoint. Whether its weights are there, finite and of the config's shapes, loading says.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.model.load import compute_in, empty_model, recompute_buffers
+from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_host
+from qlora_trainer.model.modules.lm_head import empty_head
+from qlora_trainer.model.modules.nf4_linear import check_four_bit_share, empty_nf4
+from qlora_trainer.model.source import read_config, refuse_multi_modal
+
+
+def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: torch.dtype | None = None) -> Any:
+    """The model of a directory's config.json, dense, without memory for its weights.
+
+    Args:
+        layers: build only so many of the decoder's layers.
+        compute_dtype: that buffers which no checkpoint holds are made in; by default the checkpoint's.
+
+    Raises:
+        ModelError: not a causal language model that transformers knows.
+    """
+    config = read_config(directory)
+    refuse_multi_modal(config, directory)
+    if layers is not None:
+        keep_layers(config.get_text_config(), layers)
+    source_dtype = config.dtype or torch.float32
+    model = empty_model(directory, config, source_dtype)  # as the checkpoint is loaded
+    if compute_dtype not in (None, source_dtype):
+        recompute_buffers(model, directory, compute_dtype, config)
+    return model
+
+
+def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
+    """Make a skeleton what `load_base_model` gives, its memory uninitialised; called where tensors are fake.
+
+    Raises:
+        ModelError: too little becomes 4-bit, or the embedding is asked to the host and the output head needs it.
+    """
+    make_empty(model)
+    empty_nf4(model)
+    check_four_bit_share(model, settings.minimum_4bit_share)
+    empty_head(model, settings.output_head)
+    compute_in(model, compute_dtype, embedding_on_host=settings.embeddings == "host")
+    if settings.embeddings == "host":
+        keep_embeddings_on_host(model, torch.device("cpu"), compute_dtype)
+
+
+def layer_kinds(directory: Path) -> list[str]:
+    """The kind of each decoder layer, where the config tells them apart (attention windows); else all the same."""
+    config = read_config(directory).get_text_config()
+    return list(getattr(config, "layer_types", None) or ["layer"] * config.num_hidden_layers)
+
+
+def keep_layers(config: Any, layers: int) -> None:
+    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+
+
+def make_empty(model: nn.Module) -> None:
+    """Put uninitialised tensors in the place of all parameters and buffers; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = nn.Parameter(new, requires_grad=False) if tensors is module._parameters else new
+                tensors[name] = made[id(old)]

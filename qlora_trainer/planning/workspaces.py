@@ -1,0 +1,142 @@
+"""What operations use inside and free again, by formula: the part of a step that is not seen on fake tensors.
+
+For a CUDA card, what torch's kernels allocate there, by their source; for a CPU, what an operation written in plain
+torch makes within. Beside it what cuBLAS holds all along. Left out: the CUDA context, which is no
+part of torch's memory.
+"""
+
+import functools
+import math
+import os
+import re
+from typing import Any
+
+import torch
+
+from qlora_kernels import blockwise_attention, rms_norm, rotary
+from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.varlen_attention import Card, flash_backward_bytes
+from qlora_trainer.planning.live_bytes import Workspace
+
+CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_DETERMINISTIC = ":4096:8"  # of the two settings under which cuBLAS repeats its results, the faster one
+CUBLAS_THREADS = 2  # the one that goes forward, and autograd's for the device, which goes backward
+
+Workspaces = dict[torch._ops.OpOverload, Workspace]
+
+
+def cublas_bytes(card: Card, setting: str | None = None) -> int:
+    """What torch's allocator holds for cuBLAS: a workspace for each thread that multiplies (CublasHandlePool.cpp).
+
+    cuBLASLt shares it. On sm_120 some versions of torch take the smaller size; counted is the larger.
+
+    Args:
+        setting: of CUBLAS_WORKSPACE_CONFIG, such as ":4096:8" (KiB, how often); None: torch's default for the card.
+    """
+    default = 8 * 4096 if card.capability[0] in (9, 10, 12) else 2 * 4096 + 8 * 16
+    asked = sum(int(size) * int(count) for size, count in re.findall(r":(\d+):(\d+)", setting or ""))
+    has_sizes = setting is not None and re.search(r":\d+:\d+", setting)
+    return CUBLAS_THREADS * 1024 * (asked if has_sizes else default)
+
+
+def cublas_setting(deterministic: bool) -> str | None:
+    """The setting that a run in this process will have."""
+    return os.environ.get(CUBLAS_SETTING, CUBLAS_DETERMINISTIC if deterministic else None)
+
+
+def workspaces_on_cuda(card: Card) -> Workspaces:
+    """By operation, what it uses inside on a card; attention outside of packs stands there as CPU's operation."""
+    fused = functools.partial(fused_backward_bytes, card=card)
+    found: Workspaces = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused,
+        torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: fused,
+        torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=True),
+        torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
+            blockwise_backward_bytes, on_cuda=True
+        ),
+        torch.ops.qlora_kernels.keep_mask.default: keep_mask_bytes,
+    }
+    if varlen_attention_arguments():  # which has imported the module that defines it
+        varlen = functools.partial(varlen_backward_bytes, card=card)
+        found[torch.ops.torch_attn._varlen_attn_backward.default] = varlen
+    if card.is_deterministic:
+        found[torch.ops.aten.index_add_.default] = index_add_bytes
+    return found
+
+
+def workspaces_on_cpu() -> Workspaces:
+    """Likewise on a CPU."""
+    return {
+        torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
+        torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
+            blockwise_backward_bytes, on_cuda=False
+        ),
+        torch.ops.qlora_kernels.keep_mask.default: keep_mask_bytes,
+        torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
+        torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
+        torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
+        torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
+        torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
+    }
+
+
+def fused_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
+    """What the backward of attention over dense rows uses inside on CUDA.
+
+    The kernel for older cards and fp32 (kernel_backward.h) has the same fp32 gradient of the queries, or as much to
+    sum what it begins with; as keys and values are repeated for it, it makes none for them.
+    """
+    query, key = arguments[1:3]  # (B, Hq, T, D), (B, Hkv, T, D)
+    batch, heads, tokens, head_dim = query.shape
+    processors = card.processors_summed_over(query.dtype)
+    size = query.element_size()
+    return flash_backward_bytes(batch * tokens, heads, key.shape[1], head_dim, size, batch, processors)
+
+
+def varlen_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
+    """What the backward of flash attention over packed documents uses inside."""
+    _, query, key, _, _, _, bounds, *_ = arguments  # (T, Hq, D), (T, Hkv, D), (N + 1,)
+    tokens, heads, head_dim = query.shape
+    processors = card.processors_summed_over(query.dtype)
+    size = query.element_size()
+    return flash_backward_bytes(tokens, heads, key.shape[1], head_dim, size, len(bounds) - 1, processors)
+
+
+def index_add_bytes(arguments: tuple[Any, ...]) -> int:
+    """The sorted sum by which torch makes it deterministic takes a copy of what is added."""
+    return arguments[3].nbytes
+
+
+def keep_mask_bytes(arguments: tuple[Any, ...]) -> int:
+    """Dropout's draws, 64 bits for four elements, and what the comparison gives, beside the mask itself."""
+    like, in_features, *_ = arguments
+    elements = like.shape[0] * in_features
+    return 8 * math.ceil(elements / 4) + elements
+
+
+def adamw_32bit_bytes(arguments: tuple[Any, ...]) -> int:
+    """bitsandbytes' update on a CPU, written in torch, has three fp32 tensors of its own at once; on CUDA none."""
+    parameter = arguments[2]
+    return (3 + (parameter.dtype != torch.float32)) * 4 * parameter.numel()
+
+
+def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
+    """Likewise; both moments in fp32 come to them."""
+    return adamw_32bit_bytes(arguments) + 2 * 4 * arguments[2].numel()
+
+
+def blockwise_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
+    """What attention by blocks of queries uses inside its forward."""
+    query, key, _, _, _, *settings = arguments
+    return blockwise_attention.workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
+
+
+def blockwise_backward_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
+    """Likewise inside its backward."""
+    _, query, key, _, _, _, *settings = arguments
+    return blockwise_attention.workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
+
+
+def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
+    """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
+    return rms_norm.workspace_bytes(arguments[1 if backward else 0], backward=backward)

@@ -1,0 +1,269 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+A checkpoint is a directory `checkpoints/step-000100` in the run directory: the adapter in PEFT's two files, what else
+training needs (`trainer_state.safetensors` for tensors, `trainer_state.json` for the rest), and `manifest.json` with
+the size and sha256 of each. It is written under a temporary name, every file and directory is synced, the manifest
+comes last, and one rename makes it appear; only then are older ones deleted. So at every moment the newest valid
+checkpoint is the old one or the new one, whole. Loading verifies the hashes first: a flipped bit in tensor data would
+otherwise load without an error.
+
+No pickle: random states are uint8 tensors and JSON. Left out: what the state means (training/loop.py) and the adapter's
+own format (adapters/peft_format.py). One process writes to a run directory at a time.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_trainer.common.errors import CheckpointError, DiskError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATE_TENSORS = "trainer_state.safetensors"
+STATE_JSON = "trainer_state.json"
+MAX_JSON_BYTES = 64 * 2**20
+
+_STEP = re.compile(r"step-(\d+)(\.replaced)?")
+
+
+class FoundCheckpoint(NamedTuple):
+    path: Path
+    step: int
+    passed_over: list[str]  # one sentence for each newer checkpoint that is damaged
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    write_adapter: Callable[[Path], None],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-<step>` and delete all but the `keep` newest up to it; returns its path.
+
+    `write_adapter` writes the adapter's files into the directory it is given. `tensors` are contiguous and share no
+    memory; `state` is JSON.
+
+    Raises:
+        DiskError: a write failed. Earlier checkpoints are untouched, nothing half-written is left.
+    """
+    checkpoints = run_dir / "checkpoints"
+    final = checkpoints / f"step-{step:06d}"
+    temporary = checkpoints / f".tmp-{step:06d}-{os.getpid()}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _clean_up(checkpoints)
+        temporary.mkdir()
+        write_adapter(temporary)
+        save_file(dict(tensors), temporary / STATE_TENSORS)
+        (temporary / STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
+        _seal(temporary, step)
+        if final.exists():
+            final.rename(_aside(final))
+        temporary.rename(final)
+        _sync(checkpoints)
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"The checkpoint of step {step} could not be written to {checkpoints}: {error}. Earlier checkpoints are "
+            "untouched. Free some space or mend the directory's permissions, then resume; a smaller checkpoint.keep "
+            "needs less space."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
+    try:
+        if _aside(final).exists():
+            shutil.rmtree(_aside(final))
+        _prune(checkpoints, step, keep)
+    except OSError as error:
+        raise DiskError(
+            f"The checkpoint {final} is written, but older ones could not be deleted: {error}. Mend the permissions "
+            f"of {checkpoints}, then resume."
+        ) from error
+    return final
+
+
+def newest_checkpoint(run_dir: Path) -> FoundCheckpoint:
+    """The newest checkpoint whose files are all as the manifest says, and which damaged ones were passed over.
+
+    Raises:
+        CheckpointError: there is none; the message says what was found.
+    """
+    checkpoints = run_dir / "checkpoints"
+    candidates = _checkpoints(checkpoints)
+    passed_over = []
+    for step, path in candidates:
+        try:
+            _verify(path)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return FoundCheckpoint(path, step, passed_over)
+    if not candidates:
+        raise CheckpointError(
+            f"There is no checkpoint in {checkpoints}. If training stopped before its first one, start it anew; else "
+            "check that this is a run directory."
+        )
+    raise CheckpointError(
+        f"No checkpoint in {checkpoints} can be used:\n" + "\n".join(f"  - {reason}" for reason in passed_over)
+    )
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Verify a checkpoint's files and return what `save_checkpoint` was given: (tensors on the CPU, state).
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another format version.
+    """
+    _verify(path)
+    state = _read_json(path / STATE_JSON)
+    return load_file(path / STATE_TENSORS), state
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of the global generators of torch (CPU and each CUDA device), Python and numpy.
+
+    Returns (uint8 tensors by name, JSON), for `restore_rng`.
+    """
+    tensors = {"rng.torch.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.torch.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return tensors, {
+        "python": {"version": version, "words": list(words), "gauss": gauss},
+        "numpy": {
+            "keys": [int(key) for key in keys],
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+    }
+
+
+def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` returned; other tensors in `tensors` are ignored.
+
+    CUDA generators are restored on the devices that exist here.
+    """
+    torch.set_rng_state(tensors["rng.torch.cpu"])
+    for index in range(torch.cuda.device_count()):
+        if (saved := tensors.get(f"rng.torch.cuda.{index}")) is not None:
+            torch.cuda.set_rng_state(saved, index)
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
+    keys = np.array(numpy["keys"], dtype=np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+
+
+def _seal(directory: Path, step: int) -> None:
+    """Give every file the mode a plain write would have, sync it, hash it, and write the manifest last."""
+    mode = (directory / STATE_JSON).stat().st_mode & 0o777  # safetensors creates its files with 0600
+    files = {}
+    for path in sorted(directory.iterdir()):
+        path.chmod(mode)
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = directory / MANIFEST
+    manifest.write_text(
+        json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}, indent=2), encoding="utf-8"
+    )
+    _sync(manifest)
+    _sync(directory)
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint goes while one of the same step takes its place; `newest_checkpoint` also looks there."""
+    return final.with_name(f"{final.name}.replaced")
+
+
+def _clean_up(checkpoints: Path) -> None:
+    """Delete what a killed run left, but for a replaced checkpoint whose replacement never came: put that back."""
+    for aside in checkpoints.glob("step-*.replaced"):
+        final = aside.with_suffix("")
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+    for leftover in checkpoints.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+
+
+def _prune(checkpoints: Path, newest: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to and with `newest`."""
+    older = [path for step, path in _checkpoints(checkpoints) if step < newest]
+    for path in older[keep - 1 :]:
+        shutil.rmtree(path)
+
+
+def _checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint directory, newest first; of two with one step, the replacement first."""
+    if not checkpoints.is_dir():
+        return []
+    matches = [(match, path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
+    matches.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
+    return [(int(match[1]), path) for match, path in matches]
+
+
+def _verify(path: Path) -> None:
+    """Raise CheckpointError unless every file is there with the size and hash that the manifest gives."""
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format_version')}; this version reads {FORMAT_VERSION}. "
+            "Use the version of qlora-trainer that wrote it."
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {STATE_TENSORS, STATE_JSON} <= files.keys():
+        raise CheckpointError(f"{path / MANIFEST} does not list the trainer's state; the checkpoint is damaged.")
+    for name, expected in files.items():
+        if name != Path(name).name or not isinstance(expected, dict):
+            raise CheckpointError(f"{path / MANIFEST} has a wrong entry {name!r}; the checkpoint is damaged.")
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing.")
+        if (size := file.stat().st_size) != expected.get("bytes"):
+            raise CheckpointError(f"{file} has {size} bytes instead of {expected.get('bytes')}; it is damaged.")
+        if _sha256(file) != expected.get("sha256"):
+            raise CheckpointError(f"{file} does not have the contents that were written (sha256 differs).")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise CheckpointError(f"{path} is not JSON; it is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; it is damaged.")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

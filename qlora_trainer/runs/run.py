@@ -1,0 +1,304 @@
+"""A run that can go on training: it trains, saves, answers samples, and tells what it is and how it went.
+
+It is made in start.py, anew or from a checkpoint, and holds all that takes part: config, rows, base, adapters, the
+optimizer's state and the plan of memory. What a step is, is training/loop.py's.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qlora_kernels.varlen_attention import Card
+from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.adapters.inject import adapter_state_dict
+from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
+from qlora_trainer.model.modules.packed_attention import attention_taken
+from qlora_trainer.planning.allocator import SETTINGS
+from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.data.preparation.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
+from qlora_trainer.data.preparation.prepare import Prepared
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.training.determinism import deterministic_algorithms
+from qlora_trainer.model.device import kernels_in_words
+from qlora_trainer.common.atomic import replaced_directory
+from qlora_trainer.common.errors import DiskError, InsufficientMemoryError, first_line, is_broken_allocator, is_out_of_memory
+from qlora_trainer.training.evaluation import Answer, answer_questions, questions
+from qlora_trainer.planning.fit import gib
+from qlora_trainer.runs.initial_adapter import target_names
+from qlora_trainer.model.load import Base, give_back_memory
+from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.common.process_memory import peak_private_bytes, restart_peak
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.training.recovery import probe, take_step
+from qlora_trainer.runs.metrics import METRICS_NAME, RunLog, read_metrics
+from qlora_trainer.runs.report.page import DataPart, Sample, write_report
+from qlora_trainer.runs.directory import BaseRecord, environment, read_samples, write_base_record, write_samples
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.training.loop import TrainState, train
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that can go on training."""
+
+    directory: Path
+    config: RunConfig
+    tokenizer: Any
+    prepared: Prepared
+    base: Base
+    adapted: list[str]  # paths of the adapted layers
+    state: TrainState
+    notices: list[str]
+    plan: MemoryPlan | None = None  # where it is what the run does, and was worth making
+    program_bytes: int | None = None  # of host memory, before the base was loaded
+
+    def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
+        """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written.
+
+        Raises:
+            TrainingError: the gradient is not finite, or training.deterministic cannot be had.
+            InsufficientMemoryError: a row does not fit by itself, or torch's allocator broke when memory ran out.
+        """
+        try:
+            with deterministic_algorithms(self.config.training.deterministic):
+                finished = self._take_steps(on_step, stop_after)
+        except RuntimeError as error:
+            if not (self.state.ran_out_of_memory and is_broken_allocator(error)):
+                raise
+            raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
+        if finished:
+            with replaced_directory(self.directory / "adapter") as work:
+                self.write_adapter(work)
+                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
+                write_base_record(work, belongs_to)
+        return finished
+
+    def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
+        """Train and keep the metrics; returns whether the end was reached."""
+        if self.base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
+            probe(self.state, self.prepared.train.lengths)
+        else:
+            restart_peak()
+        log = RunLog(self.directory, after_step=self.state.step)
+
+        def record(metrics: dict[str, Any]) -> None:
+            log.append(metrics)
+            on_step(metrics)
+
+        try:
+            return train(
+                self.state,
+                self.prepared.heldout,
+                take_step=take_step,
+                on_step=record,
+                save=self.save,
+                stop_after=stop_after,
+            )
+        finally:
+            log.close()
+
+    def _go_on_in_a_new_process(self, reason: str) -> str:
+        """Save what can be saved after the allocator broke, which takes no device memory, and say how to go on."""
+        try:
+            if self.state.optimizer.steps == {self.state.updates}:  # not amid an update
+                self.save()
+        except (RuntimeError, DiskError) as error:
+            reason = f"{reason} Saving step {self.state.step} failed too: {first_line(error)}"
+        saved = newest_checkpoint(self.directory).step
+        return (
+            f"Memory ran out on {self.base.device}, and after that torch's allocator failed for good, as it can with "
+            f"expandable segments ({reason}). A new process without them goes on after step {saved}: "
+            f"{SETTINGS[0]}=expandable_segments:False qlora resume {self.directory}"
+        )
+
+    def save(self, directory: Path | None = None) -> Path:
+        """Write a checkpoint of the present state, into the run directory unless another is given."""
+        tensors, state = self.state.state_dict()
+        return save_checkpoint(
+            directory or self.directory,
+            self.state.step,
+            write_adapter=self.write_adapter,
+            tensors=tensors,
+            state={
+                "training": state,
+                "base": self.base.fingerprint.to_json(),
+                "data": self.prepared.key,
+                "config": self.config.model_dump(mode="json"),
+                "environment": environment(self.base.device, self.base.compute_dtype),
+            },
+            keep=self.config.checkpoint.keep,
+        )
+
+    def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
+        """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report.
+
+        A prompt begins a row as it is trained, and so is no longer than these. Where memory runs out all the same, as a
+        cache for generation may be more than a step takes, there are no answers but a notice.
+        """
+        examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
+        renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
+        asked = questions(renderer, examples, self.config.evaluation.samples)
+        if not asked:
+            return
+        reason, is_broken = "", False
+        try:
+            answers = answer_questions(
+                self.base.model,
+                self.tokenizer,
+                asked,
+                max_new_tokens=self.config.evaluation.max_new_tokens,
+                progress=progress,
+            )
+        except (MemoryError, RuntimeError) as error:
+            is_broken = self.state.ran_out_of_memory and is_broken_allocator(error)
+            if not (is_broken or is_out_of_memory(error)):
+                raise
+            reason = first_line(error)
+        if reason:  # here, where no traceback holds what was allocated
+            self.state.ran_out_of_memory = True
+            if not is_broken:
+                with suppress(RuntimeError):  # an allocator that broke says so at the next step, which saves the run
+                    give_back_memory()
+            self.notices.append(
+                f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
+                "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."
+            )
+            return
+        kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}
+        write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What a person wants to know before the run begins: (name, value)."""
+        trainable = sum(parameter.numel() for group in self.state.groups for parameter in group.parameters.values())
+        data, optimizer, settings = self.prepared.report, self.state.optimizer, self.config.adapter
+        name = Path(self.config.model.name).name if Path(self.config.model.name).exists() else self.config.model.name
+        card = Card.of(self.base.device) if self.base.device.type == "cuda" else None
+        pages = (
+            f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
+            if self.base.device.type == "cuda"
+            else "not paged: nothing pages on a CPU"
+        )
+        return [
+            ("base", f"{name}, {self.base.four_bit_share:.0%} of its linear weights in NF4"),
+            ("compute", f"{str(self.base.compute_dtype).removeprefix('torch.')} on {self.base.device}"),
+            (
+                "adapters",
+                f"rank {settings.rank} on {len(self.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
+            ),
+            ("attention", attention_taken(self.base.model, card, self.base.compute_dtype, self.state.loader.packing)),
+            ("kernels", kernels_in_words(self.base.device.type)),
+            ("backward", f"{self.state.policy}; little is kept by {self.state.lean}"),
+            ("optimizer", f"{self.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
+            (
+                "training rows",
+                f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
+            ),
+            *([("rows of an epoch", _rows_by_source(self.prepared))] if self.prepared.mixture else []),
+            ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
+            ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
+            *([("planned memory", f"{gib(self.plan.total)}, peak at {self.plan.operation}")] if self.plan else []),
+        ]
+
+    def write_report(self, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
+        """report.html of the run as it stands; `measured` are (name, value) pairs to show first."""
+        metrics = read_metrics(self.directory / METRICS_NAME)
+        losses = [record["heldout_loss"] for record in metrics if record.get("heldout_loss") is not None]
+        is_finished = self.state.step == self.state.total_steps
+        unfinished = [] if is_finished else [("stopped at", f"step {self.state.step:,}")]
+        loss = [("held-out loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
+        return write_report(
+            self.directory,
+            title=title or self.directory.name,
+            config_yaml=(self.directory / "config.yaml").read_text(encoding="utf-8"),
+            metrics=metrics,
+            summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
+            samples=[Sample(**sample) for sample in read_samples(self.directory)],
+            notices=[*self.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
+            data=self._data_part(),
+        )
+
+    def _data_part(self) -> DataPart:
+        """The rows in numbers, as `qlora inspect` shows them."""
+        loader, report = self.state.loader, self.prepared.report
+        overview = overview_of(
+            self.prepared,
+            batch_size=loader.batch_size,
+            micro_batch_tokens=loader.micro_batch_tokens,
+            packing=loader.packing,
+            can_pack=self.state.forward.can_pack,
+            seed=loader.seed,
+        )
+        tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
+        tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
+        return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
+
+    def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+        """What training took at most, beside what was planned; empty without a plan or a step."""
+        if self.plan is None or not metrics:
+            return []
+        if self.base.device.type == "cuda":
+            peak, planned = max(record["peak_memory_bytes"] for record in metrics), self.plan.allocated
+            return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
+        if self.program_bytes is None or (measured := peak_private_bytes()) is None:
+            return []
+        planned = self.program_bytes + self.plan.total
+        return [
+            (
+                "peak of the process",
+                f"{gib(measured)}, planned {gib(planned)} ({measured / planned - 1:+.1%}), "
+                f"of it {gib(self.program_bytes)} the program itself",
+            )
+        ]
+
+    def release(self) -> None:
+        """Let go of the model and its optimizer, to load another in their place."""
+        self.state.optimizer.release()
+        self.base.model = None
+        del self.state
+        give_back_memory()
+
+    def write_adapter(self, directory: Path) -> None:
+        """The adapter as it is now, in PEFT's format."""
+        settings = self.config.adapter
+        first = self.base.model.get_submodule(self.adapted[0]).base
+        tensors = adapter_state_dict(self.base.model)
+        # The scaling as alpha / rank, for rsLoRA too: some readers know lora_alpha alone.
+        scaling = lora_scaling(settings.rank, settings.alpha, settings.use_rslora)
+        ranks = stored_ranks(tensors)
+        rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())
+        other_ranks = {path: found for path, found in ranks.items() if found != rank}
+        write_adapter(
+            directory,
+            tensors,
+            AdapterFileConfig(
+                base_model_name_or_path=self.config.model.name,
+                revision=self.config.model.revision,
+                r=rank,
+                lora_alpha=scaling * rank,
+                rank_pattern=other_ranks,
+                alpha_pattern={path: scaling * other for path, other in other_ranks.items()},
+                lora_dropout=settings.dropout,
+                target_modules=target_names(self.base.model, self.adapted),
+                bias=settings.bias,
+                fan_in_fan_out=isinstance(first, NF4Linear) and first.fan_in_fan_out,
+            ),
+        )
+
+
+def _rows_by_source(prepared: Prepared) -> str:
+    parts = [f"{source.epoch:,} of {source.name}" for source in prepared.report.sources if source.epoch]
+    return f"{prepared.report.epoch_examples:,}: {', '.join(parts)}"
+
+
+def _sample(answer: Answer) -> dict[str, Any]:
+    return {"prompt": answer.request, "reference": answer.expected, "before": None, "after": None}
+
+
+def _key(answer: Answer) -> tuple[str, str]:
+    return answer.request, answer.expected

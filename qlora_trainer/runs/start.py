@@ -1,0 +1,201 @@
+"""What puts a run together: from a config, or, after an interruption, from its directory to where it stood.
+
+This is where the rooms below are put together, in the order that lets a mistake cost least: the config and the output
+directory, then the tokenizer and the data (bad rows fail in seconds), then the base, the adapters and the optimizer.
+`resume_run` makes the same objects from the run directory and puts the newest valid checkpoint into them; a new run has
+one of step 0, so that it can be resumed from its first moment on. What is made is run.py's `Run`.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.peft_format import read_adapter, setting_differences
+from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
+from qlora_trainer.config.load import save_config
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.training.determinism import set_up_cublas
+from qlora_trainer.model.device import kernel_notices, missing_card_notices
+from qlora_trainer.common.atomic import new_directory, refuse_existing
+from qlora_trainer.common.errors import CheckpointError
+from qlora_trainer.model.modules.experts import named_as_experts
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
+from qlora_trainer.weights.gguf.importer import import_notices
+from qlora_trainer.runs.initial_adapter import check_base, check_settings
+from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.model.load import choose_device
+from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.quantized_copy import load_base
+from qlora_trainer.common.process_memory import private_bytes, return_freed_memory
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.runs.directory import (
+    CONFIG_NAME,
+    config_changes,
+    environment,
+    environment_differences,
+    prepare_data,
+    read_run_config,
+    user_cache,
+    write_run_config,
+)
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.training.loop import as_lowered, build_state
+from qlora_trainer.runs.run import Run
+
+_LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
+
+
+def start_run(config: RunConfig, progress: Progress = silent) -> Run:
+    """Make a new run; its directory appears last, with the config and a checkpoint of step 0, when all has succeeded.
+
+    Raises:
+        QLoRATrainerError: of any kind; its text says what to do. Nothing was left in the output directory.
+    """
+    directory = Path(config.training.output_dir)
+    refuse_existing(directory)
+    initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    config = _with_commit(config, path)
+    if initial:
+        check_settings(initial, config, path)
+    tokenizer = load_tokenizer(path)
+    config = _with_date(config, tokenizer)
+    run = _assemble(config, directory, path, tokenizer, progress)
+    if initial:
+        run.notices += check_base(initial, config, run.base.fingerprint)
+        load_adapter_state(run.base.model, initial.tensors)
+    with new_directory(directory) as work:
+        save_config(config, work / CONFIG_NAME)
+        run.prepared.write_skipped_rows(work)
+        run.save(work)
+    return run
+
+
+def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Run:
+    """Put a run back to where its newest valid checkpoint stands.
+
+    Args:
+        directory: the run directory.
+        overrides: `section.key=value` of what only concerns memory, logging or where things lie, such as
+            training.activations=recompute; written to config.yaml. Edits of config.yaml count in the same way.
+
+    Raises:
+        CheckpointError: no valid checkpoint, or it belongs to other data, another base, or other settings.
+    """
+    config = read_run_config(directory, overrides)
+    found = newest_checkpoint(directory)
+    tensors, state = load_checkpoint(found.path)
+    refused, notices = config_changes(state["config"], config)
+    adapter = read_adapter(found.path)
+    refused += [
+        f"{key}: {was} → {now}, by the adapter's own file"
+        for key, (was, now) in setting_differences(adapter.config, config.adapter).items()
+        if not any(change.startswith(f"{key}:") for change in refused)
+    ]
+    if refused:
+        changes = "\n".join(f"  - {change}" for change in refused)
+        raise CheckpointError(
+            f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
+            f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
+        )
+    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    saved = state["training"].get("memory")  # checkpoints of earlier versions have none
+    planned = as_lowered(config, saved) if saved else None
+    run = _assemble(config, directory, path, load_tokenizer(path), progress, planned)
+    if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
+        raise CheckpointError(
+            f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
+            "run on this one."
+        )
+    if state["data"] != run.prepared.key:
+        raise CheckpointError(
+            f"The data of this run changed since {found.path.name}: the files, the tokenizer or how rows are rendered. "
+            "A resumed run would not be the one that was started. Restore the data, or start a new run with "
+            f"adapter.init_from={found.path}."
+        )
+    load_adapter_state(run.base.model, adapter.tensors)
+    run.state.load_state_dict(tensors, state["training"])
+    if run.plan and run.plan.policy != run.state.policy:
+        run.notices.append(
+            f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
+            f"{run.plan.policy} would fit. To choose otherwise, name training.activations."
+        )
+        run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)
+    here = environment(run.base.device, run.base.compute_dtype)
+    run.notices += [*found.passed_over, *notices, *environment_differences(state["environment"], here)]
+    if config != read_run_config(directory):
+        write_run_config(config, directory)
+    return run
+
+
+def _assemble(
+    config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress, planned: RunConfig | None = None
+) -> Run:
+    """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
+    if config.training.deterministic:
+        set_up_cublas(config.model.device)
+    prepared = prepare_data(config, tokenizer, path, progress)
+    unpaged = _unpaged_notices(config, progress)  # before the plan, which counts state where it will lie
+    slower = kernel_notices(choose_device(config.model.device).type)
+    plan = check_fits_here(path, planned or config, progress)
+    program_bytes = private_bytes()
+    base = load_base(path, config.model, user_cache(), progress)
+    if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
+        return_freed_memory()
+    torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
+    adapted = add_adapters(base.model, config.adapter, config.training.seed)
+    policy = plan.policy if plan else choose_policy(config.training, base.device)
+    state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
+    notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
+    notices += [*missing_card_notices(config.model.device), *unpaged, *slower]
+    if names := named_as_experts(base.model, adapted):
+        notices.append(
+            f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
+            "them. Use the merged model there, or leave these layers out: adapter.targets=attention."
+        )
+    if base.device.type == "cuda" and not config.training.deterministic:
+        notices.append(
+            "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
+            "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
+        )
+    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
+
+
+def _unpaged_notices(config: RunConfig, progress: Progress) -> list[str]:
+    """One notice where the optimizer of the config should page its state and the card refuses to."""
+    device = choose_device(config.model.device)
+    if device.type != "cuda" or config.optimizer.name == "adamw":
+        return []
+    progress("trying paged memory", 0, None)
+    refusal = paging_refusal(device)
+    if not refusal:
+        return []
+    narrower = " or optimizer.name=paged_adamw_8bit" if config.optimizer.name != "paged_adamw_8bit" else ""
+    return [
+        f"The optimizer's state is not paged and stays on the card: {refusal}. It trains the same, but the "
+        "state cannot move to the host where the card is full. If memory runs out, start a run with a lower "
+        f"adapter.rank{narrower}."
+    ]
+
+
+def _with_commit(config: RunConfig, path: Path) -> RunConfig:
+    """A hub name stands for other weights tomorrow: record the commit that its branch, tag or newest state was."""
+    if (
+        path.parent.name != "snapshots"
+        or Path(config.model.name).exists()
+        or not re.fullmatch("[0-9a-f]{40}", path.name)
+    ):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+
+
+def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
+    day = Renderer(tokenizer, template_date=config.data.template_date).template_date
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})}) if day else config

@@ -1,0 +1,170 @@
+"""A run's base with its trained adapter: what evaluation, generation and merging start from."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
+from qlora_trainer.runs.checkpoint import newest_checkpoint
+from qlora_trainer.data.types import Conversation
+from qlora_trainer.data.preparation.prepare import ExampleSet, Prepared
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
+from qlora_trainer.training.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.forward import examine_forward
+from qlora_trainer.model.load import Base
+from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.quantized_copy import load_base
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.runs.directory import (
+    CONFIG_NAME,
+    BaseRecord,
+    prepare_data,
+    read_base_record,
+    read_run_config,
+    user_cache,
+)
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.training.loop import micro_batch_tokens
+
+
+@dataclasses.dataclass
+class TrainedAdapter:
+    """What a run directory holds, without the base."""
+
+    directory: Path
+    config: RunConfig
+    adapter: Adapter
+    source: str  # what the adapter was taken from, for people
+    fingerprint: BaseFingerprint  # of the base as it was trained
+    data_key: str | None  # of the rows it was trained on, where that is known
+
+
+@dataclasses.dataclass
+class Trained(TrainedAdapter):
+    """A run's base and its adapter, for evaluation and generation."""
+
+    tokenizer: Any
+    base: Base
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_trained(directory: Path) -> TrainedAdapter:
+    """A run's adapter: the final one, or the newest checkpoint's where that is further.
+
+    A finished run needs no checkpoints.
+
+    Raises:
+        CheckpointError: there is no adapter, it is damaged, or the run's config is not what it was trained with.
+    """
+    config = read_run_config(directory)
+    source, record = _newest_adapter(directory)
+    adapter = read_adapter(source)
+    if differences := setting_differences(adapter.config, config.adapter):
+        changes = "; ".join(
+            f"{key} is {now} in {CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
+        )
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
+            "adapter's values."
+        )
+    is_final = source == directory / "adapter"
+    name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"
+    return TrainedAdapter(directory, config, adapter, name, record.fingerprint, record.data)
+
+
+def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
+    """Load a run's base with its adapter, as `read_trained` finds it.
+
+    `model_settings` are taken in the place of those of the run's config, such as compute_dtype="float32", where they
+    are not None.
+
+    Raises:
+        CheckpointError: as `read_trained`, or the adapter belongs to another base.
+    """
+    run = read_trained(directory)
+    settings = run.config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
+    path = resolve_model(settings.name, settings.revision, user_cache(), progress)
+    tokenizer = load_tokenizer(path)
+    base = load_base(path, settings, user_cache(), progress)
+    if difference := run.fingerprint.difference(base.fingerprint):
+        raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
+    add_adapters(base.model, run.config.adapter, run.config.training.seed)
+    load_adapter_state(base.model, run.adapter.tensors)
+    base.model.eval()
+    return Trained(**vars(run), tokenizer=tokenizer, base=base)
+
+
+def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
+    """The final adapter or the newest valid checkpoint, whichever has more steps, and what it says of itself."""
+    final = directory / "adapter"
+    ended = read_base_record(final)
+    try:
+        newest = newest_checkpoint(directory)
+    except CheckpointError:
+        if ended is None:
+            raise
+        return final, ended
+    if ended and ended.step >= newest.step:
+        return final, ended
+    record = read_base_record(newest.path)
+    assert record is not None, "a checkpoint says which base it belongs to"
+    return newest.path, record
+
+
+def prepare_trained(
+    run: TrainedAdapter, tokenizer: Any, model_directory: Path, progress: Progress = silent
+) -> tuple[Prepared, list[str]]:
+    """The run's rows as they are now; with a notice where they are not those of training.
+
+    Raises:
+        FileMissingError, DataError: they cannot be read.
+    """
+    prepared = prepare_data(run.config, tokenizer, model_directory, progress)
+    if run.data_key in (None, prepared.key):
+        return prepared, []
+    return prepared, [
+        "The run's data changed since training, so rows held out now may have been trained on: the held-out loss and "
+        "answers are not what they were. Restore the data."
+    ]
+
+
+def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:
+    """Held-out loss, perplexity, and with `answers` (-1 for all rows) exact match by generation.
+
+    Where the data changed since training, `trained.notices` says so.
+
+    Raises:
+        DataError: the run has no held-out rows.
+    """
+    prepared, told = prepare_trained(trained, trained.tokenizer, trained.base.directory, progress)
+    trained.notices += [notice for notice in told if notice not in trained.notices]
+    heldout: ExampleSet = prepared.heldout
+    if not len(heldout):
+        raise DataError("The run has no held-out rows (data.heldout is 0), so there is nothing to evaluate on.")
+    model = trained.base.model
+    loss = heldout_loss(model, heldout, examine_forward(model), micro_batch_tokens(trained.config), progress)
+    result = {
+        "heldout_loss": loss,
+        "perplexity": perplexity(loss),
+        "rows": len(heldout),
+        "label_tokens": int(heldout.learned_counts.sum()),
+    }
+    if answers:
+        renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
+        asked = questions(renderer, heldout, None if answers < 0 else answers)
+        limit = trained.config.evaluation.max_new_tokens
+        given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
+        result |= {"exact_match": exact_match(given), "answered": len(given)}
+    return result
+
+
+def learned_plain_text(trained: Trained, progress: Progress = silent) -> bool:
+    """Whether the run learned to continue plain text rather than to answer in turns; no, where its data is gone."""
+    try:
+        prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+    except (DataError, FileMissingError):
+        return False
+    return not isinstance(prepared.train.row(0), Conversation)

@@ -1,0 +1,83 @@
+"""Training that repeats bit for bit on CUDA, where a run asks for it (training.deterministic).
+
+On a CPU a run repeats anyway. On CUDA torch's attention sums the gradients of the queries, and operations that add at
+indices their sums, in whatever order the threads come; torch has an ordered version of each, taken while deterministic
+algorithms are asked for. cuBLAS repeats itself only under one of two sizes of its workspace, which it reads from the
+environment when it is first used. docs/decisions/0024 says what was looked at. Left out: runs on another card, or under
+other versions, which add in other orders.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qlora_trainer.common.errors import ConfigError, TrainingError
+from qlora_trainer.planning.workspaces import CUBLAS_DETERMINISTIC, CUBLAS_SETTING
+
+REPEATING = (CUBLAS_DETERMINISTIC, ":16:8")  # torch takes no others
+
+
+def set_up_cublas(device: str) -> None:
+    """Have cuBLAS repeat its results, by the environment; before CUDA is first used, and once a process.
+
+    Args:
+        device: model.device; nothing to do for a run on a CPU.
+
+    Raises:
+        ConfigError: it is too late, or the user has another setting.
+    """
+    if device == "cpu" or not torch.cuda.is_available():
+        return
+    found = os.environ.get(CUBLAS_SETTING)
+    if found in REPEATING:
+        return
+    if found is not None:
+        raise ConfigError(
+            f"training.deterministic is true and the environment variable {CUBLAS_SETTING} is {found!r}, under which "
+            f"cuBLAS does not repeat its results. Unset it, or set it to {' or '.join(REPEATING)}."
+        )
+    if torch.cuda.is_initialized():
+        raise ConfigError(
+            f"training.deterministic is true, and cuBLAS repeats its results only where the environment variable "
+            f"{CUBLAS_SETTING} was set before CUDA is first used; this process has used it. Set it to "
+            f"{CUBLAS_DETERMINISTIC} before, or start the run in a process of its own."
+        )
+    os.environ[CUBLAS_SETTING] = CUBLAS_DETERMINISTIC
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Within, torch takes deterministic algorithms; afterwards what it took before. Unwanted: nothing changes.
+
+    Memory that a tensor begins with is not filled, as torch would do besides: no operation here reads what nothing has
+    written (a test fills it with NaN and compares), and filling costs time at every allocation.
+
+    Raises:
+        TrainingError: the model has an operation that has no deterministic version.
+    """
+    if not wanted:
+        yield
+        return
+    is_enabled, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise TrainingError(
+            f"training.deterministic is true, but {str(error).split(',')[0]}, and this model needs it. Set "
+            "training.deterministic=false; a run that has begun goes on with it too."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(is_enabled, warn_only=only_warns)
+        memory.fill_uninitialized_memory = fills

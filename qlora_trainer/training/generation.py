@@ -1,0 +1,137 @@
+"""Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
+
+Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
+mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
+attends without a mask (unless the model has a window).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer
+
+from qlora_trainer.common.progress import Progress, silent
+
+# Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
+MASK_BYTES = 2**26
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],  # token ids, rendered with the generation prompt
+    *,
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[str]:
+    """The greedy answer to each prompt as text, without the end-of-turn token, in the order given.
+
+    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow. The model's training
+    mode is restored.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        start = 0
+        while start < len(order):
+            progress("answering", start, len(order))
+            lengths = [len(prompts[index]) for index in order[start : start + batch_size]]
+            chosen = order[start : start + _rows_together(lengths)]
+            start += len(chosen)
+            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], _device(model))
+            with _no_hidden_settings(model):
+                output = model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=_greedy(stop_token_ids, max_new_tokens),
+                )
+            texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text
+    finally:
+        model.train(was_training)
+    progress("answering", len(order), len(order))
+    return answers
+
+
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: list[int], *, stop_token_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[str]:
+    """Yield pieces of the greedy answer to one prompt as they come."""
+    input_ids, attention_mask = _left_padded([prompt], _device(model))
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: SimpleQueue[BaseException] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            with torch.no_grad(), _no_hidden_settings(model):
+                model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=_greedy(stop_token_ids, max_new_tokens),
+                    streamer=streamer,
+                )
+        except BaseException as error:
+            failures.put(error)
+            streamer.end()
+
+    model.eval()
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if not failures.empty():
+        raise failures.get()
+
+
+def _rows_together(lengths: Sequence[int]) -> int:
+    """How many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
+    fitting = (rows for rows, width in enumerate(lengths, 1) if rows * width**2 <= MASK_BYTES)
+    return max(fitting, default=1)
+
+
+def _greedy(stop_token_ids: Sequence[int], max_new_tokens: int) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=list(stop_token_ids),
+        pad_token_id=stop_token_ids[0],  # what finished rows are filled with; it never reaches an answer
+    )
+
+
+@contextmanager
+def _no_hidden_settings(model: Any) -> Iterator[None]:
+    """Put the model's own generation settings aside: transformers fills in from them whatever a call leaves open.
+
+    A repetition penalty that some models ship would punish the repeated quotes of JSON, and greedy were not greedy.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids.to(device), attention_mask.to(device)
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

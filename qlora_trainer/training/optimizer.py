@@ -1,0 +1,301 @@
+"""The update of adapters: paged AdamW over flat groups, the learning rate's schedule, and fp16 loss scaling.
+
+bitsandbytes' optimizers are used as they are, but for two things. Their `load_state_dict` aliases what it is given,
+accepts state of other widths, and brings paged state back as ordinary GPU tensors; so state is saved by group name
+with the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself.
+And those buffers are made when the optimizer is built, so that memory runs out before training rather than in it,
+and the bytes really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one
+optimizer and keep it. Where the card cannot page (managed_memory.py), its optimizer that does not takes the place of
+the one that does: the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
+
+Left out: the loop, and what happens after a non-finite norm (loop.py).
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.common.errors import CheckpointError
+from qlora_trainer.config.schema import OptimizerConfig
+from qlora_trainer.model.modules.nf4_linear import bitsandbytes
+from qlora_trainer.training.flat import FlatGroup
+from qlora_trainer.training.managed_memory import paging_refusal
+
+PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
+STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """AdamW over flat groups. Build it with `build_optimizer`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[FlatGroup], bits: int) -> None:
+        self.optimizer = optimizer
+        self.groups = list(groups)
+        self.bits = bits
+        self._make_state()
+
+    def step(self, learning_rate: float) -> None:
+        """Update every parameter from the flat gradients."""
+        for group in self.groups:
+            group.check_views()  # an update of a buffer that the model no longer reads would go unnoticed
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = learning_rate
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            group.zero_grad()
+
+    def release(self) -> None:
+        """Take this optimizer's paged buffers off bitsandbytes' list, which would hold them for ever."""
+        manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+        ours = {id(tensor) for tensor in self._tensors().values()}
+        manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in ours]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, paged or not."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of state that bitsandbytes really pages: none on a CPU, none of a group under 100,000 elements."""
+        return sum(tensor.nbytes for tensor in self._tensors().values() if getattr(tensor, "is_paged", False))
+
+    @property
+    def steps(self) -> set[int]:
+        """How many updates the groups have had; one number, but for an update that failed between them."""
+        return {int(self.optimizer.state[group.data]["step"]) for group in self.groups}
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether state is asked for that pages where the device can."""
+        return bool(getattr(self.optimizer, "is_paged", False))
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies on the CPU of all state by "<group>.<key>", and the JSON that says what they belong to."""
+        self._wait_for_device()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
+        return tensors, self._description()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+        """Copy saved state into this optimizer's own buffers, so that paged state stays paged.
+
+        Raises:
+            CheckpointError: state of another optimizer, width, settings, or set of parameters; nothing was changed.
+        """
+        self._check(tensors, description)
+        steps = {group["name"]: group["step"] for group in description["groups"]}
+        for group in self.groups:
+            state = self.optimizer.state[group.data]
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(steps[group.name])
+            else:
+                state["step"] = steps[group.name]
+        self._wait_for_device()
+        for name, buffer in self._tensors().items():
+            buffer.copy_(tensors[name])
+
+    def _make_state(self) -> None:
+        if not isinstance(self.optimizer, bitsandbytes.optim.optimizer.Optimizer8bit):
+            self._make_torch_state()
+            return
+        with warnings.catch_warnings():
+            # Said by `paged_bytes` instead.
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            for index, settings in enumerate(self.optimizer.param_groups):
+                self.optimizer.init_state(settings, settings["params"][0], index, 0)
+
+    def _make_torch_state(self) -> None:
+        """Zero moments at step 0, as torch's AdamW would make at its first step."""
+        zeros = {
+            index: {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(group.data),
+                "exp_avg_sq": torch.zeros_like(group.data),
+            }
+            for index, group in enumerate(self.groups)
+        }
+        self.optimizer.load_state_dict({"state": zeros, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _wait_for_device(self) -> None:
+        """Host and device share paged memory; on some systems the host may touch it only while the device is idle."""
+        if self.groups[0].data.is_cuda:
+            torch.cuda.synchronize(self.groups[0].data.device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The live state. bitsandbytes' code books (qmap1, qmap2) are constants, not state."""
+        return {
+            f"{group.name}.{key}": self.optimizer.state[group.data][key]
+            for group in self.groups
+            for key in STATE_KEYS
+            if key in self.optimizer.state[group.data]
+        }
+
+    def _description(self) -> dict[str, Any]:
+        settings = self.optimizer.param_groups[0]
+        return {
+            "class": type(self.optimizer).__name__,
+            "bits": self.bits,
+            "betas": list(settings["betas"]),
+            "epsilon": settings["eps"],
+            "groups": [
+                {
+                    "name": group.name,
+                    "step": int(self.optimizer.state[group.data]["step"]),
+                    "weight_decay": group.weight_decay,
+                    "parameters": group.layout(),
+                }
+                for group in self.groups
+            ],
+        }
+
+    def _check(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+        ours = self._description()
+        rule, our_rule = (_update_rule(one.get("class")) for one in (description, ours))
+        problems = [
+            f"{key} is {description.get(key)} in the checkpoint and {ours[key]} here"
+            for key in ("class", "bits", "betas", "epsilon")
+            if (rule != our_rule if key == "class" else description.get(key) != ours[key])
+        ]
+        problems += _layout_problems(description.get("groups"), ours["groups"])
+        expected = self._tensors()
+        for name in sorted(expected.keys() | tensors.keys()):
+            if name not in tensors:
+                problems.append(f"the state {name} is missing")
+            elif name not in expected:
+                problems.append(f"there is state {name}, which this optimizer does not have")
+            elif (found := _kind(tensors[name])) != (wanted := _kind(expected[name])):
+                problems.append(f"the state {name} is {found} in the checkpoint and {wanted} here")
+        if problems:
+            raise CheckpointError(
+                "The checkpoint's optimizer state does not belong to this run:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+                + "\nResume with the settings it was saved with, or start a new run from its adapter "
+                "(adapter.init_from), with a fresh optimizer."
+            )
+
+
+def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Optimizer:
+    """The optimizer that `config.name` names, one parameter group a flat group. Its state exists at once.
+
+    A paged one where the card refuses to page is the same without paging.
+    """
+    params = [{"params": [group.data], "weight_decay": group.weight_decay} for group in groups]
+    common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    if config.name == "adamw":
+        return Optimizer(torch.optim.AdamW(params, fused=True, **common), groups, bits=32)  # type: ignore[arg-type]
+    parameter = groups[0].data
+    bits = 8 if config.name == "paged_adamw_8bit" else 32
+    prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else PAGED
+    kind = getattr(bitsandbytes.optim, f"{prefix}AdamW{bits}bit")
+    return Optimizer(kind(params, **common), groups, bits)
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The learning rate of the optimizer step with this 0-based index, of `total_steps`.
+
+    Over the first W = ceil(warmup_ratio * total_steps) steps it rises linearly, from peak/W at step 0 to the peak at
+    step W-1. Then it starts at the peak again and falls to 0 as a half cosine or a line, or stays; 0 would be reached
+    at step `total_steps`, one after the last, so that no step is wasted.
+    """
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    warmup = math.ceil(config.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / (total_steps - warmup)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - done)
+    return config.learning_rate
+
+
+class GradScale:
+    """Loss scaling for fp16 compute, by the rule of torch.amp.GradScaler, in plain Python.
+
+    The loss is multiplied by a power of two before backward so that small fp16 gradients do not flush to zero, and
+    the gradients are divided by it before the norm. A step with a non-finite norm is skipped and halves the scale;
+    `growth_interval` good steps in a row double it. Where it is not `enabled` everything is the identity.
+    """
+
+    def __init__(self, enabled: bool, value: float = 2.0**16, growth_interval: int = 2000) -> None:
+        self.enabled = enabled
+        self.value = value if enabled else 1.0
+        self.growth_interval = growth_interval
+        self.good_steps = 0
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * self.value if self.enabled else loss
+
+    def unscale_(self, groups: Sequence[FlatGroup]) -> None:
+        """Divide the gradients in place; exact, as the scale is a power of two."""
+        if self.enabled:
+            for group in groups:
+                group.grad.mul_(1.0 / self.value)
+
+    def update(self, found_non_finite: bool) -> None:
+        """Call once after each step, taken or skipped."""
+        if not self.enabled:
+            return
+        if found_non_finite:
+            self.value *= 0.5
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value *= 2.0
+            self.good_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"enabled": self.enabled, "value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where the checkpoint scaled its loss and this run does not, or the reverse."""
+        if state["enabled"] != self.enabled:
+            raise CheckpointError(
+                f"The checkpoint was trained {'with' if state['enabled'] else 'without'} fp16 loss scaling and this "
+                f"run is {'with' if self.enabled else 'without'}: the compute dtype differs. Resume with the same "
+                "model.compute_dtype on the same kind of device."
+            )
+        self.value = float(state["value"])
+        self.good_steps = int(state["good_steps"])
+
+
+def _update_rule(name: Any) -> Any:
+    """An optimizer's class, paged or not."""
+    return name.removeprefix(PAGED) if isinstance(name, str) else name
+
+
+def _layout_problems(saved: Any, ours: list[dict[str, Any]]) -> list[str]:
+    """Differences in the groups' names, weight decay, and parameters in the order of the buffers."""
+    names = [group["name"] for group in ours]
+    if not isinstance(saved, list) or [group.get("name") for group in saved] != names:
+        found = [group.get("name") for group in saved] if isinstance(saved, list) else saved
+        return [f"the parameter groups are {found} in the checkpoint and {names} here"]
+    problems = []
+    for theirs, group in zip(saved, ours, strict=True):
+        if theirs.get("weight_decay") != group["weight_decay"]:
+            problems.append(
+                f"weight_decay of {group['name']} is {theirs.get('weight_decay')} in the checkpoint and "
+                f"{group['weight_decay']} here"
+            )
+        if theirs.get("parameters") != group["parameters"]:
+            problems.append(_first_difference(group["name"], theirs.get("parameters"), group["parameters"]))
+    return problems
+
+
+def _first_difference(group: str, saved: Any, ours: list[dict[str, Any]]) -> str:
+    saved = saved if isinstance(saved, list) else []
+    for index, (theirs, own) in enumerate(zip(saved, ours, strict=False)):
+        if theirs != own:
+            return f"parameter {index} of {group} is {theirs} in the checkpoint and {own} here"
+    return f"{group} has {len(saved)} parameters in the checkpoint and {len(ours)} here"
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

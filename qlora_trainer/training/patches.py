@@ -1,0 +1,232 @@
+"""Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
+
+A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
+decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to huge,
+and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of
+models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
+(rotary.py).
+
+Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
+"""
+
+import copy
+import dataclasses
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_kernels.lora_linear import Activation, gated_nf4_linear
+from qlora_kernels.rms_norm import Form, rms_norm
+from qlora_kernels.tiling import tiled
+from qlora_trainer.adapters.layers import LoRALinear, is_linear
+from qlora_trainer.model.modules.experts import SplitExperts
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
+from qlora_trainer.training.rotary import turn_in_one_pass
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]
+FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
+MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
+
+
+@dataclasses.dataclass(frozen=True)
+class LeanReport:
+    """How many modules of each kind keep little for backward, and how many there are: (lean, all)."""
+
+    projections: tuple[int, int]
+    mlps: tuple[int, int]
+    norms: tuple[int, int]
+
+    def __str__(self) -> str:
+        kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
+        return ", ".join(f"{lean} of {count} {kind}" for kind, (lean, count) in kinds.items() if count)
+
+
+class GatedMLP:
+    """The forward of a gated MLP, down(activation(gate(x)) * up(x)), which keeps gate and up and not their product."""
+
+    def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | LoRALinear) -> None:
+        self.gate_and_up = gate_and_up
+        self.activation = activation
+        self.down = down
+        self.tiles = 1  # take the tokens in so many parts, or more
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens = x.numel() // x.shape[-1]
+        tile = tokens if self.tiles == 1 else _tile_tokens(tokens, self.tiles)
+        return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
+
+    def run(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x)
+        base, adapter = (
+            (self.down.base, self.down.adapter()) if isinstance(self.down, LoRALinear) else (self.down, None)
+        )
+        assert isinstance(base, NF4Linear)
+        return gated_nf4_linear(gate, up, self.activation, base.nf4_weight, base.bias, adapter)
+
+
+def _tile_tokens(tokens: int, tiles: int) -> int:
+    most = max(MOST_TILE_TOKENS, -(-tokens // MOST_TILES))
+    return max(min(-(-tokens // tiles), most), FEWEST_TILE_TOKENS)
+
+
+def make_lean(model: nn.Module) -> LeanReport:
+    """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognised.
+
+    Call it once adapters are in place.
+    """
+    modules = list(model.modules())
+    turn_in_one_pass(modules)
+    linear = [module for module in modules if isinstance(module, LoRALinear)]
+    norms = [module for module in modules if _is_norm(module)]
+    mlps = [module for module in modules if _is_mlp(module)]
+    lean_norms = 0
+    for norm in norms:
+        found = rms_norm_form(norm)
+        if found is not None:
+            norm.forward = functools.partial(_norm_forward, norm, *found)
+        lean_norms += found is not None or isinstance(norm, nn.LayerNorm)  # torch's own keeps no more
+    experts = [module for module in modules if isinstance(module, SplitExperts)]
+    lean_mlps = sum(module.is_4bit for module in experts)  # by their own forward
+    for mlp in mlps:
+        gated = gated_mlp(mlp)
+        if gated is not None:
+            mlp.forward = gated
+            lean_mlps += 1
+    return LeanReport(
+        projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
+        mlps=(lean_mlps, len(mlps) + len(experts)),
+        norms=(lean_norms, len(norms)),
+    )
+
+
+def tile_mlps(model: nn.Module, tiles: int) -> None:
+    """Take the tokens of every lean MLP in so many parts, or in more where those would be large; 1: whole."""
+    for module in model.modules():
+        if isinstance(module.forward, GatedMLP):
+            module.forward.tiles = tiles
+
+
+def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
+    """(eps, form) where the module is RMS normalisation in a form that `rms_norm` has; else None."""
+    weight = norm._parameters.get("weight")
+    eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
+    if (
+        weight is None
+        or weight.requires_grad
+        or not isinstance(eps, float)
+        or norm._buffers
+        or len(norm._parameters) != 1
+    ):
+        return None
+    forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast", "weight_before_cast")
+    if not _takes_one_argument(norm):
+        return None
+    return next(
+        ((eps, form) for form in forms if all(_normalises(norm, eps, form, width) for width in (64, 192))), None
+    )
+
+
+def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
+    """Whether the module, given a random weight of this width, is RMS normalisation over all of it in this form."""
+    dtype = norm.get_parameter("weight").dtype
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(width, generator=generator).to(dtype)
+        x = (torch.randn(32, width, generator=generator) * SIZES[:, None]).to(dtype)
+        small = _copy_of(norm)
+        small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
+        return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
+
+
+def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
+    """The lean forward where the module is a gated MLP over a 4-bit down projection; else None.
+
+    Its children are a gate and an up projection, or one that holds both, a down projection, and an activation.
+    """
+    linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
+    others = [child for name, child in mlp.named_children() if name not in linear]
+    if len(others) != 1 or next(others[0].parameters(), None) is not None or isinstance(others[0], nn.Identity):
+        return None
+    if not _takes_one_argument(mlp):
+        return None
+    activation = others[0]
+    for names in itertools.permutations(linear):
+        down = linear[names[-1]]
+        is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
+        if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
+            split = _split([linear[name] for name in names[:-1]])
+            return GatedMLP(split, named_activation(activation), down)  # type: ignore[arg-type]
+    return None
+
+
+def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module) -> bool:
+    """Whether the module computes down(activation(gate(x)) * up(x)) with the children of these names, down last."""
+    hidden, width = 4, 6
+    with unset_fake_temporarily(), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
+        weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
+        stubs = [_stub(weight) for weight in weights]
+        x = torch.randn(32, hidden, generator=generator, dtype=torch.float64) * SIZES[:, None]
+        small = _copy_of(mlp)
+        small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
+
+        def expected() -> Tensor:
+            gate, up = _split(stubs[:-1])(x)
+            return stubs[-1](activation(gate) * up)
+
+        return agree(lambda: small(x), expected)
+
+
+def _split(projections: Sequence[nn.Module]) -> Split:
+    """x -> (gate, up), by two projections or the halves of one."""
+    if len(projections) == 1:
+        return lambda x: projections[0](x).chunk(2, dim=-1)
+    gate, up = projections
+    return lambda x: (gate(x), up(x))
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    """Whether the module can be called with its input alone: a second argument would be lost on the lean form."""
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """The module as its library made it. It shares all with the original: give it tables of its own to change them."""
+    copied = copy.copy(module)
+    copied.__dict__.pop("forward", None)
+    return copied
+
+
+def _stub(weight: Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _norm_forward(norm: nn.Module, eps: float, form: Form, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, eps, form)  # type: ignore[arg-type]
+
+
+def _is_projection(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear) or is_linear(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """At least two projections and something without weights that is no attention: an activation."""
+    if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
+        return False
+    children = list(module.children())
+    others = [child for child in children if not _is_projection(child)]
+    return len(children) - len(others) >= 2 and any(next(child.parameters(), None) is None for child in others)

@@ -1,0 +1,177 @@
+"""When memory runs out after all: the same step again, with smaller micro-batches, then with less kept for backward.
+
+A plan can be wrong by a little, and other programs use the card too. A step is a set of rows, so it can be taken again
+with the same rows in smaller micro-batches, divided by the same number of label tokens: it learns the same, and only
+last bits differ, as from any choice of micro-batches. The micro-batch that failed is split by rows first, since that
+costs no arithmetic; where it is a single row, the activation policy goes one level leaner, as far as host memory has
+room for what is offloaded. What was lowered stays so
+for the rest of the run, also when it is resumed: what failed once would fail again.
+
+`probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
+
+With expandable segments torch's allocator may be broken afterwards, for the rest of the process. Then there is nothing
+to try again here: the run is saved and goes on in a new process (runs/run.py).
+
+Left out: memory that runs out elsewhere (evaluation, loading), and a host whose kernel ends the process: that cannot
+be caught.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
+from qlora_trainer.model.load import give_back_memory
+from qlora_trainer.runs.checkpoint import restore_rng, rng_state
+from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Policy, host_room, offloaded_bytes
+from qlora_trainer.training.loop import TrainState, accumulate_gradients, train_step
+
+Result = TypeVar("Result")
+
+
+def take_step(state: TrainState) -> dict[str, float]:
+    """Take the loader's next step, with less memory where it runs out, and move the cursor on; returns its metrics.
+
+    Raises:
+        InsufficientMemoryError: a row does not fit by itself under any policy. The state is that before the step.
+    """
+    metrics = until_it_fits(state, lambda: train_step(state, state.loader.peek()), f"step {state.step + 1}")
+    state.loader.advance()
+    return metrics
+
+
+def probe(state: TrainState, lengths: np.ndarray) -> None:
+    """Forward and backward of the largest micro-batch of the steps to come; lowers what does not fit.
+
+    The optimizer's state exists already, and its update works in place, so a step needs no more than this. Nothing
+    changes but, where memory ran out, the micro-batches and the policy: not the adapters, the optimizer, the random
+    state or the data cursor; the gradients are zero.
+
+    Args:
+        lengths: tokens of each training row, (rows,).
+
+    Raises:
+        InsufficientMemoryError: a row does not fit by itself under any policy. The state is as it was.
+    """
+    steps = state.total_steps - state.step
+    if steps == 0:
+        return
+    state.model.train()
+    random = rng_state()
+    until_it_fits(
+        state,
+        lambda: accumulate_gradients(state, [state.loader.largest_pack(lengths, steps)]),
+        "the longest micro-batch, tried before the first step",
+    )
+    state.optimizer.zero_grad()
+    restore_rng(*random)
+
+
+def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -> Result:
+    """What `attempt` returns, repeated from the same state with less memory as often as it raises MicroBatchError.
+
+    An attempt that fails leaves partial gradients, which the next begins by zeroing in place, and another random state,
+    which is put back.
+
+    Args:
+        what: names the attempt, for the one sentence that joins `state.notices` where memory ran out.
+
+    Raises:
+        InsufficientMemoryError: there is nothing left to lower; the state is as it was.
+    """
+    before = state.loader.micro_batch_tokens, state.policy
+    random = rng_state()
+    failed: list[list[int]] = []
+    while True:
+        try:
+            result = attempt()
+            break
+        except MicroBatchError as error:
+            failed.append(error.row_lengths)
+            reason = error.reason
+            state.ran_out_of_memory = True
+        except RuntimeError:
+            restore_rng(*random)  # the state before the attempt may be saved yet
+            raise
+        # Here, not in the except block: there the error's traceback still holds every frame, and they their tensors.
+        restore_rng(*random)
+        give_back_memory()
+        if not lower(state, failed[-1]):
+            letter = _no_room(failed[-1], reason, state)
+            state.set_memory(*before)
+            raise InsufficientMemoryError(letter)
+        if state.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(state.device)  # the peak told is that of what fits
+    if failed:
+        state.notices.append(_lowered(what, failed[0], before, (state.loader.micro_batch_tokens, state.policy)))
+    return result
+
+
+def lower(state: TrainState, row_lengths: list[int]) -> bool:
+    """Let a micro-batch that failed need less from here on: half its tokens, or a leaner policy; False: it cannot.
+
+    Args:
+        row_lengths: tokens of its rows as they were laid out.
+    """
+    if len(row_lengths) > 1:  # both bounds are below the sum, so these rows will be laid out in more micro-batches
+        state.set_memory(max(sum(row_lengths) // 2, max(row_lengths)), state.policy)
+        return True
+    policy = _leaner(state, row_lengths[0])
+    if policy is None:
+        return False
+    try:
+        state.set_memory(state.loader.micro_batch_tokens, policy)
+    except ModelError:  # its layers cannot be recomputed, as all leaner policies do
+        return False
+    return True
+
+
+def _leaner(state: TrainState, tokens: int) -> Policy | None:
+    """The next policy with less on the device, whose part on the host fits there; None where there is none."""
+    policy = state.policy.leaner()
+    while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):
+        every = policy.offload_every + 1
+        policy = dataclasses.replace(policy, offload_every=every) if every <= MOST_BETWEEN_OFFLOADED else None
+    return policy
+
+
+def _host_lacks(state: TrainState, policy: Policy, tokens: int) -> bool:
+    """Whether what a policy offloads is more than host memory has room for, and than what is offloaded now."""
+    needed = offloaded_bytes(state.model, policy, tokens)
+    return needed > offloaded_bytes(state.model, state.policy, tokens) and needed > host_room()
+
+
+def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], after: tuple[int, Policy]) -> str:
+    changes = []
+    if after[0] != before[0]:
+        changes.append(f"micro-batches of at most {after[0]:,} tokens (before: {before[0]:,})")
+    if after[1] != before[1]:
+        changes.append(f"activations {after[1]} (before: {before[1]})")
+    return (
+        f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
+        "which the run keeps: its steps learn from the same rows; only last bits differ (and dropout's masks, where "
+        "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
+        "training.activations."
+    )
+
+
+def _no_room(row_lengths: list[int], reason: str, state: TrainState) -> str:
+    next_policy = state.policy.leaner()
+    host = ""
+    if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
+        needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
+        host = f" To offload would take {needed / 2**30:.1f} GiB of host memory, more than is free there."
+    return (
+        f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
+        f"activations {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, or resume on "
+        f"a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
+        "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was learned."
+    )
+
+
+def _rows(row_lengths: list[int]) -> str:
+    total = f"{sum(row_lengths):,} tokens"
+    return f"a row of {total}" if len(row_lengths) == 1 else f"{len(row_lengths)} rows of together {total}"

@@ -1,0 +1,231 @@
+"""Weights as bitsandbytes holds and stores them, read, written and checked.
+
+The tables of a weight that was quantised elsewhere are held to the shapes and dtypes of our own: compiled kernels read
+them by these alone. Dequantisation is qlora_kernels' own, checked against its definition at start-up, because
+bitsandbytes' module forwards rewrite biases and, on some CPUs, repack the weights they were given.
+
+Legend: O out features, I in features.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4
+from qlora_trainer.common.errors import QuantizationError
+from qlora_trainer.model.modules.nf4_linear import WEIGHT_TENSORS, NF4Linear, all_finite, bitsandbytes, empty_weight
+
+_STATE_KEY = "quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256
+_DAMAGED = "The checkpoint is damaged: fetch it again, or use the model's 16-bit checkpoint."
+_SOURCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def adopt_linear4bit(model: nn.Module) -> int:
+    """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
+
+    Raises:
+        QuantizationError: a layer is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+    """
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for path, layer in layers:
+        weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
+        bias = None if layer.bias is None else layer.bias.data
+        source_class = getattr(layer, "source_cls", nn.Linear)
+        model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=source_class.__name__ == "Conv1D"))
+    return len(layers)
+
+
+def weight_from_checkpoint(
+    packed: Tensor,  # (O*I/2, 1) uint8, the checkpoint's "<name>.weight"
+    stats: Mapping[str, Tensor],  # the checkpoint's "<name>.weight.<key>" by key
+    name: str,
+) -> NF4Weight:
+    """Rebuild a weight from a prequantised bitsandbytes checkpoint's tensors.
+
+    Raises:
+        QuantizationError: it is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage; or a
+            table is missing or damaged.
+    """
+    facts = _facts(stats, name)
+    _refuse_otherwise(facts.get("quant_type"), facts.get("blocksize"), facts.get("nested_blocksize"), packed, name)
+    offset = facts.get("nested_offset")
+    absent = packed.new_empty(0)  # is refused by its shape
+    return _checked(
+        NF4Weight(
+            packed=packed.reshape(-1),
+            absmax=stats.get("absmax", absent),
+            nested_absmax=stats.get("nested_absmax", absent),
+            nested_code=stats.get("nested_quant_map", absent),
+            offset=torch.tensor(
+                offset if type(offset) is float else torch.nan, dtype=torch.float32, device=packed.device
+            ),
+            shape=facts.get("shape", ()),
+        ),
+        stats.get("quant_map", absent),
+        name,
+    )
+
+
+def weight_to_checkpoint(
+    weight: NF4Weight,
+    source_dtype: torch.dtype,  # what it was quantised from; bitsandbytes dequantises to it
+) -> dict[str, Tensor]:
+    """What bitsandbytes stores of a weight: "" is the packed codes, the other keys follow the weight's name and a dot.
+
+    Shapes and dtypes depend on the weight's shape alone, so a file can be laid out before anything is quantised.
+    """
+    facts = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK_SIZE,
+        "dtype": str(source_dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+        "nested_blocksize": NESTED_BLOCK_SIZE,
+        "nested_dtype": "float32",
+        "nested_offset": float(weight.offset) if weight.offset.device.type != "meta" else 0.0,
+    }
+    state = json.dumps(facts).encode().ljust(_STATE_BYTES)  # as long for every offset; JSON may end in spaces
+    return {
+        "": weight.packed[:, None],
+        "absmax": weight.absmax,
+        "quant_map": NF4_CODE,
+        "nested_absmax": weight.nested_absmax,
+        "nested_quant_map": weight.nested_code,
+        _STATE_KEY: torch.frombuffer(bytearray(state), dtype=torch.uint8),
+    }
+
+
+def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """The dtype that a prequantised weight was quantised from, by what is stored beside it.
+
+    Raises:
+        QuantizationError: it is no NF4 weight, or its keys cannot be read.
+    """
+    return _SOURCE_DTYPES[_facts(statistics, name)["dtype"]]
+
+
+def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """What bitsandbytes says of a weight in JSON, of which nothing is sure but that it names a source dtype."""
+    try:
+        facts: dict[str, Any] = json.loads(bytes(statistics[_STATE_KEY].tolist()))
+        _SOURCE_DTYPES[facts["dtype"]]
+        return facts
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        stored = ", ".join(sorted(statistics)) or "nothing"
+        raise QuantizationError(
+            f"{name} is quantised otherwise than this trainer keeps its base, or its quantisation keys cannot be read "
+            f"(beside it are {stored}). Use the model's 16-bit checkpoint, which is quantised while loading."
+        ) from error
+
+
+def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
+    nested: Any = getattr(state, "state2", None)
+    _refuse_otherwise(state.quant_type, state.blocksize, nested and nested.blocksize, packed, name)
+    offset, shape = state.offset.reshape(()), tuple(state.shape)
+    weight = NF4Weight(packed.reshape(-1), state.absmax, nested.absmax, nested.code, offset, shape)
+    return _checked(weight, state.code, name)
+
+
+def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed: Tensor, name: str) -> None:
+    """QuantizationError unless it is NF4, block size 64, double quantisation, uint8 storage."""
+    found = {
+        "type": kind,
+        "block size": block_size,
+        "double quantisation": nested_block_size is not None,
+        "nested block size": nested_block_size or NESTED_BLOCK_SIZE,
+        "storage": str(packed.dtype).removeprefix("torch."),
+    }
+    wanted = {
+        "type": "nf4",
+        "block size": BLOCK_SIZE,
+        "double quantisation": True,
+        "nested block size": NESTED_BLOCK_SIZE,
+        "storage": "uint8",
+    }
+    if found != wanted:
+        differences = ", ".join(
+            f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if found[key] != wanted[key]
+        )
+        raise QuantizationError(
+            f"{name} is quantised otherwise than this trainer keeps its base: {differences}. Use the model's 16-bit "
+            "checkpoint, which is quantised while loading, or one prequantised to NF4 with double quantisation."
+        )
+
+
+def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
+    """The weight, if its tables are those of its shape; `code` are the sixteen values its codes stand for.
+
+    Raises:
+        QuantizationError: a table has another shape or dtype, or a value that cannot be.
+    """
+    shape: Any = weight.shape  # still what the checkpoint says
+    if not (
+        isinstance(shape, list | tuple)
+        and len(shape) == 2
+        and all(type(size) is int and 0 < size < 2**31 for size in shape)
+    ):
+        raise QuantizationError(f"{name} says that its shape is {shape!r}, which is no matrix's. {_DAMAGED}")
+    weight = dataclasses.replace(weight, shape=tuple(shape))
+    expected = empty_weight(*weight.shape, "meta")
+    for table in WEIGHT_TENSORS:
+        found, wanted = getattr(weight, table), getattr(expected, table)
+        if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+            raise QuantizationError(
+                f"{name}: {table} is {_told(found)}, and in a weight of {shape[0]} x {shape[1]} it is {_told(wanted)}. "
+                f"{_DAMAGED}"
+            )
+    if code.dtype != NF4_CODE.dtype or not torch.equal(code, NF4_CODE.to(code.device)):
+        raise QuantizationError(f"{name}: quant_map, the values of its codes, is not that of NF4. {_DAMAGED}")
+    if not all_finite(weight.offset, weight.nested_absmax, weight.nested_code):
+        raise QuantizationError(f"{name} was quantised from values that are not finite. {_DAMAGED}")
+    return weight
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def check_dequantization(device: torch.device) -> list[str]:
+    """Compare dequantisation on `device` with its definition, on even and awkward shapes, to the last bit.
+
+    Returns one notice for each shape on which bitsandbytes' own function differs (its CPU code does for widths that
+    are no multiple of the block size, on some processors); training here does not use that function.
+
+    Raises:
+        QuantizationError: ours differs, so that training would adapt to another base than the merge writes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    notices = []
+    for shape in ((64, 64), (3, 80), (96, 192), (1, 576)):
+        values = torch.randn(shape, generator=generator).to(device)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+        )
+        weight = _from_bitsandbytes(packed, state, "a sample")
+        expected = _dequantize_by_definition(weight)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
+            raise QuantizationError(
+                f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
+                "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
+                "`qlora doctor`."
+            )
+        if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):
+            notices.append(
+                f"bitsandbytes dequantises NF4 of shape {shape} wrongly on {device}; it is not used for that."
+            )
+    return notices
+
+
+def _dequantize_by_definition(weight: NF4Weight) -> Tensor:  # (O, I) fp32
+    """value = NF4_CODE[code] * (nested_code[absmax] * nested_absmax + offset), element by element."""
+    codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1).long()
+    element = torch.arange(weight.shape[0] * weight.shape[1], device=codes.device)
+    block = element // weight.block_size
+    scale = weight.nested_code[weight.absmax.long()[block]] * weight.nested_absmax[block // weight.nested_block_size]
+    values = NF4_CODE.to(codes.device)[codes[: element.numel()]] * (scale + weight.offset)
+    return values.reshape(weight.shape)

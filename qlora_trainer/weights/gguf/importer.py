@@ -1,0 +1,292 @@
+"""A .gguf file as a model directory: its config, its tokenizer, and a record of where its tensors lie.
+
+Training, fingerprints and the merge read a checkpoint by its own names, so a GGUF base is taken through that door too.
+transformers knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor
+by tensor. The weights stay in the file, and are dequantised where they are read (reader.py), so the model never
+lies anywhere in 16 bits, in memory or on the disk. The values are those of `from_pretrained(gguf_file=...)`, cast once
+to the dtype that the record names. That dtype decides the NF4 codes: float16 for quantised tensors (their scales are
+float16, so it keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the
+dtype they have.
+
+Left out: mixtures of experts (their layers are merged from several tensors, and cannot become 4-bit here anyway) and
+files split into several.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
+from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
+from qlora_trainer.common.progress import Progress
+from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.weights.gguf.layout import (
+    ROPE_DIVISORS,
+    Translation,
+    readable_architectures,
+    restore_rope_scaling,
+    translate_tensors,
+)
+from qlora_trainer.weights.gguf.reader import (
+    IMPORT_RECORD,
+    READ_ERRORS,
+    ImportedTensor,
+    StoredTensor,
+    examine,
+)
+
+FOLDER = "gguf-2"  # in the cache; `gguf` held copies in 16 bits, which are read no more and may be deleted
+FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
+
+
+def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
+    """The directory under `cache_dir` that stands for `path`; made at the first call, which looks at every value.
+
+    It is named after the file and its sha256, and written under a temporary name, so one that exists is whole. The file
+    must stay: it is read from there.
+
+    Raises:
+        FileMissingError: there is no such file.
+        ModelError: not a readable GGUF file, or of an architecture that transformers cannot read from GGUF.
+        NotInstalledError: the package gguf is missing.
+        DiskError: the directory cannot be written.
+    """
+    if not path.is_file():
+        raise FileMissingError(f"There is no model file {path}.")
+    digest = _sha256(path, progress)
+    directory = cache_dir / FOLDER / f"{path.stem}-{digest[:16]}"
+    if (directory / IMPORT_RECORD).is_file():
+        _note_place(directory, path)
+        return directory
+    refuse_unwritable(directory, "XDG_CACHE_HOME")
+    with quiet_transformers():
+        progress(f"Reading the metadata of {path.name}", 0, None)
+        reader = _open(path)
+        config = _read_config(path)
+        used = {ROPE_DIVISORS} if restore_rope_scaling(config, reader) else set()
+        with torch.device("meta"):
+            model = _build_model(config, path)
+        architecture = reader.get_field("general.architecture").contents()
+        translations = translate_tensors(architecture, [tensor.name for tensor in reader.tensors], model, path)
+        tensors = _examine_tensors(path, reader, translations, progress)
+        tokenizer = _read_tokenizer(path, config)
+        try:
+            with new_directory(directory) as temporary:
+                _write_config(temporary, config, model, tensors)
+                _write_tokenizer(temporary, tokenizer, path)
+                _write_record(temporary, path, digest, reader, used | set(translations), tensors)
+        except OutputExistsError:
+            # Another process made the same copy meanwhile; only a whole one can stand under this name.
+            if not (directory / IMPORT_RECORD).is_file():
+                raise
+    return directory
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+            done += len(block)
+            progress(f"Reading {path.name}", done, size)
+    return digest.hexdigest()
+
+
+def _place(path: Path) -> dict[str, Any]:
+    """Where the file lies, and by what a change is noticed without reading it again."""
+    found = path.stat()
+    return {"file": str(path.resolve()), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+def _note_place(directory: Path, path: Path) -> None:
+    """The same content may lie elsewhere now."""
+    record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
+    if record | _place(path) != record:
+        write_text(directory / IMPORT_RECORD, json.dumps(record | _place(path), indent=2) + "\n")
+
+
+def _open(path: Path) -> Any:
+    """gguf's reader over the memory-mapped file; a truncated one fails here."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise NotInstalledError(f"{path} is a GGUF file; reading it needs a package: pip install gguf") from error
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'. Download it again?")
+    try:
+        reader = GGUFReader(path)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"{path} cannot be read as GGUF: it is damaged, or was not downloaded to its end "
+            f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
+        ) from error
+    split = reader.get_field("split.count")
+    if split is not None and split.contents() > 1:
+        raise ModelError(
+            f"{path} is one of {split.contents()} parts of a model. Join them first: llama-gguf-split --merge "
+            f"{path.name} whole.gguf"
+        )
+    return reader
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
+            f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
+            "safetensors directory or hub name."
+        ) from error
+    # What transformers notes about where the config came from, which is not true of the copy.
+    for note in ("quantization_config", "_model_name_or_path"):
+        vars(config).pop(note, None)
+    return config
+
+
+def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(
+            f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
+        ) from error
+
+
+def _examine_tensors(
+    file: Path, reader: Any, translations: dict[str, Translation], progress: Progress
+) -> dict[str, ImportedTensor]:
+    """Checkpoint name -> where its values come from and the dtype they have; every value is looked at once.
+
+    Raises:
+        ModelError: a tensor has another shape than the model's, or values that are not finite.
+    """
+    sources = [tensor for tensor in reader.tensors if tensor.name in translations]
+    done, total = 0, sum(int(source.n_elements) for source in sources)
+    examined = {}
+    for source in sources:
+        translation = translations[source.name]
+        shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp counts from the fastest dimension
+        stored = StoredTensor(source.name, source.tensor_type.name, shape, int(source.data_offset))
+        found = examine(stored, file, translation.convert)
+        if found.shape != translation.shape:
+            raise ModelError(
+                f"Tensor {source.name} has shape {found.shape}, but the model's {translation.name} has "
+                f"{translation.shape}. The file's metadata and tensors disagree."
+            )
+        if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
+            raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
+        # What the values are kept in: what they are if they are floats, else float16 where that does not overflow.
+        dtype = FLOAT_TYPES.get(stored.type, torch.float16)
+        if dtype == torch.float16 and max(-found.lowest, found.highest) >= FLOAT16_OVERFLOW:
+            dtype = torch.float32
+        examined[translation.name] = ImportedTensor(stored, dtype, found.shape, found.rows)
+        done += int(source.n_elements)
+        progress("Examining the GGUF file", done, total)
+    return examined
+
+
+def _write_config(
+    directory: Path, config: PretrainedConfig, model: PreTrainedModel, tensors: dict[str, ImportedTensor]
+) -> None:
+    """config.json with the class, and the dtype that most values are stored in; and generation_config.json."""
+    config.architectures = [type(model).__name__]
+    config.dtype = _main_dtype(model, tensors)
+    config.save_pretrained(directory)
+    GenerationConfig.from_model_config(config).save_pretrained(directory)
+
+
+def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
+    elements: Counter[torch.dtype] = Counter()
+    for name, tensor in model.state_dict().items():
+        if name in tensors:
+            elements[tensors[name].dtype] += tensor.numel()
+    return elements.most_common(1)[0][0]
+
+
+def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except READ_ERRORS as error:
+        raise ModelError(
+            f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
+        ) from error
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    return tokenizer
+
+
+def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
+    """Save the tokenizer, and check that a fresh one read back from the files is the same."""
+    tokenizer.save_pretrained(directory)
+    settings_file = directory / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    # The name that every transformers release since 4.0 knows for "whatever tokenizer.json says".
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for note in ("is_local", "local_files_only"):
+        settings.pop(note, None)
+    settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    same = (
+        again(TOKENIZER_PROBE).input_ids == tokenizer(TOKENIZER_PROBE).input_ids
+        and again.special_tokens_map == tokenizer.special_tokens_map
+        and again.chat_template == tokenizer.chat_template
+        and len(again) == len(tokenizer)
+    )
+    if not same:
+        raise ModelError(
+            f"The tokenizer in {path} changes when transformers saves and reads it. Use the model's safetensors "
+            "directory or hub name."
+        )
+
+
+def _write_record(
+    directory: Path,
+    path: Path,
+    digest: str,
+    reader: Any,
+    used: set[str],
+    tensors: dict[str, ImportedTensor],
+) -> None:
+    """What this directory stands for, for people and for reading; its presence means that it is whole."""
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    record = _place(path) | {
+        "sha256": digest,
+        "architecture": reader.get_field("general.architecture").contents(),
+        "gguf_types": dict(types.most_common()),
+        "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in used],
+        "storage_dtypes": dict(dtypes.most_common()),
+        "transformers": transformers.__version__,
+        "tensors": {name: tensor.to_json() for name, tensor in tensors.items()},
+    }
+    (directory / IMPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def import_notices(directory: Path) -> list[str]:
+    """What an imported checkpoint leaves out of its GGUF file, for people; empty for any other directory."""
+    record = directory / IMPORT_RECORD
+    if not record.is_file():
+        return []
+    unused = json.loads(record.read_text(encoding="utf-8"))["unused_tensors"]
+    if not unused:
+        return []
+    return [f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {', '.join(unused[:3])}."]

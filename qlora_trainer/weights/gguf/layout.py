@@ -1,0 +1,165 @@
+"""What a GGUF file's tensors are called in the model's own checkpoint, and how their values lie there.
+
+llama.cpp renames tensors, interleaves the rows of rotary heads, adds one to some norms. transformers knows all of
+that, per architecture, in two kinds of tables (older ones with processors of numpy arrays, newer ones with weight
+conversions); both are asked here for one tensor at a time, where its own loader takes the whole model into memory.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.quiet import quiet_transformers
+
+ROPE_DIVISORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What becomes of one GGUF tensor: its name and shape in the checkpoint, and its values there."""
+
+    name: str
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], Tensor]  # dequantised float32 values -> float32, in the checkpoint's layout
+
+
+def translations_of(directory: Path, architecture: str, names: list[str]) -> dict[str, Translation]:
+    """As `translate_tensors`, for the model of a directory that was imported before."""
+    with quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
+    return translate_tensors(architecture, names, model, directory)
+
+
+def translate_tensors(
+    architecture: str, names: list[str], model: PreTrainedModel, path: Path
+) -> dict[str, Translation]:
+    """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
+    if architecture in _newer_conversions():
+        translations = _newer_translations(architecture, names, model)
+    else:
+        translations = _table_translations(architecture, names, model)
+    if any(".experts." in name for name in model.state_dict()):
+        raise ModelError(
+            f"{path} holds a mixture of experts ({architecture}). Its experts cannot be taken from GGUF here; use the "
+            "safetensors directory or hub name of the model."
+        )
+    tied = set(model.all_tied_weights_keys)
+    expected = {name for name in model.state_dict() if name not in tied}
+    made = Counter(translation.name for translation in translations.values())
+    if missing := sorted(expected - set(made)):
+        raise ModelError(
+            f"{path} lacks {len(missing)} of the {len(expected)} tensors of a {architecture} model, such as "
+            f"{', '.join(missing[:3])}. It may be damaged, or of a variant that transformers does not know."
+        )
+    if doubled := sorted(name for name in expected if made[name] > 1):
+        raise ModelError(f"{path} holds more than one tensor for {', '.join(doubled[:3])}.")
+    return {gguf_name: found for gguf_name, found in translations.items() if found.name in expected}
+
+
+def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    name_map: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+
+    def convert(values: np.ndarray, gguf_name: str) -> Tensor:
+        side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
+        result = processor.process(
+            weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output
+        )
+        # One processor (GPT-2's, for its head) hands a tensor back by the side instead of returning it.
+        return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
+
+    shapes = _shapes(model)
+    return {
+        name: Translation(name_map[name], shapes[name_map[name]], partial(convert, gguf_name=name))
+        for name in names
+        if name in name_map
+    }
+
+
+def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations.gguf import get_gguf_conversion_mapping
+
+    mapping = get_gguf_conversion_mapping(architecture, model.config)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    def convert(values: np.ndarray, operations: list[Any], name: str) -> Tensor:
+        tensor = torch.tensor(values)
+        for operation in operations:
+            (tensor,) = operation.convert({name: tensor}, [name], [name], full_layer_name=name).values()
+        return tensor
+
+    shapes = _shapes(model)
+    translations = {}
+    for gguf_name in names:
+        name, pattern = rename_source_key(gguf_name, renamings, converters)
+        operations = by_pattern[pattern].operations if pattern is not None else []
+        if name in shapes:
+            translations[gguf_name] = Translation(
+                name, shapes[name], partial(convert, operations=operations, name=name)
+            )
+    return translations
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
+    """Set Llama 3's rope scaling where the file has it; True if the tensor that held it is thereby accounted for.
+
+    llama.cpp writes no settings, but the divisor of each rotary frequency, in a tensor that transformers ignores:
+    Llama 3.1 and 3.2 would run with other positions than they were trained with. All of them were published with the
+    settings below but for the factor, so these are tried, and taken only if they give the file's divisors.
+    """
+    tensor = next((tensor for tensor in reader.tensors if tensor.name == ROPE_DIVISORS), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if tensor is None or rope.get("rope_type") != "default":
+        return False
+    divisors = torch.from_numpy(np.array(tensor.data, dtype=np.float32))  # (head_dim / 2,)
+    settings = rope | {
+        "rope_type": "llama3",
+        "factor": round(float(divisors.max()), 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    candidate = copy.deepcopy(config)
+    candidate.rope_parameters = settings
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](candidate, torch.device("cpu"))
+    places = torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
+    plain = settings["rope_theta"] ** -places
+    if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+        return False
+    config.rope_parameters = settings
+    return True
+
+
+def readable_architectures() -> list[str]:
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    return sorted((set(GGUF_SUPPORTED_ARCHITECTURES) | set(_newer_conversions())) - {"general", "tokenizer"})
+
+
+def _newer_conversions() -> dict[str, Callable]:
+    """Architectures that transformers reads by weight conversions rather than by its older tables."""
+    try:
+        from transformers.integrations.gguf import GGUF_ARCHS
+    except ImportError:  # before transformers 5.23
+        return {}
+    return dict(GGUF_ARCHS)

@@ -1,0 +1,223 @@
+"""The tensors of a GGUF file in the model's own names and layout, dequantised where they are read.
+
+A model in GGUF lies in 4 or 5 GB; a copy in 16 bits would take three times that on the disk, and is never made. The
+import (importer.py) goes through the file once and writes a record: where each tensor lies, what it is called in the
+checkpoint, and the dtype its values have there. Reading follows the record. Most tensors lie as the checkpoint has
+them, which the import has seen, and are read by rows; of those that llama.cpp permutes the record has the order of
+rows, and each is read whole. What is stored otherwise still, transformers converts again.
+
+Left out: which tensors there are and what they are called, which layout.py asks of transformers.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_trainer.common.errors import FileMissingError, ModelError
+from qlora_trainer.weights.gguf.layout import Translation, translations_of
+
+IMPORT_RECORD = "import.json"
+SAMPLE_ELEMENTS = 2**25
+CHUNK_ELEMENTS = 2**20  # dequantised at a time by each thread; gguf's functions make several copies
+
+# What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
+READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a GGUF file."""
+
+    name: str  # llama.cpp's
+    type: str  # gguf's, such as Q4_K
+    shape: tuple[int, ...]  # row by row, as torch counts
+    offset: int  # of its first byte in the file
+
+    def values(self, file: Path, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor, or some rows of its first dimension, as fp32 and cast once; ModelError where it cannot be read.
+
+        Beside the result it takes the memory of a few chunks.
+        """
+        if len(self.shape) < 2:  # gguf's functions take rows; a vector is one
+            (vector,) = dataclasses.replace(self, shape=(1, *self.shape)).values(file, dtype=dtype)
+            return vector if rows is None else vector[rows]
+        start, stop, _ = (rows or slice(None)).indices(self.shape[0])
+        out = torch.empty(stop - start, *self.shape[1:], dtype=dtype)
+        step = max(1, CHUNK_ELEMENTS // max(1, math.prod(self.shape[1:])))
+        chunks = [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
+        fill = functools.partial(self._fill, file, out, start)
+        try:
+            if len(chunks) == 1:
+                fill(chunks[0])
+            else:
+                with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                    list(pool.map(fill, chunks))
+        except READ_ERRORS as error:
+            raise ModelError(
+                f"Tensor {self.name} of {file} is stored as {self.type}, and cannot be unpacked here: {error}"
+            ) from error
+        return out
+
+    def _fill(self, file: Path, out: Tensor, start: int, rows: slice) -> None:
+        from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType[self.type]
+        data = np.memmap(file, np.uint8, "r", self.offset, quant_shape_to_byte_shape(self.shape, kind))
+        part = out[rows.start - start : rows.stop - start]
+        # As one row: gguf goes by sixteen rows, of narrow ones far too little at a time.
+        values = dequantize(data[rows].reshape(1, -1), kind).reshape(part.shape)
+        part.copy_(torch.from_numpy(values if values.flags.writeable else values.copy()))
+
+
+Rows = Literal["as stored", "otherwise"] | str
+"""How the rows of a tensor lie: as the checkpoint has them; in the order of a permutation, whose numbers are written
+here with commas; or otherwise, so that transformers must convert the tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedTensor:
+    """A tensor of the checkpoint, and where its values come from."""
+
+    stored: StoredTensor
+    dtype: torch.dtype  # of its values in the checkpoint
+    shape: tuple[int, ...]
+    rows: Rows
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return dataclasses.asdict(self.stored) | {"dtype": dtype, "rows": self.rows, "becomes": self.shape}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ImportedTensor":
+        stored = StoredTensor(fields["name"], fields["type"], tuple(fields["shape"]), fields["offset"])
+        return cls(stored, getattr(torch, fields["dtype"]), tuple(fields["becomes"]), fields["rows"])
+
+
+class GGUFWeights:
+    """The checkpoint that an imported GGUF file stands for: its tensors by name, read when they are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
+            self.file = Path(record["file"])
+            self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
+            known = int(record["bytes"]), int(record["modified_ns"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{directory / IMPORT_RECORD} cannot be read ({type(error).__name__}: {error}). Delete {directory}; it "
+                "is made again from the GGUF file."
+            ) from error
+        self.directory = directory
+        self._check_file(*known)
+        self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
+
+    def _check_file(self, size: int, modified_ns: int) -> None:
+        if not self.file.is_file():
+            raise FileMissingError(
+                f"{self.file}, from which this base is read, is gone. Put it back, or name it as model.name from where "
+                "it is now: it is known by its content."
+            )
+        found = self.file.stat()
+        if (found.st_size, found.st_mtime_ns) != (size, modified_ns):
+            raise ModelError(
+                f"{self.file} was changed since it was imported. Start again with it as model.name; a run that was "
+                "trained on it needs the file as it was."
+            )
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor in the checkpoint's layout and dtype, or some rows of its first dimension (step 1).
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        tensor = self.tensors[name]
+        if tensor.rows == "as stored":
+            return tensor.stored.values(self.file, rows, tensor.dtype)
+        converted = self._converted  # taken once: another thread may read another tensor
+        if converted is None or converted[0] != name:
+            self._converted = None  # an old one goes before the new one comes
+            converted = self._converted = (name, self._convert(tensor))
+        return converted[1] if rows is None else converted[1][rows]
+
+    def _convert(self, tensor: ImportedTensor) -> Tensor:
+        if tensor.rows == "otherwise":
+            values = tensor.stored.values(self.file)
+            return self._translations[tensor.stored.name].convert(values.numpy()).to(tensor.dtype)
+        return tensor.stored.values(self.file, dtype=tensor.dtype)[_permutation(tensor.rows)]
+
+    @functools.cached_property
+    def _translations(self) -> dict[str, Translation]:
+        architecture = json.loads((self.directory / IMPORT_RECORD).read_text(encoding="utf-8"))["architecture"]
+        return translations_of(self.directory, architecture, [tensor.stored.name for tensor in self.tensors.values()])
+
+
+def open_weights(directory: Path) -> GGUFWeights | None:
+    """The weights of a directory that stands for a GGUF file; None for any other directory.
+
+    Raises:
+        FileMissingError, ModelError: the file is gone, or was changed.
+    """
+    return GGUFWeights(directory) if (directory / IMPORT_RECORD).is_file() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What looking at every value of a tensor told."""
+
+    shape: tuple[int, ...]  # in the checkpoint
+    rows: Rows
+    lowest: float
+    highest: float
+
+
+def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
+    """How a tensor lies beside what `convert` makes of it, which is the checkpoint's layout.
+
+    Embeddings and output heads can be too large to convert whole, so only their first rows are: what llama.cpp permutes
+    are the rows of heads.
+    """
+    by_tokens = tensor.name in ("token_embd.weight", "output.weight")
+    step = max(1, SAMPLE_ELEMENTS // tensor.shape[-1]) if by_tokens else tensor.shape[0]
+    shape, rows = tensor.shape, "as stored"
+    lowest, highest = math.inf, -math.inf
+    for start in range(0, tensor.shape[0], step):
+        values = tensor.values(file, slice(start, start + step))
+        low, high = (float(bound) for bound in values.aminmax())
+        lowest, highest = float(np.minimum(lowest, low)), float(np.maximum(highest, high))  # NaN stays NaN
+        if start == 0 and math.isfinite(low) and math.isfinite(high):  # NaN is not equal to itself
+            converted = convert(values.numpy())
+            rows = _rows(values, converted, convert)
+            if rows != "as stored" and len(values) < tensor.shape[0]:
+                values = tensor.values(file)
+                converted = convert(values.numpy())
+                rows = _rows(values, converted, convert)
+            shape = tensor.shape if rows == "as stored" else tuple(converted.shape)
+    return Examined(shape, rows, lowest, highest)
+
+
+def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Tensor]) -> Rows:
+    if converted.shape != values.shape:
+        return "otherwise"
+    if torch.equal(converted, values):
+        return "as stored"
+    if values.dim() == 2:
+        order = convert(np.arange(len(values), dtype=np.float32)[:, None])  # the rows' own numbers, as they end up
+        written = ",".join(str(int(row)) for row in order.flatten())
+        if torch.equal(order.flatten().sort().values, torch.arange(len(values)).float()):
+            return written if torch.equal(values[_permutation(written)], converted) else "otherwise"
+    return "otherwise"
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(written: str) -> Tensor:
+    return torch.tensor([int(row) for row in written.split(",")])

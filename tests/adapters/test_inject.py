@@ -1,0 +1,388 @@
+"""Promises of the adapters: the formula, what trains, what is targeted, and agreement with PEFT."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from torch import nn
+
+from qlora_kernels.nf4 import dequantize_nf4
+from qlora_trainer.adapters.formulas import fold_lora, lora_delta, lora_scaling
+from qlora_trainer.adapters.inject import (
+    adapter_state_dict,
+    add_adapters,
+    check_trainable,
+    find_targets,
+    load_adapter_state,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    trainable_parameters,
+)
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.schema import AdapterConfig, ModelConfig
+from qlora_trainer.model.load import load_base_model
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, quantize_weight
+
+Models = Callable[[str], Path]
+
+
+def base_model(directory: Path) -> Any:
+    return load_base_model(directory, ModelConfig(name=str(directory))).model
+
+
+def randomise(model: Any) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(model):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_scaling_is_alpha_over_rank_or_its_root() -> None:
+    assert lora_scaling(16, 32.0, use_rslora=False) == 2.0
+    assert lora_scaling(16, 32.0, use_rslora=True) == 8.0
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_layer_is_the_folded_weight(use_rslora: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 80)
+    layer = LoRALinear(linear, rank=6, alpha=9.0, use_rslora=use_rslora)
+    with torch.no_grad():
+        layer.lora_A.weight.normal_()
+        layer.lora_B.weight.normal_()
+    x = torch.randn(7, 96, dtype=torch.float64)
+    A, B, W = (w.detach().double() for w in (layer.lora_A.weight, layer.lora_B.weight, linear.weight))
+    scaling = lora_scaling(6, 9.0, use_rslora)
+    expected = x @ (W + scaling * B @ A).T + linear.bias.double()
+    assert torch.allclose(layer(x.float()).double(), expected, rtol=1e-5, atol=1e-4)
+    folded = fold_lora(linear.weight.detach(), layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), scaling)
+    assert torch.allclose(folded.double(), W + scaling * B @ A, atol=1e-5)
+    assert torch.equal(folded - lora_delta(A, B, scaling), folded - scaling * (B.float() @ A.float()))
+
+
+def make_layer(base: NF4Linear | nn.Linear, dropout: float) -> LoRALinear:
+    layer = LoRALinear(base, rank=6, alpha=9.0, dropout=dropout)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        layer.lora_A.weight.normal_(generator=generator)
+        layer.lora_B.weight.normal_(generator=generator)
+    return layer
+
+
+def test_the_layer_over_four_bits_is_the_layer_over_the_dequantised_weight() -> None:
+    torch.manual_seed(0)
+    four_bit = NF4Linear(quantize_weight(torch.randn(64, 128) / 11), torch.randn(64))
+    dense = nn.Linear(128, 64)
+    with torch.no_grad():
+        dense.weight.copy_(dequantize_nf4(four_bit.nf4_weight, torch.float32))
+        dense.bias.copy_(four_bit.bias)
+    layers = [make_layer(base, dropout=0.0) for base in (four_bit, dense)]
+    x = torch.randn(2, 5, 128)
+    outputs = [layer(x) for layer in layers]
+    for output in outputs:
+        output.square().sum().backward()
+    largest = float(outputs[1].detach().abs().max())  # sums of terms near it may be in another order
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6 * largest)
+    for name in ("lora_A", "lora_B"):
+        ours, theirs = (layer.get_submodule(name).weight.grad for layer in layers)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_the_layer_over_four_bits_keeps_its_input_and_a_rank_sized_product() -> None:
+    layer = make_layer(NF4Linear(quantize_weight(torch.randn(64, 128)), None), dropout=0.4)
+    kept: list[torch.Tensor] = []
+    x = torch.randn(7, 128, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert [tensor.shape for tensor in kept] == [(7, 128), (7, 6)]
+
+
+@pytest.mark.parametrize("kind", ["four bits", "dense"])
+def test_dropout_is_random_in_training_only_and_follows_the_global_random_state(kind: str) -> None:
+    torch.manual_seed(0)
+    base = NF4Linear(quantize_weight(torch.randn(64, 128)), None) if kind == "four bits" else nn.Linear(128, 64)
+    layer, x = make_layer(base, dropout=0.4), torch.randn(7, 128)
+    state = torch.get_rng_state()
+    first, second = layer(x), layer(x)
+    torch.set_rng_state(state)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    state = torch.get_rng_state()
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    mean = torch.stack([layer.train()(x) for _ in range(2000)]).mean(0)
+    assert (mean - layer.eval()(x)).norm() / mean.norm() < 0.03  # without 1 / (1 - p): 0.4
+
+
+def test_a_layer_shows_what_it_is() -> None:
+    layer = LoRALinear(nn.Linear(128, 64), rank=6, alpha=9.0, dropout=0.25)
+    assert "rank=6, scaling=1.5, dropout=0.25" in repr(layer)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_fresh_adapter_changes_nothing(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        add_adapters(model, AdapterConfig(rank=4), seed=0)
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    paths = add_adapters(model, AdapterConfig(rank=4), seed=0)
+    ends = {path.rsplit(".", 1)[-1] for path in paths}
+    separate = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    conv = {"c_attn", "c_fc", "c_proj"}
+    assert ends == {"phi3": fused, "gpt2": conv}.get(family, separate)
+    assert len(paths) == 2 * (4 if family == "gpt2" else len(ends))  # GPT-2 has two layers called c_proj in a block
+    assert not any("lm_head" in path or "embed" in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("family", "bias", "count"),
+    [("llama", "none", 0), ("qwen2", "none", 0), ("qwen2", "lora_only", 6), ("qwen2", "all", 6)],
+)
+def test_only_adapters_and_the_biases_named_train(family: str, bias: str, count: int, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    paths = add_adapters(model, AdapterConfig(rank=4, bias=bias), seed=0)
+    names = [name for name, _ in trainable_parameters(model)]
+    assert sum(name.endswith(".bias") for name in names) == count
+    assert len(names) == 2 * len(paths) + count
+    assert all(parameter.dtype == torch.float32 for _, parameter in trainable_parameters(model))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match="must be frozen"):
+        check_trainable(model)
+
+
+def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Models) -> None:
+    model = base_model(tiny_models("qwen2"))
+    add_adapters(model, AdapterConfig(rank=4, bias="lora_only", targets=["q_proj"]), seed=0)
+    biases = [name for name, _ in trainable_parameters(model) if name.endswith("bias")]
+    assert biases == [f"base_model.model.model.layers.{i}.self_attn.q_proj.base_layer.bias" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "message"),
+    [
+        (
+            "phi3",
+            ["q_proj", "down_proj"],
+            r"names q_proj, which .* There are: down_proj, gate_up_proj, o_proj, qkv_proj",
+        ),
+        ("llama", ["q_proj", "lm_head"], "names lm_head.*output head are not adapted"),
+        ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
+        ("llama", ["proj"], "names proj, which"),
+        ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.targets=\[q_proj\]"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_told_with_what_exists(
+    family: str, targets: str | list[str], message: str, tiny_models: Models
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        find_targets(base_model(tiny_models(family)), targets)
+
+
+def test_targets_match_whole_names_only(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    assert find_targets(model, ["self_attn.q_proj"]) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert find_targets(model, ["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_adapters_start_the_same_from_the_same_seed(tiny_models: Models) -> None:
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        model = base_model(tiny_models("llama"))
+        torch.manual_seed(seed + 77)  # the global generator does not matter
+        add_adapters(model, AdapterConfig(rank=4), seed)
+        return adapter_state_dict(model)
+
+    one, same, other = initial(1), initial(1), initial(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bf16_adapters_are_the_fp32_ones_rounded_and_take_any_float_dtype(tiny_models: Models) -> None:
+    models = {}
+    for dtype in ("float32", "bfloat16"):
+        models[dtype] = base_model(tiny_models("qwen2"))
+        add_adapters(models[dtype], AdapterConfig(rank=4, dtype=dtype, bias="all"), seed=3)  # type: ignore[arg-type]
+    wide, low = (dict(trainable_parameters(model)) for model in models.values())
+    assert wide.keys() == low.keys()
+    for name, parameter in low.items():
+        assert parameter.dtype == (torch.float32 if name.endswith(".bias") else torch.bfloat16)
+        assert torch.equal(parameter, wide[name].to(parameter.dtype))
+    given = {name: torch.full_like(parameter, 0.3) for name, parameter in wide.items()}
+    load_adapter_state(models["bfloat16"], given)
+    assert all(torch.equal(p, given[name].to(p.dtype)) for name, p in low.items())
+
+
+def test_adapter_state_round_trips_and_takes_nothing_else(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    add_adapters(model, AdapterConfig(rank=4), seed=0)
+    randomise(model)
+    state = adapter_state_dict(model)
+    add_again = base_model(tiny_models("llama"))
+    add_adapters(add_again, AdapterConfig(rank=4), seed=5)
+    load_adapter_state(add_again, state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in adapter_state_dict(add_again).items())
+
+    name = next(iter(state))
+    spoilt = {
+        "1 tensor\\(s\\) missing": {k: v for k, v in state.items() if k != name},
+        "no place for, such as lm_head.weight": {**state, "lm_head.weight": torch.zeros(1)},
+        "has shape": {**state, name: state[name][:2]},
+        "not finite": {**state, name: torch.full_like(state[name], float("nan"))},
+    }
+    before = adapter_state_dict(add_again)
+    for message, tensors in spoilt.items():
+        with pytest.raises(AdapterError, match=message):
+            load_adapter_state(add_again, tensors)
+    assert all(torch.equal(before[key], tensor) for key, tensor in adapter_state_dict(add_again).items())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_and_mlp_share_out_every_linear_layer(family: str, tiny_models: Models) -> None:
+    model = base_model(tiny_models(family))
+    attention, mlp = find_targets(model, "attention"), find_targets(model, "mlp")
+    assert sorted(attention + mlp) == sorted(find_targets(model, "all-linear"))
+    assert all("attn" in path for path in attention)
+    assert all("mlp" in path for path in mlp)
+
+
+def test_a_regular_expression_matches_whole_paths(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    found = find_targets(model, r"model\.layers\.1\..*(q|v)_proj")
+    assert found == [f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v")]
+
+
+class OneLayer(nn.Module):
+    """A model that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(768, 768)
+        self.norm = nn.LayerNorm(768)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.dense(x))
+
+
+def test_the_worked_example_holds() -> None:
+    model = nn.Sequential(nn.Linear(768, 768))
+    x = torch.randn(3, 768)
+    before = model(x)
+    add_adapters(model, AdapterConfig(rank=8))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert (trainable, total) == (12_288, 602_880)
+    assert round(100 * trainable / total, 2) == 2.04
+    assert torch.equal(model(x), before)
+
+
+def test_rank_4_on_the_attention_of_gpt2_small_is_small() -> None:
+    """147,456 numbers on the query and value projections, were they apart: 12 layers of two 768 x 768."""
+    model = nn.ModuleList(nn.ModuleDict({n: nn.Linear(768, 768) for n in ("q_proj", "v_proj")}) for _ in range(12))
+    add_adapters(model, AdapterConfig(rank=4, targets=["q_proj", "v_proj"]))
+    state = lora_state_dict(model)
+    assert sum(tensor.numel() for tensor in state.values()) == 147_456
+    assert sum(tensor.nbytes for tensor in state.values()) < 0.6 * 2**20
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_a_plain_loop_trains_any_module_and_saves_what_the_mode_trains(bias: Any) -> None:
+    torch.manual_seed(0)
+    model = OneLayer()
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    add_adapters(model, AdapterConfig(rank=4, bias=bias))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, y = torch.randn(32, 768), torch.randn(32, 768)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    state = lora_state_dict(model, bias=bias)
+    expected = {"none": 0, "lora_only": 1, "all": 2}[bias]
+    assert sum(name.endswith(".bias") for name in state) == expected
+    assert len(state) == 2 + expected
+    assert torch.equal(model.dense.base.weight, frozen["dense.weight"])
+    assert torch.equal(model.norm.weight, frozen["norm.weight"])
+    for other in {"none", "lora_only", "all"} - {bias}:
+        with pytest.raises(AdapterError, match=f"bias mode {bias}, and its state was asked for under {other}"):
+            lora_state_dict(model, bias=other)
+
+    again = OneLayer()
+    add_adapters(again, AdapterConfig(rank=4, bias=bias), seed=9)
+    with torch.no_grad():
+        again.dense.base.weight.copy_(model.dense.base.weight)
+        again.dense.base.bias.copy_(frozen["dense.bias"])
+    load_adapter_state(again, state)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_bias_mode_that_differs_between_save_and_load_is_refused_by_name() -> None:
+    saved, other = OneLayer(), OneLayer()
+    add_adapters(saved, AdapterConfig(rank=4, bias="all"))
+    add_adapters(other, AdapterConfig(rank=4, bias="lora_only"))
+    with pytest.raises(AdapterError, match="saved under the bias mode all, and the model trains under lora_only"):
+        load_adapter_state(other, lora_state_dict(saved, bias="all"))
+
+
+def test_marking_again_under_another_mode_changes_what_trains() -> None:
+    model = OneLayer()
+    add_adapters(model, AdapterConfig(rank=4))
+    mark_only_lora_as_trainable(model, bias="all")
+    assert [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")] == [
+        "dense.base.bias",
+        "norm.bias",
+    ]
+    mark_only_lora_as_trainable(model)
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+
+
+def test_a_bias_trains_in_fp32_beside_16_bit_weights() -> None:
+    """A layer norm takes one dtype only; the bias is cast where it runs, and small updates are not lost."""
+    model = OneLayer().to(torch.bfloat16)
+    add_adapters(model, AdapterConfig(rank=4, bias="all"))
+    state = lora_state_dict(model, bias="all")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert set(state) >= {"base_model.model.norm.bias", "base_model.model.dense.base_layer.bias"}
+    model(torch.randn(2, 768, dtype=torch.bfloat16)).float().square().mean().backward()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and p.requires_grad]
+    assert len(biases) == 2
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in biases)
+
+
+def test_a_lone_linear_is_told_where_to_put_it() -> None:
+    with pytest.raises(AdapterError, match=r"nn\.Sequential"):
+        add_adapters(nn.Linear(8, 8), AdapterConfig())
+
+
+def test_gpt2s_conv1d_is_a_linear_layer_too() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(24, 8))  # 8 in, 24 out; weight (8, 24)
+    x = torch.randn(3, 8)
+    before = model(x)
+    add_adapters(model, AdapterConfig(rank=2))
+    assert torch.equal(model(x), before)
+    assert model[0].lora_A.weight.shape == (2, 8)
+    assert model[0].lora_B.weight.shape == (24, 2)
+
+
+def test_the_library_names_are_where_they_are_promised() -> None:
+    import qlora_trainer
+
+    for name in qlora_trainer.__all__:
+        assert callable(getattr(qlora_trainer, name)), name

@@ -1,0 +1,88 @@
+"""The command line on a machine that lacks something: the next best way and a notice, or one message and exit 2."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cards import a_card_is_here
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/1/no-such"])  # which root cannot write either
+def test_home_that_cannot_be_written_is_named_and_training_says_what_to_set(
+    home: str, qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kinds of failure: a file in the place of a folder, and a folder in which nothing can be made."""
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    code, out, _ = qlora("doctor", "--json")
+    assert code == 1
+    findings = {finding["name"]: finding for finding in json.loads(out)}
+    assert findings["Disk of the cache"]["status"] == "problem"
+    assert "XDG_CACHE_HOME" in findings["Disk of the cache"]["advice"]
+    code, _, told = qlora("train", config_file)
+    assert code == 2
+    assert f"cannot be written to {home}/.cache/qlora-trainer" in told
+    assert "set XDG_CACHE_HOME to another folder" in told
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert qlora("train", config_file, "training.max_steps=1")[0] == 0, "the advice works"
+
+
+def test_compiled_kernels_that_cannot_be_kept_are_a_notice(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kernels import compiled, registry
+
+    compiled.load_library.cache_clear()
+    for name in ("dequantize_nf4", "quantize_nf4"):
+        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
+    monkeypatch.delenv("QLORA_KERNELS", raising=False)
+    extensions = tmp_path / "cache" / "torch_extensions"
+    extensions.parent.mkdir(exist_ok=True)
+    extensions.write_text("no folder")
+    code, _, told = qlora("train", config_file, "training.max_steps=1")
+    assert code == 0
+    assert "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4" in told
+    assert "set XDG_CACHE_HOME to a folder that can be written" in told
+
+
+def test_unknown_choice_of_kernels_ends_a_run_before_it_begins(
+    qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_KERNELS", "triton")
+    code, _, told = qlora("train", config_file)
+    assert code == 2
+    assert "QLORA_KERNELS is 'triton'" in told
+
+
+def test_doctor_prints_each_finding_with_its_advice_below(qlora: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_trainer.cli import doctor
+    from qlora_trainer.cli.findings import Finding
+
+    found = [Finding("Disk", "problem", "[bold]/x[/] is full", "Empty it."), Finding("Python", "ok", "3.11")]
+    monkeypatch.setattr(doctor, "examine", lambda cache: found)
+    assert qlora("doctor") == (1, "", "problem Disk [bold]/x[/] is full → Empty it. ok Python 3.11")
+
+
+def test_card_that_another_program_holds_ends_a_run_with_the_way_out(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thing that needs the card itself fails, as where a card is in exclusive mode; nothing is left."""
+
+    def held(device: object = None) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with TORCH_USE_CUDA")
+
+    importlib.import_module("qlora_trainer.runs.start")  # libraries look for a card while they are imported
+    with monkeypatch.context() as card:
+        a_card_is_here(card, (8, 6))
+        card.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+        card.setattr(torch.cuda, "mem_get_info", held)
+        code, _, told = qlora("train", config_file, "optimizer.name=adamw")
+    assert code == 2
+    assert "CUDA-capable device(s) is/are busy or unavailable" in told
+    assert "Traceback" not in told
+    assert "TORCH_USE_CUDA" not in told
+    assert not (tmp_path / "run").exists()
+    assert qlora("train", config_file, "training.max_steps=1", "model.device=cpu")[0] == 0, "the advice works"

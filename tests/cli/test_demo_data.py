@@ -1,0 +1,172 @@
+"""The demo's score counts unseen wording and unseen values: these tests hold the two sets of rows apart."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+from qlora_trainer.cli.demo_data import ACTIONS, SYSTEM_MESSAGE, VALUES, Row, demo_rows, write_demo_data
+
+TRAIN, HELDOUT = demo_rows()
+
+
+def request(row: Row) -> str:
+    return row["messages"][1]["content"]
+
+
+def answer(row: Row) -> str:
+    return row["messages"][2]["content"]
+
+
+def slot_values(row: Row) -> dict[str, str]:
+    """The values of the row's command by slot name, as they are written in the request."""
+    command = json.loads(answer(row))
+    slots = ACTIONS[command["action"]].slots
+    return {slot: str(command[key]) for key, slot in slots.items()}
+
+
+def wording(frame: str) -> list[str]:
+    """A frame's words in lower case, every slot the same placeholder, punctuation dropped."""
+    return re.findall(r"[a-z_]+", re.sub(r"{\w+}", " _ ", frame.lower()))
+
+
+def words(text: str) -> set[str]:
+    """Words, numbers and times of a text, in lower case."""
+    return set(re.findall(r"[\w:'-]*\w", text.lower()))
+
+
+def occurs(value: str, text: str) -> bool:
+    """Whether the value stands in the text as whole words; 6 does not stand in 6:40."""
+    return re.search(rf"(?<!\w)(?<!\d:){re.escape(value)}(?!\w|:\d)", text, re.IGNORECASE) is not None
+
+
+def test_train_and_heldout_have_the_promised_sizes() -> None:
+    assert len(TRAIN) == 672
+    assert len(HELDOUT) == 70
+    for rows in (TRAIN, HELDOUT):
+        counts = {action: sum(json.loads(answer(row))["action"] == action for row in rows) for action in ACTIONS}
+        assert len(set(counts.values())) == 1
+
+
+def test_every_action_has_ten_training_and_four_heldout_frames_or_more() -> None:
+    for action in ACTIONS.values():
+        assert len(action.train_frames) >= 10
+        assert len(action.heldout_frames) >= 4
+
+
+def test_no_sentence_frame_is_shared() -> None:
+    train = [wording(frame) for action in ACTIONS.values() for frame in action.train_frames]
+    heldout = [wording(frame) for action in ACTIONS.values() for frame in action.heldout_frames]
+    assert not {tuple(frame) for frame in train} & {tuple(frame) for frame in heldout}
+
+
+def test_no_heldout_frame_has_five_words_in_a_row_of_a_training_frame() -> None:
+    def runs(frame: str) -> set[tuple[str, ...]]:
+        found = wording(frame)
+        return {tuple(found[start : start + 5]) for start in range(len(found) - 4)}
+
+    seen = {run for action in ACTIONS.values() for frame in action.train_frames for run in runs(frame)}
+    for action in ACTIONS.values():
+        for frame in action.heldout_frames:
+            assert not runs(frame) & seen, frame
+
+
+def test_no_slot_value_is_shared_whatever_the_slot() -> None:
+    train = {str(value).lower() for values in VALUES.values() for value in values.train}
+    heldout = {str(value).lower() for values in VALUES.values() for value in values.heldout}
+    assert not train & heldout
+
+
+def test_no_word_of_a_heldout_value_is_in_a_training_value() -> None:
+    """Messages are compared whole: a sentence cannot do without "the" and "I"."""
+    named = {slot: values for slot, values in VALUES.items() if slot != "text"}
+    train = {word for values in named.values() for value in values.train for word in words(str(value))}
+    heldout = {word for values in named.values() for value in values.heldout for word in words(str(value))}
+    assert not train & heldout
+
+
+def test_no_heldout_value_occurs_in_a_training_frame_or_request() -> None:
+    frames = [frame for action in ACTIONS.values() for frame in action.train_frames]
+    texts = "\n".join([*frames, *(str(value) for values in VALUES.values() for value in values.train)])
+    requests = "\n".join(request(row) for row in TRAIN)
+    for slot, values in VALUES.items():
+        for value in values.heldout:
+            assert not occurs(str(value), texts), (slot, value)
+            assert not occurs(str(value), requests), (slot, value)
+
+
+def test_no_training_value_occurs_in_a_heldout_answer() -> None:
+    for row in HELDOUT:
+        for slot, value in slot_values(row).items():
+            assert value in {str(known) for known in VALUES[slot].heldout}
+            assert value not in {str(known) for known in VALUES[slot].train}
+
+
+@pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
+def test_every_answer_is_a_command_whose_values_stand_in_its_request(rows: list[Row]) -> None:
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
+        command = json.loads(answer(row))
+        assert list(command) == ["action", *ACTIONS[command["action"]].slots]
+        assert answer(row) == json.dumps(command, ensure_ascii=False, separators=(",", ":"))
+        for value in slot_values(row).values():
+            assert occurs(value, request(row)), request(row)
+            assert value in request(row), "copied as it is written"
+
+
+def test_every_frame_names_each_slot_of_its_action_once() -> None:
+    for action in ACTIONS.values():
+        for frame in (*action.train_frames, *action.heldout_frames):
+            named = [field for _, field, _, _ in Formatter().parse(frame) if field is not None]
+            assert sorted(named) == sorted(action.slots.values()), frame
+
+
+def test_every_frame_and_every_heldout_value_is_used() -> None:
+    for action in ACTIONS.values():
+        for frames, rows in ((action.train_frames, TRAIN), (action.heldout_frames, HELDOUT)):
+            for frame in frames:
+                parts = re.split(r"{\w+}", frame)
+                pattern = re.compile(".+".join(re.escape(part) for part in parts), re.IGNORECASE)
+                assert any(pattern.fullmatch(request(row)) for row in rows), frame
+    used = {value for row in HELDOUT for value in slot_values(row).values()}
+    assert used == {str(value) for values in VALUES.values() for value in values.heldout}
+
+
+def test_no_request_occurs_twice() -> None:
+    requests = [request(row).lower() for row in (*TRAIN, *HELDOUT)]
+    assert len(set(requests)) == len(requests)
+
+
+def test_the_system_message_does_not_give_the_schema_away() -> None:
+    keys = {"action"} | set(ACTIONS) | {key for action in ACTIONS.values() for key in action.slots}
+    assert not words(SYSTEM_MESSAGE) & keys
+    assert {row["messages"][0]["content"] for row in (*TRAIN, *HELDOUT)} == {SYSTEM_MESSAGE}
+
+
+def test_a_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    assert demo_rows(seed=0) == (TRAIN, HELDOUT)
+    assert demo_rows(seed=1)[0] != TRAIN
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_other_seeds_give_rows_as_different(seed: int) -> None:
+    train, heldout = demo_rows(seed)
+    assert len({request(row) for row in train}) == len(TRAIN)
+    assert len({request(row) for row in heldout}) == len(HELDOUT)
+
+
+def test_written_files_hold_the_rows(tmp_path: Path) -> None:
+    train_path, heldout_path = write_demo_data(tmp_path / "new" / "directory")
+    assert [json.loads(line) for line in train_path.read_text(encoding="utf-8").splitlines()] == TRAIN
+    assert [json.loads(line) for line in heldout_path.read_text(encoding="utf-8").splitlines()] == HELDOUT
+
+
+def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qlora_trainer.cli.demo_data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(tmp_path / "train.jsonl"), str(tmp_path / "heldout.jsonl")]
+    assert len((tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()) == len(TRAIN)

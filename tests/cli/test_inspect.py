@@ -1,0 +1,122 @@
+"""What `qlora inspect` shows: every token of a row once, learned ones marked with colours or without."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_tokenizers import tiny_tokenizer
+
+from qlora_trainer.cli import inspect as inspection
+from qlora_trainer.cli.inspect import bars, row_to_json, show_row
+from qlora_trainer.common.errors import DataError
+from qlora_trainer.config.schema import DataConfig
+from qlora_trainer.data.preparation.overview import Lengths
+from qlora_trainer.data.preparation.prepare import Prepared, prepare
+
+
+def prepared(tmp_path: Path, *tokenizer_kind: str, text: str = "two  words") -> tuple[Any, Prepared]:
+    rows = tmp_path / "rows.jsonl"
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": "an answer"}]
+    rows.write_text(json.dumps({"messages": said}) + "\n", encoding="utf-8")
+    tokenizer = tiny_tokenizer(*tokenizer_kind or ("smollm2",))
+    config = DataConfig(train=str(rows), heldout=0.0)
+    return tokenizer, prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=tmp_path / "cache")
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
+    out = io.StringIO()
+    monkeypatch.setattr(inspection, "console", Console(file=out, highlight=False, width=60, **options))
+    return out
+
+
+@pytest.mark.parametrize("kind", [("smollm2",), ("llama3",), ("mistral", "metaspace"), ("phi3", "metaspace")])
+def test_stretches_join_to_the_whole_text_and_mark_what_is_learned(tmp_path: Path, kind: tuple[str, ...]) -> None:
+    tokenizer, data = prepared(tmp_path, *kind)
+    row = row_to_json(tokenizer, data.train, 0, "training")
+    example = data.train[0]
+    assert "".join(stretch["text"] for stretch in row["stretches"]) == tokenizer.decode(example.input_ids)
+    assert row["input_ids"] == example.input_ids
+    assert row["learned"] == [label != -100 for label in example.labels]
+    assert (row["tokens"], row["learned_tokens"]) == (len(example.input_ids), example.learned_tokens)
+    learned = "".join(stretch["text"] for stretch in row["stretches"] if stretch["learned"])
+    assert "an answer" in learned
+    assert "words" not in learned
+
+
+def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
+    class Stripping:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join([" one", " two", " three"][token] for token in ids).removeprefix(" ")
+
+    stretches = inspection._stretches(Stripping(), [0, 1, 2], [False, True, False])
+    assert [stretch["text"] for stretch in stretches] == ["one", " two", " three"]
+
+
+def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() -> None:
+    decoded = 0
+
+    class Counting:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            nonlocal decoded
+            decoded += len(ids)
+            return "".join(map(chr, ids))
+
+    ids = [ord("a") + index % 26 for index in range(3000)]
+    stretches = inspection._stretches(Counting(), ids, [index % 3 == 0 for index in range(3000)])
+    assert "".join(stretch["text"] for stretch in stretches) == "".join(map(chr, ids))
+    assert decoded <= 4 * len(ids)
+
+
+def test_without_colours_learned_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = terminal(monkeypatch, force_terminal=False)
+    tokenizer, data = prepared(tmp_path)
+    show_row(tokenizer, data.train, 0)
+    assert "⟦an answer<|im_end|>⟧" in out.getvalue() or "[[an answer<|im_end|>]]" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_no_color_on_a_terminal_brings_brackets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = terminal(monkeypatch, force_terminal=True)
+    tokenizer, data = prepared(tmp_path)
+    show_row(tokenizer, data.train, 0)
+    assert "an answer<|im_end|>⟧" in out.getvalue() or "an answer<|im_end|>]]" in out.getvalue()
+
+
+def test_on_a_terminal_learned_tokens_are_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = terminal(monkeypatch, force_terminal=True, color_system="standard")
+    tokenizer, data = prepared(tmp_path)
+    show_row(tokenizer, data.train, 0)
+    assert "\x1b[1;32man answer<|im_end|>\x1b[0m" in out.getvalue()
+    assert "\x1b[2mtwo  words" in out.getvalue() or "\x1b[2m<|im_start|>user" in out.getvalue()
+    assert "⟦" not in out.getvalue()
+
+
+def test_what_a_row_holds_is_shown_and_never_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = terminal(monkeypatch, force_terminal=False)
+    tokenizer, data = prepared(tmp_path, text="[red]mark\u001b[31m \u202eup")
+    show_row(tokenizer, data.train, 0)
+    assert r"[red]mark\x1b[31m \u202eup" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_row_that_is_not_there_is_said(tmp_path: Path) -> None:
+    tokenizer, data = prepared(tmp_path)
+    with pytest.raises(DataError, match="no training row 7; they go from 0 to 0"):
+        show_row(tokenizer, data.train, 7)
+    with pytest.raises(DataError, match="no held-out row 0; there are none"):
+        show_row(tokenizer, data.heldout, 0, "held-out")
+
+
+def test_bars_are_in_proportion_and_no_row_is_without_one() -> None:
+    lengths = Lengths([0, 10, 20, 30, 40], [800, 400, 1, 0], [0, 0, 0, 0])
+    full, half, one, none = bars(lengths)
+    assert full == "  0-9 │" + "█" * 40 + " 800"
+    assert half == "10-19 │" + "█" * 20 + " 400"
+    assert one == "20-29 │▏ 1"
+    assert none == "30-39 │ 0"
+    assert bars(lengths, is_unicode=False)[1:3] == ["10-19 |" + "#" * 20 + " 400", "20-29 |# 1"]

@@ -1,0 +1,77 @@
+"""Promises of a thread beside: calls run in order, few wait, and no failure is lost."""
+
+import threading
+
+import pytest
+
+from qlora_trainer.common.background import Background
+
+
+def test_calls_run_in_order_in_one_other_thread() -> None:
+    seen: list[tuple[int, int]] = []
+    with Background() as background:
+        for number in range(20):
+            background.submit(lambda n: seen.append((n, threading.get_ident())), number)
+    assert [number for number, _ in seen] == list(range(20))
+    (thread,) = {thread for _, thread in seen}
+    assert thread != threading.get_ident()
+
+
+def test_no_more_than_asked_for_wait() -> None:
+    """With the thread held up, as many calls as may wait are taken, and the next one waits for it."""
+    go, taken = threading.Event(), []
+    with Background(most_waiting=3) as background:
+
+        def submit_four() -> None:
+            for number in range(4):
+                background.submit(go.wait)
+                taken.append(number)
+
+        caller = threading.Thread(target=submit_four)
+        caller.start()
+        caller.join(timeout=0.2)
+        assert taken == [0, 1, 2]
+        go.set()
+        caller.join()
+        assert taken == [0, 1, 2, 3]
+
+
+def fail() -> None:
+    raise OSError("the disk is full")
+
+
+def test_a_failure_surfaces_at_a_later_call_or_in_the_end() -> None:
+    with pytest.raises(OSError, match="full"), Background() as background:
+        background.submit(fail)
+    with Background(most_waiting=1) as background:
+        background.submit(fail)
+        with pytest.raises(OSError, match="full"):
+            background.submit(fail)
+
+
+def test_what_waits_is_dropped_when_the_caller_fails() -> None:
+    go, ran = threading.Event(), []
+
+    def interrupted() -> None:
+        with Background(most_waiting=5) as background:
+            background.submit(go.wait)
+            background.submit(ran.append, 1)
+            threading.Timer(0.1, go.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert ran == []
+
+
+def test_calls_behind_a_failed_one_still_run() -> None:
+    ran = threading.Event()
+
+    def submit_two() -> None:
+        with Background(most_waiting=3) as background:
+            background.submit(fail)
+            background.submit(ran.set)
+            assert ran.wait(5)
+
+    with pytest.raises(OSError, match="full"):
+        submit_two()

@@ -1,0 +1,259 @@
+"""The config's promises: every problem is told at once, with the near miss, and nothing unknown is swallowed."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.config.load import load_config, make_config, save_config
+from qlora_trainer.config.schema import RunConfig, Source, SourceFile
+
+MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def problems_of(raw: dict[str, object]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_config(raw)
+    return str(caught.value)
+
+
+def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
+    assert config.adapter.rank == 16
+    assert config.optimizer.name == "paged_adamw_32bit"
+    assert config.model.name == "owner/model"
+
+
+def test_adams_moments_in_bfloat16_are_refused() -> None:
+    message = problems_of({**MINIMAL, "adapter": {"dtype": "bfloat16"}, "optimizer": {"name": "adamw"}})
+    assert "Set optimizer.name to paged_adamw_32bit" in message
+
+
+def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
+    message = problems_of({**MINIMAL, "adapter": {"rnak": 8}})
+    assert "unknown key adapter.rnak; did you mean adapter.rank?" in message
+
+
+def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
+    message = problems_of({**MINIMAL, "training": {"learning_rate": 1e-4}})
+    assert "did you mean optimizer.learning_rate?" in message
+
+
+def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
+    assert "unknown key optimiser; did you mean optimizer?" in problems_of({**MINIMAL, "optimiser": {}})
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = problems_of({"model": {}, "data": {"train": "x", "max_length": "long"}, "training": {"batchsize": 1}})
+    assert "model.name is missing" in message
+    assert "data.max_length" in message
+    assert "'long'" in message
+    assert "did you mean training.batch_size?" in message
+    assert "3 problem(s)" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("adapter", "rank", 0),
+        ("adapter", "rank", 2000),
+        ("adapter", "dropout", 1.0),
+        ("adapter", "targets", []),
+        ("data", "heldout", 1.5),
+        ("optimizer", "name", "sgd"),
+        ("data", "heldout", "1.5"),
+        ("data", "heldout", float("nan")),
+        ("optimizer", "learning_rate", -1.0),
+        ("optimizer", "learning_rate", float("inf")),
+        ("optimizer", "weight_decay", float("nan")),
+        ("training", "seed", 2**63),
+        ("training", "micro_batch_tokens", "some"),
+        ("training", "max_steps", 0),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: object) -> None:
+    raw = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
+    assert f"{section}.{key}" in problems_of(raw)
+
+
+def test_a_micro_batch_that_holds_no_full_row_is_refused() -> None:
+    message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": 100}})
+    assert "would fit no micro-batch" in message
+
+
+def test_overrides_reach_every_field_and_keep_their_types(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    config = load_config(
+        path, ["adapter.rank=8", "optimizer.learning_rate=3e-4", "adapter.targets=[q_proj]", "data.packing=false"]
+    )
+    assert config.adapter.rank == 8
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.adapter.targets == ["q_proj"]
+    assert config.data.packing is False
+
+
+@pytest.mark.parametrize("override", ["adapter.rank", "=3", "model.name.deeper=3", "adapter.rnak=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(write(tmp_path / "c.yaml", MINIMAL), [override])
+
+
+@pytest.mark.parametrize(
+    ("heldout", "expected"), [("1e-1", 0.1), ("0.25", 0.25), ("0", 0.0), ("rows.jsonl", "rows.jsonl")]
+)
+def test_a_number_is_a_share_however_it_is_written(tmp_path: Path, heldout: str, expected: object) -> None:
+    """YAML 1.1 reads 1e-1 as text."""
+    assert load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.heldout={heldout}"]).data.heldout == expected
+
+
+def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\n  # name: owner/model\ndata: {train: rows.jsonl}\nadapter:\n")
+    config = load_config(path, ["model.name=owner/model"])
+    assert (config.model.name, config.adapter.rank) == ("owner/model", 16)
+    with pytest.raises(ConfigError, match=r"model\.name is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {name: a/b}\ndata: {train: x}\nadapter: {rank: 8}\nadapter: {alpha: 8}\n",
+        "model: {name: a/b}\ndata: {train: x}\nadapter: {rank: 8, alpha: 8, rank: 4}\n",
+    ],
+    ids=["section", "key"],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) stands twice[^$]*c\.yaml\", line [34]"):
+        load_config(path)
+
+
+def test_merged_yaml_mappings_may_still_be_overruled(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name: a/b}\ndata:\n  train:\n    - &first {path: a, format: chat, split: train}\n"
+        "    - {<<: *first, path: b}\n"
+    )
+    sources = load_config(path).data.train
+    assert [(s.path, s.format) for s in sources if not isinstance(s, str)] == [("a", "chat"), ("b", "chat")]
+
+
+def test_a_key_of_several_types_has_one_problem() -> None:
+    message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": "foo"}})
+    assert "1 problem(s)" in message
+    assert message.count("training.micro_batch_tokens") == 1
+    assert "valid integer" in message
+    assert "'auto'" in message
+
+
+def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
+    message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "fromat": "chat"}, {"path": "b", "rank": 3}]}})
+    assert message.splitlines()[1:] == [
+        "  - unknown key data.train.0.fromat; did you mean data.train.0.format?",
+        f"  - unknown key data.train.1.rank; a source has {', '.join(Source.model_fields)}",
+    ]
+
+
+def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> None:
+    for wrong in ("utf-99", "hex", "a\0b", "idna", "punycode"):
+        message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "encoding": wrong}], "encoding": wrong}})
+        assert message.count("is no text encoding that Python knows") == 2
+    assert make_config({**MINIMAL, "data": {"train": "a", "encoding": "UTF-16"}}).data.encoding == "UTF-16"
+
+
+def test_a_problem_inside_the_held_out_source_is_told_of_it() -> None:
+    message = problems_of({**MINIMAL, "data": {"train": "x", "heldout": {"path": "a", "wieght": 1}}})
+    assert message.splitlines()[1:] == [
+        f"  - unknown key data.heldout.wieght; a source has {', '.join(SourceFile.model_fields)}",
+    ]
+    assert "data.heldout.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "heldout": {}}})
+
+
+def test_sources_are_all_weighted_or_none() -> None:
+    sources = [{"path": "a", "weight": 0.5}, {"path": "b"}, {"path": "c", "count": 5}]
+    message = problems_of({**MINIMAL, "data": {"train": sources}})
+    assert "data.train: some sources have a weight, but not b, c; give one to all, or to none" in message
+    both = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "weight": 1, "count": 5}]}})
+    assert "a weight and a count" in both
+    assert make_config({**MINIMAL, "data": {"train": [{"path": "a", "count": 5}, {"path": "b"}]}})
+    for wrong in ({"weight": 0}, {"weight": -1}, {"weight": float("inf")}, {"count": 0}, {"count": 1.5}):
+        assert "data.train.0" in problems_of({**MINIMAL, "data": {"train": [{"path": "a", **wrong}]}})
+
+
+def test_the_path_of_a_held_out_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    config = make_config({**MINIMAL, "data": {"train": "x", "heldout": {"path": "rows.jsonl", "format": "text"}}})
+    assert config.data.heldout == SourceFile(path=str(tmp_path / "rows.jsonl"), format="text")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_saved_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["adapter.rank=4", "training.max_steps=7"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["training.output_dir=runs/a"])
+    assert config.data.train == str(tmp_path / "rows.jsonl")
+    assert config.model.name == "owner/model"
+    assert config.training.output_dir == str(tmp_path / "runs" / "a")
+
+
+def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="no config file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="should hold sections"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_every_field_says_what_it_is() -> None:
+    for section in RunConfig.model_fields.values():
+        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            assert field.description, name
+
+
+def test_every_shipped_config_is_valid() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        load_config(path)
+
+
+def test_the_configs_readme_explains_every_key_as_it_is() -> None:
+    """One table row a field, with its description word for word."""
+    text = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
+    for section, info in RunConfig.model_fields.items():
+        for name, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{section}.{name}` |")]
+            assert row.endswith(f"| {field.description} |")
+
+
+def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
+    raw = {
+        "model": {"name": "m"},
+        "data": {"train": "x", "learn": ["assistant", "tool"], "template_date": "2026-01-31"},
+    }
+    config = make_config(raw)
+    assert config.data.learn == ["assistant", "tool"]
+    assert config.data.template_date == datetime.date(2026, 1, 31)
+    for wrong in ({"learn": []}, {"learn": ["robot"]}, {"template_date": "today"}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
+            make_config({**raw, "data": {"train": "x", **wrong}})

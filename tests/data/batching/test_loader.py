@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+
+from qlora_kernels.linear_cross_entropy import IGNORED
+from qlora_trainer.common.errors import CheckpointError, DataError
+from qlora_trainer.data.batching.loader import StepLoader, epoch_order
+from qlora_trainer.data.batching.mixing import Mixture
+from qlora_trainer.data.batching.packing import Example
+from qlora_trainer.data.examples import IGNORED_LABEL
+
+ROWS = [Example([token, token + 100, token + 200], [-100, token + 100, token + 200]) for token in range(1, 12)]
+
+
+def loader(rows=ROWS, batch_size=4, seed=0, **kwargs) -> StepLoader:
+    return StepLoader(rows, batch_size, kwargs.get("micro_batch_tokens", 6), kwargs.get("packing", True), seed)
+
+
+def rows_of(packs) -> list[int]:
+    return [token for pack in packs for token in pack.input_ids.flatten().tolist() if 0 < token < 100]
+
+
+def test_an_epoch_holds_every_row_once_and_its_last_step_may_be_short():
+    steps = loader()
+    assert steps.steps_per_epoch == 3
+    seen = [rows_of(steps.next()) for _ in range(3)]
+    assert [len(step) for step in seen] == [4, 4, 3]
+    assert sorted(sum(seen, [])) == list(range(1, 12))  # noqa: RUF017
+    assert (steps.epoch, steps.step) == (1, 0)
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    assert epoch_order(100, 3, 5).tolist() == epoch_order(100, 3, 5).tolist()
+    orders = {tuple(epoch_order(100, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(order) == list(range(100)) for order in orders)
+
+
+def test_without_a_mixture_the_order_is_that_of_every_row_once():
+    """Raw random bits, sorted: what runs that were begun before there were mixtures go on with."""
+    for epoch in range(3):
+        expected = np.argsort(np.random.PCG64([7, epoch]).random_raw(11), kind="stable")
+        assert loader(seed=7).order(epoch).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("quotas", [(4, 3), (9, 20)])
+def test_a_mixed_loader_takes_from_each_source_its_rows_and_resumes_exactly(quotas):
+    def mixed() -> StepLoader:
+        mixture = Mixture((np.arange(0, 8), np.arange(8, 11)), quotas)
+        return StepLoader(ROWS, 4, 6, packing=True, seed=0, mixture=mixture)
+
+    straight = mixed()
+    assert straight.steps_per_epoch == -(-sum(quotas) // 4)
+    epochs = [[rows_of(straight.next()) for _ in range(straight.steps_per_epoch)] for _ in range(3)]
+    for epoch in epochs:
+        taken = [row for step in epoch for row in step]
+        assert (sum(row <= 8 for row in taken), sum(row > 8 for row in taken)) == quotas
+    assert len({tuple(sorted(row for step in epoch for row in step)) for epoch in epochs}) > 1, "other rows"
+    expected = [step for epoch in epochs for step in epoch]
+    for interruption in range(len(expected)):
+        first = mixed()
+        for _ in range(interruption):
+            first.next()
+        second = mixed()
+        second.load_state_dict(first.state_dict())
+        assert [rows_of(second.next()) for _ in expected[interruption:]] == expected[interruption:]
+
+
+def test_a_restored_loader_gives_the_steps_an_uninterrupted_one_gives():
+    straight = loader()
+    expected = [rows_of(straight.next()) for _ in range(8)]
+    for interruption in range(8):
+        first = loader()
+        for _ in range(interruption):
+            first.next()
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        assert [rows_of(second.next()) for _ in range(8 - interruption)] == expected[interruption:]
+
+
+def test_a_step_holds_the_same_rows_and_labels_however_it_is_cut():
+    cuts = [loader(), loader(packing=False), loader(micro_batch_tokens=3), loader(micro_batch_tokens=1000)]
+    for _ in range(4):
+        steps = [steps.next() for steps in cuts]
+        assert len({tuple(sorted(rows_of(packs))) for packs in steps}) == 1
+        assert len({sum(pack.label_tokens for pack in packs) for packs in steps}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"rows": ROWS[:-1]}, "rows was 11 and is 10"),
+        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+    ],
+)
+def test_a_position_in_other_data_is_refused_by_name(changed, words):
+    with pytest.raises(CheckpointError, match=words):
+        loader(**changed).load_state_dict(loader().state_dict())
+
+
+@pytest.mark.parametrize("broken", [{"step": 3}, {"epoch": -1}, {"step": -1}])
+def test_a_position_outside_the_epoch_is_refused(broken):
+    with pytest.raises(CheckpointError, match="an epoch has 3 steps"):
+        loader().load_state_dict(loader().state_dict() | broken)
+
+
+def test_a_position_with_missing_parts_is_refused():
+    with pytest.raises(CheckpointError, match="should hold"):
+        loader().load_state_dict({"epoch": 0, "step": 0})
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no rows"):
+        loader(rows=[])
+
+
+def test_rows_and_the_loss_agree_on_what_is_not_learned():
+    assert IGNORED_LABEL == IGNORED

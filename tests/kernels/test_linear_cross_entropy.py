@@ -1,0 +1,269 @@
+"""The chunked loss: the value and gradient of the plain one, and never the logits of all tokens."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_kernels import head_rows
+from qlora_kernels.head_rows import HeadRows, head_logits
+from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
+from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_trainer.planning.live_bytes import LiveBytes
+
+TOKENS, WIDTH, VOCABULARY = 37, 20, 101
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (T, H), head (V, H), labels (T,) of which a third are -100, bias (V,)."""
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
+    labels[::3] = -100
+    hidden = normal(TOKENS, WIDTH, seed=0, dtype=dtype).requires_grad_()
+    return hidden, normal(VOCABULARY, WIDTH, seed=1, dtype=dtype), labels, normal(VOCABULARY, seed=2, dtype=dtype)
+
+
+def plain_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    logits = F.linear(hidden, head, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def value_and_gradient(loss: Any, hidden: Tensor, *arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = hidden.detach().clone().requires_grad_()
+    value = loss(leaf, *arguments, **options)
+    (3 * value).backward()  # the incoming gradient counts
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+OPTIONS: list[dict[str, float]] = [{}, {"softcap": 2.5}, {"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.7}]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 24, 512])  # 24 tokens have a label
+def test_loss_and_gradient_are_those_of_the_plain_loss(
+    options: dict[str, float], with_bias: bool, chunk_tokens: int
+) -> None:
+    hidden, head, labels, bias = problem()
+    extra: dict[str, Any] = {**options, "bias": bias} if with_bias else {**options}
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, head, labels, chunk_tokens=chunk_tokens, **extra)
+    wanted, wanted_gradient = value_and_gradient(plain_loss, hidden, head, labels, **extra)
+    torch.testing.assert_close(value, wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_errs_no_more_than_the_plain_loss_does(dtype: torch.dtype) -> None:
+    hidden, head, labels, _ = problem(dtype)
+
+    def plain(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:  # logits in dtype, softmax in fp32
+        return F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
+
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, head, labels, chunk_tokens=7)
+    plain_value, plain_gradient = value_and_gradient(plain, hidden, head, labels)
+    exact, exact_gradient = value_and_gradient(plain_loss, hidden.double(), head.double(), labels)
+    assert value.dtype == torch.float32
+    assert gradient.dtype == dtype
+    noise = 1e-6 * exact.abs()
+    assert (value - exact).abs() <= 1.1 * (plain_value - exact).abs() + noise
+    error, plain_error = (gradient - exact_gradient).norm(), (plain_gradient - exact_gradient).norm()
+    assert error <= 1.1 * plain_error + 1e-7 * exact_gradient.norm()
+
+
+def test_no_label_at_all_gives_zero_and_a_zero_gradient() -> None:
+    hidden, head, labels, _ = problem()
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, head, torch.full_like(labels, -100))
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(hidden))
+
+
+def test_rows_without_a_label_never_enter_the_arithmetic() -> None:
+    hidden, head, labels, _ = problem()
+    spoiled = hidden.detach().clone()
+    spoiled[labels == -100] = float("nan")
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, head, labels)
+    same, same_gradient = value_and_gradient(linear_cross_entropy, spoiled, head, labels)
+    assert torch.equal(value, same)
+    assert torch.equal(gradient, same_gradient)
+    assert torch.equal(gradient[labels == -100], torch.zeros(13, WIDTH, dtype=torch.float64))
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, head, labels, _ = problem(torch.float32)
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden * 1e4, head, labels)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_trained_head_is_refused() -> None:
+    hidden, head, labels, bias = problem()
+    with pytest.raises(AssertionError, match="freeze them"):
+        linear_cross_entropy(hidden, head.clone().requires_grad_(), labels)
+    with pytest.raises(AssertionError, match="freeze them"):
+        linear_cross_entropy(hidden, head, labels, bias=bias.clone().requires_grad_())
+
+
+class LargestTensors(TorchDispatchMode):
+    """Notes the number of elements of every tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        self.sizes += [output.numel() for output in outputs if isinstance(output, Tensor)]
+        return result
+
+
+def test_logits_of_all_tokens_never_exist() -> None:
+    hidden, head, labels, _ = problem()
+    with LargestTensors() as made:
+        linear_cross_entropy(hidden, head, labels, chunk_tokens=5, softcap=3.0).backward()
+    assert max(made.sizes) == head.numel()  # its own alias; a chunk of logits is smaller still
+    assert 5 * VOCABULARY in made.sizes
+    assert 24 * VOCABULARY not in made.sizes
+
+
+def test_without_grad_mode_no_gradient_is_made() -> None:
+    hidden, head, labels, _ = problem()
+    with torch.no_grad(), LargestTensors() as made:
+        value = linear_cross_entropy(hidden, head, labels, chunk_tokens=5)
+    torch.testing.assert_close(value, plain_loss(hidden, head, labels).detach(), rtol=1e-13, atol=0)
+    assert TOKENS * WIDTH not in made.sizes
+
+
+def test_step_can_be_planned_on_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        hidden, head, labels, _ = (mode.from_tensor(tensor) for tensor in problem(torch.bfloat16))
+        loss = linear_cross_entropy(hidden, head, labels, chunk_tokens=8)
+        loss.backward()
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert hidden.grad is not None
+
+
+class Quantized:
+    """HeadRows over a weight of 4 or 8 bits, which notes how many elements it made at once."""
+
+    def __init__(self, weight: NF4Weight | Int8Weight) -> None:
+        self.weight, self.shape, self.made = weight, weight.shape, [0]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        self.made.append((stop - start) * self.shape[1])
+        if isinstance(self.weight, NF4Weight):
+            return dequantize_nf4(self.weight, dtype, rows=slice(start, stop))
+        return dequantize_int8(self.weight, dtype, rows=slice(start, stop))
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        return Quantized(self.weight).rows(0, self.shape[0], dtype)
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_quantised_heads_loss_equals_the_loss_with_its_dequantised_rows(
+    options: dict[str, float], quantize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more of the head is ever made at once than a block."""
+    monkeypatch.setattr(head_rows, "BLOCK_ELEMENTS", 6 * WIDTH + 3)
+    hidden, head, labels, bias = problem()
+    quantized = Quantized(quantize(head))
+    settings: dict[str, Any] = {**options, "bias": bias, "chunk_tokens": 5}
+    value, gradient = value_and_gradient(linear_cross_entropy, hidden, quantized, labels, **settings)
+    wanted, wanted_gradient = value_and_gradient(
+        plain_loss, hidden, quantized.whole(torch.float64), labels, **options, bias=bias
+    )
+    torch.testing.assert_close(value, wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-11, atol=1e-13)
+    assert max(quantized.made) == 6 * WIDTH
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
+def test_a_quantised_heads_logits_and_gradient_are_those_of_its_dequantised_rows(quantize: Any) -> None:
+    hidden, head, _, _ = problem()
+    quantized: HeadRows = Quantized(quantize(head))
+    batch = hidden.detach()[:36].view(4, 9, WIDTH).requires_grad_()
+    logits = head_logits(batch, quantized)
+    plain = batch.detach().clone().requires_grad_()
+    wanted = F.linear(plain, Quantized(quantize(head)).whole(torch.float64))
+    torch.testing.assert_close(logits, wanted, rtol=1e-13, atol=1e-13)
+    incoming = normal(4, 9, VOCABULARY, seed=5)
+    logits.backward(incoming)
+    wanted.backward(incoming)
+    torch.testing.assert_close(batch.grad, plain.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("held", ["dense", "nf4", "int8"])
+def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
+    held: str, softcap: float | None, dtype: torch.dtype
+) -> None:
+    tokens, width, vocabulary, chunk_tokens = 300, 64, 8192, 128
+    hidden = normal(tokens, width, seed=0, dtype=dtype).requires_grad_()
+    dense = normal(vocabulary, width, seed=1, dtype=dtype)
+    head = {
+        "dense": lambda w: w,
+        "nf4": lambda w: Quantized(quantize_nf4(w)),
+        "int8": lambda w: Quantized(quantize_int8(w)),
+    }
+    labels = torch.arange(tokens)
+    rows = head[held](dense)
+    held_in = list(vars(rows.weight).values()) if isinstance(rows, Quantized) else [rows]
+    with LiveBytes() as live:
+        live.watch([labels, hidden, *(t for t in held_in if isinstance(t, Tensor))], "given")
+        given = live.bytes
+        loss = linear_cross_entropy(hidden, rows, labels, softcap=softcap, chunk_tokens=chunk_tokens)
+        assert live.bytes == given + hidden.nbytes + loss.nbytes, (
+            "between forward and backward the gradient is all there is"
+        )
+        loss.backward()
+    chunk = chunk_tokens * vocabulary * 4
+    assert chunk <= live.peak.bytes - given - hidden.nbytes <= 1.1 * chunk
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch.dtype) -> None:
+    """To the bit what a second tensor would give, though each overwrites what it is read from."""
+    hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
+    product = head_rows.multiply(hidden, head_rows.DenseRows(weight), torch.float32)
+    assert torch.equal(product, (hidden @ weight.T).float())
+    grad = normal(96, 9001, seed=2, dtype=torch.float32)
+    expected = grad.to(dtype) @ weight
+    assert torch.equal(head_rows.multiply_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
+
+
+def test_a_chunks_logits_take_about_32_mib() -> None:
+    assert [tokens_of_a_chunk(v, 2048) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
+    assert [tokens_of_a_chunk(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
+
+
+def test_backward_scales_the_gradient_where_it_lies_and_so_only_once() -> None:
+    hidden, head, labels, _ = problem()
+    with LiveBytes() as live:
+        loss = linear_cross_entropy(hidden, head, labels)
+        live.restart_peak()
+        before = live.bytes
+        loss.backward(retain_graph=True)
+    assert live.peak.bytes == before + loss.nbytes, "the gradient that was there, and no copy"
+    with pytest.raises(AssertionError, match="called once"):
+        loss.backward()

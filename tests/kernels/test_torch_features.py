@@ -1,0 +1,97 @@
+"""What differs between versions of torch is found by what this one has, with stand-ins for the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+from qlora_kernels import torch_features
+from qlora_kernels.lora_linear import fetch, keep
+from qlora_kernels.varlen_attention import _flash_varlen
+from qlora_trainer.model import load as model
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Any:
+    torch_features.varlen_attention_arguments.cache_clear()
+    yield
+    torch_features.varlen_attention_arguments.cache_clear()
+
+
+def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None): ...  # type: ignore[no-untyped-def]
+
+
+def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    return query
+
+
+def of_2_13(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa
+    return query
+
+
+def test_what_is_kept_is_there_when_nothing_else_holds_its_graph() -> None:
+    """Up to torch 2.11 a node of autograd ends with its output, whoever holds the node."""
+    tensor = torch.ones(3)
+    kept = keep(tensor, None)
+    found, nothing = fetch(kept)
+    assert found is not None
+    assert torch.equal(found, tensor)
+    assert nothing is None
+
+
+@pytest.mark.parametrize("has_public", [True, False])
+def test_pinned_memory_is_released_by_whichever_function_there_is(
+    monkeypatch: pytest.MonkeyPatch, has_public: bool
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("binding"), raising=False)
+    if has_public:
+        monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: called.append("public"), raising=False)
+    else:
+        monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    torch_features.release_pinned_memory()
+    assert called == ["public" if has_public else "binding"]
+
+
+def test_memory_is_given_back_under_a_torch_without_the_public_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("device"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("pinned"), raising=False)
+    model.give_back_memory()
+    assert called == ["wait", "device", "pinned"]
+
+
+def test_without_any_function_for_pinned_memory_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.delattr(torch._C, "_host_emptyCache", raising=False)
+    torch_features.release_pinned_memory()
+    assert not hasattr(torch._C, "_host_emptyCache")
+
+
+@pytest.mark.parametrize(
+    ("version", "has_scale", "has_grouping"), [(of_2_10, False, False), (of_2_11, True, False), (of_2_13, True, True)]
+)
+def test_varlen_attention_is_known_by_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, version: Any, has_scale: bool, has_grouping: bool
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", version)
+    found = torch_features.varlen_attention_arguments()
+    assert ("scale" in found, "window_size" in found, "enable_gqa" in found) == (has_scale, has_scale, has_grouping)
+
+
+@pytest.mark.parametrize("version", [of_2_11, of_2_13])
+def test_grouped_heads_go_to_torchs_function_as_this_version_takes_them(
+    monkeypatch: pytest.MonkeyPatch, version: Any
+) -> None:
+    """2.11 knows no `enable_gqa` and takes grouped heads all the same; later ones refuse them without it."""
+    monkeypatch.setattr(varlen, "varlen_attn", version)
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    output = _flash_varlen(query, key, key, (0, 2, 6), 4, 0.3, None)
+    assert torch.equal(output[0], query[0].transpose(0, 1))

@@ -1,0 +1,322 @@
+"""Promises of the streamed model: the dense model's answers, in the memory of one matrix."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model_directory
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BambaConfig,
+    FalconH1Config,
+    FalconMambaConfig,
+    Lfm2Config,
+    MambaConfig,
+)
+
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
+from qlora_trainer.common.errors import CheckpointError, InsufficientMemoryError, ModelError
+from qlora_trainer.config.schema import AdapterConfig, ModelConfig
+from qlora_trainer.merging import streamed_model
+from qlora_trainer.merging.streamed_model import (
+    StreamedHead,
+    StreamedMatrix,
+    gives_answers,
+    load_streamed_model,
+    streaming_device,
+)
+from qlora_trainer.merging.trained_weights import trained_weights
+from qlora_trainer.model import load as model_room
+from qlora_trainer.model.load import load_base_model, load_dense_model
+from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 65).reshape(3, 20)
+
+
+def assert_same_answers(streamed: Any, dense: Any) -> None:
+    with torch.no_grad():
+        found, expected = streamed(input_ids=IDS).logits, dense(input_ids=IDS).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
+
+
+def live_bytes(model: nn.Module) -> int:
+    """What the model's parameters take, each storage once; a matrix that is away takes four bytes."""
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def matrices(model: nn.Module) -> list[StreamedMatrix]:
+    return [parameter for parameter in model.parameters() if isinstance(parameter, StreamedMatrix)]
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
+def test_a_streamed_model_answers_as_the_dense_one(family: str, tiny_models: Callable[[str], Path]) -> None:
+    streamed = load_streamed_model(tiny_models(family), CPU)
+    assert_same_answers(streamed, load_dense_model(tiny_models(family), CPU))
+    assert all(isinstance(parameter, StreamedMatrix) == (parameter.ndim >= 2) for parameter in streamed.parameters())
+    assert all(torch.isnan(matrix).all() for matrix in matrices(streamed))
+    assert not any(parameter.requires_grad for parameter in streamed.parameters())
+
+
+def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
+    """As GPT-2's own checkpoint has them: the body saved alone."""
+    AutoModel.from_pretrained(tiny_models("gpt2")).save_pretrained(tmp_path / "gpt2")
+    assert "wte.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
+    streamed = load_streamed_model(tmp_path / "gpt2", CPU)
+    assert len(matrices(streamed)) == 2 + 4 * 2
+    assert_same_answers(streamed, load_dense_model(tmp_path / "gpt2", CPU))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_never_more_than_one_matrix_is_live_and_embedding_and_head_never(
+    family: str, tiny_models: Callable[[str], Path]
+) -> None:
+    streamed = load_streamed_model(tiny_models(family), CPU)
+    idle = live_bytes(streamed)
+    vectors = sum(parameter.nbytes for parameter in streamed.parameters() if parameter.ndim < 2)
+    assert idle <= vectors + 4 * len(matrices(streamed))
+    seen: dict[str, int] = {}
+
+    def observed(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            seen[path] = live_bytes(streamed)
+            return forward(*arguments, **named)
+
+        return run
+
+    for path, module in streamed.named_modules():
+        if any(isinstance(parameter, StreamedMatrix) for parameter in module.parameters(recurse=False)):
+            if isinstance(module.forward, functools.partial):  # fetches, and runs the module's own
+                module_itself, forward = module.forward.args
+                module.forward = functools.partial(module.forward.func, module_itself, observed(path, forward))
+            else:
+                module.forward = observed(path, module.forward)
+    with torch.no_grad():
+        streamed(input_ids=IDS)
+    assert len(seen) == 2 + 7 * 2
+    assert seen.pop("model.embed_tokens") == seen.pop("lm_head") == idle
+    largest = 4 * 128 * 64  # of an MLP
+    assert idle + largest - 4 <= max(seen.values()) <= idle + largest
+    assert live_bytes(streamed) == idle
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+def test_of_an_embedding_the_tokens_rows_are_read_and_of_the_head_a_block_at_a_time(
+    family: str, tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, dense = (load(tiny_models(family), CPU) for load in (load_streamed_model, load_dense_model))
+    embedding, head = streamed.get_input_embeddings(), streamed.get_output_embeddings()
+    assert isinstance(head, StreamedHead)
+    assert (head.weight is embedding.weight) == (family != "llama")
+    read: list[Any] = []
+    rows = StreamedMatrix.rows
+    monkeypatch.setattr(
+        StreamedMatrix, "rows", lambda self, index, dtype: read.append(index) or rows(self, index, dtype)
+    )
+    ids = torch.tensor([[7, 300, 7, 5], [5, 5, 300, 7]])
+    with torch.no_grad():
+        assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
+        assert [index.tolist() for index in read] == [[5, 7, 300]]
+        read.clear()
+        hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.allclose(head(hidden), dense.get_output_embeddings()(hidden), rtol=1e-5, atol=1e-6)
+    vocabulary = dense.config.vocab_size
+    assert max(index.stop - index.start for index in read) <= -(-vocabulary // 16)
+    assert torch.isnan(head.weight).all()
+
+
+def test_a_matrix_is_dropped_when_the_forward_fails(tiny_llama: Path) -> None:
+    streamed = load_streamed_model(tiny_llama, CPU)
+    idle = live_bytes(streamed)
+    with pytest.raises(IndexError):
+        streamed(input_ids=torch.tensor([[10**6]]))
+    assert live_bytes(streamed) == idle
+
+
+def test_a_failed_fetch_is_forgotten(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a disk that fails once: the forward after it answers."""
+    streamed = load_streamed_model(tiny_llama, CPU)
+    idle = live_bytes(streamed)
+    with torch.no_grad():
+        expected = streamed(input_ids=IDS).logits
+        for failing in (1, 9):
+            reads = iter(range(1, 100))
+            read = streamed_model._read
+
+            def fail_once(*arguments: Any, at: int = failing, reads: Any = reads, read: Any = read) -> torch.Tensor:
+                if next(reads) == at:
+                    raise ModelError("cannot be read")
+                return read(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(streamed_model, "_read", fail_once)
+                with pytest.raises(ModelError, match="cannot be read"):
+                    streamed(input_ids=IDS)
+            assert live_bytes(streamed) == idle
+            assert torch.equal(streamed(input_ids=IDS).logits, expected)
+
+
+HYBRIDS = {
+    "mamba": MambaConfig(hidden_size=64, state_size=4, num_hidden_layers=2, vocab_size=128),
+    "falcon_mamba": FalconMambaConfig(hidden_size=64, state_size=4, num_hidden_layers=2, vocab_size=128),
+    "lfm2": Lfm2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, layer_types=["conv", "full_attention"],
+    ),
+    "bamba": BambaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8,
+    ),
+    "falcon_h1": FalconH1Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_chunk_size=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is_told(
+    family: str, tmp_path: Path
+) -> None:
+    """All of these take the weights of their convolutions so; Mambas take a linear layer's too, which are absent."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(HYBRIDS[family]).save_pretrained(tmp_path / family)
+    streamed, dense = (load(tmp_path / family, CPU) for load in (load_streamed_model, load_dense_model))
+    assert len(matrices(streamed)) > 4
+    assert gives_answers(dense)
+    assert gives_answers(streamed) == (family not in ("mamba", "falcon_mamba"))
+    if gives_answers(streamed):
+        assert_same_answers(streamed, dense)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_adapters_work_on_a_streamed_model(bias: str, tiny_models: Callable[[str], Path]) -> None:
+    settings = AdapterConfig(rank=4, alpha=8.0, bias=bias)
+    dense = load_dense_model(tiny_models("qwen2"), CPU)
+    add_adapters(dense, settings, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in trainable_parameters(dense):
+            parameter.normal_(0.0, 0.2, generator=generator)
+    streamed = load_streamed_model(tiny_models("qwen2"), CPU)
+    add_adapters(streamed, settings, seed=0)
+    load_adapter_state(streamed, adapter_state_dict(dense))
+    assert_same_answers(streamed, dense)
+
+
+def test_a_head_stored_beside_its_embedding_is_tied_only_where_both_are_equal(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m", "llama_tied")
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.flip(0).contiguous()):
+        save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
+        assert_same_answers(load_streamed_model(directory, CPU), load_dense_model(directory, CPU))
+
+
+def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
+    tiny_models: Callable[[str], Path],
+) -> None:
+    model = load_streamed_model(tiny_models("mixtral"), CPU)
+    assert (
+        len([matrix for matrix in matrices(model) if ".block_sparse_moe.experts." in matrix.source.name]) == 2 * 4 * 3
+    )
+    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
+
+
+def test_what_is_fused_while_loading_is_loaded_whole(
+    tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_room, "split_experts", lambda model, stored: [])
+    model = load_streamed_model(tiny_models("mixtral"), CPU)
+    assert matrices(model) == []
+    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
+
+
+def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    with pytest.raises(ModelError, match=r"mlp\.\w+\.weight .* has shape .* the config asks for"):
+        load_streamed_model(directory, CPU)
+
+
+def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert streaming_device(tiny_llama, CPU) == CPU
+    monkeypatch.setattr(model_room, "_free_memory", lambda device: 10**9)
+    with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
+        streaming_device(tiny_llama, CPU)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"])
+def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
+    directory = tiny_models(family)
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    conv1d = family == "gpt2"
+    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=conv1d)
+    streamed = load_streamed_model(directory, CPU, weights)
+    assert_same_answers(streamed, base.model)
+    with torch.no_grad():  # and they are not the dense model's
+        dense = load_dense_model(directory, CPU)(input_ids=IDS).logits
+        assert float((streamed(input_ids=IDS).logits - dense).norm() / dense.norm()) > 1e-2
+
+
+def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    directory = make_model_directory(tmp_path / "m")
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name][3, 5] *= -1.0
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    streamed = load_streamed_model(directory, CPU, weights)
+    with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
+        streamed(input_ids=IDS)
+
+
+def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
+    cut = load_streamed_model(deep_llama, CPU, layers=2)
+    whole = load_dense_model(deep_llama, CPU)
+    whole.model.layers = whole.model.layers[:2]
+    assert len(cut.model.layers) == 2
+    assert_same_answers(cut, whole)
+
+
+def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
+    """As an embedding's in a GGUF file, of which the whole would be dequantised."""
+    info = checkpoint_tensors(tiny_llama)["model.embed_tokens.weight"]
+    expected, read = read_tensor(info), []
+    unmapped = dataclasses.replace(info, read=lambda rows: read.append(rows) or expected[rows])
+    matrix = StreamedMatrix.of(unmapped, expected.shape, CPU)
+    ids = torch.tensor([[9, 2, 9]])
+    assert torch.equal(nn.functional.embedding(ids, matrix), nn.functional.embedding(ids, expected.float()))
+    assert torch.equal(matrix.rows(slice(10, 30), torch.float32), expected[10:30].float())
+    assert read == [slice(2, 3), slice(9, 10), slice(10, 30)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "gpt2"])
+def test_a_streamed_model_answers_alike_on_a_gpu_and_leaves_it_empty(
+    family: str, tiny_models: Callable[[str], Path]
+) -> None:
+    directory = tiny_models(family)
+    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    weights = trained_weights(
+        directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=family == "gpt2"
+    )
+    on_cpu, on_cuda = (load_streamed_model(directory, torch.device(kind), weights) for kind in ("cpu", "cuda"))
+    with torch.no_grad():
+        expected = on_cpu(input_ids=IDS).logits
+        before = torch.cuda.memory_allocated()
+        found = on_cuda(input_ids=IDS.cuda()).logits.cpu()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert torch.cuda.memory_allocated() <= before + 4 * len(matrices(on_cuda)) * 512

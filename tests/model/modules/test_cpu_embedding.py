@@ -1,0 +1,124 @@
+"""The embedding in host memory changes where numbers lie, not what they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.model.load import load_base_model
+from qlora_trainer.model.modules.cpu_embedding import HostEmbedding, host_tensors
+from qlora_trainer.model.source import load_tokenizer
+from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.training.generation import generate_answers
+
+Config = Callable[..., RunConfig]
+Models = Callable[[str], Path]
+HOST = {"embeddings": "host"}
+QUANTISED = {"embeddings": "host", "output_head": "4bit"}
+
+
+def records_of(run: Any) -> list[tuple[float, float, float]]:
+    records: list[tuple[float, float, float]] = []
+    run.train(lambda r: records.append((r["loss"], r["grad_norm"], r.get("heldout_loss", 0.0))))
+    return records
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Config, dropout: float) -> None:
+    settings = {"adapter": {"dropout": dropout}, "training": {"max_steps": 4}}
+    device = start_run(tiny_config("device", **settings))
+    expected = records_of(device)
+    host = start_run(tiny_config("host", **settings, model=HOST))
+    assert isinstance(host.base.model.get_input_embeddings(), HostEmbedding)
+    assert records_of(host) == expected
+    for ours, theirs in zip(host.state.groups, device.state.groups, strict=True):
+        assert torch.equal(ours.data, theirs.data)
+
+
+def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) -> None:
+    whole = start_run(tiny_config("whole"))
+    records = records_of(whole)
+    parts = start_run(tiny_config("parts"))
+    parts.train(lambda record: None, stop_after=3)
+    resumed = resume_run(parts.directory, ["model.embeddings=host"])
+    assert resumed.notices == []
+    assert records_of(resumed) == records[3:]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str) -> None:
+    directory = tiny_models(family)
+    device = load_base_model(directory, ModelConfig(name=str(directory)))
+    host = load_base_model(directory, ModelConfig.model_validate({"name": str(directory), **HOST}))
+    assert host.fingerprint.difference(device.fingerprint) is None
+    assert host.fingerprint.dense.keys() == device.fingerprint.dense.keys()
+    (weight,) = host_tensors(host.model)
+    assert list(host_tensors(device.model)) == []
+    assert weight.dtype == torch.bfloat16  # the checkpoint's
+    assert torch.equal(weight.float(), device.model.get_input_embeddings().weight)
+    assert host.bytes == device.bytes - weight.nbytes  # half of fp32
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama_tied"])
+def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family: str) -> None:
+    """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
+    directory = tiny_models(family)
+    settings = {"name": str(directory), "output_head": "4bit", "compute_dtype": "bfloat16"}
+    device = load_base_model(directory, ModelConfig.model_validate(settings)).model
+    host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
+    ids = torch.arange(30)[None]
+    assert torch.equal(host.get_input_embeddings()(ids), device.get_input_embeddings()(ids))
+    tokenizer = load_tokenizer(directory)
+    prompts = [[5, 9, 30], [7, 8]]
+    answers = [
+        generate_answers(model, tokenizer, prompts, stop_token_ids=[2], max_new_tokens=5) for model in (device, host)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_the_models_device_is_the_one_that_computes(tiny_llama: Path) -> None:
+    """transformers takes the first parameter's; the host's must not be it, nor move or be cast with the model."""
+    settings = ModelConfig.model_validate({"name": str(tiny_llama), **HOST})
+    model = load_base_model(tiny_llama, settings).model
+    model.to("meta")
+    assert model.device == torch.device("meta")
+    (weight,) = host_tensors(model)
+    assert weight.device == torch.device("cpu")
+
+
+def test_tied_embeddings_on_the_host_are_refused(
+    tiny_config: Config, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether loaded or planned; a quantised head has a weight of its own."""
+    directory = tiny_models("llama_tied")
+    refused = tiny_config(model={"name": str(directory), **HOST})
+    for attempt in (lambda: start_run(refused), lambda: plan_memory(directory, refused)):
+        with pytest.raises(ModelError, match=r"lm_head\.weight are one weight.* Set model\.output_head=4bit"):
+            attempt()
+    run = start_run(tiny_config(model={"name": str(directory), **QUANTISED}, training={"max_steps": 2}))
+    assert run.train(lambda record: None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None:
+    directory = tiny_models("gemma3")
+    settings = {"name": str(directory), "device": "cuda", "output_head": "4bit"}
+    device = load_base_model(directory, ModelConfig.model_validate(settings)).model
+    host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
+    assert {tensor.device.type for tensor in host_tensors(host)} == {"cpu"}
+    ids = torch.arange(30, device="cuda")[None]
+    found = host.get_input_embeddings()(ids)
+    assert found.device.type == host.device.type == "cuda"
+    assert torch.equal(found, device.get_input_embeddings()(ids))
+    tokenizer = load_tokenizer(directory)
+    answers = [
+        generate_answers(model, tokenizer, [[5, 9, 30], [7]], stop_token_ids=[2], max_new_tokens=5)
+        for model in (device, host)
+    ]
+    assert answers[0] == answers[1]

@@ -1,0 +1,141 @@
+"""Packed documents never meet, in architectures beyond those that tests/tiny_models.py loads as trained bases.
+
+Here models are dense, and every parameter's gradient is compared. test_forward.py does the same with NF4 bases and
+their adapters for the other families.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import SHAPE
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.model.forward import examine_forward, find_loss_path, logits, loss_sum
+from qlora_trainer.model.modules.packed_attention import attends_apart, packed_attention, packed_documents
+
+WINDOW = {"sliding_window": 6}
+WIDE_WINDOW = {**WINDOW, "head_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+PACKED: dict[str, dict[str, Any]] = {
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {**WINDOW, "logit_scale": 0.25},
+    "starcoder2": {**WINDOW, "attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "gpt_neox": {},
+    "mixtral": {**WINDOW, **EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {**WINDOW, "use_sliding_window": True, "max_window_layers": 1, "head_dim": 16},
+    "phi3": WINDOW,
+}
+PADDED: dict[str, dict[str, Any]] = {"falcon": {}, "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2}}
+WITH_A_WINDOW: dict[str, dict[str, Any]] = {
+    **{kind: settings for kind, settings in PACKED.items() if "sliding_window" in settings},
+    **dict.fromkeys(("mistral", "ministral3", "exaone4", "cwm"), WINDOW),
+    **dict.fromkeys(("ministral", "gemma2", "gemma3_text", "vaultgemma"), WIDE_WINDOW),
+    "qwen3_moe": {**PACKED["qwen3_moe"], **WINDOW, "use_sliding_window": True, "max_window_layers": 0},
+    "smollm3": {**WINDOW, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def tiny_model(kind: str, settings: dict[str, Any], **options: Any) -> Any:
+    """Random weights, large enough that tokens and positions matter."""
+    config = AutoConfig.for_model(kind, **{**SHAPE, "vocab_size": 64, **settings})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, **options).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.12)
+    return model
+
+
+def examples() -> list[Example]:
+    """Documents longer and shorter than the window of 6, with prompts that are not learned."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (21, 5, 13, 2, 30)]
+    return [Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows]
+
+
+def loss_and_gradient(model: Any, packing: bool, limit: int) -> tuple[float, Tensor]:
+    model.requires_grad_(True)
+    head = model.get_output_embeddings()
+    for module in (head, model.get_input_embeddings()):  # the lean loss gives a head no gradient
+        module.requires_grad_(False)
+    model.zero_grad()
+    path, total = find_loss_path(model), 0.0
+    for pack in make_packs(examples(), limit, packing):
+        loss = loss_sum(model, pack, path)
+        loss.backward()
+        total += float(loss.detach())
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return total, torch.cat(grads)
+
+
+def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor]) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+    assert float((ours[1] - theirs[1]).norm() / theirs[1].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packing_gives_the_loss_and_gradients_of_one_document_at_a_time(kind: str) -> None:
+    model = tiny_model(kind, PACKED[kind]).train()
+    assert examine_forward(model).can_pack
+    alone = loss_and_gradient(model, packing=False, limit=1)
+    assert_same(loss_and_gradient(model, packing=True, limit=1000), alone)
+    assert_same(loss_and_gradient(model, packing=False, limit=1000), alone)
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_what_cannot_be_packed_is_padded_without_changing_loss_or_gradients(kind: str) -> None:
+    model = tiny_model(kind, PADDED[kind]).train()
+    plan = examine_forward(model)
+    assert not plan.can_pack
+    assert sum("padded on the right" in notice for notice in plan.notices) == 1
+    assert_same(loss_and_gradient(model, packing=False, limit=1000), loss_and_gradient(model, packing=False, limit=1))
+
+
+@pytest.mark.parametrize("kind", [*PACKED, "falcon"])
+def test_changing_one_document_changes_no_logit_of_another(kind: str) -> None:
+    packing = kind in PACKED
+    model = tiny_model(kind, PACKED.get(kind, {})).eval()
+    first, second = examples()[0], examples()[2]
+    other = Example([token % 50 + 3 for token in first.input_ids[::-1]], first.labels)
+    with torch.no_grad():
+        before, after = (logits(model, make_packs([row, second], 1000, packing)[0]) for row in (first, other))
+    parts = [(0, slice(len(first.input_ids))), (0, slice(len(first.input_ids), None))] if packing else [(0,), (1,)]
+    assert not torch.equal(before[parts[0]], after[parts[0]])
+    assert torch.equal(before[parts[1]], after[parts[1]])
+
+
+@pytest.mark.parametrize("kind", WITH_A_WINDOW)
+def test_a_window_reaches_as_far_as_transformers_own_mask(kind: str) -> None:
+    """Compared with eager attention, whose mask transformers makes; a window of one token more or less is far off."""
+    model = tiny_model(kind, WITH_A_WINDOW[kind], attn_implementation="eager").eval()
+    assert attends_apart(model, 64)
+    ids, positions = torch.randint(3, 64, (1, 40)), torch.arange(40)[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    windows: list[int] = []
+
+    def hidden(change: int) -> Tensor:
+        def attend(*tensors: Any, sliding_window: int | None = None, **settings: Any) -> Any:
+            if sliding_window is not None:
+                windows.append(sliding_window)
+                sliding_window += change
+            return packed_attention(*tensors, sliding_window=sliding_window, **settings)
+
+        with packed_documents(model, attend):
+            return model.base_model(**inputs, document_bounds=[0, 40]).last_hidden_state
+
+    with torch.no_grad():
+        eager = model.base_model(**inputs).last_hidden_state
+        errors = {change: float((hidden(change) - eager).norm() / eager.norm()) for change in (-1, 0, 1)}
+    assert set(windows) == {6}
+    assert errors[0] < 2e-6
+    assert min(errors[-1], errors[1]) > 1e-3

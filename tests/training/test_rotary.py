@@ -1,0 +1,118 @@
+"""Rotary embedding is the library's to the last bit, forward and backward, and models take ours where it is theirs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from transformers.models.cohere.modeling_cohere import CohereAttention
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from qlora_kernels.rotary import rotate, rotate_torch, workspace_bytes
+from qlora_trainer.planning.live_bytes import LiveBytes
+from qlora_trainer.training.rotary import turn_in_one_pass
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def heads(dtype: torch.dtype) -> Tensor:
+    """(2, 3, 5, 8), in memory token by token, as a projection gives it."""
+    return normal(2, 5, 3, 8, dtype=dtype).transpose(1, 2)
+
+
+def output_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.requires_grad_()
+    output = function(x)
+    return output, torch.autograd.grad(output, x, normal(*output.shape, seed=2, dtype=output.dtype))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_output_and_gradient_are_the_librarys_to_the_last_bit(rows: int, dtype: torch.dtype) -> None:
+    """With tables whose halves differ, which no model makes: the gradient is the transpose, whatever they hold."""
+    cos, sin = normal(rows, 5, 8, seed=3, dtype=dtype), normal(rows, 5, 8, seed=4, dtype=dtype)
+    ours = output_and_gradient(lambda x: rotate(x, cos, sin), heads(dtype))
+    theirs = output_and_gradient(lambda x: apply_rotary_pos_emb(x, x, cos, sin)[0], heads(dtype))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+        assert mine.stride() == other.stride()
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    cos, sin = normal(2, 5, 8, seed=3, dtype=torch.float64), normal(2, 5, 8, seed=4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), heads(torch.float64).requires_grad_())
+
+
+def test_for_a_rotation_the_gradient_is_turned_back() -> None:
+    angles = normal(1, 5, 4, seed=3, dtype=torch.float64).repeat(1, 1, 2)
+    x = heads(torch.float64).requires_grad_()
+    (grad,) = torch.autograd.grad(rotate(x, angles.cos(), angles.sin()), x, normal(2, 3, 5, 8, dtype=torch.float64))
+    turned = rotate(normal(2, 3, 5, 8, dtype=torch.float64), angles.cos(), -angles.sin())
+    torch.testing.assert_close(grad, turned, rtol=1e-14, atol=1e-14)
+
+
+def test_empty_input_has_an_empty_output() -> None:
+    assert rotate(normal(2, 3, 0, 8), normal(1, 0, 8), normal(1, 0, 8)).shape == (2, 3, 0, 8)
+
+
+def test_what_it_uses_inside_is_what_the_formula_says() -> None:
+    x, table = normal(1, 64, 256, 64), normal(1, 256, 64)
+    live = LiveBytes()
+    live.watch([x, table], "inputs")
+    known = live.bytes
+    with live:
+        rotate_torch(x, table, table, False)
+    assert live.peak.bytes - known - x.nbytes == workspace_bytes(x)  # beside the output
+
+
+class Names(TorchDispatchMode):
+    """The operations that run within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+TURNED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"]
+
+
+@pytest.mark.parametrize("family", TURNED)
+def test_a_listed_familys_attention_takes_it_and_gives_the_same_bits(
+    tiny_models: Callable[[str], Path], family: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_models(family), dtype=torch.bfloat16)
+    ids = torch.arange(3, 23)[None]
+    before = model(ids).logits
+    assert turn_in_one_pass(model.modules()) == model.config.num_hidden_layers
+    with Names() as seen:
+        after = model(ids).logits
+    assert torch.equal(after, before)
+    turned = [name for name in seen.names if name == "qlora_kernels::rotate"]
+    without = model.config.no_rope_layers.count(0) if family == "smollm3" else 0
+    assert len(turned) == 2 * (model.config.num_hidden_layers - without)
+
+
+def test_the_library_stays_as_it_is(tiny_models: Callable[[str], Path]) -> None:
+    function, forward = modeling_llama.apply_rotary_pos_emb, LlamaAttention.forward
+    turn_in_one_pass(AutoModelForCausalLM.from_pretrained(tiny_models("llama")).modules())
+    assert modeling_llama.apply_rotary_pos_emb is function
+    assert LlamaAttention.forward is forward
+
+
+def test_attention_that_turns_pairs_keeps_its_own() -> None:
+    """Cohere's heads are turned in neighbouring pairs, and in fp32."""
+    module = CohereAttention.__new__(CohereAttention)
+    torch.nn.Module.__init__(module)
+    assert turn_in_one_pass([module]) == 0
+    assert "forward" not in vars(module)

@@ -1,0 +1,252 @@
+"""Tensors read past the page cache: the same values and hashes, memory used again, faults told, everywhere."""
+
+import ctypes
+import hashlib
+import io
+import json
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.weights import direct_reading
+from qlora_trainer.weights.direct_reading import DirectReader
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+
+TENSORS = {
+    "long": torch.arange(5000, dtype=torch.int64).reshape(50, 100),
+    "half": torch.randn(33, 77).half(),
+    "brain": torch.randn(4096, 3).bfloat16(),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "bytes": torch.arange(255, dtype=torch.uint8),
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small tensor is read in several."""
+    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 4096)
+
+
+def saved(directory: Path, tensors: dict[str, Tensor] = TENSORS) -> dict[str, TensorInfo]:
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    return checkpoint_tensors(directory)
+
+
+def sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()
+
+
+def assert_all_read(infos: dict[str, TensorInfo], expected: dict[str, Tensor] = TENSORS) -> DirectReader:
+    with DirectReader() as reader:
+        for name, tensor in expected.items():
+            found = reader.read(infos[name])
+            assert found.tensor.dtype == tensor.dtype
+            assert torch.equal(found.tensor, tensor), name
+            assert found.sha256 == sha256(tensor), name
+    return reader
+
+
+def test_tensors_come_with_their_values_and_hashes(tmp_path: Path) -> None:
+    assert_all_read(saved(tmp_path / "model"))
+
+
+def test_shards_follow_each_other(tmp_path: Path) -> None:
+    infos = saved(tmp_path / "one") | {f"{n} too": info for n, info in saved(tmp_path / "two").items()}
+    with DirectReader() as reader:
+        for name in ("half", "half too", "long", "brain too"):
+            info = infos[name]
+            assert torch.equal(reader.read(checkpoint_tensors(info.file.parent)[info.name]).tensor, TENSORS[info.name])
+
+
+def test_the_page_cache_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what the system reads ahead of the header: of a file that was written and dropped from memory."""
+    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 2**22)
+    info = saved(tmp_path / "model", {"large": torch.zeros(2**26, dtype=torch.uint8)})["large"]
+    with info.file.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_bytes(info.file) > info.nbytes / 2:
+        pytest.skip("this file system keeps files in memory")
+    with DirectReader() as reader:
+        reader.read(info)
+        assert reader._file is not None
+        if not reader._file.is_direct:
+            pytest.skip("this file system has no direct reading")
+    assert cached_bytes(info.file) < info.nbytes / 2
+
+
+def cached_bytes(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        pages = np.zeros(-(len(mapped) // -mmap.PAGESIZE), np.uint8)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        done = ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages.ctypes)
+        assert done == 0
+        return int((pages & 1).sum()) * mmap.PAGESIZE
+
+
+def test_memory_is_used_again_once_nobody_holds_the_tensor(tmp_path: Path) -> None:
+    infos = saved(tmp_path / "model")
+    with DirectReader() as reader:
+        first = reader.read(infos["long"]).tensor
+        begin = first.untyped_storage().data_ptr()
+        row = first[3]
+        del first
+        second = reader.read(infos["brain"]).tensor
+        assert second.untyped_storage().data_ptr() != begin  # a row of the first is still held
+        assert torch.equal(row, TENSORS["long"][3])
+        del row
+        third = reader.read(infos["half"]).tensor
+        assert third.untyped_storage().data_ptr() == begin
+        assert torch.equal(second, TENSORS["brain"])
+
+
+def test_a_very_large_tensors_memory_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_reading, "LARGEST_KEPT", 2**14)
+    infos = saved(tmp_path / "model")
+    with DirectReader() as reader:
+        reader.read(infos["long"])  # 40,000 bytes
+        assert not reader._memory._free
+        reader.read(infos["half"])
+        assert [len(block) for block in reader._memory._free] == [2**14]
+
+
+def test_a_file_system_without_direct_reading_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = saved(tmp_path / "model")
+    opened: list[int] = []
+    plain_open = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any) -> int:
+        opened.append(flags)
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return plain_open(path, flags, *rest)
+
+    monkeypatch.setattr(direct_reading.os, "open", refuse)
+    assert_all_read(infos)
+    assert any(flags & os.O_DIRECT for flags in opened)
+
+
+def test_a_file_that_opens_and_cannot_be_read_directly_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = saved(tmp_path / "model")
+    refused: list[int] = []
+
+    class Refusing(io.FileIO):
+        def __init__(self, path: Any, **options: Any) -> None:
+            super().__init__(path)
+            self.is_direct = "opener" in options
+
+        def readinto(self, memory: Any) -> int:
+            if self.is_direct:
+                refused.append(len(memory))
+                raise OSError(22, "Invalid argument")
+            return super().readinto(memory)
+
+    monkeypatch.setattr(direct_reading.io, "FileIO", Refusing)
+    assert_all_read(infos)
+    assert len(refused) == 1
+
+
+def test_a_direct_read_that_stops_in_a_block_goes_on_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on disks of 512-byte blocks, and some network file systems: it is not the file's end."""
+    infos = saved(tmp_path / "model")
+
+    class Stopping(io.FileIO):
+        def __init__(self, path: Any, **options: Any) -> None:
+            super().__init__(path)
+            self.is_direct = "opener" in options
+
+        def readinto(self, memory: Any) -> int:
+            return super().readinto(memory[:512] if self.is_direct else memory)
+
+    monkeypatch.setattr(direct_reading.io, "FileIO", Stopping)
+    reader = assert_all_read(infos)
+    assert reader._file is None
+
+
+def test_a_system_that_gives_no_memory_is_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    infos = saved(tmp_path / "model")
+
+    def full(*arguments: Any, **named: Any) -> mmap.mmap:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(direct_reading.mmap, "mmap", full)
+    with DirectReader() as reader, pytest.raises(MemoryError, match=r"no 128 MiB .*Cannot allocate memory"):
+        reader.read(infos["long"])
+
+
+def test_a_kernel_without_huge_pages_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_reading.mmap, "MADV_HUGEPAGE", 9999)  # advice that no kernel knows
+    assert_all_read(saved(tmp_path / "model"))
+
+
+def test_a_disk_that_fails_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(io.FileIO):
+        def readinto(self, memory: Any) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(direct_reading.io, "FileIO", Broken)
+    with DirectReader() as reader, pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*Input/output"):
+        reader.read(saved(tmp_path / "model")["long"])
+
+
+def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.FileIO):
+        def __init__(self, path: Any, **_: Any) -> None:
+            super().__init__(path)
+
+        def readinto(self, memory: Any) -> int:
+            return super().readinto(memory[:4096])
+
+    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 3 * 4096)
+    monkeypatch.setattr(direct_reading.io, "FileIO", Slow)
+    assert_all_read(saved(tmp_path / "model"))
+
+
+def test_a_file_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
+    infos = saved(tmp_path / "model")
+    *_, last = sorted((infos[name] for name in ("long", "half", "brain")), key=lambda info: info.offset or 0)
+    with DirectReader() as reader:
+        reader.read(infos["long"])
+        with last.file.open("r+b") as file:
+            file.truncate((last.offset or 0) + last.nbytes - 1)
+        with pytest.raises(ModelError, match=rf"model\.safetensors is cut short: {last.name} is not all there"):
+            reader.read(last)
+
+
+def test_a_file_that_was_changed_since_it_was_listed_is_refused(tmp_path: Path) -> None:
+    infos = saved(tmp_path / "model")
+    saved(tmp_path / "model", TENSORS | {"long": torch.zeros(7, 7)})
+    with DirectReader() as reader, pytest.raises(ModelError, match="was changed while it was being read"):
+        reader.read(infos["brain"])
+
+
+def test_tensors_that_lie_at_odd_bytes_are_read(tmp_path: Path) -> None:
+    """As other writers than safetensors' own may leave them."""
+    values = torch.arange(3, dtype=torch.float32)
+    header = json.dumps(
+        {
+            "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+            "values": {"dtype": "F32", "shape": [3], "data_offsets": [3, 15]},
+        }
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes([1, 2, 3]) + values.numpy().tobytes()
+    (tmp_path / "model.safetensors").write_bytes(content)
+    infos = checkpoint_tensors(tmp_path)
+    assert_all_read(infos, {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "values": values})
