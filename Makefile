@@ -25,6 +25,7 @@ check: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 
 env: .venv/.dev .venv/.demo
 

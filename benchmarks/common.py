@@ -37,7 +37,8 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
 def plain_checkpoint(directory: Path, output: Path) -> Path:
     """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
     from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
-    from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+    from qlora_trainer.weights.model_directory import checkpoint_tensors
+    from qlora_trainer.weights.reading import read_tensor
     from qlora_trainer.weights.shard_writer import ShardWriter
 
     if not (directory / IMPORT_RECORD).is_file():

@@ -113,7 +113,7 @@ def ours(job: Job, activations: str) -> Result:
     from qlora_trainer.config.load import make_config
     from qlora_trainer.runs.checkpoint import newest_checkpoint
     from qlora_trainer.runs.start import start_run
-    from qlora_trainer.training.optimizer import learning_rate
+    from qlora_trainer.training.schedule import learning_rate
 
     config = make_config(
         {

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kernels import nf4, products
+from qlora_kernels import nf4_reference, products
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dequantized_blocks, quantize_nf4
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes
-from qlora_trainer.runs.directory import cpu_name
+from qlora_trainer.runs.resume_rules import cpu_name
+from qlora_trainer.weights.nf4 import bitsandbytes
 
 SHAPES = [(576, 1536), (4096, 4096), (4096, 11008), (4096, 16), (16, 4096)]  # in and out features
 
@@ -39,8 +39,11 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
 
 
 def plain_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    packed, maxima = torch.empty(weight.numel() // 2, dtype=torch.uint8), torch.empty(weight.numel() // nf4.BLOCK_SIZE)
-    nf4.quantize_torch(weight.view(-1), packed, maxima)
+    packed, maxima = (
+        torch.empty(weight.numel() // 2, dtype=torch.uint8),
+        torch.empty(weight.numel() // nf4_reference.BLOCK_SIZE),
+    )
+    nf4_reference.quantize_torch(weight.view(-1), packed, maxima)
     return packed, maxima
 
 
@@ -51,7 +54,7 @@ def our_values(weight: NF4Weight, out: Tensor) -> Tensor:
 
 def plain_values(weight: NF4Weight, out: Tensor) -> Tensor:
     tables = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
-    nf4.dequantize_torch(*tables, 0, weight.block_size, weight.nested_block_size, out)
+    nf4_reference.dequantize_torch(*tables, 0, weight.block_size, weight.nested_block_size, out)
     return out
 
 

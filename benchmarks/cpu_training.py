@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import ON_CPU, Job, Result
-from qlora_trainer.runs.directory import cpu_name
+from qlora_trainer.runs.resume_rules import cpu_name
 
 PEER = "hand-written loop"
 TOLERANCE = 1e-3  # of losses, relative

@@ -28,7 +28,8 @@ from typing import Any
 
 import psutil
 
-from qlora_trainer.runs.directory import cpu_name, user_cache
+from qlora_trainer.common.cache import user_cache
+from qlora_trainer.runs.resume_rules import cpu_name
 
 SAMPLE_SECONDS = 0.2
 MAX_LENGTH = 100_000  # nothing is cut, by any contender

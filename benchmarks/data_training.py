@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.contenders import Meter, Result
 from benchmarks.cpu_training import child_environment, rate
-from qlora_trainer.runs.directory import cpu_name
+from qlora_trainer.runs.resume_rules import cpu_name
 
 LAYOUTS = ("packed", "padded, sorted", "padded, in order")
 TOLERANCE = 1e-4  # of losses, relative

@@ -26,7 +26,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_matmul import multiply, multiply_few
 from qlora_kernels.rms_norm import rms_norm
 from qlora_kernels.rotary import rotate
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes
+from qlora_trainer.weights.nf4 import bitsandbytes
 
 TOKENS, RANK = 2048, 16
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 32_000

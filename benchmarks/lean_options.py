@@ -16,18 +16,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_trainer.cli.demo import demo_settings, packaged_model
 from qlora_trainer.cli.demo_data import write_demo_data
+from qlora_trainer.cli.demo_run import demo_settings, packaged_model
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.facts import read_config
 from qlora_trainer.model.forward import examine_forward
-from qlora_trainer.model.source import read_config, resolve_model
+from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.memory_plan import SLACK, plan_memory
-from qlora_trainer.runs.directory import prepare_data, user_cache
+from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.training.evaluation import heldout_loss
-from qlora_trainer.training.loop import micro_batch_tokens
+from qlora_trainer.training.state import micro_batch_tokens
 
 Sections = dict[str, dict[str, Any]]
 

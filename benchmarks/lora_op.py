@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from qlora_kernels.lora_linear import add_lora
 from qlora_trainer.adapters.layers import LoRALinear
-from qlora_trainer.model.modules.nf4_linear import NF4Linear, quantize_weight
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.weights.nf4 import quantize_weight
 
 SHAPES = {"smollm2-135m": (576, 192, 1536), "llama-8b": (4096, 1024, 14336)}  # hidden, key and value, intermediate
 Apply = Callable[[LoRALinear, Tensor], Tensor]

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_memory import PeerPlan, allowances, plan_peer
+from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.source import max_positions
-from qlora_trainer.planning.allocator import prefer_expandable_segments
+from qlora_trainer.model.facts import max_positions
 from qlora_trainer.planning.fit import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, MemoryPlan, plan_memory
 

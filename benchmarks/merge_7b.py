@@ -54,9 +54,10 @@ from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.merging.verify import row_answers
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
 from qlora_trainer.model.forward import LossPath
-from qlora_trainer.model.modules.nf4_linear import quantize_weight
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.nf4 import quantize_weight
+from qlora_trainer.weights.reading import read_tensor
 
 RANK, ALPHA = 16, 32.0
 PLAIN, FOUR_BIT, ADAPTER, FINGERPRINT = "plain", "4bit", "adapter", "fingerprint.json"

@@ -35,7 +35,8 @@ from qlora_trainer.data.batching.packing import Example, Pack
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.planning.memory_plan import empty_run, longest_pack, persistent_tensors, track_steps
 from qlora_trainer.training.activations import choose_policy
-from qlora_trainer.training.loop import TrainState, build_state, train_step
+from qlora_trainer.training.state import TrainState, build_state
+from qlora_trainer.training.step import train_step
 
 LIMIT = 0.01  # of the profiler's difference
 SHAPE = {

@@ -1,5 +1,6 @@
 """A CUDA card as torch's device functions tell of it, without one."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -31,3 +32,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, architectures: list[str], *capabili
     }
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
+
+
+def pretend_free_memory(monkeypatch: pytest.MonkeyPatch, free: Callable[[torch.device], int]) -> None:
+    """Have a device report this much free memory to all who load a model onto it."""
+    for module in ("device", "load"):
+        monkeypatch.setattr(f"qlora_trainer.model.{module}.free_memory", free)

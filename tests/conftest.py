@@ -14,10 +14,10 @@ from tiny_models import make_model_directory
 
 from qlora_kernels import compiled, nf4, registry  # noqa: F401 - nf4 defines its operations
 from qlora_trainer.cli import app as cli
+from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.allocator import prefer_expandable_segments
 from qlora_trainer.training.managed_memory import paging_refusal
 
 WORDS = [

@@ -39,7 +39,8 @@ from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noq
 
 # Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
 from qlora_trainer.training.activations import choose_policy  # noqa: E402
-from qlora_trainer.training.loop import build_state, train_step  # noqa: E402
+from qlora_trainer.training.state import build_state  # noqa: E402
+from qlora_trainer.training.step import train_step  # noqa: E402
 
 
 class Stream:

@@ -13,7 +13,8 @@ from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.merge_plan import MergeInputs
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 

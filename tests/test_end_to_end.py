@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_trainer.cli.demo import packaged_model
+from qlora_trainer.cli.demo_run import packaged_model
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig

@@ -23,7 +23,8 @@ from benchmarks.first_gpu.kit import Kit, gib
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.load import Base, give_back_memory
+from qlora_trainer.model.device import give_back_memory
+from qlora_trainer.model.load import Base
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.runs import start as runs

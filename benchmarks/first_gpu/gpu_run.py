@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-from qlora_trainer.planning.allocator import prefer_expandable_segments  # noqa: E402
+from qlora_trainer.cli.app import prefer_expandable_segments  # noqa: E402
 
 prefer_expandable_segments()
 

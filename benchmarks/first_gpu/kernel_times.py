@@ -15,7 +15,7 @@ from benchmarks import gpu
 from benchmarks.first_gpu.device import Device
 from benchmarks.first_gpu.kit import Kit
 from qlora_kernels.nf4_matmul import multiply, multiply_few
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes, quantize_weight
+from qlora_trainer.weights.nf4 import bitsandbytes, quantize_weight
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # an 8B's weights, (O, I)
 TOKENS = (1, 4, 16)

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from qlora_trainer.planning.allocator import prefer_expandable_segments  # noqa: E402
+from qlora_trainer.cli.app import prefer_expandable_segments  # noqa: E402
 
 prefer_expandable_segments()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as first_gpu.sh has it: a plan counts it

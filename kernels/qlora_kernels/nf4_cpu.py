@@ -1,4 +1,4 @@
-"""NF4 on a CPU by compiled code (nf4_cpu.cpp): the contract of nf4.py, bit for bit, at the speed of memory.
+"""NF4 on a CPU by compiled code (nf4_cpu.cpp): the contract of nf4_reference.py, bit for bit, at the speed of memory.
 
 Plain torch makes and reads back several full-size tensors; this makes one pass. Dtypes other than fp32, fp16 and bf16
 go to plain torch.
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_kernels import nf4
+from qlora_kernels import nf4_reference
 from qlora_kernels.compiled import load_library
 
 SOURCE = Path(__file__).with_name("nf4_cpu.cpp")
@@ -20,7 +20,7 @@ _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 def quantizer(*flags: str) -> Callable[..., None]:
-    """The compiled `nf4.quantize_torch`; `flags` are the compiler's, after our own.
+    """The compiled `nf4_reference.quantize_torch`; `flags` are the compiler's, after our own.
 
     Raises:
         UnavailableError: it cannot be compiled here.
@@ -35,10 +35,10 @@ def quantizer(*flags: str) -> Callable[..., None]:
         maxima: Tensor,  # (blocks,) fp32, filled
     ) -> None:
         if values.dtype not in _DTYPES:
-            return nf4.quantize_torch(values, packed, maxima)
+            return nf4_reference.quantize_torch(values, packed, maxima)
         assert (packed.dtype, maxima.dtype) == (torch.uint8, torch.float32)
         assert packed.numel() == -(values.numel() // -2)
-        assert maxima.numel() == -(values.numel() // -nf4.BLOCK_SIZE)
+        assert maxima.numel() == -(values.numel() // -nf4_reference.BLOCK_SIZE)
         assert packed.is_contiguous()
         assert maxima.is_contiguous()
         values = values.contiguous()
@@ -46,7 +46,7 @@ def quantizer(*flags: str) -> Callable[..., None]:
             values.data_ptr(),
             values.numel(),
             _DTYPES[values.dtype],
-            nf4.MIDPOINTS.data_ptr(),
+            nf4_reference.MIDPOINTS.data_ptr(),
             packed.data_ptr(),
             maxima.data_ptr(),
             torch.get_num_threads(),
@@ -57,7 +57,7 @@ def quantizer(*flags: str) -> Callable[..., None]:
 
 
 def dequantizer(*flags: str) -> Callable[..., None]:
-    """The compiled `nf4.dequantize_torch`; `flags` are the compiler's, after our own.
+    """The compiled `nf4_reference.dequantize_torch`; `flags` are the compiler's, after our own.
 
     Raises:
         UnavailableError: it cannot be compiled here.
@@ -79,7 +79,7 @@ def dequantizer(*flags: str) -> Callable[..., None]:
     ) -> None:
         assert block_size % 2 == 0, "a block must begin at a byte"
         if out.dtype not in _DTYPES:
-            return nf4.dequantize_torch(
+            return nf4_reference.dequantize_torch(
                 packed, absmax, nested_absmax, nested_code, offset, start, block_size, nested_block_size, out
             )
         assert out.is_contiguous()
@@ -100,7 +100,7 @@ def dequantizer(*flags: str) -> Callable[..., None]:
             out.numel(),
             block_size,
             nested_block_size,
-            nf4.NF4_CODE.data_ptr(),
+            nf4_reference.NF4_CODE.data_ptr(),
             out.data_ptr(),
             _DTYPES[out.dtype],
             torch.get_num_threads(),

@@ -1,10 +1,10 @@
 """A few tokens times an NF4 weight on CUDA: the weight goes from its four bits into the product, and never to memory.
 
 Each program takes some rows of the weight and all tokens, a stretch of the in features at a time. The weight's values
-have the very bits of `nf4.dequantize_torch`, cast to x's dtype; products of 16 bits run on tensor cores and are summed
-in fp32, products of fp32 are not shortened to TF32. The high halves of the bytes are the even in features and the low
-halves the odd ones, so each meets its half of x, and nothing is interleaved. Left out: splitting the in features over
-programs, which would fill a large card better for the smallest layers, at the price of a second pass.
+have the very bits of `nf4_reference.dequantize_torch`, cast to x's dtype; products of 16 bits run on tensor cores and
+are summed in fp32, products of fp32 are not shortened to TF32. The high halves of the bytes are the even in features
+and the low halves the odd ones, so each meets its half of x, and nothing is interleaved. Left out: splitting the in
+features over programs, which would fill a large card better for the smallest layers, at the price of a second pass.
 
 Legend: N tokens, I in features, O out features.
 """

@@ -1,8 +1,8 @@
 """Dequantising NF4 on CUDA: one pass, four bits and a share of a scale in, the value in the wanted dtype out.
 
-The same contract as `nf4.dequantize_torch`, bit for bit: every product and the sum of the scale are rounded by
-themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory; plain torch
-would make and read back several full-size tensors. The product with few tokens, where fusing it gains, is
+The same contract as `nf4_reference.dequantize_torch`, bit for bit: every product and the sum of the scale are rounded
+by themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory; plain
+torch would make and read back several full-size tensors. The product with few tokens, where fusing it gains, is
 `nf4_matmul_triton`.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_kernels.nf4 import NF4_CODE
+from qlora_kernels.nf4_reference import NF4_CODE
 
 BYTES_PER_PROGRAM = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -71,7 +71,7 @@ def dequantize(
     nested_block_size: int,
     out: Tensor,  # contiguous, filled
 ) -> None:
-    """Fills `out` with the elements from `start` on, as `nf4.dequantize_torch` does."""
+    """Fills `out` with the elements from `start` on, as `nf4_reference.dequantize_torch` does."""
     assert block_size % 2 == 0, "a block must begin at a byte"
     count, odd = out.numel(), start % 2
     if count == 0:

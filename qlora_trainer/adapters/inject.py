@@ -14,8 +14,7 @@ Experts are no targets (model/modules/experts.py).
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -23,12 +22,11 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.formulas import without_zero_blocks
 from qlora_trainer.adapters.fused_parts import trained_rows
-from qlora_trainer.adapters.layers import LoRALinear, TrainableBias, is_linear
+from qlora_trainer.adapters.layers import LoRALinear, TrainableBias
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.modules.experts import SplitExperts
-from qlora_trainer.model.modules.nf4_linear import NF4Linear
-from qlora_trainer.training.flat import FlatGroup
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
 
 PEFT_PREFIX = "base_model.model."
 
@@ -160,29 +158,6 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             path, found, rest = name.rpartition(".base.")
             inside = found and path in adapted  # PEFT calls what a layer wraps its base_layer
             yield PEFT_PREFIX + (f"{path}.base_layer.{rest}" if inside else name), parameter
-
-
-@contextmanager
-def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
-    """Within, the adapters exist in `dtype` too, cast a whole group at once, instead of each at each use.
-
-    For a training step's forward and backward passes: the adapters must not change inside.
-    """
-    layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
-    casts: dict[int, Tensor] = {}
-    learned = {id(layer.lora_A.weight) for layer in layers}
-    for group in groups:
-        if not any(id(parameter) in learned for parameter in group.parameters.values()):
-            continue
-        flat = group.data.detach().to(dtype)
-        casts |= {id(p): flat[group.slices[name]].view(p.shape) for name, p in group.parameters.items()}
-    for layer in layers:
-        layer.casts = casts[id(layer.lora_A.weight)], casts[id(layer.lora_B.weight)]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.casts = None
 
 
 def lora_state_dict(model: nn.Module, bias: BiasMode = "none") -> dict[str, Tensor]:

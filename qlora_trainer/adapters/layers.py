@@ -25,11 +25,6 @@ from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: 4-bit, plain, or GPT-2's Conv1D, which stores its weight (I, O)."""
-    return isinstance(module, NF4Linear | nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 class LoRALinear(nn.Module):
     """See above. `base` is what `is_linear` says; the adapter lies on its device, on the CPU for a meta base."""
 

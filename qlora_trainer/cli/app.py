@@ -10,12 +10,18 @@ import sys
 import typer
 
 from qlora_trainer.cli.console import print_error
-from qlora_trainer.cli.merge import evaluate, generate, merge
-from qlora_trainer.cli.plan import doctor, inspect, plan
+from qlora_trainer.cli.demo import demo
+from qlora_trainer.cli.doctor import doctor
+from qlora_trainer.cli.evaluate import evaluate
+from qlora_trainer.cli.generate import generate
+from qlora_trainer.cli.inspect import inspect
+from qlora_trainer.cli.merge import merge
+from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quantize import quantize
-from qlora_trainer.cli.train import demo, resume, train
+from qlora_trainer.cli.train import resume, train
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
-from qlora_trainer.planning.allocator import prefer_expandable_segments
+from qlora_trainer.common.machine import is_wsl
+from qlora_trainer.planning.allocator import SETTINGS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,3 +80,12 @@ def _set_up_libraries() -> None:
     # What libraries log at import is for their developers; what matters to a run we say ourselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def prefer_expandable_segments() -> None:
+    """Ask torch for expandable segments, unless the user has settings of their own. Before torch is imported.
+
+    Not under WSL: some cards and drivers refuse the first allocation there (pytorch#192330).
+    """
+    if not any(name in os.environ for name in SETTINGS) and not is_wsl():
+        os.environ[SETTINGS[0]] = "expandable_segments:True"

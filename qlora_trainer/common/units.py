@@ -1,8 +1,12 @@
-"""Amounts of memory and of disk as people write them: 24GiB, 5GB."""
+"""Bytes and dtypes in words: read amounts such as 24GiB, write them, and name a dtype."""
 
 import re
+from typing import TYPE_CHECKING
 
 from qlora_trainer.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -14,3 +18,19 @@ def parse_bytes(text: str) -> int:
     if amount < 1:
         raise ConfigError(f"{text!r} is no amount of memory or disk; write it as 24GiB, or 24GB for 24 billion bytes.")
     return amount
+
+
+def gibibytes(count: float) -> str:
+    """A number of bytes in the unit that fits."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def dtype_name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+IGNORED_LABEL = -100  # of a token that carries no loss; the kernels' and transformers' number
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -80,3 +82,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return row_to_json(value) if isinstance(value, Message | ToolCall) else value
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as tokens. labels[i] is input_ids[i] where it is learned, else -100: not shifted yet."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def learned_tokens(self) -> int:
+        """Labels that carry loss. The first token has nothing before it to be predicted from."""
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)

@@ -30,14 +30,14 @@ from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs
 from qlora_trainer.merging.streamed_model import gives_answers, load_streamed_model
 from qlora_trainer.merging.trained_weights import TrainedWeight
 from qlora_trainer.merging.verify import head_answers, row_answers
+from qlora_trainer.model.device import give_back_memory
+from qlora_trainer.model.facts import is_prequantized, layer_kinds
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
-from qlora_trainer.model.load import give_back_memory, load_base_model, load_dense_model
+from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.experts import has_experts
-from qlora_trainer.model.source import is_prequantized
-from qlora_trainer.planning.skeleton import layer_kinds
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
 from qlora_trainer.training.evaluation import heldout_loss
-from qlora_trainer.training.loop import micro_batch_tokens
+from qlora_trainer.training.state import micro_batch_tokens
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row

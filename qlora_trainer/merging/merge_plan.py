@@ -8,12 +8,11 @@ Legend: O out features, I in features, R rank.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.peft_format import Adapter
 from qlora_trainer.common.errors import MergeError
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.trained_weights import (
     DenseTensor,
     TrainedWeight,
@@ -29,7 +29,13 @@ from qlora_trainer.merging.trained_weights import (
     trained_weights,
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
-from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors, weight_statistics
+from qlora_trainer.weights.model_directory import (
+    TensorInfo,
+    TensorSpec,
+    checkpoint_tensors,
+    read_config_json,
+    weight_statistics,
+)
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -147,7 +153,7 @@ def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
     """An adapter on one of two tied weights would, once folded, be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
     touched = [name for name in loras if name.split(".")[-2] in embeddings]
-    if touched and read_config(directory).get("tie_word_embeddings", True):
+    if touched and read_config_json(directory).get("tie_word_embeddings", True):
         raise MergeError(
             f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
             "Use the adapter beside its base instead."
@@ -182,19 +188,3 @@ def _check_shapes(plan: TensorPlan) -> None:
             f"The adapter's {plan.source.name} has shape {tuple(plan.replacement.shape)}, the base's {shape}. It was "
             "made for another model."
         )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MergeError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "transformers_weights" in config:
-        raise MergeError(
-            f"{directory / 'config.json'} is of a kind that cannot be merged: it names its own weight file."
-        )
-    return config
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 
 from qlora_trainer.common.atomic import refuse_existing
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, MergeError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.merging.fold import MergeReport, merge, prepare_merge
 from qlora_trainer.merging.logits import LogitDifference, compare_logits
 from qlora_trainer.merging.measure import ON_CPU, MergeRun, measure_original, measure_trained
-from qlora_trainer.merging.merge_plan import read_config
 from qlora_trainer.merging.streamed_model import can_stream, load_streamed_model, streaming_device
 from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.merging.verify import (
@@ -30,12 +30,13 @@ from qlora_trainer.merging.verify import (
     choose_base,
     verify_merge,
 )
+from qlora_trainer.model.device import choose_device
+from qlora_trainer.model.facts import is_prequantized
 from qlora_trainer.model.fingerprint import config_identity
-from qlora_trainer.model.load import choose_device, load_dense_model
-from qlora_trainer.model.source import is_prequantized, load_tokenizer, resolve_model
-from qlora_trainer.runs.directory import user_cache
+from qlora_trainer.model.load import load_dense_model
+from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.trained import read_trained
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import checkpoint_tensors, read_config_json
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
 
 
@@ -141,7 +142,7 @@ def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
     trained = read_trained(run_dir)
     settings = trained.config.model
     directory = resolve_model(model or settings.name, None if model else settings.revision, user_cache(), progress)
-    config = config_identity(read_config(directory))
+    config = config_identity(read_config_json(directory))
     if difference := trained.fingerprint.difference(dataclasses.replace(trained.fingerprint, config=config)):
         raise CheckpointError(
             f"The base {model or settings.name} is not the one this adapter was trained on: {difference}."

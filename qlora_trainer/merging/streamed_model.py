@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.head_rows import head_logits
-from qlora_trainer.adapters.layers import is_linear
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.merging.trained_weights import TrainedWeight
-from qlora_trainer.model.load import device_with_room, empty_model, load_dense_model
+from qlora_trainer.model.device import device_with_room
+from qlora_trainer.model.empty import empty_model
+from qlora_trainer.model.facts import keep_layers, read_config
+from qlora_trainer.model.load import load_dense_model
+from qlora_trainer.model.modules.nf4_linear import is_linear
 from qlora_trainer.model.names import match_names
-from qlora_trainer.model.source import read_config
-from qlora_trainer.planning.skeleton import keep_layers
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors, read_rows, read_tensor, same_values
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.reading import read_rows, read_tensor, same_values
 
 WORKING_BYTES = 2**30  # activations of a pass, roughly
 

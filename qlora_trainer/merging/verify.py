@@ -13,8 +13,7 @@ Legend: B rows, T tokens of each, N tokens of all, H hidden size, V vocabulary.
 
 import inspect
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +22,11 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.head_rows import DenseRows
-from qlora_trainer.common.errors import MergeError, ModelError
+from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.merging.logits import Answers, HeadAnswers, LogitDifference, WholeAnswers, compare_logits
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.modules.lm_head import head_weight
-from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors, read_tensor, tensor_bytes
 
 # Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
 KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
@@ -57,45 +55,6 @@ class BaseChoice:
     base: Literal["dequantized", "original"]
     heldout_loss: dict[str, float]
     reason: str
-
-
-def verify_files(
-    directory: Path,
-    expected: Sequence[TensorSpec],
-    checksums: Mapping[str, int],
-    progress: Progress = silent,
-    what: str = "merged model",
-) -> None:
-    """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
-
-    Raises:
-        MergeError: something is missing, unexpected, or damaged; it is named.
-    """
-    failed = f"The {what} failed its verification"
-    try:
-        found = checkpoint_tensors(directory)
-        wanted = {spec.name: spec for spec in expected}
-        if differing := sorted(found.keys() ^ wanted.keys()):
-            state = "missing" if differing[0] in wanted else "not expected"
-            raise MergeError(f"{failed}: {len(differing)} tensor(s) missing or unexpected; {differing[0]} is {state}.")
-        total = sum(spec.nbytes for spec in expected)
-        done = 0
-        for name, info in found.items():
-            spec = wanted[name]
-            if (info.dtype, info.shape) != (spec.dtype, spec.shape):
-                raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
-            tensor = read_tensor(info)
-            if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
-                damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
-                raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
-            done += tensor.nbytes
-            progress("verifying files", done, total)
-    except ModelError as error:
-        raise MergeError(f"{failed}: {error}") from error
-
-
-def _has_not_finite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not torch.isfinite(tensor).all()
 
 
 def verify_merge(

@@ -6,6 +6,7 @@ for CUDA that sees no card is a notice: who installed one rarely means the CPU.
 """
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -13,7 +14,9 @@ import re
 import torch
 
 from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
-from qlora_trainer.common.errors import ConfigError, ModelError, first_line
+from qlora_kernels.torch_features import release_pinned_memory
+from qlora_trainer.common.errors import ConfigError, InsufficientMemoryError, ModelError, first_line
+from qlora_trainer.common.machine import host_memory
 
 OLDEST_CAPABILITY = (6, 0)  # the oldest that bitsandbytes' CUDA libraries have code for
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -135,3 +138,58 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
     """Machine code runs on later cards of the same major version; PTX, compiled by the driver, on all later ones."""
     version = _version(code)
     return version <= capability and (code.startswith("compute_") or version[0] == capability[0])
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to train on; ModelError where CUDA is asked for and absent, or the card cannot be used.
+
+    A CUDA device has its index: without one it would mean the current card of each thread, and threads that read or
+    hash begin with the first.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    refuse_unusable(torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`compute_dtype_of` on a device that is here."""
+    is_asked = wanted == "auto" and device.type != "cpu"
+    return compute_dtype_of(wanted, torch.cuda.get_device_capability(device) if is_asked else None)
+
+
+def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.dtype:
+    """fp32 on a CPU (None), where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if capability is None:
+        return torch.float32
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
+
+
+def device_with_room(needed: int, device: torch.device, what: str) -> torch.device:
+    """`device`, or the CPU where a GPU has fewer bytes free than needed; InsufficientMemoryError where neither has."""
+    if device.type == "cuda" and needed > free_memory(device):
+        device = torch.device("cpu")
+    free = free_memory(device)
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"{what} takes {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free."
+        )
+    return device
+
+
+def give_back_memory() -> None:
+    """Free what was just dropped: cycles, and what torch keeps of GPU and pinned memory, which would count as taken."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a copy to the host or back may still be reading or writing what is dropped here
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        release_pinned_memory()
+
+
+def free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available

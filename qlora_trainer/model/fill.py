@@ -28,10 +28,12 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, make_fingerprint, tensor_fingerprint
 from qlora_trainer.model.load_plan import DenseTensor, LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, QuantizedHead, empty_head
-from qlora_trainer.model.modules.nf4_linear import all_finite, empty_nf4, quantize_weight
+from qlora_trainer.model.modules.nf4_linear import empty_nf4
 from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.weights.direct_reading import LARGEST_KEPT
-from qlora_trainer.weights.model_directory import TensorInfo, read_tensor
+from qlora_trainer.weights.model_directory import TensorInfo
+from qlora_trainer.weights.nf4 import all_finite, quantize_weight
+from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import Arrival, stream_tensors
 
 

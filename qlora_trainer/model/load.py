@@ -9,37 +9,36 @@ checkpoint and bitsandbytes quantises; such a model holds for a moment densely w
 """
 
 import dataclasses
-import gc
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from transformers import AutoModelForCausalLM
 
-from qlora_kernels.torch_features import release_pinned_memory
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
-from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.config.schema import ModelConfig
-from qlora_trainer.model.device import refuse_unusable
+from qlora_trainer.model.device import (
+    choose_compute_dtype,
+    choose_device,
+    device_with_room,
+    free_memory,
+    give_back_memory,
+)
+from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
+from qlora_trainer.model.facts import read_config, refuse_multi_modal
 from qlora_trainer.model.fill import lay_out, load_tensors
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
     host_tensors,
     keep_embeddings_on_host,
-    keeps_own_dtype,
     refuse_tied_embedding,
 )
-from qlora_trainer.model.modules.experts import split_experts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_four_bit_share
-from qlora_trainer.model.pretrained import LOADING_ERRORS, load_converted, load_pretrained, loading_error
-from qlora_trainer.model.source import read_config, refuse_multi_modal
+from qlora_trainer.model.pretrained import load_converted, load_pretrained
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 
@@ -61,35 +60,6 @@ class Base:
         """Memory of the frozen weights, host's too: codes with their statistics, and what stayed dense, ties once."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device to train on; ModelError where CUDA is asked for and absent, or the card cannot be used.
-
-    A CUDA device has its index: without one it would mean the current card of each thread, and threads that read or
-    hash begin with the first.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    refuse_unusable(torch.cuda.current_device())
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`compute_dtype_of` on a device that is here."""
-    is_asked = wanted == "auto" and device.type != "cpu"
-    return compute_dtype_of(wanted, torch.cuda.get_device_capability(device) if is_asked else None)
-
-
-def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.dtype:
-    """fp32 on a CPU (None), where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if capability is None:
-        return torch.float32
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
@@ -184,90 +154,6 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     return model.eval()
 
 
-def empty_model(
-    directory: Path, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
-) -> Any:
-    """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
-
-    Experts that transformers fuses are linear layers of their own in it (model/modules/experts.py).
-
-    Args:
-        config: take this one, such as the directory's own with fewer layers.
-        dtype: of the parameters, and of buffers that follow them.
-        stored: the names of the checkpoint's tensors, where they are known; experts that are fused there stay so.
-
-    Raises:
-        ModelError: it cannot be made.
-    """
-    config = config or read_config(directory)
-    try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise loading_error(error, directory) from error
-    split_experts(model, stored)
-    model.tie_weights()
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    return model.eval()
-
-
-def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = False) -> None:
-    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
-
-    An embedding that goes to host memory keeps its dtype where it may.
-    """
-    kept = model.get_input_embeddings().weight if embedding_on_host and keeps_own_dtype(model) else None
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter is not kept:
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-
-
-def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: Any = None) -> None:
-    """Give the model the buffers that no checkpoint holds as they are where its directory is loaded in `dtype`.
-
-    Some are made in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is 13.856
-    in fp32 and 13.875 in bf16.
-
-    Args:
-        config: the model's, where it is not that of the directory.
-    """
-    config = config or read_config(directory)
-    vars(config).pop("quantization_config", None)
-    for path, module in empty_model(directory, config, dtype).named_modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers[name]) is not None:
-                buffers = model.get_submodule(path)._buffers
-                buffers[name] = buffer.to(buffers[name].device)
-
-
-def device_with_room(needed: int, device: torch.device, what: str) -> torch.device:
-    """`device`, or the CPU where a GPU has fewer bytes free than needed; InsufficientMemoryError where neither has."""
-    if device.type == "cuda" and needed > _free_memory(device):
-        device = torch.device("cpu")
-    free = _free_memory(device)
-    if needed > free:
-        raise InsufficientMemoryError(
-            f"{what} takes {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free."
-        )
-    return device
-
-
-def give_back_memory() -> None:
-    """Free what was just dropped: cycles, and what torch keeps of GPU and pinned memory, which would count as taken."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a copy to the host or back may still be reading or writing what is dropped here
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        release_pinned_memory()
-
-
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
-
-
 def _check_prequantized(config: Any, directory: Path) -> None:
     """A prequantised checkpoint brings its own quantisation; take only the one we train on, and never override it."""
     found = config if isinstance(config, dict) else config.to_dict()
@@ -286,7 +172,7 @@ def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding
         embedding = model.get_input_embeddings().weight
         sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
     needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers()) + plan.passing_bytes
-    free = _free_memory(device)
+    free = free_memory(device)
     if needed > free:
         raise InsufficientMemoryError(
             f"The base takes about {needed / 2**30:.1f} GiB in 4-bit, and {device} has {free / 2**30:.1f} GiB free. "

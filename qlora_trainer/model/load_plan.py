@@ -21,7 +21,8 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
-from qlora_trainer.weights.model_directory import TensorInfo, read_tensor, same_values, weight_statistics
+from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
+from qlora_trainer.weights.reading import read_tensor, same_values
 
 RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

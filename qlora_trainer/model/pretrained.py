@@ -15,9 +15,9 @@ from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
-from qlora_trainer.model.modules.nf4_linear import all_finite
-from qlora_trainer.weights.bitsandbytes_format import adopt_linear4bit
-from qlora_trainer.weights.model_directory import read_tensor
+from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
+from qlora_trainer.weights.nf4 import all_finite
+from qlora_trainer.weights.reading import read_tensor
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 

@@ -25,16 +25,19 @@ from qlora_trainer.common.atomic import new_directory, refuse_existing, refuse_u
 from qlora_trainer.common.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import ModelConfig
-from qlora_trainer.merging.verify import verify_files
+from qlora_trainer.model.device import choose_device, device_with_room
 from qlora_trainer.model.fill import check_finite, quantize_arrival
-from qlora_trainer.model.load import Base, choose_device, device_with_room, load_base_model, plan_base
+from qlora_trainer.model.load import Base, load_base_model, plan_base
 from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan
 from qlora_trainer.model.modules.experts import SplitExperts
-from qlora_trainer.model.modules.nf4_linear import empty_weight, is_transposed, linear_layers
+from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.pretrained import nf4_config
 from qlora_trainer.weights.bitsandbytes_format import weight_to_checkpoint
 from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
-from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors, row_blocks
+from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.nf4 import empty_weight
+from qlora_trainer.weights.read_back import verify_files
+from qlora_trainer.weights.reading import row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.weights.side_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.weights.stream import stream_tensors

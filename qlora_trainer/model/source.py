@@ -7,9 +7,8 @@ out: the weights (load.py).
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_trainer.common.atomic import refuse_unwritable
 from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
@@ -101,40 +100,3 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error
-
-
-def read_config(directory: Path) -> Any:
-    """transformers' config of a model directory; ModelError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{directory / 'config.json'} cannot be read as a model's config: {first_line(error)}"
-        ) from error
-
-
-def max_positions(directory: Path) -> int | None:
-    """How many positions the model was made for, or None where its config does not say."""
-    config = read_config(directory).get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
-def vocabulary_size(directory: Path) -> int | None:
-    """Rows of the model's embedding, or None where its config does not say."""
-    return getattr(read_config(directory).get_text_config(), "vocab_size", None)
-
-
-def is_prequantized(directory: Path) -> bool:
-    """Whether a model directory holds weights that are quantised already."""
-    return getattr(read_config(directory), "quantization_config", None) is not None
-
-
-def refuse_multi_modal(config: Any, directory: Path) -> None:
-    """transformers gives some of them whole as causal language models; the adapter would train the vision tower too."""
-    towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
-    if towers:
-        raise ModelError(
-            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
-            f"{' and '.join(towers)}). Only text models are trained here: choose one "
-            "that takes text alone."
-        )

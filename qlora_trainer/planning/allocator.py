@@ -14,8 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from qlora_trainer.common.machine import is_wsl
-
 MIB = 2**20
 PAGES = {True: 2 * MIB, False: 20 * MIB}  # what a segment begins with or grows by, for small blocks and for others
 SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for them, the first one first
@@ -27,15 +25,6 @@ class Event:
 
     block: int
     bytes: int
-
-
-def prefer_expandable_segments() -> None:
-    """Ask torch for expandable segments, unless the user has settings of their own. Before torch is imported.
-
-    Not under WSL: some cards and drivers refuse the first allocation there (pytorch#192330).
-    """
-    if not any(name in os.environ for name in SETTINGS) and not is_wsl():
-        os.environ[SETTINGS[0]] = "expandable_segments:True"
 
 
 def uses_expandable_segments() -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.facts import layer_kinds
 from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
-from qlora_trainer.planning.skeleton import layer_kinds
 
 
 def estimate(directory: Path, config: RunConfig) -> int:

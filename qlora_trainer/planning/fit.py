@@ -13,12 +13,12 @@ import torch
 from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.load import choose_device
-from qlora_trainer.model.source import max_positions
+from qlora_trainer.model.device import choose_device
+from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
-from qlora_trainer.planning.memory_plan import CONTEXT, CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
-from qlora_trainer.planning.skeleton import layer_kinds
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 
@@ -139,45 +139,6 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
     )
 
 
-def describe(
-    plan: MemoryPlan, budget: Budget | None, longest: MemoryPlan | None = None, largest: MemoryPlan | None = None
-) -> list[tuple[str, str]]:
-    """A plan for people: (name, value)."""
-    on_card = plan.components[CONTEXT] > 0
-    rows = [
-        (
-            "planned",
-            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
-        ),
-        (
-            "backward",
-            f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
-        ),
-        *([("card", plan.card)] if plan.card else []),
-        ("attention", plan.attention),
-        *((name, gib(count)) for name, count in plan.components.items() if count),
-        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
-        (
-            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
-            if on_card
-            else ("the fullest moment", plan.operation)
-        ),
-    ]
-    if budget:
-        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
-        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
-        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
-        if plan.host > budget.host:
-            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
-    if longest:
-        rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
-    if largest:
-        rows.append(("largest micro-batch that fits", f"{largest.micro_batch_tokens:,} tokens ({gib(largest.total)})"))
-    rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
-    rows += [(f"{name} would need", f"{gib(count)} ({rules[name]})") for name, count in plan.elsewhere.items()]
-    return rows
-
-
 def memory_here(config: RunConfig) -> int | None:
     """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu,
     as far as this process may use it."""
@@ -207,10 +168,6 @@ def with_length(config: RunConfig, max_length: int) -> RunConfig:
 
 def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
     return _set(config, training={"micro_batch_tokens": tokens})
-
-
-def gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _keep_what_fits(

@@ -29,7 +29,8 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
-from qlora_trainer.model.load import compute_dtype_of
+from qlora_trainer.model.device import compute_dtype_of
+from qlora_trainer.model.facts import max_positions
 from qlora_trainer.model.modules.cpu_embedding import host_tensors
 from qlora_trainer.model.modules.lm_head import QuantizedHead
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -39,15 +40,15 @@ from qlora_trainer.model.modules.packed_attention import (
     head_sizes,
     refusals_as_model_error,
 )
-from qlora_trainer.model.source import max_positions
 from qlora_trainer.planning.allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.live_bytes import LiveBytes, once_more
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cpu, workspaces_on_cuda
 from qlora_trainer.training.activations import Policy, choose_policy
-from qlora_trainer.training.loop import TrainState, build_state, micro_batch_tokens, train_step
 from qlora_trainer.training.managed_memory import paging_refusal_here
+from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
+from qlora_trainer.training.step import train_step
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB on cards of consumers; an H200 took 619
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size

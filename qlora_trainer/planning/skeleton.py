@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from qlora_trainer.config.schema import ModelConfig
-from qlora_trainer.model.load import compute_in, empty_model, recompute_buffers
+from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
+from qlora_trainer.model.facts import keep_layers, read_config, refuse_multi_modal
 from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_host
 from qlora_trainer.model.modules.lm_head import empty_head
 from qlora_trainer.model.modules.nf4_linear import check_four_bit_share, empty_nf4
-from qlora_trainer.model.source import read_config, refuse_multi_modal
 
 
 def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: torch.dtype | None = None) -> Any:
@@ -51,21 +51,6 @@ def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype)
     compute_in(model, compute_dtype, embedding_on_host=settings.embeddings == "host")
     if settings.embeddings == "host":
         keep_embeddings_on_host(model, torch.device("cpu"), compute_dtype)
-
-
-def layer_kinds(directory: Path) -> list[str]:
-    """The kind of each decoder layer, where the config tells them apart (attention windows); else all the same."""
-    config = read_config(directory).get_text_config()
-    return list(getattr(config, "layer_types", None) or ["layer"] * config.num_hidden_layers)
-
-
-def keep_layers(config: Any, layers: int) -> None:
-    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
-    before = config.num_hidden_layers
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == before:
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = layers
 
 
 def make_empty(model: nn.Module) -> None:

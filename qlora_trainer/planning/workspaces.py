@@ -17,9 +17,8 @@ from qlora_kernels import blockwise_attention, rms_norm, rotary
 from qlora_kernels.torch_features import varlen_attention_arguments
 from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.planning.live_bytes import Workspace
+from qlora_trainer.training.determinism import CUBLAS_DETERMINISTIC, CUBLAS_SETTING
 
-CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG"
-CUBLAS_DETERMINISTIC = ":4096:8"  # of the two settings under which cuBLAS repeats its results, the faster one
 CUBLAS_THREADS = 2  # the one that goes forward, and autograd's for the device, which goes backward
 
 Workspaces = dict[torch._ops.OpOverload, Workspace]

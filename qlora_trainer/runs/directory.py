@@ -6,59 +6,24 @@ prepared data lie in the user's cache instead, shared by all runs.
 """
 
 import json
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from qlora_kernels.processor import processor_fact
-from qlora_kernels.products import library
-from qlora_kernels.registry import kernel_choice
-from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
-from qlora_trainer.config.load import dump_config, load_config
-from qlora_trainer.data.preparation.prepare import Prepared, prepare
-from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.common.atomic import write_text
-from qlora_trainer.common.errors import CheckpointError, DiskError, FileMissingError
-from qlora_trainer.model.fingerprint import BaseFingerprint
-from qlora_trainer.model.source import max_positions, vocabulary_size
+from qlora_trainer.common.cache import user_cache
+from qlora_trainer.common.errors import CheckpointError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.preparation.prepare import Prepared, prepare
+from qlora_trainer.model.facts import max_positions, vocabulary_size
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 
-RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
 CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
 MAX_BASE_BYTES = 64 * 2**20
-
-# What a resumed run may change: memory, logging and where things lie. All else makes it another run.
-# The data and the base are known by their contents, wherever they lie now.
-_FREE_SECTIONS = ("data", "evaluation", "checkpoint")
-_FREE_KEYS = {
-    "model.device",
-    "model.embeddings",
-    "model.keep_quantized",
-    "model.minimum_4bit_share",
-    "model.name",
-    "model.revision",
-    "training.activations",
-    "training.deterministic",
-    "training.kept_layers",
-    "training.offload_every",
-    "training.evaluate_every",
-    "training.micro_batch_tokens",
-    "training.output_dir",
-    "training.save_every",
-}
-_TOLD = {
-    "data.packing": "a step's rows are summed in another order, so last bits may differ",
-    "model.device": "its last bits may differ from an uninterrupted run's",
-    "training.deterministic": "on CUDA sums are made in another order, so last bits may differ from here on",
-    "training.micro_batch_tokens": "a step's rows are summed in another order, so last bits may differ",
-}
 
 
 class BaseRecord(NamedTuple):
@@ -68,16 +33,6 @@ class BaseRecord(NamedTuple):
     step: int
     run: str
     data: str | None = None  # the key of the prepared rows; adapters of earlier versions lack it
-
-
-def user_cache() -> Path:
-    """Where imported models and prepared data are kept: $XDG_CACHE_HOME/qlora-trainer, else ~/.cache/qlora-trainer."""
-    if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "qlora-trainer"
-    try:
-        return Path.home() / ".cache" / "qlora-trainer"
-    except RuntimeError as error:  # a container's user that no list of users names
-        raise DiskError("This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written.") from error
 
 
 def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -95,27 +50,6 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
 def write_run_config(config: RunConfig, directory: Path) -> None:
     """Write config.yaml at once, so that a kill leaves the old one or the new one."""
     write_text(directory / CONFIG_NAME, dump_config(config))
-
-
-def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> tuple[list[str], list[str]]:
-    """How `config` differs from the one a checkpoint was made with.
-
-    Returns (changes that would make it another run, notices on changes that may be made), each "key: was → is".
-    """
-    refused, notices = [], []
-    for section, values in config.model_dump(mode="json").items():
-        before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
-        for name in sorted(values.keys() | before.keys()):
-            # A checkpoint of an earlier version lacks newer keys: it was trained by their defaults.
-            default = fields[name].default if name in fields else None
-            key, was, now = f"{section}.{name}", before.get(name, default), values.get(name)
-            if was == now:
-                continue
-            if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
-                refused.append(f"{key}: {was} → {now}")
-            elif key in _TOLD:
-                notices.append(f"{key} was {was} and is {now}: training goes on, but {_TOLD[key]}.")
-    return refused, notices
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progress: Progress = silent) -> Prepared:
@@ -172,48 +106,3 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
     """What `write_samples` kept; empty where there is none."""
     path = directory / "samples.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-
-
-def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """What the last bits of a run depend on, recorded with each checkpoint."""
-    return {
-        "machine": platform.machine(),
-        "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "kernels": kernel_choice(),
-        "kernels_taken": kernels_in_words(device.type),
-        "products": library() if device.type == "cpu" else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in RECORDED_PACKAGES},
-        "triton": _triton_version() if device.type == "cuda" else None,
-    }
-
-
-def _triton_version() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model, as Linux tells it; elsewhere what Python knows."""
-    return processor_fact("model name", cpuinfo) or platform.processor() or platform.machine()
-
-
-def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One notice where a checkpoint comes from another machine or other versions; empty where all is the same.
-
-    Checkpoints of earlier versions lack newer keys, of which nothing is said.
-    """
-    changed = [f"{key} was {saved[key]} and is {here[key]}" for key in here if key in saved and saved[key] != here[key]]
-    if not changed:
-        return []
-    return [
-        f"The checkpoint was written elsewhere or under other versions ({'; '.join(changed)}): training goes on, but "
-        "its last bits may differ from an uninterrupted run's."
-    ]

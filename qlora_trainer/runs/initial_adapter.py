@@ -11,10 +11,10 @@ from typing import Any
 from qlora_trainer.adapters.inject import find_targets
 from qlora_trainer.adapters.peft_format import Adapter, setting_differences
 from qlora_trainer.common.errors import AdapterError
-from qlora_trainer.model.fingerprint import BaseFingerprint
-from qlora_trainer.model.load import empty_model
-from qlora_trainer.runs.directory import read_base_record
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.empty import empty_model
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.runs.directory import read_base_record
 
 
 def check_settings(initial: Adapter, config: RunConfig, model_directory: Path) -> None:

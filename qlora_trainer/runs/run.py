@@ -5,41 +5,44 @@ optimizer's state and the plan of memory. What a step is, is training/loop.py's.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from qlora_kernels.varlen_attention import Card
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
-from qlora_trainer.model.modules.packed_attention import attention_taken
-from qlora_trainer.planning.allocator import SETTINGS
-from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
-from qlora_trainer.data.preparation.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
+from qlora_trainer.common.atomic import replaced_directory
+from qlora_trainer.common.errors import (
+    DiskError,
+    InsufficientMemoryError,
+    first_line,
+    is_broken_allocator,
+    is_out_of_memory,
+)
+from qlora_trainer.common.process_memory import restart_peak
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.training.determinism import deterministic_algorithms
-from qlora_trainer.model.device import kernels_in_words
-from qlora_trainer.common.atomic import replaced_directory
-from qlora_trainer.common.errors import DiskError, InsufficientMemoryError, first_line, is_broken_allocator, is_out_of_memory
-from qlora_trainer.training.evaluation import Answer, answer_questions, questions
-from qlora_trainer.planning.fit import gib
-from qlora_trainer.runs.initial_adapter import target_names
-from qlora_trainer.model.load import Base, give_back_memory
-from qlora_trainer.planning.memory_plan import MemoryPlan
-from qlora_trainer.common.process_memory import peak_private_bytes, restart_peak
-from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.model.device import give_back_memory
+from qlora_trainer.model.load import Base
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.planning.allocator import SETTINGS
+from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
+from qlora_trainer.runs.directory import BaseRecord, read_samples, write_base_record, write_samples
+from qlora_trainer.runs.initial_adapter import target_names
+from qlora_trainer.runs.metrics import RunLog
+from qlora_trainer.runs.resume_rules import environment
+from qlora_trainer.training.determinism import deterministic_algorithms
+from qlora_trainer.training.evaluation import Answer, answer_questions, questions
+from qlora_trainer.training.loop import train
 from qlora_trainer.training.recovery import probe, take_step
-from qlora_trainer.runs.metrics import METRICS_NAME, RunLog, read_metrics
-from qlora_trainer.runs.report.page import DataPart, Sample, write_report
-from qlora_trainer.runs.directory import BaseRecord, environment, read_samples, write_base_record, write_samples
-from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.training.loop import TrainState, train
+from qlora_trainer.training.state import TrainState
 
 
 @dataclasses.dataclass
@@ -173,89 +176,6 @@ class Run:
         kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}
         write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
 
-    def summary(self) -> list[tuple[str, str]]:
-        """What a person wants to know before the run begins: (name, value)."""
-        trainable = sum(parameter.numel() for group in self.state.groups for parameter in group.parameters.values())
-        data, optimizer, settings = self.prepared.report, self.state.optimizer, self.config.adapter
-        name = Path(self.config.model.name).name if Path(self.config.model.name).exists() else self.config.model.name
-        card = Card.of(self.base.device) if self.base.device.type == "cuda" else None
-        pages = (
-            f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
-            if self.base.device.type == "cuda"
-            else "not paged: nothing pages on a CPU"
-        )
-        return [
-            ("base", f"{name}, {self.base.four_bit_share:.0%} of its linear weights in NF4"),
-            ("compute", f"{str(self.base.compute_dtype).removeprefix('torch.')} on {self.base.device}"),
-            (
-                "adapters",
-                f"rank {settings.rank} on {len(self.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
-            ),
-            ("attention", attention_taken(self.base.model, card, self.base.compute_dtype, self.state.loader.packing)),
-            ("kernels", kernels_in_words(self.base.device.type)),
-            ("backward", f"{self.state.policy}; little is kept by {self.state.lean}"),
-            ("optimizer", f"{self.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
-            (
-                "training rows",
-                f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
-            ),
-            *([("rows of an epoch", _rows_by_source(self.prepared))] if self.prepared.mixture else []),
-            ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
-            ("steps", f"{self.state.total_steps:,}, each of up to {self.config.training.batch_size} rows"),
-            *([("planned memory", f"{gib(self.plan.total)}, peak at {self.plan.operation}")] if self.plan else []),
-        ]
-
-    def write_report(self, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
-        """report.html of the run as it stands; `measured` are (name, value) pairs to show first."""
-        metrics = read_metrics(self.directory / METRICS_NAME)
-        losses = [record["heldout_loss"] for record in metrics if record.get("heldout_loss") is not None]
-        is_finished = self.state.step == self.state.total_steps
-        unfinished = [] if is_finished else [("stopped at", f"step {self.state.step:,}")]
-        loss = [("held-out loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
-        return write_report(
-            self.directory,
-            title=title or self.directory.name,
-            config_yaml=(self.directory / "config.yaml").read_text(encoding="utf-8"),
-            metrics=metrics,
-            summary=[*measured, *loss, *unfinished, *self.summary(), *self._plan_and_peak(metrics)],
-            samples=[Sample(**sample) for sample in read_samples(self.directory)],
-            notices=[*self.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
-            data=self._data_part(),
-        )
-
-    def _data_part(self) -> DataPart:
-        """The rows in numbers, as `qlora inspect` shows them."""
-        loader, report = self.state.loader, self.prepared.report
-        overview = overview_of(
-            self.prepared,
-            batch_size=loader.batch_size,
-            micro_batch_tokens=loader.micro_batch_tokens,
-            packing=loader.packing,
-            can_pack=self.state.forward.can_pack,
-            seed=loader.seed,
-        )
-        tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
-        tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
-        return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
-
-    def _plan_and_peak(self, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-        """What training took at most, beside what was planned; empty without a plan or a step."""
-        if self.plan is None or not metrics:
-            return []
-        if self.base.device.type == "cuda":
-            peak, planned = max(record["peak_memory_bytes"] for record in metrics), self.plan.allocated
-            return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
-        if self.program_bytes is None or (measured := peak_private_bytes()) is None:
-            return []
-        planned = self.program_bytes + self.plan.total
-        return [
-            (
-                "peak of the process",
-                f"{gib(measured)}, planned {gib(planned)} ({measured / planned - 1:+.1%}), "
-                f"of it {gib(self.program_bytes)} the program itself",
-            )
-        ]
-
     def release(self) -> None:
         """Let go of the model and its optimizer, to load another in their place."""
         self.state.optimizer.release()
@@ -289,11 +209,6 @@ class Run:
                 fan_in_fan_out=isinstance(first, NF4Linear) and first.fan_in_fan_out,
             ),
         )
-
-
-def _rows_by_source(prepared: Prepared) -> str:
-    parts = [f"{source.epoch:,} of {source.name}" for source in prepared.report.sources if source.epoch]
-    return f"{prepared.report.epoch_examples:,}: {', '.join(parts)}"
 
 
 def _sample(answer: Answer) -> dict[str, Any]:

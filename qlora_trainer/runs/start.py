@@ -13,40 +13,32 @@ from typing import Any
 
 import torch
 
-from qlora_trainer.training.activations import choose_policy
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter, setting_differences
-from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
-from qlora_trainer.config.load import save_config
-from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.training.determinism import set_up_cublas
-from qlora_trainer.model.device import kernel_notices, missing_card_notices
 from qlora_trainer.common.atomic import new_directory, refuse_existing
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError
-from qlora_trainer.model.modules.experts import named_as_experts
-from qlora_trainer.model.fingerprint import BaseFingerprint
-from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
-from qlora_trainer.weights.gguf.importer import import_notices
-from qlora_trainer.runs.initial_adapter import check_base, check_settings
-from qlora_trainer.training.managed_memory import paging_refusal
-from qlora_trainer.model.load import choose_device
-from qlora_trainer.model.source import load_tokenizer, resolve_model
-from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.common.process_memory import private_bytes, return_freed_memory
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.runs.directory import (
-    CONFIG_NAME,
-    config_changes,
-    environment,
-    environment_differences,
-    prepare_data,
-    read_run_config,
-    user_cache,
-    write_run_config,
-)
+from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.training.loop import as_lowered, build_state
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.model.device import choose_device, kernel_notices, missing_card_notices
+from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.modules.experts import named_as_experts
+from qlora_trainer.model.quantized_copy import load_base
+from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
+from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
+from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, write_run_config
+from qlora_trainer.runs.initial_adapter import check_base, check_settings
+from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
+from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.determinism import set_up_cublas
+from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.state import as_lowered, build_state
+from qlora_trainer.weights.gguf.importer import import_notices
 
 _LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 

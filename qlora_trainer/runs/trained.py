@@ -6,28 +6,22 @@ from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
-from qlora_trainer.runs.checkpoint import newest_checkpoint
-from qlora_trainer.data.types import Conversation
+from qlora_trainer.common.cache import user_cache
+from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import ExampleSet, Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
-from qlora_trainer.training.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
+from qlora_trainer.data.types import Conversation
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.model.load import Base
-from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.model.quantized_copy import load_base
-from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.runs.directory import (
-    CONFIG_NAME,
-    BaseRecord,
-    prepare_data,
-    read_base_record,
-    read_run_config,
-    user_cache,
-)
-from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.training.loop import micro_batch_tokens
+from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.runs.checkpoint import newest_checkpoint
+from qlora_trainer.runs.directory import CONFIG_NAME, BaseRecord, prepare_data, read_base_record, read_run_config
+from qlora_trainer.training.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
+from qlora_trainer.training.state import micro_batch_tokens
 
 
 @dataclasses.dataclass

@@ -1,9 +1,7 @@
 """What backward keeps of each decoder layer: everything, or its input alone, on the device or on the host.
 
 `recompute` runs each layer's forward again in backward (gradient checkpointing, Chen et al. 2016): less arithmetic than
-keeping saves memory, which then hardly grows with depth. It is torch's non-reentrant kind: the reentrant one loses
-gradients where a layer's input needs none, as with a frozen embedding, and would not stop before a layer's last
-product. It restores the random state, so dropout draws the same masks. `offload` moves each layer's input to host
+keeping saves memory, which then hardly grows with depth (offload.py). `offload` moves each layer's input to host
 memory until then, or every second or third, from which those between are computed again. `tile` also takes the MLPs a
 part of the tokens at a time, and dequantises large weights in parts.
 
@@ -14,21 +12,17 @@ Left out: choosing a policy by what fits (planning/fit.py), and what single modu
 """
 
 import dataclasses
-import weakref
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
-from qlora_kernels.host_copy import HostCopy, pinned_bytes
-from qlora_kernels.random_state import RandomState
+from qlora_kernels.host_copy import pinned_bytes
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.config.schema import TrainingConfig
 from qlora_trainer.model.modules.nf4_linear import share_workspace
+from qlora_trainer.training.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
 
 Level = Literal["keep", "recompute", "offload", "tile"]
@@ -115,109 +109,3 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     count = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     return list(lists[0]) if lists else []
-
-
-class RecomputedLayer:
-    """The forward of a decoder layer that keeps its input alone; the first argument is that input."""
-
-    def __init__(self, layer: nn.Module, inputs: "OffloadedInputs | None") -> None:
-        self.layer = layer
-        self.inputs = inputs
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        def run(hidden: Tensor, *args: Any) -> Any:
-            return type(self.layer).forward(self.layer, hidden, *args, **kwargs)
-
-        if not (self.layer.training and torch.is_grad_enabled()):
-            return run(hidden, *args)
-        if self.inputs is None:
-            return checkpoint(run, hidden, *args, use_reentrant=False)
-        kept = self.inputs.put(hidden, lambda hidden: run(hidden, *args))
-        with saved_tensors_hooks(kept.pack, kept.unpack):  # seen by checkpoint's inputs, not by what it recomputes
-            output = checkpoint(run, hidden, *args, use_reentrant=False)
-        kept.note_output(output)
-        return output
-
-
-class OffloadedInputs:
-    """The layers' inputs of one forward pass after another: every n-th on the host, the others made from it again.
-
-    That is where a layer's input is the output of the layer before it; another input goes to the host itself.
-    """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._last: weakref.ref[KeptInput] | None = None
-
-    def put(self, hidden: Tensor, run: Callable[[Tensor], Any]) -> "KeptInput":
-        """Keep the input of the next layer, whose forward is `run`."""
-        last = None if self._last is None else self._last()
-        if last is not None:
-            last.release()
-        before = last if last is not None and last.gave(hidden) else None  # else a new forward pass has begun
-        kept = KeptInput(hidden, run, before, self.every)
-        self._last = weakref.ref(kept)
-        return kept
-
-
-class KeptInput:
-    """One layer's input, in host memory or as the output of the layer before it."""
-
-    def __init__(self, hidden: Tensor, run: Callable[[Tensor], Any], before: "KeptInput | None", every: int) -> None:
-        self.before = before
-        depth = 0 if before is None else before.depth + 1
-        self.depth: int = depth % every  # layers from one whose input is on the host
-        self._run = run
-        self._input = weakref.ref(hidden)
-        self._output: weakref.ref[Tensor] | None = None
-        self._random = RandomState(hidden) if every > 1 else None
-        self._copy = HostCopy(hidden.detach()) if self.depth == 0 else None
-        self._again: Tensor | None = None  # made again, until this layer's backward takes it
-
-    def gave(self, hidden: Tensor) -> bool:
-        """Whether `hidden` is this layer's own output, untouched."""
-        return self._output is not None and self._output() is hidden
-
-    def note_output(self, output: Any) -> None:
-        self._output = weakref.ref(_first(output))
-
-    def release(self) -> None:
-        """Wait for the copy to the host, and let go of the tensor on the device."""
-        if self._copy is not None:
-            self._copy.release()
-
-    def pack(self, tensor: Tensor) -> "Tensor | KeptInput":
-        """For autograd: keep this object in the place of the layer's input, and other arguments as they are."""
-        return self if tensor is self._input() else tensor
-
-    def unpack(self, packed: "Tensor | KeptInput") -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        hidden, self._again = self.value(), None
-        nearest = self.before
-        while nearest is not None and nearest._copy is None:
-            nearest = nearest.before
-        if nearest is not None and (self._copy is not None or self.before is nearest):
-            assert nearest._copy is not None
-            nearest._copy.prefetch()  # comes while this layer computes, for the next one or for those before that
-        return hidden
-
-    def value(self) -> Tensor:
-        """The input: from the host, or by running the layers from the nearest that is there."""
-        if self._copy is not None:
-            return self._copy.take()
-        if self._again is None:
-            assert self.before is not None
-            self._again = self.before.output_again()
-        return self._again
-
-    def output_again(self) -> Tensor:
-        assert self._random is not None
-        hidden = self.value()
-        with torch.no_grad(), self._random.restored():
-            return _first(self._run(hidden))
-
-
-def _first(output: Any) -> Tensor:
-    """A layer's hidden states, which some layers give as the first of several."""
-    return output[0] if isinstance(output, tuple) else output

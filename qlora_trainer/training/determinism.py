@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from qlora_trainer.common.errors import ConfigError, TrainingError
-from qlora_trainer.planning.workspaces import CUBLAS_DETERMINISTIC, CUBLAS_SETTING
+
+CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_DETERMINISTIC = ":4096:8"  # of the two settings under which cuBLAS repeats its results, the faster one
 
 REPEATING = (CUBLAS_DETERMINISTIC, ":16:8")  # torch takes no others
 

@@ -11,11 +11,14 @@ its moments are zero. Left out: anything about what the parameters mean (inject.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from qlora_trainer.adapters.inject import _lora_layers
 
 ALIGNMENT = 16  # bytes
 
@@ -116,3 +119,26 @@ def clip_(groups: Sequence[FlatGroup], max_norm: float, norm: Tensor) -> None:
 
 def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
     return tensor.untyped_storage() is flat.untyped_storage() and tensor.storage_offset() == offset
+
+
+@contextmanager
+def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
+    """Within, the adapters exist in `dtype` too, cast a whole group at once, instead of each at each use.
+
+    For a training step's forward and backward passes: the adapters must not change inside.
+    """
+    layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
+    casts: dict[int, Tensor] = {}
+    learned = {id(layer.lora_A.weight) for layer in layers}
+    for group in groups:
+        if not any(id(parameter) in learned for parameter in group.parameters.values()):
+            continue
+        flat = group.data.detach().to(dtype)
+        casts |= {id(p): flat[group.slices[name]].view(p.shape) for name, p in group.parameters.items()}
+    for layer in layers:
+        layer.casts = casts[id(layer.lora_A.weight)], casts[id(layer.lora_B.weight)]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.casts = None

@@ -1,4 +1,4 @@
-"""The update of adapters: paged AdamW over flat groups, the learning rate's schedule, and fp16 loss scaling.
+"""Update the adapters: paged AdamW over flat groups.
 
 bitsandbytes' optimizers are used as they are, but for two things. Their `load_state_dict` aliases what it is given,
 accepts state of other widths, and brings paged state back as ordinary GPU tensors; so state is saved by group name
@@ -11,7 +11,6 @@ the one that does: the same arithmetic and the same state, so that a checkpoint 
 Left out: the loop, and what happens after a non-finite norm (loop.py).
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.weights.nf4 import bitsandbytes
 
 PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
 STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
@@ -194,76 +193,6 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Opt
     prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else PAGED
     kind = getattr(bitsandbytes.optim, f"{prefix}AdamW{bits}bit")
     return Optimizer(kind(params, **common), groups, bits)
-
-
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The learning rate of the optimizer step with this 0-based index, of `total_steps`.
-
-    Over the first W = ceil(warmup_ratio * total_steps) steps it rises linearly, from peak/W at step 0 to the peak at
-    step W-1. Then it starts at the peak again and falls to 0 as a half cosine or a line, or stays; 0 would be reached
-    at step `total_steps`, one after the last, so that no step is wasted.
-    """
-    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
-    warmup = math.ceil(config.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / (total_steps - warmup)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-    if config.schedule == "linear":
-        return config.learning_rate * (1.0 - done)
-    return config.learning_rate
-
-
-class GradScale:
-    """Loss scaling for fp16 compute, by the rule of torch.amp.GradScaler, in plain Python.
-
-    The loss is multiplied by a power of two before backward so that small fp16 gradients do not flush to zero, and
-    the gradients are divided by it before the norm. A step with a non-finite norm is skipped and halves the scale;
-    `growth_interval` good steps in a row double it. Where it is not `enabled` everything is the identity.
-    """
-
-    def __init__(self, enabled: bool, value: float = 2.0**16, growth_interval: int = 2000) -> None:
-        self.enabled = enabled
-        self.value = value if enabled else 1.0
-        self.growth_interval = growth_interval
-        self.good_steps = 0
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * self.value if self.enabled else loss
-
-    def unscale_(self, groups: Sequence[FlatGroup]) -> None:
-        """Divide the gradients in place; exact, as the scale is a power of two."""
-        if self.enabled:
-            for group in groups:
-                group.grad.mul_(1.0 / self.value)
-
-    def update(self, found_non_finite: bool) -> None:
-        """Call once after each step, taken or skipped."""
-        if not self.enabled:
-            return
-        if found_non_finite:
-            self.value *= 0.5
-            self.good_steps = 0
-            return
-        self.good_steps += 1
-        if self.good_steps == self.growth_interval:
-            self.value *= 2.0
-            self.good_steps = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"enabled": self.enabled, "value": self.value, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where the checkpoint scaled its loss and this run does not, or the reverse."""
-        if state["enabled"] != self.enabled:
-            raise CheckpointError(
-                f"The checkpoint was trained {'with' if state['enabled'] else 'without'} fp16 loss scaling and this "
-                f"run is {'with' if self.enabled else 'without'}: the compute dtype differs. Resume with the same "
-                "model.compute_dtype on the same kind of device."
-            )
-        self.value = float(state["value"])
-        self.good_steps = int(state["good_steps"])
 
 
 def _update_rule(name: Any) -> Any:

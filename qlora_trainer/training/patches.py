@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from qlora_kernels.lora_linear import Activation, gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
-from qlora_trainer.adapters.layers import LoRALinear, is_linear
+from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.model.modules.experts import SplitExperts
-from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
 from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
 from qlora_trainer.training.rotary import turn_in_one_pass
 

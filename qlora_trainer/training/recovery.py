@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
-from qlora_trainer.model.load import give_back_memory
-from qlora_trainer.runs.checkpoint import restore_rng, rng_state
+from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Policy, host_room, offloaded_bytes
-from qlora_trainer.training.loop import TrainState, accumulate_gradients, train_step
+from qlora_trainer.training.rng import restore_rng, rng_state
+from qlora_trainer.training.state import TrainState
+from qlora_trainer.training.step import accumulate_gradients, train_step
 
 Result = TypeVar("Result")
 

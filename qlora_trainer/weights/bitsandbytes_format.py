@@ -13,31 +13,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE, NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE
 from qlora_trainer.common.errors import QuantizationError
-from qlora_trainer.model.modules.nf4_linear import WEIGHT_TENSORS, NF4Linear, all_finite, bitsandbytes, empty_weight
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, bitsandbytes, empty_weight
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 256
 _DAMAGED = "The checkpoint is damaged: fetch it again, or use the model's 16-bit checkpoint."
 _SOURCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def adopt_linear4bit(model: nn.Module) -> int:
-    """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
-
-    Raises:
-        QuantizationError: a layer is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
-    """
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    for path, layer in layers:
-        weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
-        bias = None if layer.bias is None else layer.bias.data
-        source_class = getattr(layer, "source_cls", nn.Linear)
-        model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=source_class.__name__ == "Conv1D"))
-    return len(layers)
 
 
 def weight_from_checkpoint(

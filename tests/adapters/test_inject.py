@@ -25,7 +25,8 @@ from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.model.modules.nf4_linear import NF4Linear, quantize_weight
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.weights.nf4 import quantize_weight
 
 Models = Callable[[str], Path]
 

@@ -261,12 +261,12 @@ def test_running_out_of_memory_is_a_letter(
 def test_a_row_that_fits_no_memory_is_a_letter(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_trainer.training import loop as training
+    from qlora_trainer.training import step
 
     def run_out(*args: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(training, "loss_sum", run_out)
+    monkeypatch.setattr(step, "loss_sum", run_out)
     code, _, told = qlora("train", config_file)
     assert code == 2
     assert "tokens does not fit the memory of cpu by itself" in " ".join(told.split())
@@ -301,7 +301,7 @@ def test_help_needs_no_heavy_import() -> None:
 
 
 def test_the_demos_config_is_the_shipped_one() -> None:
-    from qlora_trainer.cli.demo import demo_settings
+    from qlora_trainer.cli.demo_run import demo_settings
 
     shipped = yaml.safe_load((Path(__file__).parents[2] / "configs" / "demo.yaml").read_text())
     used = demo_settings("m", Path("demo-run/data"), Path("x"))

@@ -10,7 +10,7 @@ from cards import a_card_is_here
 
 from qlora_kernels import registry
 from qlora_trainer.cli import doctor_machine, doctor_packages
-from qlora_trainer.cli.doctor import examine
+from qlora_trainer.cli.doctor_checks import examine
 from qlora_trainer.cli.findings import Finding
 
 
@@ -86,7 +86,7 @@ def test_kernels_asked_for_by_an_unknown_word_are_a_problem(monkeypatch: pytest.
 
 
 def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_trainer.model.modules import nf4_linear as quantization
+    from qlora_trainer.weights import nf4 as quantization
 
     right = quantization.quantize_weight
     monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))

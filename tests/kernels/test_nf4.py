@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels import nf4_cpu, registry
-from qlora_kernels.nf4 import NF4_CODE, NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
+from qlora_kernels.nf4_reference import NF4_CODE
 from qlora_kernels.registry import UnavailableError
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")

@@ -9,7 +9,7 @@ from torch.nn.attention import varlen
 from qlora_kernels import torch_features
 from qlora_kernels.lora_linear import fetch, keep
 from qlora_kernels.varlen_attention import _flash_varlen
-from qlora_trainer.model import load as model
+from qlora_trainer.model import device
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_memory_is_given_back_under_a_torch_without_the_public_function(monkeypa
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("device"))
     monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
     monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("pinned"), raising=False)
-    model.give_back_memory()
+    device.give_back_memory()
     assert called == ["wait", "device", "pinned"]
 
 

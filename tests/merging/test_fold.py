@@ -39,7 +39,8 @@ from qlora_trainer.model.forward import LossPath
 from qlora_trainer.weights import model_directory as tensor_io
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.gguf.reader import GGUFWeights
-from qlora_trainer.weights.model_directory import checkpoint_tensors, row_blocks
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.reading import row_blocks
 
 ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
 

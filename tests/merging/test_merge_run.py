@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cards import pretend_free_memory
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
@@ -30,7 +31,6 @@ from qlora_trainer.merging import merge_run as deployment
 from qlora_trainer.merging import streamed_model
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.merging.verify import check_original
-from qlora_trainer.model import load as model_room
 from qlora_trainer.model.forward import logits
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.runs.directory import prepare_data
@@ -38,7 +38,8 @@ from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trained
 from qlora_trainer.training.evaluation import answer_questions, questions
 from qlora_trainer.weights import side_files as model_files
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
 
@@ -147,7 +148,7 @@ def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch
 def test_too_little_memory_to_verify_is_told_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_room, "_free_memory", lambda device: 2**29)
+    pretend_free_memory(monkeypatch, lambda device: 2**29)
     monkeypatch.setattr(deployment, "merge", lambda *args, **kwargs: pytest.fail("the merge was begun"))
     with pytest.raises(InsufficientMemoryError, match="Comparing answers"):
         merge_run(run_dir, tmp_path / "merged", base="dequantized")
@@ -251,7 +252,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
     for name, room in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
-        monkeypatch.setattr(model_room, "_free_memory", lambda device, r=room: r if device.type == "cuda" else 2**40)
+        pretend_free_memory(monkeypatch, lambda device, r=room: r if device.type == "cuda" else 2**40)
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
         on_cpu = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
         assert done.notices == [on_cpu, "told once"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cards import pretend_free_memory
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from torch import nn
@@ -36,7 +37,8 @@ from qlora_trainer.merging.streamed_model import (
 from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.model import load as model_room
 from qlora_trainer.model.load import load_base_model, load_dense_model
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 65).reshape(3, 20)
@@ -251,7 +253,7 @@ def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
 
 def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert streaming_device(tiny_llama, CPU) == CPU
-    monkeypatch.setattr(model_room, "_free_memory", lambda device: 10**9)
+    pretend_free_memory(monkeypatch, lambda device: 10**9)
     with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
         streaming_device(tiny_llama, CPU)
 

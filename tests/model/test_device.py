@@ -11,7 +11,7 @@ from qlora_kernels import registry
 from qlora_trainer.cli import doctor_machine
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model import load as model
+from qlora_trainer.model import device
 from qlora_trainer.model.device import kernel_notices, kernels_in_words, unusable
 from qlora_trainer.runs.start import resume_run, start_run
 
@@ -47,7 +47,7 @@ def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monke
     pretend(monkeypatch, CUDA_13, (6, 1), (8, 6))
     for wanted in ("cuda", "auto"):
         with pytest.raises(ModelError) as refusal:
-            model.choose_device(wanted)
+            device.choose_device(wanted)
         told = str(refusal.value)
         assert "GPU 0 (Card 0, compute capability 6.1) cannot be used: torch" in told
         assert "sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only" in told
@@ -58,17 +58,17 @@ def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monke
 
 def test_ways_out_of_the_refusal_are_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, CUDA_13, (6, 1))
-    assert model.choose_device("cpu") == torch.device("cpu")
+    assert device.choose_device("cpu") == torch.device("cpu")
     pretend(monkeypatch, CUDA_13, (8, 6))  # as CUDA_VISIBLE_DEVICES=1 would show the other card
-    assert model.choose_device("auto").type == "cuda"
+    assert device.choose_device("auto").type == "cuda"
     pretend(monkeypatch, CUDA_12_6, (6, 1))  # as the other build of torch says
-    assert model.choose_device("auto").type == "cuda"
+    assert device.choose_device("auto").type == "cuda"
 
 
 def test_card_newer_than_torch_is_refused_with_a_newer_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, CUDA_12_6, (12, 0))
     with pytest.raises(ModelError, match="Install a newer torch"):
-        model.choose_device("auto")
+        device.choose_device("auto")
 
 
 def has_driver() -> bool:

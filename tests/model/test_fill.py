@@ -12,6 +12,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from cards import pretend_free_memory
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import Tensor, nn
@@ -24,16 +25,17 @@ from qlora_trainer.common.hashing import bytes_sha256
 from qlora_trainer.common.process_memory import private_bytes
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model import fill as streaming_load
-from qlora_trainer.model import load as model
+from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.fingerprint import base_fingerprint
-from qlora_trainer.model.load import Base, choose_device, load_base_model
+from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.load_plan import widest_dtype
 from qlora_trainer.model.modules.lm_head import quantize_head
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
 from qlora_trainer.weights import stream as tensor_stream
 from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import stream_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +257,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
     tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DirectReader, "read", lambda self, info: pytest.fail(f"{info.name} was read"))
-    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError):
         load(tiny_models("llama"))
     with pytest.raises(ModelError, match=r"model\.output_head=4bit"):

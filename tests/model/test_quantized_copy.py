@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cards import pretend_free_memory
 from gguf_files import tiny_weights, write_gguf
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig
 
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     DiskError,
     InsufficientMemoryError,
@@ -24,13 +26,11 @@ from qlora_trainer.common.progress import silent
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model import fill as streaming_load
-from qlora_trainer.model import load as model
 from qlora_trainer.model import quantized_copy as prequantize
 from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.load_plan import RECORD_NAME
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base, quantize_checkpoint
-from qlora_trainer.runs.directory import user_cache
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.gguf.importer import import_gguf
@@ -240,7 +240,7 @@ def test_memory_that_is_too_little_or_runs_out_while_quantising_is_a_letter(
         patch.setattr(streaming_load, "quantize_weight", full)
         with pytest.raises(InsufficientMemoryError, match=r"Quantising .* on cpu ran out of memory: .*2 GiB"):
             quantize(tiny_llama, tmp_path / "nf4")
-    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError, match=r"Quantising .* GiB free"):
         quantize(tiny_llama, tmp_path / "nf4")
     assert not (tmp_path / "nf4").exists()

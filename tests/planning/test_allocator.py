@@ -6,14 +6,8 @@ import random
 
 import pytest
 
-from qlora_trainer.planning.allocator import (
-    MIB,
-    SETTINGS,
-    CachingAllocator,
-    Event,
-    prefer_expandable_segments,
-    uses_expandable_segments,
-)
+from qlora_trainer.cli.app import prefer_expandable_segments
+from qlora_trainer.planning.allocator import MIB, SETTINGS, CachingAllocator, Event, uses_expandable_segments
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from cards import a_card_is_here
 
 from qlora_kernels import lora_linear, varlen_attention
 from qlora_kernels.varlen_attention import Card
+from qlora_trainer.cli.plan import describe
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import memory_plan as planning
 from qlora_trainer.planning import workspaces
-from qlora_trainer.planning.fit import describe
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.memory_plan import plan_memory
 

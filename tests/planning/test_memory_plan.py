@@ -12,9 +12,10 @@ import torch
 from cards import a_card_is_here
 from transformers import FalconConfig
 
+from qlora_trainer.cli.plan import describe
 from qlora_trainer.common import machine
 from qlora_trainer.common.errors import InsufficientMemoryError
-from qlora_trainer.common.units import parse_bytes
+from qlora_trainer.common.units import gib, parse_bytes
 from qlora_trainer.config.load import load_config, make_config
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.model import forward
@@ -40,8 +41,9 @@ from qlora_trainer.planning.memory_plan import (
     track_steps,
 )
 from qlora_trainer.runs import start as runs
+from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training import loop as training
+from qlora_trainer.training import step
 from qlora_trainer.training.activations import Policy, choose_policy, host_room, offloaded_bytes
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
@@ -122,7 +124,7 @@ def with_live_tensor(monkeypatch: pytest.MonkeyPatch, numel: int) -> None:
         model.extra = torch.empty(numel, device=pack.input_ids.device)
         return original(model, pack, path)
 
-    monkeypatch.setattr(training, "loss_sum", hoarding)
+    monkeypatch.setattr(step, "loss_sum", hoarding)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +410,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
-    assert fitting.describe(plan, Budget(2**40, 0))[-3][0] == f"with {fitting.gib(2**40)} of memory"
+    assert describe(plan, Budget(2**40, 0))[-3][0] == f"with {gib(2**40)} of memory"
 
 
 def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
@@ -497,9 +499,9 @@ def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monke
     assert run.plan is not None
     assert run.program_bytes is not None
     assert run.train(lambda record: None)
-    page = run.write_report().read_text()
+    page = write_run_report(run).read_text()
     assert "peak of the process" in page
-    assert f"planned {fitting.gib(run.plan.total + run.program_bytes)}" in page
+    assert f"planned {gib(run.plan.total + run.program_bytes)}" in page
 
 
 def test_the_report_sets_the_peak_beside_the_plan(
@@ -510,9 +512,9 @@ def test_the_report_sets_the_peak_beside_the_plan(
     run.plan = plan_memory(tiny_llama, run.config)
     run.base.device = torch.device("cuda")
     a_card_is_here(monkeypatch, (8, 6))
-    page = run.write_report().read_text()
+    page = write_run_report(run).read_text()
     assert "planned memory" in page
-    assert f"planned {fitting.gib(run.plan.allocated)}" in page
+    assert f"planned {gib(run.plan.allocated)}" in page
 
 
 @pytest.mark.parametrize(("activations", "planned"), [("keep", ["recompute"]), ("auto", ["keep", "recompute"])])

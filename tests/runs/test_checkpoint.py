@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlora_trainer.runs import checkpoint
-from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint, restore_rng, rng_state, save_checkpoint
 from qlora_trainer.common.errors import CheckpointError, DiskError
+from qlora_trainer.runs import checkpoint
+from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from qlora_trainer.training.rng import restore_rng, rng_state
 
 FILES = {
     "adapter_model.safetensors",

@@ -21,20 +21,22 @@ from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
 
 from qlora_kernels.registry import implementations
-from qlora_trainer.runs import checkpoint
-from qlora_trainer.runs import start as runs
 from qlora_trainer.adapters.peft_format import read_adapter
-from qlora_trainer.config.load import dump_config, make_config
-from qlora_trainer.model.device import FAST
 from qlora_trainer.common.atomic import replaced_directory
 from qlora_trainer.common.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
-from qlora_trainer.model.fingerprint import base_fingerprint
 from qlora_trainer.common.progress import silent
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes
-from qlora_trainer.runs.directory import config_changes, cpu_name, environment, environment_differences, read_samples
-from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.config.load import dump_config, make_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.device import FAST
+from qlora_trainer.model.fingerprint import base_fingerprint
+from qlora_trainer.runs import checkpoint
+from qlora_trainer.runs import start as runs
+from qlora_trainer.runs.directory import read_samples
+from qlora_trainer.runs.report.summary import write_run_report
+from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
+from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights.nf4 import bitsandbytes
 
 Config = Callable[..., RunConfig]
 
@@ -488,7 +490,7 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert len(kept) == samples
     assert [sample["before"] for sample in kept] == [*before, None][:samples]
     assert all(sample["after"] is not None for sample in kept)
-    assert resumed.write_report().is_file()
+    assert write_run_report(resumed).is_file()
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -14,8 +14,10 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.memory_plan import ASSUMED_CARD, HOST, longest_pack, track_steps
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as lean_modules
-from qlora_trainer.training.activations import LEVELS, KeptInput, Policy, apply_policy, decoder_layers
-from qlora_trainer.training.loop import TrainState, train_step
+from qlora_trainer.training.activations import LEVELS, Policy, apply_policy, decoder_layers
+from qlora_trainer.training.offload import KeptInput
+from qlora_trainer.training.state import TrainState
+from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
 FAMILIES = ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "gpt2"]

@@ -18,8 +18,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.loop import train_step
-from qlora_trainer.training.signals import stop_requests
+from qlora_trainer.training.loop import stop_requests
+from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
 
@@ -231,7 +231,7 @@ def test_another_base_is_refused_on_resume(tiny_config: Config, tiny_models: Any
 
 
 def test_a_checkpoint_of_another_machine_is_resumed_with_a_word(tiny_config: Config) -> None:
-    from qlora_trainer.runs.directory import environment_differences
+    from qlora_trainer.runs.resume_rules import environment_differences
 
     here = {"threads": 2, "torch": "2.13.0"}
     assert environment_differences(here, here) == []

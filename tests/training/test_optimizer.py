@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
-from qlora_trainer.model.modules.nf4_linear import bitsandbytes
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
-from qlora_trainer.training.optimizer import GradScale, Optimizer, build_optimizer, learning_rate
+from qlora_trainer.training.loss_scale import GradScale
+from qlora_trainer.training.optimizer import Optimizer, build_optimizer
+from qlora_trainer.training.schedule import learning_rate
+from qlora_trainer.weights.nf4 import bitsandbytes
 
 NAMES = ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
 F = bitsandbytes.functional

@@ -16,10 +16,12 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.model.device import kernel_notices
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.model.modules.nf4_linear import NF4Linear, quantize_weight
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as lean_modules
 from qlora_trainer.training.patches import GatedMLP, gated_mlp, make_lean, rms_norm_form
+from qlora_trainer.weights.nf4 import quantize_weight
 
 LISTED = [
     *("llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "olmo2", "granite"),
@@ -70,7 +72,7 @@ def test_what_has_no_lean_form_is_counted_and_left_alone(
 
 
 def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:
-    summary = dict(start_run(tiny_config()).summary())
+    summary = dict(summarize(start_run(tiny_config())))
     assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["backward"]
 
 
@@ -79,18 +81,18 @@ def test_a_run_says_which_attention_and_kernels_it_takes(
 ) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     padded = start_run(tiny_config("padded", data={"packing": False}))
-    assert dict(padded.summary())["attention"] == "transformers' own, over padded rows"
+    assert dict(summarize(padded))["attention"] == "transformers' own, over padded rows"
     run = start_run(tiny_config())
-    assert dict(run.summary())["attention"] == "one document after another, with a window by blocks of queries"
-    assert re.match(r"\d+ fast", dict(run.summary())["kernels"])
+    assert dict(summarize(run))["attention"] == "one document after another, with a window by blocks of queries"
+    assert re.match(r"\d+ fast", dict(summarize(run))["kernels"])
     monkeypatch.setenv("QLORA_KERNELS", "reference")
-    assert re.search("^0 fast, plain torch for .*dequantize_nf4", dict(run.summary())["kernels"])
+    assert re.search("^0 fast, plain torch for .*dequantize_nf4", dict(summarize(run))["kernels"])
     assert any(line.endswith(": QLORA_KERNELS=reference.") for line in kernel_notices("cpu")), "a notice has the reason"
     a_card_is_here(monkeypatch, (7, 5))
     monkeypatch.delenv("QLORA_KERNELS")
     run.base.device = torch.device("cuda")
     run.base.compute_dtype = torch.float16
-    assert "and this one has 7.5" in dict(run.summary())["attention"]
+    assert "and this one has 7.5" in dict(summarize(run))["attention"]
 
 
 def nf4(out_features: int, in_features: int, seed: int) -> NF4Linear:

@@ -14,7 +14,7 @@ from qlora_trainer.data.batching.packing import Example, make_packs
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.loop import train_step
+from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]

@@ -22,13 +22,16 @@ from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.runs.metrics import read_metrics
+from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import loop as training
-from qlora_trainer.training import recovery
+from qlora_trainer.training import recovery, step
 from qlora_trainer.training.activations import Policy, offloaded_bytes
-from qlora_trainer.training.loop import TrainState, measure_heldout, train_step
+from qlora_trainer.training.loop import measure_heldout
 from qlora_trainer.training.recovery import lower, probe, take_step
+from qlora_trainer.training.state import TrainState
+from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
 
@@ -42,7 +45,7 @@ class Scarcity:
         self.sizes: list[int] = []  # tokens, padding counted, of every micro-batch begun, this one last
         self.failures = 0
         self.succeeded_before_failure = 0
-        real = training.loss_sum
+        real = step.loss_sum
 
         def loss_sum(model: Any, pack: Pack, path: Any) -> Tensor:
             self.sizes.append(pack.input_ids.numel())
@@ -50,7 +53,7 @@ class Scarcity:
                 self.check()
             return real(model, pack, path)
 
-        monkeypatch.setattr(training, "loss_sum", loss_sum)
+        monkeypatch.setattr(step, "loss_sum", loss_sum)
 
     def check(self, gradient: Tensor | None = None) -> None:
         if self.room is not None and self.sizes[-1] > self.room():
@@ -141,7 +144,7 @@ def test_a_failure_after_good_micro_batches_leaves_nothing_of_them(wide_config: 
     run = started(wide_config(training={"micro_batch_tokens": 200}))
     sizes = [pack.input_ids.numel() for pack in run.state.loader.peek()]
     begun = iter([False] * (len(sizes) - 1) + [True] + [False] * 1000)
-    real = training.loss_sum
+    real = step.loss_sum
 
     def only_the_last(*arguments: Any) -> Tensor:
         part = real(*arguments)
@@ -150,7 +153,7 @@ def test_a_failure_after_good_micro_batches_leaves_nothing_of_them(wide_config: 
         return part
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "loss_sum", only_the_last)
+        patch.setattr(step, "loss_sum", only_the_last)
         take_step(run.state)
     small = started(wide_config("small", training={"micro_batch_tokens": 200}))
     small.state.loader.micro_batch_tokens = run.state.loader.micro_batch_tokens
@@ -338,10 +341,10 @@ def test_recovery_is_said_once_and_recorded(wide_config: Config, scarcity: Scarc
     assert {record["activations"] for record in records} == {"keep"}
     printed = " ".join(captured.get().split())
     assert printed.count("Memory ran out") == 1
-    page = run.write_report().read_text()
+    page = write_run_report(run).read_text()
     assert page.count("Memory ran out") == 1
     scarcity.room = None
-    assert resume_run(run.directory).write_report().read_text().count("Memory ran out") == 1
+    assert write_run_report(resume_run(run.directory)).read_text().count("Memory ran out") == 1
 
 
 def test_what_a_failed_attempt_held_is_free_before_the_next(wide_config: Config, monkeypatch: Any) -> None:
@@ -349,7 +352,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(wide_config: Config,
     run = started(wide_config())
     held: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
-    real = training.loss_sum
+    real = step.loss_sum
 
     def loss_sum(model: Any, pack: Pack, path: Any) -> Tensor:
         alive.extend(reference() is not None for reference in held)
@@ -360,7 +363,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(wide_config: Config,
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
-    monkeypatch.setattr(training, "loss_sum", loss_sum)
+    monkeypatch.setattr(step, "loss_sum", loss_sum)
     gc.disable()
     try:
         take_step(run.state)
@@ -376,7 +379,7 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(wide_config: Config, 
     def fail(*arguments: Any) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(training, "loss_sum", fail)
+    monkeypatch.setattr(step, "loss_sum", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         take_step(run.state)
     assert run.state.loader.micro_batch_tokens == 400

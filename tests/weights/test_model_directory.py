@@ -18,14 +18,8 @@ from qlora_trainer.common import atomic as directories
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.weights import shard_writer
-from qlora_trainer.weights.model_directory import (
-    TensorSpec,
-    checkpoint_tensors,
-    read_rows,
-    read_tensor,
-    row_blocks,
-    same_values,
-)
+from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.reading import read_rows, read_tensor, row_blocks, same_values
 from qlora_trainer.weights.shard_writer import ShardWriter
 
 TENSORS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora_trainer.data.examples import IGNORED_LABEL, Example
+from qlora_trainer.data.types import IGNORED_LABEL, Example
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import numpy as np
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.data.examples import Example
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.preparation.store_writer import Block, make_block
@@ -26,7 +25,7 @@ from qlora_trainer.data.reading.json_rows import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Tokenizer
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.data.types import Row
+from qlora_trainer.data.types import Example, Row
 
 MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
 OTHER_REASONS = "other reasons"

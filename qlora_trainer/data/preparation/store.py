@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_trainer.data.examples import IGNORED_LABEL, Example
-from qlora_trainer.data.types import Row, row_from_json
+from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_from_json
 
 SKIPPED_NAME = "skipped_rows.jsonl"
 

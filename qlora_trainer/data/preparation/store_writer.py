@@ -21,9 +21,8 @@ import numpy as np
 
 from qlora_trainer.common.atomic import sync_tree
 from qlora_trainer.common.errors import DiskError, QLoRATrainerError
-from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.preparation.store import ARRAYS, SKIPPED_NAME, TWINS, existing_store
-from qlora_trainer.data.types import Row, row_to_json
+from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_to_json
 
 _ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)

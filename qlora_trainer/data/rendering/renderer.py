@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.examples import IGNORED_LABEL, Example
 from qlora_trainer.data.rendering.dialogue import says_something
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Stretch, Tokenizer
 from qlora_trainer.data.rendering.spans import SpanFinder
 from qlora_trainer.data.rendering.templates import ChatTemplate
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
+from qlora_trainer.data.types import IGNORED_LABEL, Conversation, Document, Example, Message, PromptCompletion, Row
 
 NOTHING_LEARNED = "nothing to learn: no turn is learned, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"

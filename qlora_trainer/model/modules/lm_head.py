@@ -19,7 +19,7 @@ from qlora_kernels.head_rows import HeadRows, head_logits
 from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.model.modules.nf4_linear import empty_weight, quantize_weight
+from qlora_trainer.weights.nf4 import empty_weight, quantize_weight
 
 HeadKind = Literal["dense", "8bit", "4bit"]
 

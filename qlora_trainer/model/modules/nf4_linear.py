@@ -8,8 +8,6 @@ through weights/bitsandbytes_format.py.
 Legend: O out features, I in features.
 """
 
-import logging
-import sys
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -18,29 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.lora_linear import nf4_linear
-from qlora_kernels.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight, quantize_nf4
-from qlora_trainer.common.errors import ModelError, QuantizationError
-
-
-def _import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its attempt to download CPU kernels through the package `kernels`, if installed."""
-    missing = object()
-    previous = sys.modules.get("kernels", missing)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
-    try:
-        import bitsandbytes
-    finally:
-        if previous is missing:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = previous  # type: ignore[assignment]
-    return bitsandbytes
-
-
-bitsandbytes = _import_bitsandbytes()
-
-WEIGHT_TENSORS = ("packed", "absmax", "nested_absmax", "nested_code", "offset")  # of an NF4Weight
+from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_trainer.common.errors import ModelError
+from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, bitsandbytes, empty_weight
 
 # Layers that multiply by a matrix and add a bias, by the name of their class; others derived from them may do more.
 _LINEAR, _CONV1D = {"Linear", "FalconLinear"}, "Conv1D"  # GPT-2's Conv1D stores (I, O)
@@ -131,35 +111,6 @@ def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | N
         layer.workspace = workspace
 
 
-def quantize_weight(
-    weight: Tensor,  # (O, I), any float dtype
-    name: str = "the weight",
-) -> NF4Weight:
-    """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
-
-    The codes are the same on every device.
-
-    Raises:
-        QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
-    """
-    quantized = quantize_nf4(weight)
-    if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so it shows such a value
-        bad = int((~torch.isfinite(weight)).sum())
-        told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
-        raise QuantizationError(
-            f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose "
-            "another base."
-        )
-    return quantized
-
-
-def all_finite(*tensors: Tensor) -> bool:
-    """Whether no value is infinite or NaN; tensors that are not of floats have none."""
-    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
-    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    return all(torch.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
-
-
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that become 4-bit, by path: every linear one but the output head and what shares its weight.
 
@@ -204,22 +155,6 @@ def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: st
             model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=is_transposed(layer)))
 
 
-def empty_weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Weight:
-    """The tensors of a quantised (O, I) weight, uninitialised."""
-    elements = out_features * in_features
-    blocks = -(-elements // BLOCK_SIZE)
-    return NF4Weight(
-        packed=torch.empty(-(-elements // 2), dtype=torch.uint8, device=device),
-        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
-        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device=device),
-        nested_code=torch.empty(256, dtype=torch.float32, device=device),
-        offset=torch.empty((), dtype=torch.float32, device=device),
-        shape=(out_features, in_features),
-        block_size=BLOCK_SIZE,
-        nested_block_size=NESTED_BLOCK_SIZE,
-    )
-
-
 def four_bit_share(model: nn.Module) -> tuple[float, list[str]]:
     """Share of the linear weights, the output embedding left out, that is 4-bit; and what is not, largest first.
 
@@ -249,3 +184,23 @@ def check_four_bit_share(model: nn.Module, minimum: float) -> float:
             f"same, set model.minimum_4bit_share={max(share - 0.005, 0.0):.2f}."
         )
     return share
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: 4-bit, plain, or GPT-2's Conv1D, which stores its weight (I, O)."""
+    return isinstance(module, NF4Linear | nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def adopt_linear4bit(model: nn.Module) -> int:
+    """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
+
+    Raises:
+        QuantizationError: a layer is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+    """
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for path, layer in layers:
+        weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
+        bias = None if layer.bias is None else layer.bias.data
+        source_class = getattr(layer, "source_cls", nn.Linear)
+        model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=source_class.__name__ == "Conv1D"))
+    return len(layers)

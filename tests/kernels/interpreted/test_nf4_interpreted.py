@@ -6,8 +6,9 @@ from torch import Tensor
 from triton_support import between_guards
 
 from qlora_kernels import nf4_matmul_triton, nf4_triton
-from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dequantize_torch, quantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from qlora_kernels.nf4_matmul import multiply_few_torch
+from qlora_kernels.nf4_reference import dequantize_torch
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

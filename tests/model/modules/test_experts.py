@@ -22,10 +22,12 @@ from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.experts import split_experts
-from qlora_trainer.model.modules.nf4_linear import empty_weight, four_bit_share
+from qlora_trainer.model.modules.nf4_linear import four_bit_share
 from qlora_trainer.model.quantized_copy import FUSED_EXPERTS, quantize_checkpoint
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.nf4 import empty_weight
+from qlora_trainer.weights.reading import read_tensor
 
 EXPERTS, HIDDEN, WIDTH, SLOTS = 5, 64, 96, 2
 

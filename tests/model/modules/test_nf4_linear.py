@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from cards import pretend_free_memory
 from prequantized import prequantized
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
@@ -22,7 +23,8 @@ from transformers import (
 )
 from transformers.core_model_loading import WeightRenaming
 
-from qlora_kernels.nf4 import MIDPOINTS, NF4Weight, dequantize_nf4
+from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
+from qlora_kernels.nf4_reference import MIDPOINTS
 from qlora_trainer.common.errors import (
     DiskError,
     FileMissingError,
@@ -35,21 +37,12 @@ from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model import names as checkpoint_names
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint, is_same, tensor_fingerprint
 from qlora_trainer.model.load import Base, check_mergeable, load_base_model, load_dense_model, plan_base
-from qlora_trainer.model.modules.nf4_linear import (
-    WEIGHT_TENSORS,
-    NF4Linear,
-    four_bit_share,
-    quantize_weight,
-)
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, adopt_linear4bit, four_bit_share
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.fake_tensors import FakeRun
-from qlora_trainer.weights.bitsandbytes_format import (
-    adopt_linear4bit,
-    check_dequantization,
-    weight_from_checkpoint,
-    weight_to_checkpoint,
-)
+from qlora_trainer.weights.bitsandbytes_format import check_dequantization, weight_from_checkpoint, weight_to_checkpoint
 from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, quantize_weight
 
 CPU = torch.device("cpu")
 
@@ -365,9 +358,8 @@ def test_weights_in_other_formats_beside_the_shards_are_not_fetched() -> None:
 
 
 def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_trainer.model import load as model
 
-    monkeypatch.setattr(model, "_free_memory", lambda device: 10_000)
+    pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError, match="Choose a smaller base"):
         load(tiny_llama)
 
@@ -376,7 +368,6 @@ def test_the_memory_a_base_needs_is_what_it_takes(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the byte: the model, its largest tensor with the copies that are made of it on its way, and the one after."""
-    from qlora_trainer.model import load as model
 
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
     mixed = tmp_path / "mixed"  # its weights are quantised from fp32, and its embedding is loaded in that
@@ -391,9 +382,9 @@ def test_the_memory_a_base_needs_is_what_it_takes(
         largest = max(info.nbytes for info in checkpoint_tensors(directory).values())
         needed = load(directory).bytes + int(largest * (2 + copies))
         with monkeypatch.context() as patch:
-            patch.setattr(model, "_free_memory", lambda device, free=needed: free)
+            pretend_free_memory(patch, lambda device, free=needed: free)
             load(directory)
-            patch.setattr(model, "_free_memory", lambda device, free=needed - 1: free)
+            pretend_free_memory(patch, lambda device, free=needed - 1: free)
             with pytest.raises(InsufficientMemoryError):
                 load(directory)
 

@@ -33,7 +33,8 @@ from qlora_trainer.common.progress import silent
 from qlora_trainer.weights.gguf import importer as gguf_import
 from qlora_trainer.weights.gguf import reader as gguf_weights
 from qlora_trainer.weights.gguf.importer import import_gguf
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_tensor
+from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor
 
 
 def write_convolutional_gguf(path: Path) -> Path:

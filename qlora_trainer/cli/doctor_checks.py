@@ -1,0 +1,30 @@
+"""Examine this machine for `qlora doctor`, which prints the findings.
+
+Each check looks at one thing, says what it found in a line, and what to do about it where that is not well. What is
+broken is a finding, not a crash. The checks are in doctor_packages.py and doctor_machine.py. Left out: whether a given
+model fits, which is the plan's question.
+"""
+
+from pathlib import Path
+
+import torch
+
+from qlora_trainer.cli import doctor_machine as machine
+from qlora_trainer.cli import doctor_packages as packages
+from qlora_trainer.cli.findings import Finding
+
+
+def examine(cache_dir: Path | None = None) -> list[Finding]:
+    """Run every check. `cache_dir` is where prepared models and data are kept, if its disk should be looked at."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    paging = machine.paged_optimizer()  # first: a card in exclusive mode takes one process at a time
+    findings = [machine.system(), *packages.versions(), *machine.cards(), packages.compute_dtype()]
+    findings.append(packages.bitsandbytes_library())
+    for kind in kinds:
+        findings += [packages.kernels(kind), packages.attention(kind), packages.nf4(kind)]
+    findings += [paging, packages.triton(), packages.tensorboard(), machine.processors(), machine.memory()]
+    findings.append(machine.disk("Disk here", Path.cwd(), "Start in a folder that can be, or set training.output_dir."))
+    if cache_dir is not None:
+        findings.append(machine.disk("Disk of the cache", cache_dir, "Set XDG_CACHE_HOME to a folder that can be."))
+    findings.append(packages.hub())
+    return findings

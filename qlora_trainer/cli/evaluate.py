@@ -1,0 +1,33 @@
+"""`qlora evaluate`: measure a run's adapter, the final one or the newest checkpoint's."""
+
+import json
+import math
+from typing import Annotated
+
+import typer
+
+from qlora_trainer.cli.arguments import AsJson, RunDirectory
+from qlora_trainer.cli.console import ProgressBars, print_notices, print_table, write_out
+
+
+def evaluate(
+    run_dir: RunDirectory,
+    answers: Annotated[
+        int, typer.Option(help="Also answer so many held-out rows and count exact matches; -1 for all.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run's adapter on its held-out rows: loss, perplexity and, with --answers, exact match.
+
+    The JSON has heldout_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
+    """
+    from qlora_trainer.runs.trained import evaluate_trained, open_trained
+
+    with ProgressBars() as progress:
+        trained = open_trained(run_dir, progress=progress)
+        result = evaluate_trained(trained, answers, progress)
+    print_notices(trained.notices)
+    if as_json:
+        write_out(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}) + "\n")
+    else:
+        print_table(f"{run_dir}, {trained.source}", [(key, f"{value:.6g}") for key, value in result.items()])

@@ -1,0 +1,57 @@
+"""`qlora generate`: answer a prompt with a run's adapter, or chat."""
+
+from typing import Annotated
+
+import typer
+
+from qlora_trainer.cli.arguments import RunDirectory
+from qlora_trainer.cli.console import ProgressBars, console, write_out
+
+
+def generate(
+    run_dir: RunDirectory,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and exit; without it, chat.")] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat", help="Continue the prompt as plain text, or answer it in turns; default: as trained."
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin the conversation with.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Answer a prompt with a run's adapter, or chat in the terminal (an empty line or Ctrl-D ends)."""
+    from qlora_trainer.data.rendering.renderer import Renderer
+    from qlora_trainer.data.types import Message
+    from qlora_trainer.runs.trained import learned_plain_text, open_trained
+    from qlora_trainer.training.generation import stream_answer
+
+    with ProgressBars() as progress:
+        trained = open_trained(run_dir, progress=progress)
+        as_text = learned_plain_text(trained, progress) if raw is None else raw
+    renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
+    conversation = [Message("system", system)] if system else []
+    while True:
+        text = prompt if prompt is not None else _read_line()
+        if not text:
+            return
+        conversation.append(Message("user", text))
+        answer = ""
+        ids = renderer.render_prompt(text if as_text else conversation)
+        ends = [renderer.eos_id] if as_text else renderer.stop_token_ids
+        for piece in stream_answer(
+            trained.base.model, trained.tokenizer, ids, max_new_tokens=max_new_tokens, stop_token_ids=ends
+        ):
+            write_out(piece)
+            answer += piece
+        write_out("\n")
+        if prompt is not None:
+            return
+        conversation.append(Message("assistant", answer))
+
+
+def _read_line() -> str:
+    try:
+        return console.input("[bold cyan]you[/] ").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,76 @@
+"""Make a transformers model without weights: its modules on the meta device, and its buffers as they should be.
+
+Left out: filling it (fill.py).
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.model.facts import read_config
+from qlora_trainer.model.modules.cpu_embedding import keeps_own_dtype
+from qlora_trainer.model.modules.experts import split_experts
+from qlora_trainer.model.pretrained import LOADING_ERRORS, loading_error
+
+
+def empty_model(
+    directory: Path, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
+) -> Any:
+    """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+
+    Experts that transformers fuses are linear layers of their own in it (model/modules/experts.py).
+
+    Args:
+        config: take this one, such as the directory's own with fewer layers.
+        dtype: of the parameters, and of buffers that follow them.
+        stored: the names of the checkpoint's tensors, where they are known; experts that are fused there stay so.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    config = config or read_config(directory)
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise loading_error(error, directory) from error
+    split_experts(model, stored)
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = False) -> None:
+    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
+
+    An embedding that goes to host memory keeps its dtype where it may.
+    """
+    kept = model.get_input_embeddings().weight if embedding_on_host and keeps_own_dtype(model) else None
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter is not kept:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: Any = None) -> None:
+    """Give the model the buffers that no checkpoint holds as they are where its directory is loaded in `dtype`.
+
+    Some are made in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is 13.856
+    in fp32 and 13.875 in bf16.
+
+    Args:
+        config: the model's, where it is not that of the directory.
+    """
+    config = config or read_config(directory)
+    vars(config).pop("quantization_config", None)
+    for path, module in empty_model(directory, config, dtype).named_modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None:
+                buffers = model.get_submodule(path)._buffers
+                buffers[name] = buffer.to(buffers[name].device)

@@ -1,0 +1,112 @@
+"""Summarize a run for people: the table printed when it starts, and its report page.
+
+Left out: how the page looks (page.py), and the metrics themselves (runs/metrics.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_kernels.varlen_attention import Card
+from qlora_trainer.common.process_memory import peak_private_bytes
+from qlora_trainer.common.units import gib
+from qlora_trainer.data.preparation.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
+from qlora_trainer.data.preparation.prepare import Prepared
+from qlora_trainer.model.device import kernels_in_words
+from qlora_trainer.model.modules.packed_attention import attention_taken
+from qlora_trainer.runs.directory import read_samples
+from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
+from qlora_trainer.runs.report.page import DataPart, Sample, write_report
+from qlora_trainer.runs.run import Run
+
+
+def summarize(run: Run) -> list[tuple[str, str]]:
+    """What a person wants to know before the run begins: (name, value)."""
+    trainable = sum(parameter.numel() for group in run.state.groups for parameter in group.parameters.values())
+    data, optimizer, settings = run.prepared.report, run.state.optimizer, run.config.adapter
+    name = Path(run.config.model.name).name if Path(run.config.model.name).exists() else run.config.model.name
+    card = Card.of(run.base.device) if run.base.device.type == "cuda" else None
+    pages = (
+        f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
+        if run.base.device.type == "cuda"
+        else "not paged: nothing pages on a CPU"
+    )
+    return [
+        ("base", f"{name}, {run.base.four_bit_share:.0%} of its linear weights in NF4"),
+        ("compute", f"{str(run.base.compute_dtype).removeprefix('torch.')} on {run.base.device}"),
+        (
+            "adapters",
+            f"rank {settings.rank} on {len(run.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
+        ),
+        ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
+        ("kernels", kernels_in_words(run.base.device.type)),
+        ("backward", f"{run.state.policy}; little is kept by {run.state.lean}"),
+        ("optimizer", f"{run.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
+        (
+            "training rows",
+            f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
+        ),
+        *([("rows of an epoch", _rows_by_source(run.prepared))] if run.prepared.mixture else []),
+        ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
+        ("steps", f"{run.state.total_steps:,}, each of up to {run.config.training.batch_size} rows"),
+        *([("planned memory", f"{gib(run.plan.total)}, peak at {run.plan.operation}")] if run.plan else []),
+    ]
+
+
+def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
+    """report.html of the run as it stands; `measured` are (name, value) pairs to show first."""
+    metrics = read_metrics(run.directory / METRICS_NAME)
+    losses = [record["heldout_loss"] for record in metrics if record.get("heldout_loss") is not None]
+    is_finished = run.state.step == run.state.total_steps
+    unfinished = [] if is_finished else [("stopped at", f"step {run.state.step:,}")]
+    loss = [("held-out loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
+    return write_report(
+        run.directory,
+        title=title or run.directory.name,
+        config_yaml=(run.directory / "config.yaml").read_text(encoding="utf-8"),
+        metrics=metrics,
+        summary=[*measured, *loss, *unfinished, *summarize(run), *_plan_and_peak(run, metrics)],
+        samples=[Sample(**sample) for sample in read_samples(run.directory)],
+        notices=[*run.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
+        data=_data_part(run),
+    )
+
+
+def _data_part(run: Run) -> DataPart:
+    """The rows in numbers, as `qlora inspect` shows them."""
+    loader, report = run.state.loader, run.prepared.report
+    overview = overview_of(
+        run.prepared,
+        batch_size=loader.batch_size,
+        micro_batch_tokens=loader.micro_batch_tokens,
+        packing=loader.packing,
+        can_pack=run.state.forward.can_pack,
+        seed=loader.seed,
+    )
+    tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
+    tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
+    return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
+
+
+def _plan_and_peak(run: Run, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What training took at most, beside what was planned; empty without a plan or a step."""
+    if run.plan is None or not metrics:
+        return []
+    if run.base.device.type == "cuda":
+        peak, planned = max(record["peak_memory_bytes"] for record in metrics), run.plan.allocated
+        return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
+    if run.program_bytes is None or (measured := peak_private_bytes()) is None:
+        return []
+    planned = run.program_bytes + run.plan.total
+    return [
+        (
+            "peak of the process",
+            f"{gib(measured)}, planned {gib(planned)} ({measured / planned - 1:+.1%}), "
+            f"of it {gib(run.program_bytes)} the program itself",
+        )
+    ]
+
+
+def _rows_by_source(prepared: Prepared) -> str:
+    parts = [f"{source.epoch:,} of {source.name}" for source in prepared.report.sources if source.epoch]
+    return f"{prepared.report.epoch_examples:,}: {', '.join(parts)}"

@@ -1,0 +1,178 @@
+"""Hold everything that training changes in one object, and save and restore it.
+
+A run stopped and resumed does the same arithmetic as one that was not, because whatever a step reads and changes
+(adapters, optimizer, loss scale, random state, position in the data, memory settings) is in `TrainState.state_dict`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.adapters.inject import trainable_parameters
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.loader import Examples, StepLoader
+from qlora_trainer.data.batching.mixing import Mixture
+from qlora_trainer.model.forward import ForwardPlan, examine_forward
+from qlora_trainer.training.activations import LEVELS, Policy, apply_policy
+from qlora_trainer.training.flat import FlatGroup, flatten_parameters
+from qlora_trainer.training.loss_scale import GradScale
+from qlora_trainer.training.optimizer import Optimizer, build_optimizer
+from qlora_trainer.training.patches import LeanReport, make_lean
+from qlora_trainer.training.rng import restore_rng, rng_state
+
+POLICY_SETTINGS = ("activations", "kept_layers", "offload_every")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that changes while training, and what the step needs to change it."""
+
+    model: Any
+    groups: list[FlatGroup]
+    optimizer: Optimizer
+    grad_scale: GradScale
+    loader: StepLoader
+    forward: ForwardPlan
+    config: RunConfig
+    total_steps: int
+    policy: Policy  # in force on the model; with loader.micro_batch_tokens, what a micro-batch's memory depends on
+    lean: LeanReport
+    step: int = 0  # optimizer steps taken or skipped
+    updates: int = 0  # optimizer steps taken; the schedule follows these
+    skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
+    notices: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
+    ran_out_of_memory: bool = False  # in this process, where torch's allocator may be broken since
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups[0].data.device
+
+    def set_memory(self, micro_batch_tokens: int, policy: Policy) -> None:
+        """Take other micro-batches and another policy from here on.
+
+        Raises:
+            ModelError: the model cannot train under the policy; nothing was changed.
+        """
+        if policy != self.policy:
+            apply_policy(self.model, policy)
+        self.loader.micro_batch_tokens, self.policy = micro_batch_tokens, policy
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Optimizer, loss scale, data cursor and random state: (tensors, JSON). Adapters are saved apart."""
+        tensors, optimizer = self.optimizer.state_dict()
+        random_tensors, random_json = rng_state()
+        return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **random_tensors}, {
+            "step": self.step,
+            "updates": self.updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "total_steps": self.total_steps,
+            "optimizer": optimizer,
+            "grad_scale": self.grad_scale.state_dict(),
+            "loader": self.loader.state_dict(),
+            "memory": {
+                "micro_batch_tokens": self.loader.micro_batch_tokens,
+                "policy": dataclasses.asdict(self.policy),
+                "settings": memory_settings(self.config),
+            },
+            "random": random_json,
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the random state last. CheckpointError where it belongs to another run."""
+        prefix = "optimizer."
+        optimizer_tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.optimizer.load_state_dict(optimizer_tensors, state["optimizer"])
+        self.grad_scale.load_state_dict(state["grad_scale"])
+        self.loader.load_state_dict(state["loader"])
+        if "memory" in state:  # checkpoints of earlier versions have none
+            self._load_memory(state["memory"])
+        self.step = state["step"]
+        self.updates = state["updates"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        restore_rng(tensors, state["random"])
+
+    def _load_memory(self, saved: dict[str, Any]) -> None:
+        """What was lowered when memory ran out stays lowered, but for a setting that the user has changed since."""
+        limit, policy = self.loader.micro_batch_tokens, self.policy
+        same_limit, same_policy = _unchanged(self.config, saved)
+        if same_limit:
+            limit = min(limit, saved["micro_batch_tokens"])
+        if same_policy:
+            before = Policy(**saved["policy"])
+            policy = max(policy, before, key=lambda p: (LEVELS.index(p.level), -p.kept_layers))
+        self.set_memory(limit, policy)
+
+
+def build_state(
+    model: Any,
+    config: RunConfig,
+    train: Examples,
+    compute_dtype: torch.dtype,
+    policy: Policy,
+    mixture: Mixture | None = None,
+) -> TrainState:
+    """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
+    lean = make_lean(model)
+    apply_policy(model, policy)
+    forward = examine_forward(model, config.data.max_length)
+    trainable = list(trainable_parameters(model))
+    weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
+    biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
+    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay)]
+    if biases:
+        groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
+    loader = StepLoader(
+        train,
+        batch_size=config.training.batch_size,
+        micro_batch_tokens=micro_batch_tokens(config),
+        packing=config.data.packing and forward.can_pack,
+        seed=config.training.seed,
+        mixture=mixture,
+    )
+    return TrainState(
+        model=model,
+        groups=groups,
+        optimizer=build_optimizer(config.optimizer, groups),
+        grad_scale=GradScale(enabled=compute_dtype == torch.float16),
+        loader=loader,
+        forward=forward,
+        config=config,
+        total_steps=config.training.max_steps or config.training.epochs * loader.steps_per_epoch,
+        policy=policy,
+        lean=lean,
+    )
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Most tokens of one forward pass; auto is the longest row allowed."""
+    limit = config.training.micro_batch_tokens
+    return config.data.max_length if limit == "auto" else limit
+
+
+def memory_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings, as the user wrote them, that decide a micro-batch's memory."""
+    return {name: getattr(config.training, name) for name in ("micro_batch_tokens", *POLICY_SETTINGS)}
+
+
+def _unchanged(config: RunConfig, saved: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the micro-batch and the policy are as the user wrote them when a checkpoint was made."""
+    then, now = saved["settings"], memory_settings(config)
+    same_policy = all(then[name] == now[name] for name in POLICY_SETTINGS)
+    return then["micro_batch_tokens"] == now["micro_batch_tokens"], same_policy
+
+
+def as_lowered(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+    """The config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
+
+    Where the policy is left open (auto), it stays so.
+    """
+    lowered: dict[str, object] = {}
+    same_limit, same_policy = _unchanged(config, saved)
+    if same_limit:
+        lowered["micro_batch_tokens"] = saved["micro_batch_tokens"]
+    if same_policy and config.training.activations != "auto":
+        lowered |= Policy(**saved["policy"]).as_settings()
+    return config.model_copy(update={"training": config.training.model_copy(update=lowered)})

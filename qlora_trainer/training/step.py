@@ -1,0 +1,75 @@
+"""Take one optimizer step: add the gradients of its micro-batches, clip, update.
+
+A step is a set of rows: its loss is the summed loss of all their label tokens divided by their number, so the gradient
+is the same in one micro-batch or many, packed or padded.
+"""
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.common.errors import MicroBatchError, is_out_of_memory
+from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.model.forward import attention_for, loss_sum
+from qlora_trainer.training.flat import adapters_cast, clip_, grad_norm
+from qlora_trainer.training.schedule import learning_rate
+from qlora_trainer.training.state import TrainState
+
+
+def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
+    """Forward and backward over the micro-batches of one optimizer step, then clip and update.
+
+    A step whose gradient is not finite, or that has no label tokens, updates nothing and does not advance the schedule.
+
+    Raises:
+        MicroBatchError: memory ran out; all but the gradients and the random state is as before the step.
+    """
+    label_tokens = sum(pack.label_tokens for pack in packs)
+    rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
+    loss, norm = accumulate_gradients(state, packs)
+    finite = bool(torch.isfinite(norm))
+    if finite and label_tokens:
+        clip_(state.groups, state.config.optimizer.max_grad_norm, norm)
+        state.optimizer.step(rate)
+        state.updates += 1
+    state.grad_scale.update(found_non_finite=not finite)
+    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+    state.step += 1
+    return {
+        "loss": float(loss),
+        "learning_rate": rate,
+        "grad_norm": float(norm),
+        "tokens": sum(pack.tokens for pack in packs),
+        "label_tokens": label_tokens,
+    }
+
+
+def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, Tensor]:
+    """The loss of all packs together and the norm of its gradient, which is left in the groups: ((), ())."""
+    label_tokens = sum(pack.label_tokens for pack in packs)
+    state.optimizer.zero_grad()
+    loss = torch.zeros((), device=state.device)
+    with adapters_cast(state.model, state.groups, state.model.config.dtype):
+        for pack in packs:
+            if pack.label_tokens:
+                # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.
+                loss += add_gradient(state, pack, label_tokens)
+    state.grad_scale.unscale_(state.groups)
+    return loss, grad_norm(state.groups)
+
+
+def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
+    """Forward and backward of one micro-batch; returns its part of the loss, ().
+
+    Raises:
+        MicroBatchError: memory ran out.
+    """
+    try:
+        on_device = pack.to(state.device)
+        with attention_for(state.model, on_device):
+            part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
+            state.grad_scale.scale(part).backward()
+        return part.detach()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MicroBatchError(pack.row_lengths, error) from error

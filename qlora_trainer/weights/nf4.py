@@ -1,0 +1,83 @@
+"""Quantize one weight to NF4 with double quantization (QLoRA, Dettmers et al. 2023); the owner of bitsandbytes.
+
+On every device qlora_kernels gives the codes that bitsandbytes gives on a CPU. bitsandbytes is imported here and
+nowhere else, so that what it prints and registers at import is handled once.
+
+Legend: O out features, I in features.
+"""
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.nf4 import NF4Weight, quantize_nf4
+from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_trainer.common.errors import QuantizationError
+
+
+def _import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its attempt to download CPU kernels through the package `kernels`, if installed."""
+    missing = object()
+    previous = sys.modules.get("kernels", missing)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+    try:
+        import bitsandbytes
+    finally:
+        if previous is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = previous  # type: ignore[assignment]
+    return bitsandbytes
+
+
+bitsandbytes = _import_bitsandbytes()
+WEIGHT_TENSORS = ("packed", "absmax", "nested_absmax", "nested_code", "offset")  # of an NF4Weight
+
+
+def quantize_weight(
+    weight: Tensor,  # (O, I), any float dtype
+    name: str = "the weight",
+) -> NF4Weight:
+    """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
+
+    The codes are the same on every device.
+
+    Raises:
+        QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
+    """
+    quantized = quantize_nf4(weight)
+    if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so it shows such a value
+        bad = int((~torch.isfinite(weight)).sum())
+        told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
+        raise QuantizationError(
+            f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose "
+            "another base."
+        )
+    return quantized
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether no value is infinite or NaN; tensors that are not of floats have none."""
+    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
+    floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return all(torch.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
+
+
+def empty_weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Weight:
+    """The tensors of a quantised (O, I) weight, uninitialised."""
+    elements = out_features * in_features
+    blocks = -(-elements // BLOCK_SIZE)
+    return NF4Weight(
+        packed=torch.empty(-(-elements // 2), dtype=torch.uint8, device=device),
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+        nested_absmax=torch.empty(-(-blocks // NESTED_BLOCK_SIZE), dtype=torch.float32, device=device),
+        nested_code=torch.empty(256, dtype=torch.float32, device=device),
+        offset=torch.empty((), dtype=torch.float32, device=device),
+        shape=(out_features, in_features),
+        block_size=BLOCK_SIZE,
+        nested_block_size=NESTED_BLOCK_SIZE,
+    )

@@ -1,0 +1,56 @@
+"""Read back what was written: exactly the expected tensors, finite, with the bytes they had in memory.
+
+Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
+dtype is compared, and every byte by the CRC-32 taken when it was computed.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.common.errors import MergeError, ModelError
+from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.reading import read_tensor, tensor_bytes
+
+
+def verify_files(
+    directory: Path,
+    expected: Sequence[TensorSpec],
+    checksums: Mapping[str, int],
+    progress: Progress = silent,
+    what: str = "merged model",
+) -> None:
+    """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
+
+    Raises:
+        MergeError: something is missing, unexpected, or damaged; it is named.
+    """
+    failed = f"The {what} failed its verification"
+    try:
+        found = checkpoint_tensors(directory)
+        wanted = {spec.name: spec for spec in expected}
+        if differing := sorted(found.keys() ^ wanted.keys()):
+            state = "missing" if differing[0] in wanted else "not expected"
+            raise MergeError(f"{failed}: {len(differing)} tensor(s) missing or unexpected; {differing[0]} is {state}.")
+        total = sum(spec.nbytes for spec in expected)
+        done = 0
+        for name, info in found.items():
+            spec = wanted[name]
+            if (info.dtype, info.shape) != (spec.dtype, spec.shape):
+                raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
+            tensor = read_tensor(info)
+            if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
+                damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
+                raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
+            done += tensor.nbytes
+            progress("verifying files", done, total)
+    except ModelError as error:
+        raise MergeError(f"{failed}: {error}") from error
+
+
+def _has_not_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not torch.isfinite(tensor).all()
