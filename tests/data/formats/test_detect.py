@@ -67,4 +67,4 @@ def first_row(path):
 )
 def test_real_files_that_cannot_be_read_as_they_are_say_what_to_do(shared_data, name, words):
     with pytest.raises(DataError, match=words):
-        first_row(shared_data / name)
+        first_row(shared_data(name))

@@ -515,14 +515,14 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_p
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])
 def test_real_rows_are_all_used(tmp_path, shared_data, name, rows):
-    prepared = run(tmp_path, str(shared_data / name), heldout=0.05, max_length=4096)
+    prepared = run(tmp_path, str(shared_data(name)), heldout=0.05, max_length=4096)
     (source,) = prepared.report.sources
     assert (source.rows, source.examples, source.dropped, source.truncated) == (rows, rows, {}, 0)
     assert len(prepared.train) + len(prepared.heldout) == rows
 
 
 def test_a_real_text_is_prepared_to_its_last_token(tmp_path, shared_data):
-    text = (shared_data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")[:100_000]
+    text = shared_data("tinyshakespeare/input.txt").read_text(encoding="utf-8")[:100_000]
     (tmp_path / "play.txt").write_text(text, encoding="utf-8")
     report = run(tmp_path, str(tmp_path / "play.txt"), heldout=0.05, max_length=512).report
     assert report.train.longest <= 512

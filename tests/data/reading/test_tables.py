@@ -5,13 +5,13 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading.tables import read_parquet, read_table
 
-QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=80)
 CELLS = st.text(st.sampled_from('ab"\n\t,; é'), max_size=6)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -85,7 +85,7 @@ contents = st.lists(words, min_size=1, max_size=6).map("".join).filter(str.strip
 
 
 @pytest.mark.parametrize(("family", "kind"), TOKENIZERS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(texts=st.lists(contents, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_masks_cover_exactly_the_answers_of_any_conversation(family, kind, texts):
     tokenizer = tiny_tokenizer(family, kind)
@@ -379,9 +379,7 @@ def smollm2():
     ],
 )
 def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
-    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in read_records(shared_data / name)][
-        :300
-    ]
+    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in read_records(shared_data(name))][:300]
     rendered = Renderer(smollm2, max_length=10**6).render_batch(rows)
     for (where, row), result in zip(rows, rendered, strict=True):
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
@@ -391,7 +389,7 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
 def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
-    path = shared_data / "glaive_toolcall_en/glaive_toolcall_en_demo.json"
+    path = shared_data("glaive_toolcall_en/glaive_toolcall_en_demo.json")
     rows = [(where, parse_record(record, "auto", {}, where)) for where, record in list(read_records(path))[:150]]
     tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
     for (where, row), result in zip(rows, Renderer(tokenizer, max_length=10**6).render_batch(rows), strict=True):
@@ -407,7 +405,7 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
 
 
 def test_real_completions_are_learned_whole(smollm2, shared_data):
-    for where, record in list(read_records(shared_data / "e2e/train.jsonl"))[:100]:
+    for where, record in list(read_records(shared_data("e2e/train.jsonl")))[:100]:
         row = parse_record(record, "auto", {}, where)
         example = Renderer(smollm2).render(row)
         assert learned_texts(smollm2, example) == [record["completion"] + "<|im_end|>"]

@@ -4,7 +4,7 @@ from functools import cache
 from itertools import groupby
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
@@ -119,7 +119,7 @@ def conversations(draw, family: str) -> Conversation:
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family, kind, data):
     tokenizer = tiny_tokenizer(family, kind)
@@ -132,7 +132,7 @@ def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_control_tokens_that_a_row_spells_anywhere_stay_text(family, data):
     tokenizer = tiny_tokenizer(family)
@@ -154,7 +154,7 @@ def test_control_tokens_that_a_row_spells_anywhere_stay_text(family, data):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_cut_conversation_is_its_longest_beginning_that_fits_and_ends_with_a_whole_answer(family, data):
     renderer = Renderer(tiny_tokenizer(family), max_length=10**6)
@@ -178,7 +178,7 @@ def test_a_cut_conversation_is_its_longest_beginning_that_fits_and_ends_with_a_w
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_what_a_turn_says_of_itself_is_honoured_in_any_conversation(family, data):
     tokenizer = tiny_tokenizer(family)
