@@ -276,7 +276,7 @@ def test_a_leaner_choice_made_on_resume_is_not_undone_by_what_was_saved(wide_con
     assert (state.loader.micro_batch_tokens, state.policy) == (90, Policy("offload"))
 
 
-@pytest.mark.parametrize("module", [10_000, 115], ids=["fits", "does not fit"])
+@pytest.mark.parametrize("limit", [10_000, 115], ids=["fits", "does not fit"])
 def test_probing_changes_nothing(wide_config: Config, scarcity: Scarcity, limit: int) -> None:
     run = started(wide_config())
     take_step(run.state)
