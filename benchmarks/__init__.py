@@ -1,1 +1,1 @@
-"""What the project claims, one command each, beside its peers in the same run."""
+"""What the project claims, one command each, next to its peers in the same run."""

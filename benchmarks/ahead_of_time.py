@@ -2,7 +2,7 @@
 
 Each case is a kernel as a launch would compile it: the dtypes of its pointers, integers that are multiples of 16 said
 to be so (else a compile shows spills that a launch would not have), the options of the launch. What the code promises
-beside its results is said with it: two roundings where bits are compared, tensor cores where there is a product.
+next to its results is said with it: two roundings where bits are compared, tensor cores where there is a product.
 
 Needs triton, which brings NVIDIA's assembler, and no GPU. Must not share a process with Triton's interpreter.
 """
@@ -81,9 +81,11 @@ def compile_ahead(case: Case, architecture: int) -> Compiled:
         path = Path(directory) / "kernel.ptx"
         path.write_text(made.asm["ptx"])
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", str(path), "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stack, stores, loads = _numbers(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
-    (registers,) = _numbers(r"Used (\d+) registers", told)
+        reported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = _numbers(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reported
+    )
+    (registers,) = _numbers(r"Used (\d+) registers", reported)
     return Compiled(registers, stack, stores + loads, made.metadata.shared, made.asm["ptx"])
 
 
@@ -161,7 +163,7 @@ def _norm() -> dict[str, Case]:
         tile = rms_norm_triton.tile(features)
         pointers = ("grad_ptr", "x_ptr", "weight_ptr", "out_ptr")
         return Case(
-            kernel=rms_norm_triton.backward_kernel if backward else rms_norm_triton.normalise_kernel,
+            kernel=rms_norm_triton.backward_kernel if backward else rms_norm_triton.normalize_kernel,
             signature=dict.fromkeys(pointers, f"*{dtype}")
             | {"inverse_ptr": "*fp32", "eps": "fp32"}
             | dict.fromkeys(("rows", "features", "stride", "grad_stride"), "i32"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Tokens, and labels not shifted: -100 where nothing is learned."""
+    """Tokens, and labels not shifted: -100 where nothing is trained."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,12 +30,14 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
     """The rows that our loader gives the step of this 0-based index, in its order."""
     training = run.config.training
     epoch, within = divmod(step, run.state.loader.steps_per_epoch)
-    chosen = run.state.loader.order(epoch)[within * training.batch_size : (within + 1) * training.batch_size]
+    chosen = run.state.loader.order(epoch)[
+        within * training.global_batch_size : (within + 1) * training.global_batch_size
+    ]
     return [Row(example.input_ids, example.labels) for example in (run.prepared.train[int(i)] for i in chosen)]
 
 
 def plain_checkpoint(directory: Path, output: Path) -> Path:
-    """A model directory that transformers can open: `directory`, or, where that stands for a GGUF file, a copy."""
+    """A model directory that transformers can open: `directory`, or, where that represents a GGUF file, a copy."""
     from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
     from qlora_trainer.weights.model_directory import checkpoint_tensors
     from qlora_trainer.weights.reading import read_tensor
@@ -62,7 +64,7 @@ def load_peer(
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A model directory in NF4 by transformers and bitsandbytes, quantised from `dtype`, and PEFT's adapter on it."""
+    """A model directory in NF4 by transformers and bitsandbytes, quantized from `dtype`, and PEFT's adapter on it."""
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

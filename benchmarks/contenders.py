@@ -1,6 +1,6 @@
 """The contenders of cpu_training.py and gpu.py, one a process: `python -m benchmarks.contenders NAME JOB RESULT`.
 
-`ours` goes first: it writes the rows of each step, tokenised, with the learning rate, and the adapter it starts from;
+`ours` goes first: it writes the rows of each step, tokenized, with the learning rate, and the adapter it starts from;
 the others read them. JOB and RESULT are JSON files. Peak memory is counted from the beginning of the first step, so
 that loading a model, which takes a moment's memory of its own, is left out; Linux tells it, and on a GPU torch, which
 does not see what an optimizer pages. The library of one contender is imported in its own function: in the process of
@@ -119,12 +119,12 @@ def ours(job: Job, activations: str) -> Result:
         {
             "model": {"name": job.model, "device": job.device, "compute_dtype": _dtype(job)},
             "adapter": {"rank": job.rank, "alpha": ALPHA},
-            "data": {"train": job.rows, "heldout": 0.0, "max_length": MAX_LENGTH},
+            "data": {"train": job.rows, "eval": 0.0, "max_length": MAX_LENGTH},
             "training": {
                 "output_dir": str(Path(job.work) / f"run-{activations}"),
                 "max_steps": job.steps,
-                "batch_size": job.batch_size,
-                "activations": activations,
+                "global_batch_size": job.batch_size,
+                "activation_checkpointing": activations,
             },
         }
     )
@@ -185,7 +185,7 @@ def _padded_loop(model: Any, job: Job, shared: Shared, settings: str) -> Result:
 
 
 def trl(job: Job) -> Result:
-    """TRL's SFTTrainer at its defaults, given NF4 with double quantisation, LoRA, and our rows in our order."""
+    """TRL's SFTTrainer at its defaults, given NF4 with double quantization, LoRA, and our rows in our order."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainerCallback
@@ -244,7 +244,7 @@ def trl(job: Job) -> Result:
 
 CONTENDERS: dict[str, Callable[[Job], Result]] = {
     "ours": lambda job: ours(job, "auto"),
-    "ours, recompute": lambda job: ours(job, "recompute"),
+    "ours, recompute": lambda job: ours(job, "full"),
     "hand-written loop": hand_written_loop,
     "TRL": trl,
     "Unsloth": unsloth,

@@ -1,8 +1,8 @@
-"""What computes on a CPU, beside what it replaces: NF4 in elements a second, dense products in FLOP/s, in one run.
+"""What computes on a CPU, next to what it replaces: NF4 in elements a second, dense products in FLOP/s, in one run.
 
     python -m benchmarks.cpu_kernels [--rows 4096] [--columns 14336] [--tokens 1024] [--repeats 7]
 
-NF4 of a bf16 weight, quantised, and dequantised to fp32: our compiled code, the plain torch that is its contract, and
+NF4 of a bf16 weight, quantized, and dequantized to fp32: our compiled code, the plain torch that is its contract, and
 bitsandbytes on a CPU, each into new memory; ours also into memory that is there, as training does it. Ours must give
 the bits of both, or the command fails. Then fp32 products of tokens with a weight: by the library that we take here and
 by torch's own, with their errors against fp64. Times are medians; threads are torch's.
@@ -64,21 +64,21 @@ def measure_nf4(rows: int, columns: int, repeats: int) -> bool:
     packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32  # what it gives back
     ours, out = quantize_nf4(weight), torch.empty(rows, columns)
-    quantising: dict[str, Callable[[], Any]] = {
+    quantizing: dict[str, Callable[[], Any]] = {
         "ours": lambda: quantize_nf4(weight),
         "plain torch, codes alone": lambda: plain_codes(weight),
         "bitsandbytes": lambda: bitsandbytes.functional.quantize_4bit(
             weight, compress_statistics=True, quant_type="nf4"
         ),
     }
-    dequantising: dict[str, Callable[[], Any]] = {
+    dequantizing: dict[str, Callable[[], Any]] = {
         "ours": lambda: dequantize_nf4(ours, torch.float32),
         "plain torch": lambda: plain_values(ours, torch.empty(rows, columns)),
         "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
         "ours, in its workspace": lambda: our_values(ours, out),
     }
-    for told, contenders in (("quantised", quantising), ("dequantised to fp32", dequantising)):
-        print(f"NF4, {rows} x {columns}, {told}: G elements a second")
+    for reported, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
+        print(f"NF4, {rows} x {columns}, {reported}: G elements a second")
         rates = {name: weight.numel() / seconds(function, repeats) / 1e9 for name, function in contenders.items()}
         for name, rate in rates.items():
             print(f"  {name:26}{rate:8.3f}{rate / rates['ours']:8.3f} times ours")

@@ -1,17 +1,17 @@
-"""Speed and memory of preparing rows: ours beside `datasets.map` with the same tokenizer and chat template.
+"""Speed and memory of preparing rows: ours next to `datasets.map` with the same tokenizer and chat template.
 
     python -m benchmarks.data prepare MODEL ROWS [--rows N ...] [--processes N] [--without NAME ...]
 
 The rows of a real file (conversations in any format that the trainer reads) are repeated to as many as asked for, each
 with its number at its start, so that no two are equal, and written as chat messages to one JSONL file. Every contender
 prepares that file in a process of its own, from the file to tokens on the disk, and must come to the same number of
-tokens. Ours also finds what is learned, looks for duplicates, and keeps the rows for display; the peer does what its
+tokens. Ours also finds what is trained, looks for duplicates, and keeps the rows for display; the peer does what its
 documentation shows: load_dataset("json"), then map(batched=True) with apply_chat_template and the tokenizer, no labels.
 
 Time is from the first read to the last write, without imports and loading the tokenizer. Tokens a second and core are
 by the processor's time of all processes, which other work on the machine changes little. Peak private memory is the
 largest sum, over the process and those it starts, of anonymous memory (shared pages in parts), looked at five times a
-second; beside it what the process held at its start, nearly all of it torch. The second start is the same call again.
+second; next to it what the process held at its start, nearly all of it torch. The second start is the same call again.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def ours(job: Job, workers: int) -> Callable[[], int]:
     from qlora_trainer.model.source import load_tokenizer
 
     tokenizer = load_tokenizer(Path(job.model))
-    config = DataConfig(train=job.rows, heldout=0.0, max_length=MAX_LENGTH, workers=workers)
+    config = DataConfig(train=job.rows, eval=0.0, max_length=MAX_LENGTH, workers=workers)
     cache = Path(job.work)
     return lambda: prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=cache).report.train.tokens
 

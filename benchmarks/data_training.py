@@ -138,14 +138,14 @@ def train(job: Job) -> Result:
             "model": {"name": job.model, "device": "cpu", "compute_dtype": "float32"},
             "data": {
                 "train": job.rows,
-                "heldout": 0.0,
+                "eval": 0.0,
                 "max_length": job.max_length,
                 "packing": job.layout == "packed",
             },
             "training": {
                 "output_dir": str(Path(job.work) / job.layout),
                 "max_steps": job.steps,
-                "batch_size": job.batch_size,
+                "global_batch_size": job.batch_size,
                 "micro_batch_tokens": job.micro_batch_tokens,
             },
         }

@@ -1,4 +1,4 @@
-"""On a GPU: tokens a second and peak memory of ours and its peers, and our kernels beside what the card can do.
+"""On a GPU: tokens a second and peak memory of ours and its peers, and our kernels next to what the card can do.
 
     python -m benchmarks.gpu [MODEL ROWS] [--steps N] [--batch-size N] [--rank R] [--without NAME ...] [--dry-run]
 
@@ -8,7 +8,7 @@ peft + bitsandbytes start from the same adapter; their losses are shown side by 
 Useful tokens leave padding out; the first step, which warms up, is left out. Peak memory is what torch reserved from
 the first step on; what an optimizer pages is not in it, for anyone.
 
-Always: each kernel on a layer's tensors of a 7B, beside what it replaces, in bytes a second of the card's own copying,
+Always: each kernel on a layer's tensors of a 7B, next to what it replaces, in bytes a second of the card's own copying,
 and the projection over a 4-bit weight in FLOP/s of the card's own bf16 product. The kernels' bytes are counted
 (benchmarks.kernels). The time is the card's alone, by CUDA events: the card sleeps until all calls are launched, since
 launching one from Python takes longer than a fast kernel; and calls take copies of their inputs in turn, as many as no
@@ -217,7 +217,7 @@ def contenders(without: list[str]) -> list[str]:
 
 
 def train(job: Job, names: list[str]) -> dict[str, Result | None]:
-    """What each measured; None where it failed, which `measure` has told."""
+    """What each measured; None where it failed, which `measure` has reported."""
     environment = child_environment(torch.get_num_threads(), "default")
     results: dict[str, Result | None] = {}
     for name in names:
@@ -249,7 +249,7 @@ def planned(model: Path, rank: int) -> dict[str, int]:
         "model": {"name": str(model)},
         "adapter": {"rank": rank},
         "data": {"train": "rows.jsonl", "max_length": MAX_LENGTH},
-        "training": {"activations": "recompute"},
+        "training": {"activation_checkpointing": "full"},
     }
     ours = plan_memory(model, make_config(raw))
     peer = plan_peer(model, MAX_LENGTH, rank, prepared=True)

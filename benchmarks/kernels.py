@@ -3,7 +3,7 @@
     python -m benchmarks.kernels [matrix|bytes|roofline]
 
 The matrix: every kernel compiled for seven architectures; registers a thread, shared memory a block, bytes spilled. The
-bytes: what each operation between the matrix products reads and writes, ours beside the library's code, counted on fake
+bytes: what each operation between the matrix products reads and writes, ours and the library's code, counted on fake
 tensors (bytes_moved.py). The roofline: the time that arithmetic and memory need at least, on cards' published figures;
 where a kernel reaches less, or the processor does not keep up with launching, it is more. `benchmarks.gpu` measures.
 Left out of the roofline: residual sums, the adapters' casts, the loss but for its products, and the optimizer.
@@ -101,7 +101,7 @@ def nf4_inputs(out_features: int, in_features: int) -> Inputs:
 
 
 def theirs(*tables: Tensor, out_features: int = HIDDEN, in_features: int = INTERMEDIATE) -> Tensor:
-    """Dequantised by bitsandbytes."""
+    """Dequantized by bitsandbytes."""
     packed, absmax, nested_absmax, nested_code, offset = tables
     nested = bitsandbytes.functional.QuantState(nested_absmax, code=nested_code, blocksize=256, dtype=FP32)
     shape = torch.Size((out_features, in_features))
@@ -161,7 +161,7 @@ def operations() -> dict[str, Operation]:
         ),
         FEW_TOKENS: Operation(
             Work(lambda x, *tables: multiply_few(x, ours(*tables), None), few + weight),
-            {"dequantised first": Work(lambda x, *tables: multiply(x, ours(*tables), None), few + weight)},
+            {"dequantized first": Work(lambda x, *tables: multiply(x, ours(*tables), None), few + weight)},
         ),
         "RMSNorm": Operation(Work(our_norm, norm), {"library": Work(library_norm, norm)}, a_layer=2),
         "RMSNorm, backward": Operation(
@@ -195,15 +195,15 @@ def table() -> dict[str, Row]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step of TOKENS tokens with recomputation, at least; what is ours beside what replaces it."""
+    """Seconds of a step of TOKENS tokens with recomputation, at least; what is ours next to what replaces it."""
 
     products: float
     attention: float
-    dequantising: tuple[float, float]  # ours, bitsandbytes
+    dequantizing: tuple[float, float]  # ours, bitsandbytes
     between: tuple[float, float]  # ours, the library's
 
     def step(self, which: int) -> float:
-        return self.products + self.attention + self.dequantising[which] + self.between[which]
+        return self.products + self.attention + self.dequantizing[which] + self.between[which]
 
 
 def roofline(card: Card, rows: dict[str, Row]) -> Roofline:
@@ -222,7 +222,7 @@ def roofline(card: Card, rows: dict[str, Row]) -> Roofline:
     return Roofline(
         products=products / card.flops,
         attention=attention / card.flops,
-        dequantising=(3 * BASE * a_weight[0] / card.bandwidth, 3 * BASE * a_weight[1] / card.bandwidth),
+        dequantizing=(3 * BASE * a_weight[0] / card.bandwidth, 3 * BASE * a_weight[1] / card.bandwidth),
         between=(between[0] / card.bandwidth, between[1] / card.bandwidth),
     )
 
@@ -250,7 +250,7 @@ def print_bytes(rows: dict[str, Row]) -> None:
 def print_roofline(rows: dict[str, Row]) -> None:
     print(f"A step of a 7B, {TOKENS} tokens, layers recomputed, rank {RANK}: at least so many milliseconds")
     print("(computed from published bandwidth and tensor arithmetic; ours | bitsandbytes and the library's code)\n")
-    columns = ("products", "attention", "dequantising", "between products", "step", "tokens/s", "one row, tokens/s")
+    columns = ("products", "attention", "dequantizing", "between products", "step", "tokens/s", "one row, tokens/s")
     widths = (10, 11, 16, 18, 16, 16, 19)
     print(f"{'card':16}" + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True)))
     weight = rows[FEW_TOKENS].ours.bytes / (HIDDEN * INTERMEDIATE)
@@ -261,7 +261,7 @@ def print_roofline(rows: dict[str, Row]) -> None:
         cells = (
             f"{found.products * 1e3:.0f}",
             f"{found.attention * 1e3:.0f}",
-            _pair(found.dequantising, 1e3),
+            _pair(found.dequantizing, 1e3),
             _pair(found.between, 1e3),
             _pair((steps[0], steps[1]), 1e3),
             _pair((TOKENS / steps[0], TOKENS / steps[1])),

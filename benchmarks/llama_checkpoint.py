@@ -27,7 +27,7 @@ POSITIONS = 4096
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama with an output head of its own."""
+    """Sizes of a Llama with an LM head of its own."""
 
     hidden: int = 4096
     intermediate: int = 14336

@@ -1,4 +1,4 @@
-"""Loading a large base on a small machine: time and private memory, beside transformers with bitsandbytes.
+"""Loading a large base on a small machine: time and private memory, next to transformers with bitsandbytes.
 
     python -m benchmarks.load_7b [--size 7.4B] [--directory DIR] [--step [plain] [kept]] [--skip NAME ...] [--json]
 
@@ -7,11 +7,11 @@ a process of its own, one after the other:
 
 - ours: `load_base_model`, from the 16-bit shards to the frozen NF4 base with its fingerprint, in fp32 where it stays
   dense;
-- peer: transformers' from_pretrained with bitsandbytes' NF4 and double quantisation, which is left in bf16 where it
+- peer: transformers' from_pretrained with bitsandbytes' NF4 and double quantization, which is left in bf16 where it
   stays dense and hashes nothing;
 - quantize: `qlora quantize`, with what it writes read back from the disk;
 - kept: `load_base_model` of what that wrote, mapped; and the peer's loading of the same, for which it was not written;
-- with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, model.embeddings=host
+- with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, model.embeddings=cpu
   (in the checkpoint's dtype, with the same results), on the base from the 16-bit shards (plain) or from what was kept.
 
 The source is dropped from the page cache before each, as far as the system does that. Libraries are imported before the
@@ -106,7 +106,7 @@ def quantize(directory: Path, source: str) -> dict[str, Any]:
 def take_step(directory: Path, source: str) -> dict[str, Any]:
     """Load, train one step, and tell of the step alone; the peak is of all."""
     config = step_config(directory / source)
-    base = open_base(directory / source, "host")
+    base = open_base(directory / source, "cpu")
     return_freed_memory()  # as a run does with a large base
     started = time.perf_counter()
     add_adapters(base.model, config.adapter, config.training.seed)
@@ -126,7 +126,7 @@ MEASURED: dict[str, Callable[[Path, str], dict[str, Any]]] = {
 }
 
 
-def open_base(directory: Path, embeddings: Literal["device", "host"] = "device") -> Base:
+def open_base(directory: Path, embeddings: Literal["device", "cpu"] = "device") -> Base:
     def progress(label: str, done: int, total: int | None) -> None:
         if sys.stderr.isatty():
             print(f"\r{label}: {done / (total or 1):.0%}  ", end="", file=sys.stderr)
@@ -137,10 +137,10 @@ def open_base(directory: Path, embeddings: Literal["device", "host"] = "device")
 def step_config(directory: Path) -> RunConfig:
     return make_config(
         {
-            "model": {"name": str(directory), "device": "cpu", "embeddings": "host"},
+            "model": {"name": str(directory), "device": "cpu", "embeddings": "cpu"},
             "adapter": {"rank": RANK},
             "data": {"train": "rows.jsonl", "max_length": TOKENS},
-            "training": {"batch_size": 1, "max_steps": 1, "activations": "recompute"},
+            "training": {"global_batch_size": 1, "max_steps": 1, "activation_checkpointing": "full"},
         }
     )
 

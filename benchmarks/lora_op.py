@@ -1,4 +1,4 @@
-"""What a decoder layer's projections keep for backward, and their time: our op beside the plain composition.
+"""What a decoder layer's projections keep for backward, and their time: our op next to the plain composition.
 
     python -m benchmarks.lora_op [--tokens N] [--rank R] [--dropout P] [--dtype float32|bfloat16] [--repeats N]
 

@@ -1,9 +1,9 @@
-"""Memory of a training step of 7B and 8B models: ours beside peft + bitsandbytes with checkpointing.
+"""Memory of a training step of 7B and 8B models: ours next to peft + bitsandbytes with checkpointing.
 
     python -m benchmarks.memory_table [--model NAME ...] [--only-peak | --only-context] [--layers N] [--json]
 
 Both steps run on fake tensors, from the models' config.json in benchmarks/models, and are counted by the same tracker
-and the same simulation of CUDA's allocator; attention's backward needs room inside by the same formula. Nothing here
+and the same simulation of CUDA's allocator; attention's backward needs space inside by the same formula. Nothing here
 ran on a card. Two tables:
 
 Peak: what the allocator reserves at one row of 2,048 tokens, rank 16 on all linear layers, and the paged optimizer
@@ -13,7 +13,7 @@ Context: the longest single row, rank 32, on cards of 8, 12, 16 and 24 GB (10^9 
 fits, and one longer by 1 %, or by 256 tokens where that is more, does not, or is beyond the model's positions. Counted
 are reserved bytes, the paged state, and the stated allowances for the CUDA context and cuBLAS' workspace. Reserved is
 with all that the simulated allocator wastes; a real one that meets its limit gives empty segments back and tries
-again, and so may hold a little more, for both alike. Host memory is what ours keeps there, beside the paged state.
+again, and so may hold a little more, for both alike. Host memory is what ours keeps there, next to the paged state.
 
 With --layers N models are cut to N layers: to try the command in seconds; those figures say nothing.
 The peer is described in peer_memory.py. Whole models take minutes; progress is on stderr.
@@ -43,13 +43,18 @@ PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32
 CARDS = (8, 12, 16, 24)  # GB
 FIRST_TOKENS = (2048, 16384)  # planned whatever fits
 PRECISION = 0.01  # of the longest row
-LEANEST = {"training": {"activations": "tile"}}
-LEAN_OPTIONS = {
-    "model": {"embeddings": "host", "output_head": "4bit"},
+LEAST_MEMORY = {"training": {"activation_checkpointing": "tiled"}}
+MEMORY_OPTIONS = {
+    "model": {"embeddings": "cpu", "lm_head": "4bit"},
     "adapter": {"dtype": "bfloat16"},
     "optimizer": {"name": "paged_adamw_8bit"},
 }
-OURS, LEAN, PEER, PREPARED = "ours", "ours, lean options", "peft + bitsandbytes", "peft + bitsandbytes, prepared"
+OURS, MEMORY_EFFICIENT, PEER, PREPARED = (
+    "ours",
+    "ours, memory-efficient options",
+    "peft + bitsandbytes",
+    "peft + bitsandbytes, prepared",
+)
 UNSLOTH = "Unsloth (published)"
 PUBLISHED_CONTEXT = {UNSLOTH: {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}}  # Llama-3.1-8B, rank 32, one row
 PUBLISHED_PEAK = {"torchtune (published; 2 rows of 2,048)": 7.4 * 2**30}  # Llama-3.1-8B
@@ -68,27 +73,27 @@ class Figure:
     allocated: int  # alive at the fullest moment, without either
     paged: int
     total: int  # with the allowances
-    host: int  # kept in host memory, beside the paged state
+    host: int  # kept in host memory, next to the paged state
     operation: str  # at which most is alive
 
 
-def our_config(directory: Path, rank: int, tokens: int, lean: bool) -> RunConfig:
+def our_config(directory: Path, rank: int, tokens: int, memory_efficient: bool) -> RunConfig:
     raw: dict[str, dict[str, Any]] = {
         "model": {"name": str(directory), "compute_dtype": "bfloat16"},
-        "adapter": {"rank": rank, "targets": "all-linear"},
+        "adapter": {"rank": rank, "target_modules": "all-linear"},
         "data": {"train": "rows.jsonl", "max_length": tokens},
-        "training": {"batch_size": 1},
+        "training": {"global_batch_size": 1},
     }
-    for section, options in [*LEANEST.items(), *(LEAN_OPTIONS.items() if lean else ())]:
+    for section, options in [*LEAST_MEMORY.items(), *(MEMORY_OPTIONS.items() if memory_efficient else ())]:
         raw[section] = raw.get(section, {}) | options
     return make_config(raw)
 
 
-def our_figure(model: str, rank: int, lean: bool, plan: MemoryPlan) -> Figure:
+def our_figure(model: str, rank: int, memory_efficient: bool, plan: MemoryPlan) -> Figure:
     paged, cublas = plan.components[PAGED], plan.components[CUBLAS]
     return Figure(
         model=model,
-        who=LEAN if lean else OURS,
+        who=MEMORY_EFFICIENT if memory_efficient else OURS,
         tokens=plan.max_length,
         rank=rank,
         resident=plan.reserved - cublas + paged,
@@ -118,9 +123,9 @@ def peer_figure(model: str, rank: int, who: str, plan: PeerPlan) -> Figure:
 def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figure]:
     """The first table's figures of one model."""
     figures = []
-    for lean in (False, True):
-        plan = plan_memory(directory, our_config(directory, PEAK_RANK, PEAK_TOKENS, lean))
-        figures.append(our_figure(model, PEAK_RANK, lean, plan))
+    for memory_efficient in (False, True):
+        plan = plan_memory(directory, our_config(directory, PEAK_RANK, PEAK_TOKENS, memory_efficient))
+        figures.append(our_figure(model, PEAK_RANK, memory_efficient, plan))
         say(f"{model}: {describe(figures[-1])}; {plan.base_parameters / 1e9:.2f}B parameters in the base")
     for who in (PEER, PREPARED):
         peer = plan_peer(directory, PEAK_TOKENS, PEAK_RANK, prepared=who == PREPARED)
@@ -132,13 +137,13 @@ def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figur
 def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[str, dict[int, Figure | None]]:
     """The second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
 
-    def ours(tokens: int, lean: bool) -> Figure:
-        plan = plan_memory(directory, our_config(directory, CONTEXT_RANK, tokens, lean))
-        return our_figure(model, CONTEXT_RANK, lean, plan)
+    def ours(tokens: int, memory_efficient: bool) -> Figure:
+        plan = plan_memory(directory, our_config(directory, CONTEXT_RANK, tokens, memory_efficient))
+        return our_figure(model, CONTEXT_RANK, memory_efficient, plan)
 
     planners: dict[str, Callable[[int], Figure]] = {
-        OURS: lambda tokens: ours(tokens, lean=False),
-        LEAN: lambda tokens: ours(tokens, lean=True),
+        OURS: lambda tokens: ours(tokens, memory_efficient=False),
+        MEMORY_EFFICIENT: lambda tokens: ours(tokens, memory_efficient=True),
         PEER: lambda tokens: peer_figure(model, CONTEXT_RANK, PEER, plan_peer(directory, tokens, CONTEXT_RANK)),
     }
     limit = (max_positions(directory) or LONGEST_SEARCHED) // GRAIN * GRAIN

@@ -1,4 +1,4 @@
-"""Merging a large base on a small machine: time, private memory and bytes, beside copying and beside peft.
+"""Merging a large base on a small machine: time, private memory and bytes, next to copying and next to peft.
 
     python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
 
@@ -8,9 +8,9 @@ the other:
 
 - copy: the plain base's shards, read and written to another directory and flushed to the disk, file by file; the merged
   model in fp16 has as many bytes;
-- arithmetic: what a merge computes, to quantise or read, dequantise, fold and cast, with the pages of the source in
+- arithmetic: what a merge computes, to quantize or read, dequantize, fold and cast, with the pages of the source in
   memory and nothing written;
-- ours: the merge into fp16 from the plain base, and from the prequantised copy, files read back from the disk;
+- ours: the merge into fp16 from the plain base, and from the prequantized copy, files read back from the disk;
 - answers: logits of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
 - peer: transformers loads the base in 16 bits on the CPU, peft merges and unloads, save_pretrained writes shards, which
   are flushed. It folds into the original weights, another function than the one trained, and reads nothing back.
@@ -75,7 +75,7 @@ CPU = torch.device("cpu")
 
 
 def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
-    """The base, its prequantised copy, the fingerprint of both, and an adapter, where they are not there yet."""
+    """The base, its prequantized copy, the fingerprint of both, and an adapter, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / PLAIN).exists():
         make_checkpoint(directory / PLAIN, shape, seed)
@@ -163,7 +163,7 @@ def copy_files(source: Path, output: Path) -> None:
 
 
 class _NoChecks(Background):
-    """Drops what is checked beside the merge: the arithmetic alone is measured."""
+    """Drops what is checked next to the merge: the arithmetic alone is measured."""
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
         """Nothing."""
@@ -218,8 +218,10 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
     free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
-        told = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        return {"left_out": told}
+        reported = (
+            f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
+        return {"left_out": reported}
     command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
     done = subprocess.run(
         [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True

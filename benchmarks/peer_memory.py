@@ -1,11 +1,11 @@
 """What a step of peft + bitsandbytes needs on a card, counted as ours is: on fake tensors, by the same tracker.
 
 The peer is made of the real libraries: transformers' model with torch's attention, its linear layers but the head as
-bitsandbytes' Linear4bit (NF4, double quantisation, bf16 compute), peft's LoRA in fp32 on all of them, non-reentrant
+bitsandbytes' Linear4bit (NF4, double quantization, bf16 compute), peft's LoRA in fp32 on all of them, non-reentrant
 gradient checkpointing over every layer, the loss that transformers computes from labels, gradients clipped, and paged
-AdamW with 32-bit state. What the libraries do beyond that in the leanest way of using them: the base stays in bf16.
-`prepared=True` is what peft's documentation shows first, `prepare_model_for_kbit_training`, which casts embeddings,
-head and norms to fp32, under bf16 autocast as transformers' Trainer sets it.
+AdamW with 32-bit state. What the libraries do beyond that in the the least memory way of using them: the base stays in
+bf16. `prepared=True` is what peft's documentation shows first, `prepare_model_for_kbit_training`, which casts
+embeddings, head and norms to fp32, under bf16 autocast as transformers' Trainer sets it.
 
 Where a library's kernel allocates inside, a formula says how much; it counts for the peer only where that is sure.
 """
@@ -31,12 +31,12 @@ from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, PAGED, PAGED_
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
-FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantising (its backends/cuda/ops.py)
+FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantizing (its backends/cuda/ops.py)
 
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """What the peer needs, in bytes; the same allowances as in MemoryPlan, but beside `allocated` and `reserved`."""
+    """What the peer needs, in bytes; the same allowances as in MemoryPlan, but next to `allocated` and `reserved`."""
 
     tokens: int
     operation: str  # at which most is alive
@@ -136,7 +136,7 @@ def _linear4bit(linear: nn.Linear) -> nn.Module:
         compute_dtype=torch.bfloat16,
         compress_statistics=True,
         quant_type="nf4",
-    ).to(torch.bfloat16)  # its bias; nothing is quantised on the meta device
+    ).to(torch.bfloat16)  # its bias; nothing is quantized on the meta device
 
 
 def _fill(model: nn.Module) -> list[Tensor]:
@@ -164,7 +164,7 @@ def _fill(model: nn.Module) -> list[Tensor]:
 
 
 def _packed_weight(out_features: int, in_features: int) -> tuple[Any, list[Tensor]]:
-    """A quantised weight as bitsandbytes holds it, and its statistics. (A Params4bit cannot hold a fake tensor.)"""
+    """A quantized weight as bitsandbytes holds it, and its statistics. (A Params4bit cannot hold a fake tensor.)"""
     blocks = -(-out_features * in_features // BLOCK_SIZE)
     code = torch.empty(16)
     nested = QuantState(

@@ -28,9 +28,9 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
         {
             "model": {"name": str(model), "device": "cpu"},
             "adapter": {"rank": RANK, "alpha": ALPHA},
-            "data": {"train": str(rows), "heldout": 0.0, "max_length": 512},
+            "data": {"train": str(rows), "eval": 0.0, "max_length": 512},
             "optimizer": {"name": "adamw", "learning_rate": 5e-4, "schedule": "constant", "warmup_ratio": 0.0},
-            "training": {"output_dir": str(work / "run"), "max_steps": steps, "batch_size": batch_size},
+            "training": {"output_dir": str(work / "run"), "max_steps": steps, "global_batch_size": batch_size},
         }
     )
     run = start_run(config)
@@ -52,7 +52,7 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
 
 
 def source_dtype(run: Run) -> torch.dtype:
-    """The dtype from which the run's base was quantised."""
+    """The dtype from which the run's base was quantized."""
     return getattr(torch, run.base.fingerprint.source_dtype)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.plan_against_real [--model DIRECTORY] [--json]
 
 For each setting the second of two training steps on the longest micro-batch, three times over: planned on fake
-tensors; counted by the same tracker on real tensors, of a base really loaded and quantised; and as torch's profiler
+tensors; counted by the same tracker on real tensors, of a base really loaded and quantized; and as torch's profiler
 saw it, from the allocator's own events. Bytes are the peak of all that is alive. The profiler sees what is allocated
 within the step, and is given the bytes that were alive before it. Exit 1 where the tracker's two counts differ at all,
 or the profiler's from them by more than 1 %. Where they differ, it is probably by scratch that the CPU's
@@ -65,24 +65,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 Changes = dict[str, dict[str, Any]]
 SETTINGS: list[tuple[str, Changes]] = [
-    ("llama", {"training": {"activations": "keep"}}),
-    ("llama", {"training": {"activations": "recompute"}}),
-    ("llama", {"training": {"activations": "recompute", "kept_layers": 1}}),
-    ("llama", {"training": {"activations": "offload", "offload_every": 2}, "data": {"max_length": 1024}}),
-    ("llama", {"training": {"activations": "tile"}, "data": {"max_length": 2048}}),
-    ("llama", {"training": {"activations": "keep", "micro_batch_tokens": 1024}, "data": {"max_length": 256}}),
-    ("llama_wide", {"training": {"activations": "keep"}, "adapter": {"dropout": 0.1}}),
-    ("llama_wide", {"training": {"activations": "recompute"}, "optimizer": {"name": "adamw"}}),
-    ("llama_wide", {"training": {"activations": "tile"}, "adapter": {"rank": 64}}),
+    ("llama", {"training": {"activation_checkpointing": "none"}}),
+    ("llama", {"training": {"activation_checkpointing": "full"}}),
+    ("llama", {"training": {"activation_checkpointing": "full", "uncheckpointed_layers": 1}}),
+    (
+        "llama",
+        {
+            "training": {"activation_checkpointing": "offload", "offload_every_n_layers": 2},
+            "data": {"max_length": 1024},
+        },
+    ),
+    ("llama", {"training": {"activation_checkpointing": "tiled"}, "data": {"max_length": 2048}}),
+    (
+        "llama",
+        {"training": {"activation_checkpointing": "none", "micro_batch_tokens": 1024}, "data": {"max_length": 256}},
+    ),
+    ("llama_wide", {"training": {"activation_checkpointing": "none"}, "adapter": {"dropout": 0.1}}),
+    ("llama_wide", {"training": {"activation_checkpointing": "full"}, "optimizer": {"name": "adamw"}}),
+    ("llama_wide", {"training": {"activation_checkpointing": "tiled"}, "adapter": {"rank": 64}}),
     ("llama_wide", {"data": {"max_length": 64}, "adapter": {"rank": 64}, "optimizer": {"name": "paged_adamw_8bit"}}),
     ("llama_wide", {"adapter": {"dtype": "bfloat16", "rank": 64}, "data": {"max_length": 64}}),
-    ("qwen2", {"model": {"embeddings": "host", "output_head": "4bit"}, "training": {"activations": "recompute"}}),
-    ("mistral", {"training": {"activations": "offload"}, "optimizer": {"name": "paged_adamw_8bit"}}),
-    ("qwen2", {"training": {"activations": "keep"}, "adapter": {"targets": "attention", "bias": "all"}}),
-    ("qwen2", {"training": {"activations": "recompute"}, "data": {"packing": False}}),
-    ("qwen3", {"training": {"activations": "recompute"}, "adapter": {"rank": 4, "targets": "mlp"}}),
-    ("gemma2", {"training": {"activations": "recompute"}}),
-    ("phi3", {"training": {"activations": "keep"}, "model": {"compute_dtype": "bfloat16"}}),
+    ("qwen2", {"model": {"embeddings": "cpu", "lm_head": "4bit"}, "training": {"activation_checkpointing": "full"}}),
+    ("mistral", {"training": {"activation_checkpointing": "offload"}, "optimizer": {"name": "paged_adamw_8bit"}}),
+    (
+        "qwen2",
+        {"training": {"activation_checkpointing": "none"}, "adapter": {"target_modules": "attention", "bias": "all"}},
+    ),
+    ("qwen2", {"training": {"activation_checkpointing": "full"}, "data": {"packing": False}}),
+    ("qwen3", {"training": {"activation_checkpointing": "full"}, "adapter": {"rank": 4, "target_modules": "mlp"}}),
+    ("gemma2", {"training": {"activation_checkpointing": "full"}}),
+    ("phi3", {"training": {"activation_checkpointing": "none"}, "model": {"compute_dtype": "bfloat16"}}),
 ]
 
 
@@ -129,7 +141,7 @@ def config_for(directory: Path, changes: Changes) -> RunConfig:
         "model": {"name": str(directory), "device": "cpu", "compute_dtype": "float32"},
         "adapter": {"rank": 16},
         "data": {"train": "rows.jsonl", "max_length": 512},
-        "training": {"batch_size": 4},
+        "training": {"global_batch_size": 4},
     }
     return make_config({name: raw.get(name, {}) | changes.get(name, {}) for name in raw | changes})
 
@@ -139,7 +151,7 @@ def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
     base = load_base_model(directory, config.model)
     torch.manual_seed(0)
     add_adapters(base.model, config.adapter, config.training.seed)
-    rows = [Example([1], [1])] * config.training.batch_size
+    rows = [Example([1], [1])] * config.training.global_batch_size
     policy = choose_policy(config.training, base.device)
     state = build_state(base.model, config, rows, base.compute_dtype, policy)
     state.total_steps = max(state.total_steps, 2)
@@ -178,7 +190,9 @@ def make_model(directory: Path, family: str) -> Path:
 
 def name_of(family: str, changes: Changes) -> str:
     said = {key: value for options in changes.values() for key, value in options.items()}
-    return ", ".join([family, *(str(v) if k in ("activations", "name") else f"{k}={v}" for k, v in said.items())])
+    return ", ".join(
+        [family, *(str(v) if k in ("activation_checkpointing", "name") else f"{k}={v}" for k, v in said.items())]
+    )
 
 
 def print_table(results: list[Comparison]) -> None:

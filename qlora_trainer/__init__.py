@@ -4,7 +4,7 @@ As a library, on any nn.Module with linear layers and in a training loop of your
 
     from qlora_trainer import AdapterConfig, add_adapters, lora_state_dict
 
-    add_adapters(model, AdapterConfig(rank=8, targets=["q_proj", "v_proj"]))
+    add_adapters(model, AdapterConfig(rank=8, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
 Whole runs: `start_run(load_config(path)).train(...)`, `resume_run`, `merge_run`. Names are loaded when first used, so

@@ -129,16 +129,16 @@ def tiny_config(tmp_path: Path, tiny_llama: Path, rows: Path) -> Callable[..., R
     """A config of a short run on a tiny model; keyword arguments are sections to change: adapter={"rank": 2}."""
 
     def config(output: str = "run", **changes: dict[str, Any]) -> RunConfig:
-        # A torch built for CUDA without a card would add a notice to each run of `auto`.
+        # A torch built for CUDA without a card would add a warning to each run of `auto`.
         wants_card = torch.version.cuda is None or torch.cuda.is_available()
         raw: dict[str, dict[str, Any]] = {
             "model": {"name": str(tiny_llama), "device": "auto" if wants_card else "cpu"},
             "adapter": {"rank": 4, "alpha": 8},
-            "data": {"train": str(rows), "heldout": 0.2, "max_length": 128},
+            "data": {"train": str(rows), "eval": 0.2, "max_length": 128},
             "optimizer": {"learning_rate": 5e-3},
             "training": {
                 "output_dir": str(tmp_path / output),
-                "batch_size": 3,
+                "global_batch_size": 3,
                 "max_steps": 8,
                 "evaluate_every": 4,
                 "save_every": 4,

@@ -132,7 +132,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
             "adapter": {"rank": 8, "dropout": 0.1},
             "optimizer": {"name": optimizer},
             "data": {"train": "rows.jsonl", "max_length": 128},
-            "training": {"batch_size": 2, **changes},
+            "training": {"global_batch_size": 2, **changes},
         }
     )
     model = build_skeleton(MODEL)
@@ -163,11 +163,16 @@ if __name__ == "__main__":
     answer_for_cuda()
     platform.release = lambda: "5.15-microsoft-standard-WSL2"  # where nothing pages, as that would call the driver
     settings = {
-        "bf16, recompute": (torch.bfloat16, "paged_adamw_32bit", "recompute"),
-        "bf16, tile": (torch.bfloat16, "paged_adamw_8bit", "tile"),
-        "fp32, recompute": (torch.float32, "adamw", "recompute"),
+        "bf16, recompute": (torch.bfloat16, "paged_adamw_32bit", "full"),
+        "bf16, tile": (torch.bfloat16, "paged_adamw_8bit", "tiled"),
+        "fp32, recompute": (torch.float32, "adamw", "full"),
     }
     fake = FakeRun()  # one for all: what is kept from step to step, such as documents' bounds, belongs to it
     print(
-        json.dumps({n: operations_of(fake, d, optimizer, activations=a) for n, (d, optimizer, a) in settings.items()})
+        json.dumps(
+            {
+                n: operations_of(fake, d, optimizer, activation_checkpointing=a)
+                for n, (d, optimizer, a) in settings.items()
+            }
+        )
     )

@@ -1,6 +1,6 @@
 """A libcuda.so.1 that does nothing and says that all went well, for Triton's driver on a machine without a card.
 
-Run as a program it asks whether a kernel in Triton can be had, and what doctor and a run's notices say of that, with
+Run as a program it asks whether a kernel in Triton can be had, and what doctor and a run's warnings say of that, with
 torch's device functions replaced by a card's: `python fake_libcuda.py '{"case": {"VARIABLE": "value"}}'` prints the
 answers as JSON. What is missing is the caller's to arrange, by the environment of each case; the library is found by
 LD_LIBRARY_PATH, as libcuda.so.1 always is.
@@ -50,7 +50,7 @@ def version_taken() -> dict[str, Any]:
     """Return what becomes of `rotate` in Triton ("fast", or why it cannot be had), and what doctor and a run say."""
     from qlora_kernels.registry import UnavailableError, from_triton
     from qlora_trainer.cli.doctor_packages import kernels
-    from qlora_trainer.model.device import kernel_notices
+    from qlora_trainer.model.device import kernel_warnings
 
     try:
         from_triton("rotary_triton", "rotate")()
@@ -58,7 +58,7 @@ def version_taken() -> dict[str, Any]:
     except UnavailableError as reason:
         taken = str(reason)
     finding = kernels("cuda")
-    return {"taken": taken, "doctor": f"{finding.status}: {finding.advice}", "notices": kernel_notices("cuda")}
+    return {"taken": taken, "doctor": f"{finding.status}: {finding.advice}", "warnings": kernel_warnings("cuda")}
 
 
 def in_a_fork(environment: dict[str, str | None]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def in_a_fork(environment: dict[str, str | None]) -> dict[str, Any]:
         try:
             answer = version_taken()
         except BaseException as error:
-            answer = {"taken": f"raised {error!r}", "doctor": "", "notices": []}
+            answer = {"taken": f"raised {error!r}", "doctor": "", "warnings": []}
         os.write(writing, json.dumps(answer).encode())
         os._exit(0)
     os.waitpid(child, 0)

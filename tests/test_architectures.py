@@ -52,7 +52,7 @@ def config_of(tiny_config: Config, directory: Path, output: str = "run", **adapt
 
 
 def linear_layers(directory: Path) -> set[str]:
-    """The paths of every linear layer but the output head, in transformers' own model."""
+    """The paths of every linear layer but the LM head, in transformers' own model."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     head = model.get_output_embeddings()
@@ -69,7 +69,7 @@ def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers
 ) -> None:
     directory = tiny_models(family)
     whole = start_run(config_of(tiny_config, directory, "whole", fused_parts=fused_parts))
-    assert whole.base.four_bit_share == 1.0
+    assert whole.base.quantized_fraction == 1.0
     assert set(whole.adapted) == linear_layers(directory)
     assert whole.train(quiet)
 

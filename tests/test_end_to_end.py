@@ -37,11 +37,11 @@ def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
     done = merge_run(run.directory, output)
     assert done.report.verification is not None
     assert done.report.verification.difference.kl < 1e-5
-    assert done.choice.heldout_loss.keys() == {"dequantized", "original"}
+    assert done.choice.eval_loss.keys() == {"dequantized", "original"}
 
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
-    asked = questions(Renderer(run.tokenizer), run.prepared.heldout, 2)
+    asked = questions(Renderer(run.tokenizer), run.prepared.eval, 2)
     theirs = answer_questions(merged, tokenizer, asked, max_new_tokens=8)
     if done.choice.base == "dequantized":
         ours = answer_questions(run.base.model, run.tokenizer, asked, max_new_tokens=8)
@@ -58,8 +58,8 @@ def test_two_hundred_real_rows_from_start_to_merged_model(
     rows = json.loads(shared_data(f"{folder}/{file}").read_text())[:200]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = tiny_config(
-        data={"train": str(tmp_path / "rows.json"), "heldout": 0.05, "max_length": 256},
-        training={"batch_size": 16, "max_steps": 6, "save_every": 3, "evaluate_every": 3},
+        data={"train": str(tmp_path / "rows.json"), "eval": 0.05, "max_length": 256},
+        training={"global_batch_size": 16, "max_steps": 6, "save_every": 3, "evaluate_every": 3},
     )
     train_stop_resume_merge_reload(config, tmp_path / "merged")
 
@@ -73,8 +73,8 @@ def test_a_real_small_model_from_gguf_to_merged_model(rows: Path, tmp_path: Path
     config = make_config(
         {
             "model": {"name": model, "device": "cpu"},
-            "data": {"train": str(rows), "heldout": 0.2, "max_length": 128},
-            "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "batch_size": 2},
+            "data": {"train": str(rows), "eval": 0.2, "max_length": 128},
+            "training": {"output_dir": str(tmp_path / "run"), "max_steps": 2, "global_batch_size": 2},
             "evaluation": {"samples": 0},
         }
     )

@@ -54,16 +54,16 @@ def test_floor_counts_what_passed(tmp_path: Path) -> None:
 
 
 def test_floor_may_skip_nothing_that_runs_on_the_tested_torch(tmp_path: Path) -> None:
-    code, told = result(tmp_path, RAN.format("x") + SKIPPED.format("y"), RAN.format("x") + RAN.format("y"))
+    code, reported = result(tmp_path, RAN.format("x") + SKIPPED.format("y"), RAN.format("x") + RAN.format("y"))
     assert code == 1
-    assert "FAILED" in told
-    assert "a::y" in told
+    assert "FAILED" in reported
+    assert "a::y" in reported
 
 
 def test_floor_must_collect_what_the_tested_torch_runs(tmp_path: Path) -> None:
     """As where a module that cannot be imported leaves nothing to test, skipped or not."""
-    code, told = result(tmp_path, RAN.format("x"), RAN.format("x") + RAN.format("y"))
-    assert (code, told.splitlines()[1:]) == (1, ["  a::y"])
+    code, reported = result(tmp_path, RAN.format("x"), RAN.format("x") + RAN.format("y"))
+    assert (code, reported.splitlines()[1:]) == (1, ["  a::y"])
 
 
 def test_floor_is_told_where_pip_ends_without_a_word(tmp_path: Path) -> None:
@@ -73,5 +73,5 @@ def test_floor_is_told_where_pip_ends_without_a_word(tmp_path: Path) -> None:
 
 
 def test_floor_on_which_nothing_ran_has_failed(tmp_path: Path) -> None:
-    code, told = result(tmp_path, SKIPPED.format("x"), SKIPPED.format("x"))
-    assert (code, told) == (1, "torch floor 2.11.0: FAILED, no test ran\n")
+    code, reported = result(tmp_path, SKIPPED.format("x"), SKIPPED.format("x"))
+    assert (code, reported) == (1, "torch floor 2.11.0: FAILED, no test ran\n")

@@ -74,7 +74,7 @@ def clear() -> None:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("level", ["keep", "recompute", "offload", "tile"])
+@pytest.mark.parametrize("level", ["none", "full", "offload", "tiled"])
 def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_rows: Path, level: str) -> None:
     """Two steps of two rows of 2,048 tokens, each a micro-batch: within a twentieth and two segments."""
     clear()
@@ -82,8 +82,13 @@ def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_row
     config = tiny_config(
         model={"name": str(wide), "device": "cuda"},
         adapter={"rank": 16},
-        data={"train": str(long_rows), "heldout": 0.0, "max_length": 2048},
-        training={"batch_size": 2, "max_steps": 2, "activations": level, "micro_batch_tokens": 2048},
+        data={"train": str(long_rows), "eval": 0.0, "max_length": 2048},
+        training={
+            "global_batch_size": 2,
+            "max_steps": 2,
+            "activation_checkpointing": level,
+            "micro_batch_tokens": 2048,
+        },
     )
     run = start_run(config)
     run.train(quiet)
@@ -116,7 +121,7 @@ def test_cublas_takes_what_a_plan_allows_it(setting: str | None) -> None:
     assert abs(int(done.stdout) - cublas_bytes(Card.of(torch.device("cuda")), setting)) <= 2**20
 
 
-@pytest.mark.parametrize("policy", [Policy("keep"), Policy("recompute"), Policy("offload"), Policy("tile")], ids=str)
+@pytest.mark.parametrize("policy", [Policy("none"), Policy("full"), Policy("offload"), Policy("tiled")], ids=str)
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
 def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
     tiny_config: Config, wide: Path, long_rows: Path, policy: Policy, optimizer: str
@@ -124,13 +129,13 @@ def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
     """By rows of 2,048 tokens: flash attention adds the gradients of so many blocks of keys in any order otherwise."""
     changes = {
         "model": {"name": str(wide), "device": "cuda"},
-        "data": {"train": str(long_rows), "heldout": 0.0, "max_length": 2048},
+        "data": {"train": str(long_rows), "eval": 0.0, "max_length": 2048},
         "adapter": {"rank": 128, "dropout": 0.1},
         "optimizer": {"name": optimizer},
-        "training": {**policy.as_settings(), "batch_size": 2, "max_steps": 5, "deterministic": True},
+        "training": {**policy.as_settings(), "global_batch_size": 2, "max_steps": 5, "deterministic": True},
     }
     whole = start_run(tiny_config("whole", **changes))
-    assert not any("not deterministic" in notice for notice in whole.notices)
+    assert not any("not deterministic" in warning for warning in whole.warnings)
     whole.train(quiet)
     assert max(whole.prepared.train.lengths) == 2048
     assert not torch.are_deterministic_algorithms_enabled()

@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
     "gemma2": (Gemma2Config, {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}),
     "phi3": (Phi3Config, {"sliding_window": None}),
-    # Conv1D layers, stored (I, O), and learned positions; its own dropout, on by default, would hide what differs.
+    # Conv1D layers, stored (I, O), and trained positions; its own dropout, on by default, would hide what differs.
     "gpt2": (GPT2Config, {"n_inner": 128, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
 }
 

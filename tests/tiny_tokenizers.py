@@ -102,7 +102,7 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A BPE tokenizer over bytes ("bytes") or sentencepiece-like words ("metaspace"), with the family's template.
 
-    `template` overrides it; "" stands for none.
+    `template` overrides it; "" represents none.
     """
     facts = FAMILIES[family]
     backend = Tokenizer(

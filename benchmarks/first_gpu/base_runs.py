@@ -30,7 +30,7 @@ from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.run import Run
 
-RECOMPUTE: dict[str, Any] = {"activations": "recompute"}
+RECOMPUTE: dict[str, Any] = {"activation_checkpointing": "full"}
 
 
 class BaseRuns:
@@ -40,21 +40,21 @@ class BaseRuns:
         self.kit = kit
         self.device = device
         self.base: Base | None = None
-        self.is_lean = False  # the base that is loaded
+        self.is_memory_efficient = False  # the base that is loaded
         self.plans: dict[str, Any] = json.loads(kit.plans.read_text())["plans"] if kit.plans.is_file() else {}
 
-    def load(self, is_lean: bool = False) -> None:
+    def load(self, is_memory_efficient: bool = False) -> None:
         """Load the base as a run does, and report time and memory."""
         self.unload()
-        settings = self.config("load", 2048, RECOMPUTE, 2, is_lean).model
+        settings = self.config("load", 2048, RECOMPUTE, 2, is_memory_efficient).model
         self.device.reset_peak()
         before = self.device.used
         started = time.perf_counter()
         self.base = load_base(self.kit.model, settings, self.kit.work / "cache")
         self.device.synchronize()
         seconds = time.perf_counter() - started
-        self.is_lean = is_lean
-        name = "load lean" if is_lean else "load"
+        self.is_memory_efficient = is_memory_efficient
+        name = "load memory-efficient" if is_memory_efficient else "load"
         peak, reserved = self.device.peak_allocated, self.device.peak_reserved
         self.kit.result(
             name.replace(" ", "-"),
@@ -75,7 +75,7 @@ class BaseRuns:
         give_back_memory()
 
     def config(
-        self, name: str, tokens: int, training: dict[str, Any], steps: int, is_lean: bool | None = None
+        self, name: str, tokens: int, training: dict[str, Any], steps: int, is_memory_efficient: bool | None = None
     ) -> RunConfig:
         raw = raw_config(
             str(self.kit.model),
@@ -84,7 +84,7 @@ class BaseRuns:
             self.kit.tokens(tokens),
             training,
             steps,
-            self.is_lean if is_lean is None else is_lean,
+            self.is_memory_efficient if is_memory_efficient is None else is_memory_efficient,
         )
         raw["model"]["device"] = self.device.name
         return make_config(raw)
@@ -113,13 +113,13 @@ class BaseRuns:
         give_back_memory()
 
     def take_case(self, name: str) -> None:
-        """Train as cases.py says, under a limit of memory, and set what it took beside its plan."""
+        """Train as cases.py says, under a limit of memory, and set what it took next to its plan."""
         case = next(case for case in CASES if case.name == name)
         if case.card is not None and self.device.is_cuda and self.device.total < case.card * 10**9:
             self.kit.verdict(f"train {name}: not tried, this card has {self.device.total / 1e9:.0f} GB")
             return
         plan = self.plans.get(name)
-        training = plan["policy"] if plan and not self.kit.is_dry else {"activations": case.policy}
+        training = plan["policy"] if plan and not self.kit.is_dry else {"activation_checkpointing": case.policy}
         started = time.perf_counter()
         with self.device.limited_to(case.card):
             run = self.start(name, case.tokens, training, case.steps)
@@ -136,7 +136,7 @@ class BaseRuns:
             card_gb=case.card,
             tokens=tokens,
             policy=policy,
-            lean=case.is_lean,
+            memory_efficient=case.is_memory_efficient,
             tokens_per_second=rate,
             losses=[record["loss"] for record in records],
             seconds_ready=ready,
@@ -146,7 +146,7 @@ class BaseRuns:
             planned={key: value for key, value in plan.items() if key != "components"} if plan else None,
             used_on_card=self.device.used,
             recovered=recovered,
-            notices=run.notices,
+            warnings=run.warnings,
         )
         size = f"on {case.card} GB" if case.card else "on the whole card"
         self.kit.verdict(
@@ -163,7 +163,7 @@ class BaseRuns:
         self.strip()
 
         def loaded(directory: Path, *_: Any) -> Base:
-            return dataclasses.replace(base, notices=list(base.notices))
+            return dataclasses.replace(base, warnings=list(base.warnings))
 
         with (
             mock.patch.object(runs, "load_base", loaded),
@@ -173,7 +173,7 @@ class BaseRuns:
 
 
 def strip(model: nn.Module) -> None:
-    """Take adapters, lean forwards and the workspace off a model."""
+    """Take adapters, memory-efficient forwards and the workspace off a model."""
     for path, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             model.set_submodule(path, module.base)

@@ -5,8 +5,8 @@ from typing import Any
 
 RANK = 16
 HOST_BYTES = 64 * 2**30  # that a plan may offload to
-LEAN: dict[str, dict[str, Any]] = {
-    "model": {"embeddings": "host", "output_head": "4bit"},
+MEMORY_EFFICIENT: dict[str, dict[str, Any]] = {
+    "model": {"embeddings": "cpu", "lm_head": "4bit"},
     "adapter": {"dtype": "bfloat16"},
     "optimizer": {"name": "paged_adamw_8bit"},
 }
@@ -21,7 +21,7 @@ class Case:
     tokens: int
     policies: tuple[str, ...]
     steps: int
-    is_lean: bool = False
+    is_memory_efficient: bool = False
 
     @property
     def policy(self) -> str:
@@ -30,30 +30,30 @@ class Case:
 
 
 CASES = [
-    Case("2k-recompute", None, 2048, ("recompute",), 6),
-    Case("2k-8gb", 8, 2048, ("recompute", "offload", "tile"), 6),
-    Case("2k-keep", None, 2048, ("keep",), 6),
-    Case("16k-12gb", 12, 16384, ("recompute", "offload", "tile"), 3),
-    Case("16k-24gb", 24, 16384, ("recompute",), 3),
-    Case("64k-16gb", 16, 65536, ("offload", "tile"), 1),
-    Case("2k-12gb", 12, 2048, ("recompute",), 6),
-    Case("64k-24gb", 24, 65536, ("recompute", "offload", "tile"), 1),
-    Case("2k-6gb-lean", 6, 2048, ("tile",), 6, is_lean=True),
-    Case("16k-8gb-lean", 8, 16384, ("tile",), 3, is_lean=True),
+    Case("2k-recompute", None, 2048, ("full",), 6),
+    Case("2k-8gb", 8, 2048, ("full", "offload", "tiled"), 6),
+    Case("2k-keep", None, 2048, ("none",), 6),
+    Case("16k-12gb", 12, 16384, ("full", "offload", "tiled"), 3),
+    Case("16k-24gb", 24, 16384, ("full",), 3),
+    Case("64k-16gb", 16, 65536, ("offload", "tiled"), 1),
+    Case("2k-12gb", 12, 2048, ("full",), 6),
+    Case("64k-24gb", 24, 65536, ("full", "offload", "tiled"), 1),
+    Case("2k-6gb-memory-efficient", 6, 2048, ("tiled",), 6, is_memory_efficient=True),
+    Case("16k-8gb-memory-efficient", 8, 16384, ("tiled",), 3, is_memory_efficient=True),
 ]
 
 
 def raw_config(
-    model: str, rows: str, output: str, tokens: int, training: dict[str, Any], steps: int, is_lean: bool
+    model: str, rows: str, output: str, tokens: int, training: dict[str, Any], steps: int, is_memory_efficient: bool
 ) -> dict[str, dict[str, Any]]:
     """Of a run of rows that are full, one a step. `training` names the policy, and whatever else of that section."""
     raw: dict[str, dict[str, Any]] = {
         "model": {"name": model, "compute_dtype": "bfloat16"},
         "adapter": {"rank": RANK, "alpha": 2 * RANK},
-        "data": {"train": rows, "heldout": 0.0, "max_length": tokens, "format": "text"},
+        "data": {"train": rows, "eval": 0.0, "max_length": tokens, "format": "text"},
         "training": {
             "output_dir": output,
-            "batch_size": 1,
+            "global_batch_size": 1,
             "max_steps": steps,
             "evaluate_every": 10**6,
             "save_every": 10**6,
@@ -61,6 +61,6 @@ def raw_config(
         },
         "evaluation": {"samples": 0},
     }
-    for section, fields in LEAN.items() if is_lean else ():
+    for section, fields in MEMORY_EFFICIENT.items() if is_memory_efficient else ():
         raw[section] = {**raw.get(section, {}), **fields}
     return raw

@@ -69,9 +69,9 @@ def write_rows(kit: Kit, tokenizer: Any) -> None:
     drawn = random.Random(0)
     longest = max(kit.tokens(case.tokens) for case in CASES)
     sample = _words(drawn, 2000)
-    letters = int(longest * STEPS_OF_TEXT * 1.1 * len(sample) / len(tokenizer(sample)["input_ids"]))
+    characters = int(longest * STEPS_OF_TEXT * 1.1 * len(sample) / len(tokenizer(sample)["input_ids"]))
     parts: list[str] = []
-    while sum(map(len, parts)) < letters:
+    while sum(map(len, parts)) < characters:
         parts.append(_words(drawn, 5000))
     kit.rows.write_text(json.dumps({"text": " ".join(parts)}) + "\n")
     most_asked, most_answered = (60, 20) if kit.is_dry else (250, 120)

@@ -52,7 +52,7 @@ class Device:
 
     @contextlib.contextmanager
     def limited_to(self, gigabytes: int | None) -> Iterator[None]:
-        """Within, torch may take what a card of that size leaves it beside what the plan counts for CUDA itself."""
+        """Within, torch may take what a card of that size leaves it next to what the plan counts for CUDA itself."""
         if not self.is_cuda or gigabytes is None:
             yield
             return

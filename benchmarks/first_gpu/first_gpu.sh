@@ -4,7 +4,7 @@
 # Installs nothing: python3, or KIT_PYTHON, has the project's requirements and its extra `test`. As .gpu/kit/first_gpu.sh,
 # where .gpu travelled to a machine without a network, it installs the wheels of .gpu/whl into KIT_SITE first.
 #
-# Each stage has its own time limit, writes into $OUT/all.log as it goes, and says VERDICT lines, which also stand in
+# Each stage has its own time limit, writes into $OUT/all.log as it goes, and says VERDICT lines, which also are in
 # $OUT/verdicts.txt. What was tried is marked in $KIT_WORK/done, so a second call goes on where the first ended; naming
 # stages runs those again. No stage begins that would outlast KIT_BUDGET seconds. KIT_DRY=1: all of it on a CPU, with a
 # tiny model; KIT_PATIENCE multiplies budget and limits there, for busy machines.
@@ -116,10 +116,10 @@ if [ "$KIT" = "$ROOT/.gpu/kit" ]; then
 fi
 [ "$KIT_DRY" = 1 ] || nvidia-smi >> "$OUT/all.log" 2>&1
 
-# Where the checkpoint and the runs lie: in memory if there is room for 16 GB and the merged model, else on the disk.
+# Where the checkpoint and the runs lie: in memory if there is space for 16 GB and the merged model, else on the disk.
 if [ -z "${KIT_MODEL:-}" ] && [ "$KIT_DRY" != 1 ]; then
-  room=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
-  if [ "${room:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
+  module=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
+  if [ "${module:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
     mkdir -p /dev/shm/kit/runs
     export KIT_MODEL=/dev/shm/kit/model
     [ -e "$KIT_WORK/runs" ] || ln -s /dev/shm/kit/runs "$KIT_WORK/runs"
@@ -182,7 +182,7 @@ pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery.py te
   tests/merging/test_streamed_model.py tests/model/modules/test_cpu_embedding.py tests/merging/test_fold.py tests/cli/test_doctor.py
 stage peer 110 45 "$PY" "$KIT/gpu_run.py" peer
 stage kernels 60 25 "$PY" "$KIT/gpu_run.py" kernels
-big 400 16k-24gb 64k-16gb hostcopy 2k-12gb merge 64k-24gb 2k-6gb-lean 16k-8gb-lean
+big 400 16k-24gb 64k-16gb hostcopy 2k-12gb merge 64k-24gb 2k-6gb-memory-efficient 16k-8gb-memory-efficient
 # Not in a run without names but a dry one: the comparison that the project's own benchmark makes, on chat rows.
 if [ "$WANTED" != "  " ] || [ "$KIT_DRY" = 1 ]; then
   dry=""

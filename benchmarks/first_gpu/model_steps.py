@@ -16,7 +16,7 @@ KERNELS = "QLORA_KERNELS"
 
 
 def generate(runs: BaseRuns) -> None:
-    """Tokens a second with our product over four bits, and by dequantising first."""
+    """Tokens a second with our product over four bits, and by dequantizing first."""
     run = runs.start("generate", 2048, RECOMPUTE, 2)
     prompt = run.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
     new = 4 if runs.kit.is_dry else 64
@@ -34,8 +34,8 @@ def generate(runs: BaseRuns) -> None:
         if before is not None:
             os.environ[KERNELS] = before
     runs.kit.result("generate", **rates)
-    told = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
-    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {told}")
+    reported = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
+    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {reported}")
     runs.drop(run)
 
 

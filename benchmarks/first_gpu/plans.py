@@ -1,4 +1,4 @@
-"""Plan the runs of cases.py, so that what they take on the card is set beside it: plans.py OUTPUT [COMMIT]
+"""Plan the runs of cases.py, so that what they take on the card is set next to it: plans.py OUTPUT [COMMIT]
 
     python -m benchmarks.first_gpu.plans /tmp/kit/plans.json
 
@@ -31,8 +31,10 @@ from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory  # noqa: 
 def plan(case: Case, model: Path, work: Path) -> tuple[MemoryPlan, bool]:
     """The plan under the first policy that fits, or the last; and whether it fits."""
     for policy in case.policies:
-        training = {"activations": policy}
-        raw = raw_config(str(model), "rows.jsonl", str(work / "run"), case.tokens, training, case.steps, case.is_lean)
+        training = {"activation_checkpointing": policy}
+        raw = raw_config(
+            str(model), "rows.jsonl", str(work / "run"), case.tokens, training, case.steps, case.is_memory_efficient
+        )
         raw["model"]["device"] = "cuda"
         found = plan_memory(model, make_config(raw))
         fits = case.card is None or (found.total <= case.card * 10**9 and found.host <= HOST_BYTES)

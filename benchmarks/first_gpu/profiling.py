@@ -53,10 +53,10 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     total = max(sum(shares.values()), 1e-9)
     ranked = sorted(shares.items(), key=lambda item: -item[1])[:MOST_LISTED]
     kit.result(f"profile-{tokens}", wall=wall, busy=busy, seconds_by_name=ranked)
-    told = ", ".join(f"{name[:44]} {seconds / total:.0%}" for name, seconds in ranked[:8])
+    reported = ", ".join(f"{name[:44]} {seconds / total:.0%}" for name, seconds in ranked[:8])
     kit.verdict(
         f"profile {tokens_told}: a step {wall:.3f} s, the {'card' if device.is_cuda else 'processor'} busy {busy:.3f} s"
-        f" of one profiled ({busy / wall:.0%}); {told}"
+        f" of one profiled ({busy / wall:.0%}); {reported}"
     )
     if tokens == 2048 and device.is_cuda:
         profiler.export_chrome_trace(str(kit.out / "trace-2048.json.gz"))

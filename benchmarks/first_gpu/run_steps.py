@@ -15,7 +15,7 @@ from qlora_trainer.runs.run import Run
 
 
 def resume(runs: BaseRuns) -> None:
-    """A run repeated, and one stopped and resumed, beside one that was not: by default, and deterministic."""
+    """A run repeated, and one stopped and resumed, next to one that was not: by default, and deterministic."""
     for is_deterministic in (False, True):
         training = {**RECOMPUTE, **({"deterministic": True} if is_deterministic else {})}
         losses: list[list[float]] = []
@@ -29,8 +29,8 @@ def resume(runs: BaseRuns) -> None:
         apart = {"repeated": _distance(repeated, whole), "resumed": _distance(resumed, whole)}
         how = "deterministic" if is_deterministic else "by default"
         runs.kit.result(f"resume-{how.replace(' ', '-')}", apart=apart, losses=losses, rates=rates)
-        told = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
-        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(told)}; {max(rates):,.0f} tokens/s")
+        reported = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
+        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(reported)}; {max(rates):,.0f} tokens/s")
 
 
 def _trained(runs: BaseRuns, run: Run, losses: list[list[float]], rates: list[float]) -> dict[str, Tensor]:
@@ -50,10 +50,10 @@ def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> floa
 
 
 def offload(runs: BaseRuns) -> None:
-    """Inputs that went to pinned memory come back whole, and what that costs beside recomputing."""
+    """Inputs that went to pinned memory come back whole, and what that costs next to recomputing."""
     losses, rates = {}, {}
-    for level in ("recompute", "offload", "tile"):
-        run = runs.start(f"copy-{level}", 16384, {"activations": level}, 2)
+    for level in ("full", "offload", "tiled"):
+        run = runs.start(f"copy-{level}", 16384, {"activation_checkpointing": level}, 2)
         records: list[dict[str, Any]] = []
         run.train(records.append)
         losses[level] = [record["loss"] for record in records]
@@ -62,11 +62,11 @@ def offload(runs: BaseRuns) -> None:
     runs.kit.result("hostcopy", losses=losses, rates=rates)
     apart = max(
         abs(one - other)
-        for level in ("offload", "tile")
-        for one, other in zip(losses[level], losses["recompute"], strict=True)
+        for level in ("offload", "tiled")
+        for one, other in zip(losses[level], losses["full"], strict=True)
     )
     runs.kit.verdict(
-        f"offload and tile beside recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
+        f"offload and tile next to recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
         + ", ".join(f"{level} {rate:,.0f}" for level, rate in rates.items())
     )
 
@@ -112,14 +112,14 @@ def merge(runs: BaseRuns) -> None:
         bytes=done.report.bytes,
         kl=difference.kl,
         relative_error=difference.relative_error,
-        notices=done.notices,
+        warnings=done.warnings,
         peak=device.peak_reserved,
     )
     kit.verdict(
         f"merge: {done.report.bytes / 1e9:.1f} GB in {ended - started:.1f} s, KL {difference.kl:.1e}, relative error"
         f" {difference.relative_error:.1e}, same first choice {difference.top1_agreement:.1%}; "
         + ", ".join(f"{what} {seconds} s" for what, seconds in parts)
-        + "".join(f"; {' '.join(notice.split())}" for notice in done.notices)
+        + "".join(f"; {' '.join(warning.split())}" for warning in done.warnings)
     )
     shutil.rmtree(output, ignore_errors=True)
 

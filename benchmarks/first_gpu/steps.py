@@ -27,12 +27,12 @@ class Step:
 
     take: Callable[[BaseRuns], None]
     seconds: int
-    base: Literal["plain", "lean"] | None = "plain"
+    base: Literal["plain", "memory-efficient"] | None = "plain"
 
 
 def _case(name: str, seconds: int) -> Step:
-    is_lean = next(case.is_lean for case in CASES if case.name == name)
-    return Step(lambda runs: runs.take_case(name), seconds, "lean" if is_lean else "plain")
+    is_memory_efficient = next(case.is_memory_efficient for case in CASES if case.name == name)
+    return Step(lambda runs: runs.take_case(name), seconds, "memory-efficient" if is_memory_efficient else "plain")
 
 
 STEPS = {
@@ -51,8 +51,8 @@ STEPS = {
     "2k-12gb": _case("2k-12gb", 15),
     "merge": Step(merge, 100, None),
     "64k-24gb": _case("64k-24gb", 110),
-    "2k-6gb-lean": _case("2k-6gb-lean", 40),
-    "16k-8gb-lean": _case("16k-8gb-lean", 40),
+    "2k-6gb-memory-efficient": _case("2k-6gb-memory-efficient", 40),
+    "16k-8gb-memory-efficient": _case("16k-8gb-memory-efficient", 40),
 }
 
 
@@ -72,8 +72,8 @@ def take_steps(kit: Kit, device: Device, names: Sequence[str]) -> int:
         started = time.perf_counter()
         try:
             _break_on_purpose(kit, name)
-            if step.base and (runs.base is None or runs.is_lean != (step.base == "lean")):
-                runs.load(step.base == "lean")
+            if step.base and (runs.base is None or runs.is_memory_efficient != (step.base == "memory-efficient")):
+                runs.load(step.base == "memory-efficient")
             step.take(runs)
         except Exception as error:
             kit.failed(name, error, time.perf_counter() - started)

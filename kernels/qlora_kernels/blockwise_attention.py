@@ -84,7 +84,7 @@ def _attend(
             weights.mul_(block.kept)
         result = torch.bmm(weights.to(value.dtype), value[0, :, block.keys])
         by_key_head[:, :, block.queries] = result.unflatten(1, (by_key_head.shape[1], -1))
-        del block, weights  # or the next block's would be made beside them
+        del block, weights  # or the next block's would be made next to them
     return output
 
 
@@ -198,7 +198,7 @@ def workspace_bytes(
     block = heads * pairs * (4 if is_half else query.element_size())
     rows = heads * count * head_dim * query.element_size()
     if not backward:
-        # Beside the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
+        # Next to the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
         beside = max(6 * pairs, block // 2 if is_half else 0, block * 7 // 4 if dropout else 0)
         return block + beside + 2 * rows
     blocks = block * (3 + (softcap is not None) + (dropout > 0)) + 3 * rows

@@ -1,4 +1,4 @@
-"""C++ beside this package, compiled at its first use for the very processor, and kept.
+"""C++ next to this package, compiled at its first use for the very processor, and kept.
 
 The compiler is run directly and the library is opened with ctypes: such a file needs no header of torch, so it is
 compiled in two seconds and fits every version. (torch's own extension builder was measured first; see
@@ -81,5 +81,5 @@ def _threads() -> list[str]:
 
 def _processor() -> bytes:
     """What -march=native depends on: a folder may be shared between machines."""
-    told = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
-    return os.linesep.join([platform.machine(), platform.processor(), *told]).encode()
+    reported = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
+    return os.linesep.join([platform.machine(), platform.processor(), *reported]).encode()

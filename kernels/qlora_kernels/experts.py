@@ -2,7 +2,7 @@
 
 output[t] = sum over slots s of routing[t, s] * down(activation(gate(x[t])) * up(x[t])), with the matrices of expert
 chosen[t, s] (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088). Experts take turns, each
-with all of its tokens at once, so that one dequantised matrix is alive at a time, in the weights' shared workspace.
+with all of its tokens at once, so that one dequantized matrix is alive at a time, in the weights' shared workspace.
 
 For backward only the tokens are kept, once, with their routes: an expert's inputs are gathered and taken through gate
 and up again, which costs two of its three products once more and saves three tensors of the MLP's width for each slot.

@@ -1,4 +1,4 @@
-"""The output head as rows of the vocabulary, a block of them at a time.
+"""The LM head as rows of the vocabulary, a block of them at a time.
 
 A head that is held in 4 or 8 bits is never whole in the dtype of computation: products with it, and with its transpose,
 go over blocks of at most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used as it lies.
@@ -74,7 +74,7 @@ def multiply(
             torch.mm(hidden, rows.T, out=out[:, block])
         else:
             out[:, block] = hidden @ rows.T
-        del rows  # or the next block's would be made beside them
+        del rows  # or the next block's would be made next to them
     return out
 
 

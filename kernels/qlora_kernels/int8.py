@@ -1,6 +1,6 @@
 """A frozen matrix in eight bits: each row is its largest magnitude over 127 times integers from -127 to 127.
 
-For matrices whose rows stand for tokens, such as the output head: a row has one scale, so any block of rows can be made
+For matrices whose rows represent tokens, such as the LM head: a row has one scale, so any block of rows can be made
 again alone. The contract is in plain torch, on every device:
 
     scale[o]    = max |weight[o]| / 127                         in fp32
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 24  # converted at a time while quantising
+_CHUNK_ELEMENTS = 1 << 24  # converted at a time while quantizing
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Weight:
-    """A quantised matrix (O, I)."""
+    """A quantized matrix (O, I)."""
 
     codes: Tensor  # (O, I) int8
     scale: Tensor  # (O,) fp32
@@ -32,7 +32,7 @@ class Int8Weight:
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
-    """Quantises a finite (O, I) matrix of any floating dtype, to the nearest code; a row of zeros gets scale 0."""
+    """Quantizes a finite (O, I) matrix of any floating dtype, to the nearest code; a row of zeros gets scale 0."""
     assert weight.dim() == 2, "quantize_int8 takes one matrix"
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)

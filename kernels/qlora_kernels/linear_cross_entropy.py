@@ -19,7 +19,7 @@ from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply
 from qlora_kernels.registry import define
 
 IGNORED = -100
-"""The label of a token that is not learned, as in torch's cross_entropy and transformers."""
+"""The label of a token that is not trained, as in torch's cross_entropy and transformers."""
 
 CHUNK_BYTES = 32 * 2**20
 """Of a chunk's logits in fp32, as far as FEWEST_TOKENS and MOST_TOKENS allow."""
@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
 MOST_CHUNKS = 64
-"""Of one call: a long context, beside which a larger chunk is little, does not read the head more often."""
+"""Of one call: a long context, next to which a larger chunk is little, does not read the head more often."""
 
 
 def linear_cross_entropy(
@@ -105,25 +105,25 @@ def _loss_and_gradient(
         target_logits = logits.gather(1, targets)  # (C, 1)
         largest = logits.amax(dim=1, keepdim=True)
         sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        log_normaliser = sums.log() + largest
-        loss += (log_normaliser - target_logits).sum()
+        log_normalizer = sums.log() + largest
+        loss += (log_normalizer - target_logits).sum()
         if gradient is not None:
             probabilities = logits.div_(sums)
             if softcap is None:
                 probabilities.scatter_add_(1, targets, torch.full_like(sums, -1.0))
             else:
-                _through_softcap_(probabilities, log_normaliser, targets, target_logits, softcap)
+                _through_softcap_(probabilities, log_normalizer, targets, target_logits, softcap)
             if logit_scale != 1.0:
                 probabilities *= logit_scale
             gradient.index_copy_(0, rows, multiply_transposed_(probabilities, head, hidden.dtype))
             del probabilities
-        del logits  # or the next chunk's would be made beside them
+        del logits  # or the next chunk's would be made next to them
     return loss, gradient
 
 
 def _through_softcap_(
     probabilities: Tensor,  # (C, V); becomes the gradient of the logits before the cap
-    log_normaliser: Tensor,  # (C, 1)
+    log_normalizer: Tensor,  # (C, 1)
     targets: Tensor,  # (C, 1)
     target_logits: Tensor,  # (C, 1), capped
     softcap: float,
@@ -134,7 +134,7 @@ def _through_softcap_(
     probability is too small for that, so is its product. The target's own is exact.
     """
     for part in probabilities.tensor_split(FEWEST_BLOCKS, dim=1):
-        capped = part.log().add_(log_normaliser).clamp_(-softcap, softcap)
+        capped = part.log().add_(log_normalizer).clamp_(-softcap, softcap)
         part.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
         del capped
     probabilities.scatter_add_(1, targets, (target_logits / softcap).square_().sub_(1.0))

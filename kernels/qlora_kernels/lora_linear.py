@@ -1,6 +1,6 @@
 """Linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
 
-The weight gets no gradient, so backward needs no dequantised copy of it: it dequantises the four-bit weight again, into
+The weight gets no gradient, so backward needs no dequantized copy of it: it dequantizes the four-bit weight again, into
 the same workspace, and multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the
 16-bit weight, is what QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else
 is kept: no cast of A or B, no dropped-out input, no mask. The adapter's part is added into the base's output where it
@@ -38,7 +38,7 @@ Activation = Callable[[Tensor], Tensor] | gated.Name
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA beside a linear layer: scaling * dropout(x) A^T B^T."""
+    """LoRA next to a linear layer: scaling * dropout(x) A^T B^T."""
 
     lora_A: Tensor  # (R, I)
     lora_B: Tensor  # (O, R)
@@ -68,7 +68,7 @@ def nf4_linear(
     bias: Tensor | None,  # (O,)
     adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype: the weight is dequantised to it, the others cast.
+    """x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype: the weight is dequantized to it, the others cast.
 
     Gradients go to x, A, B and the bias, each in its own dtype. For backward x itself is saved, so that layers with the
     same input keep it once, and x A^T (N, R); of these only what the gradients asked for need. The dropout mask is a
@@ -101,7 +101,7 @@ def add_lora(
     lora_B: Tensor,  # (O, R)
     scaling: float,
 ) -> Tensor:  # (..., O)
-    """base_output + scaling * x A^T B^T, multiplied in x's dtype: the adapter beside any linear layer."""
+    """base_output + scaling * x A^T B^T, multiplied in x's dtype: the adapter next to any linear layer."""
     low_rank = F.linear(x, lora_A.to(x.dtype))  # (..., R)
     return base_output + F.linear(low_rank * scaling, lora_B.to(x.dtype))
 
@@ -127,7 +127,7 @@ def keep_mask(
 def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Tensors as a function may show them to autograd: where no gradient is asked for, as if none required one.
 
-    Without this a function under no_grad would be told that its parameters need a gradient, and `keep` for it.
+    Without this a function under no_grad would be reported that its parameters need a gradient, and `none` for it.
     """
     if torch.is_grad_enabled():
         return tensors
@@ -135,7 +135,7 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class Kept(NamedTuple):
-    """What `keep` saved: the node's output, as up to torch 2.11 the node ends with it and lets go of what it saved."""
+    """What `none` saved: the node's output, as up to torch 2.11 the node ends with it and lets go of what it saved."""
 
     output: Tensor  # (0,)
 
@@ -147,7 +147,7 @@ def keep(*tensors: Tensor | None) -> Kept:
 
 
 def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
-    """What `keep` saved; freed from there, unless the graph is to be used again."""
+    """What `none` saved; freed from there, unless the graph is to be used again."""
     node: Any = kept.output.grad_fn
     tensors = node.saved_tensors
     node.maybe_clear_saved_tensors()

@@ -1,4 +1,4 @@
-"""NF4 with double quantisation: four bits a weight, and eight a block of 64 for its scale.
+"""NF4 with double quantization: four bits a weight, and eight a block of 64 for its scale.
 
 The format is that of QLoRA (https://arxiv.org/abs/2305.14314) as bitsandbytes lays it out, so its weights are read and
 made here bit for bit. Two formulas are the whole contract, in fp32, each operation rounded (no fused multiply-add):
@@ -7,7 +7,7 @@ made here bit for bit. Two formulas are the whole contract, in fp32, each operat
     value[i]     = NF4_CODE[code i] * scale[i // 64]                  then one cast to the dtype asked for
 
 nf4_reference.py is that contract in plain torch. The registered ops take a CPU's tensors to compiled code (`nf4_cpu`),
-a GPU's to Triton (`nf4_triton`), but for quantising on a GPU, which is plain torch: bitsandbytes' kernel there divides
+a GPU's to Triton (`nf4_triton`), but for quantizing on a GPU, which is plain torch: bitsandbytes' kernel there divides
 approximately, and gives about one fp32 weight in a million another code than a CPU does. Left out: other block formats
 (fp4).
 """
@@ -26,7 +26,7 @@ from qlora_kernels.registry import define, from_triton
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A quantised weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
+    """A quantized weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
 
     packed: Tensor  # (ceil(O*I/2),) uint8, two codes a byte, the first element in the high nibble
     # Of each block the largest magnitude, less the offset, as an index into nested_code:
@@ -42,13 +42,13 @@ class NF4Weight:
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
-    """Quantises a finite (O, I) weight of any floating dtype to the codes that bitsandbytes gives on a CPU.
+    """Quantizes a finite (O, I) weight of any floating dtype to the codes that bitsandbytes gives on a CPU.
 
     The packed codes are the same on every device, on a CPU all other bits too. A GPU sums the block maxima in another
-    order; their mean may differ in its last bit, and with it how the maxima are quantised.
+    order; their mean may differ in its last bit, and with it how the maxima are quantized.
 
     Blocks hold 64 elements; every value is divided by its block's largest magnitude and takes the nearest of the 16
-    codes, a tie the lower one. The block maxima, less their mean, are quantised in turn (see `_quantize_maxima`).
+    codes, a tie the lower one. The block maxima, less their mean, are quantized in turn (see `_quantize_maxima`).
     """
     assert weight.dim() == 2, "quantize_nf4 takes one matrix"
     flat, elements = weight.detach().reshape(-1), weight.numel()
@@ -70,10 +70,10 @@ def _quantize_maxima(values: Tensor) -> tuple[Tensor, Tensor]:
     count = values.numel()
     blocks = F.pad(values, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     scale = blocks.abs().amax(dim=1)
-    normalised = blocks * (1.0 / scale)[:, None]
-    point = ((normalised.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5).int()
+    normalized = blocks * (1.0 / scale)[:, None]
+    point = ((normalized.clamp(-1.0, 1.0) + 1.0) * 32767.5 + 0.5).int()
     # A scale below fp32's normal range has an infinite inverse: zeros there become NaN, and take index 0.
-    point = torch.where(normalised.isnan(), 0, point).view(-1)[:count]
+    point = torch.where(normalized.isnan(), 0, point).view(-1)[:count]
     return _nearest_dynamic_code().to(values.device).index_select(0, point), scale
 
 

@@ -1,7 +1,7 @@
 // NF4 on a CPU: the contract of nf4.py, bit for bit, in one pass over memory.
 //
 // Compiled without fused multiply-add (-ffp-contract=off): every product and sum is rounded by itself. A block's sixteen
-// products NF4_CODE[k] * scale are made and cast once, and its elements are looked up among them, so dequantising costs
+// products NF4_CODE[k] * scale are made and cast once, and its elements are looked up among them, so dequantizing costs
 // one shuffle a byte of output. The lookup has a version for AVX2; elsewhere it is a plain loop.
 
 #include <cmath>
@@ -184,7 +184,7 @@ void dequantize(const uint8_t* packed, const Scales& scales, int64_t start, int6
 
 }  // namespace
 
-// dtype: 0 fp32, 1 fp16, 2 bf16. `code` and `midpoints` are NF4_CODE and the fifteen points between its neighbours.
+// dtype: 0 fp32, 1 fp16, 2 bf16. `code` and `midpoints` are NF4_CODE and the fifteen points between its neighbors.
 extern "C" void quantize_nf4(const void* values, int64_t count, int dtype, const float* midpoints, uint8_t* packed,
                              float* maxima, int threads) {
   if (dtype == 0) quantize(static_cast<const float*>(values), count, midpoints, packed, maxima, threads);

@@ -1,9 +1,9 @@
-"""Products with an NF4 weight: x W^T + bias, the weight dequantised to x's dtype.
+"""Products with an NF4 weight: x W^T + bias, the weight dequantized to x's dtype.
 
-`multiply` takes any number of tokens: it dequantises into the weight's workspace, and multiplies as `products` does.
+`multiply` takes any number of tokens: it dequantizes into the weight's workspace, and multiplies as `products` does.
 `multiply_few` is for generation, where one to sixteen tokens meet each weight: there reading the weight is all the
-cost, and the fast version (`nf4_matmul_triton`) reads the four bits and nothing else, where dequantising first writes
-and reads back two bytes a weight beside them. Both give the same products summed in another order.
+cost, and the fast version (`nf4_matmul_triton`) reads the four bits and nothing else, where dequantizing first writes
+and reads back two bytes a weight next to them. Both give the same products summed in another order.
 
 Legend: N tokens, I in features, O out features.
 """
@@ -65,7 +65,7 @@ def multiply_few_torch(
     block_size: int,
     nested_block_size: int,
 ) -> Tensor:  # (N, O)
-    """The contract: dequantise to x's dtype, then multiply."""
+    """The contract: dequantize to x's dtype, then multiply."""
     shape = (out_features, x.shape[1])
     tables = (packed, absmax, nested_absmax, nested_code, offset)
     weight = NF4Weight(*tables, shape, block_size, nested_block_size)

@@ -1,6 +1,6 @@
 """A few tokens times an NF4 weight on CUDA: the weight goes from its four bits into the product, and never to memory.
 
-Each program takes some rows of the weight and all tokens, a stretch of the in features at a time. The weight's values
+Each program takes some rows of the weight and all tokens, a span of the in features at a time. The weight's values
 have the very bits of `nf4_reference.dequantize_torch`, cast to x's dtype; products of 16 bits run on tensor cores and
 are summed in fp32, products of fp32 are not shortened to TF32. The high halves of the bytes are the even in features
 and the low halves the odd ones, so each meets its half of x, and nothing is interleaved. Left out: splitting the in

@@ -1,4 +1,4 @@
-"""Dequantising NF4 on CUDA: one pass, four bits and a share of a scale in, the value in the wanted dtype out.
+"""Dequantizing NF4 on CUDA: one pass, four bits and a share of a scale in, the value in the wanted dtype out.
 
 The same contract as `nf4_reference.dequantize_torch`, bit for bit: every product and the sum of the scale are rounded
 by themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory; plain

@@ -55,7 +55,7 @@ def why_unavailable() -> str:
 
 
 def _reason(error: Exception) -> str:
-    told = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    reported = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     package = f"python{sysconfig.get_python_version()}-dev"
     install = f"install gcc (Debian, Ubuntu: apt install gcc {package})"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -78,12 +78,12 @@ def _reason(error: Exception) -> str:
         return f"Triton needs a C compiler, and CC names {compiler}, which cannot be run: unset CC, and {install}"
     if isinstance(error, OSError | ImportError):
         return (
-            f"Triton cannot keep or open what it compiles ({type(error).__name__}: {told}): set TRITON_CACHE_DIR and "
-            "TMPDIR to folders on a disk with space, where programs may run"
+            f"Triton cannot keep or open what it compiles ({type(error).__name__}: {reported}): set TRITON_CACHE_DIR "
+            "and TMPDIR to folders on a disk with space, where programs may run"
         )
     return (
-        f"Triton cannot compile for this card or not launch there ({type(error).__name__}: {told}): install the torch "
-        "and triton that fit the card and its driver (pytorch.org, 'Get started')"
+        f"Triton cannot compile for this card or not launch there ({type(error).__name__}: {reported}): install the "
+        "torch and triton that fit the card and its driver (pytorch.org, 'Get started')"
     )
 
 

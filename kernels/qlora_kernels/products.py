@@ -2,7 +2,7 @@
 
 torch multiplies fp32 matrices on x86 with MKL. On an AVX-512 processor that Intel did not make, oneDNN, which torch
 carries for other dtypes, can be twice as fast at the same precision: on two cores of an EPYC of Zen 5 about 430 GFLOP/s
-beside 190 (`python -m benchmarks.cpu_kernels`). Both round each sum to fp32; its order differs. The choice goes by the
+next to 190 (`python -m benchmarks.cpu_kernels`). Both round each sum to fp32; its order differs. The choice goes by the
 processor's maker and never by a measurement, so that the same machine computes the same bits again, as long as memory
 does not run out.
 """

@@ -1,4 +1,4 @@
-"""Where torch's random generators stand, to run something again with the same random numbers."""
+"""Where torch's random generators are, to run something again with the same random numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -114,8 +114,10 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
             why = importlib.import_module(f"{NAMESPACE}.probe_triton").why_unavailable()
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-            told = "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
-            raise UnavailableError(told) from error
+            reported = (
+                "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
+            )
+            raise UnavailableError(reported) from error
         if why:
             raise UnavailableError(why)
         return version
@@ -129,9 +131,9 @@ def implementations(device_type: str) -> dict[str, str]:
     Makes the fast versions that are not made yet.
     """
     package = importlib.import_module(NAMESPACE)
-    for room in pkgutil.iter_modules(package.__path__):
-        if not room.name.endswith("_triton"):  # those define no operation, and need Triton
-            importlib.import_module(f"{NAMESPACE}.{room.name}")
+    for limit in pkgutil.iter_modules(package.__path__):
+        if not limit.name.endswith("_triton"):  # those define no operation, and need Triton
+            importlib.import_module(f"{NAMESPACE}.{limit.name}")
     found = {}
     for name, op in sorted(_OPS.items()):
         if kernel_choice() == "reference":

@@ -1,7 +1,7 @@
-"""RMS normalisation (Zhang & Sennrich 2019, arXiv:1910.07467) that keeps its input and one number a row for backward.
+"""RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467) that keeps its input and one number a row for backward.
 
 Written in plain torch operations, autograd keeps two or three fp32 tensors of the input's size for each norm; here the
-input alone is kept, which the residual beside it keeps anyway, and the rest is made again. Three forms are in use,
+input alone is kept, which the residual next to it keeps anyway, and the rest is made again. Three forms are in use,
 `Form` names them: they differ in where they round, and in what the weight is. It is frozen and gets no gradient.
 
 Forward and backward are ops of the register: in plain torch, rows a chunk at a time, so that fp32 values of a long
@@ -58,7 +58,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.view(x.shape), None, None, None
 
 
-def normalise_torch(
+def normalize_torch(
     rows: Tensor,  # (N, H)
     weight: Tensor,  # (H,)
     eps: float,
@@ -122,15 +122,15 @@ def _chunks(rows: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
-def _normalise_fake(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _normalize_fake(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=_wide(rows))
 
 
 define(
     "rms_norm(Tensor rows, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
-    normalise_torch,
-    _normalise_fake,
-    cuda=from_triton("rms_norm_triton", "normalise"),
+    normalize_torch,
+    _normalize_fake,
+    cuda=from_triton("rms_norm_triton", "normalize"),
 )
 define(
     "rms_norm_backward(Tensor grads, Tensor rows, Tensor inverse, Tensor weight, str form) -> Tensor",

@@ -1,4 +1,4 @@
-"""RMS normalisation on CUDA: forward and backward each read their 16-bit rows once and write them once.
+"""RMS normalization on CUDA: forward and backward each read their 16-bit rows once and write them once.
 
 The contract is rms_norm.py's: fp32 within a row, rounded where the form says. Plain torch makes half a dozen fp32
 tensors of the rows' size instead. Sums run in another order, so the last bits may differ; the weight is frozen, so
@@ -23,7 +23,7 @@ OPTIONS = {"enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
-def normalise_kernel(  # type: ignore[no-untyped-def]
+def normalize_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # (N, H), rows `stride` apart
     weight_ptr,  # (H,)
     out_ptr,  # (N, H)
@@ -87,17 +87,17 @@ def tile(features: int) -> dict[str, Any]:
     return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
 
 
-def normalise(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
-    """As `rms_norm.normalise_torch`."""
+def normalize(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+    """As `rms_norm.normalize_torch`."""
     count, features = rows.shape
     if features > MOST_FEATURES or rows.dtype == torch.float64:
-        return rms_norm.normalise_torch(rows, weight, eps, form)
+        return rms_norm.normalize_torch(rows, weight, eps, form)
     rows = _dense(rows)
     output, inverse = rows.new_empty(rows.shape), rows.new_empty(count, 1, dtype=torch.float32)
     if rows.numel():
         launch = tile(features)
         with torch.cuda.device_of(rows):  # Triton launches on the current device
-            normalise_kernel[(triton.cdiv(count, launch["ROWS"]),)](
+            normalize_kernel[(triton.cdiv(count, launch["ROWS"]),)](
                 rows,
                 weight.contiguous(),
                 output,

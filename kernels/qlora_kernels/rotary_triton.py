@@ -1,7 +1,7 @@
 """Rotary position embedding on CUDA: a head's values are read once and written once, fp32 between, one rounding.
 
 The contract is rotary.py's. Heads of a token lie side by side in memory, so a program takes a few of them, of one token
-or of neighbours. Left out: fp64, which goes to plain torch.
+or of neighbors. Left out: fp64, which goes to plain torch.
 
 Legend: B rows, H heads, T tokens, D head size.
 """

@@ -26,7 +26,7 @@ def varlen_attention_arguments() -> frozenset[str]:
     """Names of the arguments of torch's variable-length flash attention; none where torch has no such function.
 
     2.10 has neither `scale` nor `window_size`. 2.11 has both, and no `enable_gqa`: its operation takes grouped heads
-    without being told. From 2.12 on grouped heads must be allowed by `enable_gqa`.
+    without being reported. From 2.12 on grouped heads must be allowed by `enable_gqa`.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -219,7 +219,7 @@ def _attend(
     softcap: float | None,
     dropout: float,
     *,
-    is_on_card: bool,  # these tensors, or those they stand for
+    is_on_card: bool,  # these tensors, or those they represent
 ) -> Tensor:  # (1, L, Hq, D)
     """Causal attention in one document: torch's fused one where that makes no scores over all pairs of tokens."""
     _, heads, length, _ = query.shape
@@ -268,7 +268,7 @@ def _flash_varlen(
         window_size=(-1 if window is None else window - 1, 0),  # tokens to the left, the query's own not counted
         **grouping,
     )
-    assert isinstance(output, Tensor)  # it returns a pair only where the normalisers are asked for
+    assert isinstance(output, Tensor)  # it returns a pair only where the normalizers are asked for
     return output.unsqueeze(0)
 
 

@@ -33,15 +33,15 @@ PEFT_PREFIX = "base_model.model."
 BiasMode = Literal["none", "lora_only", "all"]
 
 
-def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
+def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
     """Paths of the linear layers to adapt, in the model's order.
 
     Args:
-        targets: "all-linear", experts left out; "attention" or "mlp", those in a decoder layer's attention, or beside
-            it; a list of names, each the end of a path; or a regular expression that a whole path must match.
+        target_modules: "all-linear", experts left out; "attention" or "mlp", those in a decoder layer's attention, or
+            outside it; a list of names, each the end of a path; or a regular expression that a whole path must match.
 
     Raises:
-        AdapterError: something matches nothing, or names an embedding or the output head; the message says what exists.
+        AdapterError: something matches nothing, or names an embedding or the LM head; the message says what exists.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [path for path, module in model.named_modules() if path and is_linear(module) and module is not head]
@@ -53,38 +53,37 @@ def find_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
             "nn.Sequential, where it can be replaced.)"
         )
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
-    if isinstance(targets, list):
-        if unmatched := [name for name in targets if not any(_ends_in(path, name) for path in candidates)]:
+    if isinstance(target_modules, list):
+        if unmatched := [name for name in target_modules if not any(_ends_in(path, name) for path in candidates)]:
             embedding = getattr(model, "get_input_embeddings", lambda: None)()
             excluded = [
                 path for path, m in model.named_modules() if m in (head, embedding) or isinstance(m, nn.Embedding)
             ]
             reason = (
-                " Embeddings and the output head are not adapted: they may share one weight, and merging would change "
-                "both."
+                " Embeddings and the LM head are not adapted: they may share one weight, and merging would change both."
                 if any(_ends_in(path, name) for path in excluded for name in unmatched)
                 else " Experts are not adapted."
                 if any(_ends_in(path, name) for path in linear for name in unmatched)
                 else ""
             )
             raise AdapterError(
-                f"adapter.targets names {', '.join(unmatched)}, which no linear layer of this model is called. "
+                f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
                 f"There are: {', '.join(names)}.{reason}"
             )
-        return [path for path in candidates if any(_ends_in(path, name) for name in targets)]
-    if targets == "all-linear":
+        return [path for path in candidates if any(_ends_in(path, name) for name in target_modules)]
+    if target_modules == "all-linear":
         return candidates
-    if targets in ("attention", "mlp"):
-        found = [path for path in candidates if _part(model, path) == targets]
+    if target_modules in ("attention", "mlp"):
+        found = [path for path in candidates if _part(model, path) == target_modules]
     else:
-        found = [path for path in candidates if re.fullmatch(targets, path)]
+        found = [path for path in candidates if re.fullmatch(target_modules, path)]
     if not found:
-        hint = f" To name layers, give a list: adapter.targets=[{targets}]."
-        if targets in ("attention", "mlp"):
+        hint = f" To name layers, give a list: adapter.target_modules=[{target_modules}]."
+        if target_modules in ("attention", "mlp"):
             hint = " Experts are not adapted." if of_experts else ""
         raise AdapterError(
-            f"adapter.targets={targets} matches no linear layer of this model. Their paths look like {candidates[0]}, "
-            f"and their names are: {', '.join(names)}.{hint}"
+            f"adapter.target_modules={target_modules} matches no linear layer of this model. Their paths look like "
+            f"{candidates[0]}, and their names are: {', '.join(names)}.{hint}"
         )
     return found
 
@@ -98,7 +97,7 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
     Raises:
         AdapterError: the targets match nothing, or `settings.fused_parts` names parts that cannot be adapted alone.
     """
-    paths = find_targets(model, settings.targets)
+    paths = find_targets(model, settings.target_modules)
     parts = trained_rows(model, paths, settings.fused_parts)
     generator = torch.Generator().manual_seed(seed)
     for path in paths:

@@ -1,4 +1,4 @@
-"""A linear layer with a LoRA adapter beside it: y = base(x) + s (dropout(x) A^T) B^T.
+"""A linear layer with a LoRA adapter next to it: y = base(x) + s (dropout(x) A^T) B^T.
 
 The base is frozen (NF4Linear, or a plain layer that stayed 16-bit) and knows nothing of the adapter. Over an NF4Linear
 both are one autograd function, which keeps the input and a rank-sized product for backward; over a plain layer it is
@@ -44,8 +44,8 @@ class LoRALinear(nn.Module):
         self.scaling = lora_scaling(rank, alpha, use_rslora)
         self.dropout = dropout  # a probability, of the adapter's input
         adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
-        self.lora_A = _uninitialised(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
-        self.lora_B = _uninitialised(rank, adapted_rows, device)  # weight (O, R), or (S, R)
+        self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
+        self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
         self.casts: tuple[Tensor, Tensor] | None = None  # A and B in the compute dtype, while `adapters_cast` holds
 
     @classmethod
@@ -98,7 +98,7 @@ class LoRALinear(nn.Module):
 
 
 class TrainableBias(nn.Module):
-    """A module whose bias trains in fp32 beside weights of 16 bits: the bias is cast where the module runs.
+    """A module whose bias trains in fp32 next to weights of 16 bits: the bias is cast where the module runs.
 
     A layer norm, for one, takes weight and bias of one dtype only, and a bias that trains in bf16 loses its updates.
     """
@@ -122,7 +122,7 @@ def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:
     return in_features, out_features, torch.device("cpu") if weight.is_meta else weight.device
 
 
-def _uninitialised(in_features: int, out_features: int, device: torch.device) -> nn.Linear:
+def _uninitialized(in_features: int, out_features: int, device: torch.device) -> nn.Linear:
     """An fp32 Linear without bias that draws no random numbers. (torch's skip_init cannot make fake tensors.)"""
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32, device=device))

@@ -3,9 +3,9 @@
 An adapter from elsewhere is data from strangers, so reading is strict where other loaders are lenient. Safetensors and
 JSON only, never pickle. Only lora_A, lora_B and (where the config says so) bias tensors are allowed: a file that also
 holds `lm_head.weight` would silently overwrite the base in loaders that accept it. What would make the adapter another
-function than s * B A added to the weight (DoRA, scalings that differ, modules saved whole, initialisations that changed
+function than s * B A added to the weight (DoRA, scalings that differ, modules saved whole, initializations that changed
 the base) is refused by name instead of ignored. Layers may differ in rank where their alpha differs with it, so that
-one s holds for all: so lie layers of which parts are adapted alone (fused_parts.py) beside others.
+one s holds for all: so lie layers of which parts are adapted alone (fused_parts.py) next to others.
 
 Legend: R rank, I in features, O out features.
 """
@@ -230,7 +230,7 @@ def _read_config(path: Path) -> AdapterFileConfig:
             "too; convert it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
     try:
-        # What is refused has been told; here it must not be told again.
+        # What is refused has been reported; here it must not be reported again.
         config = AdapterFileConfig.model_validate({k: v for k, v in known.items() if k not in _REFUSED})
     except ValidationError as error:
         problems += [_told(item["loc"], item["msg"]) for item in error.errors()]

@@ -64,15 +64,15 @@ def main() -> None:
             raise
         print_error(
             f"Memory ran out: {first_line(error)} Nothing saved was lost. Lower data.max_length or "
-            "training.micro_batch_tokens, set training.activations=recompute, or choose a smaller base. To go on with "
-            "less memory: qlora resume RUN_DIR training.activations=recompute"
+            "training.micro_batch_tokens, set training.activation_checkpointing=full, or choose a smaller base. "
+            "To go on with less memory: qlora resume RUN_DIR training.activation_checkpointing=full"
         )
         sys.exit(2)
 
 
 def _set_up_libraries() -> None:
     """Before torch and transformers are imported; what the user has set stays."""
-    # Threads that wait for each other sleep instead of spinning: beside any other busy process, spinning makes a step
+    # Threads that wait for each other sleep instead of spinning: next to any other busy process, spinning makes a step
     # on a CPU several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

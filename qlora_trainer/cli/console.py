@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressBars:
-    """The Progress callable of the rooms below: one bar a label, gone when all is done."""
+    """The Progress callable of the modules below: one bar a label, gone when all is done."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -85,9 +85,9 @@ class TrainingBar:
             self._last_line = time.monotonic()
             console.print(f"step {record['step']}/{self.total_steps}  {line}")
         if "recovered" in record:
-            print_notices([record["recovered"]])
-        if "heldout_loss" in record:
-            console.print(f"step {record['step']}  held-out loss {record['heldout_loss']:.4f}")
+            print_warnings([record["recovered"]])
+        if "eval_loss" in record:
+            console.print(f"step {record['step']}  eval loss {record['eval_loss']:.4f}")
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
@@ -102,22 +102,22 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
     """Lines of (status, name, detail, advice), each in a column of its own, the advice under the detail."""
-    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    colors = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")
     table.add_column()
     table.add_column(overflow="fold")
     for status, name, detail, advice in findings:
-        told = Text(detail)
+        reported = Text(detail)
         if advice:
-            told.append(f"\n→ {advice}", style="dim")
-        table.add_row(Text(status, style=colours[status]), Text(name), told)
+            reported.append(f"\n→ {advice}", style="dim")
+        table.add_row(Text(status, style=colors[status]), Text(name), reported)
     console.print(table)
 
 
-def print_notices(notices: Sequence[str]) -> None:
-    for notice in notices:
-        console.print(f"[yellow]note[/] {escape(notice)}")
+def print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        console.print(f"[yellow]note[/] {escape(warning)}")
 
 
 def print_error(message: str) -> None:

@@ -2,12 +2,12 @@
 
 Fine-tuning is worth showing only where the score before is honestly low and the score after can be checked by a
 program. A base model cannot know this command language (its actions, keys and their order are ours), and an answer is
-right only as the exact string. Training and held-out rows share no sentence frame and no slot value, not even a word
+right only as the exact string. Training and eval rows share no sentence frame and no slot value, not even a word
 of one (messages apart, which are compared whole), so a right answer is understood and copied, never remembered.
 
-The held-out words keep one more rule, learned from the mistakes on an earlier set of them: after a quote, as JSON
+The eval words keep one more rule, learned from the mistakes on an earlier set of them: after a quote, as JSON
 writes them, they take no more tokens of SmolLM2's than after a space. Other words come apart behind the quote, and a
-model of 135 million parameters then spells a neighbour (Manchester for Milan). All held-out words were chosen by this
+model of 135 million parameters then spells a neighbor (Manchester for Milan). All eval words were chosen by this
 rule, none by the answer it got; training values do not follow it. So the score is for copying everyday words.
 
 Every sentence here is our own. Frames and values are the tables below; `demo_rows` only combines them. What it leaves
@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 SYSTEM_MESSAGE = "Answer with a JSON command."
 
 TRAIN_ROWS_PER_ACTION = 96
-HELDOUT_ROWS_PER_ACTION = 10
+EVAL_ROWS_PER_ACTION = 10
 
 
 class Values(NamedTuple):
     """The values of one slot. Integers are written as digits in the request and as numbers in the command."""
 
     train: tuple[str | int, ...]
-    heldout: tuple[str | int, ...]
+    eval: tuple[str | int, ...]
 
 
 class Action(NamedTuple):
@@ -39,24 +39,24 @@ class Action(NamedTuple):
 
     slots: dict[str, str]
     train_frames: tuple[str, ...]
-    heldout_frames: tuple[str, ...]
+    eval_frames: tuple[str, ...]
 
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in text.split(","))
 
 
-HELDOUT_NUMBERS = (4, 7, 9, 13, 24, 28, 36, 41, 44, 47, 52, 58, 61, 63, 69, 74, 78, 85, 92, 97)
+EVAL_NUMBERS = (4, 7, 9, 13, 24, 28, 36, 41, 44, 47, 52, 58, 61, 63, 69, 74, 78, 85, 92, 97)
 
-# Many training values, most used once or twice: a slot whose values come back often is learned by heart, not copied.
+# Many training values, most used once or twice: a slot whose values come back often is trained by heart, not copied.
 VALUES: dict[str, Values] = {
     "number": Values(
-        train=tuple(n for n in range(2, 100) if n not in HELDOUT_NUMBERS),
-        heldout=HELDOUT_NUMBERS,
+        train=tuple(n for n in range(2, 100) if n not in EVAL_NUMBERS),
+        eval=EVAL_NUMBERS,
     ),
     "day": Values(
         train=("Monday", "Tuesday", "Thursday", "Saturday", "Sunday"),
-        heldout=("Wednesday", "Friday"),
+        eval=("Wednesday", "Friday"),
     ),
     "time": Values(
         train=_split(
@@ -64,7 +64,7 @@ VALUES: dict[str, Values] = {
             "11:50, 12:10, 12:45, 13:05, 13:30, 14:20, 14:55, 15:10, 15:40, 16:25, 17:05, 17:50, 18:15, 18:40, "
             "19:00, 19:35, 20:10, 20:45, 21:20, 21:55, 22:05, 22:30, 23:15, 23:40"
         ),
-        heldout=_split("5:35, 6:30, 7:10, 7:55, 8:20, 9:05, 10:50, 11:25, 12:30, 20:15"),
+        eval=_split("5:35, 6:30, 7:10, 7:55, 8:20, 9:05, 10:50, 11:25, 12:30, 20:15"),
     ),
     "label": Values(
         train=_split(
@@ -77,7 +77,7 @@ VALUES: dict[str, Values] = {
             "kettle, casserole, sourdough, turnips, speech, debate, handstand, knitting, sudoku, stew, fudge, "
             "granola, gardening"
         ),
-        heldout=_split("oven, apple pie, exercise, beans, gravy, project, writing, fire drill, waffles, jigsaw puzzle"),
+        eval=_split("oven, apple pie, exercise, beans, gravy, project, writing, fire drill, waffles, jigsaw puzzle"),
     ),
     "room": Values(
         train=_split(
@@ -89,7 +89,7 @@ VALUES: dict[str, Values] = {
             "darkroom, pool house, garden path, meeting room, classroom, canteen, stable, cabin, archive, "
             "pavilion, boiler room, bay window, stairwell, lounge, tower, vault"
         ),
-        heldout=_split("office, lab, bar, stage, main floor, stairs, north wing, farm, middle floor, safe"),
+        eval=_split("office, lab, bar, stage, main floor, stairs, north wing, farm, middle floor, safe"),
     ),
     "artist": Values(
         train=_split(
@@ -104,7 +104,7 @@ VALUES: dict[str, Values] = {
             "Garden, Otto Blum, Echo Street, Panther Lane, Wooden Hearts, Misty Canyon, Anika Rao, Ghost Ferry, "
             "Rocket Aunt"
         ),
-        heldout=_split(
+        eval=_split(
             "Winter Tigers, Falling Satellites, Violet, White Rabbits, Sarah Bell, Robert King, Natural Order, "
             "Space Crew, Fire Island, Modern Knights"
         ),
@@ -118,7 +118,7 @@ VALUES: dict[str, Values] = {
             "docking station, dashboard, megaphone, wireless pods, synthesizer, big screen, smart lamp, computer, "
             "music box, ceiling speaker, hearing aid, robot, fridge, glasses, web player, piano"
         ),
-        heldout=_split(
+        eval=_split(
             "monitor, receiver, subwoofer, smartwatch, gramophone, boombox, bluetooth cube, karaoke kit, display, "
             "digital frame"
         ),
@@ -134,7 +134,7 @@ VALUES: dict[str, Values] = {
             "hiking boots, swimsuit, camera, passport, ginger, mushrooms, ice cubes, cheddar, grapes, crackers, "
             "bin bags, lamp oil, first aid box"
         ),
-        heldout=_split("meat, fish, apples, corn, books, nuts, seeds, plastic cups, fresh fruit, gold ribbon"),
+        eval=_split("meat, fish, apples, corn, books, nuts, seeds, plastic cups, fresh fruit, gold ribbon"),
     ),
     "list": Values(
         train=_split(
@@ -144,7 +144,7 @@ VALUES: dict[str, Values] = {
             "dinner, summer, wine, pet, sports, gifts, sailing, craft, monthly, family, medicine, clothes, "
             "emergency, fishing, spring, drinks, art class, dessert, charity"
         ),
-        heldout=_split("travel, moving, errands, personal, business, winter, health, team, training, client"),
+        eval=_split("travel, moving, errands, personal, business, winter, health, team, training, client"),
     ),
     "person": Values(
         train=_split(
@@ -155,7 +155,7 @@ VALUES: dict[str, Values] = {
             "Oscar, Tanya, Mrs Green, Paulo, Emma, Rahul, Simon, Vera, Walter, Judge Ortiz, Camille, Adam, Sven, "
             "Monica, George, Lily, Arjun, Beatrice"
         ),
-        heldout=_split("Malik, Grandpa, Miss Novak, Theo, Cousin Eddie, Sanjay, Michael, Alice, Jack, Peter"),
+        eval=_split("Malik, Grandpa, Miss Novak, Theo, Cousin Eddie, Sanjay, Michael, Alice, Jack, Peter"),
     ),
     "text": Values(
         train=_split(
@@ -171,9 +171,9 @@ VALUES: dict[str, Values] = {
             "is over, grandma says hello, I have the tickets, the room is ready, stay where you are, the band is "
             "playing, your turn to cook"
         ),
-        heldout=_split(
+        eval=_split(
             "I am on my way, the car broke down, congratulations, we are out of bread, the baby is asleep, save "
-            "me a seat, practice is cancelled, I left my umbrella, the taxi is outside, please be quick"
+            "me a seat, practice is canceled, I left my umbrella, the taxi is outside, please be quick"
         ),
     ),
     "place": Values(
@@ -185,13 +185,13 @@ VALUES: dict[str, Values] = {
             "Bristol, Accra, Valencia, Riga, Dallas, Salt Lake City, Turin, Shanghai, Bern, Kampala, Ottawa, "
             "Bruges, Panama City, Delhi, Cork, Phoenix, Utrecht, Malaga, Sofia, Hamburg, Nantes"
         ),
-        heldout=_split(
+        eval=_split(
             "Los Angeles, Washington, Oxford, Cambridge, Little Rock, Mexico, Florida, California, Madison, Lincoln"
         ),
     ),
 }
 
-# A slot in braces takes a value of the table above. Held-out frames say the same things in other words. No frame starts
+# A slot in braces takes a value of the table above. Eval frames say the same things in other words. No frame starts
 # with a slot, so that every value is written in the request as it is in the command.
 ACTIONS: dict[str, Action] = {
     "set_timer": Action(
@@ -213,7 +213,7 @@ ACTIONS: dict[str, Action] = {
             "My {label} should be done in {number} minutes, count them.",
             "Time {number} minutes of {label}.",
         ),
-        heldout_frames=(
+        eval_frames=(
             "Set up a {label} timer that lasts {number} minutes.",
             "I would like {number} minutes on the {label} timer.",
             "Start timing {number} minutes now, it is for {label}.",
@@ -240,7 +240,7 @@ ACTIONS: dict[str, Action] = {
             "It is early on {day}, wake me at {time}.",
             "Ring the alarm this {day} when it is {time}.",
         ),
-        heldout_frames=(
+        eval_frames=(
             "For {day} I want the alarm clock to ring at {time}.",
             "I need to wake up at {time} next {day}.",
             "Add an alarm, {time}, for {day} morning.",
@@ -267,7 +267,7 @@ ACTIONS: dict[str, Action] = {
             "At night the {room} needs {number} percent light.",
             "Increase the {room} lamps to {number} percent.",
         ),
-        heldout_frames=(
+        eval_frames=(
             "Adjust the light in my {room}, {number} percent please.",
             "Could the {room} lamps go to {number} percent?",
             "Raise the {room} brightness up to {number} percent.",
@@ -294,7 +294,7 @@ ACTIONS: dict[str, Action] = {
             "The {device} should play the new album of {artist}.",
             "Some {artist} would be nice, on the {device}.",
         ),
-        heldout_frames=(
+        eval_frames=(
             "Could you play songs from {artist} on my {device}?",
             "I would love some {artist} music on the {device}.",
             "Put {artist} on, I am listening with the {device}.",
@@ -321,7 +321,7 @@ ACTIONS: dict[str, Action] = {
             "Get {item} onto our {list} list.",
             "Could {item} go on the {list} list?",
         ),
-        heldout_frames=(
+        eval_frames=(
             "Include {item} in the {list} list.",
             "The {list} list is still missing {item}.",
             "Make sure {item} is on our {list} list.",
@@ -348,7 +348,7 @@ ACTIONS: dict[str, Action] = {
             "Say to {person} that {text}.",
             "Reply to {person} with '{text}'.",
         ),
-        heldout_frames=(
+        eval_frames=(
             "Could you message {person} and say that {text}?",
             "A quick message to {person} please: {text}.",
             "Send this text to {person}: {text}.",
@@ -375,7 +375,7 @@ ACTIONS: dict[str, Action] = {
             "Show the weather for {day}, place {place}.",
             "Could you say how windy {place} is on {day}?",
         ),
-        heldout_frames=(
+        eval_frames=(
             "What kind of weather will {place} have on {day}?",
             "Look up the {day} weather forecast in {place}.",
             "Is rain coming to {place} on {day}?",
@@ -389,14 +389,14 @@ Row = dict[str, list[dict[str, str]]]
 
 
 def demo_rows(seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, each {"messages": [system, user, assistant]}; equal seeds give equal rows."""
+    """Training and eval rows, each {"messages": [system, user, assistant]}; equal seeds give equal rows."""
     train_frames = {name: action.train_frames for name, action in ACTIONS.items()}
     train_values = {slot: values.train for slot, values in VALUES.items()}
-    heldout_frames = {name: action.heldout_frames for name, action in ACTIONS.items()}
-    heldout_values = {slot: values.heldout for slot, values in VALUES.items()}
+    eval_frames = {name: action.eval_frames for name, action in ACTIONS.items()}
+    eval_values = {slot: values.eval for slot, values in VALUES.items()}
     return (
         _rows(train_frames, train_values, TRAIN_ROWS_PER_ACTION, f"train {seed}"),
-        _rows(heldout_frames, heldout_values, HELDOUT_ROWS_PER_ACTION, f"heldout {seed}"),
+        _rows(eval_frames, eval_values, EVAL_ROWS_PER_ACTION, f"heldout {seed}"),
     )
 
 
@@ -439,9 +439,9 @@ def _evenly(choices: tuple[Any, ...], seed: str) -> Iterator[Any]:
 
 
 def write_demo_data(directory: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `heldout.jsonl` into `directory`, made where it is missing, and return their paths."""
+    """Write `train.jsonl` and `eval.jsonl` into `directory`, made where it is missing, and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = directory / "train.jsonl", directory / "heldout.jsonl"
+    paths = directory / "train.jsonl", directory / "eval.jsonl"
     for path, rows in zip(paths, demo_rows(seed), strict=True):
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return paths

@@ -1,7 +1,7 @@
 """`qlora demo`: the whole job on a small real model, measured as it goes, in a few minutes on two CPU cores.
 
 SmolLM2-135M-Instruct learns to turn spoken requests into JSON commands of a language it has never seen. It answers
-the held-out requests before and after; training is stopped half way and resumed from the checkpoint in new objects;
+the eval requests before and after; training is stopped half way and resumed from the checkpoint in new objects;
 the adapter is merged, verified, and the merged model answers once more, in plain transformers. Every number printed
 was measured in this run.
 """
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.cli.console import ProgressBars, TrainingBar, console, print_notices, print_table, say
+from qlora_trainer.cli.console import ProgressBars, TrainingBar, console, print_table, print_warnings, say
 from qlora_trainer.cli.demo_data import write_demo_data
 from qlora_trainer.common.atomic import disk_errors
 from qlora_trainer.common.errors import FileMissingError
@@ -39,13 +39,13 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
         "adapter": {"rank": 16, "alpha": 32},
         "data": {
             "train": str(data / "train.jsonl"),
-            "heldout": str(data / "heldout.jsonl"),
+            "eval": str(data / "eval.jsonl"),
             "max_length": 512,
         },
         "optimizer": {"learning_rate": 1.0e-3, "schedule": "cosine", "warmup_ratio": 0.05},
         "training": {
             "output_dir": str(output / "run"),
-            "batch_size": 8,
+            "global_batch_size": 8,
             "epochs": 1,
             "evaluate_every": 40,
             "save_every": 20,
@@ -55,7 +55,7 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
 
 
 def run_demo(model: str | None, output: Path) -> None:
-    """Run the demo into `output`, or beside it where that is taken, and print what was measured."""
+    """Run the demo into `output`, or next to it where that is taken, and print what was measured."""
     started = time.monotonic()
     output = _unused(output.absolute())
     with disk_errors(output.parent):
@@ -63,12 +63,12 @@ def run_demo(model: str | None, output: Path) -> None:
         write_demo_data(output / "data")
     config = make_config(demo_settings(model or packaged_model(), output / "data", output))
 
-    _say("Loading the base in 4-bit, and asking it the held-out requests")
+    _say("Loading the base in 4-bit, and asking it the eval requests")
     with ProgressBars() as progress:
         run = start_run(config, progress)
         before = _answer(run, run.base.model, progress)
     print_table("Run", summarize(run))
-    print_notices(run.notices)
+    print_warnings(run.warnings)
     console.print(f"Exact match before training: {exact_match(before):.1%} of {len(before)}")
 
     half = run.state.total_steps // 2
@@ -91,7 +91,7 @@ def run_demo(model: str | None, output: Path) -> None:
     with ProgressBars() as progress:
         merged = merge_run(run.directory, output / "merged", progress=progress)
         from_merged = _answer(run, load_dense_model(output / "merged", run.base.device), progress)
-    print_notices(merged.notices)
+    print_warnings(merged.warnings)
 
     _keep_samples(run.directory, before, after)
     measured = _measured(run, before, after, from_merged, merged, adapter_bytes, base_bytes)
@@ -118,7 +118,7 @@ def packaged_model() -> str:
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:
     renderer = Renderer(run.tokenizer, template_date=run.config.data.template_date)
-    asked = questions(renderer, run.prepared.heldout)
+    asked = questions(renderer, run.prepared.eval)
     return answer_questions(
         model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress
     )
@@ -139,10 +139,10 @@ def _measured(
     verification = merged.report.verification
     assert verification is not None
     return [
-        ("exact match before", f"{exact_match(before):.1%} of {len(before)} held-out requests"),
+        ("exact match before", f"{exact_match(before):.1%} of {len(before)} eval requests"),
         ("exact match after", f"{exact_match(after):.1%}"),
         ("exact match, merged model", f"{exact_match(from_merged):.1%}, in plain transformers"),
-        ("adapter beside base", f"{gibibytes(adapter_bytes)} beside {gibibytes(base_bytes)} (4-bit base in memory)"),
+        ("adapter next to base", f"{gibibytes(adapter_bytes)} next to {gibibytes(base_bytes)} (4-bit base in memory)"),
         ("peak memory", gibibytes(max(record["peak_memory_bytes"] for record in metrics))),
         ("training speed", f"{tokens / seconds:.0f} tokens/s over {tokens:,} tokens, {len(metrics)} steps"),
         (

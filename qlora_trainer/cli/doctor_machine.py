@@ -102,8 +102,8 @@ def _card(index: int, is_used: bool) -> Finding:
             torch.cuda.get_device_capability(index) < FIRST_WITH_TENSOR_CORES
         ),
     }
-    told = " ".join(note for note, holds in notes.items() if holds)
-    return Finding(name, "note" if told else "ok", detail, told)
+    reported = " ".join(note for note, holds in notes.items() if holds)
+    return Finding(name, "note" if reported else "ok", detail, reported)
 
 
 def paged_optimizer() -> Finding:

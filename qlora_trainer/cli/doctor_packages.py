@@ -90,7 +90,7 @@ def bitsandbytes_library() -> Finding:
         return Finding("bitsandbytes' library", "problem", "the native library did not load", advice)
     with_cuda = bool(getattr(library, "compiled_with_cuda", False))
     if torch.cuda.is_available() and not with_cuda:
-        return Finding("bitsandbytes' library", "problem", "loaded for the CPU only, beside a GPU", advice)
+        return Finding("bitsandbytes' library", "problem", "loaded for the CPU only, next to a GPU", advice)
     return Finding("bitsandbytes' library", "ok", f"loaded, for {'CUDA' if with_cuda else 'the CPU'}")
 
 
@@ -135,7 +135,7 @@ def attention(kind: str) -> Finding:
 
 
 def nf4(kind: str) -> Finding:
-    """Quantise and dequantise a sample, and compare both with their definition in plain torch, to the last bit."""
+    """Quantize and dequantize a sample, and compare both with their definition in plain torch, to the last bit."""
     name = f"NF4 to the bit on {kind}"
     try:
         from qlora_kernels.nf4_reference import quantize_torch
@@ -147,7 +147,7 @@ def nf4(kind: str) -> Finding:
         codes, maxima = torch.empty(128 * 128, dtype=torch.uint8), torch.empty(128 * 4)
         quantize_torch(sample.view(-1), codes, maxima)
         found = quantize_weight(sample.to(device))
-        notices = check_dequantization(device)
+        warnings = check_dequantization(device)
     except QuantizationError as error:
         return Finding(name, "problem", str(error))
     except FAILURES as error:
@@ -155,10 +155,10 @@ def nf4(kind: str) -> Finding:
     if not torch.equal(found.packed.cpu(), codes):
         tested = f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}"
         advice = tested if kind == "cuda" else "Set QLORA_KERNELS=reference, and please report this."
-        return Finding(name, "problem", f"a weight on {kind} is quantised to other codes than it should be", advice)
-    if notices:
-        return Finding(name, "note", "ours is right; " + " ".join(notices), "Nothing to do: training takes ours.")
-    return Finding(name, "ok", "quantised and dequantised as defined, in fp32, bf16 and fp16")
+        return Finding(name, "problem", f"a weight on {kind} is quantized to other codes than it should be", advice)
+    if warnings:
+        return Finding(name, "note", "ours is right; " + " ".join(warnings), "Nothing to do: training takes ours.")
+    return Finding(name, "ok", "quantized and dequantized as defined, in fp32, bf16 and fp16")
 
 
 def triton() -> Finding:

@@ -7,26 +7,26 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.arguments import AsJson, RunDirectory
-from qlora_trainer.cli.console import ProgressBars, print_notices, print_table, write_out
+from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
 
 
 def evaluate(
     run_dir: RunDirectory,
     answers: Annotated[
-        int, typer.Option(help="Also answer so many held-out rows and count exact matches; -1 for all.")
+        int, typer.Option(help="Also answer so many eval rows and count exact matches; -1 for all.")
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run's adapter on its held-out rows: loss, perplexity and, with --answers, exact match.
+    """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match.
 
-    The JSON has heldout_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
+    The JSON has eval_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
     """
     from qlora_trainer.runs.trained import evaluate_trained, open_trained
 
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
         result = evaluate_trained(trained, answers, progress)
-    print_notices(trained.notices)
+    print_warnings(trained.warnings)
     if as_json:
         write_out(json.dumps({key: value if math.isfinite(value) else None for key, value in result.items()}) + "\n")
     else:

@@ -23,12 +23,12 @@ def generate(
     """Answer a prompt with a run's adapter, or chat in the terminal (an empty line or Ctrl-D ends)."""
     from qlora_trainer.data.rendering.renderer import Renderer
     from qlora_trainer.data.types import Message
-    from qlora_trainer.runs.trained import learned_plain_text, open_trained
+    from qlora_trainer.runs.trained import open_trained, trained_on_plain_text
     from qlora_trainer.training.generation import stream_answer
 
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
-        as_text = learned_plain_text(trained, progress) if raw is None else raw
+        as_text = trained_on_plain_text(trained, progress) if raw is None else raw
     renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
     conversation = [Message("system", system)] if system else []
     while True:

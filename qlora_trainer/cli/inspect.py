@@ -15,20 +15,20 @@ def inspect(
     overrides: Overrides = None,
     row: Annotated[int | None, typer.Option(help="Show only this row, counted from 0.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Show held-out rows instead of training rows.")] = False,
+    eval_set: Annotated[bool, typer.Option("--eval", help="Show eval rows instead of training rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the data as the model will see it, what became of every row, and what an epoch is.
 
-    Learned tokens are in colour, or in brackets where there are no colours.
+    Trained tokens are in color, or in brackets where there are no colors.
 
-    The JSON has what preparation tells of the rows (sources, train, heldout, train_duplicates, heldout_duplicates,
-    max_length, notices, …); lengths: {edges, train, heldout}, where bin i counts rows of edges[i] to edges[i+1]-1
-    tokens; epoch: {rows, batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
+    The JSON has what preparation tells of the rows (sources, train, eval, train_duplicates, eval_duplicates,
+    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows of edges[i] to edges[i+1]-1 tokens;
+    epoch: {rows, global_batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
     fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
     attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
-    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, learned_tokens,
-    stretches, input_ids, learned}.
+    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, trained_tokens,
+    spans, input_ids, trained}.
     """
     from qlora_trainer.cli.show_rows import legend, row_to_json, show_report, show_row
     from qlora_trainer.common.cache import user_cache
@@ -48,13 +48,13 @@ def inspect(
         prepared = prepare_data(settings, tokenizer, directory, progress)
     overview = overview_of(
         prepared,
-        batch_size=settings.training.batch_size,
+        global_batch_size=settings.training.global_batch_size,
         micro_batch_tokens=micro_batch_tokens(settings),
         packing=settings.data.packing,
         can_pack=keeps_apart(directory),
         seed=settings.training.seed,
     )
-    name, examples = ("held-out", prepared.heldout) if heldout else ("training", prepared.train)
+    name, examples = ("eval", prepared.eval) if eval_set else ("training", prepared.train)
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}
         if row is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_trainer.cli.arguments import AsJson, RunDirectory
-from qlora_trainer.cli.console import ProgressBars, print_notices, print_table, write_out
+from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
 from qlora_trainer.common.units import gibibytes
 
 
@@ -30,7 +30,7 @@ def merge(
     dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,
     base: Annotated[
         MergeBaseChoice,
-        typer.Option(help="Fold into the dequantised base that was trained, or the original; auto measures both."),
+        typer.Option(help="Fold into the dequantized base that was trained, or the original; auto measures both."),
     ] = MergeBaseChoice.auto,
     shard_size: Annotated[
         str, typer.Option(help="Largest file of weights, such as 5GB or 2GiB; a larger tensor has a file of its own.")
@@ -38,14 +38,14 @@ def merge(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Merge from this copy of the run's base, such as a prequantised one; default: the run's own."
+            help="Merge from this copy of the run's base, such as a prequantized one; default: the run's own."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fold the adapter into the base, verify the result, and write a plain transformers model.
 
-    The JSON has report, choice, difference_from_trained and notices; the same is in qlora_merge.json of the output.
+    The JSON has report, choice, difference_from_trained and warnings; the same is in qlora_merge.json of the output.
     """
     import torch
 
@@ -66,7 +66,7 @@ def merge(
     if as_json:
         write_out(json.dumps(done.to_json()) + "\n")
         return
-    print_notices(done.notices)
+    print_warnings(done.warnings)
     print_table(f"Merged model in {output}", merge_rows(done))
 
 

@@ -50,11 +50,11 @@ def plan(
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
-    from qlora_trainer.training.activations import host_room
+    from qlora_trainer.training.activations import spare_host_memory
 
     settings = load_config(config, overrides or [])
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
-    host = parse_bytes(host_memory) if host_memory else host_room()
+    host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None
     planned = longest = largest = None
     with ProgressBars() as progress:
@@ -62,9 +62,9 @@ def plan(
             settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
         )
         progress("planning memory", 0, None)
-        if budget and settings.training.activations == "auto":
+        if budget and settings.training.activation_checkpointing == "auto":
             planned = fitting.fastest_plan(directory, settings, budget, progress)
-        planned = planned or plan_memory(directory, fitting.leanest(settings) if budget else settings)
+        planned = planned or plan_memory(directory, fitting.least_memory(settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)

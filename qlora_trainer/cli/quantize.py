@@ -1,6 +1,6 @@
 """The command that works on a base itself, without a run: keep it in 4 bits.
 
-Rooms that import torch are imported inside the command, so that `qlora --help` answers at once.
+Modules that import torch are imported inside the command, so that `qlora --help` answers at once.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from qlora_trainer.cli.arguments import AsJson
-from qlora_trainer.cli.console import ProgressBars, print_notices, print_table, write_out
+from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
 from qlora_trainer.common.units import gibibytes
 
 
@@ -19,15 +19,15 @@ def quantize(
     output: Annotated[Path, typer.Option(help="A new or empty directory for the 4-bit model.")],
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantise; auto takes CUDA where it is.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto takes CUDA where it is.")
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a model in 4 bits (NF4), which loads in seconds: here, and in plain transformers with bitsandbytes.
 
-    It trains as the original does, and takes a third of its room. The JSON has output, weights (how many are in 4
+    It trains as the original does, and takes a third of its space. The JSON has output, weights (how many are in 4
     bits), dense (tensors copied as they were), bytes and source_bytes (of all tensors, and of the original's),
-    source_dtype (that the weights were quantised from), and notices.
+    source_dtype (that the weights were quantized from), and warnings.
     """
     from qlora_trainer.common.atomic import refuse_existing
     from qlora_trainer.common.cache import user_cache
@@ -45,8 +45,8 @@ def quantize(
     print_table(
         f"4-bit model in {output}",
         [
-            ("weights", f"{report.weights} in NF4, quantised from {report.source_dtype}; {report.dense} tensors as is"),
+            ("weights", f"{report.weights} in NF4, quantized from {report.source_dtype}; {report.dense} tensors as is"),
             ("size", f"{gibibytes(report.bytes)}, of {gibibytes(report.source_bytes)}"),
         ],
     )
-    print_notices(report.notices)
+    print_warnings(report.warnings)

@@ -1,6 +1,6 @@
 """Draw what `qlora inspect` shows: the data in numbers, lengths as a plot, rows with their trained tokens marked.
 
-Marked by colour where the terminal has colours, else by brackets. What a row holds is shown, never obeyed: its control
+Marked by color where the terminal has colors, else by brackets. What a row holds is shown, never obeyed: its control
 characters are written out. Left out: the numbers themselves (data/preparation/overview.py, and preparation's report).
 """
 
@@ -10,21 +10,21 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora_trainer.cli.console import console, print_notices, print_table
+from qlora_trainer.cli.console import console, print_table, print_warnings
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.batching.packing import IGNORED_LABEL
 from qlora_trainer.data.preparation.overview import (
     Lengths,
     Overview,
     bin_labels,
-    heldout_facts,
+    eval_facts,
     source_facts,
     train_facts,
 )
 from qlora_trainer.data.preparation.reports import PreparationReport
 from qlora_trainer.data.preparation.store import ExampleSet
 
-LEARNED, READ = "bold green", "dim"
+TRAINED, READ = "bold green", "dim"
 BAR_WIDTH = 40
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -35,11 +35,11 @@ def show_report(report: PreparationReport, overview: Overview) -> None:
     for source in report.sources:
         print_table(source.name, source_facts(source, report.max_length))
     print_table("training", train_facts(report, overview.epoch))
-    print_table("held out", heldout_facts(report))
+    print_table("kept for evaluation", eval_facts(report))
     console.print(Text("tokens a row, training rows", style="bold"))
     for line in bars(overview.lengths, is_unicode=_is_unicode()):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    print_notices(report.notices)
+    print_warnings(report.warnings)
 
 
 def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
@@ -58,61 +58,61 @@ def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
 def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
     """One row as the model sees it. DataError where there is no such row."""
     row = row_to_json(tokenizer, examples, index, name)
-    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['learned_tokens']:,} learned"
+    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
     console.rule(Text(_visible(header)), align="left")
-    has_colour = console.color_system is not None and not console.no_color
+    has_color = console.color_system is not None and not console.no_color
     opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
     text = Text()
-    for stretch in row["stretches"]:
-        shown = _visible(stretch["text"])
-        if has_colour:
-            text.append(shown, style=LEARNED if stretch["learned"] else READ)
+    for span in row["spans"]:
+        shown = _visible(span["text"])
+        if has_color:
+            text.append(shown, style=TRAINED if span["trained"] else READ)
         else:
-            text.append(f"{opening}{shown}{closing}" if stretch["learned"] else shown)
+            text.append(f"{opening}{shown}{closing}" if span["trained"] else shown)
     console.print(text, soft_wrap=True)
 
 
 def legend() -> Text:
-    """How learned tokens are marked here."""
+    """How trained tokens are marked here."""
     if console.color_system is not None and not console.no_color:
-        return Text.assemble(("learned", LEARNED), ", ", ("read only", READ))
-    return Text("⟦learned⟧ and read only" if _is_unicode() else "[[learned]] and read only")
+        return Text.assemble(("trained", TRAINED), ", ", ("read only", READ))
+    return Text("⟦trained⟧ and read only" if _is_unicode() else "[[trained]] and read only")
 
 
 def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
-    """A row with its tokens, and its text in stretches that are learned or not. DataError where there is none."""
+    """A row with its tokens, and its text in spans that are trained or not. DataError where there is none."""
     if not 0 <= index < len(examples):
         has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
         raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
-    learned = [label != IGNORED_LABEL for label in example.labels]
+    trained = [label != IGNORED_LABEL for label in example.labels]
     return {
         "set": name,
         "index": index,
         "where": examples.where(index),
-        "tokens": len(learned),
-        "learned_tokens": example.learned_tokens,
-        "stretches": _stretches(tokenizer, example.input_ids, learned),
+        "tokens": len(trained),
+        "trained_tokens": example.trained_tokens,
+        "spans": _spans(tokenizer, example.input_ids, trained),
         "input_ids": example.input_ids,
-        "learned": learned,
+        "trained": trained,
     }
 
 
-def _stretches(tokenizer: Any, ids: list[int], learned: Sequence[bool]) -> list[dict[str, Any]]:
-    """Text by stretches of tokens, learned or not. Decoded a stretch at a time: a character may be several tokens."""
-    stretches = []
+def _spans(tokenizer: Any, ids: list[int], trained: Sequence[bool]) -> list[dict[str, Any]]:
+    """Text by spans of tokens, trained or not. Decoded a span at a time: a character may be several tokens."""
+    spans = []
     context = start = 0
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or learned[end] != learned[start]:
-            # Some decoders drop the space that a text begins with, so it is taken as what the stretch adds to the one
+        if end == len(ids) or trained[end] != trained[start]:
+            # Some decoders drop the space that a text begins with, so it is taken as what the span adds to the one
             # before it; to all before it would take time by the square of a long row.
             before = tokenizer.decode(ids[context:start], skip_special_tokens=False)
             until = tokenizer.decode(ids[context:end], skip_special_tokens=False)
             alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
             text = until[len(before) :] if until.startswith(before) else alone
-            stretches.append({"text": text, "learned": bool(learned[start])})
+            spans.append({"text": text, "trained": bool(trained[start])})
             context, start = start, end
-    return stretches
+    return spans
 
 
 def _visible(text: str) -> str:

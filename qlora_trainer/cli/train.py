@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_trainer.cli.arguments import Overrides, RunDirectory
-from qlora_trainer.cli.console import ProgressBars, TrainingBar, print_notices, print_table, say
+from qlora_trainer.cli.console import ProgressBars, TrainingBar, print_table, print_warnings, say
 
 if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
@@ -29,7 +29,8 @@ def train(
 def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     """Continue an interrupted run from its newest valid checkpoint, bit for bit.
 
-    Only what does not change the run may be set anew, such as training.activations=recompute when memory ran out.
+    Only what does not change the run may be set anew, such as training.activation_checkpointing=full when memory ran
+    out.
     """
     from qlora_trainer.runs.start import resume_run
 
@@ -43,15 +44,15 @@ def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
     from qlora_trainer.runs.report.summary import summarize, write_run_report
 
-    print_notices(run.notices)
+    print_warnings(run.warnings)
     print_table("Run", summarize(run))
     with TrainingBar(run.state.total_steps, run.state.step) as bar:
         finished = run.train(bar)
     if finished:
-        told = len(run.notices)
+        reported = len(run.warnings)
         with ProgressBars() as progress:
             run.answer_samples("after", progress)
-        print_notices(run.notices[told:])
+        print_warnings(run.warnings[reported:])
     report = write_run_report(run)
     if not finished:
         say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")

@@ -1,4 +1,4 @@
-"""What every room may use: errors, progress, files written whole, hashing, units, facts about the machine.
+"""What every module may use: errors, progress, files written whole, hashing, units, facts about the machine.
 
-No room below this one; nothing here knows of models, data or runs.
+No module below this one; nothing here knows of models, data or runs.
 """

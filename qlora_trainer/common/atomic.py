@@ -162,7 +162,7 @@ def disk_errors(
     directory: Path,
     failures: frozenset[int] | None = None,  # error numbers; None for all
 ) -> Iterator[None]:
-    """Turn the system's errors of writing into a DiskError; errors that are letters already pass."""
+    """Turn the system's errors of writing into a DiskError; errors that are characters already pass."""
     try:
         yield
     except OSError as error:

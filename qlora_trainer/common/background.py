@@ -1,4 +1,4 @@
-"""Calls that run one after another in a thread beside the caller's: writing while the next values are computed.
+"""Calls that run one after another in a thread next to the caller's: writing while the next values are computed.
 
 Few calls wait at a time, so what they hold is bounded, and the caller is slowed to the pace of the thread. An exception
 of a call surfaces in the caller, at the next `submit` that has to wait, or at `finish`; nothing is swallowed. Until

@@ -1,4 +1,4 @@
-"""The errors a user can cause, each a short letter: what was found, what was expected, what to do.
+"""The errors a user can cause, each a short error message: what was found, what was expected, what to do.
 
 Every kind inherits QLoRATrainerError, which the command line turns into one message and exit code 2, and the
 stdlib kind that fits, so that a program using the library can catch either. What only we could break is an
@@ -26,7 +26,7 @@ class ModelError(QLoRATrainerError, ValueError):
 
 
 class QuantizationError(QLoRATrainerError, ValueError):
-    """Weights cannot be quantised, or are quantised otherwise than asked for."""
+    """Weights cannot be quantized, or are quantized otherwise than asked for."""
 
 
 class AdapterError(QLoRATrainerError, ValueError):
@@ -57,7 +57,8 @@ class MicroBatchError(InsufficientMemoryError):
         self.reason = first_line(error)
         super().__init__(
             f"Memory ran out in a micro-batch of {len(row_lengths)} rows, {sum(row_lengths):,} tokens ({self.reason}). "
-            "Lower training.micro_batch_tokens or data.max_length, or take a leaner training.activations."
+            "Lower training.micro_batch_tokens or data.max_length, or set training.activation_checkpointing to a "
+            "level that needs less memory."
         )
 
 
@@ -84,9 +85,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, QLoRATrainerError):
         return False
-    told = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    reported = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in reported)
     )
 
 
@@ -95,8 +96,8 @@ def is_broken_allocator(error: BaseException) -> bool:
 
     With expandable segments it can be after memory ran out: what was mapped half way stays so (pytorch#188008).
     """
-    told = ("INTERNAL ASSERT FAILED", "CUDACachingAllocator")
-    return isinstance(error, RuntimeError) and all(words in str(error) for words in told)
+    reported = ("INTERNAL ASSERT FAILED", "CUDACachingAllocator")
+    return isinstance(error, RuntimeError) and all(words in str(error) for words in reported)
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def is_cuda_not_starting(error: BaseException) -> bool:
 
     torch and CUDA say it by the text of a RuntimeError alone.
     """
-    told = (
+    reported = (
         "busy or unavailable",  # another program has the card for itself
         "driver initialization failed",
         "initialization error",
@@ -125,10 +126,10 @@ def is_cuda_not_starting(error: BaseException) -> bool:
         "system not yet initialized",
         "CUDA unknown error",
     )
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in reported)
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's error for use in a letter: its kind, and the first line of what it says."""
+    """Another library's error for use in an error message: its kind, and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -1,6 +1,6 @@
-"""sha256 of tensors, in threads beside the work that made or reads them.
+"""sha256 of tensors, in threads next to the work that made or reads them.
 
-hashlib lets other threads run, so what is made of a checkpoint is hashed while the next of it is quantised, in the same
+hashlib lets other threads run, so what is made of a checkpoint is hashed while the next of it is quantized, in the same
 pass over its files (weights/direct_reading.py hashes what is there). Few tensors wait at a time, as each is held until
 then.
 """
@@ -67,7 +67,7 @@ class Hasher:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
-        """Run `function`, such as `bytes_sha256`, on the arguments beside."""
+        """Run `function`, such as `bytes_sha256`, on the arguments next to."""
         self._room.acquire()
         future = self._pool.submit(function, *arguments)
         future.add_done_callback(lambda _: self._room.release())

@@ -1,4 +1,4 @@
-"""How long work tells where it is: a callable passed in, so that no room below the command line draws anything."""
+"""How long work tells where it is: a callable passed in, so that no module below the command line draws anything."""
 
 from typing import Protocol
 

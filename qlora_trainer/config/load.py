@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.config.renamed import renamed_key, renamed_value
 from qlora_trainer.config.schema import RunConfig, Source, SourceFile
 
 
@@ -62,7 +63,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML, but a key that stands twice is an error: plain YAML would let the last one win without a word."""
+    """YAML, but a key that is there twice is an error: plain YAML would let the last one win without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -70,7 +71,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    problem = f"the key {key.value} stands twice in one section; join them"
+                    problem = f"the key {key.value} is there twice in one section; join them"
                     raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return node
@@ -113,12 +114,14 @@ def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
 def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {place}{_suggestion(place)}"
+        return renamed_key(place, first["input"]) or f"unknown key {place}{_suggestion(place)}"
     if first["type"] == "missing":
         return f"{place} is missing, and has no default"
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
     if not place:
         return messages[0]
+    if renamed := renamed_value(place, first["input"]):
+        return f"{place}: {renamed}"
     return f"{place}: {', or '.join(m[0].lower() + m[1:] for m in messages)} (found {first['input']!r})"
 
 
@@ -136,7 +139,7 @@ def _is_union_label(part: int | str) -> bool:
 
 def _suggestion(unknown: str) -> str:
     """What may have been meant by an unknown key, or what there is."""
-    if unknown.startswith(("data.train.", "data.heldout.")):  # inside a source
+    if unknown.startswith(("data.train.", "data.eval.")):  # inside a source
         fields = Source.model_fields if unknown.startswith("data.train.") else SourceFile.model_fields
         source, _, leaf = unknown.rpartition(".")
         close = difflib.get_close_matches(leaf, fields, n=1, cutoff=0.7)
@@ -172,23 +175,23 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         if isinstance(data.train, str)
         else [source.model_copy(update={"path": _absolute(source.path)}) for source in data.train]
     )
-    heldout = _absolute_heldout(data.heldout)
+    eval_set = _absolute_eval(data.eval)
     init_from = config.adapter.init_from and _absolute(config.adapter.init_from)
     output_dir = str(Path(config.training.output_dir).expanduser().absolute())
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
             "adapter": config.adapter.model_copy(update={"init_from": init_from}),
-            "data": data.model_copy(update={"train": train, "heldout": heldout}),
+            "data": data.model_copy(update={"train": train, "eval": eval_set}),
             "training": config.training.model_copy(update={"output_dir": output_dir}),
         }
     )
 
 
-def _absolute_heldout(heldout: float | str | SourceFile) -> float | str | SourceFile:
-    if isinstance(heldout, SourceFile):
-        return heldout.model_copy(update={"path": _absolute(heldout.path)})
-    return _absolute(heldout) if isinstance(heldout, str) else heldout
+def _absolute_eval(eval_set: float | str | SourceFile) -> float | str | SourceFile:
+    if isinstance(eval_set, SourceFile):
+        return eval_set.model_copy(update={"path": _absolute(eval_set.path)})
+    return _absolute(eval_set) if isinstance(eval_set, str) else eval_set
 
 
 def _absolute(name: str) -> str:

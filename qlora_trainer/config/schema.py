@@ -43,26 +43,26 @@ class ModelConfig(Section):
         "auto", description="Dtype of activations. auto: bfloat16 on CUDA (float16 below Ampere), float32 on a CPU."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: CUDA where there is one.")
-    minimum_4bit_share: float = Field(
+    min_quantized_fraction: float = Field(
         0.9,
         ge=0.0,
         le=1.0,
-        description="Refuse a base of which less than this share of the linear weights (output head left out) "
+        description="Refuse a base of which less than this share of the linear weights (LM head left out) "
         "becomes 4-bit, for example one whose experts are fused on disk.",
     )
-    keep_quantized: bool = Field(
+    cache_quantized: bool = Field(
         False,
         description="Keep the base in 4 bits in the user's cache at its first use, and load that copy from then on, in "
-        "seconds. It is the same base; it takes about a third of the 16-bit checkpoint's room on disk.",
+        "seconds. It is the same base; it takes about a third of the 16-bit checkpoint's space on disk.",
     )
-    embeddings: Literal["device", "host"] = Field(
+    embeddings: Literal["device", "cpu"] = Field(
         "device",
-        description="Where the input embedding lies. host: in host memory, from where the rows of a micro-batch are "
-        "copied; the results are the same.",
+        description="Where the input embedding is kept. cpu: in host memory, from where the rows of a micro-batch "
+        "are copied; the results are the same.",
     )
-    output_head: Literal["dense", "8bit", "4bit"] = Field(
+    lm_head: Literal["dense", "8bit", "4bit"] = Field(
         "dense",
-        description="How the output head is held. 8bit (a scale a row) and 4bit (NF4) approximate it in training; the "
+        description="How the LM head is held. 8bit (a scale a row) and 4bit (NF4) approximate it in training; the "
         "merged model has the original one.",
     )
 
@@ -74,7 +74,7 @@ class AdapterConfig(Section):
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
     alpha: float = Field(32.0, gt=0.0, description="The adapter is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout on the adapter's input, a probability.")
-    targets: str | list[str] = Field(
+    target_modules: str | list[str] = Field(
         "all-linear",
         description="all-linear, attention, mlp, names such as [q_proj, v_proj] (the ends of paths), or a regular "
         "expression that whole paths must match.",
@@ -94,7 +94,7 @@ class AdapterConfig(Section):
     )
     init_from: str | None = Field(None, description="Directory of a PEFT adapter to start from, optimizer fresh.")
 
-    @field_validator("targets")
+    @field_validator("target_modules")
     @classmethod
     def _targets_are_named(cls, value: str | list[str]) -> str | list[str]:
         if not value:
@@ -139,7 +139,7 @@ class Source(SourceFile):
         None,
         ge=1e-9,
         le=1e9,
-        description="Its share of an epoch's rows, beside the other weights. The source that is scarcest beside its "
+        description="Its share of an epoch's rows, relative to the other weights. The source that is scarcest for its "
         "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
     )
     count: int | None = Field(
@@ -157,10 +157,10 @@ class Source(SourceFile):
 
 
 class DataConfig(Section):
-    """What is learned."""
+    """What is trained."""
 
     train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
-    heldout: float | str | SourceFile = Field(
+    eval: float | str | SourceFile = Field(
         0.05,
         description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
         "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
@@ -185,7 +185,7 @@ class DataConfig(Section):
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate",
         description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
-        "completion its end; what would lose all that is learned is dropped. Plain text is split into rows of "
+        "completion its end; what would lose all that is trained is dropped. Plain text is split into rows of "
         "max_length instead.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
@@ -195,11 +195,11 @@ class DataConfig(Section):
     )
     workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
         "auto",
-        description="Processes that render and tokenise beside the main one. auto: one a core, up to 8, for sets that "
+        description="Processes that render and tokenize next to the main one. auto: one a core, up to 8, for sets that "
         "take longer than these take to start; 0: none.",
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
-    learn: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
+    train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
         "assistant",
         description="Which tokens carry loss: all assistant turns, the last one, all turns of a list of roles such as "
         "[assistant, tool], or every token. What a message says of itself (weight, train, learn) comes first.",
@@ -210,14 +210,14 @@ class DataConfig(Section):
         "starts.",
     )
 
-    @field_validator("learn")
+    @field_validator("train_on")
     @classmethod
     def _roles_are_named(cls, value: str | list[str]) -> str | list[str]:
         if not value:
             raise ValueError("is an empty list; use assistant, last, all, or a list of roles such as [assistant, tool]")
         return value
 
-    @field_validator("heldout", mode="before")
+    @field_validator("eval", mode="before")
     @classmethod
     def _number_is_a_share(cls, value: object) -> object:
         """YAML reads 1e-1 as text, as it has no dot; a file of such a name can be given as ./1e-1."""
@@ -226,9 +226,9 @@ class DataConfig(Section):
         except ValueError:
             return value
 
-    @field_validator("heldout")
+    @field_validator("eval")
     @classmethod
-    def _heldout_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
+    def _eval_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
         if isinstance(value, float) and not 0.0 <= value < 1.0:
             raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
         return value
@@ -264,42 +264,55 @@ class TrainingConfig(Section):
     output_dir: str = Field("runs/my-run", description="The run directory; must be new or empty.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: by epochs.")
     epochs: int = Field(1, ge=1, description="Passes over the training rows.")
-    batch_size: int = Field(16, ge=1, description="Rows of one optimizer step, over all micro-batches.")
+    global_batch_size: int = Field(
+        16, ge=1, description="Over all devices and micro-batches, the rows of one optimizer step."
+    )
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Most tokens of one forward pass. auto: max_length."
     )
-    activations: Literal["auto", "keep", "recompute", "offload", "tile"] = Field(
+    activation_checkpointing: Literal["auto", "none", "full", "offload", "tiled"] = Field(
         "auto",
-        description="What backward keeps of each decoder layer: keep all; recompute it from the layer's input; offload "
-        "that input to host memory; and tile, which also takes MLPs a tile of tokens at a time. auto: the fastest that "
-        "fits.",
+        description="What backward recomputes of each decoder layer. none: nothing, all is kept; full: the layer, from "
+        "its input; offload: as full, with that input in host memory; tiled: as offload, with MLPs a tile of tokens "
+        "at a time. auto: the fastest that fits.",
     )
-    kept_layers: int = Field(
-        0, ge=0, description="So many of the last decoder layers keep all, the others recompute, offload or tile."
+    uncheckpointed_layers: int = Field(
+        0,
+        ge=0,
+        description="So many of the last decoder layers keep everything; the others follow activation_checkpointing.",
     )
-    offload_every: int = Field(
-        1, ge=1, description="Offload the input of every so many layers; those between are computed from it again."
+    offload_every_n_layers: int = Field(
+        1,
+        ge=1,
+        description="Under offload and tiled: offload the input of every so many layers; the layers between are "
+        "computed from it again.",
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
     deterministic: bool = Field(
         False, description="On CUDA sum in a fixed order too, so that runs repeat bit for bit; takes time and memory."
     )
-    evaluate_every: int = Field(100, ge=1, description="Measure the held-out loss every so many steps, and at the end.")
+    evaluate_every: int = Field(100, ge=1, description="Measure the eval loss every so many steps, and at the end.")
     save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
 
     @model_validator(mode="after")
     def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
-        if self.kept_layers and self.activations in ("auto", "keep"):
-            raise ValueError(f"kept_layers has no effect with activations={self.activations}; leave it out")
-        if self.offload_every > 1 and self.activations not in ("offload", "tile"):
-            raise ValueError(f"offload_every has no effect with activations={self.activations}; leave it out")
+        if self.uncheckpointed_layers and self.activation_checkpointing in ("auto", "none"):
+            raise ValueError(
+                "uncheckpointed_layers has no effect with "
+                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+            )
+        if self.offload_every_n_layers > 1 and self.activation_checkpointing not in ("offload", "tiled"):
+            raise ValueError(
+                "offload_every_n_layers has no effect with "
+                f"activation_checkpointing={self.activation_checkpointing}; leave it out"
+            )
         return self
 
 
 class EvaluationConfig(Section):
-    """What is measured besides the held-out loss."""
+    """What is measured besides the eval loss."""
 
-    samples: int = Field(3, ge=0, description="Held-out rows answered before and after training, for the report.")
+    samples: int = Field(3, ge=0, description="Eval rows answered before and after training, for the report.")
     max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
 
 

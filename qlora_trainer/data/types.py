@@ -43,7 +43,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Plain text, no chat template: the completion is learned, and that the text ends after it."""
+    """Plain text, no chat template: the completion is trained, and that the text ends after it."""
 
     prompt: str
     completion: str
@@ -51,7 +51,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text, all of it learned."""
+    """Plain text, all of it trained."""
 
     text: str
 
@@ -86,12 +86,12 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens. labels[i] is input_ids[i] where it is learned, else -100: not shifted yet."""
+    """One row as tokens. labels[i] is input_ids[i] where it is trained, else -100: not shifted yet."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
-    def learned_tokens(self) -> int:
+    def trained_tokens(self) -> int:
         """Labels that carry loss. The first token has nothing before it to be predicted from."""
         return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)

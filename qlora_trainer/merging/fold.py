@@ -1,18 +1,18 @@
 """The merge: fold an adapter into its base and write a plain dense checkpoint, tensor by tensor, without a model.
 
-The adapter was trained beside the base *as NF4 gave it back*, so by default each weight is taken through NF4 once
-more, exactly as in training: cast to the recorded dtype, quantised, compared with the recorded fingerprint, and
-dequantised. `base="original"` folds into the checkpoint's own weights instead, which is another function than the one
+The adapter was trained next to the base *as NF4 gave it back*, so by default each weight is taken through NF4 once
+more, exactly as in training: cast to the recorded dtype, quantized, compared with the recorded fingerprint, and
+dequantized. `base="original"` folds into the checkpoint's own weights instead, which is another function than the one
 trained, sometimes a better one: callers measure both (`choose_base` in verify.py).
 
-All arithmetic is fp32, with a single cast to the output dtype: dequantising in bf16 and adding there would cost about
+All arithmetic is fp32, with a single cast to the output dtype: dequantizing in bf16 and adding there would cost about
 25 times the error. NF4 is no output dtype, since rounding to the same grid again would erase the adapter. The source
 checkpoint's names and order drive the merge: what goes in comes out, under the same names, tied weights included.
 What goes where is decided beforehand, in merge_plan.py.
 
 The source is mapped, and values exist a few rows at a time, so the memory taken is that of one 4-bit weight, and does
 not grow with the vocabulary; only weights stored (I, O), as GPT-2's, are gathered whole. Rows are computed while those
-before them are written, and the base is compared with its fingerprint in a thread beside. What was written is read
+before them are written, and the base is compared with its fingerprint in a thread next to. What was written is read
 back from the disk in the end.
 
 Legend: O out features, I in features, R rank.
@@ -75,7 +75,7 @@ def merge(
     """Write the merged model to `output`, a new or empty directory that appears only when all has been verified.
 
     `verify` is called with the directory while it still has its temporary name, after every file has been checked;
-    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json beside the report. What a
+    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json next to the report. What a
     merge to the same place left when it was killed is removed first.
 
     Raises:
@@ -210,7 +210,7 @@ def _count_flushed(
 
 
 def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
-    """config.json as it was, but for the quantisation, gone, and the dtype, under its new name and its old one."""
+    """config.json as it was, but for the quantization, gone, and the dtype, under its new name and its old one."""
     config = read_config_json(directory)
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}

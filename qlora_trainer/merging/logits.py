@@ -1,7 +1,7 @@
 """How the logits of two models differ, over a block of the vocabulary at a time.
 
 With a large vocabulary the logits of a few hundred tokens take a gigabyte. So what is kept of a model's answers is what
-its output head takes, and logits are made again from that, a block of columns after the other; norms, softmax and the
+its LM head takes, and logits are made again from that, a block of columns after the other; norms, softmax and the
 first choice are gathered as the blocks go by. Sums are in fp64.
 
 Legend: N tokens, H hidden size, V vocabulary.
@@ -114,7 +114,7 @@ class _Softmax:
         return weights, earlier
 
     @property
-    def log_normaliser(self) -> Tensor:  # (N,)
+    def log_normalizer(self) -> Tensor:  # (N,)
         return self.largest + self.total.log()
 
 
@@ -136,8 +136,8 @@ def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
         weights, earlier = expected_softmax.take(expected, start)
         excess = excess * earlier + (weights * difference).sum(dim=1)
         found_softmax.take(found, start)
-    # KL = sum p (log p - log q), with log p = expected - its log normaliser, and log q likewise.
-    kl = excess / expected_softmax.total - expected_softmax.log_normaliser + found_softmax.log_normaliser
+    # KL = sum p (log p - log q), with log p = expected - its log normalizer, and log q likewise.
+    kl = excess / expected_softmax.total - expected_softmax.log_normalizer + found_softmax.log_normalizer
     return LogitDifference(
         relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else math.nan,
         kl=float(kl.mean()),

@@ -1,11 +1,11 @@
-"""What a merge is measured by: a run's answers on sample rows and its held-out loss, on either base, in fp32.
+"""What a merge is measured by: a run's answers on sample rows and its eval loss, on either base, in fp32.
 
 No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
-there are few passes, of many tokens. What is kept of a model's answers is what its output head takes. So memory is that
-of the largest matrix in fp32, twice, and of the activations of a pass, whatever the number of layers and the size of
-the vocabulary. Models whose tensors transformers renames or fuses while loading are the exception, and those whose code
-takes weights without calling their modules: they are loaded whole, where there is room. Where the GPU is too small, all
-is measured on the CPU.
+there are few passes, of many tokens. What is kept of a model's answers is what its LM head takes. So memory is that of
+the largest matrix in fp32, twice, and of the activations of a pass, whatever the number of layers and the size of the
+vocabulary. Models whose tensors transformers renames or fuses while loading are the exception, and those whose code
+takes weights without calling their modules: they are loaded whole, where there is space. Where the GPU is too small,
+all is measured on the CPU.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_sta
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.experts import has_experts
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
-from qlora_trainer.training.evaluation import heldout_loss
+from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
 
 SAMPLE_ROWS = 8
@@ -63,7 +63,7 @@ class MergeRun:
     weights: dict[str, TrainedWeight]  # that were 4-bit, by the checkpoint's names
     device: torch.device
     streams: bool  # its passes read the weights as they go; else the model is loaded whole
-    notices: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def inputs(self) -> MergeInputs:
@@ -75,13 +75,13 @@ class Sample:
     """What models are measured on."""
 
     rows: list[list[int]]  # tokens to compare logits on
-    heldout: ExampleSet | None
+    eval: ExampleSet | None
     forward: ForwardPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's answers at every token of the sample rows, its held-out loss, and whether it has experts."""
+    """A model's answers at every token of the sample rows, its eval loss, and whether it has experts."""
 
     answers: Answers
     loss: float | None
@@ -90,7 +90,7 @@ class Measured:
 
 def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
     """What to measure on, and the trained function's answers; on the CPU where a GPU turns out to be too small."""
-    told = len(run.notices)
+    reported = len(run.warnings)
     try:
         return _measure_trained_here(run, progress)
     except (torch.OutOfMemoryError, InsufficientMemoryError):
@@ -98,7 +98,7 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured
             raise
     give_back_memory()
     run.device = torch.device("cpu")
-    run.notices[told:] = [ON_CPU]  # what was told since will be told again
+    run.warnings[reported:] = [ON_CPU]  # what was reported since will be reported again
     return _measure_trained_here(run, progress)
 
 
@@ -112,7 +112,7 @@ def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Me
 def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
     """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
     required = base == "original"
-    if base == "dequantized" or is_prequantized(run.directory) or (sample.heldout is None and not required):
+    if base == "dequantized" or is_prequantized(run.directory) or (sample.eval is None and not required):
         return None
     try:
         return _measure(_with_adapter(run, "original", progress), run, sample, progress)
@@ -122,27 +122,27 @@ def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progres
                 f"Measuring the original base ran out of memory on {run.device} ({first_line(error)}). Free memory "
                 "there, or merge with --base dequantized."
             ) from error
-        run.notices.append(f"The original base was not measured: {first_line(error)}")
+        run.warnings.append(f"The original base was not measured: {first_line(error)}")
         return None
     finally:
         give_back_memory()
 
 
 def _sample(run: MergeRun, progress: Progress) -> Sample:
-    """Held-out rows to measure on; token rows to compare on: held-out ones, else training's, else fixed sentences."""
+    """Eval rows to measure on; token rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
     try:
-        prepared, told = prepare_trained(run.trained, run.tokenizer, run.directory, progress)
+        prepared, reported = prepare_trained(run.trained, run.tokenizer, run.directory, progress)
     except (DataError, FileMissingError) as error:
-        run.notices.append(f"The run's data could not be read, so nothing was measured on held-out rows. {error}")
+        run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
         return Sample([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
-    run.notices += told
-    examples: ExampleSet = prepared.heldout if len(prepared.heldout) else prepared.train
+    run.warnings += reported
+    examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
-    if not len(prepared.heldout):
-        run.notices.append("The run has no held-out rows, so the two bases could not be measured against each other.")
+    if not len(prepared.eval):
+        run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")
         return Sample(rows, None, forward)
-    return Sample(rows, prepared.heldout, forward)
+    return Sample(rows, prepared.eval, forward)
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
@@ -171,12 +171,12 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
         return load_streamed_model(run.directory, run.device, weights, layers=layers)
     if base == "original":
         return load_dense_model(run.directory, run.device)
-    # With the base's own output head, which the merged model has, not with the approximation it was trained by.
+    # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
     settings = run.trained.config.model.model_copy(
         update={
             "device": run.device.type,
             "compute_dtype": "float32",
-            "output_head": "dense",
+            "lm_head": "dense",
             "embeddings": "device",
         }
     )
@@ -188,15 +188,15 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
 
 @torch.no_grad()
 def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> Measured:
-    """In one pass over the sample rows, by the training forward, and one for each pack of held-out rows."""
+    """In one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring answers", 0, None)
     answers, is_routed = _answers(model, sample), has_experts(model)
-    if sample.heldout is None:
+    if sample.eval is None:
         return Measured(answers, None, is_routed)
     # Whole logits of a large pack would take more memory than the weights.
     least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
     most_tokens = max(micro_batch_tokens(run.trained.config), least)
-    loss = heldout_loss(model, sample.heldout, sample.forward, most_tokens, progress)
+    loss = eval_loss(model, sample.eval, sample.forward, most_tokens, progress)
     return Measured(answers, loss, is_routed)
 
 

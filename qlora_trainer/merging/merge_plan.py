@@ -156,7 +156,7 @@ def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
     if touched and read_config_json(directory).get("tie_word_embeddings", True):
         raise MergeError(
             f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
-            "Use the adapter beside its base instead."
+            "Use the adapter next to its base instead."
         )
 
 
@@ -168,7 +168,7 @@ def _output_spec(plan: TensorPlan, dtype: torch.dtype) -> TensorSpec:
         return TensorSpec(info.name, info.dtype, info.shape)
     if info.dtype.itemsize == 1:
         raise MergeError(
-            f"{info.name} is stored as {dtype_name(info.dtype)}, an 8-bit quantisation this merge does not know. "
+            f"{info.name} is stored as {dtype_name(info.dtype)}, an 8-bit quantization this merge does not know. "
             "Convert the base to 16 bits first."
         )
     return TensorSpec(info.name, dtype, info.shape)

@@ -1,9 +1,9 @@
 """From a run directory to a merged, verified model: choose the base, merge, and compare answers.
 
-The trained function, in fp32, gives the reference: logits on sample rows, and the held-out loss. Then what was written
-is run by plain transformers and must give the same. On the dequantised base the merged model is the trained function,
+The trained function, in fp32, gives the reference: logits on sample rows, and the eval loss. Then what was written
+is run by plain transformers and must give the same. On the dequantized base the merged model is the trained function,
 so the bound is tight. The original base makes another function: its merge is held to the same bound against original
-weights + adapter, and how far that is from what was trained is reported, with the held-out losses of both; where it is
+weights + adapter, and how far that is from what was trained is reported, with the eval losses of both; where it is
 clearly worse it is refused.
 """
 
@@ -46,8 +46,8 @@ class Deployment:
 
     report: MergeReport
     choice: BaseChoice
-    difference_from_trained: LogitDifference | None  # of the base taken, before rounding; None for the dequantised one
-    notices: list[str]
+    difference_from_trained: LogitDifference | None  # of the base taken, before rounding; None for the dequantized one
+    warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -66,7 +66,7 @@ def merge_run(
     """Merge a run's adapter into its base, verify it, and write it to `output`, a new or empty directory.
 
     Args:
-        model: another copy of the run's base, such as a prequantised one, to merge from; by default the run's own.
+        model: another copy of the run's base, such as a prequantized one, to merge from; by default the run's own.
         max_shard_bytes: of a file of weights; a larger tensor has one of its own.
 
     Raises:
@@ -91,7 +91,7 @@ def _merge_run(
 ) -> Deployment:
     if base == "original" and is_prequantized(run.directory):
         raise MergeError(
-            f"{run.directory} is prequantised: it holds no original weights to merge into. Merge into the dequantised "
+            f"{run.directory} is prequantized: it holds no original weights to merge into. Merge into the dequantized "
             "base (--base dequantized), which is the function that was trained."
         )
     _refuse_early(run, output, dtype, base, progress)
@@ -134,7 +134,7 @@ def _merge_run(
         },
         progress=progress,
     )
-    return Deployment(report, choice, difference, run.notices)
+    return Deployment(report, choice, difference, run.warnings)
 
 
 def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
@@ -160,7 +160,7 @@ def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
         streams=can_stream(directory),
     )
     if run.device != wanted:
-        run.notices.append(ON_CPU)
+        run.warnings.append(ON_CPU)
     return run
 
 

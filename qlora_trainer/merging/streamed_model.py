@@ -5,7 +5,7 @@ forward pass reads the weights once more: it needs the memory of one matrix and 
 reading the checkpoint. Callers put as many tokens into a pass as they can. A weight comes as the checkpoint holds it,
 or as it was in training, through NF4 and back (trained_weights.py).
 
-Of an embedding only the rows of the tokens are read, and the output head is multiplied with a block of its rows at a
+Of an embedding only the rows of the tokens are read, and the LM head is multiplied with a block of its rows at a
 time, so memory does not grow with the vocabulary.
 
 Between its uses a matrix is a single NaN seen in the matrix's shape, four bytes on the model's device. Code that asks
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from qlora_kernels.head_rows import head_logits
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.merging.trained_weights import TrainedWeight
-from qlora_trainer.model.device import device_with_room
+from qlora_trainer.model.device import device_with_memory
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.facts import keep_layers, read_config
 from qlora_trainer.model.load import load_dense_model
@@ -71,7 +71,7 @@ class StreamedMatrix(nn.Parameter):
         dtype: torch.dtype,
     ) -> Tensor:
         """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
-        assert isinstance(self.source, TensorInfo), "embeddings and output heads are dense"
+        assert isinstance(self.source, TensorInfo), "embeddings and LM heads are dense"
         read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
         return read.to(self.device).to(dtype)
 
@@ -90,7 +90,7 @@ class StreamedMatrix(nn.Parameter):
 
 
 class StreamedHead(nn.Module):
-    """A frozen output head, logits = hidden W^T + b, whose W (V, H) is read by rows; it is its own HeadRows."""
+    """A frozen LM head, logits = hidden W^T + b, whose W (V, H) is read by rows; it is its own HeadRows."""
 
     def __init__(self, weight: StreamedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def load_streamed_model(
 ) -> Any:
     """A model directory in fp32, frozen, in evaluation mode, whose modules read their matrices when they are called.
 
-    It lies on the CPU where a GPU has no room. Adapters can be put on it; it gives no gradients.
+    It lies on the CPU where a GPU has no module. Adapters can be put on it; it gives no gradients.
 
     Args:
         trained: take these weights, by the checkpoint's names, as they were in training; reading one checks it.
@@ -172,7 +172,7 @@ def streaming_device(directory: Path, device: torch.device) -> torch.device:
     """Where `load_streamed_model` would run the model of `directory`, or its merge: `device`, or the CPU.
 
     Raises:
-        InsufficientMemoryError: neither has room for its largest matrix twice (it is made from another), or for the
+        InsufficientMemoryError: neither has space for its largest matrix twice (it is made from another), or for the
             whole model where its tensors are fused while loading.
     """
     return _examine(directory, device, {}, None)[2]
@@ -181,7 +181,7 @@ def streaming_device(directory: Path, device: torch.device) -> torch.device:
 def _examine(
     directory: Path, device: torch.device, trained: Mapping[str, TrainedWeight], layers: int | None
 ) -> tuple[Any, dict[str, Source] | None, torch.device]:
-    """The empty model, where its parameters come from, if that can be told, and the device that has room."""
+    """The empty model, where its parameters come from, if that can be determined, and the device that has space."""
     config = read_config(directory)
     if layers is not None:
         keep_layers(config.get_text_config(), layers)
@@ -195,7 +195,7 @@ def _examine(
         by_rows = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) or _is_plain_head(m, model)}
         fetched = [4 * parameter.numel() for parameter in set(model.parameters()) - resident - by_rows]
         needed = sum(4 * parameter.numel() for parameter in resident) + 2 * max(fetched, default=0)
-    return model, sources, device_with_room(needed + WORKING_BYTES, device, f"Comparing answers of {directory}")
+    return model, sources, device_with_memory(needed + WORKING_BYTES, device, f"Comparing answers of {directory}")
 
 
 def _sources(
@@ -259,7 +259,7 @@ def _absent(shape: torch.Size, device: torch.device) -> Tensor:
 
 
 def _is_plain_head(module: nn.Module, model: Any) -> bool:
-    """Whether it is the output head, and multiplies as a StreamedHead does."""
+    """Whether it is the LM head, and multiplies as a StreamedHead does."""
     return module is model.get_output_embeddings() and type(module) is nn.Linear
 
 

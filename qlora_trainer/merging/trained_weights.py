@@ -1,7 +1,7 @@
 """A base's 4-bit weights as training had them, made again from its checkpoint, one at a time.
 
-From a plain checkpoint a weight is cast to the recorded dtype and quantised, exactly as it was for training; from a
-prequantised one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
+From a plain checkpoint a weight is cast to the recorded dtype and quantized, exactly as it was for training; from a
+prequantized one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
 a run may be merged from another copy of its base than it was trained on. Merging and its verification both begin here.
 
 Legend: O out features, I in features.
@@ -29,10 +29,10 @@ from qlora_trainer.weights.reading import read_blocks, read_tensor, read_tensors
 class TrainedWeight:
     """How one weight was 4-bit in training, and where it comes from."""
 
-    source: TensorInfo  # the weight, or the packed codes of a prequantised one
-    statistics: Mapping[str, TensorInfo]  # of a prequantised one; else none
+    source: TensorInfo  # the weight, or the packed codes of a prequantized one
+    statistics: Mapping[str, TensorInfo]  # of a prequantized one; else none
     recorded: TensorFingerprint
-    source_dtype: torch.dtype  # that it was quantised from
+    source_dtype: torch.dtype  # that it was quantized from
     shape: tuple[int, int]  # (O, I)
     transposed: bool  # the checkpoint stores (I, O)
 
@@ -112,7 +112,7 @@ def trained_weights(
 
     Raises:
         MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
-        QuantizationError: one is prequantised otherwise than this trainer keeps its base.
+        QuantizationError: one is prequantized otherwise than this trainer keeps its base.
     """
     statistics = weight_statistics(tensors)
     source_dtype = getattr(torch, fingerprint.source_dtype)
@@ -157,7 +157,7 @@ def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mappin
     raise MergeError(
         f"{parameter} {what}, but the base's checkpoint has no such tensor. Either this is another base than the one "
         "trained, or transformers fuses this architecture's tensors while loading, and then it cannot be merged "
-        "here. The adapter itself is whole, and can be used beside its base."
+        "here. The adapter itself is whole, and can be used next to its base."
     )
 
 

@@ -33,10 +33,10 @@ KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
 # A router's choice jumps: where two experts are as good as equal, rounding sends a token to the other one. Tiny random
 # mixtures, whose ties are many and whose slots weigh much, showed up to 1e-3 in fp16 and 5e-3 in bf16 (512 tokens).
 ROUTED_KL_BOUNDS = {torch.float16: 1e-2, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# How much worse on held-out rows an adapter may be on the original base than on the one it was trained on: a share of
+# How much worse on eval rows an adapter may be on the original base than on the one it was trained on: a share of
 # the loss, or nats where the loss is so small that its share says nothing.
 MOST_WORSE_RELATIVE, MOST_WORSE_NATS = 0.10, 0.01
-_MOST_OFF = 1e-4  # relative, of logits made of hidden states beside the model's own
+_MOST_OFF = 1e-4  # relative, of logits made of hidden states next to the model's own
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which base `auto` took, and the held-out losses it saw."""
+    """Which base `auto` took, and the eval losses it saw."""
 
     base: Literal["dequantized", "original"]
-    heldout_loss: dict[str, float]
+    eval_loss: dict[str, float]
     reason: str
 
 
@@ -112,7 +112,7 @@ def head_answers(
     hidden: Tensor,  # (N, H)
     loss_path: LossPath,
 ) -> HeadAnswers:
-    """The logits that a model's output head makes of hidden states."""
+    """The logits that a model's LM head makes of hidden states."""
     head = model.get_output_embeddings()
     weight = head_weight(head)
     rows = DenseRows(weight) if isinstance(weight, Tensor) else weight
@@ -135,7 +135,7 @@ def _last_logits(
 
 
 def choose_base(dequantized_loss: float | None, original_loss: float | None) -> BaseChoice:
-    """What `--base auto` takes: the lower held-out loss; the base trained on where they tie or were not measured."""
+    """What `--base auto` takes: the lower eval loss; the base trained on where they tie or were not measured."""
     losses = {
         name: loss
         for name, loss in (("dequantized", dequantized_loss), ("original", original_loss))
@@ -145,7 +145,7 @@ def choose_base(dequantized_loss: float | None, original_loss: float | None) -> 
         reason = "the two bases could not both be measured, so the one the adapter was trained on was taken"
         return BaseChoice("dequantized", losses, reason)
     better: Literal["dequantized", "original"] = "original" if original_loss < dequantized_loss else "dequantized"
-    reason = f"held-out loss {dequantized_loss:.4f} on the dequantized base, {original_loss:.4f} on the original"
+    reason = f"eval loss {dequantized_loss:.4f} on the dequantized base, {original_loss:.4f} on the original"
     return BaseChoice(better, losses, reason)
 
 
@@ -159,7 +159,7 @@ def check_original(dequantized_loss: float | None, original_loss: float | None) 
     most = max(dequantized_loss * (1 + MOST_WORSE_RELATIVE), dequantized_loss + MOST_WORSE_NATS)
     if not original_loss <= most:
         raise MergeError(
-            f"On the original base this adapter has a held-out loss of {original_loss:.4f}, and of "
-            f"{dequantized_loss:.4f} on the dequantised base it was trained on: more than {MOST_WORSE_RELATIVE:.0%} "
+            f"On the original base this adapter has an eval loss of {original_loss:.4f}, and of "
+            f"{dequantized_loss:.4f} on the dequantized base it was trained on: more than {MOST_WORSE_RELATIVE:.0%} "
             "worse. Merge with --base dequantized. Nothing was written."
         )

@@ -2,7 +2,7 @@
 
 A card is too old, or too new, for a torch that has no code for it: the first operation would fail with "no kernel
 image is available". torch's own list of architectures decides, so that no version is written down here. A torch built
-for CUDA that sees no card is a notice: who installed one rarely means the CPU.
+for CUDA that sees no card is a warning: who installed one rarely means the CPU.
 """
 
 import ctypes
@@ -51,7 +51,7 @@ def missing_card() -> tuple[str, str]:
     )
 
 
-def missing_card_notices(wanted: str) -> list[str]:
+def missing_card_warnings(wanted: str) -> list[str]:
     """Say that `model.device=auto` takes the CPU because a card is missing that this torch could use."""
     why, advice = missing_card() if wanted == "auto" else ("", "")
     if not why:
@@ -101,13 +101,13 @@ def operations_by_version(device_type: str) -> dict[str, list[str]]:
 
 
 def kernels_in_words(device_type: str) -> str:
-    """Say how many operations are fast on this kind of device, and which could be and are not; a notice has why."""
+    """Say how many operations are fast on this kind of device, and which could be and are not; a warning has why."""
     found = operations_by_version(device_type)
     slower = sorted(name for version, names in found.items() if version not in (FAST, ONLY_VERSION) for name in names)
     return f"{len(found.get(FAST, []))} fast" + (f", plain torch for {', '.join(slower)}" if slower else "")
 
 
-def kernel_notices(device_type: str) -> list[str]:
+def kernel_warnings(device_type: str) -> list[str]:
     """Say which operations lack their fast version on this kind of device, and what would bring it: a line a reason.
 
     Raises:
@@ -169,7 +169,7 @@ def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.d
     return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
-def device_with_room(needed: int, device: torch.device, what: str) -> torch.device:
+def device_with_memory(needed: int, device: torch.device, what: str) -> torch.device:
     """`device`, or the CPU where a GPU has fewer bytes free than needed; InsufficientMemoryError where neither has."""
     if device.type == "cuda" and needed > free_memory(device):
         device = torch.device("cpu")

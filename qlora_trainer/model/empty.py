@@ -46,12 +46,12 @@ def empty_model(
     return model.eval()
 
 
-def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_host: bool = False) -> None:
+def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_cpu: bool = False) -> None:
     """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
 
     An embedding that goes to host memory keeps its dtype where it may.
     """
-    kept = model.get_input_embeddings().weight if embedding_on_host and keeps_own_dtype(model) else None
+    kept = model.get_input_embeddings().weight if embedding_on_cpu and keeps_own_dtype(model) else None
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter is not kept:
             parameter.data = parameter.data.to(dtype)

@@ -33,7 +33,7 @@ def vocabulary_size(directory: Path) -> int | None:
 
 
 def is_prequantized(directory: Path) -> bool:
-    """Whether a model directory holds weights that are quantised already."""
+    """Whether a model directory holds weights that are quantized already."""
     return getattr(read_config(directory), "quantization_config", None) is not None
 
 

@@ -2,12 +2,12 @@
 
 `load_plan.py` says beforehand what becomes of each tensor; `lay_out` gives the empty model, still on meta, the form it
 will have, so its size is known to the byte before anything is read. `load_tensors` then goes through the files in their
-order: what becomes 4-bit is quantised from the checkpoint's widest dtype and dropped, what stays dense is checked for
+order: what becomes 4-bit is quantized from the checkpoint's widest dtype and dropped, what stays dense is checked for
 values that are not finite and cast once. Weights that are 4-bit on disk already are taken as they are: on a CPU they
 stay in the file, which is mapped privately, so nothing writes into it. Hashes of what lies on disk and of what was made
-of it are computed beside, in the same pass, and become the base's fingerprint.
+of it are computed next to, in the same pass, and become the base's fingerprint.
 
-How a tensor becomes part of a module stands in one place, `_Filling.take`, by the tables of the plan. Another kind of
+How a tensor becomes part of a module is in one place, `_Filling.take`, by the tables of the plan. Another kind of
 module, such as experts that share one weight, needs a table there, its form in `lay_out`, and its case in `take`.
 
 Legend: O out features, I in features.
@@ -37,14 +37,14 @@ from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import Arrival, stream_tensors
 
 
-def lay_out(model: Any, plan: LoadPlan, output_head: HeadKind) -> None:
-    """Give the model, dense and on meta, its 4-bit layers and its output head, on meta too.
+def lay_out(model: Any, plan: LoadPlan, lm_head: HeadKind) -> None:
+    """Give the model, dense and on meta, its 4-bit layers and its LM head, on meta too.
 
     Raises:
         ModelError: the head is no linear layer and cannot be held as asked for.
     """
     empty_nf4(model, set(plan.four_bit.values()), "meta")
-    empty_head(model, output_head, "meta")
+    empty_head(model, lm_head, "meta")
 
 
 def load_tensors(
@@ -53,19 +53,19 @@ def load_tensors(
     config: Mapping[str, Any],  # what config.json holds
     *,
     device: torch.device,
-    embedding_on_host: bool = False,  # leave it out of the device; who computes must know (modules/cpu_embedding.py)
+    embedding_on_cpu: bool = False,  # leave it out of the device; who computes must know (modules/cpu_embedding.py)
     progress: Progress = silent,
 ) -> BaseFingerprint:
-    """Read, check, quantise and place every tensor of the plan, and say which base it is.
+    """Read, check, quantize and place every tensor of the plan, and say which base it is.
 
     Raises:
-        QuantizationError: a weight is not finite, or was quantised otherwise than to NF4 with double quantisation.
-        ModelError: a file is damaged, or a prequantised weight has another shape than the model.
+        QuantizationError: a weight is not finite, or was quantized otherwise than to NF4 with double quantization.
+        ModelError: a file is damaged, or a prequantized weight has another shape than the model.
     """
     wanted = [info for name, info in plan.tensors.items() if name in plan.four_bit or name in plan.dense]
     done, total = 0, sum(info.nbytes for info in wanted)
     with Hasher() as hasher:
-        filling = _Filling(model, plan, hasher, device, embedding_on_host)
+        filling = _Filling(model, plan, hasher, device, embedding_on_cpu)
         arrivals = stream_tensors(
             wanted,
             device,
@@ -92,10 +92,10 @@ class _Filling:
         plan: LoadPlan,
         hasher: Hasher,
         device: torch.device,
-        embedding_on_host: bool,
+        embedding_on_cpu: bool,
     ) -> None:
         self.model, self.plan, self.hasher, self.device = model, plan, hasher, device
-        embedding = model.get_input_embeddings() if embedding_on_host else None
+        embedding = model.get_input_embeddings() if embedding_on_cpu else None
         self.host_name = next((f"{path}.weight" for path, m in model.named_modules() if m is embedding), None)
         self.sources: dict[str, str] = {}  # by the checkpoint's names
         self.four_bit: dict[str, Future[TensorFingerprint]] = {}  # by path of the layer
@@ -156,7 +156,7 @@ class _Filling:
         return values.to(dtype, copy=values is arrival.host)
 
     def stays_on_host(self, info: TensorInfo) -> bool:
-        """Whether it is wanted in host memory; the output head may be made of it on the device too."""
+        """Whether it is wanted in host memory; the LM head may be made of it on the device too."""
         return info.name in self.plan.dense and self.host_name in self.plan.dense[info.name].names
 
     def move_buffers(self) -> None:
@@ -171,7 +171,7 @@ class _Filling:
         """What has been loaded; waits for the hashes."""
         tensors = {path: found.result() for path, found in self.four_bit.items()}
         packed = {name: tensors[self.plan.four_bit[name]].packed_sha256 for name in self.plan.statistics}
-        sources = self.sources | packed  # of a prequantised weight, the packed bytes are what lies on disk
+        sources = self.sources | packed  # of a prequantized weight, the packed bytes are what lies on disk
         return make_fingerprint(
             config,
             self.plan.source_dtype,

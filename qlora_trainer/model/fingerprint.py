@@ -5,9 +5,9 @@ just as well on another base of the same shape, and answers nonsense there. Reco
 of every 4-bit tensor, and everything that stayed dense, as loaded and before it is cast to the dtype of computation,
 so that a CPU in fp32 and a GPU in bf16 name the same base alike.
 
-The statistics of a 4-bit tensor are compared within a tolerance, not by a hash: double quantisation subtracts the mean
+The statistics of a 4-bit tensor are compared within a tolerance, not by a hash: double quantization subtracts the mean
 of the block maxima, whose last bit depends on the device and even on the number of threads that summed it, and with
-it a few maxima of a large tensor get the neighbouring code. Measured on a CPU, 4096 x 4096, one thread against two:
+it a few maxima of a large tensor get the neighboring code. Measured on a CPU, 4096 x 4096, one thread against two:
 15 of 262,144 codes differ, while the packed codes are equal to the last.
 """
 
@@ -24,7 +24,7 @@ from qlora_trainer.common.hashing import bytes_sha256, values_sha256
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values in fp32
-SCALES_TOLERANCE = 1e-5  # relative; means of block scales, of which a few may have the neighbouring code
+SCALES_TOLERANCE = 1e-5  # relative; means of block scales, of which a few may have the neighboring code
 
 # Keys of config.json that do not say what function the model is: where it came from, and how it was written or run.
 _NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"}
@@ -41,10 +41,10 @@ class TensorFingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class BaseFingerprint:
-    """The identity of a quantised base: its config, the dtype it was quantised from, and every tensor."""
+    """The identity of a quantized base: its config, the dtype it was quantized from, and every tensor."""
 
     config: dict[str, Any]  # config.json, as far as it says what the model computes
-    source_dtype: str  # dtype the weights had when they were quantised, such as "bfloat16"
+    source_dtype: str  # dtype the weights had when they were quantized, such as "bfloat16"
     tensors: dict[str, TensorFingerprint]  # 4-bit, by module path, such as "model.layers.0.self_attn.q_proj"
     dense: dict[str, str]  # sha256 of what is not 4-bit, by name, such as "model.norm.weight"; ties once
     # sha256 of each tensor's bytes on disk, by the checkpoint's names; no part of the identity, as a copy kept in 4
@@ -69,19 +69,20 @@ class BaseFingerprint:
     def difference(self, other: "BaseFingerprint") -> str | None:
         """A sentence on how `other` differs from this base, or None where they are the same function."""
         if missing := self.tensors.keys() ^ other.tensors.keys():
-            told = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
-            return told + self._origin(other)
+            reported = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+            return reported + self._origin(other)
         changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
-            told = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
-            return told + self._origin(other)
-        # Records of earlier versions have what is dense beside 4-bit weights as fp32, whatever it is on disk: no match.
+            reported = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
+            return reported + self._origin(other)
+        # Records of earlier versions have what is dense next to 4-bit weights as fp32, whatever it is on disk: no
+        # match.
         is_comparable = bool(self.sources) or self.source_dtype == other.source_dtype
         names = sorted(self.dense.keys() | other.dense.keys())
         changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
         if changed and is_comparable:
-            told = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
-            return told + self._origin(other)
+            reported = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+            return reported + self._origin(other)
         keys = sorted(self.config.keys() | other.config.keys())
         if changed := [key for key in keys if self.config.get(key) != other.config.get(key)]:
             key = changed[0]
@@ -94,18 +95,18 @@ class BaseFingerprint:
     def _origin(self, other: "BaseFingerprint") -> str:
         """The end of a sentence: why the same layers hold other weights, as far as the checkpoints' bytes tell."""
         if self.sources and self.sources == other.sources:
-            told = "they were made of the same bytes: quantised otherwise, or a copy kept in 4 bits is damaged"
+            reported = "they were made of the same bytes: quantized otherwise, or a copy kept in 4 bits is damaged"
         elif self.sources.keys() == other.sources.keys() and self.sources:
             changed = [name for name, source in self.sources.items() if other.sources[name] != source]
-            told = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"
+            reported = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"
         elif self.sources and other.sources:
-            told = "the checkpoints do not hold the same tensors, or one of them is 4-bit on disk"
+            reported = "the checkpoints do not hold the same tensors, or one of them is 4-bit on disk"
         else:
-            told = ""
+            reported = ""
         if self.source_dtype != other.source_dtype:
-            told += ", " if told else ""
-            told += f"quantised from {self.source_dtype} there and from {other.source_dtype} here"
-        return f"; {told}" if told else ""
+            reported += ", " if reported else ""
+            reported += f"quantized from {self.source_dtype} there and from {other.source_dtype} here"
+        return f"; {reported}" if reported else ""
 
 
 def make_fingerprint(

@@ -44,37 +44,37 @@ class ForwardPlan:
 
     loss_path: LossPath
     can_pack: bool
-    notices: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     """Try packing and the loss path on a few tokens, in five short forward passes.
 
     Args:
-        max_length: the longest row to come, in tokens, for a notice where the model treats long rows otherwise.
+        max_length: the longest row to come, in tokens, for a warning where the model treats long rows otherwise.
 
     Raises:
         ModelError: the model cannot run a plain forward.
     """
     can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
     loss_path = find_loss_path(model)
-    notices = []
+    warnings = []
     limit = _longest_with_own_positions(model)
     if limit is not None and max_length is not None and max_length > limit:
-        notices.append(
+        warnings.append(
             f"This model encodes positions otherwise in a forward pass with a row of more than {limit} tokens, and in "
             "all its rows: shorter ones change with what lies in their micro-batch. data.max_length="
             f"{limit} keeps every row on its own."
         )
     if not can_pack:
-        notices.append(
+        warnings.append(
             "This model's attention cannot keep packed documents apart; its rows are padded on the right instead."
         )
     if loss_path.own_logits:
-        notices.append(
+        warnings.append(
             "This model computes its logits in a way of its own; the loss takes them whole, which needs more memory."
         )
-    return ForwardPlan(loss_path, can_pack, tuple(notices))
+    return ForwardPlan(loss_path, can_pack, tuple(warnings))
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def find_loss_path(model: Any) -> LossPath:
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     if not isinstance(head, nn.Linear | HeadRows) or (bias is not None and bias.requires_grad):
-        return LossPath(own_logits=True)  # the lean loss gives a head's bias no gradient
+        return LossPath(own_logits=True)  # the memory-efficient loss gives a head's bias no gradient
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(next(model.parameters()).device)
     positions = torch.arange(8, device=ids.device)[None]
@@ -142,7 +142,7 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 
 
 def hidden_states(model: Any, pack: Pack) -> Tensor:  # (B, T, H)
-    """What the output head takes, at every token of the pack, documents kept apart as in training."""
+    """What the LM head takes, at every token of the pack, documents kept apart as in training."""
     with attention_for(model, pack):
         return model.base_model(**_inputs(pack)).last_hidden_state
 

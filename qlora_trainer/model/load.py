@@ -1,11 +1,11 @@
 """The base model: from a directory of safetensors to a frozen NF4 model, or a dense or empty one of the same kind.
 
-The model is made empty and filled a tensor at a time (fill.py). Weights are quantised from the widest dtype
+The model is made empty and filled a tensor at a time (fill.py). Weights are quantized from the widest dtype
 the checkpoint holds, whatever the dtype of computation, so the codes depend on the checkpoint alone, and a merge can
 make them again.
 
 Where transformers merges or splits tensors while loading, such as the experts of a mixture, its own loader reads the
-checkpoint and bitsandbytes quantises; such a model holds for a moment densely what the config asks to hold otherwise.
+checkpoint and bitsandbytes quantizes; such a model holds for a moment densely what the config asks to hold otherwise.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import (
     choose_compute_dtype,
     choose_device,
-    device_with_room,
+    device_with_memory,
     free_memory,
     give_back_memory,
 )
@@ -34,10 +34,10 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
     host_tensors,
-    keep_embeddings_on_host,
+    keep_embeddings_on_cpu,
     refuse_tied_embedding,
 )
-from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_four_bit_share
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_quantized_fraction
 from qlora_trainer.model.pretrained import load_converted, load_pretrained
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization
 from qlora_trainer.weights.model_directory import checkpoint_tensors
@@ -50,10 +50,10 @@ class Base:
     model: Any  # transformers' PreTrainedModel
     directory: Path
     fingerprint: BaseFingerprint
-    four_bit_share: float
+    quantized_fraction: float
     compute_dtype: torch.dtype
     device: torch.device
-    notices: list[str] = dataclasses.field(default_factory=list)  # on its checkpoint
+    warnings: list[str] = dataclasses.field(default_factory=list)  # on its checkpoint
 
     @property
     def bytes(self) -> int:
@@ -63,49 +63,49 @@ class Base:
 
 
 def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
-    """Load and quantise a model directory; everything frozen, every linear layer in NF4, the output head as asked for.
+    """Load and quantize a model directory; everything frozen, every linear layer in NF4, the LM head as asked for.
 
     Raises:
         ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, names that a
-            merge could not find again, or an embedding asked to the host that the output head needs.
-        QuantizationError: weights that are not finite, or prequantised otherwise.
+            merge could not find again, or an embedding asked to the host that the LM head needs.
+        QuantizationError: weights that are not finite, or prequantized otherwise.
         InsufficientMemoryError: the 4-bit model does not fit.
     """
     device = choose_device(settings.device)
     compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
     plan, model = plan_base(directory)
-    lay_out(model, plan, settings.output_head)
-    share = check_four_bit_share(model, settings.minimum_4bit_share)
+    lay_out(model, plan, settings.lm_head)
+    share = check_quantized_fraction(model, settings.min_quantized_fraction)
     if share == 0.0:
-        raise ModelError(f"{directory} has no linear layers that can be quantised; it cannot be trained here.")
-    on_host = settings.embeddings == "host"
+        raise ModelError(f"{directory} has no linear layers that can be quantized; it cannot be trained here.")
+    on_host = settings.embeddings == "cpu"
     if on_host:
         refuse_tied_embedding(model)
-    compute_in(model, compute_dtype, embedding_on_host=on_host)
+    compute_in(model, compute_dtype, embedding_on_cpu=on_host)
     check_mergeable(plan, [path for path, module in model.named_modules() if isinstance(module, NF4Linear)])
-    _check_memory(model, plan, device, embedding_on_host=on_host)
+    _check_memory(model, plan, device, embedding_on_cpu=on_host)
     check_dequantization(device)
 
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if plan.converted:
-        model, fingerprint = load_converted(plan, config, settings.output_head, device)
-        compute_in(model, compute_dtype, embedding_on_host=on_host)
+        model, fingerprint = load_converted(plan, config, settings.lm_head, device)
+        compute_in(model, compute_dtype, embedding_on_cpu=on_host)
     else:
         with memory_errors(f"Loading {directory} on {device}"):
-            fingerprint = load_tensors(model, plan, config, device=device, embedding_on_host=on_host, progress=progress)
+            fingerprint = load_tensors(model, plan, config, device=device, embedding_on_cpu=on_host, progress=progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
     give_back_memory()  # what the tensors came through
     if on_host:
-        keep_embeddings_on_host(model, device, compute_dtype)
+        keep_embeddings_on_cpu(model, device, compute_dtype)
     return Base(
         model=model,
         directory=directory,
         fingerprint=fingerprint,
-        four_bit_share=share,
+        quantized_fraction=share,
         compute_dtype=compute_dtype,
         device=device,
-        notices=plan.notices,
+        warnings=plan.warnings,
     )
 
 
@@ -114,7 +114,7 @@ def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
 
     Raises:
         ModelError: not a text model that transformers knows, or weights are missing.
-        QuantizationError: it is prequantised in a way that cannot be trained.
+        QuantizationError: it is prequantized in a way that cannot be trained.
     """
     config = read_config(directory)
     refuse_multi_modal(config, directory)
@@ -147,7 +147,7 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
         InsufficientMemoryError: it does not fit in memory at 4 bytes a weight.
     """
     needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
-    device = device_with_room(needed, device, f"{directory} in fp32")
+    device = device_with_memory(needed, device, f"{directory} in fp32")
     model = load_pretrained(directory, device, torch.float32)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -155,20 +155,20 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
 
 
 def _check_prequantized(config: Any, directory: Path) -> None:
-    """A prequantised checkpoint brings its own quantisation; take only the one we train on, and never override it."""
+    """A prequantized checkpoint brings its own quantization; take only the one we train on, and never override it."""
     found = config if isinstance(config, dict) else config.to_dict()
     method = str(found.get("quant_method"))
     if not method.endswith("bitsandbytes") or not found.get("load_in_4bit"):
         raise QuantizationError(
-            f"{directory} is already quantised ({method}), in a way that cannot be trained here. Use the model's "
-            "16-bit checkpoint, or one prequantised by bitsandbytes to NF4 with double quantisation."
+            f"{directory} is already quantized ({method}), in a way that cannot be trained here. Use the model's "
+            "16-bit checkpoint, or one prequantized by bitsandbytes to NF4 with double quantization."
         )
 
 
-def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding_on_host: bool) -> None:
+def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding_on_cpu: bool) -> None:
     """Refuse early what cannot fit: the model as laid out, and what passes by while it is filled."""
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
-    if embedding_on_host and device.type == "cuda":
+    if embedding_on_cpu and device.type == "cuda":
         embedding = model.get_input_embeddings().weight
         sizes |= {name: 0 for name, parameter in model.named_parameters() if parameter is embedding}
     needed = sum(sizes.values()) + sum(buffer.nbytes for buffer in model.buffers()) + plan.passing_bytes

@@ -24,7 +24,7 @@ from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
 from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
 from qlora_trainer.weights.reading import read_tensor, same_values
 
-RECORD_NAME = "qlora_quantize.json"  # beside a checkpoint that this trainer has kept in 4 bits
+RECORD_NAME = "qlora_quantize.json"  # next to a checkpoint that this trainer has kept in 4 bits
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +42,7 @@ class LoadPlan:
 
     directory: Path
     tensors: Mapping[str, TensorInfo]  # all there are, in the order they lie on disk
-    source_dtype: torch.dtype  # what 4-bit weights are quantised from
+    source_dtype: torch.dtype  # what 4-bit weights are quantized from
     four_bit: dict[str, str]  # weight -> path of the layer that holds it in 4 bits
     transposed: set[str]  # those of them that the checkpoint stores as (I, O)
     statistics: dict[str, dict[str, TensorInfo]]  # of a weight that is 4-bit on disk
@@ -63,7 +63,7 @@ class LoadPlan:
         }
 
     @property
-    def notices(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What is worth telling of the checkpoint."""
         if not self.unused:
             return []
@@ -79,7 +79,7 @@ class LoadPlan:
 
     @property
     def passing_bytes(self) -> int:
-        """The most memory that tensors take beside the model while one of them becomes part of it, on any device."""
+        """The most memory that tensors take next to the model while one of them becomes part of it, on any device."""
         used = [self.tensors[name] for name in self.used]
         ahead = max((info.nbytes for info in used), default=0)  # the next tensor is there already
         return ahead + max((info.nbytes + self._copied_bytes(info) for info in used), default=0)
@@ -93,10 +93,10 @@ class LoadPlan:
 
 
 def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantised.
+    """The dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantized.
 
     Raises:
-        QuantizationError: weights are quantised otherwise than to NF4.
+        QuantizationError: weights are quantized otherwise than to NF4.
     """
     statistics = weight_statistics(tensors)
     found = set()
@@ -148,8 +148,8 @@ def plan_load(
     refuse_incomplete(directory, missing, others)
     if wrong := [name for name in statistics if name not in four_bit]:
         raise ModelError(
-            f"{wrong[0]} in {directory} is 4-bit, where this trainer keeps the model dense (output head, embedding, "
-            "tied weight). Use the model's 16-bit checkpoint, or one prequantised without it."
+            f"{wrong[0]} in {directory} is 4-bit, where this trainer keeps the model dense (LM head, embedding, "
+            "tied weight). Use the model's 16-bit checkpoint, or one prequantized without it."
         )
     kinds = {name: state[f"{path}.weight"].dtype for name, path in four_bit.items() if name not in statistics}
     kinds |= {name: state[names[0]].dtype for name, names in dense.items()}

@@ -2,7 +2,7 @@
 
 On disk a tensor may be called otherwise than in the model: with or without the model's prefix, or by an older name that
 transformers translates. Its renaming is asked here, name by name, so there is no second scheme of ours. Where it makes
-one parameter of several tensors, or the other way round, the names are told apart and left to its own loader, unless
+one parameter of several tensors, or the other way round, the names are distinguished and left to its own loader, unless
 the model has a parameter for each tensor (model/modules/experts.py).
 """
 
@@ -19,7 +19,7 @@ from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
 
 @dataclass(frozen=True)
 class NameMatch:
-    """The names of a checkpoint beside those of the model."""
+    """The names of a checkpoint next to those of the model."""
 
     found: dict[str, str]  # model's name -> the checkpoint's
     converted: dict[str, str]  # checkpoint's name -> model's name of what it is merged into or split from
@@ -29,7 +29,7 @@ class NameMatch:
 def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
     """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
 
-    Statistics of prequantised weights go with their weights, and are in no list.
+    Statistics of prequantized weights go with their weights, and are in no list.
 
     Raises:
         ModelError: one parameter is stored under two names, such as with and without the model's prefix.

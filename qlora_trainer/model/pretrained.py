@@ -1,6 +1,6 @@
 """transformers' own loading: of dense models, and of bases whose tensors it merges or splits on the way.
 
-Left out: plain and prequantised bases, which are loaded a tensor at a time (fill.py).
+Left out: plain and prequantized bases, which are loaded a tensor at a time (fill.py).
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, *
 
 
 def load_converted(
-    plan: LoadPlan, config: Mapping[str, Any], output_head: HeadKind, device: torch.device
+    plan: LoadPlan, config: Mapping[str, Any], lm_head: HeadKind, device: torch.device
 ) -> tuple[Any, BaseFingerprint]:
     """A base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
     if not plan.statistics:
@@ -58,7 +58,7 @@ def load_converted(
     model.to(device)
     fingerprint = base_fingerprint(model, config, plan.source_dtype)
     model.requires_grad_(False)
-    quantize_head(model, output_head)
+    quantize_head(model, lm_head)
     model.config.use_cache = False
     return model.eval(), fingerprint
 
@@ -67,7 +67,7 @@ def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) 
     """What tells transformers of our 4-bit weights.
 
     Args:
-        kept_dense: paths of the linear layers that are not 4-bit; by default transformers finds the output head.
+        kept_dense: paths of the linear layers that are not 4-bit; by default transformers finds the LM head.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -80,12 +80,12 @@ def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) 
 
 
 def loading_error(error: Exception, directory: Path) -> ModelError:
-    """The letter for one of LOADING_ERRORS."""
+    """The error message for one of LOADING_ERRORS."""
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
 
 
 def _check_finite(plan: LoadPlan) -> None:
-    """One value that is not finite turns its whole tensor into NaN when block maxima are quantised too."""
+    """One value that is not finite turns its whole tensor into NaN when block maxima are quantized too."""
     for name in plan.used:
         if not all_finite(read_tensor(plan.tensors[name])):
             raise QuantizationError(

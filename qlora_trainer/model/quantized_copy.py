@@ -1,4 +1,4 @@
-"""A base kept in 4 bits on disk: quantised once, and then loaded in the seconds that mapping a file takes.
+"""A base kept in 4 bits on disk: quantized once, and then loaded in the seconds that mapping a file takes.
 
 What is written is bitsandbytes' own layout under the checkpoint's names, so plain transformers loads it as it is, and
 so does this trainer, to the same base: the packed codes and their statistics are those that loading the original gives,
@@ -25,7 +25,7 @@ from qlora_trainer.common.atomic import new_directory, refuse_existing, refuse_u
 from qlora_trainer.common.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import ModelConfig
-from qlora_trainer.model.device import choose_device, device_with_room
+from qlora_trainer.model.device import choose_device, device_with_memory
 from qlora_trainer.model.fill import check_finite, quantize_arrival
 from qlora_trainer.model.load import Base, load_base_model, plan_base
 from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan
@@ -56,8 +56,8 @@ class QuantizeReport:
     dense: int  # tensors copied as they were
     bytes: int  # of all tensors
     source_bytes: int  # of the checkpoint
-    source_dtype: str  # that the weights were quantised from
-    notices: list[str]
+    source_dtype: str  # that the weights were quantized from
+    warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -75,31 +75,31 @@ def quantize_checkpoint(
 
     Raises:
         ModelError: it cannot be loaded here, or not be kept in 4 bits.
-        InsufficientMemoryError: no device has room for its largest tensor.
-        QuantizationError: a weight is not finite, or it is quantised already.
+        InsufficientMemoryError: no device has space for its largest tensor.
+        QuantizationError: a weight is not finite, or it is quantized already.
         OutputExistsError, DiskError: nothing is left, nothing was overwritten.
     """
     refuse_existing(output)
     plan, model = plan_base(directory)
     if hindrance := _hindrance(plan, model):
         raise ModelError(f"{hindrance} Train from the checkpoint as it is.")
-    device = device_with_room(plan.passing_bytes, device, f"Quantising {directory}")
+    device = device_with_memory(plan.passing_bytes, device, f"Quantizing {directory}")
     layers = linear_layers(model)
     specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
     written = [spec for found in specs.values() for spec in found]
     copied = files_to_copy(directory)
     total = sum(spec.nbytes for spec in written)
     remove_leftovers(output)
-    refuse_full_disk(output, total + sum(path.stat().st_size for path in copied), "The quantised model")
+    refuse_full_disk(output, total + sum(path.stat().st_size for path in copied), "The quantized model")
 
     kept_dense = [path for path, layer in _linear_modules(model) if path not in layers]
     with new_directory(output) as work:
         with (
             ShardWriter(work, written, max_shard_bytes) as writer,
-            memory_errors(f"Quantising {directory} on {device}"),
+            memory_errors(f"Quantizing {directory} on {device}"),
         ):
             sources = _write_tensors(plan, writer, device, progress)
-        verify_files(work, written, writer.checksums, progress, "quantised model")
+        verify_files(work, written, writer.checksums, progress, "quantized model")
         copy_files(directory, copied, work)
         _write_config(directory, work, plan.source_dtype, kept_dense)
         report = QuantizeReport(
@@ -108,7 +108,7 @@ def quantize_checkpoint(
             bytes=total,
             source_bytes=sum(info.nbytes for info in plan.tensors.values()),
             source_dtype=str(plan.source_dtype).removeprefix("torch."),
-            notices=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
+            warnings=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
         )
         record = report.to_json() | {"model": str(directory.absolute()), "sources": sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
@@ -121,21 +121,21 @@ def load_base(
     cache_dir: Path,  # the user's
     progress: Progress = silent,
 ) -> Base:
-    """The base of a model directory, from its 4-bit copy under `cache_dir` where model.keep_quantized asks for one.
+    """The base of a model directory, from its 4-bit copy under `cache_dir` where model.cache_quantized asks for one.
 
     The copy is made where there is none. It is the same base; `directory` stays the base's directory, from which it is
-    merged. What cannot be kept in 4 bits is loaded as it is, with a notice.
+    merged. What cannot be kept in 4 bits is loaded as it is, with a warning.
 
     Raises:
         QLoRATrainerError: as `load_base_model` and `quantize_checkpoint`.
     """
-    if not settings.keep_quantized:
+    if not settings.cache_quantized:
         return load_base_model(directory, settings, progress)
     plan, model = plan_base(directory)
     if hindrance := _hindrance(plan, model):
         base = load_base_model(directory, settings, progress)
-        notices = [] if plan.statistics else [f"{hindrance} It was quantised while loading, as it will be each time."]
-        return dataclasses.replace(base, notices=[*base.notices, *notices])
+        warnings = [] if plan.statistics else [f"{hindrance} It was quantized while loading, as it will be each time."]
+        return dataclasses.replace(base, warnings=[*base.warnings, *warnings])
     kept = _kept_copy(directory, settings, cache_dir, progress)
     return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
 
@@ -147,7 +147,7 @@ def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress
         try:
             quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
         except OutputExistsError:
-            # Another process made the same copy meanwhile; only a whole one can stand under this name.
+            # Another process made the same copy meanwhile; only a whole one can be under this name.
             if not (kept / RECORD_NAME).is_file():
                 raise
     return kept
@@ -172,7 +172,7 @@ def _hindrance(plan: LoadPlan, model: Any) -> str | None:
     if plan.statistics:
         return f"{plan.directory} holds 4-bit weights already."
     if not plan.four_bit:
-        return f"{plan.directory} has no linear layers that can be quantised."
+        return f"{plan.directory} has no linear layers that can be quantized."
     if plan.converted:
         return (
             f"{plan.directory} cannot be kept in 4 bits: transformers merges or splits {len(plan.converted)} of its "
@@ -209,7 +209,7 @@ def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, pr
     arrivals = stream_tensors(infos, device, stays_on_host=lambda info: info.name not in plan.four_bit)
     with contextlib.closing(arrivals):
         for arrival in arrivals:
-            progress("quantising", done, total)
+            progress("quantizing", done, total)
             info = arrival.info
             assert arrival.sha256 is not None
             sources[info.name] = arrival.sha256
@@ -235,7 +235,7 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _write_config(directory: Path, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
-    """config.json as it was, with what transformers needs to know of the quantisation."""
+    """config.json as it was, with what transformers needs to know of the quantization."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
     named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)

@@ -24,7 +24,7 @@ NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same 
 def resolve_model(
     name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
 ) -> Path:
-    """The directory of safetensors that `name` stands for: a directory, a GGUF file (imported once), or a hub name.
+    """The directory of safetensors that `name` represents: a directory, a GGUF file (imported once), or a hub name.
 
     Of a hub name only `files` are fetched.
 
@@ -74,7 +74,8 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from error
     except HFValidationError as error:
         raise FileMissingError(
-            f"There is no directory {name}, and a hub name has the form owner/model, in letters, digits, -, _ and '.'."
+            f"There is no directory {name}, and a hub name has the form owner/model, of the characters a-z, A-Z, "
+            "0-9, -, _ and '.'."
         ) from error
     except not_fetched as error:
         if constants.HF_HUB_OFFLINE:

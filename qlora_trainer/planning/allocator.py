@@ -2,7 +2,7 @@
 
 It rounds, splits and keeps blocks, and so reserves more than is alive. By default it takes segments from the driver
 that can never be joined, and a long context, whose tensors are large and of many sizes, leaves a tenth of a card in
-pieces. With expandable segments it has one segment that grows, where neighbours always join: the command line asks for
+pieces. With expandable segments it has one segment that grows, where neighbors always join: the command line asks for
 that (`prefer_expandable_segments`), and the plan counts as the settings of its process say.
 
 Left out: several streams, and giving memory back to the driver, as torch does when it meets its limit.
@@ -35,7 +35,7 @@ def uses_expandable_segments() -> bool:
 
 @dataclass(eq=False)
 class _Block:
-    """A piece of a segment; neighbours of one segment are linked, so that free ones can be joined."""
+    """A piece of a segment; neighbors of one segment are linked, so that free ones can be joined."""
 
     segment: int
     offset: int
@@ -53,7 +53,7 @@ class _Block:
 class CachingAllocator:
     """torch's CUDA allocator on one stream (c10/cuda/CUDACachingAllocator.cpp).
 
-    Sizes are rounded to 512 bytes. The smallest free block that holds the request is taken and split; freed neighbours
+    Sizes are rounded to 512 bytes. The smallest free block that holds the request is taken and split; freed neighbors
     are joined. Requests of up to 1 MiB come from segments of 2 MiB, larger ones from segments of 20 MiB, and from 10
     MiB on from a segment of their own, rounded to 2 MiB. Or, with expandable segments, each of the two kinds has one
     segment, which grows at its end, by 2 MiB or 20 MiB at a time; its last block, as it can still grow, is taken last.

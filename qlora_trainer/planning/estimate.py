@@ -25,7 +25,7 @@ def estimate(directory: Path, config: RunConfig) -> int:
     alive while a layer is recomputed.
     """
     layers, period, few = _few_layers(directory, config)
-    kept = min(config.training.kept_layers, layers)
+    kept = min(config.training.uncheckpointed_layers, layers)
     if few + period >= layers:
         return plan_memory(directory, config).total
     first = _keeping(config, 0)
@@ -98,8 +98,8 @@ def _few_layers(directory: Path, config: RunConfig) -> tuple[int, int, int]:
     """
     kinds = layer_kinds(directory)
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
-    period = math.lcm(period, config.training.offload_every)
-    return len(kinds), period, period * -(-(1 + config.training.offload_every) // period)
+    period = math.lcm(period, config.training.offload_every_n_layers)
+    return len(kinds), period, period * -(-(1 + config.training.offload_every_n_layers) // period)
 
 
 def _live(plan: MemoryPlan) -> int:
@@ -107,4 +107,4 @@ def _live(plan: MemoryPlan) -> int:
 
 
 def _keeping(config: RunConfig, layers: int) -> RunConfig:
-    return config.model_copy(update={"training": config.training.model_copy(update={"kept_layers": layers})})
+    return config.model_copy(update={"training": config.training.model_copy(update={"uncheckpointed_layers": layers})})

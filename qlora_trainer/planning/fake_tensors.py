@@ -23,7 +23,7 @@ from qlora_kernels.varlen_attention import Card, planned_for
 from qlora_trainer.model.modules.packed_attention import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""What an argument can be, beside a tensor, for an operation to be known again: compared by value, holding nothing."""
+"""What an argument can be, next to a tensor, for an operation to be known again: compared by value, holding nothing."""
 
 Again = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # an operation's arguments -> its result, made once more
 
@@ -54,7 +54,7 @@ class FakeRun:
 
 
 class _Remembering(TorchDispatchMode):
-    """Stands before a FakeTensorMode and asks it only what it has not told before."""
+    """Stands before a FakeTensorMode and asks it only what it has not reported before."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _Remembering(TorchDispatchMode):
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """All that the result of an operation depends on; None where an argument cannot be told by its value."""
+    """All that the result of an operation depends on; None where an argument cannot be identified by its value."""
     parts = [func, torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()]
     if not _describe(args, parts):
         return None
@@ -141,7 +141,7 @@ def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any
 
 
 def _describe(arguments: Iterable[Any], parts: list[Any]) -> bool:
-    """Append what tells the arguments to `parts`; False where one cannot be told."""
+    """Append what tells the arguments to `parts`; False where one cannot be determined."""
     for argument in arguments:
         kind = type(argument)
         if kind in PLAIN:

@@ -19,11 +19,11 @@ from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
-from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, host_room
+from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 
 GRAIN = 256  # tokens
-OFFLOADING: tuple[Level, ...] = ("offload", "tile")
+OFFLOADING: tuple[Level, ...] = ("offload", "tiled")
 SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's tensors; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 
@@ -47,16 +47,16 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
     """
     progress("planning memory", 0, None)
     if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
-        keep = _plan(directory, config, Policy("keep"))
+        keep = _plan(directory, config, Policy("none"))
         if budget.holds(keep):
             return keep
-    recompute = _plan(directory, config, Policy("recompute"))
+    recompute = _plan(directory, config, Policy("full"))
     if recompute.total <= budget.card:
         return _keep_what_fits(directory, config, recompute, budget.card, progress)
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)
         for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
-            plan = _plan(directory, config, Policy(level, offload_every=every))
+            plan = _plan(directory, config, Policy(level, offload_every_n_layers=every))
             if budget.holds(plan):
                 return plan
             if plan.total > budget.card:
@@ -67,12 +67,13 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
 def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
     """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
 
-    Under the policy of the config, or the leanest where that is left open. One GRAIN more does not fit by estimate.
+    Under the policy of the config, or the the least memory where that is left open. One GRAIN more does not fit by
+    estimate.
     """
     limit = max_positions(directory) or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_length(leanest(config), size), budget)
+    return largest_that_fits(directory, sizes, lambda size: with_length(least_memory(config), size), budget)
 
 
 def largest_micro_batch(
@@ -80,19 +81,20 @@ def largest_micro_batch(
 ) -> MemoryPlan | None:
     """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
 
-    Under the policy of the config, or the leanest where that is left open. One row more does not fit by estimate.
+    Under the policy of the config, or the the least memory where that is left open. One row more does not fit by
+    estimate.
     """
     length = longest_row(directory, config)
-    sizes = [rows * length for rows in range(1, config.training.batch_size + 1)]
+    sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(leanest(config), size), budget)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(least_memory(config), size), budget)
 
 
 def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
     """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
     device = choose_device(config.model.device)
     if device.type == "cuda":
-        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, host_room())
+        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
     elif sum(info.nbytes for info in checkpoint_tensors(directory).values()) < SMALLEST_PLANNED:
         return None
     else:
@@ -109,7 +111,7 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
     Raises:
         InsufficientMemoryError: it does not fit; the message says what would.
     """
-    open_policy = config.training.activations == "auto"
+    open_policy = config.training.activation_checkpointing == "auto"
     plan = None if open_policy else plan_memory(directory, config)
     if plan is not None and budget.holds(plan):
         return plan
@@ -117,9 +119,9 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
     if open_policy and fastest is not None:
         return fastest
     if plan is None:
-        plan = _plan(directory, config, Policy("tile"))
+        plan = _plan(directory, config, Policy("tiled"))
     found = (
-        f"This run needs {gib(plan.total)} {_place(config)} under training.activations={plan.policy.level}"
+        f"This run needs {gib(plan.total)} {_place(config)} under training.activation_checkpointing={plan.policy.level}"
         + (f", {gib(slack)} of it for fragmentation" if (slack := plan.components[SLACK]) else "")
         + f", and {gib(budget.card)} are free."
     )
@@ -127,14 +129,14 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
     if fastest is not None:
         raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
-    shorter = longest_context(directory, with_policy(config, Policy("tile")), budget.card, progress)
+    shorter = longest_context(directory, with_policy(config, Policy("tiled")), budget.card, progress)
     if shorter is not None:
         raise InsufficientMemoryError(
             f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
             f"{_as_overrides(shorter.policy, config)}."
         )
     raise InsufficientMemoryError(
-        f"{found} No length of rows fits. Take a smaller base; model.output_head=4bit, model.embeddings=host, "
+        f"{found} No length of rows fits. Take a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
         "optimizer.name=paged_adamw_8bit or a lower adapter.rank save some."
     )
 
@@ -151,9 +153,9 @@ def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
 
 
-def leanest(config: RunConfig) -> RunConfig:
+def least_memory(config: RunConfig) -> RunConfig:
     """The config with its policy, or the one that needs least of the card where that is left open."""
-    return with_policy(config, Policy("tile")) if config.training.activations == "auto" else config
+    return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
 
 
 def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
@@ -173,17 +175,19 @@ def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
 def _keep_what_fits(
     directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
-    """The plan that keeps the activations of as many layers as fit; `recompute` fits, and keeps none."""
+    """The plan that keeps the activations of as many layers as fit; `full` fits, and keeps none."""
     layers = len(layer_kinds(directory))
     keeping, recomputing = (
-        bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("keep", "recompute")
+        bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
     )
     kept_bytes = keeping - recomputing
     # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
     kept = min((budget - recompute.total) // kept_bytes + 1, layers)
     while kept > 0:
         progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
-        plan = _plan(directory, config, Policy("keep") if kept == layers else Policy("recompute", kept_layers=kept))
+        plan = _plan(
+            directory, config, Policy("none") if kept == layers else Policy("full", uncheckpointed_layers=kept)
+        )
         if plan.total <= budget:
             return plan
         kept -= -(-(plan.total - budget) // kept_bytes)

@@ -56,7 +56,7 @@ PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
 
 BASE, HEAD, DENSE = "base in NF4", "embeddings and head", "norms, biases, other dense"
 ADAPTERS, GRADIENTS, STATE, PAGED = "adapters", "gradients", "optimizer state", "optimizer state, paged (resident)"
-WORKSPACE, ACTIVATIONS, INSIDE = "dequantisation workspace", "activations and loss", "inside one operation (by formula)"
+WORKSPACE, ACTIVATIONS, INSIDE = "dequantization workspace", "activations and loss", "inside one operation (by formula)"
 HOST = "host memory"
 SLACK, CUBLAS, CONTEXT = "allocator slack", "cuBLAS workspaces (allowance)", "CUDA context (allowance)"
 
@@ -98,7 +98,7 @@ class MemoryPlan:
     def to_json(self) -> dict[str, Any]:
         return {
             **dataclasses.asdict(self),
-            "activations": str(self.policy),
+            "activation_checkpointing": str(self.policy),
             "total": self.total,
             "elsewhere": self.elsewhere,
         }
@@ -208,7 +208,7 @@ def empty_run(
     with fake:
         fill_skeleton(model, config.model, dtype)
         add_adapters(model, config.adapter, config.training.seed)
-        state = build_state(model, config, [Example([1], [1])] * config.training.batch_size, dtype, policy)
+        state = build_state(model, config, [Example([1], [1])] * config.training.global_batch_size, dtype, policy)
     state.total_steps = max(state.total_steps, 2)  # the plan takes two
     documents = _most_costly_documents(head_sizes(model.config.get_text_config()), directory, config, dtype, card)
     pack = longest_pack(directory, config, state.loader.packing, documents)
@@ -228,18 +228,18 @@ def keeps_apart(directory: Path) -> bool | None:
 
 
 def longest_pack(directory: Path, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
-    """The largest micro-batch: rows of full length, every token learned.
+    """The largest micro-batch: rows of full length, every token trained.
 
     Args:
         documents: where rows are packed and a step has so many, the last row leaves a token to each of the others.
             By default to one, as attention takes more for two documents than for one, and no more for three.
     """
     length = longest_row(directory, config)
-    limit = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
+    limit = min(max(micro_batch_tokens(config), length), length * config.training.global_batch_size)
     lengths = [length] * (limit // length)
     if packing:  # padded rows all take as much as the longest
         lengths += [limit % length] * (limit % length > 0)
-        others = max(min(documents, config.training.batch_size) - len(lengths), 0)
+        others = max(min(documents, config.training.global_batch_size) - len(lengths), 0)
         others = min(others, lengths[-1] - 1)
         lengths[-1] -= others
         lengths += [1] * others
@@ -268,12 +268,12 @@ def _most_costly_documents(
         return 2
     query_heads, key_heads, head_dim = heads
     length, processors = longest_row(directory, config), card.processors_summed_over(dtype)
-    tokens = min(max(micro_batch_tokens(config), length), length * config.training.batch_size)
+    tokens = min(max(micro_batch_tokens(config), length), length * config.training.global_batch_size)
 
     def inside(documents: int) -> int:
         return flash_backward_bytes(tokens, query_heads, key_heads, head_dim, dtype.itemsize, documents, processors)
 
-    return max(-(-tokens // length), config.training.batch_size, key=inside)
+    return max(-(-tokens // length), config.training.global_batch_size, key=inside)
 
 
 def track_steps(
@@ -284,7 +284,7 @@ def track_steps(
     Every step takes the same memory, as optimizer state exists before the first.
 
     Args:
-        card: count as this card would: large optimizer state pages, attention's backward needs room inside, and host
+        card: count as this card would: large optimizer state pages, attention's backward needs space inside, and host
             memory is apart. None: as a CPU.
     """
     live = LiveBytes(

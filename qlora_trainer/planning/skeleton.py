@@ -12,9 +12,9 @@ from torch import nn
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
 from qlora_trainer.model.facts import keep_layers, read_config, refuse_multi_modal
-from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_host
+from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_cpu
 from qlora_trainer.model.modules.lm_head import empty_head
-from qlora_trainer.model.modules.nf4_linear import check_four_bit_share, empty_nf4
+from qlora_trainer.model.modules.nf4_linear import check_quantized_fraction, empty_nf4
 
 
 def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: torch.dtype | None = None) -> Any:
@@ -39,22 +39,22 @@ def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: to
 
 
 def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
-    """Make a skeleton what `load_base_model` gives, its memory uninitialised; called where tensors are fake.
+    """Make a skeleton what `load_base_model` gives, its memory uninitialized; called where tensors are fake.
 
     Raises:
-        ModelError: too little becomes 4-bit, or the embedding is asked to the host and the output head needs it.
+        ModelError: too little becomes 4-bit, or the embedding is asked to the host and the LM head needs it.
     """
     make_empty(model)
     empty_nf4(model)
-    check_four_bit_share(model, settings.minimum_4bit_share)
-    empty_head(model, settings.output_head)
-    compute_in(model, compute_dtype, embedding_on_host=settings.embeddings == "host")
-    if settings.embeddings == "host":
-        keep_embeddings_on_host(model, torch.device("cpu"), compute_dtype)
+    check_quantized_fraction(model, settings.min_quantized_fraction)
+    empty_head(model, settings.lm_head)
+    compute_in(model, compute_dtype, embedding_on_cpu=settings.embeddings == "cpu")
+    if settings.embeddings == "cpu":
+        keep_embeddings_on_cpu(model, torch.device("cpu"), compute_dtype)
 
 
 def make_empty(model: nn.Module) -> None:
-    """Put uninitialised tensors in the place of all parameters and buffers; ties stay ties."""
+    """Put uninitialized tensors in the place of all parameters and buffers; ties stay ties."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

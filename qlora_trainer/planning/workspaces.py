@@ -1,7 +1,7 @@
 """What operations use inside and free again, by formula: the part of a step that is not seen on fake tensors.
 
 For a CUDA card, what torch's kernels allocate there, by their source; for a CPU, what an operation written in plain
-torch makes within. Beside it what cuBLAS holds all along. Left out: the CUDA context, which is no
+torch makes within. Next to it what cuBLAS holds all along. Left out: the CUDA context, which is no
 part of torch's memory.
 """
 
@@ -44,7 +44,7 @@ def cublas_setting(deterministic: bool) -> str | None:
 
 
 def workspaces_on_cuda(card: Card) -> Workspaces:
-    """By operation, what it uses inside on a card; attention outside of packs stands there as CPU's operation."""
+    """By operation, what it uses inside on a card; attention outside of packs is there as CPU's operation."""
     fused = functools.partial(fused_backward_bytes, card=card)
     found: Workspaces = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused,
@@ -107,7 +107,7 @@ def index_add_bytes(arguments: tuple[Any, ...]) -> int:
 
 
 def keep_mask_bytes(arguments: tuple[Any, ...]) -> int:
-    """Dropout's draws, 64 bits for four elements, and what the comparison gives, beside the mask itself."""
+    """Dropout's draws, 64 bits for four elements, and what the comparison gives, next to the mask itself."""
     like, in_features, *_ = arguments
     elements = like.shape[0] * in_features
     return 8 * math.ceil(elements / 4) + elements

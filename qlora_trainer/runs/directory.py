@@ -1,4 +1,4 @@
-"""What a run keeps on disk beside its checkpoints, what a resumed run may change, and what its last bits depend on.
+"""What a run keeps on disk next to its checkpoints, what a resumed run may change, and what its last bits depend on.
 
 A run directory holds config.yaml (resolved), metrics.jsonl, samples.json, report.html, checkpoints/ and, when training
 has ended, adapter/: PEFT's two files, and base.json, which says what base the adapter belongs to. Imported models and
@@ -66,7 +66,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progr
 
 
 def write_base_record(directory: Path, record: BaseRecord) -> None:
-    """Say beside an adapter's files which base it belongs to; PEFT ignores the file."""
+    """Say next to an adapter's files which base it belongs to; PEFT ignores the file."""
     content = {"run": record.run, "step": record.step, "base": record.fingerprint.to_json(), "data": record.data}
     write_text(directory / BASE_NAME, json.dumps(content, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """May a run start from this adapter? Its settings and its base are compared before it is taken for what it is not.
 
 An adapter of ours, a final one or a checkpoint, says which base it was trained on, to the last weight. Another's only
-names a base, which may be the same under another name: that is told, not refused.
+names a base, which may be the same under another name: that is reported, not refused.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def check_settings(initial: Adapter, config: RunConfig, model_directory: Path) -
         f"{key}={str(found).lower()}" for key, (found, _) in setting_differences(initial.config, config.adapter).items()
     ]
     model = empty_model(model_directory)
-    if set(initial.paths) != set(find_targets(model, config.adapter.targets)):
-        changes.append(f"adapter.targets=[{','.join(target_names(model, initial.paths))}]")
+    if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
+        changes.append(f"adapter.target_modules=[{','.join(target_names(model, initial.paths))}]")
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "
@@ -37,7 +37,7 @@ def check_settings(initial: Adapter, config: RunConfig, model_directory: Path) -
 
 
 def check_base(initial: Adapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
-    """Compare the base an adapter was trained on with the run's; returns notices.
+    """Compare the base an adapter was trained on with the run's; returns warnings.
 
     Raises:
         AdapterError: the adapter is ours and was trained on another base.

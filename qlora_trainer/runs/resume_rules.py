@@ -24,14 +24,14 @@ _FREE_SECTIONS = ("data", "evaluation", "checkpoint")
 _FREE_KEYS = {
     "model.device",
     "model.embeddings",
-    "model.keep_quantized",
-    "model.minimum_4bit_share",
+    "model.cache_quantized",
+    "model.min_quantized_fraction",
     "model.name",
     "model.revision",
-    "training.activations",
+    "training.activation_checkpointing",
     "training.deterministic",
-    "training.kept_layers",
-    "training.offload_every",
+    "training.uncheckpointed_layers",
+    "training.offload_every_n_layers",
     "training.evaluate_every",
     "training.micro_batch_tokens",
     "training.output_dir",
@@ -48,9 +48,9 @@ _TOLD = {
 def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> tuple[list[str], list[str]]:
     """How `config` differs from the one a checkpoint was made with.
 
-    Returns (changes that would make it another run, notices on changes that may be made), each "key: was → is".
+    Returns (changes that would make it another run, warnings on changes that may be made), each "key: was → is".
     """
-    refused, notices = [], []
+    refused, warnings = [], []
     for section, values in config.model_dump(mode="json").items():
         before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
         for name in sorted(values.keys() | before.keys()):
@@ -62,8 +62,8 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
             if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
                 refused.append(f"{key}: {was} → {now}")
             elif key in _TOLD:
-                notices.append(f"{key} was {was} and is {now}: training goes on, but {_TOLD[key]}.")
-    return refused, notices
+                warnings.append(f"{key} was {was} and is {now}: training goes on, but {_TOLD[key]}.")
+    return refused, warnings
 
 
 def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One notice where a checkpoint comes from another machine or other versions; empty where all is the same.
+    """One warning where a checkpoint comes from another machine or other versions; empty where all is the same.
 
     Checkpoints of earlier versions lack newer keys, of which nothing is said.
     """

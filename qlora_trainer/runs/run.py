@@ -56,7 +56,7 @@ class Run:
     base: Base
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
-    notices: list[str]
+    warnings: list[str]
     plan: MemoryPlan | None = None  # where it is what the run does, and was worth making
     program_bytes: int | None = None  # of host memory, before the base was loaded
 
@@ -97,7 +97,7 @@ class Run:
         try:
             return train(
                 self.state,
-                self.prepared.heldout,
+                self.prepared.eval,
                 take_step=take_step,
                 on_step=record,
                 save=self.save,
@@ -139,12 +139,12 @@ class Run:
         )
 
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
-        """Answer a few held-out rows (of training, where none are held out) and keep the answers for the report.
+        """Answer a few eval rows (of training, where none are kept for evaluation) and keep the answers for the report.
 
         A prompt begins a row as it is trained, and so is no longer than these. Where memory runs out all the same, as a
-        cache for generation may be more than a step takes, there are no answers but a notice.
+        cache for generation may be more than a step takes, there are no answers but a warning.
         """
-        examples = self.prepared.heldout if len(self.prepared.heldout) else self.prepared.train
+        examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
         asked = questions(renderer, examples, self.config.evaluation.samples)
         if not asked:
@@ -168,7 +168,7 @@ class Run:
             if not is_broken:
                 with suppress(RuntimeError):  # an allocator that broke says so at the next step, which saves the run
                     give_back_memory()
-            self.notices.append(
+            self.warnings.append(
                 f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
                 "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."
             )

@@ -1,6 +1,6 @@
 """What puts a run together: from a config, or, after an interruption, from its directory to where it stood.
 
-This is where the rooms below are put together, in the order that lets a mistake cost least: the config and the output
+This is where the modules below are put together, in the order that lets a mistake cost least: the config and the output
 directory, then the tokenizer and the data (bad rows fail in seconds), then the base, the adapters and the optimizer.
 `resume_run` makes the same objects from the run directory and puts the newest valid checkpoint into them; a new run has
 one of step 0, so that it can be resumed from its first moment on. What is made is run.py's `Run`.
@@ -23,7 +23,7 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.model.device import choose_device, kernel_notices, missing_card_notices
+from qlora_trainer.model.device import choose_device, kernel_warnings, missing_card_warnings
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
@@ -38,7 +38,7 @@ from qlora_trainer.training.activations import choose_policy
 from qlora_trainer.training.determinism import set_up_cublas
 from qlora_trainer.training.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_lowered, build_state
-from qlora_trainer.weights.gguf.importer import import_notices
+from qlora_trainer.weights.gguf.importer import import_warnings
 
 _LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 
@@ -60,7 +60,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     config = _with_date(config, tokenizer)
     run = _assemble(config, directory, path, tokenizer, progress)
     if initial:
-        run.notices += check_base(initial, config, run.base.fingerprint)
+        run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
         save_config(config, work / CONFIG_NAME)
@@ -70,12 +70,12 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
 
 
 def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Run:
-    """Put a run back to where its newest valid checkpoint stands.
+    """Put a run back to where its newest valid checkpoint is.
 
     Args:
         directory: the run directory.
         overrides: `section.key=value` of what only concerns memory, logging or where things lie, such as
-            training.activations=recompute; written to config.yaml. Edits of config.yaml count in the same way.
+            training.activation_checkpointing=full; written to config.yaml. Edits of config.yaml count in the same way.
 
     Raises:
         CheckpointError: no valid checkpoint, or it belongs to other data, another base, or other settings.
@@ -83,7 +83,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     config = read_run_config(directory, overrides)
     found = newest_checkpoint(directory)
     tensors, state = load_checkpoint(found.path)
-    refused, notices = config_changes(state["config"], config)
+    refused, warnings = config_changes(state["config"], config)
     adapter = read_adapter(found.path)
     refused += [
         f"{key}: {was} → {now}, by the adapter's own file"
@@ -114,13 +114,13 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     load_adapter_state(run.base.model, adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
-        run.notices.append(
+        run.warnings.append(
             f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
-            f"{run.plan.policy} would fit. To choose otherwise, name training.activations."
+            f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)
     here = environment(run.base.device, run.base.compute_dtype)
-    run.notices += [*found.passed_over, *notices, *environment_differences(state["environment"], here)]
+    run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):
         write_run_config(config, directory)
     return run
@@ -133,8 +133,8 @@ def _assemble(
     if config.training.deterministic:
         set_up_cublas(config.model.device)
     prepared = prepare_data(config, tokenizer, path, progress)
-    unpaged = _unpaged_notices(config, progress)  # before the plan, which counts state where it will lie
-    slower = kernel_notices(choose_device(config.model.device).type)
+    unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts state where it will lie
+    slower = kernel_warnings(choose_device(config.model.device).type)
     plan = check_fits_here(path, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base(path, config.model, user_cache(), progress)
@@ -144,23 +144,23 @@ def _assemble(
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
-    notices = [*prepared.report.notices, *import_notices(path), *base.notices, *state.forward.notices]
-    notices += [*missing_card_notices(config.model.device), *unpaged, *slower]
+    warnings = [*prepared.report.warnings, *import_warnings(path), *base.warnings, *state.forward.warnings]
+    warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
-        notices.append(
+        warnings.append(
             f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
-            "them. Use the merged model there, or leave these layers out: adapter.targets=attention."
+            "them. Use the merged model there, or leave these layers out: adapter.target_modules=attention."
         )
     if base.device.type == "cuda" and not config.training.deterministic:
-        notices.append(
+        warnings.append(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
         )
-    return Run(directory, config, tokenizer, prepared, base, adapted, state, notices, plan, program_bytes)
+    return Run(directory, config, tokenizer, prepared, base, adapted, state, warnings, plan, program_bytes)
 
 
-def _unpaged_notices(config: RunConfig, progress: Progress) -> list[str]:
-    """One notice where the optimizer of the config should page its state and the card refuses to."""
+def _unpaged_warnings(config: RunConfig, progress: Progress) -> list[str]:
+    """One warning where the optimizer of the config should page its state and the card refuses to."""
     device = choose_device(config.model.device)
     if device.type != "cuda" or config.optimizer.name == "adamw":
         return []
@@ -177,7 +177,7 @@ def _unpaged_notices(config: RunConfig, progress: Progress) -> list[str]:
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:
-    """A hub name stands for other weights tomorrow: record the commit that its branch, tag or newest state was."""
+    """A hub name represents other weights tomorrow: record the commit that its branch, tag or newest state was."""
     if (
         path.parent.name != "snapshots"
         or Path(config.model.name).exists()

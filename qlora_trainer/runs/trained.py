@@ -20,7 +20,7 @@ from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import CONFIG_NAME, BaseRecord, prepare_data, read_base_record, read_run_config
-from qlora_trainer.training.evaluation import answer_questions, exact_match, heldout_loss, perplexity, questions
+from qlora_trainer.training.evaluation import answer_questions, eval_loss, exact_match, perplexity, questions
 from qlora_trainer.training.state import micro_batch_tokens
 
 
@@ -42,7 +42,7 @@ class Trained(TrainedAdapter):
 
     tokenizer: Any
     base: Base
-    notices: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_trained(directory: Path) -> TrainedAdapter:
@@ -111,7 +111,7 @@ def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
 def prepare_trained(
     run: TrainedAdapter, tokenizer: Any, model_directory: Path, progress: Progress = silent
 ) -> tuple[Prepared, list[str]]:
-    """The run's rows as they are now; with a notice where they are not those of training.
+    """The run's rows as they are now; with a warning where they are not those of training.
 
     Raises:
         FileMissingError, DataError: they cannot be read.
@@ -120,43 +120,43 @@ def prepare_trained(
     if run.data_key in (None, prepared.key):
         return prepared, []
     return prepared, [
-        "The run's data changed since training, so rows held out now may have been trained on: the held-out loss and "
-        "answers are not what they were. Restore the data."
+        "The run's data changed since training, so rows kept for evaluation now may have been trained on: the eval "
+        "loss and answers are not what they were. Restore the data."
     ]
 
 
 def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:
-    """Held-out loss, perplexity, and with `answers` (-1 for all rows) exact match by generation.
+    """Eval loss, perplexity, and with `answers` (-1 for all rows) exact match by generation.
 
-    Where the data changed since training, `trained.notices` says so.
+    Where the data changed since training, `trained.warnings` says so.
 
     Raises:
-        DataError: the run has no held-out rows.
+        DataError: the run has no eval rows.
     """
-    prepared, told = prepare_trained(trained, trained.tokenizer, trained.base.directory, progress)
-    trained.notices += [notice for notice in told if notice not in trained.notices]
-    heldout: ExampleSet = prepared.heldout
-    if not len(heldout):
-        raise DataError("The run has no held-out rows (data.heldout is 0), so there is nothing to evaluate on.")
+    prepared, reported = prepare_trained(trained, trained.tokenizer, trained.base.directory, progress)
+    trained.warnings += [warning for warning in reported if warning not in trained.warnings]
+    eval_set: ExampleSet = prepared.eval
+    if not len(eval_set):
+        raise DataError("The run has no eval rows (data.eval is 0), so there is nothing to evaluate on.")
     model = trained.base.model
-    loss = heldout_loss(model, heldout, examine_forward(model), micro_batch_tokens(trained.config), progress)
+    loss = eval_loss(model, eval_set, examine_forward(model), micro_batch_tokens(trained.config), progress)
     result = {
-        "heldout_loss": loss,
+        "eval_loss": loss,
         "perplexity": perplexity(loss),
-        "rows": len(heldout),
-        "label_tokens": int(heldout.learned_counts.sum()),
+        "rows": len(eval_set),
+        "label_tokens": int(eval_set.trained_counts.sum()),
     }
     if answers:
         renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
-        asked = questions(renderer, heldout, None if answers < 0 else answers)
+        asked = questions(renderer, eval_set, None if answers < 0 else answers)
         limit = trained.config.evaluation.max_new_tokens
         given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
         result |= {"exact_match": exact_match(given), "answered": len(given)}
     return result
 
 
-def learned_plain_text(trained: Trained, progress: Progress = silent) -> bool:
-    """Whether the run learned to continue plain text rather than to answer in turns; no, where its data is gone."""
+def trained_on_plain_text(trained: Trained, progress: Progress = silent) -> bool:
+    """Whether the run trained to continue plain text rather than to answer in turns; no, where its data is gone."""
     try:
         prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
     except (DataError, FileMissingError):

@@ -1,9 +1,9 @@
 """What backward keeps of each decoder layer: everything, or its input alone, on the device or on the host.
 
-`recompute` runs each layer's forward again in backward (gradient checkpointing, Chen et al. 2016): less arithmetic than
+`full` runs each layer's forward again in backward (gradient checkpointing, Chen et al. 2016): less arithmetic than
 keeping saves memory, which then hardly grows with depth (offload.py). `offload` moves each layer's input to host
-memory until then, or every second or third, from which those between are computed again. `tile` also takes the MLPs a
-part of the tokens at a time, and dequantises large weights in parts.
+memory until then, or every second or third, from which those between are computed again. `tiled` also takes the MLPs a
+part of the tokens at a time, and dequantizes large weights in parts.
 
 Each level takes less of the device than the one before; the last layers may keep all under each of them. All give the
 same gradients: bit for bit, but for tiles, where matrix products have other sizes.
@@ -25,12 +25,12 @@ from qlora_trainer.model.modules.nf4_linear import share_workspace
 from qlora_trainer.training.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
 
-Level = Literal["keep", "recompute", "offload", "tile"]
-LEVELS: tuple[Level, ...] = ("keep", "recompute", "offload", "tile")
-MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host stands for; more cost as much again in time
+Level = Literal["none", "full", "offload", "tiled"]
+LEVELS: tuple[Level, ...] = ("none", "full", "offload", "tiled")
+MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host represents; more cost as much again in time
 HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 TILES = 8  # what one tile of an MLP takes is then less than what attention takes of the whole row
-TILED_WORKSPACE = 1 << 24  # elements of a weight dequantised at a time under `tile`
+TILED_WORKSPACE = 1 << 24  # elements of a weight dequantized at a time under `tiled`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +38,38 @@ class Policy:
     """What backward keeps; each level of LEVELS needs less memory on the device than the one before it."""
 
     level: Level
-    kept_layers: int = 0  # of the last layers; they keep all under every level
-    offload_every: int = 1  # offload and tile: the input of every so many layers is kept on the host
+    uncheckpointed_layers: int = 0  # of the last layers; they keep all under every level
+    offload_every_n_layers: int = 1  # offload and tile: the input of every so many layers is kept on the host
 
-    def leaner(self) -> "Policy | None":
+    def less_memory(self) -> "Policy | None":
         """The next policy with less on the device: first no layer keeps all, then a level further; None at the end."""
-        if self.level != "keep" and self.kept_layers:
-            return dataclasses.replace(self, kept_layers=0)
+        if self.level != "none" and self.uncheckpointed_layers:
+            return dataclasses.replace(self, uncheckpointed_layers=0)
         later = LEVELS[LEVELS.index(self.level) + 1 :]
-        return Policy(later[0], offload_every=self.offload_every) if later else None
+        return Policy(later[0], offload_every_n_layers=self.offload_every_n_layers) if later else None
 
     def as_settings(self) -> dict[str, object]:
         """The fields of TrainingConfig that name this policy."""
-        return {"activations": self.level, "kept_layers": self.kept_layers, "offload_every": self.offload_every}
+        return {
+            "activation_checkpointing": self.level,
+            "uncheckpointed_layers": self.uncheckpointed_layers,
+            "offload_every_n_layers": self.offload_every_n_layers,
+        }
 
     def __str__(self) -> str:
         parts: list[str] = [self.level]
-        if self.level != "keep" and self.kept_layers:
-            parts.append(f"the last {self.kept_layers} layers keep all")
-        if self.level in ("offload", "tile") and self.offload_every > 1:
-            parts.append(f"one layer's input of {self.offload_every} on the host")
+        if self.level != "none" and self.uncheckpointed_layers:
+            parts.append(f"the last {self.uncheckpointed_layers} layers keep all")
+        if self.level in ("offload", "tiled") and self.offload_every_n_layers > 1:
+            parts.append(f"one layer's input of {self.offload_every_n_layers} on the host")
         return ", ".join(parts)
 
 
 def choose_policy(settings: TrainingConfig, device: torch.device) -> Policy:
     """The policy that the config names; for auto, where no plan has decided it: recompute on CUDA, keep on a CPU."""
-    if settings.activations == "auto":
-        return Policy("recompute" if device.type == "cuda" else "keep")
-    return Policy(settings.activations, settings.kept_layers, settings.offload_every)
+    if settings.activation_checkpointing == "auto":
+        return Policy("full" if device.type == "cuda" else "none")
+    return Policy(settings.activation_checkpointing, settings.uncheckpointed_layers, settings.offload_every_n_layers)
 
 
 def apply_policy(model: Any, policy: Policy) -> None:
@@ -75,31 +79,31 @@ def apply_policy(model: Any, policy: Policy) -> None:
         ModelError: the model's layers cannot be recomputed; nothing was changed.
     """
     layers = decoder_layers(model)
-    if policy.level != "keep" and not (layers and model.supports_gradient_checkpointing):
+    if policy.level != "none" and not (layers and model.supports_gradient_checkpointing):
         raise ModelError(
-            f"{type(model).__name__} cannot recompute its layers' activations; set training.activations=keep."
+            f"{type(model).__name__} cannot recompute its layers; set training.activation_checkpointing=none."
         )
     for layer in layers:
         layer.__dict__.pop("forward", None)
-    tile_mlps(model, TILES if policy.level == "tile" else 1)
-    share_workspace(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tile" else None)
-    if policy.level == "keep":
+    tile_mlps(model, TILES if policy.level == "tiled" else 1)
+    share_workspace(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tiled" else None)
+    if policy.level == "none":
         return
-    inputs = None if policy.level == "recompute" else OffloadedInputs(policy.offload_every)
-    for layer in layers[: max(len(layers) - policy.kept_layers, 0)]:
+    inputs = None if policy.level == "full" else OffloadedInputs(policy.offload_every_n_layers)
+    for layer in layers[: max(len(layers) - policy.uncheckpointed_layers, 0)]:
         layer.forward = RecomputedLayer(layer, inputs)
 
 
 def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
     """Host memory that a policy takes for the layers' inputs of one micro-batch."""
-    if policy.level not in ("offload", "tile"):
+    if policy.level not in ("offload", "tiled"):
         return 0
-    layers = len(decoder_layers(model)) - policy.kept_layers
+    layers = len(decoder_layers(model)) - policy.uncheckpointed_layers
     one = tokens * model.config.get_text_config().hidden_size * model.config.dtype.itemsize
-    return -(-layers // policy.offload_every) * pinned_bytes(one)
+    return -(-layers // policy.offload_every_n_layers) * pinned_bytes(one)
 
 
-def host_room() -> int:
+def spare_host_memory() -> int:
     """Bytes of host memory that may be taken for what is offloaded."""
     return int(host_memory().available * HOST_SHARE)
 

@@ -1,4 +1,4 @@
-"""What a model is worth on held-out rows: its loss on their label tokens, and answers that match exactly.
+"""What a model is worth on eval rows: its loss on their label tokens, and answers that match exactly.
 
 The loss is taken by the training forward, without dropout and without gradients: what is measured is what was
 trained. Exact match is by real generation, since a low loss does not say that an answer comes out right.
@@ -31,7 +31,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A held-out request, what was expected, and what the model said."""
+    """A eval request, what was expected, and what the model said."""
 
     request: str
     expected: str
@@ -43,7 +43,7 @@ class Answer:
 
 
 @torch.no_grad()
-def heldout_loss(
+def eval_loss(
     model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
 ) -> float:
     """Mean cross entropy over all label tokens of `examples`; the model's training mode is restored."""
@@ -54,11 +54,11 @@ def heldout_loss(
     total = torch.zeros((), dtype=torch.float64)
     try:
         for done, pack in enumerate(packs):
-            progress("held-out loss", done, len(packs))
+            progress("eval loss", done, len(packs))
             total += loss_sum(model, pack.to(device), forward.loss_path).double().cpu()
     finally:
         model.train(was_training)
-    progress("held-out loss", len(packs), len(packs))
+    progress("eval loss", len(packs), len(packs))
     return float(total) / max(sum(pack.label_tokens for pack in packs), 1)
 
 

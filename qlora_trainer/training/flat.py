@@ -129,9 +129,9 @@ def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dt
     """
     layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
     casts: dict[int, Tensor] = {}
-    learned = {id(layer.lora_A.weight) for layer in layers}
+    trained = {id(layer.lora_A.weight) for layer in layers}
     for group in groups:
-        if not any(id(parameter) in learned for parameter in group.parameters.values()):
+        if not any(id(parameter) in trained for parameter in group.parameters.values()):
             continue
         flat = group.data.detach().to(dtype)
         casts |= {id(p): flat[group.slices[name]].view(p.shape) for name, p in group.parameters.items()}

@@ -16,7 +16,7 @@ import torch
 from qlora_trainer.common.errors import InsufficientMemoryError, TrainingError
 from qlora_trainer.common.process_memory import peak_resident_bytes
 from qlora_trainer.data.preparation.prepare import ExampleSet
-from qlora_trainer.training.evaluation import heldout_loss
+from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import TrainState
 
 MOST_SKIPPED_IN_A_ROW = 5
@@ -25,7 +25,7 @@ MOST_SKIPPED_WITH_SCALING = 16  # each halves the loss scale, which starts at 2^
 
 def train(
     state: TrainState,
-    heldout: ExampleSet,
+    eval_set: ExampleSet,
     *,
     take_step: Callable[[TrainState], dict[str, float]],
     on_step: Callable[[dict[str, Any]], None],
@@ -63,14 +63,14 @@ def train(
                 "tokens_per_second": metrics["tokens"] / seconds,
                 "peak_memory_bytes": peak_memory_bytes(state.device),
                 "micro_batch_tokens": state.loader.micro_batch_tokens,
-                "activations": str(state.policy),
+                "activation_checkpointing": str(state.policy),
             }
             is_last = state.step == state.total_steps
-            if state.notices:
-                record["recovered"] = " ".join(state.notices)
-                state.notices.clear()
-            if len(heldout) and (state.step % training.evaluate_every == 0 or is_last):
-                record["heldout_loss"] = measure_heldout(state, heldout)
+            if state.warnings:
+                record["recovered"] = " ".join(state.warnings)
+                state.warnings.clear()
+            if len(eval_set) and (state.step % training.evaluate_every == 0 or is_last):
+                record["eval_loss"] = measure_eval(state, eval_set)
             on_step(record)
             stopping = stop_requested() or state.step == stop_after
             if state.step % training.save_every == 0 or is_last or stopping:
@@ -80,9 +80,9 @@ def train(
     return True
 
 
-def measure_heldout(state: TrainState, heldout: ExampleSet) -> float:
-    """Mean loss of the held-out label tokens, by the training forward without dropout."""
-    return heldout_loss(state.model, heldout, state.forward, state.loader.micro_batch_tokens)
+def measure_eval(state: TrainState, eval_set: ExampleSet) -> float:
+    """Mean loss of the eval label tokens, by the training forward without dropout."""
+    return eval_loss(state.model, eval_set, state.forward, state.loader.micro_batch_tokens)
 
 
 def check_finite(state: TrainState, metrics: dict[str, float]) -> None:

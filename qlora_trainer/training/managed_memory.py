@@ -51,9 +51,9 @@ def paging_refusal(device: torch.device) -> str:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == 0 and SUCCESS in lines:  # what libraries say when they end comes after it
         return ""
-    code, told = done.returncode, lines[-1] if lines else "it said nothing"
+    code, reported = done.returncode, lines[-1] if lines else "it said nothing"
     ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"a process that tried managed memory on cuda:{index} {ending}: {told}"
+    return f"a process that tried managed memory on cuda:{index} {ending}: {reported}"
 
 
 def paging_refusal_here() -> str:

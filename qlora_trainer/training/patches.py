@@ -1,9 +1,9 @@
 """Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
 
 A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
-decided by trying: a copy of the module with small weights is run beside the lean formula, on values from tiny to huge,
-and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no list of
-models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
+decided by trying: a copy of the module with small weights is run next to the memory-efficient formula, on values from
+tiny to huge, and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no
+list of models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
 (rotary.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
@@ -30,13 +30,13 @@ from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
 from qlora_trainer.training.rotary import turn_in_one_pass
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
-FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantises the weights again: a tenth of 2,048's time
+FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantizes the weights again: a tenth of 2,048's time
 MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
 
 
 @dataclasses.dataclass(frozen=True)
-class LeanReport:
-    """How many modules of each kind keep little for backward, and how many there are: (lean, all)."""
+class PatchReport:
+    """How many modules of each kind keep little for backward, and how many there are: (memory-efficient, all)."""
 
     projections: tuple[int, int]
     mlps: tuple[int, int]
@@ -44,7 +44,9 @@ class LeanReport:
 
     def __str__(self) -> str:
         kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
-        return ", ".join(f"{lean} of {count} {kind}" for kind, (lean, count) in kinds.items() if count)
+        return ", ".join(
+            f"{memory_efficient} of {count} {kind}" for kind, (memory_efficient, count) in kinds.items() if count
+        )
 
 
 class GatedMLP:
@@ -75,8 +77,8 @@ def _tile_tokens(tokens: int, tiles: int) -> int:
     return max(min(-(-tokens // tiles), most), FEWEST_TILE_TOKENS)
 
 
-def make_lean(model: nn.Module) -> LeanReport:
-    """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognised.
+def patch_model(model: nn.Module) -> PatchReport:
+    """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognized.
 
     Call it once adapters are in place.
     """
@@ -98,7 +100,7 @@ def make_lean(model: nn.Module) -> LeanReport:
         if gated is not None:
             mlp.forward = gated
             lean_mlps += 1
-    return LeanReport(
+    return PatchReport(
         projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
         mlps=(lean_mlps, len(mlps) + len(experts)),
         norms=(lean_norms, len(norms)),
@@ -106,14 +108,15 @@ def make_lean(model: nn.Module) -> LeanReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Take the tokens of every lean MLP in so many parts, or in more where those would be large; 1: whole."""
+    """Take the tokens of every memory-efficient MLP in so many parts, or in more where those would be large; 1:
+    whole."""
     for module in model.modules():
         if isinstance(module.forward, GatedMLP):
             module.forward.tiles = tiles
 
 
 def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
-    """(eps, form) where the module is RMS normalisation in a form that `rms_norm` has; else None."""
+    """(eps, form) where the module is RMS normalization in a form that `rms_norm` has; else None."""
     weight = norm._parameters.get("weight")
     eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
     if (
@@ -128,12 +131,12 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
     if not _takes_one_argument(norm):
         return None
     return next(
-        ((eps, form) for form in forms if all(_normalises(norm, eps, form, width) for width in (64, 192))), None
+        ((eps, form) for form in forms if all(_normalizes(norm, eps, form, width) for width in (64, 192))), None
     )
 
 
-def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
-    """Whether the module, given a random weight of this width, is RMS normalisation over all of it in this form."""
+def _normalizes(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
+    """Whether the module, given a random weight of this width, is RMS normalization over all of it in this form."""
     dtype = norm.get_parameter("weight").dtype
     with unset_fake_temporarily(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -145,7 +148,7 @@ def _normalises(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
-    """The lean forward where the module is a gated MLP over a 4-bit down projection; else None.
+    """The memory-efficient forward where the module is a gated MLP over a 4-bit down projection; else None.
 
     Its children are a gate and an up projection, or one that holds both, a down projection, and an activation.
     """
@@ -193,7 +196,8 @@ def _split(projections: Sequence[nn.Module]) -> Split:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    """Whether the module can be called with its input alone: a second argument would be lost on the lean form."""
+    """Whether the module can be called with its input alone: a second argument would be lost on the memory-efficient
+    form."""
     return len(inspect.signature(type(module).forward).parameters) == 2
 
 

@@ -3,9 +3,9 @@
 A plan can be wrong by a little, and other programs use the card too. A step is a set of rows, so it can be taken again
 with the same rows in smaller micro-batches, divided by the same number of label tokens: it learns the same, and only
 last bits differ, as from any choice of micro-batches. The micro-batch that failed is split by rows first, since that
-costs no arithmetic; where it is a single row, the activation policy goes one level leaner, as far as host memory has
-room for what is offloaded. What was lowered stays so
-for the rest of the run, also when it is resumed: what failed once would fail again.
+costs no arithmetic; where it is a single row, the activation policy goes one level with less memory, as far as host
+memory has space for what is offloaded. What was lowered stays so for the rest of the run, also when it is resumed: what
+failed once would fail again.
 
 `probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
 
@@ -25,7 +25,7 @@ import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
 from qlora_trainer.model.device import give_back_memory
-from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Policy, host_room, offloaded_bytes
+from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.rng import restore_rng, rng_state
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import accumulate_gradients, train_step
@@ -78,7 +78,7 @@ def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -
     which is put back.
 
     Args:
-        what: names the attempt, for the one sentence that joins `state.notices` where memory ran out.
+        what: names the attempt, for the one sentence that joins `state.warnings` where memory ran out.
 
     Raises:
         InsufficientMemoryError: there is nothing left to lower; the state is as it was.
@@ -101,18 +101,19 @@ def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -
         restore_rng(*random)
         give_back_memory()
         if not lower(state, failed[-1]):
-            letter = _no_room(failed[-1], reason, state)
+            message = _no_space(failed[-1], reason, state)
             state.set_memory(*before)
-            raise InsufficientMemoryError(letter)
+            raise InsufficientMemoryError(message)
         if state.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(state.device)  # the peak told is that of what fits
+            torch.cuda.reset_peak_memory_stats(state.device)  # the peak reported is that of what fits
     if failed:
-        state.notices.append(_lowered(what, failed[0], before, (state.loader.micro_batch_tokens, state.policy)))
+        state.warnings.append(_lowered(what, failed[0], before, (state.loader.micro_batch_tokens, state.policy)))
     return result
 
 
 def lower(state: TrainState, row_lengths: list[int]) -> bool:
-    """Let a micro-batch that failed need less from here on: half its tokens, or a leaner policy; False: it cannot.
+    """Let a micro-batch that failed need less from here on: half its tokens, or a with less memory policy; False: it
+    cannot.
 
     Args:
         row_lengths: tokens of its rows as they were laid out.
@@ -125,24 +126,24 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
         return False
     try:
         state.set_memory(state.loader.micro_batch_tokens, policy)
-    except ModelError:  # its layers cannot be recomputed, as all leaner policies do
+    except ModelError:  # its layers cannot be recomputed, as all with less memory policies do
         return False
     return True
 
 
 def _leaner(state: TrainState, tokens: int) -> Policy | None:
     """The next policy with less on the device, whose part on the host fits there; None where there is none."""
-    policy = state.policy.leaner()
+    policy = state.policy.less_memory()
     while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):
-        every = policy.offload_every + 1
-        policy = dataclasses.replace(policy, offload_every=every) if every <= MOST_BETWEEN_OFFLOADED else None
+        every = policy.offload_every_n_layers + 1
+        policy = dataclasses.replace(policy, offload_every_n_layers=every) if every <= MOST_BETWEEN_OFFLOADED else None
     return policy
 
 
 def _host_lacks(state: TrainState, policy: Policy, tokens: int) -> bool:
-    """Whether what a policy offloads is more than host memory has room for, and than what is offloaded now."""
+    """Whether what a policy offloads is more than host memory has space for, and than what is offloaded now."""
     needed = offloaded_bytes(state.model, policy, tokens)
-    return needed > offloaded_bytes(state.model, state.policy, tokens) and needed > host_room()
+    return needed > offloaded_bytes(state.model, state.policy, tokens) and needed > spare_host_memory()
 
 
 def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], after: tuple[int, Policy]) -> str:
@@ -155,12 +156,12 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
         f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
         "which the run keeps: its steps learn from the same rows; only last bits differ (and dropout's masks, where "
         "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
-        "training.activations."
+        "training.activation_checkpointing."
     )
 
 
-def _no_room(row_lengths: list[int], reason: str, state: TrainState) -> str:
-    next_policy = state.policy.leaner()
+def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
+    next_policy = state.policy.less_memory()
     host = ""
     if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
         needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
@@ -169,7 +170,7 @@ def _no_room(row_lengths: list[int], reason: str, state: TrainState) -> str:
         f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
         f"activations {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, or resume on "
         f"a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
-        "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was learned."
+        "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was trained."
     )
 
 

@@ -22,16 +22,18 @@ NAME = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D)
 
 def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
     """Let attention modules call our rotary embedding where theirs computes the same; returns how many do."""
-    lean: dict[types.CodeType, types.FunctionType | None] = {}
+    memory_efficient: dict[types.CodeType, types.FunctionType | None] = {}
     count = 0
     for module in modules:
         method = type(module).forward
         if not isinstance(method, types.FunctionType) or NAME not in method.__code__.co_names:
             continue
-        if method.__code__ not in lean:
+        if method.__code__ not in memory_efficient:
             theirs = method.__globals__.get(NAME)
-            lean[method.__code__] = _calling(method, _rotation(theirs)) if theirs and _turns_halves(theirs) else None
-        if (function := lean[method.__code__]) is not None:
+            memory_efficient[method.__code__] = (
+                _calling(method, _rotation(theirs)) if theirs and _turns_halves(theirs) else None
+            )
+        if (function := memory_efficient[method.__code__]) is not None:
             module.forward = types.MethodType(function, module)
             count += 1
     return count

@@ -20,10 +20,10 @@ from qlora_trainer.training.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
-from qlora_trainer.training.patches import LeanReport, make_lean
+from qlora_trainer.training.patches import PatchReport, patch_model
 from qlora_trainer.training.rng import restore_rng, rng_state
 
-POLICY_SETTINGS = ("activations", "kept_layers", "offload_every")
+POLICY_SETTINGS = ("activation_checkpointing", "uncheckpointed_layers", "offload_every_n_layers")
 
 
 @dataclasses.dataclass
@@ -39,11 +39,11 @@ class TrainState:
     config: RunConfig
     total_steps: int
     policy: Policy  # in force on the model; with loader.micro_batch_tokens, what a micro-batch's memory depends on
-    lean: LeanReport
+    patches: PatchReport
     step: int = 0  # optimizer steps taken or skipped
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
-    notices: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
+    warnings: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
     ran_out_of_memory: bool = False  # in this process, where torch's allocator may be broken since
 
     @property
@@ -102,7 +102,7 @@ class TrainState:
             limit = min(limit, saved["micro_batch_tokens"])
         if same_policy:
             before = Policy(**saved["policy"])
-            policy = max(policy, before, key=lambda p: (LEVELS.index(p.level), -p.kept_layers))
+            policy = max(policy, before, key=lambda p: (LEVELS.index(p.level), -p.uncheckpointed_layers))
         self.set_memory(limit, policy)
 
 
@@ -115,7 +115,7 @@ def build_state(
     mixture: Mixture | None = None,
 ) -> TrainState:
     """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
-    lean = make_lean(model)
+    patches = patch_model(model)
     apply_policy(model, policy)
     forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))
@@ -126,7 +126,7 @@ def build_state(
         groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
     loader = StepLoader(
         train,
-        batch_size=config.training.batch_size,
+        global_batch_size=config.training.global_batch_size,
         micro_batch_tokens=micro_batch_tokens(config),
         packing=config.data.packing and forward.can_pack,
         seed=config.training.seed,
@@ -142,7 +142,7 @@ def build_state(
         config=config,
         total_steps=config.training.max_steps or config.training.epochs * loader.steps_per_epoch,
         policy=policy,
-        lean=lean,
+        patches=patches,
     )
 
 
@@ -173,6 +173,6 @@ def as_lowered(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
     same_limit, same_policy = _unchanged(config, saved)
     if same_limit:
         lowered["micro_batch_tokens"] = saved["micro_batch_tokens"]
-    if same_policy and config.training.activations != "auto":
+    if same_policy and config.training.activation_checkpointing != "auto":
         lowered |= Policy(**saved["policy"]).as_settings()
     return config.model_copy(update={"training": config.training.model_copy(update=lowered)})

@@ -1,7 +1,7 @@
 """Weights as bitsandbytes holds and stores them, read, written and checked.
 
-The tables of a weight that was quantised elsewhere are held to the shapes and dtypes of our own: compiled kernels read
-them by these alone. Dequantisation is qlora_kernels' own, checked against its definition at start-up, because
+The tables of a weight that was quantized elsewhere are held to the shapes and dtypes of our own: compiled kernels read
+them by these alone. Dequantization is qlora_kernels' own, checked against its definition at start-up, because
 bitsandbytes' module forwards rewrite biases and, on some CPUs, repack the weights they were given.
 
 Legend: O out features, I in features.
@@ -31,10 +31,10 @@ def weight_from_checkpoint(
     stats: Mapping[str, Tensor],  # the checkpoint's "<name>.weight.<key>" by key
     name: str,
 ) -> NF4Weight:
-    """Rebuild a weight from a prequantised bitsandbytes checkpoint's tensors.
+    """Rebuild a weight from a prequantized bitsandbytes checkpoint's tensors.
 
     Raises:
-        QuantizationError: it is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage; or a
+        QuantizationError: it is quantized otherwise than NF4, block size 64, double quantization, uint8 storage; or a
             table is missing or damaged.
     """
     facts = _facts(stats, name)
@@ -59,11 +59,11 @@ def weight_from_checkpoint(
 
 def weight_to_checkpoint(
     weight: NF4Weight,
-    source_dtype: torch.dtype,  # what it was quantised from; bitsandbytes dequantises to it
+    source_dtype: torch.dtype,  # what it was quantized from; bitsandbytes dequantizes to it
 ) -> dict[str, Tensor]:
     """What bitsandbytes stores of a weight: "" is the packed codes, the other keys follow the weight's name and a dot.
 
-    Shapes and dtypes depend on the weight's shape alone, so a file can be laid out before anything is quantised.
+    Shapes and dtypes depend on the weight's shape alone, so a file can be laid out before anything is quantized.
     """
     facts = {
         "quant_type": "nf4",
@@ -86,7 +86,7 @@ def weight_to_checkpoint(
 
 
 def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """The dtype that a prequantised weight was quantised from, by what is stored beside it.
+    """The dtype that a prequantized weight was quantized from, by what is stored next to it.
 
     Raises:
         QuantizationError: it is no NF4 weight, or its keys cannot be read.
@@ -103,8 +103,8 @@ def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         stored = ", ".join(sorted(statistics)) or "nothing"
         raise QuantizationError(
-            f"{name} is quantised otherwise than this trainer keeps its base, or its quantisation keys cannot be read "
-            f"(beside it are {stored}). Use the model's 16-bit checkpoint, which is quantised while loading."
+            f"{name} is quantized otherwise than this trainer keeps its base, or its quantization keys cannot be read "
+            f"(next to it are {stored}). Use the model's 16-bit checkpoint, which is quantized while loading."
         ) from error
 
 
@@ -117,18 +117,18 @@ def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
 
 
 def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed: Tensor, name: str) -> None:
-    """QuantizationError unless it is NF4, block size 64, double quantisation, uint8 storage."""
+    """QuantizationError unless it is NF4, block size 64, double quantization, uint8 storage."""
     found = {
         "type": kind,
         "block size": block_size,
-        "double quantisation": nested_block_size is not None,
+        "double quantization": nested_block_size is not None,
         "nested block size": nested_block_size or NESTED_BLOCK_SIZE,
         "storage": str(packed.dtype).removeprefix("torch."),
     }
     wanted = {
         "type": "nf4",
         "block size": BLOCK_SIZE,
-        "double quantisation": True,
+        "double quantization": True,
         "nested block size": NESTED_BLOCK_SIZE,
         "storage": "uint8",
     }
@@ -137,13 +137,13 @@ def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed
             f"{key} {found[key]} (needed: {wanted[key]})" for key in wanted if found[key] != wanted[key]
         )
         raise QuantizationError(
-            f"{name} is quantised otherwise than this trainer keeps its base: {differences}. Use the model's 16-bit "
-            "checkpoint, which is quantised while loading, or one prequantised to NF4 with double quantisation."
+            f"{name} is quantized otherwise than this trainer keeps its base: {differences}. Use the model's 16-bit "
+            "checkpoint, which is quantized while loading, or one prequantized to NF4 with double quantization."
         )
 
 
 def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
-    """The weight, if its tables are those of its shape; `code` are the sixteen values its codes stand for.
+    """The weight, if its tables are those of its shape; `code` are the sixteen values its codes represent.
 
     Raises:
         QuantizationError: a table has another shape or dtype, or a value that cannot be.
@@ -167,7 +167,7 @@ def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
     if code.dtype != NF4_CODE.dtype or not torch.equal(code, NF4_CODE.to(code.device)):
         raise QuantizationError(f"{name}: quant_map, the values of its codes, is not that of NF4. {_DAMAGED}")
     if not all_finite(weight.offset, weight.nested_absmax, weight.nested_code):
-        raise QuantizationError(f"{name} was quantised from values that are not finite. {_DAMAGED}")
+        raise QuantizationError(f"{name} was quantized from values that are not finite. {_DAMAGED}")
     return weight
 
 
@@ -176,16 +176,16 @@ def _told(tensor: Tensor) -> str:
 
 
 def check_dequantization(device: torch.device) -> list[str]:
-    """Compare dequantisation on `device` with its definition, on even and awkward shapes, to the last bit.
+    """Compare dequantization on `device` with its definition, on even and awkward shapes, to the last bit.
 
-    Returns one notice for each shape on which bitsandbytes' own function differs (its CPU code does for widths that
+    Returns one warning for each shape on which bitsandbytes' own function differs (its CPU code does for widths that
     are no multiple of the block size, on some processors); training here does not use that function.
 
     Raises:
         QuantizationError: ours differs, so that training would adapt to another base than the merge writes.
     """
     generator = torch.Generator().manual_seed(0)
-    notices = []
+    warnings = []
     for shape in ((64, 64), (3, 80), (96, 192), (1, 576)):
         values = torch.randn(shape, generator=generator).to(device)
         packed, state = bitsandbytes.functional.quantize_4bit(
@@ -196,15 +196,15 @@ def check_dequantization(device: torch.device) -> list[str]:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
             raise QuantizationError(
-                f"On {device} NF4 weights of shape {shape} are dequantised otherwise than they are defined. Set "
+                f"On {device} NF4 weights of shape {shape} are dequantized otherwise than they are defined. Set "
                 "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
                 "`qlora doctor`."
             )
         if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):
-            notices.append(
-                f"bitsandbytes dequantises NF4 of shape {shape} wrongly on {device}; it is not used for that."
+            warnings.append(
+                f"bitsandbytes dequantizes NF4 of shape {shape} wrongly on {device}; it is not used for that."
             )
-    return notices
+    return warnings
 
 
 def _dequantize_by_definition(weight: NF4Weight) -> Tensor:  # (O, I) fp32

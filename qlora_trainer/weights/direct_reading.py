@@ -1,7 +1,7 @@
 """Whole tensors read from a checkpoint past the page cache, and hashed on their way.
 
 A base of 15 GB is read once. Through the page cache that takes 15 GB of pages, each to be found, mapped and thrown out
-again, and costs more processor time than quantising; it also drives everybody else's files from memory. Here a file is
+again, and costs more processor time than quantizing; it also drives everybody else's files from memory. Here a file is
 read straight into memory of our own (O_DIRECT), a piece at a time, and each piece is hashed while it is in the
 processor's cache. The memory goes back when nobody holds the tensor any longer, and the next tensor comes into it.
 
@@ -30,7 +30,7 @@ from qlora_trainer.weights.model_directory import TensorInfo, tensors_of_file
 from qlora_trainer.weights.reading import changed, read_tensor, unreadable
 
 ALIGNMENT = 4096  # of addresses and lengths, in files and memory: what any disk's blocks divide
-PIECE_BYTES = 2**22  # read and hashed at a time; a smaller tensor is mapped, and takes none of this room's memory
+PIECE_BYTES = 2**22  # read and hashed at a time; a smaller tensor is mapped, and takes none of this module's memory
 LARGEST_KEPT = 2**27  # memory for a tensor larger than this is not kept for the next one
 
 

@@ -1,4 +1,4 @@
-"""List the tensors that a model directory holds: safetensors, or a GGUF file that it stands for.
+"""List the tensors that a model directory holds: safetensors, or a GGUF file that it represents.
 
 A checkpoint is data from strangers. Only safetensors and JSON are read, never pickle; an index may only name files of
 its own directory; what a loader would guess at (two sets of weights side by side) is refused here.
@@ -70,7 +70,7 @@ class TensorInfo(TensorSpec):
 def checkpoint_tensors(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor that transformers would load from `directory`, by name, in the order they lie on disk.
 
-    A directory may stand for a GGUF file (weights/gguf/importer.py), whose tensors are read from there.
+    A directory may represent a GGUF file (weights/gguf/importer.py), whose tensors are read from there.
 
     Raises:
         FileMissingError: there is no such directory.
@@ -115,7 +115,7 @@ def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | 
 
 
 def weight_statistics(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """What bitsandbytes stores beside each prequantised weight, by the weight's name and the key after it."""
+    """What bitsandbytes stores next to each prequantized weight, by the weight's name and the key after it."""
     found: dict[str, dict[str, TensorInfo]] = {name: {} for name in tensors if f"{name}.absmax" in tensors}
     for name, info in tensors.items():
         layer, dot, key = name.rpartition(".weight.")
@@ -154,7 +154,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
             raise ModelError(
                 f"{directory} holds its weights as {pickled[0]}, a pickle, which can run code when opened and is not "
                 "read here. If you trust it, convert it once with transformers: AutoModelForCausalLM.from_pretrained("
-                "directory).save_pretrained(new_directory), and copy the tokenizer's files beside it."
+                "directory).save_pretrained(new_directory), and copy the tokenizer's files next to it."
             )
         raise ModelError(f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: it is no safetensors model.")
     weight_map = _read_json(file_inside(directory, INDEX_NAME)).get("weight_map")

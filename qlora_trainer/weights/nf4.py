@@ -42,7 +42,7 @@ def quantize_weight(
     weight: Tensor,  # (O, I), any float dtype
     name: str = "the weight",
 ) -> NF4Weight:
-    """Quantise to NF4 with block size 64 and double-quantised block maxima, on the weight's device.
+    """Quantize to NF4 with block size 64 and double-quantized block maxima, on the weight's device.
 
     The codes are the same on every device.
 
@@ -52,9 +52,9 @@ def quantize_weight(
     quantized = quantize_nf4(weight)
     if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so it shows such a value
         bad = int((~torch.isfinite(weight)).sum())
-        told = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
+        reported = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
         raise QuantizationError(
-            f"{name} holds {told}, and cannot be quantised. The checkpoint is damaged: fetch it again, or choose "
+            f"{name} holds {reported}, and cannot be quantized. The checkpoint is damaged: fetch it again, or choose "
             "another base."
         )
     return quantized
@@ -68,7 +68,7 @@ def all_finite(*tensors: Tensor) -> bool:
 
 
 def empty_weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Weight:
-    """The tensors of a quantised (O, I) weight, uninitialised."""
+    """The tensors of a quantized (O, I) weight, uninitialized."""
     elements = out_features * in_features
     blocks = -(-elements // BLOCK_SIZE)
     return NF4Weight(

@@ -1,4 +1,4 @@
-"""What a model directory holds beside its weights, and carrying it over into a directory that is being written."""
+"""What a model directory holds next to its weights, and carrying it over into a directory that is being written."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _NOT_COPIED = {
 
 
 def files_to_copy(directory: Path) -> list[Path]:
-    """Tokenizer, templates, generation settings and licence: kept byte for byte, for readers older than ours."""
+    """Tokenizer, templates, generation settings and license: kept byte for byte, for readers older than ours."""
     templates = directory / "additional_chat_templates"
     names = [path for path in sorted(directory.iterdir()) if path.is_file()]
     copied = [
@@ -53,7 +53,7 @@ def copy_files(directory: Path, files: Sequence[Path], work: Path) -> None:
 
 
 def refuse_full_disk(output: Path, needed: int, what: str) -> None:
-    """DiskError where the disk of `output` has too little room for `needed` bytes of tensors and files."""
+    """DiskError where the disk of `output` has too little space for `needed` bytes of tensors and files."""
     home = next(parent for parent in real_path(output).parents if parent.exists())
     free = shutil.disk_usage(home).free
     if needed + 2**24 > free:  # headers, index and record are far below 16 MiB

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors one after another, on the device where they are wanted, the next one read beside the work.
+"""A checkpoint's tensors one after another, on the device where they are wanted, the next one read next to the work.
 
 A thread reads the files (direct_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
 stream of their own. One tensor is read ahead and no more: where each is dropped before the next is taken, neither host

@@ -102,7 +102,7 @@ def test_only_the_parts_rows_learn_by_the_formula_of_each_part(tiny_models: Mode
     model = GPT2LMHeadModel.from_pretrained(tiny_models("gpt2"), dtype=torch.float32)
     layer_path = "transformer.h.0.attn.c_attn"
     base = model.get_submodule(layer_path)
-    add_adapters(model, AdapterConfig(rank=4, alpha=8, targets=["c_attn"], fused_parts=QUERY_AND_VALUE))
+    add_adapters(model, AdapterConfig(rank=4, alpha=8, target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE))
     layer = model.get_submodule(layer_path)
     assert isinstance(layer, LoRALinear)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -120,7 +120,7 @@ def test_only_the_parts_rows_learn_by_the_formula_of_each_part(tiny_models: Mode
 def test_rank_4_on_query_and_value_of_gpt2_small_is_147_456_numbers() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
-    add_adapters(model, AdapterConfig(rank=4, targets=["c_attn"], fused_parts=QUERY_AND_VALUE))
+    add_adapters(model, AdapterConfig(rank=4, target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE))
     assert sum(parameter.numel() for _, parameter in trainable_parameters(model)) == 147_456
 
 
@@ -128,7 +128,7 @@ def test_rank_4_on_query_and_value_of_gpt2_small_is_147_456_numbers() -> None:
 def test_zero_blocks_stay_zero_in_training_and_a_resumed_run_equals_an_uninterrupted_one(
     targets: Any, tiny_config: Config, tiny_models: Models, tmp_path: Path
 ) -> None:
-    settings = {"targets": targets, "fused_parts": QUERY_AND_VALUE}
+    settings = {"target_modules": targets, "fused_parts": QUERY_AND_VALUE}
     whole = start_run(config_of(tiny_config, tiny_models("gpt2"), "whole", **settings))
     assert whole.train(quiet)
     stored = load_file(whole.directory / "adapter" / "adapter_model.safetensors")
@@ -165,7 +165,7 @@ def test_peft_gives_our_logits(
     """On dense weights: what the adapter does is compared, not the base's rounding."""
     from peft import PeftModel
 
-    settings = {"targets": targets, "fused_parts": QUERY_AND_VALUE, "use_rslora": use_rslora}
+    settings = {"target_modules": targets, "fused_parts": QUERY_AND_VALUE, "use_rslora": use_rslora}
     run = start_run(config_of(tiny_config, tiny_models("gpt2"), **settings))
     run.train(quiet)
     stored = load_file(run.directory / "adapter" / "adapter_model.safetensors")
@@ -186,15 +186,15 @@ def test_peft_gives_our_logits(
 
 
 def test_the_plan_counts_the_parts_alone(tiny_config: Config, tiny_models: Models) -> None:
-    config = config_of(tiny_config, tiny_models("gpt2"), targets=["c_attn"], fused_parts=QUERY_AND_VALUE)
+    config = config_of(tiny_config, tiny_models("gpt2"), target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE)
     assert plan_memory(tiny_models("gpt2"), config).adapter_parameters == 2 * (2 * 4 * 64 + 2 * 64 * 4)
 
 
 def test_an_adapter_of_the_whole_layer_is_not_taken_for_one_of_its_parts(tiny_models: Models) -> None:
     whole = GPT2LMHeadModel.from_pretrained(tiny_models("gpt2"), dtype=torch.float32)
     parts = GPT2LMHeadModel.from_pretrained(tiny_models("gpt2"), dtype=torch.float32)
-    add_adapters(whole, AdapterConfig(rank=8, targets=["c_attn"]))
-    add_adapters(parts, AdapterConfig(rank=4, targets=["c_attn"], fused_parts=QUERY_AND_VALUE))
+    add_adapters(whole, AdapterConfig(rank=8, target_modules=["c_attn"]))
+    add_adapters(parts, AdapterConfig(rank=4, target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE))
     load_adapter_state(whole, adapter_state_dict(parts))  # the same function, and no more zero for ever
     for _, parameter in trainable_parameters(whole):
         parameter.data.normal_()
@@ -205,7 +205,7 @@ def test_an_adapter_of_the_whole_layer_is_not_taken_for_one_of_its_parts(tiny_mo
 
 
 def test_a_run_starts_from_an_adapter_of_parts(tiny_config: Config, tiny_models: Models) -> None:
-    settings = {"targets": ["c_attn"], "fused_parts": QUERY_AND_VALUE}
+    settings = {"target_modules": ["c_attn"], "fused_parts": QUERY_AND_VALUE}
     first = start_run(config_of(tiny_config, tiny_models("gpt2"), "first", **settings))
     first.train(quiet)
     again = config_of(

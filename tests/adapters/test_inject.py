@@ -74,7 +74,7 @@ def make_layer(base: NF4Linear | nn.Linear, dropout: float) -> LoRALinear:
     return layer
 
 
-def test_the_layer_over_four_bits_is_the_layer_over_the_dequantised_weight() -> None:
+def test_the_layer_over_four_bits_is_the_layer_over_the_dequantized_weight() -> None:
     torch.manual_seed(0)
     four_bit = NF4Linear(quantize_weight(torch.randn(64, 128) / 11), torch.randn(64))
     dense = nn.Linear(128, 64)
@@ -166,7 +166,7 @@ def test_only_adapters_and_the_biases_named_train(family: str, bias: str, count:
 
 def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Models) -> None:
     model = base_model(tiny_models("qwen2"))
-    add_adapters(model, AdapterConfig(rank=4, bias="lora_only", targets=["q_proj"]), seed=0)
+    add_adapters(model, AdapterConfig(rank=4, bias="lora_only", target_modules=["q_proj"]), seed=0)
     biases = [name for name, _ in trainable_parameters(model) if name.endswith("bias")]
     assert biases == [f"base_model.model.model.layers.{i}.self_attn.q_proj.base_layer.bias" for i in (0, 1)]
 
@@ -179,10 +179,10 @@ def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Model
             ["q_proj", "down_proj"],
             r"names q_proj, which .* There are: down_proj, gate_up_proj, o_proj, qkv_proj",
         ),
-        ("llama", ["q_proj", "lm_head"], "names lm_head.*output head are not adapted"),
+        ("llama", ["q_proj", "lm_head"], "names lm_head.*LM head are not adapted"),
         ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
         ("llama", ["proj"], "names proj, which"),
-        ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.targets=\[q_proj\]"),
+        ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.target_modules=\[q_proj\]"),
     ],
 )
 def test_a_target_that_matches_nothing_is_told_with_what_exists(
@@ -291,7 +291,7 @@ def test_the_worked_example_holds() -> None:
 def test_rank_4_on_the_attention_of_gpt2_small_is_small() -> None:
     """147,456 numbers on the query and value projections, were they apart: 12 layers of two 768 x 768."""
     model = nn.ModuleList(nn.ModuleDict({n: nn.Linear(768, 768) for n in ("q_proj", "v_proj")}) for _ in range(12))
-    add_adapters(model, AdapterConfig(rank=4, targets=["q_proj", "v_proj"]))
+    add_adapters(model, AdapterConfig(rank=4, target_modules=["q_proj", "v_proj"]))
     state = lora_state_dict(model)
     assert sum(tensor.numel() for tensor in state.values()) == 147_456
     assert sum(tensor.nbytes for tensor in state.values()) < 0.6 * 2**20

@@ -43,9 +43,9 @@ FIGURES = {
     "peer, 16,384": rf"peer 128 tokens: {NUMBER} tokens/s, {NUMBER} GiB reserved",
     "peer, generation": rf"peer generates {NUMBER} tokens/s",
     "kernels": rf"kernels \(RTX 4090, computed, {NUMBER} GB/s, \d+ TFLOP/s\): .*: ours {NUMBER} us \d+%",
-    "hostcopy": rf"offload and tile beside .*: losses within {NUMBER}e[+-]\d+; tokens/s recompute {NUMBER}, offload",
+    "hostcopy": rf"offload and tile next to .*: losses within {NUMBER}e[+-]\d+; tokens/s recompute {NUMBER}, offload",
     "merge": rf"merge: {NUMBER} GB in {NUMBER} s, KL {NUMBER}e[+-]\d+, relative error {NUMBER}e[+-]\d+, .* {NUMBER}%",
-    "load lean": rf"load lean: {NUMBER} s to NF4",
+    "load memory-efficient": rf"load memory-efficient: {NUMBER} s to NF4",
     "contenders": rf"hand-written loop +{NUMBER}",
 }
 BAD = re.compile(r"exit|OUT OF TIME|FAILED|left out|REFUSED|broken")

@@ -26,7 +26,7 @@ def test_counting_follows_reads_writes_and_passes() -> None:
     assert moved(lambda x: x * 2.0, x, gradients=1) == Moved(128, 1)
 
 
-def test_dequantising_reads_the_four_bits_and_their_scales_once_and_writes_once(rows: dict[str, kernels.Row]) -> None:
+def test_dequantizing_reads_the_four_bits_and_their_scales_once_and_writes_once(rows: dict[str, kernels.Row]) -> None:
     elements = 4096 * 11008
     tables = elements // 2 + elements // 64 + 4 * elements // (64 * 256) + 4 * 256 + 4
     row = rows["NF4 -> bf16, 4,096 x 11,008"]

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.plan_against_real import LIMIT, Changes, compare, make_model
 
 SETTINGS: list[tuple[str, Changes]] = [
-    ("qwen2", {"training": {"activations": "tile"}, "data": {"max_length": 256}}),
+    ("qwen2", {"training": {"activation_checkpointing": "tiled"}, "data": {"max_length": 256}}),
     ("llama", {"data": {"max_length": 64}, "adapter": {"rank": 64}}),  # fullest inside the optimizer's update
 ]
 

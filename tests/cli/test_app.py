@@ -1,4 +1,4 @@
-"""The command line's promises: the whole way works as typed, and every mistake is one letter and exit code 2."""
+"""The command line's promises: the whole way works as typed, and every mistake is one error message and exit code 2."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ Config = Callable[..., RunConfig]
 def test_a_run_whose_samples_run_out_of_memory_trains_and_writes_its_report(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt as a whole does not fit where there is a cache, which training and held-out loss have not."""
+    """A prompt as a whole does not fit where there is a cache, which training and eval loss have not."""
     real = LlamaModel.forward
 
     def forward(self: Any, input_ids: Any = None, use_cache: bool | None = None, **rest: Any) -> Any:
@@ -31,21 +31,23 @@ def test_a_run_whose_samples_run_out_of_memory_trains_and_writes_its_report(
         return real(self, input_ids=input_ids, use_cache=use_cache, **rest)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    code, _, told = qlora("train", config_file, "training.max_steps=2")
-    assert code == 0, told
+    code, _, reported = qlora("train", config_file, "training.max_steps=2")
+    assert code == 0, reported
     for when in ("before", "after"):
-        notice = f"The samples have no answers {when} training, as memory ran out (OutOfMemoryError: CUDA out of memory"
-        assert told.count(notice) == 1
-        assert notice in (tmp_path / "run" / "report.html").read_text()
+        warning = (
+            f"The samples have no answers {when} training, as memory ran out (OutOfMemoryError: CUDA out of memory"
+        )
+        assert reported.count(warning) == 1
+        assert warning in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, _, told = qlora("train", config_file, "training.max_steps=4")
-    assert code == 0, told
-    assert "held-out loss" in told
-    assert f"qlora merge {run}" in told.replace("\n", "")
+    code, _, reported = qlora("train", config_file, "training.max_steps=4")
+    assert code == 0, reported
+    assert "eval loss" in reported
+    assert f"qlora merge {run}" in reported.replace("\n", "")
     page = (run / "report.html").read_text()
     assert "<svg" in page
     assert "<h2>Data</h2>" in page
@@ -58,7 +60,7 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_l
     code, out, _ = qlora("evaluate", run, "--answers", 2, "--json")
     assert code == 0
     assert json.loads(out).keys() == {
-        "heldout_loss", "perplexity", "rows", "label_tokens", "exact_match", "answered"
+        "eval_loss", "perplexity", "rows", "label_tokens", "exact_match", "answered"
     }  # fmt: skip
     code, out, _ = qlora("generate", run, "--prompt", "the quick brown fox", "--max-new-tokens", 5)
     assert code == 0
@@ -66,17 +68,17 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_l
     code, out, _ = qlora("merge", run, "--output", tmp_path / "merged", "--json")
     assert code == 0
     assert json.loads(out)["report"]["verification"]["difference"]["kl"] < 1e-5
-    code, _, told = qlora(
+    code, _, reported = qlora(
         "merge", run, "--output", tmp_path / "sharded", "--shard-size", "100KB", "--model", tiny_llama
     )
     assert code == 0
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    code, _, told = qlora("merge", run, "--output", tmp_path / "other", "--shard-size", "5G")
+    code, _, reported = qlora("merge", run, "--output", tmp_path / "other", "--shard-size", "5G")
     assert code == 2
-    assert "write it as 24GiB" in told
-    code, _, told = qlora("resume", run)
+    assert "write it as 24GiB" in reported
+    code, _, reported = qlora("resume", run)
     assert code == 0
-    assert "step 4 of 4" in told
+    assert "step 4 of 4" in reported
 
 
 def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
@@ -85,49 +87,49 @@ def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
     without_weights = tmp_path / "no-weights"
     shutil.copytree(tiny_llama, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     model = f"model.name={without_weights}"
-    code, out, told = qlora("inspect", config_file, model, "--rows", 1)
+    code, out, reported = qlora("inspect", config_file, model, "--rows", 1)
     assert code == 0
     assert out == ""
     for words in ("rows read", "training row 0,", "<|im_start|>user", "an epoch", "fill", "tokens a row", "█"):
-        assert words in told, words
-    assert "training row 1," not in told
-    code, _, told = qlora("inspect", config_file, model, "--heldout", "--row", 1)
+        assert words in reported, words
+    assert "training row 1," not in reported
+    code, _, reported = qlora("inspect", config_file, model, "--eval", "--row", 1)
     assert code == 0
-    assert "held-out row 1," in told
-    assert "rows read" not in told
-    code, _, told = qlora("inspect", config_file, model, "--row", 99)
+    assert "eval row 1," in reported
+    assert "rows read" not in reported
+    code, _, reported = qlora("inspect", config_file, model, "--row", 99)
     assert code == 2
-    assert "no training row 99" in told
+    assert "no training row 99" in reported
 
 
 def test_inspect_answers_a_program_by_stable_names(qlora: Callable, config_file: Path) -> None:
-    code, out, _ = qlora("inspect", config_file, "--json", "--heldout", "--row", 2)
+    code, out, _ = qlora("inspect", config_file, "--json", "--eval", "--row", 2)
     assert code == 0
     report = json.loads(out)
-    names = {"sources", "train", "heldout", "train_duplicates", "heldout_duplicates", "max_length", "notices"}
+    names = {"sources", "train", "eval", "train_duplicates", "eval_duplicates", "max_length", "warnings"}
     assert report.keys() >= names | {"lengths", "epoch", "row"}
-    assert report["train"]["examples"] + report["heldout"]["examples"] == 20
-    assert report["lengths"].keys() == {"edges", "train", "heldout"}
+    assert report["train"]["examples"] + report["eval"]["examples"] == 20
+    assert report["lengths"].keys() == {"edges", "train", "eval"}
     assert sum(report["lengths"]["train"]) == report["train"]["examples"] == report["epoch"]["rows"] == 16
     assert report["epoch"]["steps"] == 6, "16 rows in steps of 3"
     assert report["epoch"].keys() == {
-        "rows", "batch_size", "steps", "tokens_per_step", "micro_batch_tokens", "packing", "can_pack", "packed",
+        "rows", "global_batch_size", "steps", "tokens_per_step", "micro_batch_tokens", "packing", "can_pack", "packed",
         "padded", "fill_of_whole_steps", "steps_laid_out",
     }  # fmt: skip
     assert report["epoch"]["packed"].keys() == report["epoch"]["padded"].keys() == {"micro_batches", "fill"}
     row = report["row"]
     assert row.keys() == {
-        "set", "index", "where", "tokens", "learned_tokens", "stretches", "input_ids", "learned"
+        "set", "index", "where", "tokens", "trained_tokens", "spans", "input_ids", "trained"
     }  # fmt: skip
-    assert (row["set"], row["index"]) == ("held-out", 2)
-    _, helped, told = qlora("inspect", "--help")
+    assert (row["set"], row["index"]) == ("eval", 2)
+    _, helped, reported = qlora("inspect", "--help")
     for name in [*names, *report["epoch"], *row, "lengths", "edges", "micro_batches", "fill"]:
-        assert name in helped + told, name
+        assert name in helped + reported, name
 
 
 def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
-    code, out, told = qlora("plan", config_file, "--gpu-memory", "8GiB", "--json")
-    assert code == 0, told
+    code, out, reported = qlora("plan", config_file, "--gpu-memory", "8GiB", "--json")
+    assert code == 0, reported
     answer = json.loads(out)
     assert answer.keys() == {"plan", "gpu_memory", "fits", "longest_context", "largest_micro_batch"}
     assert answer["gpu_memory"] == 8 * 2**30
@@ -137,12 +139,12 @@ def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path,
     assert answer["largest_micro_batch"]["micro_batch_tokens"] == 3 * 128, "a step's rows end the search"
     assert not (tmp_path / "run").exists()
 
-    code, out, told = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
+    code, out, reported = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
     assert code == 0
     assert out == ""
-    assert "it does not fit" in told
-    assert "CUDA context (allowance)" in told
-    assert "full fine-tuning would need" in told
+    assert "it does not fit" in reported
+    assert "CUDA context (allowance)" in reported
+    assert "full fine-tuning would need" in reported
 
 
 def test_quantize_writes_a_model_in_4_bits(qlora: Callable, tiny_llama: Path, tmp_path: Path) -> None:
@@ -151,9 +153,9 @@ def test_quantize_writes_a_model_in_4_bits(qlora: Callable, tiny_llama: Path, tm
     answer = json.loads(out)
     assert (answer["weights"], answer["dense"], answer["source_dtype"]) == (14, 7, "bfloat16")
     assert 0 < answer["bytes"] < answer["source_bytes"]
-    code, _, told = qlora("quantize", tiny_llama, "--output", tmp_path / "nf4")
+    code, _, reported = qlora("quantize", tiny_llama, "--output", tmp_path / "nf4")
     assert code == 2
-    assert "exists and is not empty" in told
+    assert "exists and is not empty" in reported
 
 
 def test_doctor_answers(qlora: Callable) -> None:
@@ -163,7 +165,7 @@ def test_doctor_answers(qlora: Callable) -> None:
 
 
 def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]]:
-    """Name -> (arguments, what the letter must say)."""
+    """Name -> (arguments, what the error message must say)."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
     missing_field = tmp_path / "fields.jsonl"
@@ -185,7 +187,7 @@ def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]
         "rows empty after masking": (["train", config, f"data.train={masked}"], "none of the 3 rows"),
         "unreadable model": (["train", config, f"model.name={no_model}"], "no config.json"),
         "missing model": (["train", config, f"model.name={tmp_path / 'nowhere'}"], "no model at"),
-        "targets that match nothing": (["train", config, "adapter.targets=[query]"], "There are: down_proj"),
+        "targets that match nothing": (["train", config, "adapter.target_modules=[query]"], "There are: down_proj"),
         "taken output": (["train", config, f"training.output_dir={taken}"], "not empty"),
         "no run directory": (["resume", taken], "no config.yaml"),
         "run without checkpoint": (["evaluate", tmp_path / "nowhere"], "no config.yaml"),
@@ -202,11 +204,11 @@ checkpoint, no cuda, no amount of memory"""
 @pytest.mark.parametrize("name", " ".join(MISTAKES.split()).split(", "))
 def test_a_mistake_is_one_letter_and_exit_code_2(qlora: Callable, config_file: Path, tmp_path: Path, name: str) -> None:
     arguments, message = mistakes(tmp_path, config_file)[name]
-    code, out, told = qlora(*arguments)
+    code, out, reported = qlora(*arguments)
     assert code == 2
-    assert message in told
-    assert told.count("error ") == 1
-    assert "Traceback" not in told
+    assert message in reported
+    assert reported.count("error ") == 1
+    assert "Traceback" not in reported
     assert out == ""
     assert not (tmp_path / "run").exists()
 
@@ -225,13 +227,13 @@ def test_a_full_disk_is_a_letter_and_leaves_the_last_checkpoint(
         right(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, told = qlora("train", config_file)
+    code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert "step 8 could not be written" in told
+    assert "step 8 could not be written" in reported
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000000", "step-000004"}
     monkeypatch.setattr(checkpoint, "save_file", right)
-    code, _, told = qlora("resume", tmp_path / "run")
-    assert code == 0, told
+    code, _, reported = qlora("resume", tmp_path / "run")
+    assert code == 0, reported
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
@@ -252,10 +254,10 @@ def test_running_out_of_memory_is_a_letter(
         raise error
 
     monkeypatch.setattr(training_run, "train", raise_it)
-    code, _, told = qlora("train", config_file)
+    code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert "Memory ran out" in told
-    assert "training.activations=recompute" in told
+    assert "Memory ran out" in reported
+    assert "training.activation_checkpointing=full" in reported
 
 
 def test_a_row_that_fits_no_memory_is_a_letter(
@@ -267,10 +269,10 @@ def test_a_row_that_fits_no_memory_is_a_letter(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(step, "loss_sum", run_out)
-    code, _, told = qlora("train", config_file)
+    code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert "tokens does not fit the memory of cpu by itself" in " ".join(told.split())
-    assert "Traceback" not in told
+    assert "tokens does not fit the memory of cpu by itself" in " ".join(reported.split())
+    assert "Traceback" not in reported
 
 
 def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line on a machine that lacks something: the next best way and a notice, or one message and exit 2."""
+"""The command line on a machine that lacks something: the next best way and a warning, or one message and exit 2."""
 
 import importlib
 import json
@@ -22,15 +22,15 @@ def test_home_that_cannot_be_written_is_named_and_training_says_what_to_set(
     findings = {finding["name"]: finding for finding in json.loads(out)}
     assert findings["Disk of the cache"]["status"] == "problem"
     assert "XDG_CACHE_HOME" in findings["Disk of the cache"]["advice"]
-    code, _, told = qlora("train", config_file)
+    code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert f"cannot be written to {home}/.cache/qlora-trainer" in told
-    assert "set XDG_CACHE_HOME to another folder" in told
+    assert f"cannot be written to {home}/.cache/qlora-trainer" in reported
+    assert "set XDG_CACHE_HOME to another folder" in reported
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert qlora("train", config_file, "training.max_steps=1")[0] == 0, "the advice works"
 
 
-def test_compiled_kernels_that_cannot_be_kept_are_a_notice(
+def test_compiled_kernels_that_cannot_be_kept_are_a_warning(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_kernels import compiled, registry
@@ -42,19 +42,19 @@ def test_compiled_kernels_that_cannot_be_kept_are_a_notice(
     extensions = tmp_path / "cache" / "torch_extensions"
     extensions.parent.mkdir(exist_ok=True)
     extensions.write_text("no folder")
-    code, _, told = qlora("train", config_file, "training.max_steps=1")
+    code, _, reported = qlora("train", config_file, "training.max_steps=1")
     assert code == 0
-    assert "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4" in told
-    assert "set XDG_CACHE_HOME to a folder that can be written" in told
+    assert "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4" in reported
+    assert "set XDG_CACHE_HOME to a folder that can be written" in reported
 
 
 def test_unknown_choice_of_kernels_ends_a_run_before_it_begins(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "triton")
-    code, _, told = qlora("train", config_file)
+    code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert "QLORA_KERNELS is 'triton'" in told
+    assert "QLORA_KERNELS is 'triton'" in reported
 
 
 def test_doctor_prints_each_finding_with_its_advice_below(qlora: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,10 +79,10 @@ def test_card_that_another_program_holds_ends_a_run_with_the_way_out(
         a_card_is_here(card, (8, 6))
         card.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
         card.setattr(torch.cuda, "mem_get_info", held)
-        code, _, told = qlora("train", config_file, "optimizer.name=adamw")
+        code, _, reported = qlora("train", config_file, "optimizer.name=adamw")
     assert code == 2
-    assert "CUDA-capable device(s) is/are busy or unavailable" in told
-    assert "Traceback" not in told
-    assert "TORCH_USE_CUDA" not in told
+    assert "CUDA-capable device(s) is/are busy or unavailable" in reported
+    assert "Traceback" not in reported
+    assert "TORCH_USE_CUDA" not in reported
     assert not (tmp_path / "run").exists()
     assert qlora("train", config_file, "training.max_steps=1", "model.device=cpu")[0] == 0, "the advice works"

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_trainer.cli.demo_data import ACTIONS, SYSTEM_MESSAGE, VALUES, Row, demo_rows, write_demo_data
 
-TRAIN, HELDOUT = demo_rows()
+TRAIN, EVAL = demo_rows()
 
 
 def request(row: Row) -> str:
@@ -40,73 +40,73 @@ def words(text: str) -> set[str]:
 
 
 def occurs(value: str, text: str) -> bool:
-    """Whether the value stands in the text as whole words; 6 does not stand in 6:40."""
+    """Whether the value is in the text as whole words; 6 does not be in 6:40."""
     return re.search(rf"(?<!\w)(?<!\d:){re.escape(value)}(?!\w|:\d)", text, re.IGNORECASE) is not None
 
 
-def test_train_and_heldout_have_the_promised_sizes() -> None:
+def test_train_and_eval_have_the_promised_sizes() -> None:
     assert len(TRAIN) == 672
-    assert len(HELDOUT) == 70
-    for rows in (TRAIN, HELDOUT):
+    assert len(EVAL) == 70
+    for rows in (TRAIN, EVAL):
         counts = {action: sum(json.loads(answer(row))["action"] == action for row in rows) for action in ACTIONS}
         assert len(set(counts.values())) == 1
 
 
-def test_every_action_has_ten_training_and_four_heldout_frames_or_more() -> None:
+def test_every_action_has_ten_training_and_four_eval_frames_or_more() -> None:
     for action in ACTIONS.values():
         assert len(action.train_frames) >= 10
-        assert len(action.heldout_frames) >= 4
+        assert len(action.eval_frames) >= 4
 
 
 def test_no_sentence_frame_is_shared() -> None:
     train = [wording(frame) for action in ACTIONS.values() for frame in action.train_frames]
-    heldout = [wording(frame) for action in ACTIONS.values() for frame in action.heldout_frames]
-    assert not {tuple(frame) for frame in train} & {tuple(frame) for frame in heldout}
+    eval_set = [wording(frame) for action in ACTIONS.values() for frame in action.eval_frames]
+    assert not {tuple(frame) for frame in train} & {tuple(frame) for frame in eval_set}
 
 
-def test_no_heldout_frame_has_five_words_in_a_row_of_a_training_frame() -> None:
+def test_no_eval_frame_has_five_words_in_a_row_of_a_training_frame() -> None:
     def runs(frame: str) -> set[tuple[str, ...]]:
         found = wording(frame)
         return {tuple(found[start : start + 5]) for start in range(len(found) - 4)}
 
     seen = {run for action in ACTIONS.values() for frame in action.train_frames for run in runs(frame)}
     for action in ACTIONS.values():
-        for frame in action.heldout_frames:
+        for frame in action.eval_frames:
             assert not runs(frame) & seen, frame
 
 
 def test_no_slot_value_is_shared_whatever_the_slot() -> None:
     train = {str(value).lower() for values in VALUES.values() for value in values.train}
-    heldout = {str(value).lower() for values in VALUES.values() for value in values.heldout}
-    assert not train & heldout
+    eval_set = {str(value).lower() for values in VALUES.values() for value in values.eval}
+    assert not train & eval_set
 
 
-def test_no_word_of_a_heldout_value_is_in_a_training_value() -> None:
+def test_no_word_of_a_eval_value_is_in_a_training_value() -> None:
     """Messages are compared whole: a sentence cannot do without "the" and "I"."""
     named = {slot: values for slot, values in VALUES.items() if slot != "text"}
     train = {word for values in named.values() for value in values.train for word in words(str(value))}
-    heldout = {word for values in named.values() for value in values.heldout for word in words(str(value))}
-    assert not train & heldout
+    eval_set = {word for values in named.values() for value in values.eval for word in words(str(value))}
+    assert not train & eval_set
 
 
-def test_no_heldout_value_occurs_in_a_training_frame_or_request() -> None:
+def test_no_eval_value_occurs_in_a_training_frame_or_request() -> None:
     frames = [frame for action in ACTIONS.values() for frame in action.train_frames]
     texts = "\n".join([*frames, *(str(value) for values in VALUES.values() for value in values.train)])
     requests = "\n".join(request(row) for row in TRAIN)
     for slot, values in VALUES.items():
-        for value in values.heldout:
+        for value in values.eval:
             assert not occurs(str(value), texts), (slot, value)
             assert not occurs(str(value), requests), (slot, value)
 
 
-def test_no_training_value_occurs_in_a_heldout_answer() -> None:
-    for row in HELDOUT:
+def test_no_training_value_occurs_in_a_eval_answer() -> None:
+    for row in EVAL:
         for slot, value in slot_values(row).items():
-            assert value in {str(known) for known in VALUES[slot].heldout}
+            assert value in {str(known) for known in VALUES[slot].eval}
             assert value not in {str(known) for known in VALUES[slot].train}
 
 
-@pytest.mark.parametrize("rows", [TRAIN, HELDOUT], ids=["train", "heldout"])
+@pytest.mark.parametrize("rows", [TRAIN, EVAL], ids=["train", "eval"])
 def test_every_answer_is_a_command_whose_values_stand_in_its_request(rows: list[Row]) -> None:
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
@@ -120,53 +120,53 @@ def test_every_answer_is_a_command_whose_values_stand_in_its_request(rows: list[
 
 def test_every_frame_names_each_slot_of_its_action_once() -> None:
     for action in ACTIONS.values():
-        for frame in (*action.train_frames, *action.heldout_frames):
+        for frame in (*action.train_frames, *action.eval_frames):
             named = [field for _, field, _, _ in Formatter().parse(frame) if field is not None]
             assert sorted(named) == sorted(action.slots.values()), frame
 
 
-def test_every_frame_and_every_heldout_value_is_used() -> None:
+def test_every_frame_and_every_eval_value_is_used() -> None:
     for action in ACTIONS.values():
-        for frames, rows in ((action.train_frames, TRAIN), (action.heldout_frames, HELDOUT)):
+        for frames, rows in ((action.train_frames, TRAIN), (action.eval_frames, EVAL)):
             for frame in frames:
                 parts = re.split(r"{\w+}", frame)
                 pattern = re.compile(".+".join(re.escape(part) for part in parts), re.IGNORECASE)
                 assert any(pattern.fullmatch(request(row)) for row in rows), frame
-    used = {value for row in HELDOUT for value in slot_values(row).values()}
-    assert used == {str(value) for values in VALUES.values() for value in values.heldout}
+    used = {value for row in EVAL for value in slot_values(row).values()}
+    assert used == {str(value) for values in VALUES.values() for value in values.eval}
 
 
 def test_no_request_occurs_twice() -> None:
-    requests = [request(row).lower() for row in (*TRAIN, *HELDOUT)]
+    requests = [request(row).lower() for row in (*TRAIN, *EVAL)]
     assert len(set(requests)) == len(requests)
 
 
 def test_the_system_message_does_not_give_the_schema_away() -> None:
     keys = {"action"} | set(ACTIONS) | {key for action in ACTIONS.values() for key in action.slots}
     assert not words(SYSTEM_MESSAGE) & keys
-    assert {row["messages"][0]["content"] for row in (*TRAIN, *HELDOUT)} == {SYSTEM_MESSAGE}
+    assert {row["messages"][0]["content"] for row in (*TRAIN, *EVAL)} == {SYSTEM_MESSAGE}
 
 
 def test_a_seed_gives_the_same_rows_and_another_seed_others() -> None:
-    assert demo_rows(seed=0) == (TRAIN, HELDOUT)
+    assert demo_rows(seed=0) == (TRAIN, EVAL)
     assert demo_rows(seed=1)[0] != TRAIN
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_other_seeds_give_rows_as_different(seed: int) -> None:
-    train, heldout = demo_rows(seed)
+    train, eval_set = demo_rows(seed)
     assert len({request(row) for row in train}) == len(TRAIN)
-    assert len({request(row) for row in heldout}) == len(HELDOUT)
+    assert len({request(row) for row in eval_set}) == len(EVAL)
 
 
 def test_written_files_hold_the_rows(tmp_path: Path) -> None:
-    train_path, heldout_path = write_demo_data(tmp_path / "new" / "directory")
+    train_path, eval_path = write_demo_data(tmp_path / "new" / "directory")
     assert [json.loads(line) for line in train_path.read_text(encoding="utf-8").splitlines()] == TRAIN
-    assert [json.loads(line) for line in heldout_path.read_text(encoding="utf-8").splitlines()] == HELDOUT
+    assert [json.loads(line) for line in eval_path.read_text(encoding="utf-8").splitlines()] == EVAL
 
 
 def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qlora_trainer.cli.demo_data", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(tmp_path / "train.jsonl"), str(tmp_path / "heldout.jsonl")]
+    assert done.stdout.splitlines() == [str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")]
     assert len((tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()) == len(TRAIN)

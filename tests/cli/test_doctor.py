@@ -27,7 +27,7 @@ def test_every_problem_comes_with_advice(tmp_path: Path) -> None:
         assert not (finding.advice and finding.status == "ok"), finding
 
 
-def test_quantisation_is_checked_to_the_bit() -> None:
+def test_quantization_is_checked_to_the_bit() -> None:
     assert named(examine())["NF4 to the bit on cpu"].status in ("ok", "note")
 
 

@@ -1,4 +1,4 @@
-"""What `qlora inspect` shows: every token of a row once, learned ones marked with colours or without."""
+"""What `qlora inspect` shows: every token of a row once, trained ones marked with colors or without."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def prepared(tmp_path: Path, *tokenizer_kind: str, text: str = "two  words") -> 
     said = [{"role": "user", "content": text}, {"role": "assistant", "content": "an answer"}]
     rows.write_text(json.dumps({"messages": said}) + "\n", encoding="utf-8")
     tokenizer = tiny_tokenizer(*tokenizer_kind or ("smollm2",))
-    config = DataConfig(train=str(rows), heldout=0.0)
+    config = DataConfig(train=str(rows), eval=0.0)
     return tokenizer, prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=tmp_path / "cache")
 
 
@@ -33,17 +33,17 @@ def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
 
 
 @pytest.mark.parametrize("kind", [("smollm2",), ("llama3",), ("mistral", "metaspace"), ("phi3", "metaspace")])
-def test_stretches_join_to_the_whole_text_and_mark_what_is_learned(tmp_path: Path, kind: tuple[str, ...]) -> None:
+def test_stretches_join_to_the_whole_text_and_mark_what_is_trained(tmp_path: Path, kind: tuple[str, ...]) -> None:
     tokenizer, data = prepared(tmp_path, *kind)
     row = row_to_json(tokenizer, data.train, 0, "training")
     example = data.train[0]
-    assert "".join(stretch["text"] for stretch in row["stretches"]) == tokenizer.decode(example.input_ids)
+    assert "".join(span["text"] for span in row["spans"]) == tokenizer.decode(example.input_ids)
     assert row["input_ids"] == example.input_ids
-    assert row["learned"] == [label != -100 for label in example.labels]
-    assert (row["tokens"], row["learned_tokens"]) == (len(example.input_ids), example.learned_tokens)
-    learned = "".join(stretch["text"] for stretch in row["stretches"] if stretch["learned"])
-    assert "an answer" in learned
-    assert "words" not in learned
+    assert row["trained"] == [label != -100 for label in example.labels]
+    assert (row["tokens"], row["trained_tokens"]) == (len(example.input_ids), example.trained_tokens)
+    trained = "".join(span["text"] for span in row["spans"] if span["trained"])
+    assert "an answer" in trained
+    assert "words" not in trained
 
 
 def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
@@ -51,8 +51,8 @@ def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return "".join([" one", " two", " three"][token] for token in ids).removeprefix(" ")
 
-    stretches = inspection._stretches(Stripping(), [0, 1, 2], [False, True, False])
-    assert [stretch["text"] for stretch in stretches] == ["one", " two", " three"]
+    spans = inspection._spans(Stripping(), [0, 1, 2], [False, True, False])
+    assert [span["text"] for span in spans] == ["one", " two", " three"]
 
 
 def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() -> None:
@@ -65,12 +65,12 @@ def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() ->
             return "".join(map(chr, ids))
 
     ids = [ord("a") + index % 26 for index in range(3000)]
-    stretches = inspection._stretches(Counting(), ids, [index % 3 == 0 for index in range(3000)])
-    assert "".join(stretch["text"] for stretch in stretches) == "".join(map(chr, ids))
+    spans = inspection._spans(Counting(), ids, [index % 3 == 0 for index in range(3000)])
+    assert "".join(span["text"] for span in spans) == "".join(map(chr, ids))
     assert decoded <= 4 * len(ids)
 
 
-def test_without_colours_learned_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_colors_trained_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = terminal(monkeypatch, force_terminal=False)
     tokenizer, data = prepared(tmp_path)
     show_row(tokenizer, data.train, 0)
@@ -86,7 +86,7 @@ def test_no_color_on_a_terminal_brings_brackets_too(tmp_path: Path, monkeypatch:
     assert "an answer<|im_end|>⟧" in out.getvalue() or "an answer<|im_end|>]]" in out.getvalue()
 
 
-def test_on_a_terminal_learned_tokens_are_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_trained_tokens_are_green(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = terminal(monkeypatch, force_terminal=True, color_system="standard")
     tokenizer, data = prepared(tmp_path)
@@ -108,8 +108,8 @@ def test_a_row_that_is_not_there_is_said(tmp_path: Path) -> None:
     tokenizer, data = prepared(tmp_path)
     with pytest.raises(DataError, match="no training row 7; they go from 0 to 0"):
         show_row(tokenizer, data.train, 7)
-    with pytest.raises(DataError, match="no held-out row 0; there are none"):
-        show_row(tokenizer, data.heldout, 0, "held-out")
+    with pytest.raises(DataError, match="no eval row 0; there are none"):
+        show_row(tokenizer, data.eval, 0, "eval")
 
 
 def test_bars_are_in_proportion_and_no_row_is_without_one() -> None:

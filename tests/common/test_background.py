@@ -1,4 +1,4 @@
-"""Promises of a thread beside: calls run in order, few wait, and no failure is lost."""
+"""Promises of a thread next to: calls run in order, few wait, and no failure is lost."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Promises of sizes: amounts of bytes as people write them, and a letter where they are none."""
+"""Promises of sizes: amounts of bytes as people write them, and an error message where they are none."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The config's promises: every problem is told at once, with the near miss, and nothing unknown is swallowed."""
+"""The config's promises: every problem is reported at once, with the near miss, and nothing unknown is swallowed."""
 
 import datetime
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
 
 
 def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
-    assert "unknown key optimiser; did you mean optimizer?" in problems_of({**MINIMAL, "optimiser": {}})
+    assert "unknown key optimizer; did you mean optimizer?" in problems_of({**MINIMAL, "optimizer": {}})
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -55,7 +55,7 @@ def test_all_problems_are_told_at_once() -> None:
     assert "model.name is missing" in message
     assert "data.max_length" in message
     assert "'long'" in message
-    assert "did you mean training.batch_size?" in message
+    assert "did you mean training.global_batch_size?" in message
     assert "3 problem(s)" in message
 
 
@@ -65,11 +65,11 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter", "rank", 0),
         ("adapter", "rank", 2000),
         ("adapter", "dropout", 1.0),
-        ("adapter", "targets", []),
-        ("data", "heldout", 1.5),
+        ("adapter", "target_modules", []),
+        ("data", "eval", 1.5),
         ("optimizer", "name", "sgd"),
-        ("data", "heldout", "1.5"),
-        ("data", "heldout", float("nan")),
+        ("data", "eval", "1.5"),
+        ("data", "eval", float("nan")),
         ("optimizer", "learning_rate", -1.0),
         ("optimizer", "learning_rate", float("inf")),
         ("optimizer", "weight_decay", float("nan")),
@@ -91,11 +91,12 @@ def test_a_micro_batch_that_holds_no_full_row_is_refused() -> None:
 def test_overrides_reach_every_field_and_keep_their_types(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL)
     config = load_config(
-        path, ["adapter.rank=8", "optimizer.learning_rate=3e-4", "adapter.targets=[q_proj]", "data.packing=false"]
+        path,
+        ["adapter.rank=8", "optimizer.learning_rate=3e-4", "adapter.target_modules=[q_proj]", "data.packing=false"],
     )
     assert config.adapter.rank == 8
     assert config.optimizer.learning_rate == 3e-4
-    assert config.adapter.targets == ["q_proj"]
+    assert config.adapter.target_modules == ["q_proj"]
     assert config.data.packing is False
 
 
@@ -106,11 +107,11 @@ def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heldout", "expected"), [("1e-1", 0.1), ("0.25", 0.25), ("0", 0.0), ("rows.jsonl", "rows.jsonl")]
+    ("eval_set", "expected"), [("1e-1", 0.1), ("0.25", 0.25), ("0", 0.0), ("rows.jsonl", "rows.jsonl")]
 )
-def test_a_number_is_a_share_however_it_is_written(tmp_path: Path, heldout: str, expected: object) -> None:
+def test_a_number_is_a_share_however_it_is_written(tmp_path: Path, eval_set: str, expected: object) -> None:
     """YAML 1.1 reads 1e-1 as text."""
-    assert load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.heldout={heldout}"]).data.heldout == expected
+    assert load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.eval={eval_set}"]).data.eval == expected
 
 
 def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"the key (adapter|rank) stands twice[^$]*c\.yaml\", line [34]"):
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) is there twice[^$]*c\.yaml\", line [34]"):
         load_config(path)
 
 
@@ -171,11 +172,11 @@ def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> N
 
 
 def test_a_problem_inside_the_held_out_source_is_told_of_it() -> None:
-    message = problems_of({**MINIMAL, "data": {"train": "x", "heldout": {"path": "a", "wieght": 1}}})
+    message = problems_of({**MINIMAL, "data": {"train": "x", "eval": {"path": "a", "wieght": 1}}})
     assert message.splitlines()[1:] == [
-        f"  - unknown key data.heldout.wieght; a source has {', '.join(SourceFile.model_fields)}",
+        f"  - unknown key data.eval.wieght; a source has {', '.join(SourceFile.model_fields)}",
     ]
-    assert "data.heldout.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "heldout": {}}})
+    assert "data.eval.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "eval": {}}})
 
 
 def test_sources_are_all_weighted_or_none() -> None:
@@ -192,8 +193,8 @@ def test_sources_are_all_weighted_or_none() -> None:
 def test_the_path_of_a_held_out_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("")
-    config = make_config({**MINIMAL, "data": {"train": "x", "heldout": {"path": "rows.jsonl", "format": "text"}}})
-    assert config.data.heldout == SourceFile(path=str(tmp_path / "rows.jsonl"), format="text")
+    config = make_config({**MINIMAL, "data": {"train": "x", "eval": {"path": "rows.jsonl", "format": "text"}}})
+    assert config.data.eval == SourceFile(path=str(tmp_path / "rows.jsonl"), format="text")
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
 
@@ -249,11 +250,47 @@ def test_the_configs_readme_explains_every_key_as_it_is() -> None:
 def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
     raw = {
         "model": {"name": "m"},
-        "data": {"train": "x", "learn": ["assistant", "tool"], "template_date": "2026-01-31"},
+        "data": {"train": "x", "train_on": ["assistant", "tool"], "template_date": "2026-01-31"},
     }
     config = make_config(raw)
-    assert config.data.learn == ["assistant", "tool"]
+    assert config.data.train_on == ["assistant", "tool"]
     assert config.data.template_date == datetime.date(2026, 1, 31)
-    for wrong in ({"learn": []}, {"learn": ["robot"]}, {"template_date": "today"}):
+    for wrong in ({"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}):
         with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
             make_config({**raw, "data": {"train": "x", **wrong}})
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "value", "refusal"),
+    [
+        ("model", "output_head", "4bit", "model.output_head was renamed to model.lm_head"),
+        ("model", "minimum_4bit_share", 0.5, "model.minimum_4bit_share was renamed to model.min_quantized_fraction"),
+        ("model", "keep_quantized", True, "model.keep_quantized was renamed to model.cache_quantized"),
+        ("model", "embeddings", "host", "model.embeddings: its value host was renamed to cpu"),
+        ("adapter", "targets", ["q_proj"], "adapter.targets was renamed to adapter.target_modules"),
+        ("data", "heldout", 0.1, "data.heldout was renamed to data.eval"),
+        ("data", "learn", "all", "data.learn was renamed to data.train_on"),
+        ("training", "batch_size", 8, "training.batch_size was renamed to training.global_batch_size"),
+        ("training", "kept_layers", 2, "training.kept_layers was renamed to training.uncheckpointed_layers"),
+        ("training", "offload_every", 2, "training.offload_every was renamed to training.offload_every_n_layers"),
+        (
+            "training",
+            "activations",
+            "recompute",
+            "training.activations was renamed to training.activation_checkpointing, and its value recompute was "
+            "renamed to full",
+        ),
+        (
+            "training",
+            "activation_checkpointing",
+            "tile",
+            "training.activation_checkpointing: its value tile was renamed to tiled",
+        ),
+    ],
+)
+def test_an_old_key_is_refused_with_its_new_name(section: str, old: str, value: object, refusal: str) -> None:
+    raw = {**MINIMAL, section: {**MINIMAL.get(section, {}), old: value}}
+    message = problems_of(raw)
+    assert refusal in message
+    assert message.count("renamed") == refusal.count("renamed")
+    assert "unknown key" not in message

@@ -193,7 +193,7 @@ def test_the_op_gives_fake_tensors_what_it_gives_real_ones() -> None:
 
 @pytest.mark.parametrize("window", [4, 64, 1000])
 def test_time_grows_with_length_times_window(window: int) -> None:
-    """Multiplications, counted: each query meets its window, and no more than a block beside it."""
+    """Multiplications, counted: each query meets its window, and no more than a block next to it."""
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors, heads, head_size = [tensor.detach() for tensor in leaves(2048, dtype=torch.float32)], 4, 8

@@ -46,7 +46,7 @@ def test_rows_of_zeros_and_of_tiny_numbers_stay_finite() -> None:
     assert (back[1] - weight[1]).abs().max() <= weight[1].abs().max()
 
 
-def test_quantising_in_pieces_gives_the_codes_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizing_in_pieces_gives_the_codes_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quantize_int8(matrix())
     monkeypatch.setattr("qlora_kernels.int8._CHUNK_ELEMENTS", 120)
     pieces = quantize_int8(matrix())

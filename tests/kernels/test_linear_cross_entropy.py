@@ -180,7 +180,7 @@ class Quantized:
 
 @pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_quantised_heads_loss_equals_the_loss_with_its_dequantised_rows(
+def test_a_quantized_heads_loss_equals_the_loss_with_its_dequantized_rows(
     options: dict[str, float], quantize: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And no more of the head is ever made at once than a block."""
@@ -198,7 +198,7 @@ def test_a_quantised_heads_loss_equals_the_loss_with_its_dequantised_rows(
 
 
 @pytest.mark.parametrize("quantize", [quantize_nf4, quantize_int8])
-def test_a_quantised_heads_logits_and_gradient_are_those_of_its_dequantised_rows(quantize: Any) -> None:
+def test_a_quantized_heads_logits_and_gradient_are_those_of_its_dequantized_rows(quantize: Any) -> None:
     hidden, head, _, _ = problem()
     quantized: HeadRows = Quantized(quantize(head))
     batch = hidden.detach()[:36].view(4, 9, WIDTH).requires_grad_()

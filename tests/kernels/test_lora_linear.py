@@ -31,7 +31,7 @@ def weight() -> NF4Weight:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
-def test_output_and_gradient_equal_a_dense_layer_with_the_dequantised_weight(
+def test_output_and_gradient_equal_a_dense_layer_with_the_dequantized_weight(
     weight: NF4Weight, lead: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "reference")  # whose products are torch's own
@@ -67,7 +67,7 @@ def test_frozen_input_costs_no_backward(weight: NF4Weight, monkeypatch: pytest.M
     output = nf4_linear(normal(2, 45), weight, bias)
 
     def refuse(*_arguments: object) -> Tensor:
-        raise AssertionError("dequantised for a gradient that nobody wants")
+        raise AssertionError("dequantized for a gradient that nobody wants")
 
     monkeypatch.setattr("qlora_kernels.lora_linear.dequantized_blocks", refuse)
     output.sum().backward()
@@ -241,13 +241,13 @@ def test_only_the_gradients_asked_for_are_made(weight: NF4Weight, trained: str) 
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
-def test_first_layers_backward_does_not_dequantise(weight: NF4Weight, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_layers_backward_does_not_dequantize(weight: NF4Weight, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its input, the embedding, is frozen."""
     inputs = adapter_inputs(4, trained="A B")
     output = fused(weight)(*inputs)
 
     def refuse(*_arguments: object) -> Tensor:
-        raise AssertionError("dequantised for a gradient that nobody wants")
+        raise AssertionError("dequantized for a gradient that nobody wants")
 
     monkeypatch.setattr("qlora_kernels.lora_linear.dequantized_blocks", refuse)
     output.sum().backward()
@@ -322,7 +322,7 @@ def test_dropout_drops_the_share_asked_for_everywhere(dropout: float, dtype: tor
     for name, part in parts.items():
         bound = 5.0 * (variance / part.shape[1]) ** 0.5 + 1e-5  # five standard deviations, and the rounding
         assert float((part.mean(1) - (1.0 - dropout)).abs().max()) <= bound, name
-    if dropout == 0.5:  # neighbours, drawn together, are independent
+    if dropout == 0.5:  # neighbors, drawn together, are independent
         together = (kept[:, 1:] * kept[:, :-1]).double().mean()
         assert float(together) == pytest.approx(0.25, abs=5.0 * (0.25 * 0.75 / kept.numel()) ** 0.5)
 
@@ -397,7 +397,7 @@ def test_a_workspace_of_any_size_gives_the_same_result(rows: int, dropout: float
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
-def test_dequantised_values_are_only_in_the_workspace(weight: NF4Weight) -> None:
+def test_dequantized_values_are_only_in_the_workspace(weight: NF4Weight) -> None:
     """No operation makes a tensor of the weight's size, forward or backward; the largest is x's."""
     inputs = adapter_inputs(2)
     workspace = torch.empty(weight.shape[0] * weight.shape[1], dtype=torch.float64)

@@ -98,13 +98,13 @@ AWKWARD = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_quantising_gives_the_bits_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_quantizing_gives_the_bits_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = normal(shape).to(dtype)
     assert_same_bits(quantize_nf4(weight), quantize_with_bitsandbytes(weight)[0])
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_quantising_awkward_values_gives_the_bits_of_bitsandbytes(name: str) -> None:
+def test_quantizing_awkward_values_gives_the_bits_of_bitsandbytes(name: str) -> None:
     assert_same_bits(quantize_nf4(AWKWARD[name]), quantize_with_bitsandbytes(AWKWARD[name])[0])
 
 
@@ -129,12 +129,12 @@ def test_dynamic_code_is_that_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantising_gives_the_bits_of_bitsandbytes(shape: tuple[int, int]) -> None:
+def test_dequantizing_gives_the_bits_of_bitsandbytes(shape: tuple[int, int]) -> None:
     weight, state = quantize_with_bitsandbytes(normal(shape))
     assert torch.equal(dequantize_nf4(weight, torch.float32), dequantize_with_bitsandbytes(weight, state))
 
 
-def test_dequantised_value_is_two_rounded_operations() -> None:
+def test_dequantized_value_is_two_rounded_operations() -> None:
     weight = quantize_nf4(normal((9, 64)))
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(9, 64)
     scale = weight.nested_code[weight.absmax.int()] * weight.nested_absmax[0]
@@ -158,7 +158,7 @@ def test_rows_have_the_bits_of_the_whole(shape: tuple[int, int]) -> None:
             assert torch.equal(dequantize_nf4(weight, dtype, rows=rows), whole[rows])
 
 
-def test_dequantising_reads_only_the_rows_asked_for() -> None:
+def test_dequantizing_reads_only_the_rows_asked_for() -> None:
     weight = quantize_nf4(normal((512, 64)))
     wanted = dequantize_nf4(weight, torch.float32)[300:310]
     spoiled = weight.packed.clone()

@@ -102,9 +102,9 @@ def test_memory_does_not_grow_with_every_number_of_tokens() -> None:
 
 
 def test_what_fails_for_want_of_memory_is_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(told: str) -> Callable[..., Tensor]:
+    def failing(reported: str) -> Callable[..., Tensor]:
         def multiply(*arguments: Any) -> Tensor:
-            raise RuntimeError(told)
+            raise RuntimeError(reported)
 
         return multiply
 
@@ -125,7 +125,7 @@ def test_the_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_onednn_repeats_its_bits_wherever_the_operands_lie() -> None:
-    """What resuming to the last bit stands on."""
+    """What resuming to the last bit is on."""
     x, weight = normal(257, 576), normal(1536, 576, seed=1)
     found = by_onednn(x, weight, None)
     memory = torch.empty(x.numel() + 3)
@@ -175,9 +175,9 @@ def test_the_library_goes_by_the_processors_maker(
 
 
 def test_the_maker_is_read_where_linux_tells_it(tmp_path: Path) -> None:
-    told = tmp_path / "cpuinfo"
-    told.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
-    assert processor_fact("vendor_id", told) == "AuthenticAMD"
-    told.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert processor_fact("vendor_id", told) is None
+    reported = tmp_path / "cpuinfo"
+    reported.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
+    assert processor_fact("vendor_id", reported) == "AuthenticAMD"
+    reported.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert processor_fact("vendor_id", reported) is None
     assert processor_fact("vendor_id", tmp_path / "none") is None

@@ -14,7 +14,7 @@ from qlora_kernels.registry import UnavailableError, define, implementations, ke
 
 @pytest.fixture(scope="module")
 def doubling() -> dict[str, Any]:
-    """An op with a reference and a CPU version that can be told apart, and whether the latter can be had."""
+    """An op with a reference and a CPU version that can be distinguished, and whether the latter can be had."""
     state: dict[str, Any] = {"available": True, "made": 0}
 
     def make() -> Callable[..., Tensor]:
@@ -84,7 +84,7 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reported"),
     [
         (ModuleNotFoundError("No module named 'triton'", name="triton"), "Triton is not installed: pip install triton"),
         (
@@ -94,11 +94,11 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_why_a_triton_kernel_cannot_be_had_is_told_as_it_is(
-    error: ImportError, told: str, monkeypatch: pytest.MonkeyPatch
+    error: ImportError, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:
         raise error
 
     monkeypatch.setattr(registry.importlib, "import_module", refuse)
-    with pytest.raises(UnavailableError, match=told):
+    with pytest.raises(UnavailableError, match=reported):
         registry.from_triton("gated_triton", "product")()

@@ -1,4 +1,4 @@
-"""RMS normalisation: the library's own numbers, exact gradients, and next to nothing kept."""
+"""RMS normalization: the library's own numbers, exact gradients, and next to nothing kept."""
 
 from collections.abc import Callable
 
@@ -123,6 +123,6 @@ def test_what_it_uses_inside_is_little_more_than_the_formula_says(form: Form, dt
             if backward:
                 module.backward_torch(rows, rows, inverse, weight, form)
             else:
-                module.normalise_torch(rows, weight, EPS, form)
+                module.normalize_torch(rows, weight, EPS, form)
         inside = live.peak.bytes - known - rows.nbytes  # the output
         assert 0.8 * inside <= module.workspace_bytes(rows, backward=backward) <= 1.25 * inside

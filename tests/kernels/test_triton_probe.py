@@ -1,4 +1,4 @@
-"""What Triton needs beside its package is found missing before an operation counts on it, and what brings it is said.
+"""What Triton needs next to its package is found missing before an operation counts on it, and what brings it is said.
 
 Each case runs in a process of its own, with a libcuda.so.1 that does nothing: Triton compiles, assembles and launches
 as it does with a card.
@@ -26,7 +26,7 @@ PACKAGE = f"python{sysconfig.get_python_version()}-dev"
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """By case: `taken` is "fast", or why a kernel in Triton cannot be had; what doctor says, and a run's notices."""
+    """By case: `taken` is "fast", or why a kernel in Triton cannot be had; what doctor says, and a run's warnings."""
     folder = tmp_path_factory.mktemp("probe")
     make_libcuda(folder / "lib")
     (folder / "bin").mkdir()
@@ -80,13 +80,13 @@ def test_kernels_are_taken_where_all_is_there(taken: dict[str, str]) -> None:
 def test_doctor_and_a_run_say_what_is_missing_in_every_case(answers: dict[str, dict[str, Any]]) -> None:
     for case, answer in answers.items():
         if answer["taken"] == "fast":
-            assert (answer["doctor"], answer["notices"]) == ("ok: ", []), case
+            assert (answer["doctor"], answer["warnings"]) == ("ok: ", []), case
             continue
         assert answer["doctor"] == f"note: {answer['taken']}", case
-        (notice,) = answer["notices"]
-        assert notice.startswith("Plain torch takes the place of faster kernels for "), case
-        assert "rotate" in notice.partition(":")[0], case
-        assert notice.endswith(f": {answer['taken']}."), case
+        (warning,) = answer["warnings"]
+        assert warning.startswith("Plain torch takes the place of faster kernels for "), case
+        assert "rotate" in warning.partition(":")[0], case
+        assert warning.endswith(f": {answer['taken']}."), case
 
 
 def test_a_missing_compiler_is_found_behind_a_full_cache(taken: dict[str, str]) -> None:

@@ -389,7 +389,7 @@ def test_attention_is_told_in_words(
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("documents", [1, 2, 64])
 def test_flash_attentions_backward_allocates_what_its_formula_says(documents: int, deterministic: bool) -> None:
-    """Beside the three gradients that it returns, of 2,048 tokens, 16 query and 4 key heads."""
+    """Next to the three gradients that it returns, of 2,048 tokens, 16 query and 4 key heads."""
     tokens, device = 2048, torch.device("cuda")
     card = module.Card.of(device)
     if card.flash_refusal(torch.bfloat16, 128) is not None:

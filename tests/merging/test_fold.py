@@ -100,8 +100,8 @@ def test_blocks_of_rows_give_the_bits_of_whole_tensors(
     merge(llama.inputs, tmp_path / "whole", dtype=torch.float32)
     blocks = functools.partial(merging.row_blocks, block_elements=1)
     assert len(blocks((640, 64))) == 2
-    for room in (merging, tensor_io):
-        monkeypatch.setattr(room, "row_blocks", blocks)
+    for limit in (merging, tensor_io):
+        monkeypatch.setattr(limit, "row_blocks", blocks)
     merge(llama.inputs, tmp_path / "blocks", dtype=torch.float32)
     whole, by_blocks = stored(tmp_path / "whole"), stored(tmp_path / "blocks")
     assert all(torch.equal(whole[name], by_blocks[name]) for name in whole)
@@ -163,7 +163,7 @@ def test_plain_transformers_loads_the_merge_and_gives_the_trained_logits(
     assert report.verification.difference.kl < 1e-5
 
 
-def test_a_prequantised_base_merges_without_its_16_bit_copy(tmp_path: Path, llama: Run) -> None:
+def test_a_prequantized_base_merges_without_its_16_bit_copy(tmp_path: Path, llama: Run) -> None:
     run = train(prequantized(llama.inputs.base, tmp_path / "base"))
     merge(run.inputs, tmp_path / "merged", verify=verifier(run))
     merge(llama.inputs, tmp_path / "from_plain")
@@ -285,14 +285,14 @@ def test_a_logit_that_is_nan_never_passes(tmp_path: Path, llama: Run) -> None:
             check(kl_bound=bound)
 
 
-def test_auto_takes_the_lower_heldout_loss_and_says_both() -> None:
+def test_auto_takes_the_lower_eval_loss_and_says_both() -> None:
     assert choose_base(2.0, 1.5).base == "original"
     assert choose_base(1.5, 2.0).base == "dequantized"
     assert choose_base(1.5, 1.5).base == "dequantized"
     assert choose_base(None, 1.5).base == "dequantized"
     assert choose_base(2.0, math.nan).base == "dequantized"
     choice = choose_base(2.0, 1.5)
-    assert choice.heldout_loss == {"dequantized": 2.0, "original": 1.5}
+    assert choice.eval_loss == {"dequantized": 2.0, "original": 1.5}
     assert "2.0000" in choice.reason
     assert "1.5000" in choice.reason
 
@@ -416,8 +416,8 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
     directory = import_gguf(write_gguf(tmp_path / "base.gguf", tiny_weights(untied=untied)), tmp_path / "cache", silent)
     run = train(directory)
     vocabulary = run.model.config.vocab_size
-    for room in (merging, tensor_io):
-        monkeypatch.setattr(room, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=64))
+    for limit in (merging, tensor_io):
+        monkeypatch.setattr(limit, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=64))
     read_most: dict[str, int] = {}
     read = GGUFWeights.read
 
@@ -492,8 +492,8 @@ def test_a_changed_tensor_that_is_not_4_bit_is_refused_by_name(tmp_path: Path, l
         assert not (tmp_path / "merged").exists()
 
 
-def test_changed_block_scales_of_a_prequantised_base_are_refused(tmp_path: Path, llama: Run) -> None:
-    """The packed codes and the mean are those of training, but every other block has its neighbour's scale."""
+def test_changed_block_scales_of_a_prequantized_base_are_refused(tmp_path: Path, llama: Run) -> None:
+    """The packed codes and the mean are those of training, but every other block has its neighbor's scale."""
     directory = prequantized(llama.inputs.base, tmp_path / "base")
     merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
     name = "model.layers.0.mlp.up_proj.weight.absmax"

@@ -97,9 +97,9 @@ def test_a_disk_that_is_full_at_any_operation_is_one_letter_and_leaves_nothing(
             merge(run.inputs, tmp_path / "merged", max_shard_bytes=SHARD_BYTES)
             break
         except DiskError as error:
-            told = str(error)
+            reported = str(error)
         assert count() >= number
-        assert re.search(r"No space left on device.*Free some space", told)
+        assert re.search(r"No space left on device.*Free some space", reported)
         assert not any(tmp_path.iterdir()), f"operation {number} left something"
     assert count() < number
     assert number > 30, "the operations are really counted"

@@ -69,11 +69,11 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory)
-    asked = questions(Renderer(trained.tokenizer), prepared.heldout)
+    asked = questions(Renderer(trained.tokenizer), prepared.eval)
     theirs = answer_questions(model, tokenizer, asked, max_new_tokens=12)
     ours = answer_questions(trained.base.model, trained.tokenizer, asked, max_new_tokens=12)
     assert [a.answer for a in theirs] == [a.answer for a in ours]
-    row = prepared.heldout[0].input_ids
+    row = prepared.eval[0].input_ids
     with torch.no_grad():
         plain = model(torch.tensor([row])).logits
         pack = make_packs([Example(row, row)], 1000, packing=True)[0]
@@ -102,13 +102,13 @@ def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
 
 def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: Path) -> None:
     done = merge_run(run_dir, tmp_path / "merged")
-    losses = done.choice.heldout_loss
+    losses = done.choice.eval_loss
     assert losses.keys() == {"dequantized", "original"}
     assert done.choice.base == min(losses, key=lambda name: losses[name])
-    assert losses["dequantized"] == pytest.approx(evaluate_trained(open_trained(run_dir))["heldout_loss"], rel=1e-6)
+    assert losses["dequantized"] == pytest.approx(evaluate_trained(open_trained(run_dir))["eval_loss"], rel=1e-6)
     record = json.loads((tmp_path / "merged" / "qlora_merge.json").read_text())
     assert record["base"] == done.choice.base
-    assert record["base_choice"]["heldout_loss"] == losses
+    assert record["base_choice"]["eval_loss"] == losses
 
 
 def test_the_original_base_is_verified_against_itself_and_its_difference_reported(
@@ -131,7 +131,7 @@ def test_an_adapter_much_worse_on_the_original_base_is_not_merged_into_it(
         with pytest.raises(MergeError, match="--base dequantized"):
             check_original(trained, original)
     losses = iter([2.0, 2.3])
-    monkeypatch.setattr(merge_measurement, "heldout_loss", lambda *args: next(losses))
+    monkeypatch.setattr(merge_measurement, "eval_loss", lambda *args: next(losses))
     with pytest.raises(MergeError, match=r"loss of 2\.3000, and of 2\.0000 .* more than 10% worse"):
         merge_run(run_dir, tmp_path / "merged", base="original")
     assert not (tmp_path / "merged").exists()
@@ -142,7 +142,7 @@ def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch
         raise AssertionError("a dense model was loaded whole")
 
     monkeypatch.setattr(streamed_model, "load_dense_model", whole)
-    assert len(merge_run(run_dir, tmp_path / "merged").choice.heldout_loss) == 2
+    assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
 def test_too_little_memory_to_verify_is_told_before_anything_is_written(
@@ -201,7 +201,7 @@ def test_a_model_whose_code_takes_absent_weights_is_measured_whole(
     monkeypatch.setattr(merge_measurement, "gives_answers", lambda model: False)
     monkeypatch.setattr(merge_measurement, "load_streamed_model", once(merge_measurement.load_streamed_model))
     whole = merge_run(run_dir, tmp_path / "whole")
-    assert whole.choice.heldout_loss == pytest.approx(streamed.choice.heldout_loss, rel=1e-5)
+    assert whole.choice.eval_loss == pytest.approx(streamed.choice.eval_loss, rel=1e-5)
     assert whole.report.verification is not None
 
 
@@ -228,7 +228,7 @@ def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
     monkeypatch.setattr(merge_measurement, "_with_adapter", full)
     done = merge_run(run_dir, tmp_path / "merged")
     assert done.choice.base == "dequantized"
-    assert "not measured: OutOfMemoryError: CUDA out of memory" in done.notices[0]
+    assert "not measured: OutOfMemoryError: CUDA out of memory" in done.warnings[0]
     with pytest.raises(InsufficientMemoryError, match="--base dequantized"):
         merge_run(run_dir, tmp_path / "other", base="original")
 
@@ -238,7 +238,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
 ) -> None:
     tried: list[str] = []
     load, prepare = merge_measurement._load, merge_measurement.prepare_trained
-    monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["told once"]))
+    monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["reported once"]))
 
     def load_on(run: Any, base: str, progress: Any, layers: int | None = None) -> Any:
         tried.append(run.device.type)
@@ -251,11 +251,11 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     monkeypatch.setattr(merge_measurement, "_load", load_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
-    for name, room in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
-        pretend_free_memory(monkeypatch, lambda device, r=room: r if device.type == "cuda" else 2**40)
+    for name, limit in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
+        pretend_free_memory(monkeypatch, lambda device, r=limit: r if device.type == "cuda" else 2**40)
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
         on_cpu = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
-        assert done.notices == [on_cpu, "told once"]
+        assert done.warnings == [on_cpu, "reported once"]
         assert done.report.verification is not None
     assert tried == ["cpu", "cpu", "cuda", "cuda", "cpu", "cpu"]
 
@@ -267,23 +267,23 @@ def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
     run.train(quiet)
     for base in ("auto", "original"):
         done = merge_run(run.directory, tmp_path / base, base=base)
-        assert done.choice.heldout_loss.keys() == {"dequantized", "original"}
+        assert done.choice.eval_loss.keys() == {"dequantized", "original"}
         assert done.report.verification is not None
 
 
-def test_without_held_out_rows_the_dequantised_base_is_taken_and_told(tiny_config: Config, tmp_path: Path) -> None:
-    run = start_run(tiny_config(data={"heldout": 0.0}))
+def test_without_held_out_rows_the_dequantized_base_is_taken_and_told(tiny_config: Config, tmp_path: Path) -> None:
+    run = start_run(tiny_config(data={"eval": 0.0}))
     run.train(quiet)
     done = merge_run(run.directory, tmp_path / "merged")
     assert done.choice.base == "dequantized"
-    assert "no held-out rows" in done.notices[0]
+    assert "no eval rows" in done.warnings[0]
 
 
 def test_a_merge_works_where_the_data_is_gone(run_dir: Path, rows: Path, tmp_path: Path) -> None:
     rows.unlink()
     done = merge_run(run_dir, tmp_path / "merged")
     assert done.choice.base == "dequantized"
-    assert "data could not be read" in done.notices[0]
+    assert "data could not be read" in done.warnings[0]
     assert done.report.verification is not None
 
 
@@ -325,7 +325,7 @@ def test_an_adapter_is_refused_on_another_base(tiny_config: Config, tmp_path: Pa
         merge_run(run.directory, tmp_path / "merged")
 
 
-def test_a_prequantised_base_merges_without_its_originals(
+def test_a_prequantized_base_merges_without_its_originals(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from prequantized import prequantized
@@ -335,7 +335,7 @@ def test_a_prequantised_base_merges_without_its_originals(
     run.train(quiet)
     done = merge_run(run.directory, tmp_path / "merged")
     assert done.choice.base == "dequantized"
-    with pytest.raises(MergeError, match="prequantised"):
+    with pytest.raises(MergeError, match="prequantized"):
         merge_run(run.directory, tmp_path / "other", base="original")
 
 
@@ -344,20 +344,20 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
     result = evaluate_trained(trained, answers=-1)
     assert result["answered"] == result["rows"] == 4
     assert 0.0 <= result["exact_match"] <= 1.0
-    assert result["perplexity"] == pytest.approx(torch.tensor(result["heldout_loss"]).exp().item(), rel=1e-6)
+    assert result["perplexity"] == pytest.approx(torch.tensor(result["eval_loss"]).exp().item(), rel=1e-6)
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
 
 
-@pytest.mark.parametrize("trained_on", ["original", "prequantised"])
+@pytest.mark.parametrize("trained_on", ["original", "prequantized"])
 def test_another_copy_of_the_base_merges_to_the_same_bits(
     trained_on: str, tiny_config: Config, tiny_llama: Path, tmp_path: Path
 ) -> None:
     from prequantized import prequantized
 
-    copies = {"original": tiny_llama, "prequantised": prequantized(tiny_llama, tmp_path / "nf4")}
+    copies = {"original": tiny_llama, "prequantized": prequantized(tiny_llama, tmp_path / "nf4")}
     run = start_run(tiny_config(model={"name": str(copies[trained_on])}, optimizer={"learning_rate": 2e-2}))
     run.train(quiet)
     merged = {}
@@ -367,8 +367,8 @@ def test_another_copy_of_the_base_merges_to_the_same_bits(
         assert done.report.verification.difference.kl < 1e-5
         assert json.loads((tmp_path / name / "qlora_merge.json").read_text())["base_model"] == str(copy)
         merged[name] = merged_tensors(tmp_path / name)
-    assert merged["original"].keys() == merged["prequantised"].keys()
-    assert all(torch.equal(tensor, merged["prequantised"][name]) for name, tensor in merged["original"].items())
+    assert merged["original"].keys() == merged["prequantized"].keys()
+    assert all(torch.equal(tensor, merged["prequantized"][name]) for name, tensor in merged["original"].items())
 
 
 def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, t
 
 def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_measurement, "load_base_model", lambda *args: pytest.fail("a 4-bit model was loaded"))
-    assert len(merge_run(run_dir, tmp_path / "merged").choice.heldout_loss) == 2
+    assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
 def test_a_model_that_cannot_be_streamed_is_measured_whole(
@@ -394,7 +394,7 @@ def test_a_model_that_cannot_be_streamed_is_measured_whole(
     monkeypatch.setattr(deployment, "can_stream", lambda directory: False)
     monkeypatch.setattr(streamed_model, "_sources", lambda *args: None)
     whole = merge_run(run_dir, tmp_path / "whole")
-    assert whole.choice.heldout_loss == pytest.approx(streamed.choice.heldout_loss, rel=1e-5)
+    assert whole.choice.eval_loss == pytest.approx(streamed.choice.eval_loss, rel=1e-5)
     assert whole.choice.base == streamed.choice.base
     assert whole.report.verification is not None
 
@@ -410,7 +410,7 @@ def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "moe")
-    settings = {"name": str(tmp_path / "moe"), "minimum_4bit_share": 0.0}
+    settings = {"name": str(tmp_path / "moe"), "min_quantized_fraction": 0.0}
     run = start_run(tiny_config(model=settings, optimizer={"learning_rate": 2e-2}))
     run.train(quiet)
     done = merge_run(run.directory, tmp_path / "merged")

@@ -293,7 +293,7 @@ def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
 
 
 def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
-    """As an embedding's in a GGUF file, of which the whole would be dequantised."""
+    """As an embedding's in a GGUF file, of which the whole would be dequantized."""
     info = checkpoint_tensors(tiny_llama)["model.embed_tokens.weight"]
     expected, read = read_tensor(info), []
     unmapped = dataclasses.replace(info, read=lambda rows: read.append(rows) or expected[rows])

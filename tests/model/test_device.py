@@ -12,7 +12,7 @@ from qlora_trainer.cli import doctor_machine
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model import device
-from qlora_trainer.model.device import kernel_notices, kernels_in_words, unusable
+from qlora_trainer.model.device import kernel_warnings, kernels_in_words, unusable
 from qlora_trainer.runs.start import resume_run, start_run
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -48,12 +48,12 @@ def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monke
     for wanted in ("cuda", "auto"):
         with pytest.raises(ModelError) as refusal:
             device.choose_device(wanted)
-        told = str(refusal.value)
-        assert "GPU 0 (Card 0, compute capability 6.1) cannot be used: torch" in told
-        assert "sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only" in told
-        assert "a torch built for CUDA 12.6" in told
-        assert "CUDA_VISIBLE_DEVICES=1 takes Card 1, compute capability 8.6" in told
-        assert "model.device=cpu trains without a card" in told
+        reported = str(refusal.value)
+        assert "GPU 0 (Card 0, compute capability 6.1) cannot be used: torch" in reported
+        assert "sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only" in reported
+        assert "a torch built for CUDA 12.6" in reported
+        assert "CUDA_VISIBLE_DEVICES=1 takes Card 1, compute capability 8.6" in reported
+        assert "model.device=cpu trains without a card" in reported
 
 
 def test_ways_out_of_the_refusal_are_ways(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,11 +94,11 @@ def test_a_run_that_takes_the_cpu_for_want_of_a_driver_says_so_until_the_cpu_is_
 ) -> None:
     built_for(monkeypatch, "13.0")
     run = start_run(tiny_config(model={"device": "auto"}))
-    (notice,) = [notice for notice in run.notices if "takes the CPU" in notice]
+    (warning,) = [warning for warning in run.warnings if "takes the CPU" in warning]
     for words in ("built for CUDA 13.0", "libcuda.so.1", "Install the NVIDIA driver", "--gpus all", "model.device=cpu"):
-        assert words in notice
+        assert words in warning
     meant = resume_run(run.directory, ["model.device=cpu"])
-    assert not [notice for notice in meant.notices if "takes the CPU" in notice]
+    assert not [warning for warning in meant.warnings if "takes the CPU" in warning]
 
 
 def test_a_torch_built_for_a_cpu_misses_no_card(
@@ -106,7 +106,7 @@ def test_a_torch_built_for_a_cpu_misses_no_card(
 ) -> None:
     built_for(monkeypatch, None)
     run = start_run(tiny_config(model={"device": "auto"}))
-    assert not [notice for notice in run.notices if "takes the CPU" in notice]
+    assert not [warning for warning in run.warnings if "takes the CPU" in warning]
     monkeypatch.setattr("shutil.which", lambda name: None)
     (finding,) = doctor_machine.cards()
     assert (finding.detail, finding.advice) == ("none found; everything runs on the CPU, slowly", "")
@@ -148,11 +148,11 @@ def test_a_driver_that_shows_no_card_is_told_from_one_that_is_missing(
 
 @pytest.mark.usefixtures("without_compiler")
 def test_kernels_that_are_missing_are_said_once_with_what_brings_them() -> None:
-    (told,) = kernel_notices("cpu")
-    assert told.startswith(
+    (reported,) = kernel_warnings("cpu")
+    assert reported.startswith(
         "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4: there is no"
     )
-    assert "install g++" in told
+    assert "install g++" in reported
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -167,10 +167,10 @@ def test_a_run_counts_fast_kernels_and_names_those_that_are_missing(monkeypatch:
 def test_kernels_that_are_demanded_and_missing_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "fast")
     with pytest.raises(ConfigError, match=r"QLORA_KERNELS=fast, but: .*install g\+\+.* Or unset QLORA_KERNELS\."):
-        kernel_notices("cpu")
+        kernel_warnings("cpu")
 
 
 def test_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "triton")
     with pytest.raises(ConfigError, match="QLORA_KERNELS is 'triton'; it can be auto, reference, fast"):
-        kernel_notices("cpu")
+        kernel_warnings("cpu")

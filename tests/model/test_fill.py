@@ -47,7 +47,7 @@ def load(directory: Path, **settings: object) -> Base:
 
 
 def load_by_transformers(directory: Path) -> nn.Module:
-    """In the checkpoint's widest dtype, with NF4 and double quantisation."""
+    """In the checkpoint's widest dtype, with NF4 and double quantization."""
     dtype = widest_dtype(checkpoint_tensors(directory))
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -161,7 +161,7 @@ def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
     is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
     assert ours.all_tied_weights_keys == theirs.all_tied_weights_keys
-    assert load(directory).notices == []
+    assert load(directory).warnings == []
 
 
 def test_shards_are_one_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_tensors_that_no_parameter_takes_are_told(tiny_llama: Path, tmp_path: Pa
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # known from older checkpoints
         tensors["mtp.weight"] = torch.ones(8)
 
-    (notice,) = load(changed(tiny_llama, tmp_path / "extra", extra)).notices
-    assert "1 tensor(s) that this model has no place for, such as mtp.weight" in notice
+    (warning,) = load(changed(tiny_llama, tmp_path / "extra", extra)).warnings
+    assert "1 tensor(s) that this model has no place for, such as mtp.weight" in warning
 
 
 def test_a_parameter_that_is_stored_under_two_names_is_refused(
@@ -210,8 +210,8 @@ def test_a_tensor_of_a_dtype_that_is_no_models_is_refused_by_name(
     def stored_otherwise(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name].to(dtype)
 
-    told = str(dtype).removeprefix("torch.")
-    with pytest.raises(ModelError, match=rf"{name} in .*model\.safetensors is stored as {told} \(1 such"):
+    reported = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=rf"{name} in .*model\.safetensors is stored as {reported} \(1 such"):
         load(changed(tiny_llama, tmp_path / "otherwise", stored_otherwise))
 
 
@@ -237,15 +237,15 @@ def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
         load(directory)
 
 
-@pytest.mark.parametrize("settings", [{"output_head": "4bit"}, {"output_head": "8bit"}])
+@pytest.mark.parametrize("settings", [{"lm_head": "4bit"}, {"lm_head": "8bit"}])
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
-def test_a_quantised_head_is_made_of_the_checkpoints_values(
+def test_a_quantized_head_is_made_of_the_checkpoints_values(
     family: str, settings: dict[str, str], tiny_models: Callable[[str], Path]
 ) -> None:
     """As from the dense head of a loaded model, and the embedding it may share stays what it was."""
     made = load(tiny_models(family), **settings).model
     dense = load(tiny_models(family), compute_dtype="bfloat16").model  # the checkpoint's dtype
-    quantize_head(dense, settings["output_head"])
+    quantize_head(dense, settings["lm_head"])
     expected = dict(dense.get_output_embeddings().named_buffers())
     found = dict(made.get_output_embeddings().named_buffers())
     assert found.keys() == expected.keys()
@@ -260,8 +260,8 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
     pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError):
         load(tiny_models("llama"))
-    with pytest.raises(ModelError, match=r"model\.output_head=4bit"):
-        load(tiny_models("llama_tied"), embeddings="host")
+    with pytest.raises(ModelError, match=r"model\.lm_head=4bit"):
+        load(tiny_models("llama_tied"), embeddings="cpu")
 
 
 def test_memory_that_runs_out_while_loading_is_a_letter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,9 +331,9 @@ def test_a_base_goes_to_the_current_card_by_its_index(monkeypatch: pytest.Monkey
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("settings", [{}, {"output_head": "4bit", "embeddings": "host"}])
+@pytest.mark.parametrize("settings", [{}, {"lm_head": "4bit", "embeddings": "cpu"}])
 def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_path: Path) -> None:
-    """The 4-bit model, the tensor being quantised, the one read ahead, and what quantising a part of it takes."""
+    """The 4-bit model, the tensor being quantized, the one read ahead, and what quantizing a part of it takes."""
     plain = make_checkpoint(tmp_path / "plain", LlamaShape(1024, 4096, 12, 16, 16, 8192))
     sizes = sorted(info.nbytes for info in checkpoint_tensors(plain).values())
     load(plain, device="cuda", **settings)  # what libraries keep from their first use

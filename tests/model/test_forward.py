@@ -1,4 +1,5 @@
-"""Promises of the training forward: packed documents never meet, and the lean loss is the model's own loss."""
+"""Promises of the training forward: packed documents never meet, and the memory-efficient loss is the model's own
+loss."""
 
 import copy
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def trainable_model(directory: Path) -> Any:
 
 
 def examples(vocab_size: int) -> list[Example]:
-    """Documents longer and shorter than the sliding window of 6, with prompts that are not learned."""
+    """Documents longer and shorter than the sliding window of 6, with prompts that are not trained."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in (21, 5, 13, 2, 30)]
     return [Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows]
@@ -68,7 +69,7 @@ def loss_and_gradient(model: Any, rows: list[Example], packing: bool, limit: int
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_packing_does_not_change_loss_or_gradients(family: str, tiny_models: Models) -> None:
     model = trainable_model(tiny_models(family))
-    assert examine_forward(model).notices == ()
+    assert examine_forward(model).warnings == ()
     rows = examples(model.config.vocab_size)
     alone, expected = loss_and_gradient(model, rows, packing=False, limit=1)
     packed, gradient = loss_and_gradient(model, rows, packing=True, limit=1000)
@@ -133,7 +134,7 @@ def test_a_model_with_a_loss_of_its_own_keeps_it(tiny_llama: Path) -> None:
     model = OddHead(load_base_model(tiny_llama, ModelConfig(name="x")).model)
     plan = examine_forward(model)
     assert plan.loss_path == LossPath(own_logits=True)
-    assert "logits in a way of its own" in plan.notices[0]
+    assert "logits in a way of its own" in plan.warnings[0]
     (pack,) = make_packs(examples(64)[:1], 100, packing=True)
     with torch.no_grad():
         expected = F.cross_entropy(logits(model, pack)[0], pack.labels[0], reduction="sum")
@@ -150,7 +151,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_padded_and_told() -> None:
     assert not attends_apart(model, 64)
     plan = examine_forward(model)
     assert not plan.can_pack
-    assert "padded on the right" in plan.notices[0]
+    assert "padded on the right" in plan.warnings[0]
 
 
 def test_a_model_that_needs_a_mask_is_padded_and_told() -> None:
@@ -299,12 +300,12 @@ def longrope_model(vocab_size: int = 64) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_rows_whose_positions_hang_on_their_neighbours_are_told() -> None:
+def test_rows_whose_positions_hang_on_their_neighbors_are_told() -> None:
     """Long-rope models take other frequencies for all rows of a forward pass once one of them is long."""
     model = longrope_model()
-    assert examine_forward(model, max_length=16).notices == ()
-    (notice,) = examine_forward(model, max_length=17).notices
-    assert "data.max_length=16" in notice
+    assert examine_forward(model, max_length=16).warnings == ()
+    (warning,) = examine_forward(model, max_length=17).warnings
+    assert "data.max_length=16" in warning
     with torch.no_grad():
         short, long = (Example(ids, ids) for ids in (list(range(3, 13)), list(range(3, 33))))
         (alone,), (beside,) = (make_packs(rows, 1000, packing=True) for rows in ([short], [short, long]))
@@ -316,7 +317,7 @@ def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp
     longrope_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     run = start_run(tiny_config(model={"name": str(tmp_path / "model")}, data={"max_length": 100}))
-    assert any("data.max_length=16" in notice for notice in run.notices)
+    assert any("data.max_length=16" in warning for warning in run.warnings)
 
 
 def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:

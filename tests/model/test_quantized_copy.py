@@ -65,10 +65,10 @@ def test_plain_transformers_loads_the_copy_to_the_same_logits(
 ) -> None:
     """Both compute in bf16, as a 16-bit checkpoint's users do; every layer that is 4-bit here is there too."""
     kept = quantize(tiny_models(family), tmp_path / "nf4")
-    theirs, told = AutoModelForCausalLM.from_pretrained(
+    theirs, reported = AutoModelForCausalLM.from_pretrained(
         kept, dtype=torch.bfloat16, device_map={"": "cpu"}, output_loading_info=True
     )
-    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(reported[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = load(kept, compute_dtype="bfloat16").model
     ids = torch.arange(5, 25)[None]
     expected = ours(ids).logits.float()
@@ -107,7 +107,7 @@ def test_a_copy_stays_in_its_file_on_a_cpu_and_nothing_writes_there(tiny_llama: 
 
 @pytest.mark.parametrize("damage", ["another", "damaged"])
 def test_a_difference_from_the_original_is_explained(damage: str, tiny_llama: Path, tmp_path: Path) -> None:
-    """By what lay on disk: the bytes of another checkpoint, or of the same, quantised in another way."""
+    """By what lay on disk: the bytes of another checkpoint, or of the same, quantized in another way."""
     if damage == "another":
         other = quantize(make_model_directory(tmp_path / "m", seed=1), tmp_path / "nf4")
     else:
@@ -115,13 +115,13 @@ def test_a_difference_from_the_original_is_explained(damage: str, tiny_llama: Pa
         tensors = load_file(other / "model.safetensors")
         tensors["model.layers.0.mlp.up_proj.weight"][3] ^= 1
         save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    told = load(tiny_llama).fingerprint.difference(load(other).fingerprint) or ""
+    reported = load(tiny_llama).fingerprint.difference(load(other).fingerprint) or ""
     if damage == "another":
-        assert "14 of 14 layers hold other weights" in told
-        assert "another checkpoint: 21 of its 21 tensors differ on disk" in told
+        assert "14 of 14 layers hold other weights" in reported
+        assert "another checkpoint: 21 of its 21 tensors differ on disk" in reported
     else:
-        assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in told
-        assert "made of the same bytes: quantised otherwise, or a copy kept in 4 bits is damaged" in told
+        assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in reported
+        assert "made of the same bytes: quantized otherwise, or a copy kept in 4 bits is damaged" in reported
 
 
 def test_what_cannot_be_kept_in_4_bits_is_refused_and_leaves_nothing(
@@ -139,7 +139,7 @@ def test_what_cannot_be_kept_in_4_bits_is_refused_and_leaves_nothing(
     with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors"):
         quantize(bad, tmp_path / "again")
     monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    with pytest.raises(DiskError, match=r"quantised model takes .* GB free"):
+    with pytest.raises(DiskError, match=r"quantized model takes .* GB free"):
         quantize(tiny_llama, tmp_path / "again")
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"bad", "nf4"}
 
@@ -152,7 +152,7 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_model_directory(tmp_path / "m")
-    settings = ModelConfig(name=str(base), keep_quantized=True)
+    settings = ModelConfig(name=str(base), cache_quantized=True)
     first = load_base(base, settings, tmp_path / "cache")
     assert first.directory == base  # a merge starts there
     assert first.fingerprint == load(base).fingerprint
@@ -175,13 +175,13 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
 
 
 def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path: Path) -> None:
-    """A directory that stands for a GGUF file holds no weights; the file it names does."""
+    """A directory that represents a GGUF file holds no weights; the file it names does."""
     (tmp_path / "files").mkdir()
     codes = []
     for seed in (0, 1):
         file = write_gguf(tmp_path / "files" / "model.gguf", tiny_weights(seed))
         base = import_gguf(file, tmp_path / "cache", silent)
-        settings = ModelConfig(name=str(file), keep_quantized=True)
+        settings = ModelConfig(name=str(file), cache_quantized=True)
         kept = load_base(base, settings, tmp_path / "cache")
         assert kept.fingerprint == load(base).fingerprint
         codes.append(kept.fingerprint.tensors)
@@ -193,18 +193,18 @@ def test_what_cannot_be_kept_is_loaded_as_it_is_and_told(tmp_path: Path) -> None
     directory = tmp_path / "falcon"
     config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
-    base = load_base(directory, ModelConfig(name=str(directory), keep_quantized=True), tmp_path / "cache")
+    base = load_base(directory, ModelConfig(name=str(directory), cache_quantized=True), tmp_path / "cache")
     assert base.fingerprint == load(directory).fingerprint
-    (notice,) = base.notices
-    assert "its layers of class FalconLinear" in notice
-    assert "It was quantised while loading" in notice
+    (warning,) = base.warnings
+    assert "its layers of class FalconLinear" in warning
+    assert "It was quantized while loading" in warning
     assert kept_copies(tmp_path) == []
 
 
 def test_cache_that_cannot_keep_a_copy_is_named_with_what_moves_it(tmp_path: Path) -> None:
     base = make_model_directory(tmp_path / "m")
     with pytest.raises(DiskError, match=r"^/dev/null/quantized/.* cannot be written: .*Set XDG_CACHE_HOME"):
-        load_base(base, ModelConfig(name=str(base), keep_quantized=True), Path("/dev/null"))
+        load_base(base, ModelConfig(name=str(base), cache_quantized=True), Path("/dev/null"))
 
 
 def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_config_says(
@@ -214,9 +214,9 @@ def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_confi
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]
     (base / "config.json").write_text(json.dumps(config))
-    loaded = load_base(base, ModelConfig(name=str(base), keep_quantized=True), tmp_path / "cache")
+    loaded = load_base(base, ModelConfig(name=str(base), cache_quantized=True), tmp_path / "cache")
     assert loaded.fingerprint == load(tiny_llama).fingerprint
-    assert loaded.notices == []
+    assert loaded.warnings == []
     assert kept_copies(tmp_path) == []
 
 
@@ -230,7 +230,7 @@ def test_a_16_bit_model_with_a_tensor_in_fp32_is_computed_with_in_16_bits(tmp_pa
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_memory_that_is_too_little_or_runs_out_while_quantising_is_a_letter(
+def test_memory_that_is_too_little_or_runs_out_while_quantizing_is_a_letter(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
@@ -238,10 +238,10 @@ def test_memory_that_is_too_little_or_runs_out_while_quantising_is_a_letter(
 
     with monkeypatch.context() as patch:
         patch.setattr(streaming_load, "quantize_weight", full)
-        with pytest.raises(InsufficientMemoryError, match=r"Quantising .* on cpu ran out of memory: .*2 GiB"):
+        with pytest.raises(InsufficientMemoryError, match=r"Quantizing .* on cpu ran out of memory: .*2 GiB"):
             quantize(tiny_llama, tmp_path / "nf4")
     pretend_free_memory(monkeypatch, lambda device: 10_000)
-    with pytest.raises(InsufficientMemoryError, match=r"Quantising .* GiB free"):
+    with pytest.raises(InsufficientMemoryError, match=r"Quantizing .* GiB free"):
         quantize(tiny_llama, tmp_path / "nf4")
     assert not (tmp_path / "nf4").exists()
 
@@ -256,11 +256,11 @@ def test_a_run_with_a_kept_base_resumes_and_merges(tiny_config: Callable[..., Ru
     steps = {"training": {"max_steps": 2}, "optimizer": {"learning_rate": 2e-2}}
     plain = start_run(tiny_config("plain", **steps))
     plain.train(lambda record: None)
-    kept = start_run(tiny_config("kept", model={"keep_quantized": True}, **steps))
+    kept = start_run(tiny_config("kept", model={"cache_quantized": True}, **steps))
     assert kept.base.fingerprint == plain.base.fingerprint
     assert len(list((user_cache() / "quantized").iterdir())) == 1
-    resume_run(kept.directory, ["model.keep_quantized=false"])
-    resume_run(kept.directory, ["model.keep_quantized=true"]).train(lambda record: None)
+    resume_run(kept.directory, ["model.cache_quantized=false"])
+    resume_run(kept.directory, ["model.cache_quantized=true"]).train(lambda record: None)
     assert losses(kept.directory) == losses(plain.directory)
     merge_run(kept.directory, tmp_path / "original", base="original")  # the copy has none, but the base has
     for run in (plain, kept):
@@ -270,7 +270,7 @@ def test_a_run_with_a_kept_base_resumes_and_merges(tiny_config: Callable[..., Ru
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_on_a_prequantised_copy_is_a_run_on_its_original(
+def test_a_run_on_a_prequantized_copy_is_a_run_on_its_original(
     tiny_config: Callable[..., RunConfig], tiny_llama: Path, tmp_path: Path
 ) -> None:
     copy = quantize(tiny_llama, tmp_path / "nf4")
@@ -281,7 +281,7 @@ def test_a_run_on_a_prequantised_copy_is_a_run_on_its_original(
 
 
 def test_the_same_checkpoint_tensors_come_out_as_went_in(tiny_llama: Path, tmp_path: Path) -> None:
-    """Under their own names: what is dense to the byte, and beside each weight what bitsandbytes keeps."""
+    """Under their own names: what is dense to the byte, and next to each weight what bitsandbytes keeps."""
     source, kept = checkpoint_tensors(tiny_llama), checkpoint_tensors(quantize(tiny_llama, tmp_path / "nf4"))
     assert {name for name in kept if ".weight." not in name} == source.keys()
     dense = {name for name in source if kept[name].shape == source[name].shape}

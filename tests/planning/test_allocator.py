@@ -45,7 +45,7 @@ def test_the_smallest_free_block_that_holds_a_request_is_taken() -> None:
     assert allocator.reserved == 58 * MIB
 
 
-def test_freed_neighbours_are_joined_in_any_order() -> None:
+def test_freed_neighbors_are_joined_in_any_order() -> None:
     for order in ([1, 2, 3], [3, 2, 1], [1, 3, 2], [2, 1, 3]):
         allocator = CachingAllocator().play([Event(n, 5 * MIB) for n in (1, 2, 3)])
         for number in order:
@@ -91,7 +91,7 @@ def test_an_expandable_segment_grows_by_whole_pages(size: int, reserved: int) ->
     assert CachingAllocator(is_expandable=True).play([Event(1, size)]).reserved == reserved
 
 
-def test_neighbours_in_an_expandable_segment_join_whatever_they_were_asked_for() -> None:
+def test_neighbors_in_an_expandable_segment_join_whatever_they_were_asked_for() -> None:
     trace = [Event(1, 20 * MIB), Event(2, 20 * MIB), Event(1, -20 * MIB), Event(2, -20 * MIB), Event(3, 40 * MIB)]
     assert CachingAllocator(is_expandable=True).play(trace).reserved == 40 * MIB
 

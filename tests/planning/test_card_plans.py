@@ -47,7 +47,7 @@ def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
             "model": {"name": str(directory)},
             "data": {"train": "rows.jsonl", "max_length": tokens},
             "optimizer": {"name": "adamw"},  # whose state lies on the card, whether or not that pages
-            "training": {"batch_size": 1, "activations": "keep", **training},
+            "training": {"global_batch_size": 1, "activation_checkpointing": "none", **training},
         }
     )
 
@@ -144,15 +144,15 @@ def test_deterministic_attention_takes_fewest_sums_where_its_bound_cannot_be_kep
         return varlen_attention.key_heads_at_a_time(query, key, 1, 128)
 
     assert heads_at_a_time(2_048) == 8
-    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, beside 2.4 of all heads at once"
+    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, next to 2.4 of all heads at once"
 
 
-@pytest.mark.parametrize(("batch_size", "documents"), [(1, 1), (3, 3), (16, 16)])
+@pytest.mark.parametrize(("global_batch_size", "documents"), [(1, 1), (3, 3), (16, 16)])
 def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
-    tiny_config: Config, tiny_llama: Path, batch_size: int, documents: int
+    tiny_config: Config, tiny_llama: Path, global_batch_size: int, documents: int
 ) -> None:
     """Short rows pack into a micro-batch as full as one long row, and flash attention pads each."""
-    config = tiny_config(model={"compute_dtype": "bfloat16"}, training={"batch_size": batch_size})
+    config = tiny_config(model={"compute_dtype": "bfloat16"}, training={"global_batch_size": global_batch_size})
     card = Card((8, 0), 128)
     policy = planning.choose_policy(config.training, torch.device("cuda"))
     _, pack, _ = planning.empty_run(tiny_llama, config, torch.bfloat16, policy, card=card)

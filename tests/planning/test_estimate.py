@@ -22,11 +22,11 @@ WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-
 @pytest.mark.parametrize(
     ("layers", "training"),
     [
-        (5, {"activations": "keep"}),
-        (5, {"activations": "recompute"}),
-        (6, {"activations": "recompute", "kept_layers": 4}),
-        pytest.param(12, {"activations": "offload", "offload_every": 3}, marks=pytest.mark.slow),
-        (5, {"activations": "tile"}),
+        (5, {"activation_checkpointing": "none"}),
+        (5, {"activation_checkpointing": "full"}),
+        (6, {"activation_checkpointing": "full", "uncheckpointed_layers": 4}),
+        pytest.param(12, {"activation_checkpointing": "offload", "offload_every_n_layers": 3}, marks=pytest.mark.slow),
+        (5, {"activation_checkpointing": "tiled"}),
     ],
     ids=str,
 )

@@ -44,7 +44,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.activations import Policy, choose_policy, host_room, offloaded_bytes
+from qlora_trainer.training.activations import Policy, choose_policy, offloaded_bytes, spare_host_memory
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
@@ -53,35 +53,42 @@ LLAMA_8B: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text()
 )
 SETTINGS: list[dict[str, dict[str, Any]]] = [
-    {"training": {"activations": "keep"}},
-    {"training": {"activations": "recompute"}},
-    {"training": {"activations": "recompute", "micro_batch_tokens": 256}, "adapter": {"rank": 16}},
-    {"training": {"activations": "keep"}, "data": {"max_length": 256}, "adapter": {"dropout": 0.1}},
-    {"training": {"activations": "recompute"}, "data": {"max_length": 512}, "optimizer": {"name": "adamw"}},
-    {"training": {"activations": "keep"}, "adapter": {"rank": 32}, "optimizer": {"name": "paged_adamw_8bit"}},
-    {"training": {"activations": "recompute"}, "data": {"packing": False, "max_length": 256}},
-    {"training": {"activations": "keep"}, "adapter": {"targets": ["q_proj", "v_proj"], "bias": "all"}},
-    {"training": {"activations": "recompute", "kept_layers": 1}, "data": {"max_length": 256}},
-    {"training": {"activations": "offload"}, "adapter": {"dropout": 0.1}},
-    {"training": {"activations": "offload", "offload_every": 2}, "data": {"max_length": 256}},
-    {"training": {"activations": "tile"}, "data": {"max_length": 512}},
-    {"model": {"embeddings": "host"}},
-    {"model": {"output_head": "8bit"}},
-    {"model": {"output_head": "4bit"}, "training": {"activations": "recompute"}},
+    {"training": {"activation_checkpointing": "none"}},
+    {"training": {"activation_checkpointing": "full"}},
+    {"training": {"activation_checkpointing": "full", "micro_batch_tokens": 256}, "adapter": {"rank": 16}},
+    {"training": {"activation_checkpointing": "none"}, "data": {"max_length": 256}, "adapter": {"dropout": 0.1}},
+    {"training": {"activation_checkpointing": "full"}, "data": {"max_length": 512}, "optimizer": {"name": "adamw"}},
+    {
+        "training": {"activation_checkpointing": "none"},
+        "adapter": {"rank": 32},
+        "optimizer": {"name": "paged_adamw_8bit"},
+    },
+    {"training": {"activation_checkpointing": "full"}, "data": {"packing": False, "max_length": 256}},
+    {
+        "training": {"activation_checkpointing": "none"},
+        "adapter": {"target_modules": ["q_proj", "v_proj"], "bias": "all"},
+    },
+    {"training": {"activation_checkpointing": "full", "uncheckpointed_layers": 1}, "data": {"max_length": 256}},
+    {"training": {"activation_checkpointing": "offload"}, "adapter": {"dropout": 0.1}},
+    {"training": {"activation_checkpointing": "offload", "offload_every_n_layers": 2}, "data": {"max_length": 256}},
+    {"training": {"activation_checkpointing": "tiled"}, "data": {"max_length": 512}},
+    {"model": {"embeddings": "cpu"}},
+    {"model": {"lm_head": "8bit"}},
+    {"model": {"lm_head": "4bit"}, "training": {"activation_checkpointing": "full"}},
     {"adapter": {"dtype": "bfloat16", "rank": 16}},
     {
-        "model": {"embeddings": "host", "output_head": "4bit"},
+        "model": {"embeddings": "cpu", "lm_head": "4bit"},
         "adapter": {"dtype": "bfloat16"},
         "optimizer": {"name": "paged_adamw_8bit"},
-        "training": {"activations": "offload"},
+        "training": {"activation_checkpointing": "offload"},
     },
 ]
-LEAN = SETTINGS[-1]
+MEMORY_EFFICIENT = SETTINGS[-1]
 
 
 FAMILIES = ["llama_tied", "mistral", "gemma2", "gemma3", "qwen2", "phi3"]
 COMPARED = [("llama", setting) for setting in SETTINGS] + [(family, SETTINGS[1]) for family in FAMILIES]
-COMPARED += [("llama_tied", LEAN), ("gemma3", LEAN)]
+COMPARED += [("llama_tied", MEMORY_EFFICIENT), ("gemma3", MEMORY_EFFICIENT)]
 
 
 @pytest.fixture
@@ -162,7 +169,7 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
     config = json.loads((windowed / "config.json").read_text())
     assert config["sliding_window"] == 6
     (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
-    settings = tiny_config(training={"activations": "keep"})
+    settings = tiny_config(training={"activation_checkpointing": "none"})
     plain, planned = (plan_memory(directory, settings) for directory in (tmp_path, windowed))
     assert planned.allocated == plain.allocated
     assert planned.attention == plain.attention == "flash attention over packed documents"
@@ -183,18 +190,18 @@ def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_lla
     assert parts[planning.STATE] == 0
 
 
-def test_lean_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
+def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
     """Of the dense embeddings and head, bf16 each, one goes to the host, and the other becomes codes and scales."""
 
     def planned(**changes: dict[str, Any]) -> planning.MemoryPlan:
         return plan_memory(tiny_llama, tiny_config(**changes))
 
-    plain, host = planned(), planned(model={"embeddings": "host"})
+    plain, host = planned(), planned(model={"embeddings": "cpu"})
     dense = plain.components[planning.HEAD] // 2
     assert (host.host, host.components[planning.HEAD]) == (dense, dense)
     assert host.base_parameters == plain.base_parameters
     numbers = dense // 2
-    eight, four = planned(model={"output_head": "8bit"}), planned(model={"output_head": "4bit"})
+    eight, four = planned(model={"lm_head": "8bit"}), planned(model={"lm_head": "4bit"})
     assert eight.components[planning.HEAD] == dense + numbers + 4 * (numbers // 64)
     assert dense + 0.5 * numbers < four.components[planning.HEAD] < dense + 0.55 * numbers + 4 * 256
     assert eight.base_parameters == four.base_parameters == plain.base_parameters
@@ -227,8 +234,8 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
     settings = load_config(CONFIGS / f"{size}gb.yaml")
     fewer, more = (plan_memory(llama_8b, settings, layers) for layers in (2, 3))
-    lean = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
-    whole = lean[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (lean[1] - lean[0])
+    memory_efficient = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
+    whole = memory_efficient[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (memory_efficient[1] - memory_efficient[0])
     assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
@@ -248,7 +255,7 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
         {
             "model": {"name": str(llama_8b)},
             "data": {"train": "rows.jsonl", "max_length": 512},
-            "training": {"activations": "keep", "batch_size": 2},
+            "training": {"activation_checkpointing": "none", "global_batch_size": 2},
         }
     )
     near = plan_memory(llama_8b, config)
@@ -276,8 +283,8 @@ def narrow_8b(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             known[key] = plan_memory(directory, config, layers)
         return known[key]
 
-    for room in (fitting, estimating):
-        monkeypatch.setattr(room, "plan_memory", remembered)
+    for limit in (fitting, estimating):
+        monkeypatch.setattr(limit, "plan_memory", remembered)
     return llama_8b
 
 
@@ -299,32 +306,36 @@ def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
         smaller = fastest_plan(narrow_8b, config, Budget(plan.total - 1, host))
         assert smaller is None or smaller.total < plan.total
         plan = smaller
-    assert found[0].policy == Policy("keep")
-    recomputing = [plan for plan in found if plan.policy.level == "recompute"]
-    kept = [plan.policy.kept_layers for plan in recomputing]
+    assert found[0].policy == Policy("none")
+    recomputing = [plan for plan in found if plan.policy.level == "full"]
+    kept = [plan.policy.uncheckpointed_layers for plan in recomputing]
     assert len(kept) >= 2
     assert kept == sorted(kept, reverse=True)
-    keeping_none = fitting.plan_memory(narrow_8b, named(narrow_8b, activations="recompute"))
+    keeping_none = fitting.plan_memory(narrow_8b, named(narrow_8b, activation_checkpointing="full"))
     assert recomputing[-1].total == keeping_none.total, "one layer is kept where that takes no more than none"
-    assert [plan.policy.level for plan in found if plan not in recomputing] == ["keep", "offload", "tile"]
+    assert [plan.policy.level for plan in found if plan not in recomputing] == ["none", "offload", "tiled"]
 
 
 def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Path) -> None:
-    whole = plan_memory(narrow_8b, named(narrow_8b, activations="tile"))
+    whole = plan_memory(narrow_8b, named(narrow_8b, activation_checkpointing="tiled"))
     assert whole.host == 4 * 2048 * 1024 * 2
     for share, every in ((2, 2), (3, None)):
         found = fastest_plan(narrow_8b, named(narrow_8b), Budget(whole.total + 2**20, whole.host // share))
-        assert (found and found.policy.offload_every) == every  # a third of four layers' inputs: two are needed
+        assert (
+            found and found.policy.offload_every_n_layers
+        ) == every  # a third of four layers' inputs: two are needed
 
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
-    keeping = tiny_config(data={"max_length": 512}, training={"activations": "keep"})
+    keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
     kept, host = plan_memory(tiny_llama, keeping), 2**40
     assert check_fits(tiny_llama, keeping, Budget(kept.total, host)) == kept
-    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activations=\w+"):
+    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activation_checkpointing=\w+"):
         check_fits(tiny_llama, keeping, Budget(kept.total - 1, host))
     rows = {"data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
-    tiled = plan_memory(tiny_llama, tiny_config(**{**rows, "training": {**rows["training"], "activations": "tile"}}))
+    tiled = plan_memory(
+        tiny_llama, tiny_config(**{**rows, "training": {**rows["training"], "activation_checkpointing": "tiled"}})
+    )
     with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
         check_fits(tiny_llama, tiny_config(**rows), Budget(tiled.total - 1, host))
     with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
@@ -332,10 +343,12 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
 
 
 def test_a_letter_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
-    """A kept layer that the config asks for would be kept under a leaner level too."""
-    keeping = tiny_config(data={"max_length": 512}, training={"activations": "recompute", "kept_layers": 1})
+    """A kept layer that the config asks for would be kept under a with less memory level too."""
+    keeping = tiny_config(
+        data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
+    )
     needed = plan_memory(tiny_llama, keeping)
-    with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.kept_layers=0"):
+    with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.uncheckpointed_layers=0"):
         check_fits(tiny_llama, keeping, Budget(needed.total - 1, 2**40))
 
 
@@ -343,7 +356,7 @@ def test_a_letter_names_every_setting_that_must_change(tiny_config: Config, tiny
 def test_the_largest_micro_batch_fills_its_limit(
     tiny_config: Config, tiny_llama: Path, limit: int | str, rows: list[int]
 ) -> None:
-    config = tiny_config(training={"micro_batch_tokens": limit, "batch_size": 3})
+    config = tiny_config(training={"micro_batch_tokens": limit, "global_batch_size": 3})
     pack = longest_pack(tiny_llama, config, packing=True)
     assert pack.cu_seqlens is not None
     assert pack.cu_seqlens.diff().tolist() == rows
@@ -352,18 +365,20 @@ def test_the_largest_micro_batch_fills_its_limit(
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("level", ["offload", "tile", "recompute"])
+@pytest.mark.parametrize("level", ["offload", "tiled", "full"])
 def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     tiny_config: Config, tiny_llama: Path, level: str, every: int
 ) -> None:
-    every = every if level != "recompute" else 1
-    plan = plan_memory(tiny_llama, tiny_config(training={"activations": level, "offload_every": every}))
+    every = every if level != "full" else 1
+    plan = plan_memory(
+        tiny_llama, tiny_config(training={"activation_checkpointing": level, "offload_every_n_layers": every})
+    )
     model = start_run(tiny_config(f"run-{level}-{every}", model={"compute_dtype": "bfloat16"})).base.model
     assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
 
 
 def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -> None:
-    offloading = tiny_config(training={"activations": "offload"})
+    offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
         check_fits(tiny_llama, offloading, Budget(2**40, 0))
 
@@ -378,7 +393,7 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 ) -> None:
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
     config = tiny_config(adapter={"rank": 64})
-    state, *_ = planning.empty_run(tiny_llama, config, torch.bfloat16, Policy("keep"))
+    state, *_ = planning.empty_run(tiny_llama, config, torch.bfloat16, Policy("none"))
     size = state.groups[0].data.numel()
     assert size > planning.PAGED_ELEMENTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -403,7 +418,7 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
 
 
 def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama: Path) -> None:
-    config = tiny_config(model={"device": "cpu"}, training={"activations": "recompute"})
+    config = tiny_config(model={"device": "cpu"}, training={"activation_checkpointing": "full"})
     plan = plan_memory(tiny_llama, config)
     run = start_run(config)
     pack = longest_pack(tiny_llama, config, packing=True)
@@ -417,16 +432,16 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, leaner = (
-        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activations": level}})).total
-        for level in ("keep", "recompute")
+    kept, less_memory = (
+        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})).total
+        for level in ("none", "full")
     )
     free = {"available": kept}
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, **free))
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    for available, level in ((kept, "keep"), (leaner, "recompute")):
+    for available, level in ((kept, "none"), (less_memory, "full")):
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
         assert run.plan is not None
@@ -459,9 +474,9 @@ def container(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_offloaded_has_the_room_that_a_container_is_allowed(container: Callable[..., None]) -> None:
-    before = host_room()
+    before = spare_host_memory()
     container(12 * 2**30, used=4 * 2**30)
-    assert (before, host_room()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
+    assert (before, spare_host_memory()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
 
 
 def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
@@ -469,16 +484,16 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
 ) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, leaner = (
-        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activations": level}})).total
-        for level in ("keep", "recompute")
+    kept, less_memory = (
+        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})).total
+        for level in ("none", "full")
     )
-    for free, level in ((kept, "keep"), (leaner, "recompute")):
+    for free, level in ((kept, "none"), (less_memory, "full")):
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(tiny_llama, config)
         assert plan is not None
         assert plan.policy == Policy(level)
-    assert fitting.memory_here(config) == 2**30 + leaner
+    assert fitting.memory_here(config) == 2**30 + less_memory
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
         fitting.check_fits_here(tiny_llama, config)
@@ -517,24 +532,24 @@ def test_the_report_sets_the_peak_beside_the_plan(
     assert f"planned {gib(run.plan.allocated)}" in page
 
 
-@pytest.mark.parametrize(("activations", "planned"), [("keep", ["recompute"]), ("auto", ["keep", "recompute"])])
+@pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), ("auto", ["none", "full"])])
 def test_a_resumed_run_is_planned_as_it_goes_on(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, activations: str, planned: list[str]
 ) -> None:
     """What had been lowered is neither planned anew nor refused; the policy that auto would take is said."""
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    run = start_run(tiny_config(training={"activations": activations, "max_steps": 2}))
-    run.state.set_memory(run.state.loader.micro_batch_tokens, Policy("recompute"))
+    run = start_run(tiny_config(training={"activation_checkpointing": activations, "max_steps": 2}))
+    run.state.set_memory(run.state.loader.micro_batch_tokens, Policy("full"))
     run.save()
     asked: list[str] = []
 
     def noted(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
-        asked.append(config.training.activations)
+        asked.append(config.training.activation_checkpointing)
         return plan_memory(directory, config, layers)
 
     monkeypatch.setattr(fitting, "plan_memory", noted)
     resumed = resume_run(run.directory)
     assert resumed.plan is not None
-    assert resumed.plan.policy == resumed.state.policy == Policy("recompute")
+    assert resumed.plan.policy == resumed.state.policy == Policy("full")
     assert asked == planned
-    assert any("would fit" in notice for notice in resumed.notices) == (activations == "auto")
+    assert any("would fit" in warning for warning in resumed.warnings) == (activations == "auto")

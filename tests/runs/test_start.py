@@ -144,29 +144,33 @@ def test_a_new_run_from_anothers_adapter_says_which_base_it_names(tiny_config: C
     (foreign / "base.json").unlink()
     (foreign / "trainer_state.json").write_text("{}")  # other trainers write one too
     run = start_run(tiny_config("same", adapter={"init_from": str(foreign)}))
-    assert not [notice for notice in run.notices if "was made for" in notice]
+    assert not [warning for warning in run.warnings if "was made for" in warning]
     path = foreign / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "someone/else"}))
     run = start_run(tiny_config("other", adapter={"init_from": str(foreign)}))
-    assert [notice for notice in run.notices if "was made for someone/else" in notice]
+    assert [warning for warning in run.warnings if "was made for someone/else" in warning]
 
 
 @pytest.mark.parametrize(
-    ("trained", "wanted", "letter"),
+    ("trained", "wanted", "message"),
     [
-        ({"targets": ["q_proj", "v_proj"]}, {}, r"set adapter\.targets=\[q_proj,v_proj\]"),
-        ({}, {"targets": ["q_proj"]}, r"adapter\.targets=\[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj\]"),
+        ({"target_modules": ["q_proj", "v_proj"]}, {}, r"set adapter\.target_modules=\[q_proj,v_proj\]"),
+        (
+            {},
+            {"target_modules": ["q_proj"]},
+            r"adapter\.target_modules=\[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj\]",
+        ),
         ({"bias": "lora_only"}, {}, r"set adapter\.bias=lora_only"),
         ({"use_rslora": True}, {}, r"set adapter\.alpha=16\.0"),
     ],
 )
 def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
-    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, letter: str
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, message: str
 ) -> None:
     first = start_run(tiny_config("first", adapter=trained))
     monkeypatch.setattr(runs, "load_base", no_load)
     source = first.directory / "checkpoints" / "step-000000"
-    with pytest.raises(AdapterError, match=letter):
+    with pytest.raises(AdapterError, match=message):
         start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
 
 
@@ -186,7 +190,7 @@ def test_a_missing_adapter_is_told_before_the_base_is_looked_for(
         ("optimizer", {"learning_rate": 0.1}, r"optimizer\.learning_rate: 0\.005 → 0\.1"),
         ("training", {"max_steps": 9}, r"training\.max_steps: 8 → 9"),
         ("training", {"epochs": 2}, r"training\.epochs: 1 → 2"),
-        ("training", {"batch_size": 4}, r"training\.batch_size: 3 → 4"),
+        ("training", {"global_batch_size": 4}, r"training\.global_batch_size: 3 → 4"),
         ("training", {"seed": 1}, r"training\.seed: 0 → 1"),
         ("model", {"compute_dtype": "bfloat16"}, r"model\.compute_dtype: auto → bfloat16"),
     ],
@@ -209,15 +213,20 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert whole.train(quiet)
     parts = start_run(tiny_config("parts", adapter={"dropout": 0.2}))
     assert not parts.train(quiet, stop_after=3)
-    overrides = ["training.activations=recompute", "training.save_every=1", "checkpoint.keep=1", "evaluation.samples=1"]
+    overrides = [
+        "training.activation_checkpointing=full",
+        "training.save_every=1",
+        "checkpoint.keep=1",
+        "evaluation.samples=1",
+    ]
     resumed = resume_run(parts.directory, overrides)
-    assert resumed.notices == []
+    assert resumed.warnings == []
     assert resumed.train(quiet)
     expected, found = final_adapter(whole.directory), final_adapter(parts.directory)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     written = yaml.safe_load((parts.directory / "config.yaml").read_text())
-    assert written["training"]["activations"] == "recompute"
-    assert written["checkpoint"]["keep"] == 1
+    assert written["training"]["activation_checkpointing"] == "full"
+    assert written["checkpoint"]["none"] == 1
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
@@ -245,7 +254,7 @@ def test_adapters_of_another_dtype_are_another_run(tiny_config: Config) -> None:
 def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_config: Config) -> None:
     config = tiny_config()
     saved = config.model_dump(mode="json")
-    del saved["adapter"]["dtype"], saved["model"]["output_head"]
+    del saved["adapter"]["dtype"], saved["model"]["lm_head"]
     assert config_changes(saved, config) == ([], [])
     changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": "bfloat16"})})
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
@@ -265,15 +274,15 @@ def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
 
 def test_packing_changed_on_resume_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
-    (notice,) = resume_run(run.directory, ["data.packing=false"]).notices
-    assert "data.packing was True and is False" in notice
+    (warning,) = resume_run(run.directory, ["data.packing=false"]).warnings
+    assert "data.packing was True and is False" in warning
 
 
 def test_a_changed_micro_batch_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
-    (notice,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).notices
-    assert "training.micro_batch_tokens was auto and is 512" in notice
-    assert "last bits may differ" in notice
+    (warning,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).warnings
+    assert "training.micro_batch_tokens was auto and is 512" in warning
+    assert "last bits may differ" in warning
 
 
 def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows: Path) -> None:
@@ -281,13 +290,13 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
     run = start_run(tiny_config(data={"on_bad_row": "skip"}))
     (line,) = (run.directory / "skipped_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == "rows.jsonl, line 1"
-    assert [notice for notice in run.notices if "1 bad rows were skipped" in notice]
+    assert [warning for warning in run.warnings if "1 bad rows were skipped" in warning]
 
 
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
-    mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "heldout": 0.0}
+    mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "eval": 0.0}
     run = start_run(tiny_config("straight", data=mixed))
     assert run.state.loader.epoch_rows == run.prepared.report.epoch_examples == 8
     run.train(quiet)
@@ -306,7 +315,7 @@ def test_a_refused_override_leaves_the_config_as_it_was(tiny_config: Config) -> 
     run = start_run(tiny_config())
     before = (run.directory / "config.yaml").read_bytes()
     with pytest.raises(CheckpointError):
-        resume_run(run.directory, ["training.activations=recompute", "adapter.rank=8"])
+        resume_run(run.directory, ["training.activation_checkpointing=full", "adapter.rank=8"])
     assert (run.directory / "config.yaml").read_bytes() == before
 
 
@@ -355,18 +364,18 @@ def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(
 
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Config, has_ended: bool) -> None:
-    """Rows held out now may have been trained on."""
+    """Rows kept for evaluation now may have been trained on."""
     run = start_run(tiny_config("own", training={"max_steps": 2}))
     if has_ended:
         run.train(quiet)
     trained = open_trained(run.directory)
     evaluate_trained(trained)
-    assert trained.notices == []
+    assert trained.warnings == []
     rows = Path(run.config.data.train)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     evaluate_trained(trained)
-    (notice,) = trained.notices
-    assert "changed since training" in notice
+    (warning,) = trained.warnings
+    assert "changed since training" in warning
 
 
 def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
@@ -443,11 +452,11 @@ def test_a_run_that_goes_on_without_a_compiler_says_that_its_kernels_changed(
     if implementations("cpu")["dequantize_nf4"] != FAST:
         pytest.skip("there is no C++ compiler here")
     run = start_run(tiny_config(model={"device": "cpu"}))
-    assert not [notice for notice in resume_run(run.directory).notices if "its last bits may differ" in notice]
+    assert not [warning for warning in resume_run(run.directory).warnings if "its last bits may differ" in warning]
     request.getfixturevalue("without_compiler")
-    (notice,) = [text for text in resume_run(run.directory).notices if "its last bits may differ" in text]
-    assert "kernels_taken was" in notice
-    assert "plain torch for dequantize_nf4, quantize_nf4" in notice
+    (warning,) = [text for text in resume_run(run.directory).warnings if "its last bits may differ" in text]
+    assert "kernels_taken was" in warning
+    assert "plain torch for dequantize_nf4, quantize_nf4" in warning
 
 
 @pytest.mark.parametrize(("before", "after"), [("3.6.0", "3.7.1"), ("3.6.0", "none"), ("none", "3.7.1")])
@@ -471,8 +480,8 @@ def test_a_run_that_goes_on_under_another_triton_says_so(
     monkeypatch.setenv("QLORA_KERNELS", "reference")  # no kernel is tried for this
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     first, second = recorded(before), recorded(after)
-    (notice,) = environment_differences(first, second)
-    assert f"(triton was {before} and is {after})" in notice
+    (warning,) = environment_differences(first, second)
+    assert f"(triton was {before} and is {after})" in warning
     of_before = {key: value for key, value in first.items() if key not in ("triton", "kernels_taken")}
     assert environment_differences(of_before, second) == []
     assert environment(torch.device("cpu"), torch.float32)["triton"] is None, "a CPU's bits do not depend on it"
@@ -502,8 +511,8 @@ def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
     long = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
     for row in long:
         rows.write_text(4 * (json.dumps(row) + "\n"))
-        data = {"heldout": 0, "max_length": 64, "packing": packing}
-        run = start_run(tiny_config("-".join(row), data=data, training={"batch_size": 2, "max_steps": 1}))
+        data = {"eval": 0, "max_length": 64, "packing": packing}
+        run = start_run(tiny_config("-".join(row), data=data, training={"global_batch_size": 2, "max_steps": 1}))
         asked: list[int] = []
         run.base.model.get_input_embeddings().register_forward_pre_hook(
             lambda _, x, seen=asked: seen.append(x[0].shape[1])
@@ -547,7 +556,7 @@ def test_a_base_is_the_same_on_cpu_and_cuda(tiny_config: Config) -> None:
 
 @pytest.fixture
 def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The notices of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
+    """The warnings of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
     original = runs.load_base
 
     def on_the_host(path: Path, settings: Any, *rest: Any) -> Any:
@@ -555,18 +564,18 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
             no_card.setattr(torch.cuda, "is_available", lambda: False)
             return original(path, settings, *rest)
 
-    def notices(name: str, device: str = "auto") -> list[str]:
+    def warnings(name: str, device: str = "auto") -> list[str]:
         config = tiny_config(f"{name}-{device}", model={"device": device}, optimizer={"name": name})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(runs, "load_base", on_the_host)
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
         path = Path(config.model.name)
-        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).notices
+        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
-    return notices
+    return warnings
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -579,16 +588,16 @@ def test_a_run_on_a_card_that_refuses_to_page_says_so_with_what_it_said(
 ) -> None:
     end = "print('Error operation not supported at line 5', flush=True); ctypes.CDLL(None).exit(1)"
     asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else end)
-    told = [notice for notice in run_as_on_a_card(name) if "not paged" in notice]
+    reported = [warning for warning in run_as_on_a_card(name) if "not paged" in warning]
     assert asked.exists() == (name != "adamw")
     if works or name == "adamw":
-        assert told == []
+        assert reported == []
         return
-    (notice,) = told
-    assert "Error operation not supported at line 5" in notice
-    assert "a lower adapter.rank" in notice
-    assert ("optimizer.name=paged_adamw_8bit" in notice) == (name == "paged_adamw_32bit")
-    assert not any("not paged" in notice for notice in run_as_on_a_card(name, device="cpu"))
+    (warning,) = reported
+    assert "Error operation not supported at line 5" in warning
+    assert "a lower adapter.rank" in warning
+    assert ("optimizer.name=paged_adamw_8bit" in warning) == (name == "paged_adamw_32bit")
+    assert not any("not paged" in warning for warning in run_as_on_a_card(name, device="cpu"))
 
 
 def test_a_run_under_wsl_says_that_nothing_is_paged(
@@ -598,8 +607,8 @@ def test_a_run_under_wsl_says_that_nothing_is_paged(
 ) -> None:
     asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
-    (notice,) = [notice for notice in run_as_on_a_card("paged_adamw_32bit") if "not paged" in notice]
-    assert "WSL does not let host and card use managed memory at the same time" in notice
+    (warning,) = [warning for warning in run_as_on_a_card("paged_adamw_32bit") if "not paged" in warning]
+    assert "WSL does not let host and card use managed memory at the same time" in warning
     assert not asked.exists(), "no child is needed for that"
 
 

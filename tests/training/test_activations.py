@@ -1,4 +1,4 @@
-"""What backward keeps never changes what is learned; each level keeps less on the device than the one before."""
+"""What backward keeps never changes what is trained; each level keeps less on the device than the one before."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +22,12 @@ from qlora_trainer.training.step import train_step
 Config = Callable[..., RunConfig]
 FAMILIES = ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "gpt2"]
 EXACT = [
-    Policy("recompute"),
-    Policy("recompute", kept_layers=2),
+    Policy("full"),
+    Policy("full", uncheckpointed_layers=2),
     Policy("offload"),
-    Policy("offload", offload_every=2),
-    Policy("offload", offload_every=3),
-    Policy("offload", kept_layers=1, offload_every=2),
+    Policy("offload", offload_every_n_layers=2),
+    Policy("offload", offload_every_n_layers=3),
+    Policy("offload", uncheckpointed_layers=1, offload_every_n_layers=2),
 ]
 
 
@@ -37,7 +37,7 @@ def state(tiny_config: Config, deep_llama: Path) -> TrainState:
     config = tiny_config(
         model={"name": str(deep_llama)},
         adapter={"dropout": 0.2},
-        training={"batch_size": 6, "micro_batch_tokens": 128, "activations": "keep"},
+        training={"global_batch_size": 6, "micro_batch_tokens": 128, "activation_checkpointing": "none"},
     )
     state = start_run(config).state
     with torch.no_grad():
@@ -61,13 +61,13 @@ def gradient(state: TrainState, policy: Policy) -> Tensor:
 
 @pytest.mark.parametrize("policy", EXACT, ids=str)
 def test_every_policy_gives_the_same_gradient_bit_for_bit(state: TrainState, policy: Policy) -> None:
-    kept = gradient(state, Policy("keep"))
+    kept = gradient(state, Policy("none"))
     assert kept.abs().max() > 0
     assert torch.equal(gradient(state, policy), kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("policy", [Policy("offload", offload_every=2), Policy("tile")], ids=str)
+@pytest.mark.parametrize("policy", [Policy("offload", offload_every_n_layers=2), Policy("tiled")], ids=str)
 def test_every_family_has_the_same_gradient_under_every_policy(
     tiny_config: Config,
     tiny_models: Callable[[str], Path],
@@ -75,10 +75,12 @@ def test_every_family_has_the_same_gradient_under_every_policy(
     family: str,
     policy: Policy,
 ) -> None:
-    state = start_run(tiny_config(model={"name": str(tiny_models(family))}, training={"activations": "keep"})).state
+    state = start_run(
+        tiny_config(model={"name": str(tiny_models(family))}, training={"activation_checkpointing": "none"})
+    ).state
     monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
-    kept, other = gradient(state, Policy("keep")), gradient(state, policy)
-    if policy.level == "tile":  # matrix products of other sizes differ in last bits
+    kept, other = gradient(state, Policy("none")), gradient(state, policy)
+    if policy.level == "tiled":  # matrix products of other sizes differ in last bits
         assert (kept - other).norm() <= 1e-5 * kept.norm()
     else:
         assert torch.equal(kept, other)
@@ -86,7 +88,7 @@ def test_every_family_has_the_same_gradient_under_every_policy(
 
 def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that does something between its layers: each input goes to the host by itself, and none stays."""
-    kept = gradient(state, Policy("keep"))
+    kept = gradient(state, Policy("none"))
     copies: list[HostCopy] = []
     made = HostCopy.__init__
 
@@ -97,7 +99,7 @@ def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, m
 
     monkeypatch.setattr(HostCopy, "__init__", noting)
     monkeypatch.setattr(KeptInput, "gave", lambda kept, hidden: False)
-    assert torch.equal(gradient(state, Policy("offload", offload_every=2)), kept)
+    assert torch.equal(gradient(state, Policy("offload", offload_every_n_layers=2)), kept)
     assert len(copies) >= 5
 
 
@@ -119,36 +121,36 @@ def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: C
     pack = longest_pack(deep_llama, config, packing=True)
     layer_input = 512 * 64 * 4
     for every, inputs in ((1, 5), (2, 3), (3, 2), (5, 1)):
-        apply_policy(state.model, Policy("offload", offload_every=every))
+        apply_policy(state.model, Policy("offload", offload_every_n_layers=every))
         live, _ = track_steps(state, pack, ASSUMED_CARD)
         assert live.host_peak == inputs * layer_input
         assert HOST not in live.peak.by_kind
 
 
 def test_the_leaner_policies_come_one_by_one_to_an_end() -> None:
-    policy: Policy | None = Policy("keep")
+    policy: Policy | None = Policy("none")
     levels = []
     while policy is not None:
         levels.append(str(policy))
-        policy = policy.leaner()
-    assert levels == ["keep", "recompute", "offload", "tile"]
-    assert Policy("recompute", kept_layers=3).leaner() == Policy("recompute")
-    assert Policy("offload", offload_every=2).leaner() == Policy("tile", offload_every=2)
+        policy = policy.less_memory()
+    assert levels == ["none", "full", "offload", "tiled"]
+    assert Policy("full", uncheckpointed_layers=3).less_memory() == Policy("full")
+    assert Policy("offload", offload_every_n_layers=2).less_memory() == Policy("tiled", offload_every_n_layers=2)
 
 
 def test_a_policy_takes_the_place_of_the_one_before_it(state: TrainState) -> None:
     layers = decoder_layers(state.model)
     originals = [type(layer).forward for layer in layers]
-    apply_policy(state.model, Policy("tile", kept_layers=2))
+    apply_policy(state.model, Policy("tiled", uncheckpointed_layers=2))
     assert [("forward" in vars(layer)) for layer in layers] == [True, True, True, False, False]
-    apply_policy(state.model, Policy("keep"))
+    apply_policy(state.model, Policy("none"))
     assert [layer.forward.__func__ for layer in layers] == originals
 
 
 def test_a_model_that_cannot_be_recomputed_is_refused(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(state.model), "supports_gradient_checkpointing", False)
-    with pytest.raises(ModelError, match=r"training\.activations=keep"):
-        apply_policy(state.model, Policy("recompute"))
+    with pytest.raises(ModelError, match=r"training\.activation_checkpointing=none"):
+        apply_policy(state.model, Policy("full"))
 
 
 @pytest.mark.gpu

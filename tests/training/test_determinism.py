@@ -51,8 +51,8 @@ def assert_same(found: Run, wanted: Run) -> None:
         assert torch.equal(tensors[name], tensor), name
 
 
-def config_of(tiny_config: Config, output: str, level: str = "recompute", *, deterministic: bool = True) -> RunConfig:
-    training = {"activations": level, "max_steps": 4, "deterministic": deterministic}
+def config_of(tiny_config: Config, output: str, level: str = "full", *, deterministic: bool = True) -> RunConfig:
+    training = {"activation_checkpointing": level, "max_steps": 4, "deterministic": deterministic}
     return tiny_config(output, adapter={"dropout": 0.1}, training=training)
 
 
@@ -72,7 +72,7 @@ def test_a_deterministic_run_resumes_to_the_same_bits_and_leaves_torch_as_it_was
     assert_same(second, whole)
 
 
-@pytest.mark.parametrize("level", ["keep", "recompute", "offload", "tile"])
+@pytest.mark.parametrize("level", ["none", "full", "offload", "tiled"])
 def test_no_operation_reads_memory_that_nothing_has_written(tiny_config: Config, level: str) -> None:
     """With all memory that a tensor begins with filled by NaN, a run has the same bits: filling is not needed."""
     plain = start_run(config_of(tiny_config, "plain", level, deterministic=False))
@@ -148,8 +148,8 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
     monkeypatch.setattr(runs, "load_base", on_cuda)
     monkeypatch.setattr(runs, "environment", lambda *arguments: {})
     config = config_of(tiny_config, "run", deterministic=deterministic)
-    notices = runs._assemble(config, *_assembled_from(config), progress=lambda *said: None).notices
-    assert any("set training.deterministic=true" in notice for notice in notices) is not deterministic
+    warnings = runs._assemble(config, *_assembled_from(config), progress=lambda *said: None).warnings
+    assert any("set training.deterministic=true" in warning for warning in warnings) is not deterministic
 
 
 def _assembled_from(config: RunConfig) -> tuple[Path, Path, Any]:
@@ -161,4 +161,4 @@ def test_turning_it_on_or_off_in_a_run_is_allowed_and_told(tiny_config: Config) 
     run = start_run(config_of(tiny_config, "run", deterministic=False))
     run.train(quiet, stop_after=2)
     resumed = resume_run(run.directory, ["training.deterministic=true"])
-    assert any("training.deterministic was False and is True" in notice for notice in resumed.notices)
+    assert any("training.deterministic was False and is True" in warning for warning in resumed.warnings)

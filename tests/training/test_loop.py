@@ -52,15 +52,15 @@ class NoUpdate:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training": {"micro_batch_tokens": 128, "batch_size": 12}},
-        {"data": {"packing": False}, "training": {"batch_size": 12}},
-        {"training": {"activations": "recompute", "batch_size": 12}},
+        {"training": {"micro_batch_tokens": 128, "global_batch_size": 12}},
+        {"data": {"packing": False}, "training": {"global_batch_size": 12}},
+        {"training": {"activation_checkpointing": "full", "global_batch_size": 12}},
     ],
     ids=["several micro-batches", "padded", "recomputed"],
 )
 def test_a_steps_gradient_does_not_depend_on_how_its_rows_are_laid_out(tiny_config: Config, changes: dict) -> None:
     whole = tiny_config(
-        "whole", training={"batch_size": 12, "micro_batch_tokens": 4096}, optimizer={"max_grad_norm": 1e9}
+        "whole", training={"global_batch_size": 12, "micro_batch_tokens": 4096}, optimizer={"max_grad_norm": 1e9}
     )
     expected_loss, expected = gradient_of_one_step(whole)
     changed = tiny_config("changed", optimizer={"max_grad_norm": 1e9}, **changes)
@@ -70,17 +70,21 @@ def test_a_steps_gradient_does_not_depend_on_how_its_rows_are_laid_out(tiny_conf
 
 
 def test_recomputing_activations_changes_no_bit_even_with_dropout(tiny_config: Config) -> None:
-    kept = gradient_of_one_step(tiny_config("kept", adapter={"dropout": 0.3}, training={"activations": "keep"}))
-    again = gradient_of_one_step(tiny_config("again", adapter={"dropout": 0.3}, training={"activations": "recompute"}))
+    kept = gradient_of_one_step(
+        tiny_config("kept", adapter={"dropout": 0.3}, training={"activation_checkpointing": "none"})
+    )
+    again = gradient_of_one_step(
+        tiny_config("again", adapter={"dropout": 0.3}, training={"activation_checkpointing": "full"})
+    )
     assert kept[0] == again[0]
     assert torch.equal(kept[1], again[1])
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("activations", ["none", "full"])
 def test_after_one_step_every_adapter_has_a_gradient_and_every_lora_b_moved(
     tiny_config: Config, activations: str
 ) -> None:
-    run = start_run(tiny_config(training={"max_steps": 1, "activations": activations}))
+    run = start_run(tiny_config(training={"max_steps": 1, "activation_checkpointing": activations}))
     assert run.train(quiet)
     (group,) = run.state.groups
     for name, parameter in group.parameters.items():
@@ -112,7 +116,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_config: Config, optimizer: st
     torch.manual_seed(12345)  # what a new process would hold
     resumed = resume_run(stopped.directory)
     assert resumed.state.step == stop_at
-    assert resumed.notices == []
+    assert resumed.warnings == []
     assert resumed.train(quiet)
 
     expected = adapter_and_state(uninterrupted.directory)
@@ -120,7 +124,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_config: Config, optimizer: st
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     whole, parts = (read_metrics(run.directory / "metrics.jsonl") for run in (uninterrupted, resumed))
-    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens", "heldout_loss"):
+    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens", "eval_loss"):
         assert [record.get(key) for record in whole] == [record.get(key) for record in parts], key
 
 
@@ -203,7 +207,7 @@ def test_the_frozen_base_does_not_change(tiny_config: Config) -> None:
 
 
 def test_loss_falls(tiny_config: Config) -> None:
-    run = start_run(tiny_config(training={"max_steps": 30, "batch_size": 16}, optimizer={"learning_rate": 1e-2}))
+    run = start_run(tiny_config(training={"max_steps": 30, "global_batch_size": 16}, optimizer={"learning_rate": 1e-2}))
     losses: list[float] = []
     run.train(lambda record: losses.append(record["loss"]))
     assert losses[-1] < 0.8 * losses[0]
@@ -235,8 +239,8 @@ def test_a_checkpoint_of_another_machine_is_resumed_with_a_word(tiny_config: Con
 
     here = {"threads": 2, "torch": "2.13.0"}
     assert environment_differences(here, here) == []
-    (notice,) = environment_differences({"threads": 8, "torch": "2.13.0"}, here)
-    assert "threads was 8 and is 2" in notice
+    (warning,) = environment_differences({"threads": 8, "torch": "2.13.0"}, here)
+    assert "threads was 8 and is 2" in warning
     assert environment_differences({"torch": "2.13.0"}, here) == [], "an earlier version recorded no threads"
 
 
@@ -258,4 +262,4 @@ def test_metrics_hold_what_they_promise(tiny_config: Config) -> None:
     records = [json.loads(line) for line in lines]
     promised = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens"}
     assert all(promised | {"tokens_per_second", "peak_memory_bytes"} <= record.keys() for record in records)
-    assert [record["step"] for record in records if "heldout_loss" in record] == [4, 8]
+    assert [record["step"] for record in records if "eval_loss" in record] == [4, 8]

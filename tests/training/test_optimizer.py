@@ -88,8 +88,8 @@ def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_
         named = {key: nn.Parameter(p.detach().bfloat16().to(dtype)) for key, p in parameters().items()}
         return named, build_optimizer(config(name=name), groups_of(named))
 
-    (low, lean), (full, wide) = built(torch.bfloat16), built(torch.float32)
-    for optimizer in (lean, wide):
+    (low, memory_efficient), (full, wide) = built(torch.bfloat16), built(torch.float32)
+    for optimizer in (memory_efficient, wide):
         for group in optimizer.groups:
             for index, parameter in enumerate(group.parameters.values()):
                 generator = torch.Generator().manual_seed(index)
@@ -98,7 +98,7 @@ def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_
         optimizer.step(learning_rate=1e-2)
     for key, parameter in full.items():
         assert torch.equal(low[key], parameter.bfloat16())
-    (lean_state, _), (wide_state, _) = lean.state_dict(), wide.state_dict()
+    (lean_state, _), (wide_state, _) = memory_efficient.state_dict(), wide.state_dict()
     assert lean_state.keys() == wide_state.keys()
     assert all(lean_state[k].dtype == wide_state[k].dtype for k in wide_state)
     assert torch.float32 in {tensor.dtype for tensor in lean_state.values()}

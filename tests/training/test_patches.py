@@ -14,13 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
-from qlora_trainer.model.device import kernel_notices
+from qlora_trainer.model.device import kernel_warnings
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as lean_modules
-from qlora_trainer.training.patches import GatedMLP, gated_mlp, make_lean, rms_norm_form
+from qlora_trainer.training.patches import GatedMLP, gated_mlp, patch_model, rms_norm_form
 from qlora_trainer.weights.nf4 import quantize_weight
 
 LISTED = [
@@ -40,13 +40,13 @@ def test_every_layer_of_every_listed_family_is_lean_and_gives_the_same_logits(
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         before = model(ids).logits
-        report = make_lean(model)
+        report = patch_model(model)
         assert torch.equal(model(ids).logits, before)
     layers = model.config.num_hidden_layers
-    for lean, count in (report.projections, report.mlps, report.norms):
-        assert lean == count >= layers
+    for memory_efficient, count in (report.projections, report.mlps, report.norms):
+        assert memory_efficient == count >= layers
     assert report.mlps[1] == layers
-    assert make_lean(model) == report, "twice is as once"
+    assert patch_model(model) == report, "twice is as once"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_has_no_lean_form_is_counted_and_left_alone(
     directory = tiny_models(family)
     model = load_base_model(directory, ModelConfig(name=str(directory))).model
     add_adapters(model, AdapterConfig(rank=4))
-    report = make_lean(model)
+    report = patch_model(model)
     assert report.projections[0] == report.projections[1] > 0
     assert (report.mlps, report.norms) == (mlps, norms)
     assert f"{mlps[0]} of {mlps[1]} MLPs" in str(report)
@@ -87,7 +87,9 @@ def test_a_run_says_which_attention_and_kernels_it_takes(
     assert re.match(r"\d+ fast", dict(summarize(run))["kernels"])
     monkeypatch.setenv("QLORA_KERNELS", "reference")
     assert re.search("^0 fast, plain torch for .*dequantize_nf4", dict(summarize(run))["kernels"])
-    assert any(line.endswith(": QLORA_KERNELS=reference.") for line in kernel_notices("cpu")), "a notice has the reason"
+    assert any(line.endswith(": QLORA_KERNELS=reference.") for line in kernel_warnings("cpu")), (
+        "a warning has the reason"
+    )
     a_card_is_here(monkeypatch, (7, 5))
     monkeypatch.delenv("QLORA_KERNELS")
     run.base.device = torch.device("cuda")
@@ -171,7 +173,7 @@ def test_a_norm_is_known_by_its_numbers_and_not_by_its_name() -> None:
     assert rms_norm_form(ours) == (1e-5, "scale_after_cast")
     assert rms_norm_form(other) is None
     trained = LlamaRMSNorm(64).requires_grad_(True)
-    assert rms_norm_form(trained) is None, "the lean form gives the weight no gradient"
+    assert rms_norm_form(trained) is None, "the memory-efficient form gives the weight no gradient"
 
 
 def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

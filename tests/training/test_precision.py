@@ -43,7 +43,7 @@ def fp32_records() -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("activations", ["none", "full"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
 def test_training_in_16_bits_follows_fp32(
@@ -51,7 +51,7 @@ def test_training_in_16_bits_follows_fp32(
 ) -> None:
     if family not in fp32_records:
         fp32_records[family] = records_of(run_in(tiny_config, tiny_models(family), "float32", "fp32"))
-    run = run_in(tiny_config, tiny_models(family), dtype, training={"activations": activations})
+    run = run_in(tiny_config, tiny_models(family), dtype, training={"activation_checkpointing": activations})
     records = records_of(run)
     error = torch.finfo(getattr(torch, dtype)).eps  # 0.8 % and 0.1 %
     for record, expected in zip(records, fp32_records[family], strict=True):
@@ -116,8 +116,8 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
     state.model.train()
     train_step(state, state.loader.next())
     before = (state.groups[0].data.detach().clone(), state.optimizer.state_dict(), state.grad_scale.value)
-    unlearned = make_packs([Example([5, 6, 7, 8], [-100] * 4)] * 2, 64, packing=True)
-    metrics = train_step(state, unlearned)
+    untrained = make_packs([Example([5, 6, 7, 8], [-100] * 4)] * 2, 64, packing=True)
+    metrics = train_step(state, untrained)
     assert (metrics["loss"], metrics["grad_norm"], metrics["label_tokens"], metrics["tokens"]) == (0.0, 0.0, 0, 8)
     assert (state.step, state.updates, state.skipped_in_a_row) == (2, 1, 0)
     assert torch.equal(state.groups[0].data, before[0])
@@ -129,7 +129,7 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
 
 def test_rows_without_labels_beside_others_change_nothing(tiny_config: Config, tiny_llama: Path) -> None:
     gradients: list[Tensor] = []
-    for name, extra in (("alone", 0), ("beside", 2)):
+    for name, extra in (("alone", 0), ("next to", 2)):
         state = run_in(tiny_config, tiny_llama, "float32", name).state
         state.model.train()
         packs = state.loader.next() + make_packs([Example([5, 6, 7], [-100] * 3)] * extra, 64, packing=False)

@@ -69,7 +69,7 @@ def test_what_it_uses_inside_is_what_the_formula_says() -> None:
     known = live.bytes
     with live:
         rotate_torch(x, table, table, False)
-    assert live.peak.bytes - known - x.nbytes == workspace_bytes(x)  # beside the output
+    assert live.peak.bytes - known - x.nbytes == workspace_bytes(x)  # next to the output
 
 
 class Names(TorchDispatchMode):
@@ -111,7 +111,7 @@ def test_the_library_stays_as_it_is(tiny_models: Callable[[str], Path]) -> None:
 
 
 def test_attention_that_turns_pairs_keeps_its_own() -> None:
-    """Cohere's heads are turned in neighbouring pairs, and in fp32."""
+    """Cohere's heads are turned in neighboring pairs, and in fp32."""
     module = CohereAttention.__new__(CohereAttention)
     torch.nn.Module.__init__(module)
     assert turn_in_one_pass([module]) == 0

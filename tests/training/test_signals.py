@@ -1,4 +1,5 @@
-"""A real process that is told to stop: it saves at the next step boundary, says how to go on, and nothing is lost."""
+"""A real process that is reported to stop: it saves at the next step boundary, says how to go on, and nothing is
+lost."""
 
 import os
 import signal
@@ -32,7 +33,7 @@ def wait_for_first_step(process: "subprocess.Popen[str]", metrics: Path) -> None
 def test_a_process_told_to_stop_saves_and_says_how_to_go_on(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, signum: signal.Signals
 ) -> None:
-    training = {"max_steps": STEPS, "batch_size": 2, "evaluate_every": STEPS, "save_every": STEPS}
+    training = {"max_steps": STEPS, "global_batch_size": 2, "evaluate_every": STEPS, "save_every": STEPS}
     run = tmp_path / "run"
     save_config(tiny_config(training=training, evaluation={"samples": 0}), tmp_path / "config.yaml")
     process = subprocess.Popen(
@@ -46,13 +47,13 @@ def test_a_process_told_to_stop_saves_and_says_how_to_go_on(
     try:
         wait_for_first_step(process, run / "metrics.jsonl")
         process.send_signal(signum)
-        _, told = process.communicate(timeout=PATIENCE)
+        _, reported = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 0, told
-    assert f"qlora resume {run}" in told
-    assert "Traceback" not in told
+    assert process.returncode == 0, reported
+    assert f"qlora resume {run}" in reported
+    assert "Traceback" not in reported
 
     stopped_at = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert 1 <= stopped_at < STEPS

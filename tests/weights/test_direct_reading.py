@@ -1,4 +1,4 @@
-"""Tensors read past the page cache: the same values and hashes, memory used again, faults told, everywhere."""
+"""Tensors read past the page cache: the same values and hashes, memory used again, faults reported, everywhere."""
 
 import ctypes
 import hashlib

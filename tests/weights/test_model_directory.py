@@ -266,14 +266,14 @@ def test_new_directory_overwrites_nothing(tmp_path: Path) -> None:
 
 
 class _FullDisk:
-    """A file that takes `room` bytes and then behaves as on a full disk."""
+    """A file that takes `module` bytes and then behaves as on a full disk."""
 
-    def __init__(self, file, room: int) -> None:
-        self.file, self.room = file, room
+    def __init__(self, file, limit: int) -> None:
+        self.file, self.limit = file, limit
 
     def write(self, data) -> None:
-        self.room -= len(data)
-        if self.room < 0:
+        self.limit -= len(data)
+        if self.limit < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.file.write(data)
 
@@ -281,18 +281,18 @@ class _FullDisk:
         return getattr(self.file, name)
 
 
-def write_to_full_disk(path: Path, room: int) -> None:
+def write_to_full_disk(path: Path, limit: int) -> None:
     with new_directory(path) as work, ShardWriter(work, specs_of(TENSORS)) as writer:
         writer.write("flags", TENSORS["flags"])
-        writer._file = _FullDisk(writer._file, room)
+        writer._file = _FullDisk(writer._file, limit)
         for rows in row_blocks((700, 8), 1):
             writer.write("weight", TENSORS["weight"][rows])
 
 
 def test_a_disk_that_fills_up_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
-    for room in (0, 4, 4000, 20000):
+    for limit in (0, 4, 4000, 20000):
         with pytest.raises(DiskError, match=r"No space left.*Free some space"):
-            write_to_full_disk(tmp_path / "out", room)
+            write_to_full_disk(tmp_path / "out", limit)
         assert not any(tmp_path.iterdir())
     with pytest.raises(DiskError, match="permissions"):
         write_text(tmp_path / "nowhere" / "a.txt", "text")

@@ -1,7 +1,7 @@
 """The rows of each optimizer step, in an order that is a pure function of (seed, epoch), so a run resumes exactly.
 
-A step is a set of `batch_size` rows, the last of an epoch maybe fewer; micro-batches are made from the step's rows
-afterwards, so no choice of memory changes what a step learns from. The cursor is two integers.
+A step is a set of `global_batch_size` rows, the last of an epoch maybe fewer; micro-batches are made from the step's
+rows afterwards, so no choice of memory changes what a step learns from. The cursor is two integers.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class StepLoader:
     def __init__(
         self,
         examples: Examples,
-        batch_size: int,
+        global_batch_size: int,
         micro_batch_tokens: int,
         packing: bool,
         seed: int,
@@ -42,7 +42,7 @@ class StepLoader:
         if len(examples) == 0:
             raise DataError("There are no rows to train on.")
         self.examples = examples
-        self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing
         self.seed = seed
@@ -54,7 +54,7 @@ class StepLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.epoch_rows // self.batch_size)
+        return -(-self.epoch_rows // self.global_batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
         """Which of `examples` each place of an epoch has, (epoch_rows,) int64."""
@@ -106,7 +106,7 @@ class StepLoader:
             "epoch": self.epoch,
             "step": self.step,
             "rows": self.epoch_rows,
-            "batch_size": self.batch_size,
+            "global_batch_size": self.global_batch_size,
             "seed": self.seed,
         }
 
@@ -121,7 +121,7 @@ class StepLoader:
             raise CheckpointError(f"The data position holds {sorted(state)}, and should hold {sorted(own)}.")
         changed = [
             f"{name} was {state[name]} and is {own[name]}"
-            for name in ("rows", "batch_size", "seed")
+            for name in ("rows", "global_batch_size", "seed")
             if state[name] != own[name]
         ]
         if changed:
@@ -137,7 +137,7 @@ class StepLoader:
         self._move_to(state["epoch"], state["step"])
 
     def _rows(self, order: np.ndarray, step: int) -> np.ndarray:
-        return order[step * self.batch_size : (step + 1) * self.batch_size]
+        return order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
         return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)

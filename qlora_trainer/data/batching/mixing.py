@@ -1,7 +1,7 @@
-"""How many rows each source gives to an epoch, which rows those are, and how many of its rows are held out.
+"""How many rows each source gives to an epoch, which rows those are, and how many of its rows are kept for evaluation.
 
 Rows an epoch: all of a source; or `count`, repeating it in whole passes and a part of one more; or by `weight`, where
-the source that is scarcest beside its weight is used once and sets the scale, so that no source is repeated. Where a
+the source that is scarcest for its weight is used once and sets the scale, so that no source is repeated. Where a
 source has more rows than an epoch takes, epoch after epoch goes on through one shuffled circle of them: rows not seen
 come before rows seen. All of it is a pure function of seed and epoch, so a run resumes exactly.
 
@@ -75,11 +75,11 @@ def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
     return [min(max(1, round(share)), count) for share, count in zip(shares, available, strict=True)]
 
 
-def heldout_counts(available: Sequence[int], parts: Sequence[Part], share: float) -> list[int]:
+def eval_counts(available: Sequence[int], parts: Sequence[Part], share: float) -> list[int]:
     """Rows to hold out of each source, (S,): `share` of an epoch's rows, from each source as an epoch takes from it.
 
-    So the held-out loss measures the mixture that is trained. At least one row in all is held out and at least one is
-    left, and of several sources that are mixed at least one each.
+    So the eval loss measures the mixture that is trained. At least one row in all is kept for evaluation and at least
+    one is left, and of several sources that are mixed at least one each.
     """
     usual = [min(quota, count) for quota, count in zip(epoch_quotas(available, parts), available, strict=True)]
     most = [count - 1 if is_mixed(parts) else count for count in available]

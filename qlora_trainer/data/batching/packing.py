@@ -32,7 +32,7 @@ class Pack:
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of each row as it is laid out: a padded row is as long as the longest beside it."""
+        """Tokens of each row as it is laid out: a padded row is as long as the longest next to it."""
         if self.cu_seqlens is None:
             return [self.input_ids.shape[1]] * self.input_ids.shape[0]
         return self.cu_seqlens.diff().tolist()
@@ -157,7 +157,7 @@ def _packed(examples: Sequence[Example]) -> Pack:
         position_ids=torch.tensor([positions]),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         tokens=len(input_ids),
-        label_tokens=sum(example.learned_tokens for example in examples),
+        label_tokens=sum(example.trained_tokens for example in examples),
     )
 
 
@@ -176,5 +176,5 @@ def _padded(examples: Sequence[Example]) -> Pack:
         position_ids=torch.arange(longest).repeat(len(examples), 1),
         cu_seqlens=None,
         tokens=sum(len(example.input_ids) for example in examples),
-        label_tokens=sum(example.learned_tokens for example in examples),
+        label_tokens=sum(example.trained_tokens for example in examples),
     )

@@ -57,7 +57,7 @@ def look_up(record: Record, path: str, what: str, where: str) -> Any:
     """The value at a path; None where something on the way is null, or the path ends in ? and is not there.
 
     Raises:
-        DataError: the path is not there; the letter says how far it leads and what is there.
+        DataError: the path is not there; the error message says how far it leads and what is there.
     """
     if path in record:
         return record[path]

@@ -1,4 +1,4 @@
-"""Which format a row has: by the columns it holds, or as the config names it; and letters where that fails.
+"""Which format a row has: by the columns it holds, or as the config names it; and characters where that fails.
 
 A source has one format. Whoever reads it asks for the first row's and holds the others to it, so that a file in which
 formats are mixed is an error at the first row that differs. Left out: reading the row (formats).
@@ -81,7 +81,7 @@ def resolve_format(
 
 
 def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -> DataError | None:
-    """The letter for a row that lacks what its format needs."""
+    """The error message for a row that lacks what its format needs."""
     required, _ = COLUMNS[format]
     missing = [column for column in required if record.get(column) is None]
     if not missing:

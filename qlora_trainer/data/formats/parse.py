@@ -29,7 +29,7 @@ from qlora_trainer.data.types import Conversation, Document, Message, PromptComp
 
 _TURNS = {"messages", "conversations", "prompt", "completion"}  # columns of ours that may hold turns
 CALL_IS_TEXT = (
-    "a function_call turn holds no JSON of name and arguments, and is learned as the text that it is, not as a call"
+    "a function_call turn holds no JSON of name and arguments, and is trained as the text that it is, not as a call"
 )
 TEXT_IS_TURNS = (
     "prompt or completion is the JSON text of turns, and is read as these; to learn it as text: data.template "
@@ -55,7 +55,7 @@ def parse_record(
 
     Raises:
         ConfigError: columns or template make what no format has.
-        DataError: a column is missing or of the wrong type, a role is unknown, or nothing is to be learned.
+        DataError: a column is missing or of the wrong type, a role is unknown, or nothing is to be trained.
     """
     format = resolve_format(record, format, columns, where, template)
     ours = _ours(record, format, columns, template or {}, where)
@@ -67,8 +67,8 @@ def _ours(
 ) -> dict[str, Any]:
     """A record with our columns, those that its format needs among them."""
     ours = mapped(record, columns, template, where)
-    if letter := missing_columns(ours, format, where):
-        raise letter
+    if message := missing_columns(ours, format, where):
+        raise message
     check_no_media(ours, where)
     return ours
 
@@ -112,13 +112,13 @@ class RecordReader:
     """Reads the records of one source: all in one format, that of the first where none is named.
 
     `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read, and
-    `notices` the rows that are read in a way worth telling.
+    `warnings` the rows that are read in a way worth telling.
     """
 
     def __init__(self, format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str]) -> None:
         self.format, self.columns, self.template = format, columns, template
         self.unused: Counter[str] = Counter()
-        self.notices: Counter[str] = Counter()
+        self.warnings: Counter[str] = Counter()
 
     def read(self, record: Mapping[str, Any], where: str) -> Row:
         """One row; what `parse_record` raises, also where a row is of another format than those before it."""
@@ -129,7 +129,7 @@ class RecordReader:
         parsed = _with_turns(ours, format, self.template, where)
         row = _row(parsed, format, where)
         self.unused.update(sorted(self._unused(record, parsed, format)))
-        self.notices.update(_notices(ours, parsed, format))
+        self.warnings.update(_warnings(ours, parsed, format))
         return row
 
     def _unused(self, record: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> set[str]:
@@ -143,12 +143,12 @@ class RecordReader:
         return found
 
 
-def _notices(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:
+def _warnings(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:
     columns = _TURNS & known_columns(format)
-    notices = [CALL_IS_TEXT] if any(has_unread_call(parsed[column]) for column in columns) else []
+    warnings = [CALL_IS_TEXT] if any(has_unread_call(parsed[column]) for column in columns) else []
     if format == "prompt_completion" and any(ours[column] is not parsed[column] for column in columns):
-        notices.append(TEXT_IS_TURNS)
-    return notices
+        warnings.append(TEXT_IS_TURNS)
+    return warnings
 
 
 def _is_plain(record: Mapping[str, Any]) -> bool:
@@ -177,7 +177,7 @@ def _history(pairs: Any, where: str) -> list[Message]:
 
 
 def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
-    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, which is not learned."""
+    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, which is not trained."""
     context = _turns_or_text(record["prompt"], "prompt", "user", where)
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):

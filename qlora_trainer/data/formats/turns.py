@@ -1,7 +1,7 @@
 """One turn of a conversation becomes a Message, whatever its file calls things.
 
 Read are role/content and from/value, content as text or as a list of parts, reasoning under its several names, tool
-calls as OpenAI writes them and as ShareGPT writes them into the text, and what a turn says of being learned. Left out:
+calls as OpenAI writes them and as ShareGPT writes them into the text, and what a turn says of being trained. Left out:
 images and other parts that are no text; a row with them is refused by name, never half read.
 """
 
@@ -77,7 +77,7 @@ def read_turn(turn: Any, where: str) -> Message:
     """One turn, in either naming.
 
     Raises:
-        DataError: a role is unknown, a part is of a kind that cannot be learned from, a call is no call, or text is
+        DataError: a role is unknown, a part is of a kind that cannot be trained from, a call is no call, or text is
             missing.
     """
     if not isinstance(turn, Mapping):
@@ -150,10 +150,10 @@ def _may_write_calls(name: Any) -> bool:
 
 
 def check_no_media(holder: Mapping[str, Any], where: str) -> None:
-    """DataError where a row or turn comes with pictures or sound: its text alone would be learned wrongly."""
+    """DataError where a row or turn comes with pictures or sound: its text alone would be trained wrongly."""
     if found := [name for name in MEDIA if holder.get(name)]:
         raise DataError(
-            f"{where}: {listed(found)} cannot be learned from, only text. Take such rows out, or skip them: "
+            f"{where}: {listed(found)} cannot be trained from, only text. Take such rows out, or skip them: "
             "data.on_bad_row skip."
         )
 
@@ -180,7 +180,7 @@ def read_tools(value: Any, column: str, where: str) -> tuple[str, ...]:
 
 
 def _content(content: Any, role: str, column: str, where: str) -> tuple[str, str]:
-    """Text, and the reasoning that stands before it in parts of its own."""
+    """Text, and the reasoning that is before it in parts of its own."""
     if role == "tool" and _is_data(content):
         return json_text(content, column, where), ""
     if not isinstance(content, list):
@@ -193,11 +193,11 @@ def _content(content: Any, role: str, column: str, where: str) -> tuple[str, str
             said.append(text(part.get("text"), f"a {name} part of {column}", where))
         elif name in _REASONING_PARTS:
             if "".join(said).strip():
-                raise DataError(f"{where}: {column} has a {name} part after text; reasoning can only stand before it.")
+                raise DataError(f"{where}: {column} has a {name} part after text; reasoning can only be before it.")
             reasoning.append(text(part.get(name, part.get("text")), f"a {name} part of {column}", where))
         else:
             raise DataError(
-                f"{where}: {column} holds a part of type {name!r}; only text and reasoning can be learned from. Take "
+                f"{where}: {column} holds a part of type {name!r}; only text and reasoning can be trained from. Take "
                 "such rows out, or skip them: data.on_bad_row skip."
             )
     return "".join(said), "".join(reasoning)
@@ -213,7 +213,7 @@ def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
     given = {key: text(turn[key], key, where) for key in _REASONING_KEYS if turn.get(key)}
     found = {*given.values(), *([of_parts] if of_parts else [])}
     if len(found) > 1:
-        raise DataError(f"{where}: reasoning stands there twice, and not the same: {listed(given)}. Keep one.")
+        raise DataError(f"{where}: reasoning is there twice, and not the same: {listed(given)}. Keep one.")
     return found.pop() if found else ""
 
 
@@ -229,7 +229,7 @@ def _calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
     for index, call in enumerate(given):
         place = f"{where}, tool_calls[{index}]"
         if isinstance(call, Mapping) and call.get("type") not in (None, "function"):
-            raise DataError(f"{place}: is of type {call['type']!r}; only calls of functions can be learned from.")
+            raise DataError(f"{place}: is of type {call['type']!r}; only calls of functions can be trained from.")
         function = call.get("function") or call if isinstance(call, Mapping) else {}
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f"{place}: should be an object with name and arguments, or with these in function.")

@@ -47,12 +47,12 @@ class Batch:
     split: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     unused_columns: Counter[str] = field(default_factory=Counter)
-    notices: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
 
 
 class BatchMaker:
-    """Makes batches under one config: parses, renders and tokenises.
+    """Makes batches under one config: parses, renders and tokenizes.
 
     Raises:
         DataError: the tokenizer cannot be used.
@@ -62,15 +62,15 @@ class BatchMaker:
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.vocab_size = vocab_size
-        self.renderer = Renderer(tokenizer, config.learn, max_length, config.too_long, config.template_date)
+        self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
 
     def format_of(self, source: int, records: Records) -> DataFormat:
-        """How these rows of a source are read: as its settings say, or as the first shows that can be recognised."""
+        """How these rows of a source are read: as its settings say, or as the first shows that can be recognized."""
         named = self.sources[source]
         for where, record in records:
             if named.format != "auto":
                 break
-            with contextlib.suppress(DataError):  # told when the row is read
+            with contextlib.suppress(DataError):  # reported when the row is read
                 if not isinstance(record, DataError):
                     return resolve_format(record, named.format, named.columns, where, named.template)
         return named.format
@@ -90,7 +90,7 @@ class BatchMaker:
         parsed = [_parsed(reader, where, record) for where, record in records]
         rendered = iter(self.renderer.render_batch([row for row in parsed if not isinstance(row, DataError)]))
         examples: list[tuple[int, str, Example, Row]] = []
-        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused, notices=reader.notices)
+        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused, warnings=reader.warnings)
         for number, ((where, _), row) in enumerate(zip(records, parsed, strict=True)):
             found = row if isinstance(row, DataError) else next(rendered)
             if isinstance(found, DataError):
@@ -100,7 +100,7 @@ class BatchMaker:
                 continue
             batch.truncated += found.truncated
             batch.split += len(found.examples) > 1
-            batch.notices.update(found.notices)
+            batch.warnings.update(found.warnings)
             if found.dropped:
                 batch.dropped[found.dropped] += 1
             for example, shown in zip(found.examples, found.rows, strict=True):
@@ -120,10 +120,11 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
 
 
 def source_files(config: DataConfig) -> list[SourceFile]:
-    """All sources of a config, those of training, then those held out; what one does not say, the config says."""
+    """All sources of a config, those of training, then those kept for evaluation; what one does not say, the config
+    says."""
     files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
-    if not isinstance(config.heldout, float):
-        files.append(SourceFile(path=config.heldout) if isinstance(config.heldout, str) else config.heldout)
+    if not isinstance(config.eval, float):
+        files.append(SourceFile(path=config.eval) if isinstance(config.eval, str) else config.eval)
     return [_with_defaults(file, config) for file in files]
 
 
@@ -152,7 +153,7 @@ def _parsed(reader: RecordReader, where: str, record: Record | DataError) -> tup
 def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
     """Records in batches of bounded size: a bound on rows, and one on their text.
 
-    Where reading fails, what was read before comes first: a bad row there is told rather than what follows.
+    Where reading fails, what was read before comes first: a bad row there is reported rather than what follows.
     """
     batch: list[tuple[str, Record | DataError]] = []
     characters = 0
@@ -162,10 +163,10 @@ def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Re
                 try:
                     characters += _characters(record)
                 except RecursionError:
-                    letter = (
+                    message = (
                         f"{where}: its objects and lists lie in each other more than {MOST_LEVELS} deep. Flatten it."
                     )
-                    record = DataError(letter)
+                    record = DataError(message)
             batch.append((where, record))
             if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
                 yield batch

@@ -1,7 +1,7 @@
 """The prepared data in numbers that a person wants before training: lengths, what an epoch is, what padding would cost.
 
-The counts of rows by reason come from preparation's own report; this room adds what follows from the lengths, and puts
-both into words for whoever shows them, the terminal and the report page alike. Left out: drawing.
+The counts of rows by reason come from preparation's own report; this module adds what follows from the lengths, and
+puts both into words for whoever shows them, the terminal and the report page alike. Left out: drawing.
 """
 
 import math
@@ -18,7 +18,7 @@ from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
 
 MOST_BINS = 12
-TAIL_PERCENT = 2.0  # of the rows, the longest, share the last bin if they would stretch all others
+TAIL_PERCENT = 2.0  # of the rows, the longest, share the last bin if they would span all others
 STEPS_LAID_OUT = 500
 
 Fact = tuple[str, str]  # what, and its value in words
@@ -30,7 +30,7 @@ class Lengths:
 
     edges: list[int]  # (bins + 1,)
     train: list[int]  # (bins,)
-    heldout: list[int]  # (bins,)
+    eval: list[int]  # (bins,)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Epoch:
     """
 
     rows: int
-    batch_size: int
+    global_batch_size: int
     steps: int
     tokens_per_step: float
     micro_batch_tokens: int
@@ -71,7 +71,13 @@ class Overview:
 
 
 def overview_of(
-    prepared: Prepared, *, batch_size: int, micro_batch_tokens: int, packing: bool, can_pack: bool | None, seed: int
+    prepared: Prepared,
+    *,
+    global_batch_size: int,
+    micro_batch_tokens: int,
+    packing: bool,
+    can_pack: bool | None,
+    seed: int,
 ) -> Overview:
     """The prepared rows of a run in numbers, its first epoch laid out as the run will.
 
@@ -79,12 +85,12 @@ def overview_of(
         packing: what the config asks for.
         can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
     """
-    loader = StepLoader(prepared.train, batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
+    loader = StepLoader(prepared.train, global_batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
     return make_overview(
         prepared.train.lengths,
-        prepared.heldout.lengths,
+        prepared.eval.lengths,
         loader.order(0),
-        batch_size=batch_size,
+        global_batch_size=global_batch_size,
         micro_batch_tokens=micro_batch_tokens,
         packing=packing,
         can_pack=can_pack,
@@ -93,23 +99,24 @@ def overview_of(
 
 def make_overview(
     train_lengths: np.ndarray,  # (rows,) tokens of each training row
-    heldout_lengths: np.ndarray,
+    eval_lengths: np.ndarray,
     order: np.ndarray,  # (rows of an epoch,) which training row each place of the first epoch has
     *,
-    batch_size: int,
+    global_batch_size: int,
     micro_batch_tokens: int,
     packing: bool,
     can_pack: bool | None = True,
 ) -> Overview:
     """All of it, in some 50 microseconds a step laid out."""
-    steps = -(-len(order) // batch_size)
+    steps = -(-len(order) // global_batch_size)
     looked_at = min(steps, STEPS_LAID_OUT)
     rows_of_steps = [
-        train_lengths[order[step * batch_size : (step + 1) * batch_size]].tolist() for step in range(looked_at)
+        train_lengths[order[step * global_batch_size : (step + 1) * global_batch_size]].tolist()
+        for step in range(looked_at)
     ]
     epoch = Epoch(
         rows=len(order),
-        batch_size=batch_size,
+        global_batch_size=global_batch_size,
         steps=steps,
         tokens_per_step=float(train_lengths[order].sum()) / steps,
         micro_batch_tokens=micro_batch_tokens,
@@ -120,7 +127,7 @@ def make_overview(
         fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(len(rows) * max(rows) for rows in rows_of_steps),
         steps_laid_out=looked_at,
     )
-    return Overview(count_lengths(train_lengths, heldout_lengths), epoch)
+    return Overview(count_lengths(train_lengths, eval_lengths), epoch)
 
 
 def _layout(steps: Sequence[Sequence[int]], limit: int, packing: bool) -> Layout:
@@ -134,16 +141,16 @@ def _layout(steps: Sequence[Sequence[int]], limit: int, packing: bool) -> Layout
     return Layout(micro_batches / len(steps), tokens / computed)
 
 
-def count_lengths(train: np.ndarray, heldout: np.ndarray) -> Lengths:
+def count_lengths(train: np.ndarray, eval_set: np.ndarray) -> Lengths:
     """Bins of one round size, in which all rows are counted; the last takes the longest few, however long."""
-    both = np.concatenate([train, heldout])
+    both = np.concatenate([train, eval_set])
     shortest, longest = int(both.min()), int(both.max())
     usual = int(np.percentile(both, 100 - TAIL_PERCENT, method="higher"))
     size = _round_size((usual + 1 - shortest) / (MOST_BINS - 1))
     first = shortest // size * size
     edges = list(range(first, usual + size + 1, size))
     edges = [edge for edge in edges if edge <= longest] + [longest + 1]
-    return Lengths(edges, np.histogram(train, edges)[0].tolist(), np.histogram(heldout, edges)[0].tolist())
+    return Lengths(edges, np.histogram(train, edges)[0].tolist(), np.histogram(eval_set, edges)[0].tolist())
 
 
 def _round_size(raw: float) -> int:
@@ -181,7 +188,8 @@ def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     facts.append(
         (
             "an epoch",
-            f"{epoch.steps:,} steps of up to {epoch.batch_size:,} rows, about {epoch.tokens_per_step:,.0f} tokens in "
+            f"{epoch.steps:,} steps of up to {epoch.global_batch_size:,} rows, about "
+            f"{epoch.tokens_per_step:,.0f} tokens in "
             f"{computed.micro_batches:.1f} micro-batches of at most {epoch.micro_batch_tokens:,}",
         )
     )
@@ -203,20 +211,20 @@ def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     return facts
 
 
-def heldout_facts(report: PreparationReport) -> list[Fact]:
-    """The held-out rows, and how many of them training has too."""
-    if report.heldout.examples == 0:
+def eval_facts(report: PreparationReport) -> list[Fact]:
+    """The eval rows, and how many of them training has too."""
+    if report.eval.examples == 0:
         return [("rows", "none")]
-    repeated = [("also in training", report.heldout_duplicates)]
-    if report.heldout_other_answers:
-        repeated.append(("have a prompt of training, with another answer", report.heldout_other_answers))
-    return _set_facts(report.heldout, repeated)
+    repeated = [("also in training", report.eval_duplicates)]
+    if report.eval_other_answers:
+        repeated.append(("have a prompt of training, with another answer", report.eval_other_answers))
+    return _set_facts(report.eval, repeated)
 
 
 def _set_facts(found: SetReport, repeated: Sequence[tuple[str, int]]) -> list[Fact]:
     return [
         ("rows", f"{found.examples:,}"),
         *[(name, f"{count:,}") for name, count in repeated],
-        ("tokens", f"{found.tokens:,}, of which {found.learned_tokens / found.tokens:.1%} are learned"),
+        ("tokens", f"{found.tokens:,}, of which {found.trained_tokens / found.tokens:.1%} are trained"),
         ("tokens a row", f"shortest {found.shortest:,}, median {found.median:,}, longest {found.longest:,}"),
     ]

@@ -1,7 +1,7 @@
-"""Data files become a prepared set: read, rendered and tokenised once, kept on disk, accounted for row by row.
+"""Data files become a prepared set: read, rendered and tokenized once, kept on disk, accounted for row by row.
 
 The cache key is the content of the files, the tokenizer with its template, and the settings that change tokens; the
-held-out share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
+eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
 read is used, or counted in the report with the reason, or skipped, counted and listed. Leaves out: how rows become
 examples (chunks.py) and in which process (workers.py), which rows an epoch takes (batching/mixing.py), and clearing the
 cache.
@@ -22,7 +22,7 @@ import numpy as np
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, heldout_counts, is_mixed, shuffled
+from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
     BatchMaker,
     Job,
@@ -34,11 +34,11 @@ from qlora_trainer.data.preparation.chunks import (
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
-    heldout_repeats,
-    repeat_notices,
+    eval_repeats,
+    repeat_warnings,
     set_report,
-    skipped_notice,
-    source_notices,
+    skipped_warning,
+    source_warnings,
     train_repeats,
 )
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
@@ -60,7 +60,7 @@ class Prepared:
     """
 
     train: ExampleSet
-    heldout: ExampleSet
+    eval: ExampleSet
     report: PreparationReport
     key: str
     mixture: Mixture | None = None
@@ -77,11 +77,11 @@ class _Input:
 
     settings: SourceFile
     source: RecordSource
-    part: Part | None  # how much of it an epoch takes; None: it is held out
+    part: Part | None  # how much of it an epoch takes; None: it is kept for evaluation
     lines: int | None  # of a file with one row a line
 
     @property
-    def for_heldout(self) -> bool:
+    def for_eval(self) -> bool:
         return self.part is None
 
 
@@ -95,11 +95,11 @@ def prepare(
     vocab_size: int | None = None,
     progress: Progress = silent,
 ) -> Prepared:
-    """Read, render and tokenise the data of a run, or take it from the cache.
+    """Read, render and tokenize the data of a run, or take it from the cache.
 
     Args:
         max_positions: the model's longest context, which caps `config.max_length`.
-        seed: chooses the held-out rows.
+        seed: chooses the eval rows.
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
 
@@ -113,27 +113,27 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    store, notices = existing_store(directory), _date_notices(config, date)
+    store, warnings = existing_store(directory), _date_warnings(config, date)
     cached = store is not None
     if store is None:
         dated = config.model_copy(update={"template_date": date})  # a worker may start after midnight
         with new_store(directory) as writer, _workers(dated, tokenizer, max_length, vocab_size) as workers:
             _write(writer, inputs, maker, workers, progress)
             _check_unchanged(digests)
-            notices += [
+            warnings += [
                 f"A process that helps to prepare data was lost ({failure}); the others did its part."
                 for failure in workers.failures
             ]
         store = ExampleStore(directory)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
     _check_usable(sources, inputs, max_length)
-    train, heldout, mixture = _split(store, inputs, config.heldout, seed)
-    _count_parts(sources, inputs, train, heldout, mixture)
-    key = hashlib.sha256(train.digests.tobytes() + b"held out" + heldout.digests.tobytes())
+    train, eval_set, mixture = _split(store, inputs, config.eval, seed)
+    _count_parts(sources, inputs, train, eval_set, mixture)
+    key = hashlib.sha256(train.digests.tobytes() + b"eval" + eval_set.digests.tobytes())
     if mixture:
         key.update(json.dumps([[len(rows) for rows in mixture.rows], mixture.quotas]).encode())
-    report = _report(config, store, sources, train, heldout, max_length, cached, notices)
-    return Prepared(train, heldout, report, key.hexdigest()[:32], mixture)
+    report = _report(config, store, sources, train, eval_set, max_length, cached, warnings)
+    return Prepared(train, eval_set, report, key.hexdigest()[:32], mixture)
 
 
 def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
@@ -165,7 +165,7 @@ def _cache_key(
     date: datetime.date | None,
 ) -> str:
     sources = [
-        [i.source.name, i.source.digest, i.settings.model_dump(exclude={"path", "weight", "count"}), i.for_heldout]
+        [i.source.name, i.source.digest, i.settings.model_dump(exclude={"path", "weight", "count"}), i.for_eval]
         for i in inputs
     ]
     parts = {
@@ -173,12 +173,12 @@ def _cache_key(
         "packages": [metadata.version(name) for name in RENDERING_PACKAGES],
         "tokenizer": tokenizer_identity(tokenizer),
         "sources": sources,
-        "settings": [config.learn, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
+        "settings": [config.train_on, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _date_notices(config: DataConfig, date: datetime.date | None) -> list[str]:
+def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
     if date:
         return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
     if config.template_date:
@@ -196,7 +196,7 @@ def _write(
     writer: StoreWriter, inputs: Sequence[_Input], maker: BatchMaker, workers: Workers, progress: Progress
 ) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
-    counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "notices")} for _ in inputs]
+    counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
     unit = 1
     for (index, _, _), batch in make_batches(_jobs(inputs, maker), maker, workers):
         report, counted = reports[index], counts[index]
@@ -207,7 +207,7 @@ def _write(
         report.truncated += batch.truncated
         report.split += batch.split
         report.examples += len(batch.block.lengths)
-        for name in ("dropped", "unused_columns", "notices"):
+        for name in ("dropped", "unused_columns", "warnings"):
             counted[name].update(getattr(batch, name))
         count_reasons(counted["skipped"], batch.skipped)
         lines = inputs[index].lines
@@ -244,8 +244,8 @@ def _check_unchanged(digests: FileDigests) -> None:
 def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
     """A set needs rows; so does each source that is mixed."""
     groups = {
-        name: [source for source, item in zip(sources, inputs, strict=True) if item.for_heldout == for_heldout]
-        for for_heldout, name in ((False, "train"), (True, "heldout"))
+        name: [source for source, item in zip(sources, inputs, strict=True) if item.for_eval == for_eval]
+        for for_eval, name in ((False, "train"), (True, "eval"))
     }
     checked = [(name, group) for name, group in groups.items() if group]
     if is_mixed([item.part for item in inputs if item.part]):
@@ -262,24 +262,24 @@ def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max
 
 
 def _split(
-    store: ExampleStore, inputs: Sequence[_Input], heldout: object, seed: int
+    store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
-    """Training and held-out examples, and how the former are mixed."""
+    """Training and eval examples, and how the former are mixed."""
     sources = np.asarray(store.arrays["sources"])
     parts = [item.part for item in inputs if item.part]
-    is_heldout = sources >= len(parts)
-    if isinstance(heldout, float) and heldout > 0:
-        is_heldout = _heldout_share(store, parts, heldout, seed)
-    train = np.flatnonzero(~is_heldout)
+    is_eval = sources >= len(parts)
+    if isinstance(eval_set, float) and eval_set > 0:
+        is_eval = _eval_share(store, parts, eval_set, seed)
+    train = np.flatnonzero(~is_eval)
     mixture = None
     if is_mixed(parts):
         rows = tuple(np.flatnonzero(sources[train] == source) for source in range(len(parts)))
         mixture = Mixture(rows, tuple(epoch_quotas([len(mine) for mine in rows], parts)))
-    return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_heldout)), mixture
+    return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_eval)), mixture
 
 
-def _heldout_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
-    """Which examples are held out, (E,) bool.
+def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
+    """Which examples are kept for evaluation, (E,) bool.
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
     """
@@ -297,7 +297,7 @@ def _heldout_share(store: ExampleStore, parts: Sequence[Part], share: float, see
     available = np.bincount(source_of, minlength=len(parts)).tolist()
     order = shuffled(len(first), [seed, len(first)])
     is_chosen = np.zeros(len(first), dtype=np.bool_)
-    for source, count in enumerate(heldout_counts(available, parts, share)):
+    for source, count in enumerate(eval_counts(available, parts, share)):
         is_chosen[order[source_of[order] == source][:count]] = True
     return is_chosen[row_of]
 
@@ -306,13 +306,13 @@ def _count_parts(
     sources: Sequence[SourceReport],
     inputs: Sequence[_Input],
     train: ExampleSet,
-    heldout: ExampleSet,
+    eval_set: ExampleSet,
     mixture: Mixture | None,
 ) -> None:
-    in_train, in_heldout = (np.bincount(part.sources, minlength=len(inputs)).tolist() for part in (train, heldout))
+    in_train, in_eval = (np.bincount(part.sources, minlength=len(inputs)).tolist() for part in (train, eval_set))
     for index, report in enumerate(sources):
-        report.train, report.heldout = in_train[index], in_heldout[index]
-        report.epoch = report.train if mixture is None or inputs[index].for_heldout else mixture.quotas[index]
+        report.train, report.eval = in_train[index], in_eval[index]
+        report.epoch = report.train if mixture is None or inputs[index].for_eval else mixture.quotas[index]
 
 
 def _report(
@@ -320,29 +320,29 @@ def _report(
     store: ExampleStore,
     sources: list[SourceReport],
     train: ExampleSet,
-    heldout: ExampleSet,
+    eval_set: ExampleSet,
     max_length: int,
     cached: bool,
-    notices: Sequence[str],
+    warnings: Sequence[str],
 ) -> PreparationReport:
-    train_twice, heldout_twice = train_repeats(train), heldout_repeats(heldout, train)
+    train_twice, eval_twice = train_repeats(train), eval_repeats(eval_set, train)
     capped = f"data.max_length is {config.max_length}, but the model has {max_length} positions: rows end there"
     return PreparationReport(
         sources=sources,
         train=set_report(train),
-        heldout=set_report(heldout),
+        eval=set_report(eval_set),
         epoch_examples=sum(source.epoch for source in sources),
         train_duplicates=train_twice[0],
-        heldout_duplicates=heldout_twice[0],
+        eval_duplicates=eval_twice[0],
         train_other_answers=train_twice[1],
-        heldout_other_answers=heldout_twice[1],
+        eval_other_answers=eval_twice[1],
         max_length=max_length,
-        notices=[
+        warnings=[
             *([] if max_length == config.max_length else [capped]),
-            *source_notices(sources),
-            *skipped_notice(sources),
-            *repeat_notices(train_twice[0], heldout_twice[0], len(heldout)),
-            *notices,
+            *source_warnings(sources),
+            *skipped_warning(sources),
+            *repeat_warnings(train_twice[0], eval_twice[0], len(eval_set)),
+            *warnings,
         ],
         skipped_rows=str(store.skipped_rows) if any(source.skipped for source in sources) else None,
         cached=cached,

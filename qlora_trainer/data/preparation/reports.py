@@ -18,8 +18,8 @@ from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 class SourceReport:
     """What became of one source's rows. Rows read are those used, dropped and skipped.
 
-    `examples` are in both sets; `train` and `heldout` say how many are where, and `epoch` how many training examples an
-    epoch takes, which is more than `train` where the source is repeated.
+    `examples` are in both sets; `train` and `eval_set` say how many are where, and `epoch` how many training examples
+    an epoch takes, which is more than `train` where the source is repeated.
     """
 
     name: str
@@ -30,9 +30,9 @@ class SourceReport:
     truncated: int = 0
     split: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
-    notices: dict[str, int] = field(default_factory=dict)
+    warnings: dict[str, int] = field(default_factory=dict)
     train: int = 0
-    heldout: int = 0
+    eval: int = 0
     epoch: int = 0
 
 
@@ -42,7 +42,7 @@ class SetReport:
 
     examples: int
     tokens: int
-    learned_tokens: int
+    trained_tokens: int
     shortest: int
     median: int
     longest: int
@@ -52,21 +52,21 @@ class SetReport:
 class PreparationReport:
     """All that preparation has to tell, JSON-able with `to_json`.
 
-    `train_duplicates` counts examples that repeat an earlier one of training, `heldout_duplicates` held-out examples
-    that training also has, token for token. `train_other_answers` and `heldout_other_answers` count, of the rest, those
-    whose prompt (all that stands before the last answer) training has with another answer.
+    `train_duplicates` counts examples that repeat an earlier one of training, `eval_duplicates` eval examples
+    that training also has, token for token. `train_other_answers` and `eval_other_answers` count, of the rest, those
+    whose prompt (all that is before the last answer) training has with another answer.
     """
 
     sources: list[SourceReport]
     train: SetReport
-    heldout: SetReport
+    eval: SetReport
     epoch_examples: int
     train_duplicates: int
-    heldout_duplicates: int
+    eval_duplicates: int
     train_other_answers: int
-    heldout_other_answers: int
+    eval_other_answers: int
     max_length: int
-    notices: list[str]
+    warnings: list[str]
     skipped_rows: str | None  # the file in the cache that lists them
     cached: bool
 
@@ -81,7 +81,7 @@ def set_report(examples: ExampleSet) -> SetReport:
     return SetReport(
         examples=len(examples),
         tokens=int(lengths.sum()),
-        learned_tokens=int(examples.learned_counts.sum()),
+        trained_tokens=int(examples.trained_counts.sum()),
         shortest=int(lengths.min()),
         median=int(np.median(lengths)),
         longest=int(lengths.max()),
@@ -90,16 +90,16 @@ def set_report(examples: ExampleSet) -> SetReport:
 
 def train_repeats(train: ExampleSet) -> tuple[int, int]:
     """How many examples repeat an earlier one, and how many others have an earlier one's prompt."""
-    is_first = _is_first(train.twins)
-    prompts = train.prompt_twins[is_first]
+    is_first = _is_first(train.duplicates)
+    prompts = train.prompt_duplicates[is_first]
     prompts = prompts[prompts >= 0]
     return len(train) - int(is_first.sum()), len(prompts) - int(_is_first(prompts).sum())
 
 
-def heldout_repeats(heldout: ExampleSet, train: ExampleSet) -> tuple[int, int]:
-    """How many held-out examples training also has, and how many others have a prompt that training has."""
-    also = _is_among(heldout.twins, train.twins)
-    prompts, known = heldout.prompt_twins[~also], train.prompt_twins
+def eval_repeats(eval_set: ExampleSet, train: ExampleSet) -> tuple[int, int]:
+    """How many eval examples training also has, and how many others have a prompt that training has."""
+    also = _is_among(eval_set.duplicates, train.duplicates)
+    prompts, known = eval_set.prompt_duplicates[~also], train.prompt_duplicates
     return int(also.sum()), int(_is_among(prompts[prompts >= 0], known[known >= 0]).sum())
 
 
@@ -118,24 +118,24 @@ def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
     return table[numbers]
 
 
-def repeat_notices(train_repeats: int, heldout_repeats: int, heldout_examples: int) -> list[str]:
+def repeat_warnings(train_repeats: int, eval_repeats: int, eval_examples: int) -> list[str]:
     """Exact repeats, in words. Other answers to a known prompt are common and often meant: the report has them."""
     lines = []
-    if heldout_repeats:
+    if eval_repeats:
         lines.append(
-            f"{heldout_repeats:,} of {heldout_examples:,} held-out rows are in training too, token for token: the "
-            "held-out loss is better than it would be on unseen rows"
+            f"{eval_repeats:,} of {eval_examples:,} eval rows are in training too, token for token: the "
+            "eval loss is better than it would be on unseen rows"
         )
     if train_repeats:
         lines.append(f"{train_repeats:,} training rows repeat an earlier one, token for token")
     return lines
 
 
-def source_notices(sources: Sequence[SourceReport]) -> list[str]:
+def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
     """What a source's rows gave to tell, in words."""
     lines = []
     for source in sources:
-        lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.notices.items()]
+        lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.warnings.items()]
         lines += [
             f"{source.name}: column {column} ({count} rows) is not used"
             for column, count in source.unused_columns.items()
@@ -143,7 +143,7 @@ def source_notices(sources: Sequence[SourceReport]) -> list[str]:
     return lines
 
 
-def skipped_notice(sources: Sequence[SourceReport]) -> list[str]:
+def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
     """That rows were skipped, in one sentence."""
     reasons = sum((Counter(source.skipped) for source in sources), Counter[str]())
     if not reasons:

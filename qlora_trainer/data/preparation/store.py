@@ -16,19 +16,19 @@ SKIPPED_NAME = "skipped_rows.jsonl"
 
 ARRAYS: dict[str, type] = {
     "tokens": np.int32,  # (N,)
-    "learned": np.bool_,  # (N,)
+    "trained": np.bool_,  # (N,)
     "bounds": np.int64,  # (E + 1,) where each example begins in tokens, and the last ends
-    "learned_counts": np.int64,  # (E,) labels that carry loss
+    "trained_counts": np.int64,  # (E,) labels that carry loss
     "digests": np.uint64,  # (E,) of the token ids and labels, to find duplicates
-    "prompts": np.uint64,  # (E,) of the token ids before the last learned stretch; 0 where there are none
+    "prompts": np.uint64,  # (E,) of the token ids before the last trained span; 0 where there are none
     "units": np.int64,  # (E,) which row of the files it came from; a document gives several examples
     "sources": np.int32,  # (E,) which source it came from
     "row_bounds": np.int64,  # (E + 1,) bytes in rows.jsonl
-    "twins": np.int64,  # (E,) the first example with the same tokens and labels, maybe itself
-    "prompt_twins": np.int64,  # (E,) the first one with the same prompt; -1 where there is none
+    "duplicates": np.int64,  # (E,) the first example with the same tokens and labels, maybe itself
+    "prompt_duplicates": np.int64,  # (E,) the first one with the same prompt; -1 where there is none
 }
 # Found when all is written, so that a later start need not sort a million hashes again.
-TWINS = {"twins": "digests", "prompt_twins": "prompts"}
+DUPLICATES = {"duplicates": "digests", "prompt_duplicates": "prompts"}
 
 
 class ExampleStore:
@@ -51,12 +51,12 @@ class ExampleStore:
             bounds = self.arrays[name]
             if len(bounds) != count + 1 or bounds[0] != 0 or bounds[-1] != end or np.any(bounds[1:] <= bounds[:-1]):
                 return False
-        each = ("learned_counts", "digests", "prompts", "sources", *TWINS)
+        each = ("trained_counts", "digests", "prompts", "sources", *DUPLICATES)
         listed = sum(sum(source["skipped"].values()) for source in self.summary.get("sources", []))
         return (
-            len(self.arrays["learned"]) == len(self.arrays["tokens"])
+            len(self.arrays["trained"]) == len(self.arrays["tokens"])
             and all(len(self.arrays[name]) == count for name in each)
-            and all(np.all(self.arrays[name] < count) for name in TWINS)
+            and all(np.all(self.arrays[name] < count) for name in DUPLICATES)
             and (not listed or self.skipped_rows.is_file())
         )
 
@@ -68,7 +68,7 @@ class ExampleStore:
     def example(self, index: int) -> Example:
         begin, end = self.arrays["bounds"][index : index + 2]
         tokens = np.asarray(self.arrays["tokens"][begin:end], dtype=np.int64)
-        labels = np.where(self.arrays["learned"][begin:end], tokens, IGNORED_LABEL)
+        labels = np.where(self.arrays["trained"][begin:end], tokens, IGNORED_LABEL)
         return Example(tokens.tolist(), labels.tolist())
 
     def row(self, index: int) -> tuple[str, Row]:
@@ -99,9 +99,9 @@ class ExampleSet:
         return np.diff(self._store.arrays["bounds"])[self._indices]
 
     @property
-    def learned_counts(self) -> np.ndarray:
+    def trained_counts(self) -> np.ndarray:
         """Labels that carry loss, of each example, (len,) int64."""
-        return self._store.arrays["learned_counts"][self._indices]
+        return self._store.arrays["trained_counts"][self._indices]
 
     @property
     def digests(self) -> np.ndarray:
@@ -109,14 +109,14 @@ class ExampleSet:
         return self._store.arrays["digests"][self._indices]
 
     @property
-    def twins(self) -> np.ndarray:
+    def duplicates(self) -> np.ndarray:
         """Equal for examples of one store with the same tokens and labels, (len,) int64."""
-        return self._store.arrays["twins"][self._indices]
+        return self._store.arrays["duplicates"][self._indices]
 
     @property
-    def prompt_twins(self) -> np.ndarray:
+    def prompt_duplicates(self) -> np.ndarray:
         """Equal for examples of one store that have the same prompt, (len,) int64; -1 where there is none."""
-        return self._store.arrays["prompt_twins"][self._indices]
+        return self._store.arrays["prompt_duplicates"][self._indices]
 
     @property
     def sources(self) -> np.ndarray:

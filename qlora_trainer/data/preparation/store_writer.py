@@ -21,13 +21,13 @@ import numpy as np
 
 from qlora_trainer.common.atomic import sync_tree
 from qlora_trainer.common.errors import DiskError, QLoRATrainerError
-from qlora_trainer.data.preparation.store import ARRAYS, SKIPPED_NAME, TWINS, existing_store
+from qlora_trainer.data.preparation.store import ARRAYS, DUPLICATES, SKIPPED_NAME, existing_store
 from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_to_json
 
 _ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
-_WRITTEN = {name: dtype for name, dtype in ARRAYS.items() if name not in TWINS}
+_WRITTEN = {name: dtype for name, dtype in ARRAYS.items() if name not in DUPLICATES}
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Block:
     """Some examples on their way into a store: E examples, N tokens."""
 
     tokens: np.ndarray  # (N,) int32
-    learned: np.ndarray  # (N,) bool
+    trained: np.ndarray  # (N,) bool
     lengths: np.ndarray  # (E,) int64, tokens of each
-    learned_counts: np.ndarray  # (E,) int64
+    trained_counts: np.ndarray  # (E,) int64
     digests: np.ndarray  # (E,) uint64
     prompts: np.ndarray  # (E,) uint64
     rows: np.ndarray  # (E,) int64, which row of the block's batch each came from
@@ -48,18 +48,18 @@ class Block:
 def make_block(examples: Sequence[tuple[int, str, Example, Row]]) -> Block:
     """Examples as arrays: each with the number of its row in the batch, its place, and what it shows."""
     ids = [np.asarray(example.input_ids, dtype=np.int32) for _, _, example, _ in examples]
-    learned = [np.asarray(example.labels) != IGNORED_LABEL for _, _, example, _ in examples]
+    trained = [np.asarray(example.labels) != IGNORED_LABEL for _, _, example, _ in examples]
     texts = [
         json.dumps({"where": where, "row": row_to_json(row)}, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
         for _, where, _, row in examples
     ]
     return Block(
         tokens=np.concatenate([np.empty(0, dtype=np.int32), *ids]),
-        learned=np.concatenate([np.empty(0, dtype=np.bool_), *learned]),
+        trained=np.concatenate([np.empty(0, dtype=np.bool_), *trained]),
         lengths=np.array([len(i) for i in ids], dtype=np.int64),
-        learned_counts=np.array([np.count_nonzero(flags[1:]) for flags in learned], dtype=np.int64),
-        digests=np.array([_hash(i, flags) for i, flags in zip(ids, learned, strict=True)], dtype=np.uint64),
-        prompts=np.array([_prompt_hash(i, flags) for i, flags in zip(ids, learned, strict=True)], dtype=np.uint64),
+        trained_counts=np.array([np.count_nonzero(flags[1:]) for flags in trained], dtype=np.int64),
+        digests=np.array([_hash(i, flags) for i, flags in zip(ids, trained, strict=True)], dtype=np.uint64),
+        prompts=np.array([_prompt_hash(i, flags) for i, flags in zip(ids, trained, strict=True)], dtype=np.uint64),
         rows=np.array([row for row, _, _, _ in examples], dtype=np.int64),
         text_lengths=np.array([len(text) for text in texts], dtype=np.int64),
         texts=b"".join(texts),
@@ -70,9 +70,9 @@ def _hash(*parts: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(b"".join(p.tobytes() for p in parts), digest_size=8).digest(), "little")
 
 
-def _prompt_hash(ids: np.ndarray, learned: np.ndarray) -> int:
-    """Of what stands before the last answer; earlier answers of a conversation are part of it."""
-    begins = np.flatnonzero(learned[1:] & ~learned[:-1])
+def _prompt_hash(ids: np.ndarray, trained: np.ndarray) -> int:
+    """Of what is before the last answer; earlier answers of a conversation are part of it."""
+    begins = np.flatnonzero(trained[1:] & ~trained[:-1])
     return _hash(ids[: begins[-1] + 1]) if len(begins) else 0
 
 
@@ -92,9 +92,9 @@ class StoreWriter:
         token_ends = self._tokens + np.cumsum(block.lengths)
         values: dict[str, np.ndarray] = {
             "tokens": block.tokens,
-            "learned": block.learned,
+            "trained": block.trained,
             "bounds": token_ends,
-            "learned_counts": block.learned_counts,
+            "trained_counts": block.trained_counts,
             "digests": block.digests,
             "prompts": block.prompts,
             "units": first_unit + block.rows,
@@ -116,9 +116,9 @@ class StoreWriter:
     def finish(self, summary: dict[str, Any]) -> None:
         """Say what there is to say of the whole, after the last example."""
         self._close()
-        for name, hashes in TWINS.items():
-            twins = _first_equal(np.load(self.directory / f"{hashes}.npy"))
-            np.save(self.directory / f"{name}.npy", twins)
+        for name, hashes in DUPLICATES.items():
+            duplicates = _first_equal(np.load(self.directory / f"{hashes}.npy"))
+            np.save(self.directory / f"{name}.npy", duplicates)
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
     def _close(self) -> None:
@@ -136,13 +136,13 @@ class StoreWriter:
 
 
 def _first_equal(hashes: np.ndarray) -> np.ndarray:
-    """For each of (E,) hashes the index of the first that is equal; -1 for the hash 0, which stands for none."""
+    """For each of (E,) hashes the index of the first that is equal; -1 for the hash 0, which represents none."""
     order = np.argsort(hashes, kind="stable")
     begins = np.flatnonzero(np.diff(hashes[order], prepend=hashes[order[:1]] + 1))
-    twins = np.empty(len(hashes), dtype=np.int64)
-    twins[order] = np.repeat(order[begins], np.diff(begins, append=len(hashes)))
-    twins[hashes == 0] = -1
-    return twins
+    duplicates = np.empty(len(hashes), dtype=np.int64)
+    duplicates[order] = np.repeat(order[begins], np.diff(begins, append=len(hashes)))
+    duplicates[hashes == 0] = -1
+    return duplicates
 
 
 @contextlib.contextmanager
@@ -150,7 +150,7 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
     """A writer whose files appear at `directory` when the block ends well.
 
     They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its
-    name is a hash of all that decides the content. What processes killed long ago have left beside it is removed.
+    name is a hash of all that decides the content. What processes killed long ago have left next to it is removed.
 
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
@@ -214,7 +214,7 @@ def _remove_abandoned(directory: Path) -> None:
 
 
 class _ArrayWriter:
-    """A one-dimensional .npy file that grows. Its header has room for any length and is written again at the end."""
+    """A one-dimensional .npy file that grows. Its header has space for any length and is written again at the end."""
 
     def __init__(self, path: Path, dtype: type) -> None:
         self.dtype = np.dtype(dtype)

@@ -226,7 +226,7 @@ def serve() -> None:
         return
     try:
         maker = _maker(json.loads(described))
-    except Exception as error:  # whatever it is, the parent has it told, and does the work itself
+    except Exception as error:  # whatever it is, the parent has it reported, and does the work itself
         _send(answers, _FAILED + first_line(error).encode())
         return
     _send(answers, _DONE)

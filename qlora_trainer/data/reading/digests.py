@@ -1,7 +1,7 @@
 """The digest of a file's content, remembered, so that a file of many gigabytes is hashed once and not at every start.
 
 A digest is believed again only where the file's path, size, inode and times are those it was taken at, and only if the
-file was still then for longer than a file system's clock may stand still: a file that changes twice within one tick
+file was still then for longer than a file system's clock may stop: a file that changes twice within one tick
 keeps its time. What is remembered lies as one small file a path in the cache, so processes side by side harm nothing.
 Leaves out: a file changed on purpose behind its times, as by writing to the disk itself.
 """

@@ -153,7 +153,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
-    """A file is read whole, so one that is given as a held-out split of itself would be trained on and measured."""
+    """A file is read whole, so one that is given as an eval split of itself would be trained on and measured."""
     given = [f"split {split}"] if split != "train" else []
     given += [f"subset {subset}"] if subset else []
     if given:
@@ -192,7 +192,7 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
 
 
 def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> Iterator[tuple[str, Record | DataError]]:
-    """The records; what the system says while they are read is told of the file, not of where they are going."""
+    """The records; what the system says while they are read is reported of the file, not of where they are going."""
     try:
         yield from records
     except FileMissingError:

@@ -1,9 +1,9 @@
 """Rows of JSONL and JSON files: one object a line, an array of objects, or objects one after another.
 
-A .json file may be any of these, and is told by how it begins. Arrays are read a piece at a time, so the memory is that
-of a row: the standard library's decoder, given a window that slides over the text, is as fast here as a streaming
-parser (about 300 MB/s) and needs none. A key that stands twice in one object is an error, as one of its values would be
-lost. Left out: what the columns mean (recognition, formats).
+A .json file may be any of these, and is detected by how it begins. Arrays are read a piece at a time, so the memory is
+that of a row: the standard library's decoder, given a window that slides over the text, is as fast here as a streaming
+parser (about 300 MB/s) and needs none. A key that is there twice in one object is an error, as one of its values would
+be lost. Left out: what the columns mean (recognition, formats).
 """
 
 import itertools
@@ -82,7 +82,7 @@ def _is_jsonl(path: Path, encoding: str | None) -> bool:
 
 
 class RowDecoder:
-    """Decodes one JSON value at a time, and notices a key that stands twice in one object."""
+    """Decodes one JSON value at a time, and notes a key that is there twice in one object."""
 
     def __init__(self) -> None:
         self._repeated: list[str] = []
@@ -106,7 +106,7 @@ class RowDecoder:
         """The value decoded last, if it is a row; DataError if it is not."""
         if self._repeated:
             raise DataError(
-                f"{where}: the key {self._repeated[0]} stands twice in one object, and one value of the two would be "
+                f"{where}: the key {self._repeated[0]} is there twice in one object, and one value of the two would be "
                 "lost. Keep one."
             )
         if not isinstance(value, dict):

@@ -1,8 +1,8 @@
 """A data file as bytes and as text: unpacked, decoded, and in lines, with the byte where that fails.
 
 Text is UTF-8, with or without a byte-order mark, unless another encoding is named; nothing is guessed, as a wrong guess
-would train on wrong letters. Lines end at a newline character and nowhere else, so U+2028 inside a string stays. gzip
-and zstandard are known by their first bytes, whatever the name. Left out: what the text means (json_rows, tables).
+would train on wrong characters. Lines end at a newline character and nowhere else, so U+2028 inside a string stays.
+gzip and zstandard are known by their first bytes, whatever the name. Left out: what the text means (json_rows, tables).
 """
 
 import codecs

@@ -89,10 +89,10 @@ def _field_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            letter = DataError(f"{where}: {error}. {_way_out(error)}")
+            message = DataError(f"{where}: {error}. {_way_out(error)}")
             if "unexpected end" in str(error):  # all lines from here on would be in one field
-                raise letter from error
-            yield place, [], letter
+                raise message from error
+            yield place, [], message
             continue
         if not fields:
             continue
@@ -101,7 +101,7 @@ def _field_rows(
 
 def _way_out(error: csv.Error) -> str:
     if "new-line character" in str(error):
-        return "A carriage return alone stands here; lines should end with a newline, or both."
+        return "A carriage return alone is here; lines should end with a newline, or both."
     return "Is a quote missing? A quote inside quotes is written twice."
 
 

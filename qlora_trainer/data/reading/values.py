@@ -58,7 +58,7 @@ def from_json_text(value: str, column: str, where: str) -> Any:
 
 
 def check_depth(value: Any, text: str, begin: int = 0, end: int | None = None) -> None:
-    """RecursionError where the value that stands in this part of a JSON text is nested too deeply to be walked through
+    """RecursionError where the value that is in this part of a JSON text is nested too deeply to be walked through
     by recursion, as templates do; brackets are counted first, since that is fast and settles most."""
     brackets = text.count("[", begin, end) + text.count("{", begin, end)
     if brackets > MOST_LEVELS and _is_deeper(value, MOST_LEVELS):

@@ -139,7 +139,7 @@ def with_numbered_ids(dialogue: Dialogue) -> Dialogue | None:
 
 
 def shielded(dialogue: Dialogue, control: re.Pattern[str]) -> tuple[Dialogue, dict[str, str]]:
-    """Texts with the control tokens they spell under other names, and what each of these names stands for."""
+    """Texts with the control tokens they spell under other names, and what each of these names represents."""
     if not any(control.search(text) for text in _texts([dialogue.messages, dialogue.tools])):
         return dialogue, {}
     nonce = nonce_for(dialogue)

@@ -1,6 +1,6 @@
-"""Text becomes tokens once, as a whole, with a flag for each token that is learned.
+"""Text becomes tokens once, as a whole, with a flag for each token that is trained.
 
-Pieces that are encoded apart tokenise differently from the whole, so learned stretches are marked in the text and
+Pieces that are encoded apart tokenize differently from the whole, so trained spans are marked in the text and
 found again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
 "<|im_start|>", that stays text. Leaves out: tokenizers without offsets (slow ones), which are refused.
 """
@@ -21,7 +21,7 @@ from qlora_trainer.common.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer, which this room needs not import."""
+    """What is used of a transformers tokenizer, which this module needs not import."""
 
     is_fast: bool
     backend_tokenizer: tokenizers.Tokenizer
@@ -43,20 +43,20 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Span:
     """A piece of text. `ordinary` text spells a control token and must not become one."""
 
     text: str
-    learned: bool
+    trained: bool
     ordinary: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens, and which of them are learned: [begin, end) of each unbroken run, in order."""
+    """Tokens, and which of them are trained: [begin, end) of each unbroken run, in order."""
 
     ids: list[int]
-    learned: list[tuple[int, int]]
+    trained: list[tuple[int, int]]
 
 
 class Encoder:
@@ -72,7 +72,7 @@ class Encoder:
         if not tokenizer.is_fast:
             raise DataError(
                 f"The tokenizer {type(tokenizer).__name__} is a slow one, which cannot say where its tokens lie in the "
-                "text, so learned tokens cannot be found. Use a model with a tokenizer.json, or convert it with "
+                "text, so trained tokens cannot be found. Use a model with a tokenizer.json, or convert it with "
                 "transformers (AutoTokenizer with use_fast=True)."
             )
         self.tokenizer = tokenizer
@@ -83,22 +83,22 @@ class Encoder:
         self.bos_ids = self._leading_ids()
         self._escaping: _EscapingTokenizer | None = None
 
-    def encode(self, texts: Sequence[Sequence[Stretch]]) -> list[Encoded | DataError]:
-        """Each text, given as its stretches, in tokens; a token is learned if any of its characters is.
+    def encode(self, texts: Sequence[Sequence[Span]]) -> list[Encoded | DataError]:
+        """Each text, given as its spans, in tokens; a token is trained if any of its characters is.
 
-        In the place of a text in which a control token cannot be kept as text stands an error.
+        In the place of a text in which a control token cannot be kept as text is an error.
         """
-        plain = [index for index, text in enumerate(texts) if not any(stretch.ordinary for stretch in text)]
+        plain = [index for index, text in enumerate(texts) if not any(span.ordinary for span in text)]
         results: dict[int, Encoded | DataError] = {}
         if plain:
             # The tokenizer underneath, as transformers' wrapper turns its results into lists that are not needed here.
             backend = self.tokenizer.backend_tokenizer
             backend.no_padding()
             backend.no_truncation()
-            joined = ["".join([stretch.text for stretch in texts[index]]) for index in plain]
+            joined = ["".join([span.text for span in texts[index]]) for index in plain]
             for index, encoding in zip(plain, backend.encode_batch(joined, add_special_tokens=False), strict=True):
                 ids = encoding.ids
-                results[index] = Encoded(ids, learned_runs(texts[index], ids, encoding.offsets, self._control_ids))
+                results[index] = Encoded(ids, trained_runs(texts[index], ids, encoding.offsets, self._control_ids))
         for index, text in enumerate(texts):
             if index not in results:
                 try:
@@ -107,9 +107,9 @@ class Encoder:
                     results[index] = error
         return [results[index] for index in range(len(texts))]
 
-    def as_stretches(self, text: str, learned: bool) -> list[Stretch]:
+    def as_spans(self, text: str, trained: bool) -> list[Span]:
         """A row's own text, in which nothing is a control token."""
-        return list(_split(self.control_pattern, text, learned))
+        return list(_split(self.control_pattern, text, trained))
 
     def _leading_ids(self) -> list[int]:
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -119,8 +119,8 @@ class Encoder:
                 return full[:start]
         return []
 
-    def _escaping_tokenizer(self, text: Sequence[Stretch]) -> "_EscapingTokenizer":
-        joined = "".join(stretch.text for stretch in text)
+    def _escaping_tokenizer(self, text: Sequence[Span]) -> "_EscapingTokenizer":
+        joined = "".join(span.text for span in text)
         while self._escaping is None or self._escaping.nonce in joined:
             previous = self._escaping.nonce if self._escaping else ""
             self._escaping = _EscapingTokenizer(self.tokenizer, self.control_tokens, self.control_pattern, previous)
@@ -152,52 +152,50 @@ class _EscapingTokenizer:
         self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 
-    def encode(self, text: Sequence[Stretch]) -> Encoded:
+    def encode(self, text: Sequence[Span]) -> Encoded:
         renamed = [
-            stretch
-            if stretch.ordinary
-            else Stretch(
-                self.pattern.sub(lambda match: self.names.get(match[0], match[0]), stretch.text), stretch.learned
-            )
-            for stretch in text
+            span
+            if span.ordinary
+            else Span(self.pattern.sub(lambda match: self.names.get(match[0], match[0]), span.text), span.trained)
+            for span in text
         ]
-        encoding = self.backend.encode("".join(stretch.text for stretch in renamed), add_special_tokens=False)
+        encoding = self.backend.encode("".join(span.text for span in renamed), add_special_tokens=False)
         ids = [self.ids.get(token, token) for token in encoding.ids]
-        wanted = sum(stretch.text.count(self.nonce) for stretch in renamed)
+        wanted = sum(span.text.count(self.nonce) for span in renamed)
         found = sum(token in self.control_ids for token in ids)
         if found > wanted:
-            spelled = next(stretch.text for stretch in text if stretch.ordinary)
+            spelled = next(span.text for span in text if span.ordinary)
             raise DataError(f"this tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
-        return Encoded(ids, learned_runs(renamed, ids, encoding.offsets, self.control_ids))
+        return Encoded(ids, trained_runs(renamed, ids, encoding.offsets, self.control_ids))
 
 
-def _split(pattern: re.Pattern[str], text: str, learned: bool) -> Iterator[Stretch]:
+def _split(pattern: re.Pattern[str], text: str, trained: bool) -> Iterator[Span]:
     position = 0
     for match in pattern.finditer(text):
         if match.start() > position:
-            yield Stretch(text[position : match.start()], learned)
-        yield Stretch(match[0], learned, ordinary=True)
+            yield Span(text[position : match.start()], trained)
+        yield Span(match[0], trained, ordinary=True)
         position = match.end()
     if position < len(text):
-        yield Stretch(text[position:], learned)
+        yield Span(text[position:], trained)
 
 
-def learned_runs(
-    text: Iterable[Stretch],
+def trained_runs(
+    text: Iterable[Span],
     ids: Sequence[int],  # (tokens,)
     offsets: Sequence[tuple[int, int]],  # (tokens,) characters of each
     control: Collection[int],
 ) -> list[tuple[int, int]]:
-    """The runs of tokens of which any character is learned; of a control token the first: some swallow blanks after.
+    """The runs of tokens of which any character is trained; of a control token the first: some swallow blanks after.
 
     Whitespace that a tokenizer trims from its offsets counts to the token after it. Bounds are searched for, since rows
-    have few stretches and many tokens.
+    have few spans and many tokens.
     """
     runs: list[tuple[int, int]] = []
     position = 0
-    for stretch in text:
-        start, position = position, position + len(stretch.text)
-        if not stretch.learned or start == position:
+    for span in text:
+        start, position = position, position + len(span.text)
+        if not span.trained or start == position:
             continue
         begin = bisect_right(offsets, start, key=itemgetter(1))
         if begin < len(ids) and offsets[begin][0] < start and ids[begin] in control:

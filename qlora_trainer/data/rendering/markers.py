@@ -1,4 +1,4 @@
-"""Where in a rendering each thing that is said stands, found by experiment.
+"""Where in a rendering each thing that is said is, found by experiment.
 
 Unique markers in the place of what the turns say show the template's own text around each; then the true words put back
 between must give the true rendering, character by character, or nothing is claimed. Conversations of one shape share an
@@ -21,7 +21,7 @@ _MOST_SHAPES = 4096
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part of a turn stands in the text, in characters."""
+    """Where a part of a turn is in the text, in characters."""
 
     part: Part
     start: int
@@ -36,7 +36,7 @@ class Markers:
         self._experiments: dict[object, list[str] | None] = {}  # by shape
 
     def places(self, dialogue: Dialogue, text: str, parts: Mapping[Part, str]) -> list[Place] | None:
-        """Every place in `text` where one of `parts` stands; None where the template defeats markers."""
+        """Every place in `text` where one of `parts` is; None where the template defeats markers."""
         nonce = _NONCE if _NONCE not in text else nonce_for(dialogue)
         pieces = self._experiment(dialogue, parts, nonce)
         if pieces is None or not text.startswith(pieces[0]):

@@ -1,7 +1,7 @@
-"""What a template leaves out of a conversation is found and told, with the turn and the way out.
+"""What a template leaves out of a conversation is found and reported, with the turn and the way out.
 
-Templates skip without a word what they were not written for: tools, calls, reasoning, roles, the text beside a call.
-A row that says such things would be learned as another one, so it is refused. One omission is on purpose: reasoning of
+Templates skip without a word what they were not written for: tools, calls, reasoning, roles, the text next to a call.
+A row that says such things would be trained as another one, so it is refused. One omission is on purpose: reasoning of
 earlier turns, which some models never see again.
 """
 
@@ -46,7 +46,7 @@ def turns_without_reasoning(
             )
         elif "tool_calls" in message:
             raise DataError(
-                f"{where}: the model's chat template leaves out the text beside the tool calls of turn {turn + 1}: "
+                f"{where}: the model's chat template leaves out the text next to the tool calls of turn {turn + 1}: "
                 "it writes the one or the other. Take the text out of the row, or put it into a turn of its own."
             )
         else:
@@ -55,7 +55,7 @@ def turns_without_reasoning(
 
 
 def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted: Collection[int], where: str) -> None:
-    """Refuse a row that wants turns learned whose reasoning the template leaves out, unless those are earlier turns.
+    """Refuse a row that wants turns trained whose reasoning the template leaves out, unless those are earlier turns.
 
     Args:
         unreasoned: turns to learn of which the template leaves out the reasoning.
@@ -69,7 +69,7 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
         )
     if named := set(unreasoned) & set(wanted):
         raise DataError(
-            f"{where}: the row wants turn {min(named) + 1} learned, and the model's chat template leaves out the "
+            f"{where}: the row wants turn {min(named) + 1} trained, and the model's chat template leaves out the "
             "reasoning of earlier turns. End the row with that turn, or take its reasoning out."
         )
 

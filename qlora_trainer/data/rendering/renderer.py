@@ -1,8 +1,8 @@
-"""Rows become examples: the token ids as the model sees them, and which of them are learned.
+"""Rows become examples: the token ids as the model sees them, and which of them are trained.
 
 Conversations go through the tokenizer's own chat template; prompt and completion, and documents, are plain text that
 ends with the end-of-text token. A conversation that is too long loses whole turns from its end, and is rendered anew
-without them, as a model would meet it; nothing is cut before it is known what is learned, a row without a learned token
+without them, as a model would meet it; nothing is cut before it is known what is trained, a row without a trained token
 is dropped, and all of it is reported to the caller, who counts. Leaves out: padding and the shift of labels (packing).
 """
 
@@ -14,19 +14,19 @@ from typing import Literal
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.dialogue import says_something
-from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Stretch, Tokenizer
+from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Span, Tokenizer
 from qlora_trainer.data.rendering.spans import SpanFinder
 from qlora_trainer.data.rendering.templates import ChatTemplate
 from qlora_trainer.data.types import IGNORED_LABEL, Conversation, Document, Example, Message, PromptCompletion, Row
 
-NOTHING_LEARNED = "nothing to learn: no turn is learned, or the answers are empty"
+NOTHING_TRAINED = "nothing to learn: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
-COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not learned"
+COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
 
 Prompt = Conversation | str
-Learn = Literal["assistant", "last", "all"] | Sequence[str]
+TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Rendered:
     rows: list[Row]
     dropped: str | None = None
     truncated: bool = False
-    notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     tokens: int = 0
 
 
 class Renderer:
-    """Renders rows for one tokenizer and one choice of what is learned.
+    """Renders rows for one tokenizer and one choice of what is trained.
 
     Args:
-        learn: "assistant" (all answers), "last" (the last one), a list of roles (all turns of these), or "all" (every
-            token). What a message says of itself (Message.learn) comes first; blank turns are never learned.
+        train_on: "assistant" (all answers), "last" (the last one), a list of roles (all turns of these), or "all"
+            (every token). What a message says of itself (Message.learn) comes first; blank turns are never trained.
         max_length: longest example, in tokens.
         too_long: "truncate" (take turns off the end of a conversation, cut the end of a completion), "drop" or "error".
             Documents are split, whatever this says.
@@ -63,7 +63,7 @@ class Renderer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        learn: Learn = "assistant",
+        train_on: TrainOn = "assistant",
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "error"] = "truncate",
         template_date: datetime.date | None = None,
@@ -75,7 +75,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.eos_id = tokenizer.eos_token_id
-        self.learn = learn
+        self.train_on = train_on
         self.max_length = max_length
         self.too_long = too_long
         self.encoder = Encoder(tokenizer)
@@ -95,7 +95,7 @@ class Renderer:
         try:
             dates = [self._finder(tools).template.written_date for tools in self._choices()]
         except DataError:
-            return None  # told where a conversation needs the template
+            return None  # reported where a conversation needs the template
         return next((date for date in dates if date), None)
 
     def _choices(self) -> list[tuple[str, ...]]:
@@ -113,14 +113,14 @@ class Renderer:
         return rendered.examples[0]
 
     def render_batch(self, rows: Sequence[tuple[str, Row]]) -> list[Rendered | DataError]:
-        """Many rows, each with its place for errors; tokenised together, which uses all cores.
+        """Many rows, each with its place for errors; tokenized together, which uses all cores.
 
-        In the place of a row that its template refuses stands the error, not raised.
+        In the place of a row that its template refuses is the error, not raised.
 
         Raises:
             DataError: the tokenizer or its template cannot be used, or a row is too long and `too_long` is "error".
         """
-        texts = [self._stretches(row, where) for where, row in rows]
+        texts = [self._spans(row, where) for where, row in rows]
         encoded = iter(self.encoder.encode([text[0] for text in texts if not isinstance(text, DataError)]))
         results: list[Rendered | DataError] = []
         for (where, row), text in zip(rows, texts, strict=True):
@@ -135,15 +135,15 @@ class Renderer:
         return results
 
     def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> list[int]:
-        """The ids that stand before an answer: exactly those that begin the row in training."""
+        """The ids that are before an answer: exactly those that begin the row in training."""
         if isinstance(prompt, str):
             # As in training, spaces at the end belong to the first word of what follows.
-            start, stretches = self.encoder.bos_ids, self.encoder.as_stretches(prompt.rstrip(" "), learned=False)
+            start, spans = self.encoder.bos_ids, self.encoder.as_spans(prompt.rstrip(" "), trained=False)
         else:
             conversation = prompt if isinstance(prompt, Conversation) else Conversation(tuple(prompt))
             finder = self._finder(conversation.tools)
-            start, stretches = self._start(finder.template), finder.render_prompt(conversation, where=where)
-        encoded = self.encoder.encode([stretches])[0]
+            start, spans = self._start(finder.template), finder.render_prompt(conversation, where=where)
+        encoded = self.encoder.encode([spans])[0]
         if isinstance(encoded, DataError):
             raise DataError(f"{where}: {encoded}") from encoded
         return start + encoded.ids
@@ -161,31 +161,31 @@ class Renderer:
             self._finders[source] = SpanFinder(template)
         return self._finders[source]
 
-    def _stretches(self, row: Row, where: str) -> tuple[list[Stretch], tuple[str, ...]] | DataError:
+    def _spans(self, row: Row, where: str) -> tuple[list[Span], tuple[str, ...]] | DataError:
         match row:
             case Document(text):
-                return self.encoder.as_stretches(text, learned=True), ()
+                return self.encoder.as_spans(text, trained=True), ()
             case PromptCompletion(prompt, completion):
                 context = prompt.rstrip(" ")
                 answer = prompt[len(context) :] + completion
-                learn_prompt, learn_answer = self.learn == "all", bool(completion.strip())
-                stretches = self.encoder.as_stretches(context, learn_prompt and learn_answer)
-                return stretches + self.encoder.as_stretches(answer, learn_answer), ()
+                learn_prompt, learn_answer = self.train_on == "all", bool(completion.strip())
+                spans = self.encoder.as_spans(context, learn_prompt and learn_answer)
+                return spans + self.encoder.as_spans(answer, learn_answer), ()
             case Conversation():
                 return self._conversation(row, self._targets(row.messages), where)
 
     def _conversation(
         self, row: Conversation, targets: set[int], where: str
-    ) -> tuple[list[Stretch], tuple[str, ...]] | DataError:
+    ) -> tuple[list[Span], tuple[str, ...]] | DataError:
         finder = self._finder(row.tools)
         wanted = {index for index in targets if row.messages[index].learn is True}
         try:
-            rendering = finder.render(row, targets, others=self.learn == "all", wanted=wanted, where=where)
+            rendering = finder.render(row, targets, others=self.train_on == "all", wanted=wanted, where=where)
         except DataError as error:
             return error
-        return rendering.stretches, rendering.notices + self._template_notices(row, finder.template)
+        return rendering.spans, rendering.warnings + self._template_warnings(row, finder.template)
 
-    def _template_notices(self, row: Conversation, template: ChatTemplate) -> tuple[str, ...]:
+    def _template_warnings(self, row: Conversation, template: ChatTemplate) -> tuple[str, ...]:
         if template.is_plain:
             return (PLAIN_FORMAT_USED,)
         named = self.tokenizer.chat_template
@@ -195,38 +195,38 @@ class Renderer:
         return ()
 
     def _targets(self, messages: Sequence[Message]) -> set[int]:
-        """The turns that are learned; with learn="all", those that are not."""
-        if self.learn == "all":
+        """The turns that are trained; with train_on="all", those that are not."""
+        if self.train_on == "all":
             return {index for index, message in enumerate(messages) if message.learn is False}
-        roles = ("assistant",) if isinstance(self.learn, str) else self.learn
+        roles = ("assistant",) if isinstance(self.train_on, str) else self.train_on
         of_roles = [index for index, message in enumerate(messages) if message.role in roles]
-        chosen = set(of_roles[-1:] if self.learn == "last" else of_roles)
+        chosen = set(of_roles[-1:] if self.train_on == "last" else of_roles)
         chosen |= {index for index, message in enumerate(messages) if message.learn is True}
         return {index for index in chosen if messages[index].learn is not False and says_something(messages[index])}
 
-    def _finished(self, where: str, row: Row, tokens: Encoded, notices: tuple[str, ...]) -> Rendered | DataError:
+    def _finished(self, where: str, row: Row, tokens: Encoded, warnings: tuple[str, ...]) -> Rendered | DataError:
         if isinstance(row, Document):
             return self._windows(row.text, self.encoder.bos_ids + tokens.ids + [self.eos_id])
         example = self._example(row, tokens)
         length = len(example.input_ids)
-        if example.learned_tokens == 0:
-            return Rendered([], [], dropped=NOTHING_LEARNED, notices=notices, tokens=length)
+        if example.trained_tokens == 0:
+            return Rendered([], [], dropped=NOTHING_TRAINED, warnings=warnings, tokens=length)
         if length <= self.max_length:
-            return Rendered([example], [row], notices=notices, tokens=length)
+            return Rendered([example], [row], warnings=warnings, tokens=length)
         if self.too_long == "error":
             raise DataError(
                 f"{where}: the row has {length} tokens, more than {self.max_length}. Raise data.max_length, shorten "
                 "the row, or set data.too_long to truncate or drop."
             )
         if self.too_long == "drop":
-            return Rendered([], [], dropped=TOO_LONG, notices=notices, tokens=length)
+            return Rendered([], [], dropped=TOO_LONG, warnings=warnings, tokens=length)
         if isinstance(row, Conversation):
             cut = self._shortened(row, where)
         else:
             start = Example(example.input_ids[: self.max_length], example.labels[: self.max_length])
-            cut = Rendered([start], [row], truncated=True, notices=(*notices, COMPLETION_CUT))
-            if start.learned_tokens == 0:
-                cut = Rendered([], [], dropped=CUT_AWAY, notices=notices)
+            cut = Rendered([start], [row], truncated=True, warnings=(*warnings, COMPLETION_CUT))
+            if start.trained_tokens == 0:
+                cut = Rendered([], [], dropped=CUT_AWAY, warnings=warnings)
         return cut if isinstance(cut, DataError) else replace(cut, tokens=length)
 
     def _example(self, row: Row, tokens: Encoded) -> Example:
@@ -236,23 +236,23 @@ class Renderer:
             start, end = self.encoder.bos_ids, [self.eos_id]
         ids = start + tokens.ids + end
         labels = [IGNORED_LABEL] * len(ids)
-        for begin, stop in tokens.learned:
+        for begin, stop in tokens.trained:
             labels[len(start) + begin : len(start) + stop] = tokens.ids[begin:stop]
-        if end and tokens.learned:
+        if end and tokens.trained:
             labels[-1] = self.eos_id
         return Example(ids, labels)
 
     def _shortened(self, row: Conversation, where: str) -> Rendered | DataError:
-        """The most turns from the beginning that fit and end with a learned one, as a conversation of their own.
+        """The most turns from the beginning that fit and end with a trained one, as a conversation of their own.
 
-        Which turns are learned is decided in the whole conversation. Where not even the first learned turn fits, the
+        Which turns are trained is decided in the whole conversation. Where not even the first trained turn fits, the
         row is dropped: half an answer would teach to stop in mid-sentence, or never.
         """
         targets = self._targets(row.messages)
-        learned = [i for i, m in enumerate(row.messages) if (i in targets) != (self.learn == "all")]
-        if self.learn == "all":
-            learned = [index for index in learned if row.messages[index].role == "assistant"]
-        ends = [index + 1 for index in learned if index + 1 < len(row.messages)]
+        trained = [i for i, m in enumerate(row.messages) if (i in targets) != (self.train_on == "all")]
+        if self.train_on == "all":
+            trained = [index for index in trained if row.messages[index].role == "assistant"]
+        ends = [index + 1 for index in trained if index + 1 < len(row.messages)]
         found = Rendered([], [], dropped=CUT_AWAY)
         # Templates that drop the reasoning of earlier turns may make a longer conversation shorter: then all are tried.
         has_reasoning = any(message.reasoning or "</think>" in message.content for message in row.messages)
@@ -269,8 +269,8 @@ class Renderer:
             example = self._example(shorter, encoded)
             if len(example.input_ids) <= self.max_length:
                 low = middle + 1
-                if example.learned_tokens:
-                    found = Rendered([example], [shorter], truncated=True, notices=text[1])
+                if example.trained_tokens:
+                    found = Rendered([example], [shorter], truncated=True, warnings=text[1])
             else:
                 high = middle
         return found
@@ -282,7 +282,7 @@ class Renderer:
     def _windows(self, text: str, ids: list[int]) -> Rendered:
         """A document in parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
         if not text.strip():
-            return Rendered([], [], dropped=NOTHING_LEARNED, tokens=len(ids))
+            return Rendered([], [], dropped=NOTHING_TRAINED, tokens=len(ids))
         count = -(-len(ids) // self.max_length)
         bounds = [len(ids) * part // count for part in range(count + 1)]
         parts = [ids[begin:end] for begin, end in itertools.pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Where in a rendering each turn stands, so that the turns to be learned can be told from the rest.
+"""Where in a rendering each turn is, so that the turns to be trained can be distinguished from the rest.
 
 The place of a turn is found by experiment, in the rendering of the whole conversation: what the turns say
 is looked for with markers. Where a template defeats these, the blocks that it marks itself are taken, and else the last
@@ -26,7 +26,7 @@ from qlora_trainer.data.rendering.dialogue import (
     with_numbered_ids,
     with_parts,
 )
-from qlora_trainer.data.rendering.encoding import Stretch
+from qlora_trainer.data.rendering.encoding import Span
 from qlora_trainer.data.rendering.markers import Markers, Place
 from qlora_trainer.data.rendering.omissions import (
     check_nothing_left_out,
@@ -38,16 +38,16 @@ from qlora_trainer.data.rendering.templates import Blocks, ChatTemplate
 from qlora_trainer.data.types import Conversation
 
 LAST_TURN_ONLY = (
-    "the chat template renders earlier turns otherwise than they are written: only the last turn is learned"
+    "the chat template renders earlier turns otherwise than they are written: only the last turn is trained"
 )
 END_ADDED = "the chat template ends no turn with a control token: the end-of-text token was added after the last answer"
-REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not learned"
+REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not trained"
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
-NO_BLOCK = "the chat template marks no text as generated in some of the turns to learn: those turns are not learned"
+NO_BLOCK = "the chat template marks no text as generated in some of the turns to learn: those turns are not trained"
 
 PROMPT_DIFFERS = (
     "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
-    "it is learned after another prompt than it will be given"
+    "it is trained after another prompt than it will be given"
 )
 
 Result = TypeVar("Result")
@@ -55,10 +55,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as text, in stretches, with what should be told about how its turns were found."""
+    """A conversation as text, in spans, with what should be reported about how its turns were found."""
 
-    stretches: list[Stretch]
-    notices: tuple[str, ...] = ()
+    spans: list[Span]
+    warnings: tuple[str, ...] = ()
 
 
 class SpanFinder:
@@ -77,16 +77,16 @@ class SpanFinder:
         wanted: Collection[int] = (),
         where: str,
     ) -> Rendering:
-        """The whole conversation, learned at the turns whose indices are `targets`, or with `others` at all but those.
+        """The whole conversation, trained at the turns whose indices are `targets`, or with `others` at all but those.
 
-        `wanted` are targets that the row itself names: they are learned, or the row is refused.
+        `wanted` are targets that the row itself names: they are trained, or the row is refused.
 
         Raises:
             DataError: the template refuses the conversation, leaves a part of it out, or hides even its last answer.
         """
         template = self.template
         dialogue, shields = self._dialogue(conversation, where)
-        (text, blocks), dialogue, notices = self._accepted(dialogue, template.text_and_blocks, where)
+        (text, blocks), dialogue, warnings = self._accepted(dialogue, template.text_and_blocks, where)
         check_tools(template, dialogue, text, where)
         chosen = set(targets)
         parts = text_parts(dialogue)
@@ -107,31 +107,31 @@ class SpanFinder:
                 check_reasoning(template, unreasoned, wanted, where)
                 if not others:
                     chosen -= unreasoned
-                    notices.append(REASONING_LEFT_OUT)
+                    warnings.append(REASONING_LEFT_OUT)
         spans = None if places is None else self._spans(dialogue, text, places, chosen)
         if spans and not others and self._prompt_goes_on(text, max(spans), dialogue, spans):
-            notices.append(PROMPT_DIFFERS)
+            warnings.append(PROMPT_DIFFERS)
         if spans is not None and blocks:
-            spans = self._agreed(dialogue, text, spans, blocks, set(wanted), notices)
+            spans = self._agreed(dialogue, text, spans, blocks, set(wanted), warnings)
         spans = spans if spans is not None else self._spans_of_blocks(dialogue, text, blocks, chosen)
         if spans is None:
             text, spans = self._last_turn_alone(dialogue, chosen, set(wanted), others, where)
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
-            notices.append(LAST_TURN_ONLY)
+            warnings.append(LAST_TURN_ONLY)
         if template.end_of_turn is None and dialogue.messages[-1]["role"] == "assistant":
             pieces = _cut(text.rstrip(), spans.values(), others)
-            pieces.append(Stretch(template.eos_token, learned=(len(dialogue.messages) - 1 in chosen) != others))
-            notices.append(END_ADDED)
+            pieces.append(Span(template.eos_token, trained=(len(dialogue.messages) - 1 in chosen) != others))
+            warnings.append(END_ADDED)
         else:
             pieces = _cut(text, spans.values(), others)
-        return Rendering(_unshielded(pieces, shields), tuple(notices))
+        return Rendering(_unshielded(pieces, shields), tuple(warnings))
 
-    def render_prompt(self, conversation: Conversation, *, where: str) -> list[Stretch]:
-        """What stands before an answer to the conversation: character by character as in training."""
+    def render_prompt(self, conversation: Conversation, *, where: str) -> list[Span]:
+        """What is before an answer to the conversation: character by character as in training."""
         dialogue, shields = self._dialogue(conversation, where)
         text, _, _ = self._accepted(dialogue, self._prompt, where)
         # A space at the end would become a token of its own, where in training it belongs to the answer's first word.
-        return _unshielded([Stretch(text.rstrip(" "), learned=False)], shields)
+        return _unshielded([Span(text.rstrip(" "), trained=False)], shields)
 
     def _dialogue(self, conversation: Conversation, where: str) -> tuple[Dialogue, dict[str, str]]:
         plain = make_dialogue(conversation, where, self.template.arguments_as_text)
@@ -158,7 +158,7 @@ class SpanFinder:
     def _spans(
         self, dialogue: Dialogue, text: str, places: Sequence[Place], targets: Collection[int]
     ) -> dict[int, Blocks] | None:
-        """Each target's span; None where one cannot be told."""
+        """Each target's span; None where one cannot be determined."""
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         seen = set()
@@ -228,9 +228,9 @@ class SpanFinder:
         spans: Mapping[int, Blocks],
         blocks: Blocks,
         wanted: set[int],
-        notices: list[str],
+        warnings: list[str],
     ) -> dict[int, Blocks]:
-        """Of answers, what lies in the template's own blocks too; the token that ends a turn is learned in any case."""
+        """Of answers, what lies in the template's own blocks too; the token that ends a turn is trained in any case."""
         agreed = {}
         for target, ((start, end),) in spans.items():
             inside = [(max(a, start), min(b, end)) for a, b in blocks if a < end and b > start]
@@ -241,8 +241,8 @@ class SpanFinder:
                 begin, last = inside[-1]
                 is_joined = not text[last : end - len(token)].strip()
                 agreed[target] = [*inside[:-1], (begin, end)] if is_joined else [*inside, (end - len(token), end)]
-            elif NO_BLOCK not in notices:
-                notices.append(NO_BLOCK)
+            elif NO_BLOCK not in warnings:
+                warnings.append(NO_BLOCK)
         return agreed
 
     def _end_token(self, text: str, end: int) -> str:
@@ -274,7 +274,7 @@ class SpanFinder:
         if others or wanted - {last}:
             says = "excludes turns from learning" if others else "names turns to learn"
             raise DataError(
-                f"{where}: the row {says}, and this model's chat template hides where they stand. Set data.learn to "
+                f"{where}: the row {says}, and this model's chat template hides where they are. Set data.train_on to "
                 "assistant or last, and leave the choice out of the row."
             )
         prompt = self.template.text(dialogue.beginning(last), where, generation=True).rstrip(" ") if last else ""
@@ -283,8 +283,8 @@ class SpanFinder:
         said = [value.strip()[-32:] for part, value in text_parts(dialogue).items() if part[0] == last]
         if not text.startswith(prompt) or not all(words in answer for words in said):
             raise DataError(
-                f"{where}: the model's chat template hides where the last answer stands, so it cannot be learned apart "
-                "from the prompt. Set data.learn to all, or use a model with another template."
+                f"{where}: the model's chat template hides where the last answer is, so it cannot be trained apart "
+                "from the prompt. Set data.train_on to all, or use a model with another template."
             )
         tokens = [match for match in self.template.control_pattern.finditer(answer) if match[0] in self.template.ends]
         length = tokens[-1].end() if tokens else len(answer.rstrip())
@@ -295,21 +295,21 @@ def _last_answer(dialogue: Dialogue) -> int:
     return max((index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"), default=0)
 
 
-def _cut(text: str, spans: Iterable[Blocks], others: bool) -> list[Stretch]:
+def _cut(text: str, spans: Iterable[Blocks], others: bool) -> list[Span]:
     pieces = []
     position = 0
     for start, end in (block for blocks in spans for block in blocks):
-        pieces += [Stretch(text[position:start], learned=others), Stretch(text[start:end], learned=not others)]
+        pieces += [Span(text[position:start], trained=others), Span(text[start:end], trained=not others)]
         position = end
-    return [*pieces, Stretch(text[position:], learned=others)]
+    return [*pieces, Span(text[position:], trained=others)]
 
 
-def _unshielded(pieces: Sequence[Stretch], shields: Mapping[str, str]) -> list[Stretch]:
+def _unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]:
     if not shields:
         return [piece for piece in pieces if piece.text]
     pattern = re.compile("(" + "|".join(map(re.escape, shields)) + ")")
     return [
-        Stretch(shields.get(part, part), piece.learned, ordinary=part in shields)
+        Span(shields.get(part, part), piece.trained, ordinary=part in shields)
         for piece in pieces
         for part in pattern.split(piece.text)
         if part

@@ -3,7 +3,7 @@
 Templates trim, drop earlier reasoning, move the end of a turn, write today's date, or refuse. What they do is found by
 rendering small dialogues, never by reading their text. The program is run as transformers runs it (its compiler, its
 variables; a test compares), with one difference: the clock that `strftime_now` reads is a fixed date, so that a run's
-rows, its resumption and its answers all say the same day. Leaves out: where in a rendering each turn stands (spans.py).
+rows, its resumption and its answers all say the same day. Leaves out: where in a rendering each turn is (spans.py).
 """
 
 import datetime

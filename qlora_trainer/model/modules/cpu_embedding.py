@@ -10,7 +10,7 @@ transformers too, and moving or casting the model leaves the host's part where i
 there when all has been read that goes by names (fingerprint) and casts (dtype of computation).
 
 On CUDA the rows go through pinned memory, and the copy does not wait; but the ids come from the device, so each lookup
-waits for what is queued there. Left out: output heads that share the embedding's weight.
+waits for what is queued there. Left out: LM heads that share the embedding's weight.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def keeps_own_dtype(model: Any) -> bool:
     return type(model.get_input_embeddings()) is nn.Embedding
 
 
-def keep_embeddings_on_host(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+def keep_embeddings_on_cpu(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Move the model's input embedding to host memory and put a HostEmbedding in its place.
 
     Args:
@@ -65,7 +65,7 @@ def keep_embeddings_on_host(model: Any, device: torch.device, dtype: torch.dtype
         dtype: of computation; the embedding has it already, or a narrower one where `keeps_own_dtype`.
 
     Raises:
-        ModelError: the embedding's weight is the output head's too.
+        ModelError: the embedding's weight is the LM head's too.
     """
     refuse_tied_embedding(model)
     embedding = model.get_input_embeddings()
@@ -74,19 +74,19 @@ def keep_embeddings_on_host(model: Any, device: torch.device, dtype: torch.dtype
 
 
 def refuse_tied_embedding(model: Any) -> None:
-    """ModelError where the input embedding's weight is the output head's too, so that it cannot be kept on the host."""
+    """ModelError where the input embedding's weight is the LM head's too, so that it cannot be kept on the host."""
     weight = model.get_input_embeddings().weight
     users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(users) > 1:
         raise ModelError(
-            f"model.embeddings is host, but {' and '.join(users)} are one weight in this model: the output head needs "
-            "it on the device, and nothing would be saved. Set model.output_head=4bit (or 8bit) too, which gives the "
-            "head a quantised weight of its own, or model.embeddings=device."
+            f"model.embeddings is host, but {' and '.join(users)} are one weight in this model: the LM head needs "
+            "it on the device, and nothing would be saved. Set model.lm_head=4bit (or 8bit) too, which gives the "
+            "head a quantized weight of its own, or model.embeddings=device."
         )
 
 
 def host_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of the model that lie in host memory by `keep_embeddings_on_host`."""
+    """Parameters and buffers of the model that lie in host memory by `keep_embeddings_on_cpu`."""
     for module in model.modules():
         if isinstance(module, HostEmbedding):
             yield from module.embedding.parameters()

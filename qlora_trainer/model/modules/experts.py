@@ -1,13 +1,13 @@
 """Experts as linear layers of their own: what transformers fuses while loading, as the checkpoint has it.
 
-transformers 5 holds the experts of a layer as two 3-D parameters, which no quantiser of linear layers sees: four fifths
+transformers 5 holds the experts of a layer as two 3-D parameters, which no quantizer of linear layers sees: four fifths
 of a Mixtral would stay in 16 bits. On disk each expert has three matrices with names. `split_experts` gives an empty
-model these matrices back, as linear layers under the checkpoint's own names, so that they are read, quantised, known
+model these matrices back, as linear layers under the checkpoint's own names, so that they are read, quantized, known
 again and merged as every other layer is. The names come from transformers' own conversion mapping; whether a module
 computes what SplitExperts computes is tried on small weights, and where not, it stays as it is.
 
 Over 4-bit layers the forward is qlora_kernels' own, which keeps little. Left out: adapters on experts. PEFT finds no
-such layers in transformers' fused modules, so an adapter on them could not be used beside its base.
+such layers in transformers' fused modules, so an adapter on them could not be used next to its base.
 
 Legend: N tokens, K slots of each token, E experts, H hidden size, I the experts' width.
 """

@@ -1,4 +1,4 @@
-"""The output head held in 4 or 8 bits while training.
+"""The LM head held in 4 or 8 bits while training.
 
 With a large vocabulary the dense head is a fifth of an 8B model's memory in training. Here it is NF4, as the linear
 layers are, or int8 with a scale a row, and is made again a block of rows at a time, for logits and for the loss alike.
@@ -25,7 +25,7 @@ HeadKind = Literal["dense", "8bit", "4bit"]
 
 
 class QuantizedHead(nn.Module):
-    """A frozen output head, logits = hidden W^T + b, with W (V, H) quantised; it is its own HeadRows."""
+    """A frozen LM head, logits = hidden W^T + b, with W (V, H) quantized; it is its own HeadRows."""
 
     bias: nn.Parameter | None
 
@@ -45,7 +45,7 @@ class QuantizedHead(nn.Module):
         self,
         weight: Tensor,  # (V, H), finite
     ) -> None:
-        """Quantise this weight as the one held so far is, and hold it instead."""
+        """Quantize this weight as the one held so far is, and hold it instead."""
         kind: HeadKind = "4bit" if self._make is _nf4_weight else "8bit"
         for name, value in _tensors(_quantized(weight, kind)).items():
             setattr(self, name, value)
@@ -74,10 +74,10 @@ class QuantizedHead(nn.Module):
 
 
 def quantize_head(model: Any, kind: HeadKind) -> None:
-    """Put a QuantizedHead in the place of the model's output head, on its device; nothing for dense.
+    """Put a QuantizedHead in the place of the model's LM head, on its device; nothing for dense.
 
     Raises:
-        ModelError: the model has no output head that is a linear layer.
+        ModelError: the model has no LM head that is a linear layer.
         QuantizationError: its weight is not finite.
     """
     if kind != "dense":
@@ -86,7 +86,7 @@ def quantize_head(model: Any, kind: HeadKind) -> None:
 
 
 def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
-    """As `quantize_head`, but what is quantised is uninitialised: to be filled, or for planning, on fake tensors."""
+    """As `quantize_head`, but what is quantized is uninitialized: to be filled, or for planning, on fake tensors."""
     if kind != "dense":
         path, head = _find_head(model, kind)
         vocabulary, hidden_size = head.weight.shape
@@ -107,14 +107,14 @@ def _find_head(model: Any, kind: HeadKind) -> tuple[str, nn.Linear]:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(
-            f"The output head of {type(model).__name__} is no plain linear layer, and cannot be held in {kind}. Set "
-            "model.output_head=dense."
+            f"The LM head of {type(model).__name__} is no plain linear layer, and cannot be held in {kind}. Set "
+            "model.lm_head=dense."
         )
     return next(path for path, module in model.named_modules() if module is head), head
 
 
 def _quantized(weight: Tensor, kind: HeadKind) -> NF4Weight | Int8Weight:
-    return quantize_weight(weight, "the output head") if kind == "4bit" else quantize_int8(weight)
+    return quantize_weight(weight, "the LM head") if kind == "4bit" else quantize_int8(weight)
 
 
 def _tensors(weight: NF4Weight | Int8Weight) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """The frozen 4-bit base: its layers, how they are made, and which of a model's layers they are.
 
-A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantised block maxima, held as plain buffers, so
-that nothing can cast them, move them halfway or hand them to an optimizer. qlora_kernels quantises (QLoRA, Dettmers et
-al. 2023), on every device to the codes that bitsandbytes gives on a CPU. Weights that were quantised elsewhere come
+A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantized block maxima, held as plain buffers, so
+that nothing can cast them, move them halfway or hand them to an optimizer. qlora_kernels quantizes (QLoRA, Dettmers et
+al. 2023), on every device to the codes that bitsandbytes gives on a CPU. Weights that were quantized elsewhere come
 through weights/bitsandbytes_format.py.
 
 Legend: O out features, I in features.
@@ -27,7 +27,7 @@ _LINEAR, _CONV1D = {"Linear", "FalconLinear"}, "Conv1D"  # GPT-2's Conv1D stores
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantised where it is used."""
+    """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantized where it is used."""
 
     packed: Tensor  # and the others as in NF4Weight
     absmax: Tensor
@@ -91,11 +91,11 @@ class NF4Linear(nn.Module):
 
 
 class _NoWeightError(ModelError, AttributeError):
-    """So that hasattr answers, and a forward that needs the weight ends with a letter."""
+    """So that hasattr answers, and a forward that needs the weight ends with an error message."""
 
 
 def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> None:
-    """Give the 4-bit layers of a model one buffer to dequantise into, in the place of any they had.
+    """Give the 4-bit layers of a model one buffer to dequantize into, in the place of any they had.
 
     Args:
         most_elements: make it so small at most, and take larger weights in parts; by default it holds the largest.
@@ -112,7 +112,7 @@ def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | N
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that become 4-bit, by path: every linear one but the output head and what shares its weight.
+    """The layers that become 4-bit, by path: every linear one but the LM head and what shares its weight.
 
     What the model's class asks to keep in fp32 is left out too.
     """
@@ -138,9 +138,9 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: str = "cpu") -> None:
-    """Turn linear layers of `model` into NF4Linears whose buffers are uninitialised.
+    """Turn linear layers of `model` into NF4Linears whose buffers are uninitialized.
 
-    It then has the shapes of a quantised model: to be filled, or for planning, where tensors are fake.
+    It then has the shapes of a quantized model: to be filled, or for planning, where tensors are fake.
 
     Args:
         paths: turn these; by default all that `linear_layers` says.
@@ -155,7 +155,7 @@ def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: st
             model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=is_transposed(layer)))
 
 
-def four_bit_share(model: nn.Module) -> tuple[float, list[str]]:
+def quantized_fraction(model: nn.Module) -> tuple[float, list[str]]:
     """Share of the linear weights, the output embedding left out, that is 4-bit; and what is not, largest first.
 
     Fused expert weights, 3-D parameters without a module of their own, count as linear weights.
@@ -174,14 +174,14 @@ def four_bit_share(model: nn.Module) -> tuple[float, list[str]]:
     return (four_bit / total if total else 0.0), sorted(other, key=lambda name: -other[name])
 
 
-def check_four_bit_share(model: nn.Module, minimum: float) -> float:
+def check_quantized_fraction(model: nn.Module, minimum: float) -> float:
     """Return the 4-bit share; ModelError if it is below `minimum`."""
-    share, others = four_bit_share(model)
+    share, others = quantized_fraction(model)
     if share < minimum:
         raise ModelError(
             f"Only {share:.1%} of this model's linear weights become 4-bit; {len(others)} tensor(s) stay 16-bit, such "
             f"as {', '.join(others[:3])}. The model would take far more memory than a 4-bit base. To train it all the "
-            f"same, set model.minimum_4bit_share={max(share - 0.005, 0.0):.2f}."
+            f"same, set model.min_quantized_fraction={max(share - 0.005, 0.0):.2f}."
         )
     return share
 
@@ -195,7 +195,7 @@ def adopt_linear4bit(model: nn.Module) -> int:
     """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
 
     Raises:
-        QuantizationError: a layer is quantised otherwise than NF4, block size 64, double quantisation, uint8 storage.
+        QuantizationError: a layer is quantized otherwise than NF4, block size 64, double quantization, uint8 storage.
     """
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     for path, layer in layers:

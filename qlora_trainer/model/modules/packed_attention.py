@@ -140,7 +140,7 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
     """Within, what the model's own code raises becomes a ModelError; a device that fails or is full stays what it is.
 
     A host that is out of memory raises a plain RuntimeError, known by its text only; it passes too, and so does what
-    is a letter already.
+    is an error message already.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """report.html: one page that tells how a run went, to be read offline, kept, or sent to somebody.
 
-Everything is inside the file: style, curves (plot.py draws them) and a few lines of script that show values
-under the pointer; without script the page reads the same. A content policy forbids it to fetch anything. Whatever
-came from a model, a row or a config is escaped. Left out: the numbers themselves, which are in metrics.jsonl beside it.
+Everything is inside the file: style, curves (plot.py draws them) and a few lines of script that show values under the
+pointer; without script the page reads the same. A content policy forbids it to fetch anything. Whatever came from a
+model, a row or a config is escaped. Left out: the numbers themselves, which are in metrics.jsonl next to it.
 """
 
 import math
@@ -22,7 +22,7 @@ FEW_POINTS = 40
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out row answered by the model; an answer is None where it was not asked for."""
+    """A eval row answered by the model; an answer is None where it was not asked for."""
 
     prompt: str
     reference: str | None
@@ -47,7 +47,7 @@ def write_report(
     metrics: Sequence[dict[str, Any]],
     summary: Sequence[tuple[str, str]],
     samples: Sequence[Sample] = (),
-    notices: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     data: DataPart | None = None,
 ) -> Path:
     """Write run_dir/report.html, under a temporary name first, and return its path.
@@ -58,7 +58,7 @@ def write_report(
         DiskError: the file cannot be written.
     """
     path = run_dir / REPORT_NAME
-    write_text(path, render_report(title, config_yaml, metrics, summary, samples, notices, data))
+    write_text(path, render_report(title, config_yaml, metrics, summary, samples, warnings, data))
     return path
 
 
@@ -68,12 +68,12 @@ def render_report(
     metrics: Sequence[dict[str, Any]],
     summary: Sequence[tuple[str, str]],
     samples: Sequence[Sample],
-    notices: Sequence[str],
+    warnings: Sequence[str],
     data: DataPart | None = None,
 ) -> str:
     """The page as text."""
     body = [f"<header><h1>{escape(title)}</h1></header>"]
-    body += [f'<p class="notice">{escape(notice)}</p>' for notice in notices]
+    body += [f'<p class="warning">{escape(warning)}</p>' for warning in warnings]
     if summary:
         tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in summary)
         body.append(f'<dl class="summary">{tiles}</dl>')
@@ -100,12 +100,12 @@ def render_report(
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     if not metrics:
         return '<p class="empty">No step has been taken yet.</p>'
-    loss, heldout = _series(metrics, "loss"), _series(metrics, "heldout_loss")
+    loss, eval_set = _series(metrics, "loss"), _series(metrics, "eval_loss")
     lines = [Line("loss", loss, marks=len(loss) <= FEW_POINTS)]
     if len(loss) >= 20:
         lines = [Line("loss", loss, "faint"), Line("loss, smoothed", smooth(loss), "first")]
-    if heldout:
-        lines.append(Line("held-out loss", heldout, "second", marks=len(heldout) <= FEW_POINTS))
+    if eval_set:
+        lines.append(Line("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
     figures = [_figure("Loss", "nats per label token", lines, wide=True)]
     memory = max(_finite(metrics, "peak_memory_bytes"), default=0.0)
     memory_unit, unit_bytes = ("GiB", 2.0**30) if memory >= 2.0**30 else ("MiB", 2.0**20)

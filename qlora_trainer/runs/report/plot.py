@@ -1,7 +1,7 @@
 """Curves and bars as inline SVG: axes with round ticks, and for curves the points that a hover script reads.
 
-Drawn by hand because a report must open offline, follow the reader's light or dark colours, and need no plotting
-package. Colours and fonts come from the page's style sheet by class; nothing here knows what is plotted. Left out:
+Drawn by hand because a report must open offline, follow the reader's light or dark colors, and need no plotting
+package. Colors and fonts come from the page's style sheet by class; nothing here knows what is plotted. Left out:
 logarithmic axes, and more than the three line styles that a style sheet can tell apart.
 """
 
@@ -107,7 +107,7 @@ def in_words(value: float) -> str:
 
 def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
     """Round numbers, at most about `most`, whose first is at or below `low` and last at or above `high`."""
-    if high <= low:  # a single value gets room around it, but no negative side where it has none
+    if high <= low:  # a single value gets space around it, but no negative side where it has none
         spread = abs(low) * 0.1 or 1.0
         low, high = (0.0 if 0 <= low <= spread else low - spread), high + spread
     raw = (high - low) / most
@@ -120,13 +120,13 @@ def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[
 
 
 def thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """At most about MAX_DRAWN_POINTS: of each stretch of steps the lowest and the highest, so that no spike is lost."""
+    """At most about MAX_DRAWN_POINTS: of each span of steps the lowest and the highest, so that no spike is lost."""
     if len(points) <= MAX_DRAWN_POINTS:
         return list(points)
-    stretch = math.ceil(len(points) / (MAX_DRAWN_POINTS // 2))
+    span = math.ceil(len(points) / (MAX_DRAWN_POINTS // 2))
     kept: set[int] = {0, len(points) - 1}
-    for start in range(0, len(points), stretch):
-        places = range(start, min(start + stretch, len(points)))
+    for start in range(0, len(points), span):
+        places = range(start, min(start + span, len(points)))
         valued = [(value, place) for place in places if (value := points[place][1]) is not None]
         if valued:
             kept |= {min(valued)[1], max(valued)[1]}
@@ -171,19 +171,19 @@ def _curve(
     x_of: Callable[[float], float],
     y_of: Callable[[float], float],
 ) -> list[str]:
-    """A path with a new stretch after each gap; a dot for every point that has no neighbour to be joined to."""
-    stretches: list[list[Point]] = [[]]
+    """A path with a new span after each gap; a dot for every point that has no neighbor to be joined to."""
+    spans: list[list[Point]] = [[]]
     for step, value in points:
         if value is not None:
-            stretches[-1].append((step, value))
-        elif stretches[-1]:
-            stretches.append([])
+            spans[-1].append((step, value))
+        elif spans[-1]:
+            spans.append([])
     path = " ".join(
-        "M" + " L".join(f"{x_of(step):.1f} {y_of(value):.1f}" for step, value in stretch)
-        for stretch in stretches
-        if len(stretch) > 1
+        "M" + " L".join(f"{x_of(step):.1f} {y_of(value):.1f}" for step, value in span)
+        for span in spans
+        if len(span) > 1
     )
-    dots = [point for stretch in stretches for point in stretch if line.marks or len(stretch) == 1]
+    dots = [point for span in spans for point in span if line.marks or len(span) == 1]
     parts = [f'<path class="curve {line.style}" d="{path}"/>'] if path else []
     parts += [
         f'<circle class="dot {line.style}" cx="{x_of(step):.1f}" cy="{y_of(value):.1f}" r="3"/>' for step, value in dots

@@ -1,15 +1,16 @@
 """What report.html looks like, and the few lines that show a curve's values under the pointer.
 
-Colours have names, so that a reader's light or dark theme changes them in one place; everything drawn goes by class.
+Colors have names, so that a reader's light or dark theme changes them in one place; everything drawn goes by class.
 Kept inside the page, which fetches nothing. Left out: what is shown (page.py) and drawn (plot.py).
 """
 
 STYLE = """
 :root { --page: #f6f7f9; --card: #fff; --ink: #1b2330; --soft: #5d6776; --line: #dfe3e9; --first: #1f6fc4;
-  --second: #c2570c; --good: #16713d; --bad: #a5301f; --notice: #fdf3dc; --notice-edge: #b7791f; --code: #f1f3f6; }
+  --second: #c2570c; --good: #16713d; --bad: #a5301f; --warning: #fdf3dc; --warning-edge: #b7791f; --code: #f1f3f6; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #11151b; --card: #1a2029; --ink: #e7ebf1; --soft: #9aa5b4; --line: #313a47; --first: #66b0ff;
-    --second: #ff9f52; --good: #6fd397; --bad: #ff9583; --notice: #2d2717; --notice-edge: #d9a441; --code: #131820; } }
+    --second: #ff9f52; --good: #6fd397; --bad: #ff9583; --warning: #2d2717;
+    --warning-edge: #d9a441; --code: #131820; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -18,7 +19,7 @@ h1 { font-size: 27px; line-height: 1.2; margin: 0 0 20px; letter-spacing: -.015e
 h2 { font-size: 19px; margin: 40px 0 14px; letter-spacing: -.01em; }
 h3 { font-size: 14px; margin: 0; } h3 small { color: var(--soft); font-weight: 400; font-size: 13px; margin-left: 4px; }
 a { color: var(--first); }
-.notice { background: var(--notice); border-left: 4px solid var(--notice-edge); border-radius: 4px; margin: 0 0 12px;
+.warning { background: var(--warning); border-left: 4px solid var(--warning-edge); border-radius: 4px; margin: 0 0 12px;
   padding: 10px 14px; }
 .summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin: 0; overflow: hidden;
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; }

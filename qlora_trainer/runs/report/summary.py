@@ -10,7 +10,7 @@ from typing import Any
 from qlora_kernels.varlen_attention import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
 from qlora_trainer.common.units import gib
-from qlora_trainer.data.preparation.overview import bin_labels, heldout_facts, overview_of, source_facts, train_facts
+from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, overview_of, source_facts, train_facts
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.model.modules.packed_attention import attention_taken
@@ -32,7 +32,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         else "not paged: nothing pages on a CPU"
     )
     return [
-        ("base", f"{name}, {run.base.four_bit_share:.0%} of its linear weights in NF4"),
+        ("base", f"{name}, {run.base.quantized_fraction:.0%} of its linear weights in NF4"),
         ("compute", f"{str(run.base.compute_dtype).removeprefix('torch.')} on {run.base.device}"),
         (
             "adapters",
@@ -40,26 +40,26 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
-        ("backward", f"{run.state.policy}; little is kept by {run.state.lean}"),
+        ("backward", f"{run.state.policy}; little is kept by {run.state.patches}"),
         ("optimizer", f"{run.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
         (
             "training rows",
-            f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.learned_tokens:,} learned",
+            f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.trained_tokens:,} trained",
         ),
         *([("rows of an epoch", _rows_by_source(run.prepared))] if run.prepared.mixture else []),
-        ("held-out rows", f"{data.heldout.examples:,}, {data.heldout.tokens:,} tokens"),
-        ("steps", f"{run.state.total_steps:,}, each of up to {run.config.training.batch_size} rows"),
+        ("eval rows", f"{data.eval.examples:,}, {data.eval.tokens:,} tokens"),
+        ("steps", f"{run.state.total_steps:,}, each of up to {run.config.training.global_batch_size} rows"),
         *([("planned memory", f"{gib(run.plan.total)}, peak at {run.plan.operation}")] if run.plan else []),
     ]
 
 
 def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
-    """report.html of the run as it stands; `measured` are (name, value) pairs to show first."""
+    """report.html of the run as it is; `measured` are (name, value) pairs to show first."""
     metrics = read_metrics(run.directory / METRICS_NAME)
-    losses = [record["heldout_loss"] for record in metrics if record.get("heldout_loss") is not None]
+    losses = [record["eval_loss"] for record in metrics if record.get("eval_loss") is not None]
     is_finished = run.state.step == run.state.total_steps
     unfinished = [] if is_finished else [("stopped at", f"step {run.state.step:,}")]
-    loss = [("held-out loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
+    loss = [("eval loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
     return write_report(
         run.directory,
         title=title or run.directory.name,
@@ -67,7 +67,7 @@ def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: 
         metrics=metrics,
         summary=[*measured, *loss, *unfinished, *summarize(run), *_plan_and_peak(run, metrics)],
         samples=[Sample(**sample) for sample in read_samples(run.directory)],
-        notices=[*run.notices, *(record["recovered"] for record in metrics if "recovered" in record)],
+        warnings=[*run.warnings, *(record["recovered"] for record in metrics if "recovered" in record)],
         data=_data_part(run),
     )
 
@@ -77,19 +77,19 @@ def _data_part(run: Run) -> DataPart:
     loader, report = run.state.loader, run.prepared.report
     overview = overview_of(
         run.prepared,
-        batch_size=loader.batch_size,
+        global_batch_size=loader.global_batch_size,
         micro_batch_tokens=loader.micro_batch_tokens,
         packing=loader.packing,
         can_pack=run.state.forward.can_pack,
         seed=loader.seed,
     )
     tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
-    tables += [("training", train_facts(report, overview.epoch)), ("held out", heldout_facts(report))]
+    tables += [("training", train_facts(report, overview.epoch)), ("kept for evaluation", eval_facts(report))]
     return DataPart(tables, bin_labels(overview.lengths), overview.lengths.train)
 
 
 def _plan_and_peak(run: Run, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What training took at most, beside what was planned; empty without a plan or a step."""
+    """What training took at most, next to what was planned; empty without a plan or a step."""
     if run.plan is None or not metrics:
         return []
     if run.base.device.type == "cuda":

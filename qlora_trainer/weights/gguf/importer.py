@@ -2,9 +2,9 @@
 
 Training, fingerprints and the merge read a checkpoint by its own names, so a GGUF base is taken through that door too.
 transformers knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor
-by tensor. The weights stay in the file, and are dequantised where they are read (reader.py), so the model never
+by tensor. The weights stay in the file, and are dequantized where they are read (reader.py), so the model never
 lies anywhere in 16 bits, in memory or on the disk. The values are those of `from_pretrained(gguf_file=...)`, cast once
-to the dtype that the record names. That dtype decides the NF4 codes: float16 for quantised tensors (their scales are
+to the dtype that the record names. That dtype decides the NF4 codes: float16 for quantized tensors (their scales are
 float16, so it keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the
 dtype they have.
 
@@ -57,7 +57,7 @@ TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
 
 
 def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
-    """The directory under `cache_dir` that stands for `path`; made at the first call, which looks at every value.
+    """The directory under `cache_dir` that represents `path`; made at the first call, which looks at every value.
 
     It is named after the file and its sha256, and written under a temporary name, so one that exists is whole. The file
     must stay: it is read from there.
@@ -93,7 +93,7 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
                 _write_tokenizer(temporary, tokenizer, path)
                 _write_record(temporary, path, digest, reader, used | set(translations), tensors)
         except OutputExistsError:
-            # Another process made the same copy meanwhile; only a whole one can stand under this name.
+            # Another process made the same copy meanwhile; only a whole one can be under this name.
             if not (directory / IMPORT_RECORD).is_file():
                 raise
     return directory
@@ -266,7 +266,7 @@ def _write_record(
     used: set[str],
     tensors: dict[str, ImportedTensor],
 ) -> None:
-    """What this directory stands for, for people and for reading; its presence means that it is whole."""
+    """What this directory represents, for people and for reading; its presence means that it is whole."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     record = _place(path) | {
@@ -281,7 +281,7 @@ def _write_record(
     (directory / IMPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def import_notices(directory: Path) -> list[str]:
+def import_warnings(directory: Path) -> list[str]:
     """What an imported checkpoint leaves out of its GGUF file, for people; empty for any other directory."""
     record = directory / IMPORT_RECORD
     if not record.is_file():

@@ -31,7 +31,7 @@ class Translation:
 
     name: str
     shape: tuple[int, ...]
-    convert: Callable[[np.ndarray], Tensor]  # dequantised float32 values -> float32, in the checkpoint's layout
+    convert: Callable[[np.ndarray], Tensor]  # dequantized float32 values -> float32, in the checkpoint's layout
 
 
 def translations_of(directory: Path, architecture: str, names: list[str]) -> dict[str, Translation]:

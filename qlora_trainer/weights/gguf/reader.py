@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file in the model's own names and layout, dequantised where they are read.
+"""The tensors of a GGUF file in the model's own names and layout, dequantized where they are read.
 
 A model in GGUF lies in 4 or 5 GB; a copy in 16 bits would take three times that on the disk, and is never made. The
 import (importer.py) goes through the file once and writes a record: where each tensor lies, what it is called in the
@@ -27,7 +27,7 @@ from qlora_trainer.weights.gguf.layout import Translation, translations_of
 
 IMPORT_RECORD = "import.json"
 SAMPLE_ELEMENTS = 2**25
-CHUNK_ELEMENTS = 2**20  # dequantised at a time by each thread; gguf's functions make several copies
+CHUNK_ELEMENTS = 2**20  # dequantized at a time by each thread; gguf's functions make several copies
 
 # What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
 READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
@@ -45,7 +45,7 @@ class StoredTensor:
     def values(self, file: Path, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor, or some rows of its first dimension, as fp32 and cast once; ModelError where it cannot be read.
 
-        Beside the result it takes the memory of a few chunks.
+        Next to the result it takes the memory of a few chunks.
         """
         if len(self.shape) < 2:  # gguf's functions take rows; a vector is one
             (vector,) = dataclasses.replace(self, shape=(1, *self.shape)).values(file, dtype=dtype)
@@ -104,7 +104,7 @@ class ImportedTensor:
 
 
 class GGUFWeights:
-    """The checkpoint that an imported GGUF file stands for: its tensors by name, read when they are asked for."""
+    """The checkpoint that an imported GGUF file represents: its tensors by name, read when they are asked for."""
 
     def __init__(self, directory: Path) -> None:
         try:
@@ -162,7 +162,7 @@ class GGUFWeights:
 
 
 def open_weights(directory: Path) -> GGUFWeights | None:
-    """The weights of a directory that stands for a GGUF file; None for any other directory.
+    """The weights of a directory that represents a GGUF file; None for any other directory.
 
     Raises:
         FileMissingError, ModelError: the file is gone, or was changed.
@@ -172,7 +172,7 @@ def open_weights(directory: Path) -> GGUFWeights | None:
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What looking at every value of a tensor told."""
+    """What looking at every value of a tensor reported."""
 
     shape: tuple[int, ...]  # in the checkpoint
     rows: Rows
@@ -181,9 +181,9 @@ class Examined:
 
 
 def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
-    """How a tensor lies beside what `convert` makes of it, which is the checkpoint's layout.
+    """How a tensor lies next to what `convert` makes of it, which is the checkpoint's layout.
 
-    Embeddings and output heads can be too large to convert whole, so only their first rows are: what llama.cpp permutes
+    Embeddings and LM heads can be too large to convert whole, so only their first rows are: what llama.cpp permutes
     are the rows of heads.
     """
     by_tokens = tensor.name in ("token_embd.weight", "output.weight")

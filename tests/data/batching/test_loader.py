@@ -11,8 +11,8 @@ from qlora_trainer.data.types import IGNORED_LABEL
 ROWS = [Example([token, token + 100, token + 200], [-100, token + 100, token + 200]) for token in range(1, 12)]
 
 
-def loader(rows=ROWS, batch_size=4, seed=0, **kwargs) -> StepLoader:
-    return StepLoader(rows, batch_size, kwargs.get("micro_batch_tokens", 6), kwargs.get("packing", True), seed)
+def loader(rows=ROWS, global_batch_size=4, seed=0, **kwargs) -> StepLoader:
+    return StepLoader(rows, global_batch_size, kwargs.get("micro_batch_tokens", 6), kwargs.get("packing", True), seed)
 
 
 def rows_of(packs) -> list[int]:
@@ -89,7 +89,7 @@ def test_a_step_holds_the_same_rows_and_labels_however_it_is_cut():
     ("changed", "words"),
     [
         ({"rows": ROWS[:-1]}, "rows was 11 and is 10"),
-        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"global_batch_size": 5}, "global_batch_size was 4 and is 5"),
         ({"seed": 1}, "seed was 0 and is 1"),
     ],
 )
@@ -114,5 +114,5 @@ def test_no_rows_are_refused():
         loader(rows=[])
 
 
-def test_rows_and_the_loss_agree_on_what_is_not_learned():
+def test_rows_and_the_loss_agree_on_what_is_not_trained():
     assert IGNORED_LABEL == IGNORED

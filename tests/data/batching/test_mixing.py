@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_trainer.config.schema import Source
-from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, heldout_counts, is_mixed
+from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed
 
 
 def mixture(available: list[int], quotas: list[int]) -> Mixture:
@@ -103,12 +103,12 @@ def test_seeds_and_sources_draw_apart():
     ],
 )
 def test_rows_are_held_out_of_each_source_as_an_epoch_takes_them(available, parts, share, expected):
-    assert heldout_counts(available, parts, share) == expected
+    assert eval_counts(available, parts, share) == expected
 
 
 @given(sizes, st.floats(0.001, 0.999), st.booleans())
 def test_holding_out_always_leaves_rows_to_train_on(available, share, weighted):
-    held = heldout_counts(available, [Part(weight=1.5 if weighted else None)] * len(available), share)
+    held = eval_counts(available, [Part(weight=1.5 if weighted else None)] * len(available), share)
     assert all(0 <= h <= count for h, count in zip(held, available, strict=True))
     assert sum(held) < sum(available)
     assert not weighted or all(h < count for h, count in zip(held, available, strict=True))

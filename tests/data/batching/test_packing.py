@@ -20,20 +20,20 @@ FIRST_FIT_ONLY = [
 
 @st.composite
 def examples(draw):
-    """Rows of unlike lengths, each token unique, each labelled or not."""
+    """Rows of unlike lengths, each token unique, each labeled or not."""
     lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
     rows = []
     start = 1
     for length in lengths:
         ids = list(range(start, start + length))
         start += length
-        learned = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        rows.append(Example(ids, [token if flag else -100 for token, flag in zip(ids, learned, strict=True)]))
+        trained = draw(st.lists(st.booleans(), min_size=length, max_size=length))
+        rows.append(Example(ids, [token if flag else -100 for token, flag in zip(ids, trained, strict=True)]))
     return rows
 
 
-def labelled_pairs(rows: list[Example]) -> Counter:
-    """(token, the learned token after it) for every label that carries loss."""
+def labeled_pairs(rows: list[Example]) -> Counter:
+    """(token, the trained token after it) for every label that carries loss."""
     return Counter(
         (row.input_ids[i], row.labels[i + 1])
         for row in rows
@@ -50,12 +50,12 @@ def test_every_token_and_every_label_is_in_a_pack_exactly_once(rows, packing):
     pairs: Counter = Counter()
     for pack in packs:
         tokens.update(token for token in pack.input_ids.flatten().tolist() if token != 0)
-        learned = pack.labels != -100
-        pairs.update(zip(pack.input_ids[learned].tolist(), pack.labels[learned].tolist(), strict=True))
-        assert pack.label_tokens == int(learned.sum())
+        trained = pack.labels != -100
+        pairs.update(zip(pack.input_ids[trained].tolist(), pack.labels[trained].tolist(), strict=True))
+        assert pack.label_tokens == int(trained.sum())
         assert pack.tokens == int((pack.input_ids != 0).sum())
     assert tokens == Counter(token for row in rows for token in row.input_ids)
-    assert pairs == labelled_pairs(rows)
+    assert pairs == labeled_pairs(rows)
 
 
 @settings(max_examples=80)

@@ -1,4 +1,4 @@
-"""A row's format is seen by its columns; where it is not, the letter says what the row most likely is."""
+"""A row's format is seen by its columns; where it is not, the error message says what the row most likely is."""
 
 import pytest
 

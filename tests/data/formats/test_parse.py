@@ -140,12 +140,12 @@ def test_a_named_format_is_used_though_columns_suggest_another():
         ({"instruction": "q", "output": "a", "history": 5}, "auto", r"history should be a list of"),
         ({"messages": [USER, BOT], "tools": 5}, "auto", r"tools should be a list of functions, and is the int 5"),
         ({"messages": [USER, BOT], "tools": "true"}, "auto", r"tools should be a list .* and is true or false"),
-        ({"prompt": "p", "completion": "c", "image": "x.png"}, "auto", r"image cannot be learned from"),
-        ({"text": "a cat", "image": {"bytes": "x"}}, "auto", r"image cannot be learned from"),
+        ({"prompt": "p", "completion": "c", "image": "x.png"}, "auto", r"image cannot be trained from"),
+        ({"text": "a cat", "image": {"bytes": "x"}}, "auto", r"image cannot be trained from"),
         ({"prompt": None, "completion": "c"}, "auto", r"completion is there, but prompt is null"),
         ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt: role is missing or null; the turn holds a"),
         ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: NAME"),
-        ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be learned from"),
+        ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be trained from"),
         ({"messages": [{"role": "system", "content": "x"}, USER, BOT], "system": "s"}, "auto", r"another system turn"),
         ({"messages": [USER, BOT], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "auto", r"both given"),
         ({"instruction": "q", "input": float("nan"), "output": "a"}, "auto", r"and is NaN. .* write null"),
@@ -215,7 +215,7 @@ def test_a_call_turn_that_is_learned_as_text_is_counted():
         turns = [{"from": "human", "value": "q"}, *({"from": "function_call", "value": value} for value in said)]
         reader.read({"conversations": turns}, "line 1")
         reader.read({"conversations": json.dumps(turns)}, "line 2")
-    assert reader.notices == {CALL_IS_TEXT: 4}, "rows, not turns"
+    assert reader.warnings == {CALL_IS_TEXT: 4}, "rows, not turns"
 
 
 def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_told():
@@ -226,7 +226,7 @@ def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_told(
         (expected, plain), (found, reader) = reading(given), reading(as_text)
         assert found == expected == Conversation(ASKED)
         assert reader.unused == plain.unused
-        assert (plain.notices, reader.notices) == ({}, {TEXT_IS_TURNS: 1})
+        assert (plain.warnings, reader.warnings) == ({}, {TEXT_IS_TURNS: 1})
 
 
 def test_json_of_turns_stays_text_where_a_template_writes_it():
@@ -235,7 +235,7 @@ def test_json_of_turns_stays_text_where_a_template_writes_it():
         reading(given)
     row, reader = reading(given, template={"completion": "{completion}"})
     assert row == PromptCompletion("Write a dialogue.", json.dumps(TURNS))
-    assert not reader.notices
+    assert not reader.warnings
 
 
 def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():

@@ -1,4 +1,4 @@
-"""One turn becomes one message, whatever its file calls things; what cannot be learned from is refused by name."""
+"""One turn becomes one message, whatever its file calls things; what cannot be trained from is refused by name."""
 
 import json
 
@@ -149,8 +149,8 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
             {**BOT, "content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "r"}]},
             r"a thinking part after text",
         ),
-        ({**BOT, "content": "a", "thinking": "r", "reasoning_content": "s"}, r"reasoning stands there twice"),
-        ({"role": "user", "content": "<image>", "images": ["x.png"]}, r"images cannot be learned from, only text"),
+        ({**BOT, "content": "a", "thinking": "r", "reasoning_content": "s"}, r"reasoning is there twice"),
+        ({"role": "user", "content": "<image>", "images": ["x.png"]}, r"images cannot be trained from, only text"),
         ({"role": "robot", "content": "q"}, r"unknown role 'robot'; known are system, user"),
         ({"content": "q"}, r"role is missing or null"),
     ],

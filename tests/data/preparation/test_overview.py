@@ -18,7 +18,7 @@ from qlora_trainer.data.preparation.overview import (
     MOST_BINS,
     bin_labels,
     count_lengths,
-    heldout_facts,
+    eval_facts,
     make_overview,
     overview_of,
     source_facts,
@@ -30,13 +30,13 @@ from qlora_trainer.data.preparation.reports import PreparationReport, SetReport,
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 
 
-@given(train=LENGTHS, heldout=st.lists(st.integers(1, 9000), max_size=20))
-def test_every_row_is_counted_in_the_bin_of_its_length(train: list[int], heldout: list[int]) -> None:
-    found = count_lengths(np.array(train), np.array(heldout, dtype=np.int64))
+@given(train=LENGTHS, eval=st.lists(st.integers(1, 9000), max_size=20))
+def test_every_row_is_counted_in_the_bin_of_its_length(train: list[int], eval_set: list[int]) -> None:
+    found = count_lengths(np.array(train), np.array(eval_set, dtype=np.int64))
     edges = found.edges
     assert edges == sorted(set(edges))
-    assert edges[-1] == max(train + heldout) + 1
-    for lengths, counts in ((train, found.train), (heldout, found.heldout)):
+    assert edges[-1] == max(train + eval_set) + 1
+    for lengths, counts in ((train, found.train), (eval_set, found.eval)):
         expected = [sum(begin <= n < end for n in lengths) for begin, end in pairwise(edges)]
         assert counts == expected
         assert sum(counts) == len(lengths)
@@ -70,7 +70,7 @@ def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> Non
     lengths, _ = lengths_and_order(23)
     loader = StepLoader([Example([1] * n, [1] * n) for n in lengths.tolist()], 4, 64, packing, seed=5)
     overview = make_overview(
-        lengths, lengths[:0], loader.order(0), batch_size=4, micro_batch_tokens=64, packing=packing
+        lengths, lengths[:0], loader.order(0), global_batch_size=4, micro_batch_tokens=64, packing=packing
     ).epoch
     steps = [loader.next() for _ in range(loader.steps_per_epoch)]
     packs = [pack for step in steps for pack in step]
@@ -83,7 +83,7 @@ def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> Non
 
 def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
     lengths, order = lengths_and_order(100)
-    epoch = make_overview(lengths, lengths[:3], order, batch_size=8, micro_batch_tokens=64, packing=True).epoch
+    epoch = make_overview(lengths, lengths[:3], order, global_batch_size=8, micro_batch_tokens=64, packing=True).epoch
     assert epoch.packed.fill == 1.0
     assert epoch.fill_of_whole_steps < epoch.padded.fill < 1.0
     computed = sum(len(part) * max(part) for part in (lengths[order[at : at + 8]].tolist() for at in range(0, 100, 8)))
@@ -92,10 +92,10 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
 
 def report(**changes: object) -> PreparationReport:
     source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
-    source.train, source.heldout, source.epoch = 8, 1, 20
-    sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "heldout": SetReport(1, 40, 10, 40, 40, 40)}
-    counts = {"train_duplicates": 2, "heldout_duplicates": 1, "train_other_answers": 3, "heldout_other_answers": 0}
-    rest = {"epoch_examples": 20, "max_length": 64, "notices": [], "skipped_rows": None, "cached": False}
+    source.train, source.eval, source.epoch = 8, 1, 20
+    sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "eval": SetReport(1, 40, 10, 40, 40, 40)}
+    counts = {"train_duplicates": 2, "eval_duplicates": 1, "train_other_answers": 3, "eval_other_answers": 0}
+    rest = {"epoch_examples": 20, "max_length": 64, "warnings": [], "skipped_rows": None, "cached": False}
     return PreparationReport(**{"sources": [source], **sets, **counts, **rest, **changes})
 
 
@@ -117,15 +117,17 @@ def test_every_reason_and_count_is_put_into_words() -> None:
 @pytest.mark.parametrize(("packing", "words"), [(True, "100%, as rows are packed"), (False, "data.packing=true")])
 def test_sets_are_put_into_words(packing: bool, words: str) -> None:
     lengths, order = lengths_and_order(8)
-    epoch = make_overview(lengths, lengths[:1], order, batch_size=3, micro_batch_tokens=64, packing=packing).epoch
+    epoch = make_overview(
+        lengths, lengths[:1], order, global_batch_size=3, micro_batch_tokens=64, packing=packing
+    ).epoch
     train = dict(train_facts(report(), epoch))
     assert train["repeat an earlier row"] == "2"
     assert train["have an earlier row's prompt, with another answer"] == "3"
-    assert train["tokens"] == "400, of which 25.0% are learned"
+    assert train["tokens"] == "400, of which 25.0% are trained"
     assert train["an epoch"].startswith("3 steps of up to 3 rows")
     assert words in train["fill"]
-    assert dict(heldout_facts(report()))["also in training"] == "1"
-    assert heldout_facts(report(heldout=SetReport(0, 0, 0, 0, 0, 0))) == [("rows", "none")]
+    assert dict(eval_facts(report()))["also in training"] == "1"
+    assert eval_facts(report(eval=SetReport(0, 0, 0, 0, 0, 0))) == [("rows", "none")]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
 )
 def test_fill_is_promised_only_for_models_that_can_be_packed(packing: bool, can_pack: bool | None, words: str) -> None:
     lengths, order = lengths_and_order(8)
-    how = {"batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
+    how = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
     epoch = make_overview(lengths, lengths[:1], order, **how).epoch
     assert re.search(words, dict(train_facts(report(), epoch))["fill"])
     assert (epoch.packing, epoch.can_pack) == (packing and can_pack is None, can_pack)
@@ -150,9 +152,9 @@ def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
         lines = [json.dumps({"prompt": f"{name} {i}", "completion": "word " * (i + 1)}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
-    config = DataConfig(train=sources, heldout=0.0, workers=0)
+    config = DataConfig(train=sources, eval=0.0, workers=0)
     prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
-    epoch = overview_of(prepared, batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
+    epoch = overview_of(prepared, global_batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
     assert (epoch.rows, epoch.steps) == (12 + 9, 6)
     loader = StepLoader(prepared.train, 4, 64, True, 0, prepared.mixture)
     assert epoch.tokens_per_step == pytest.approx(sum(pack.tokens for _ in range(6) for pack in loader.next()) / 6)

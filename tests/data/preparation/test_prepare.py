@@ -39,7 +39,7 @@ def write(tmp_path: Path, name: str, rows: list[dict]) -> str:
 def run(
     tmp_path: Path, train, *, tokenizer=TOKENIZER, seed=0, max_positions=None, vocab_size=None, progress=None, **data
 ):
-    settings = {"heldout": 0.0, "max_length": 128} | data
+    settings = {"eval": 0.0, "max_length": 128} | data
     return prepare(
         DataConfig(train=train, **settings),
         tokenizer,
@@ -71,7 +71,7 @@ def test_prepared_examples_are_those_that_rendering_gives(tmp_path):
     assert [prepared.train.row(i) for i in range(40)] == conversations
     assert prepared.train.where(7) == "x.jsonl, line 8"
     assert prepared.train.lengths.tolist() == [len(e.input_ids) for e in expected]
-    assert prepared.train.learned_counts.tolist() == [e.learned_tokens for e in expected]
+    assert prepared.train.trained_counts.tolist() == [e.trained_tokens for e in expected]
 
 
 def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
@@ -82,16 +82,16 @@ def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
     table.write_text(json.dumps({"prompt": asked, "completion": answered}) + "\n")
     sources = [Source(path=calls), Source(path=str(table))]
     prepared = run(tmp_path, sources, on_bad_row="skip")
-    assert [source.notices for source in prepared.report.sources] == [{CALL_IS_TEXT: 1}, {TEXT_IS_TURNS: 1}]
-    assert f"calls.jsonl: 1 of 2 rows: {CALL_IS_TEXT}" in prepared.report.notices
-    assert run(tmp_path, sources, on_bad_row="skip").report.notices == prepared.report.notices
+    assert [source.warnings for source in prepared.report.sources] == [{CALL_IS_TEXT: 1}, {TEXT_IS_TURNS: 1}]
+    assert f"calls.jsonl: 1 of 2 rows: {CALL_IS_TEXT}" in prepared.report.warnings
+    assert run(tmp_path, sources, on_bad_row="skip").report.warnings == prepared.report.warnings
 
 
 def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatch):
     path = write(tmp_path, "x.jsonl", ROWS)
-    first = run(tmp_path, path, heldout=0.2)
+    first = run(tmp_path, path, eval=0.2)
     monkeypatch.setattr(preparation, "_write", None)
-    second = run(tmp_path, path, heldout=0.2)
+    second = run(tmp_path, path, eval=0.2)
     assert not first.report.cached
     assert second.report.cached
     assert second.key == first.key
@@ -103,8 +103,8 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
     changes = [
-        {"learn": "last"},
-        {"learn": ["assistant", "user"]},
+        {"train_on": "last"},
+        {"train_on": ["assistant", "user"]},
         {"max_length": 64},
         {"max_positions": 100},
         {"too_long": "drop"},
@@ -117,7 +117,7 @@ def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "transformers", "jinja2"])
-def test_what_another_version_tokenised_or_rendered_is_prepared_anew(tmp_path, monkeypatch, package):
+def test_what_another_version_tokenized_or_rendered_is_prepared_anew(tmp_path, monkeypatch, package):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
     version = preparation.metadata.version
@@ -131,12 +131,12 @@ def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_told
     runs = [run(tmp_path, path, tokenizer=dated, template_date=day) for day in (days[0], days[0], days[1])]
     assert [prepared.report.cached for prepared in runs] == [False, True, False]
     assert runs[0].key == runs[1].key != runs[2].key
-    told = "the chat template writes a date into every conversation: it is fixed to 2026-01-30 (data.template_date)"
-    assert told in runs[0].report.notices
+    reported = "the chat template writes a date into every conversation: it is fixed to 2026-01-30 (data.template_date)"
+    assert reported in runs[0].report.warnings
     plain = [run(tmp_path, path, template_date=day) for day in (None, *days)]
     assert [prepared.report.cached for prepared in plain] == [False, True, True]
-    assert not plain[0].report.notices
-    assert "data.template_date has no effect: the tokenizer's chat template writes no date" in plain[1].report.notices
+    assert not plain[0].report.warnings
+    assert "data.template_date has no effect: the tokenizer's chat template writes no date" in plain[1].report.warnings
 
 
 def test_a_row_that_the_template_refuses_stops_preparation_with_its_place(tmp_path):
@@ -150,18 +150,18 @@ def test_the_key_follows_the_examples_and_nothing_else(tmp_path):
     key = run(tmp_path, path).key
     assert run(tmp_path, path, max_length=64).key == key, "no row is that long"
     assert run(tmp_path, write(tmp_path, "other_name.jsonl", ROWS)).key == key
-    assert run(tmp_path, path, heldout=0.1).key != key
-    assert run(tmp_path, path, heldout=0.1).key != run(tmp_path, path, heldout=0.1, seed=1).key
-    heldout = [write(tmp_path, f"{n}.jsonl", ROWS[n : n + 1]) for n in range(2)]
-    assert run(tmp_path, path, heldout=heldout[0]).key != run(tmp_path, path, heldout=heldout[1]).key
-    assert run(tmp_path, path, learn="all").key != key
+    assert run(tmp_path, path, eval=0.1).key != key
+    assert run(tmp_path, path, eval=0.1).key != run(tmp_path, path, eval=0.1, seed=1).key
+    eval_set = [write(tmp_path, f"{n}.jsonl", ROWS[n : n + 1]) for n in range(2)]
+    assert run(tmp_path, path, eval=eval_set[0]).key != run(tmp_path, path, eval=eval_set[1]).key
+    assert run(tmp_path, path, train_on="all").key != key
     assert run(tmp_path, write(tmp_path, "x.jsonl", ROWS[::-1])).key != key
 
 
 def test_what_only_chooses_among_rows_costs_no_second_preparation(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, [Source(path=path)])
-    assert run(tmp_path, [Source(path=path, count=7)], heldout=0.2, seed=3, workers=5).report.cached
+    assert run(tmp_path, [Source(path=path, count=7)], eval=0.2, seed=3, workers=5).report.cached
     assert run(tmp_path, [Source(path=path, weight=2.0)]).report.cached
     assert run(tmp_path, path).report.cached
 
@@ -177,7 +177,7 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens.npy", "learned.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"]
+    "name", ["tokens.npy", "trained.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"]
 )
 def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
@@ -222,38 +222,38 @@ def test_a_bad_row_stops_with_its_place_and_leaves_nothing(tmp_path):
 
 def test_the_held_out_share_is_chosen_by_seed_and_apart_from_training(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
-    prepared = run(tmp_path, path, heldout=0.1)
-    train, heldout = ({s.where(i) for i in range(len(s))} for s in (prepared.train, prepared.heldout))
-    assert (len(train), len(heldout)) == (36, 4)
-    assert not train & heldout
-    again = run(tmp_path, path, heldout=0.1, seed=1).heldout
-    assert {again.where(i) for i in range(4)} != heldout
-    assert len(run(tmp_path, path, heldout=0.001).heldout) == 1
-    assert len(run(tmp_path, path, heldout=0.999).train) == 1
-    single = run(tmp_path, write(tmp_path, "one.jsonl", ROWS[:1]), heldout=0.5)
-    assert (len(single.train), len(single.heldout)) == (1, 0)
+    prepared = run(tmp_path, path, eval=0.1)
+    train, eval_set = ({s.where(i) for i in range(len(s))} for s in (prepared.train, prepared.eval))
+    assert (len(train), len(eval_set)) == (36, 4)
+    assert not train & eval_set
+    again = run(tmp_path, path, eval=0.1, seed=1).eval
+    assert {again.where(i) for i in range(4)} != eval_set
+    assert len(run(tmp_path, path, eval=0.001).eval) == 1
+    assert len(run(tmp_path, path, eval=0.999).train) == 1
+    single = run(tmp_path, write(tmp_path, "one.jsonl", ROWS[:1]), eval=0.5)
+    assert (len(single.train), len(single.eval)) == (1, 0)
 
 
 def test_parts_of_a_document_stay_on_one_side_unless_it_is_the_only_one(tmp_path):
     documents = [{"text": f"{n} The quick brown fox. " * 30} for n in range(10)]
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", documents), heldout=0.2)
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", documents), eval=0.2)
     assert prepared.report.sources[0].split == 10
-    sides = [{s.where(i) for i in range(len(s))} for s in (prepared.train, prepared.heldout)]
+    sides = [{s.where(i) for i in range(len(s))} for s in (prepared.train, prepared.eval)]
     assert [len(side) for side in sides] == [8, 2]
     assert not sides[0] & sides[1]
-    alone = run(tmp_path, write(tmp_path, "one.jsonl", [{"text": "The quick brown fox. " * 300}]), heldout=0.2)
-    assert len(alone.heldout) >= 1
-    assert len(alone.train) > len(alone.heldout)
+    alone = run(tmp_path, write(tmp_path, "one.jsonl", [{"text": "The quick brown fox. " * 300}]), eval=0.2)
+    assert len(alone.eval) >= 1
+    assert len(alone.train) > len(alone.eval)
     assert isinstance(alone.train.row(0), Document)
 
 
 def test_a_held_out_file_is_only_held_out_and_its_duplicates_are_counted(tmp_path):
     train = write(tmp_path, "train.jsonl", [*ROWS[:10], ROWS[0], ROWS[1]])
-    heldout = write(tmp_path, "heldout.jsonl", [ROWS[1], ROWS[2], ROWS[30]])
-    prepared = run(tmp_path, train, heldout=heldout)
-    assert (len(prepared.train), len(prepared.heldout)) == (12, 3)
-    assert prepared.heldout.where(2) == "heldout.jsonl, line 3"
-    assert (prepared.report.train_duplicates, prepared.report.heldout_duplicates) == (2, 2)
+    eval_set = write(tmp_path, "eval.jsonl", [ROWS[1], ROWS[2], ROWS[30]])
+    prepared = run(tmp_path, train, eval=eval_set)
+    assert (len(prepared.train), len(prepared.eval)) == (12, 3)
+    assert prepared.eval.where(2) == "eval.jsonl, line 3"
+    assert (prepared.report.train_duplicates, prepared.report.eval_duplicates) == (2, 2)
 
 
 def test_every_row_read_is_used_or_counted_with_a_reason(tmp_path):
@@ -269,12 +269,12 @@ def test_every_row_read_is_used_or_counted_with_a_reason(tmp_path):
 
 
 def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), heldout=0.1)
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), eval=0.1)
     loader = StepLoader(prepared.train, 8, 256, packing=True, seed=0)
     packs = [pack for _ in range(loader.steps_per_epoch) for pack in loader.next()]
     summary = prepared.report.train
     assert sum(pack.tokens for pack in packs) == summary.tokens
-    assert sum(pack.label_tokens for pack in packs) == summary.learned_tokens
+    assert sum(pack.label_tokens for pack in packs) == summary.trained_tokens
     lengths = [len(prepared.train[i].input_ids) for i in range(36)]
     assert (summary.shortest, summary.longest) == (min(lengths), max(lengths))
     assert summary.median == int(np.median(lengths))
@@ -288,8 +288,8 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"data.heldout: none of the 2 rows"):
-        run(tmp_path, good, max_length=64, heldout=path)
+    with pytest.raises(DataError, match=r"data.eval: none of the 2 rows"):
+        run(tmp_path, good, max_length=64, eval=path)
 
 
 def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
@@ -302,7 +302,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
     prepared = run(tmp_path, sources)
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
-    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.notices
+    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.warnings
     assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
 
 
@@ -332,7 +332,7 @@ def test_the_models_positions_cap_the_length_and_it_is_said(tmp_path):
         max_positions=100,
     )
     assert prepared.report.train.longest == prepared.report.max_length == 100
-    assert "data.max_length is 512, but the model has 100 positions: rows end there" in prepared.report.notices
+    assert "data.max_length is 512, but the model has 100 positions: rows end there" in prepared.report.warnings
 
 
 def test_a_token_beyond_the_models_vocabulary_is_refused(tmp_path):
@@ -367,9 +367,9 @@ def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
         listed = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
         assert [row["where"] for row in listed] == [f"x.jsonl, line {n}" for n in (2, 4, 5)]
         assert listed[0]["reason"].startswith("x.jsonl, line 2: ")
-        (notice,) = [notice for notice in prepared.report.notices if "skipped" in notice]
-        assert "3 bad rows were skipped (2 " in notice
-        assert "skipped_rows.jsonl" in notice
+        (warning,) = [warning for warning in prepared.report.warnings if "skipped" in warning]
+        assert "3 bad rows were skipped (2 " in warning
+        assert "skipped_rows.jsonl" in warning
 
 
 def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(tmp_path, monkeypatch):
@@ -423,19 +423,19 @@ def test_sources_are_mixed_by_weight_and_the_report_says_how_many_rows_an_epoch_
     many = write(tmp_path, "many.jsonl", [row(f"many {n}", "a") for n in range(200)])
     few = write(tmp_path, "few.jsonl", [row(f"few {n}", "a") for n in range(20)])
     sources = [Source(path=many, weight=0.75), Source(path=few, weight=0.25)]
-    prepared = run(tmp_path, sources, heldout=0.1)
+    prepared = run(tmp_path, sources, eval=0.1)
     report = prepared.report
-    # Of all rows an epoch would take 60 and 20: a tenth of that is held out. The 18 rows left of the scarce source
-    # set the scale.
-    assert [(s.train, s.heldout, s.epoch) for s in report.sources] == [(194, 6, 54), (18, 2, 18)]
-    assert (len(prepared.train), len(prepared.heldout), report.epoch_examples) == (212, 8, 72)
+    # Of all rows an epoch would take 60 and 20: a tenth of that is kept for evaluation. The 18 rows left of the scarce
+    # source set the scale.
+    assert [(s.train, s.eval, s.epoch) for s in report.sources] == [(194, 6, 54), (18, 2, 18)]
+    assert (len(prepared.train), len(prepared.eval), report.epoch_examples) == (212, 8, 72)
     loader = StepLoader(prepared.train, 8, 256, packing=True, seed=0, mixture=prepared.mixture)
     assert loader.steps_per_epoch == 9
     for epoch in range(3):
         taken = [prepared.train.where(int(i)).split(".")[0] for i in loader.order(epoch)]
         assert Counter(taken) == {"many": 54, "few": 18}
-    assert prepared.key != run(tmp_path, [sources[0].model_copy(update={"weight": 1.0}), sources[1]], heldout=0.1).key
-    assert prepared.key == run(tmp_path, sources, heldout=0.1).key
+    assert prepared.key != run(tmp_path, [sources[0].model_copy(update={"weight": 1.0}), sources[1]], eval=0.1).key
+    assert prepared.key == run(tmp_path, sources, eval=0.1).key
 
 
 def test_a_source_with_a_count_is_repeated_to_that_count_and_others_are_used_whole(tmp_path):
@@ -458,30 +458,30 @@ def test_a_mixed_source_without_a_usable_row_is_an_error(tmp_path):
 def test_the_held_out_share_is_taken_from_each_source(tmp_path):
     first = write(tmp_path, "a.jsonl", [row(f"a {n}", "a") for n in range(90)])
     second = write(tmp_path, "b.jsonl", [row(f"b {n}", "a") for n in range(10)])
-    report = run(tmp_path, [Source(path=first), Source(path=second)], heldout=0.1).report
-    assert [source.heldout for source in report.sources] == [9, 1]
+    report = run(tmp_path, [Source(path=first), Source(path=second)], eval=0.1).report
+    assert [source.eval for source in report.sources] == [9, 1]
 
 
 def test_a_held_out_source_has_a_format_and_columns_of_its_own(tmp_path):
-    heldout = write(tmp_path, "h.jsonl", [{"frage": "question 3", "antwort": "answer 3"}])
+    eval_set = write(tmp_path, "h.jsonl", [{"frage": "question 3", "antwort": "answer 3"}])
     columns = {"question": "frage", "answer": "antwort"}
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), heldout={"path": heldout, "columns": columns})
-    assert prepared.heldout[0] == prepared.train[3]
-    assert prepared.report.heldout_duplicates == 1
-    assert [(s.train, s.heldout, s.epoch) for s in prepared.report.sources] == [(40, 0, 40), (0, 1, 0)]
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), eval={"path": eval_set, "columns": columns})
+    assert prepared.eval[0] == prepared.train[3]
+    assert prepared.report.eval_duplicates == 1
+    assert [(s.train, s.eval, s.epoch) for s in prepared.report.sources] == [(40, 0, 40), (0, 1, 0)]
 
 
 def test_an_equal_prompt_with_another_answer_is_counted_apart_from_repeats(tmp_path):
     train = [*ROWS[:5], ROWS[0], row("question 1", "another answer"), row("question 1", "a third")]
-    heldout = [ROWS[2], row("question 3", "another answer"), row("new", "answer 4")]
-    prepared = run(tmp_path, write(tmp_path, "x.jsonl", train), heldout=write(tmp_path, "h.jsonl", heldout))
+    eval_set = [ROWS[2], row("question 3", "another answer"), row("new", "answer 4")]
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", train), eval=write(tmp_path, "h.jsonl", eval_set))
     report = prepared.report
     assert (report.train_duplicates, report.train_other_answers) == (1, 2)
-    assert (report.heldout_duplicates, report.heldout_other_answers) == (1, 1)
-    said = "\n".join(report.notices)
-    assert "1 of 3 held-out rows are in training too" in said
+    assert (report.eval_duplicates, report.eval_other_answers) == (1, 1)
+    said = "\n".join(report.warnings)
+    assert "1 of 3 eval rows are in training too" in said
     assert "1 training rows repeat an earlier one" in said
-    assert not [n for n in run(tmp_path, write(tmp_path, "y.jsonl", ROWS)).report.notices if "rows" in n]
+    assert not [n for n in run(tmp_path, write(tmp_path, "y.jsonl", ROWS)).report.warnings if "rows" in n]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
@@ -515,15 +515,15 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_p
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])
 def test_real_rows_are_all_used(tmp_path, shared_data, name, rows):
-    prepared = run(tmp_path, str(shared_data(name)), heldout=0.05, max_length=4096)
+    prepared = run(tmp_path, str(shared_data(name)), eval=0.05, max_length=4096)
     (source,) = prepared.report.sources
     assert (source.rows, source.examples, source.dropped, source.truncated) == (rows, rows, {}, 0)
-    assert len(prepared.train) + len(prepared.heldout) == rows
+    assert len(prepared.train) + len(prepared.eval) == rows
 
 
 def test_a_real_text_is_prepared_to_its_last_token(tmp_path, shared_data):
     text = shared_data("tinyshakespeare/input.txt").read_text(encoding="utf-8")[:100_000]
     (tmp_path / "play.txt").write_text(text, encoding="utf-8")
-    report = run(tmp_path, str(tmp_path / "play.txt"), heldout=0.05, max_length=512).report
+    report = run(tmp_path, str(tmp_path / "play.txt"), eval=0.05, max_length=512).report
     assert report.train.longest <= 512
-    assert report.train.tokens + report.heldout.tokens == len(TOKENIZER(text, verbose=False).input_ids) + 1
+    assert report.train.tokens + report.eval.tokens == len(TOKENIZER(text, verbose=False).input_ids) + 1

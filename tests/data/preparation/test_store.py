@@ -41,7 +41,7 @@ def test_examples_and_rows_come_back_as_they_were_written(tmp_path):
     assert store.summary == {"found": 3}
     assert store.arrays["units"].tolist() == [1, 3, 4]
     assert store.arrays["sources"].tolist() == [0, 1, 1]
-    assert store.arrays["learned_counts"].tolist() == [example.learned_tokens for example in EXAMPLES]
+    assert store.arrays["trained_counts"].tolist() == [example.trained_tokens for example in EXAMPLES]
     lines = store.skipped_rows.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"where": "x, line 3", "reason": "no\u2028text"},
@@ -63,7 +63,7 @@ def test_equal_examples_have_equal_hashes_and_others_do_not():
     digests, prompts = block.digests.tolist(), block.prompts.tolist()
     assert digests[0] == digests[1]
     assert len(set(digests)) == 5
-    # A prompt is what stands before the last answer; a text that is learned from its first token on has none.
+    # A prompt is what is before the last answer; a text that is trained from its first token on has none.
     assert prompts[0] == prompts[1] == prompts[2] == prompts[3]
     assert prompts[4] not in (prompts[0], 0)
     assert prompts[5] == 0
@@ -136,7 +136,7 @@ def rewrite(directory, name, change) -> None:
     [
         ("tokens", lambda array: array[:-1]),
         ("tokens", lambda array: array.astype(np.int64)),
-        ("learned", lambda array: array[1:]),
+        ("trained", lambda array: array[1:]),
         ("bounds", lambda array: array[[0, 2, 1, 3]]),
         ("bounds", lambda array: array - 1),
         ("bounds", lambda array: array[:-1]),
@@ -144,8 +144,8 @@ def rewrite(directory, name, change) -> None:
         ("units", lambda array: array[:2]),
         ("sources", lambda array: array[:2]),
         ("prompts", lambda array: array[:2]),
-        ("twins", lambda array: array + 3),
-        ("prompt_twins", lambda array: array[:2]),
+        ("duplicates", lambda array: array + 3),
+        ("prompt_duplicates", lambda array: array[:2]),
         ("digests", lambda array: array[None]),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_file_that_lies_still_is_read_once(tmp_path, reads, later):
 
 
 def test_a_file_written_just_now_is_not_believed_next_time(tmp_path, reads, monkeypatch):
-    """Its clock may stand still while it is written again, so that size and times stay what they were."""
+    """Its clock may stop while it is written again, so that size and times stay what they were."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"one")
     state = digests._state(path)

@@ -1,4 +1,4 @@
-"""A file or a hub name becomes records with their places; what cannot be had is told with what there is."""
+"""A file or a hub name becomes records with their places; what cannot be had is reported with what there is."""
 
 import gzip
 import json

@@ -59,7 +59,7 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_next_row_follows(tmp_pat
     assert "x.jsonl, line 2: not JSON: Expecting value at column 7 (byte 15)" in errors[0]
     assert "x.jsonl, line 3: a row should be a JSON object with named columns, and is list" in errors[1]
     assert "x.jsonl, line 4: byte 29 (0xe9) is not UTF-8" in errors[2]
-    assert "x.jsonl, line 5: the key a stands twice in one object" in errors[3]
+    assert "x.jsonl, line 5: the key a is there twice in one object" in errors[3]
 
 
 def test_jsonl_under_a_json_name_is_told_by_its_lines_though_the_first_is_broken(tmp_path):
@@ -90,7 +90,7 @@ def test_rows_of_an_array_that_are_no_objects_are_errors_in_their_place(tmp_path
     found = list(read_json(path))
     assert (found[0], found[3]) == (("row 1", {"a": 1}), ("row 4", {"d": [{}]}))
     assert "x.json, row 2: a row should be a JSON object" in str(found[1][1])
-    assert "x.json, row 3: the key c stands twice" in str(found[2][1])
+    assert "x.json, row 3: the key c is there twice" in str(found[2][1])
 
 
 def test_a_number_that_a_block_cuts_is_one_row_that_is_no_object(tmp_path, monkeypatch):

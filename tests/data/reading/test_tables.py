@@ -91,7 +91,7 @@ def test_a_bad_row_is_an_error_in_its_place_and_the_next_row_follows(tmp_path):
 def test_what_spoils_all_rows_after_it_ends_the_reading(tmp_path):
     with pytest.raises(DataError, match=r"x.csv, line 3: unexpected end of data. Is a quote missing\?"):
         list(read_table(write(tmp_path, "x.csv", 'a,b\n1,2\n"1,2\n3,4\n'), ","))
-    with pytest.raises(DataError, match=r"line 1: .*A carriage return alone stands here"):
+    with pytest.raises(DataError, match=r"line 1: .*A carriage return alone is here"):
         list(read_table(write(tmp_path, "x.csv", "a,b\r1,2\r"), ","))
     with pytest.raises(DataError, match=r"line 1: byte 0 \(0xff\)"):
         list(read_table(write(tmp_path, "x.csv", b"\xff,b\n1,2\n"), ","))

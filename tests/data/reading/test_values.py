@@ -1,4 +1,4 @@
-"""Values are told in a user's words, and nothing that is no text passes for text."""
+"""Values are reported in a user's words, and nothing that is no text passes for text."""
 
 import pytest
 

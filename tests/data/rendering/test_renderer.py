@@ -21,10 +21,10 @@ from qlora_trainer.data.types import Conversation, Document, Message, PromptComp
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
 
 
-def learned_texts(tokenizer, example: Example) -> list[str]:
-    """The text of each unbroken run of learned tokens."""
+def trained_texts(tokenizer, example: Example) -> list[str]:
+    """The text of each unbroken run of trained tokens."""
     runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
-    return [tokenizer.decode([example.labels[i] for i in run]) for learned, run in runs if learned]
+    return [tokenizer.decode([example.labels[i] for i in run]) for trained, run in runs if trained]
 
 
 def expected_answers(family: str, messages: tuple[Message, ...]) -> list[str]:
@@ -42,11 +42,11 @@ def chat(*contents: str) -> Conversation:
 
 
 @pytest.mark.parametrize(("family", "kind"), TOKENIZERS)
-def test_learned_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind):
+def test_trained_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind):
     tokenizer = tiny_tokenizer(family, kind)
     row = chat("What is it?", "A fox.", "And\n\nthen?", "  It sleeps,\nfor an hour. 😀é\n")
     example = Renderer(tokenizer).render(row)
-    texts = [text.lstrip() for text in learned_texts(tokenizer, example)]
+    texts = [text.lstrip() for text in trained_texts(tokenizer, example)]
     assert texts == [text.lstrip() for text in expected_answers(family, row.messages)]
 
 
@@ -55,10 +55,10 @@ def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
     tokenizer = tiny_tokenizer("llama3")
     completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
     row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
-    example = Renderer(tokenizer, learn="all").render(row)
+    example = Renderer(tokenizer, train_on="all").render(row)
     start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
     assert example.labels[start:] == example.input_ids[start:]
-    (answer,) = learned_texts(tokenizer, Renderer(tokenizer).render(row))
+    (answer,) = trained_texts(tokenizer, Renderer(tokenizer).render(row))
     assert answer == "A fox.<|eot_id|>"
 
 
@@ -91,8 +91,8 @@ def test_masks_cover_exactly_the_answers_of_any_conversation(family, kind, texts
     tokenizer = tiny_tokenizer(family, kind)
     row = chat(*texts)
     rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
-    assert rendered.notices == ()
-    found = [text.lstrip() for text in learned_texts(tokenizer, rendered.examples[0])]
+    assert rendered.warnings == ()
+    found = [text.lstrip() for text in trained_texts(tokenizer, rendered.examples[0])]
     assert found == [text.lstrip() for text in expected_answers(family, row.messages)]
 
 
@@ -111,7 +111,7 @@ def test_the_prompt_of_generation_begins_the_row_in_training(family, kind):
         for label, token in zip(labels[len(prompt_ids) :], ids[len(prompt_ids) :], strict=True)
         if label != -100
     )
-    assert labels[len(prompt_ids)] != -100, "the first token after the prompt is learned"
+    assert labels[len(prompt_ids)] != -100, "the first token after the prompt is trained"
 
 
 @pytest.mark.parametrize(("family", "kind"), TOKENIZERS)
@@ -141,8 +141,8 @@ def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
     tokenizer = tiny_tokenizer("qwen3")
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
     rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
-    assert rendered.notices == (LAST_TURN_ONLY,)
-    assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
+    assert rendered.warnings == (LAST_TURN_ONLY,)
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -155,23 +155,23 @@ def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
     ids=["answer rewritten", "beginning depends on the end"],
 )
 def test_a_template_that_hides_the_answer_is_refused(hiding):
-    with pytest.raises(DataError, match=r"rows.jsonl, line 3.*hides where the last answer stands"):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 3.*hides where the last answer is"):
         Renderer(tiny_tokenizer("smollm2", template=hiding)).render(chat("a", "b"), "rows.jsonl, line 3")
 
 
 def test_answers_of_which_a_template_trims_newlines_only_are_found():
     tokenizer = tiny_tokenizer("qwen3")
     rendered = Renderer(tokenizer).render_batch([("row", chat("a", "\n dog "))])[0]
-    assert rendered.notices == ()
-    assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\n\n</think>\n\n dog <|im_end|>"]
+    assert rendered.warnings == ()
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\n\n</think>\n\n dog <|im_end|>"]
 
 
 def test_a_template_without_ends_of_turns_gets_an_end_of_text():
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     tokenizer = tiny_tokenizer("smollm2", template=bare)
     rendered = Renderer(tokenizer).render_batch([("row", chat("a", "b", "c", "d"))])[0]
-    assert learned_texts(tokenizer, rendered.examples[0]) == [" b", " d<|im_end|>"]
-    assert END_ADDED in rendered.notices
+    assert trained_texts(tokenizer, rendered.examples[0]) == [" b", " d<|im_end|>"]
+    assert END_ADDED in rendered.warnings
 
 
 def test_a_system_message_that_the_template_refuses_names_row_and_way_out():
@@ -185,7 +185,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused_by_number():
     with pytest.raises(DataError, match="line 5: the model's chat template leaves out turn 3, of role tool"):
         Renderer(tiny_tokenizer("phi3")).render(row, "x.jsonl, line 5")
     for family in ("smollm2", "llama3", "qwen2_5", "qwen3"):
-        assert learned_texts(tiny_tokenizer(family), Renderer(tiny_tokenizer(family)).render(row))
+        assert trained_texts(tiny_tokenizer(family), Renderer(tiny_tokenizer(family)).render(row))
 
 
 def test_excluded_turns_that_the_template_hides_are_refused():
@@ -204,22 +204,22 @@ def test_roles_that_do_not_alternate_are_refused_in_the_templates_words():
 def test_learn_last_and_all_and_the_rows_own_wishes():
     tokenizer = tiny_tokenizer("smollm2")
     row = chat("a", "b", "c", "d")
-    assert learned_texts(tokenizer, Renderer(tokenizer, "last").render(row)) == ["d<|im_end|>"]
+    assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(row)) == ["d<|im_end|>"]
     everything = Renderer(tokenizer, "all").render(row)
     assert everything.labels == everything.input_ids
-    unlearned = Conversation((row.messages[0], Message("assistant", "b", learn=False), *row.messages[2:]))
-    assert learned_texts(tokenizer, Renderer(tokenizer).render(unlearned)) == ["d<|im_end|>"]
-    texts = learned_texts(tokenizer, Renderer(tokenizer, "all").render(unlearned))
+    untrained = Conversation((row.messages[0], Message("assistant", "b", learn=False), *row.messages[2:]))
+    assert trained_texts(tokenizer, Renderer(tokenizer).render(untrained)) == ["d<|im_end|>"]
+    texts = trained_texts(tokenizer, Renderer(tokenizer, "all").render(untrained))
     assert len(texts) == 2
     assert texts[0].endswith("<|im_start|>assistant\n")
     assert texts[1].startswith("\n<|im_start|>user\nc<|im_end|>")
     asked = Conversation((Message("user", "a", learn=True), *row.messages[1:]))
-    assert learned_texts(tokenizer, Renderer(tokenizer, "last").render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
+    assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
 
 
 def test_blank_answers_are_never_learned_and_a_row_of_them_is_dropped():
     tokenizer = tiny_tokenizer("smollm2")
-    assert learned_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
+    assert trained_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
     for row in (chat("a", ""), PromptCompletion("a", " \n"), Document("\n")):
         rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
         assert rendered.examples == []
@@ -239,19 +239,19 @@ def test_beginning_of_text_comes_once_and_completions_and_documents_end(adds_bos
         assert example.input_ids[adds_bos:-1] == tokenizer("a fox sleeps", add_special_tokens=False).input_ids
 
 
-def test_prompt_and_completion_are_tokenised_as_one_text():
+def test_prompt_and_completion_are_tokenized_as_one_text():
     tokenizer = tiny_tokenizer("smollm2")
     renderer = Renderer(tokenizer)
     example = renderer.render(PromptCompletion("The quick ", "brown fox"))
     assert example.input_ids[:-1] == tokenizer("The quick brown fox").input_ids
-    assert learned_texts(tokenizer, example) == [" brown fox<|im_end|>"]
-    assert learned_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
+    assert trained_texts(tokenizer, example) == [" brown fox<|im_end|>"]
+    assert trained_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
     prompt = renderer.render_prompt("The quick ")
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt) == "The quick"
 
 
-def test_a_token_that_is_half_prompt_and_half_completion_is_learned():
+def test_a_token_that_is_half_prompt_and_half_completion_is_trained():
     tokenizer = tiny_tokenizer("smollm2")
     (quick,) = tokenizer(" quick").input_ids
     example = Renderer(tokenizer).render(PromptCompletion("The qu", "ick"))
@@ -269,7 +269,7 @@ def test_control_tokens_in_plain_text_stay_text(row, kind):
     assert tokenizer.decode(ids).lstrip() == "fox </s>[INST] dog</s>"
 
 
-def test_a_header_that_swallows_an_answers_first_blanks_is_not_learned():
+def test_a_header_that_swallows_an_answers_first_blanks_is_not_trained():
     definition = json.loads(tiny_tokenizer("phi3").backend_tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["rstrip"] = True  # as Phi-3's are
@@ -280,7 +280,7 @@ def test_a_header_that_swallows_an_answers_first_blanks_is_not_learned():
     )
     for question in ("a", "spelled <|user|>"):
         example = Renderer(tokenizer).render(chat(question, "\n dog"))
-        assert learned_texts(tokenizer, example) == ["dog<|end|>"]
+        assert trained_texts(tokenizer, example) == ["dog<|end|>"]
 
 
 def test_a_tokenizer_without_template_uses_the_plain_format():
@@ -291,7 +291,7 @@ def test_a_tokenizer_without_template_uses_the_plain_format():
     turns = ["Be brief.", "### Instruction:\na", "### Response:\nb<|eot_id|>", "### Instruction:\nc"]
     text = "\n\n".join([*turns, "### Response:\nd<|eot_id|>"])
     assert tokenizer.decode(example.input_ids) == "<|begin_of_text|>" + text
-    assert learned_texts(tokenizer, example) == ["b<|eot_id|>", "d<|eot_id|>"]
+    assert trained_texts(tokenizer, example) == ["b<|eot_id|>", "d<|eot_id|>"]
     prompt = renderer.render_prompt(row.messages[:-1])
     assert example.input_ids[: len(prompt)] == prompt
 
@@ -329,11 +329,11 @@ def test_a_completion_that_is_cut_teaches_no_end_and_is_told():
     row = PromptCompletion("The quick", " brown fox." * 40)
     whole = Renderer(tokenizer).render(row)
     cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
-    assert (cut.truncated, cut.notices, cut.tokens) == (True, (COMPLETION_CUT,), len(whole.input_ids))
+    assert (cut.truncated, cut.warnings, cut.tokens) == (True, (COMPLETION_CUT,), len(whole.input_ids))
     assert cut.examples == [Example(whole.input_ids[:64], whole.labels[:64])]
     assert tokenizer.eos_token_id not in cut.examples[0].labels
     away = Renderer(tokenizer, max_length=64).render_batch([("row", PromptCompletion("fox " * 90, "dog"))])[0]
-    assert (away.examples, away.dropped, away.truncated, away.notices) == ([], CUT_AWAY, False, ())
+    assert (away.examples, away.dropped, away.truncated, away.warnings) == ([], CUT_AWAY, False, ())
 
 
 def test_a_row_whose_answer_is_cut_away_is_dropped():
@@ -383,7 +383,7 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
     rendered = Renderer(smollm2, max_length=10**6).render_batch(rows)
     for (where, row), result in zip(rows, rendered, strict=True):
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
-        found = learned_texts(smollm2, result.examples[0])
+        found = trained_texts(smollm2, result.examples[0])
         assert [t.lstrip() for t in found] == [t.lstrip() for t in expected], where
 
 
@@ -400,7 +400,7 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
                 arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
                 texts.append(facts.call.replace("lookup", call.name).replace('{"city": "Rome"}', arguments))
             expected += ["\n".join(texts) + facts.end_of_turn] if message.role == "assistant" else []
-        found = learned_texts(tokenizer, result.examples[0])
+        found = trained_texts(tokenizer, result.examples[0])
         assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
@@ -408,5 +408,5 @@ def test_real_completions_are_learned_whole(smollm2, shared_data):
     for where, record in list(read_records(shared_data("e2e/train.jsonl")))[:100]:
         row = parse_record(record, "auto", {}, where)
         example = Renderer(smollm2).render(row)
-        assert learned_texts(smollm2, example) == [record["completion"] + "<|im_end|>"]
+        assert trained_texts(smollm2, example) == [record["completion"] + "<|im_end|>"]
         assert smollm2.decode(example.input_ids) == record["prompt"] + record["completion"] + "<|im_end|>"

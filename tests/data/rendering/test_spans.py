@@ -42,10 +42,10 @@ def shared_renderer(family: str, kind: str) -> Renderer:
     return Renderer(tiny_tokenizer(family, kind), max_length=10**6)
 
 
-def learned_texts(tokenizer, example) -> list[str]:
-    """The text of each unbroken run of learned tokens, without blanks before it: they may belong to its first token."""
+def trained_texts(tokenizer, example) -> list[str]:
+    """The text of each unbroken run of trained tokens, without blanks before it: they may belong to its first token."""
     runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
-    return [tokenizer.decode([example.labels[i] for i in run]).lstrip() for learned, run in runs if learned]
+    return [tokenizer.decode([example.labels[i] for i in run]).lstrip() for trained, run in runs if trained]
 
 
 def one(renderer: Renderer, row: Conversation):
@@ -127,8 +127,8 @@ def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family,
     said = [text for text in what_is_said(family, row.messages) if text is not None]
     rendered = one(shared_renderer(family, kind), row)
     assert not isinstance(rendered, DataError)
-    assert LAST_TURN_ONLY not in rendered.notices
-    assert learned_texts(tokenizer, rendered.examples[0]) == said
+    assert LAST_TURN_ONLY not in rendered.warnings
+    assert trained_texts(tokenizer, rendered.examples[0]) == said
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -196,7 +196,7 @@ def test_what_a_turn_says_of_itself_is_honoured_in_any_conversation(family, data
             if text is not None and (default(index) if wish is None else wish)
         ]
         rendered = one(Renderer(tokenizer, learn, max_length=10**6), replace(row, messages=messages))
-        assert [t for e in rendered.examples for t in learned_texts(tokenizer, e)] == expected
+        assert [t for e in rendered.examples for t in trained_texts(tokenizer, e)] == expected
 
 
 @pytest.mark.parametrize("family", WITH_CALLS)
@@ -251,7 +251,7 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
             )
         )
         rendered = one(Renderer(tokenizer), row)
-        assert rendered.notices == (IDS_NUMBERED,)
+        assert rendered.warnings == (IDS_NUMBERED,)
         text = tokenizer.decode(rendered.examples[0].input_ids)
         ids = ("000000001", "000000000") if first else ("000000000", "000000001")
         assert f'"content": north, "call_id": "{ids[0]}"' in text
@@ -259,11 +259,11 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
 
 
 @pytest.mark.parametrize(
-    ("family", "row", "told"),
+    ("family", "row", "reported"),
     [
         ("smollm2", Conversation((user("a"), answer("b")), (TOOL,)), r"leaves out the tools .*\(lookup\)"),
         ("phi3", Conversation((user("a"), answer("", tool_calls=(call(),)))), "leaves out the tool calls of turn 2"),
-        ("llama3_1", Conversation((user("a"), answer("I look.", tool_calls=(call(),)))), "text beside .* of turn 2"),
+        ("llama3_1", Conversation((user("a"), answer("I look.", tool_calls=(call(),)))), "text next to .* of turn 2"),
         ("gemma", Conversation((user("a"), answer("b", reasoning="hm"))), "leaves out the reasoning of turn 2"),
         ("mistral_tools", Conversation((Message("system", "Be brief."), user("a"), answer("b"))), "leaves out turn 1"),
         ("llama3_1", Conversation((user("a"), answer("", tool_calls=(call(), call())))), "single tool-calls at once"),
@@ -271,25 +271,25 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
         ("qwen3", Conversation((user("a"), answer("b")), ('{"parameters": {}}',)), "has no name"),
     ],
 )
-def test_what_a_template_cannot_express_is_an_error_of_that_row_and_no_other(family, row, told):
+def test_what_a_template_cannot_express_is_an_error_of_that_row_and_no_other(family, row, reported):
     good = Conversation((user("a"), answer("b")))
     results = Renderer(tiny_tokenizer(family)).render_batch([("x, line 1", good), ("x, line 2", row), ("x", good)])
     assert isinstance(results[1], DataError)
-    with pytest.raises(DataError, match=f"^x, line 2.*{told}"):
+    with pytest.raises(DataError, match=f"^x, line 2.*{reported}"):
         raise results[1]
     assert results[0].examples == results[2].examples == [Renderer(tiny_tokenizer(family)).render(good)]
 
 
-def test_reasoning_of_earlier_turns_is_left_out_unless_the_row_wants_it_learned():
+def test_reasoning_of_earlier_turns_is_left_out_unless_the_row_wants_it_trained():
     tokenizer = tiny_tokenizer("qwen3")
     row = Conversation((user("a"), answer("b", reasoning="r"), user("c"), answer("d", reasoning="s")))
     rendered = one(Renderer(tokenizer), row)
-    assert rendered.notices == (REASONING_LEFT_OUT,)
-    assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\ns\n</think>\n\nd<|im_end|>"]
+    assert rendered.warnings == (REASONING_LEFT_OUT,)
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\ns\n</think>\n\nd<|im_end|>"]
     wanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=True), *row.messages[2:]))
-    assert "wants turn 2 learned" in str(one(Renderer(tokenizer), wanted))
+    assert "wants turn 2 trained" in str(one(Renderer(tokenizer), wanted))
     unwanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=False), *row.messages[2:]))
-    assert one(Renderer(tokenizer), unwanted).notices == ()
+    assert one(Renderer(tokenizer), unwanted).warnings == ()
 
 
 def test_turns_that_cannot_be_placed_and_that_the_row_names_are_refused():
@@ -305,10 +305,10 @@ def test_a_list_of_roles_is_learned_with_the_ends_of_their_turns():
     )
     calls = FAMILIES["qwen2_5"].call + "<|im_end|>"
     result = "in Italy\n</tool_response><|im_end|>"
-    assert learned_texts(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
-    both = learned_texts(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))
+    assert trained_texts(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
+    both = trained_texts(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))
     assert both == [calls, result, "d<|im_end|>"]
-    assert learned_texts(tokenizer, Renderer(tokenizer, ["user"]).render(row)) == ["a<|im_end|>", "c<|im_end|>"]
+    assert trained_texts(tokenizer, Renderer(tokenizer, ["user"]).render(row)) == ["a<|im_end|>", "c<|im_end|>"]
 
 
 def test_a_cut_keeps_to_the_turns_that_the_whole_row_learns():
@@ -327,8 +327,8 @@ def test_a_shorter_conversation_is_rendered_as_it_would_be_met():
     tokenizer = tiny_tokenizer("qwen3")
     row = Conversation((user("a"), answer("b", reasoning="r"), user("c"), answer("long " * 60)))
     rendered = one(Renderer(tokenizer, max_length=64), row)
-    assert learned_texts(tokenizer, rendered.examples[0]) == ["<think>\nr\n</think>\n\nb<|im_end|>"]
-    assert rendered.notices == ()
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nr\n</think>\n\nb<|im_end|>"]
+    assert rendered.warnings == ()
 
 
 def blocks_of(body: str) -> str:
@@ -341,7 +341,7 @@ def blocks_of(body: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("body", "learned", "notices"),
+    ("body", "trained", "warnings"),
     [
         ("{%- generation %}{{- m.content + '<|im_end|>' }}{%- endgeneration %}", ["b<|im_end|>", "d<|im_end|>"], ()),
         (
@@ -375,20 +375,20 @@ def blocks_of(body: str) -> str:
     ],
     ids=["whole", "end outside", "part of it", "more than it", "last only", "markers defeated"],
 )
-def test_what_a_template_marks_as_generated_is_learned_with_the_end_of_the_turn(body, learned, notices):
+def test_what_a_template_marks_as_generated_is_learned_with_the_end_of_the_turn(body, trained, warnings):
     tokenizer = tiny_tokenizer("generation", template=blocks_of(body))
     rendered = one(Renderer(tokenizer), Conversation((user("a"), answer("b"), user("c"), answer("d"))))
-    assert learned_texts(tokenizer, rendered.examples[0]) == learned
-    assert rendered.notices == notices
+    assert trained_texts(tokenizer, rendered.examples[0]) == trained
+    assert rendered.warnings == warnings
 
 
 def test_a_generation_prompt_that_goes_on_beyond_the_row_is_told():
     template = blocks_of("{{- m.content + '<|im_end|>' }}").replace("assistant\n", "assistant\n<think>\n")
     tokenizer = tiny_tokenizer("smollm2", template=template)
     row = Conversation((user("a"), answer("b")))
-    assert one(Renderer(tokenizer), row).notices == (PROMPT_DIFFERS,)
+    assert one(Renderer(tokenizer), row).warnings == (PROMPT_DIFFERS,)
     thinking = Conversation((user("a"), answer("<think>\nhm</think>b")))
-    assert one(Renderer(tokenizer), thinking).notices == ()
+    assert one(Renderer(tokenizer), thinking).warnings == ()
 
 
 def test_the_reference_answer_of_a_row_that_calls_is_none_and_tools_go_with_the_prompt():

@@ -112,8 +112,8 @@ def test_of_named_templates_the_one_that_transformers_takes_is_used_and_told():
     plain, calling = Renderer(tokenizer).render_batch([("row", CHAT), ("row", CALL)])
     assert "named SmolLM" in tokenizer.decode(plain.examples[0].input_ids)
     assert "<tool_call>" in tokenizer.decode(calling.examples[0].input_ids)
-    assert plain.notices == ("of the tokenizer's chat templates (default, rag, tool_use), default is used",)
-    assert calling.notices == ("of the tokenizer's chat templates (default, rag, tool_use), tool_use is used",)
+    assert plain.warnings == ("of the tokenizer's chat templates (default, rag, tool_use), default is used",)
+    assert calling.warnings == ("of the tokenizer's chat templates (default, rag, tool_use), tool_use is used",)
     tokenizer.chat_template = {"rag": "x"}
     with pytest.raises(DataError, match="no default specified"):
         Renderer(tokenizer).render(CHAT)
@@ -134,12 +134,15 @@ def test_a_template_that_wants_arguments_as_text_gets_them():
 def test_a_refusal_speaks_of_the_system_text_only_where_there_is_one(roles, advised):
     template = "{% if messages|length > 2 %}{{ raise_exception('system, then user') }}{% endif %}<|im_end|>"
     row = Conversation((*(Message(role, "q") for role in roles), Message("assistant", "a")))
-    with pytest.raises(DataError, match=r"It says: system, then user") as told:
+    with pytest.raises(DataError, match=r"It says: system, then user") as reported:
         Renderer(tiny_tokenizer("smollm2", template=template)).render(row)
-    assert ("Put the system text" in str(told.value)) is advised
+    assert ("Put the system text" in str(reported.value)) is advised
 
 
 def test_a_template_that_cannot_be_read_or_used_at_all_stops_everything():
-    for template, told in (("{% for %}", "cannot be read"), ("{{ raise_exception('no') }}", "tried on one exchange")):
-        with pytest.raises(DataError, match=told):
+    for template, reported in (
+        ("{% for %}", "cannot be read"),
+        ("{{ raise_exception('no') }}", "tried on one exchange"),
+    ):
+        with pytest.raises(DataError, match=reported):
             Renderer(tiny_tokenizer("smollm2", template=template)).render_batch([("row", CHAT)])

@@ -41,12 +41,12 @@ ROWS = [(1, 1), (3, 65), (70, 64), (5, 5000)]
 def test_norm_and_its_gradient(rows: int, features: int, form: rms_norm.Form, dtype: torch.dtype) -> None:
     x, weight = 3.0 * normal(rows, features, dtype=dtype), normal(features, seed=1, dtype=dtype)
     assert_errs_no_more(
-        lambda x, weight: rms_norm_triton.normalise(x, weight, 1e-5, form),
-        lambda x, weight: rms_norm.normalise_torch(x, weight, 1e-5, form),
+        lambda x, weight: rms_norm_triton.normalize(x, weight, 1e-5, form),
+        lambda x, weight: rms_norm.normalize_torch(x, weight, 1e-5, form),
         x,
         weight,
     )
-    _, inverse = rms_norm.normalise_torch(x, weight, 1e-5, form)
+    _, inverse = rms_norm.normalize_torch(x, weight, 1e-5, form)
     assert_errs_no_more(
         lambda *inputs: [rms_norm_triton.backward(*inputs[:2], inverse, inputs[2], form)],
         lambda grad, x, weight: [rms_norm.backward_torch(grad, x, inverse.to(_wide(x)), weight, form)],
@@ -63,8 +63,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def test_norm_of_rows_that_lie_apart_or_of_none() -> None:
     x, weight = normal(7, 130)[:, :64], normal(64, seed=1)
     for rows in (x, x.T.contiguous().T, x[:0]):
-        apart = rms_norm_triton.normalise(rows, weight, 1e-5, "scale_after_cast")
-        together = rms_norm_triton.normalise(rows.clone(), weight, 1e-5, "scale_after_cast")
+        apart = rms_norm_triton.normalize(rows, weight, 1e-5, "scale_after_cast")
+        together = rms_norm_triton.normalize(rows.clone(), weight, 1e-5, "scale_after_cast")
         assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
         again = rms_norm_triton.backward(rows, rows, apart[1], weight, "scale_after_cast")
         assert torch.equal(
@@ -130,7 +130,7 @@ def test_rotary_embedding_of_heads_that_lie_apart_or_of_none() -> None:
 
 
 def test_rotary_embedding_reaches_heads_above_2_to_the_31_elements(tmp_path: Path) -> None:
-    """The last of three heads begins there, each stride fits 32 bits; a sparse file stands for the memory between."""
+    """The last of three heads begins there, each stride fits 32 bits; a sparse file represents the memory between."""
     stride, tokens, size = 2**30 + 64, 2, 16
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2 * (2 * stride + tokens * size))

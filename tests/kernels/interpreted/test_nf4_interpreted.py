@@ -1,4 +1,4 @@
-"""The NF4 kernels, interpreted: dequantising has the bits of plain torch, products with few tokens err little more."""
+"""The NF4 kernels, interpreted: dequantizing has the bits of plain torch, products with few tokens err little more."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def tables_of(weight: NF4Weight) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_dequantised_has_the_bits_of_plain_torch(case: str, dtype: torch.dtype) -> None:
+def test_dequantized_has_the_bits_of_plain_torch(case: str, dtype: torch.dtype) -> None:
     shape, rows = CASES[case]
     weight = quantize_nf4(normal(*shape) * 3e-5)  # fp16 subnormals too
     start, stop, _ = rows.indices(shape[0])
@@ -50,7 +50,7 @@ def test_dequantised_has_the_bits_of_plain_torch(case: str, dtype: torch.dtype) 
     assert torch.equal(found, wanted)
 
 
-def test_dequantising_reaches_above_2_to_the_31_elements() -> None:
+def test_dequantizing_reaches_above_2_to_the_31_elements() -> None:
     """Only the last bytes are written or read, and what nobody touches takes no memory."""
     elements = (1 << 31) + 640
     huge = NF4Weight(
@@ -74,7 +74,7 @@ def multiplied(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     return nf4_matmul_triton.multiply_few(x, *tables_of(weight), bias, None, weight.shape[0], 64, 256)
 
 
-# (tokens, out features, in features): all tokens of a tile or few; rows and stretches that do not fill a program.
+# (tokens, out features, in features): all tokens of a tile or few; rows and spans that do not fill a program.
 PRODUCTS = [(1, 1, 64), (1, 33, 192), (3, 16, 64), (16, 40, 320), (5, 7, 64 * 40)]
 
 

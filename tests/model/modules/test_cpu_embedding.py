@@ -18,13 +18,13 @@ from qlora_trainer.training.generation import generate_answers
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
-HOST = {"embeddings": "host"}
-QUANTISED = {"embeddings": "host", "output_head": "4bit"}
+HOST = {"embeddings": "cpu"}
+QUANTISED = {"embeddings": "cpu", "lm_head": "4bit"}
 
 
 def records_of(run: Any) -> list[tuple[float, float, float]]:
     records: list[tuple[float, float, float]] = []
-    run.train(lambda r: records.append((r["loss"], r["grad_norm"], r.get("heldout_loss", 0.0))))
+    run.train(lambda r: records.append((r["loss"], r["grad_norm"], r.get("eval_loss", 0.0))))
     return records
 
 
@@ -45,8 +45,8 @@ def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) ->
     records = records_of(whole)
     parts = start_run(tiny_config("parts"))
     parts.train(lambda record: None, stop_after=3)
-    resumed = resume_run(parts.directory, ["model.embeddings=host"])
-    assert resumed.notices == []
+    resumed = resume_run(parts.directory, ["model.embeddings=cpu"])
+    assert resumed.warnings == []
     assert records_of(resumed) == records[3:]
 
 
@@ -68,7 +68,7 @@ def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str
 def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family: str) -> None:
     """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
     directory = tiny_models(family)
-    settings = {"name": str(directory), "output_head": "4bit", "compute_dtype": "bfloat16"}
+    settings = {"name": str(directory), "lm_head": "4bit", "compute_dtype": "bfloat16"}
     device = load_base_model(directory, ModelConfig.model_validate(settings)).model
     host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
     ids = torch.arange(30)[None]
@@ -94,11 +94,11 @@ def test_the_models_device_is_the_one_that_computes(tiny_llama: Path) -> None:
 def test_tied_embeddings_on_the_host_are_refused(
     tiny_config: Config, tiny_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether loaded or planned; a quantised head has a weight of its own."""
+    """Whether loaded or planned; a quantized head has a weight of its own."""
     directory = tiny_models("llama_tied")
     refused = tiny_config(model={"name": str(directory), **HOST})
     for attempt in (lambda: start_run(refused), lambda: plan_memory(directory, refused)):
-        with pytest.raises(ModelError, match=r"lm_head\.weight are one weight.* Set model\.output_head=4bit"):
+        with pytest.raises(ModelError, match=r"lm_head\.weight are one weight.* Set model\.lm_head=4bit"):
             attempt()
     run = start_run(tiny_config(model={"name": str(directory), **QUANTISED}, training={"max_steps": 2}))
     assert run.train(lambda record: None)
@@ -108,7 +108,7 @@ def test_tied_embeddings_on_the_host_are_refused(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None:
     directory = tiny_models("gemma3")
-    settings = {"name": str(directory), "device": "cuda", "output_head": "4bit"}
+    settings = {"name": str(directory), "device": "cuda", "lm_head": "4bit"}
     device = load_base_model(directory, ModelConfig.model_validate(settings)).model
     host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
     assert {tensor.device.type for tensor in host_tensors(host)} == {"cpu"}

@@ -1,4 +1,4 @@
-"""Experts in NF4: the function of transformers' own experts over the dequantised weights, and little kept."""
+"""Experts in NF4: the function of transformers' own experts over the dequantized weights, and little kept."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.experts import split_experts
-from qlora_trainer.model.modules.nf4_linear import four_bit_share
+from qlora_trainer.model.modules.nf4_linear import quantized_fraction
 from qlora_trainer.model.quantized_copy import FUSED_EXPERTS, quantize_checkpoint
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.weights.model_directory import checkpoint_tensors
@@ -199,7 +199,7 @@ def test_experts_that_compute_otherwise_stay_fused(tiny_models: Callable[[str], 
     finally:
         type(other).forward = original
     assert model.model.layers[1].mlp.experts is other
-    assert four_bit_share(model)[1][0].startswith("model.layers.1.mlp.experts")
+    assert quantized_fraction(model)[1][0].startswith("model.layers.1.mlp.experts")
 
 
 class Clamped(nn.SiLU):
@@ -217,7 +217,7 @@ def test_experts_are_no_targets(tiny_models: Callable[[str], Path]) -> None:
     }
     with pytest.raises(AdapterError, match=r"names w1, .* Experts are not adapted\."):
         find_targets(model, ["q_proj", "w1"])
-    with pytest.raises(AdapterError, match=r"targets=mlp matches no linear layer.* Experts are not adapted\."):
+    with pytest.raises(AdapterError, match=r"target_modules=mlp matches no linear layer.* Experts are not adapted\."):
         find_targets(model, "mlp")
 
 
@@ -236,9 +236,9 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
 ) -> None:
     directory = tiny_models(family)
     report = quantize_checkpoint(directory, tmp_path / "nf4", device=torch.device("cpu"))
-    assert report.notices == [FUSED_EXPERTS]
+    assert report.warnings == [FUSED_EXPERTS]
     kept, base = (load_base_model(path, ModelConfig(name="base")) for path in (tmp_path / "nf4", directory))
-    assert kept.four_bit_share == base.four_bit_share == 1.0
+    assert kept.quantized_fraction == base.quantized_fraction == 1.0
     assert kept.fingerprint.difference(base.fingerprint) is None
     assert kept.fingerprint.stored_as == base.fingerprint.stored_as
     assert any(".experts." in path for path in base.fingerprint.tensors)
@@ -267,10 +267,10 @@ def test_peft_gives_our_logits_beside_experts(
     from peft import PeftModel
 
     directory = tiny_models(family)
-    settings = {"rank": 4, "targets": targets}
+    settings = {"rank": 4, "target_modules": targets}
     run = start_run(tiny_config(model={"name": str(directory)}, adapter=settings, training={"max_steps": 2}))
     run.train(lambda metrics: None)
-    assert not any("PEFT" in notice for notice in run.notices)
+    assert not any("PEFT" in warning for warning in run.warnings)
     ours = with_split_experts(plain(directory))
     add_adapters(ours, run.config.adapter)
     load_adapter_state(ours, read_adapter(run.directory / "adapter").tensors)
@@ -286,5 +286,5 @@ def test_what_peft_takes_for_experts_is_told(
 ) -> None:
     """A layer without experts has an MLP whose projections are called as an expert's."""
     run = start_run(tiny_config(model={"name": str(tiny_models("qwen3_moe"))}))
-    (told,) = [notice for notice in run.notices if "PEFT" in notice]
-    assert "adapters on down_proj, gate_proj, up_proj for adapters on its experts" in told
+    (reported,) = [warning for warning in run.warnings if "PEFT" in warning]
+    assert "adapters on down_proj, gate_proj, up_proj for adapters on its experts" in reported

@@ -1,4 +1,4 @@
-"""The quantised head: one function for loss, logits and generation; an approximation that no merge ever sees."""
+"""The quantized head: one function for loss, logits and generation; an approximation that no merge ever sees."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def pack_of(tokens: int) -> Pack:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "llama_tied"])
 def test_the_lean_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
-    model = base(tiny_models(family), output_head=kind).model
+    model = base(tiny_models(family), lm_head=kind).model
     assert isinstance(model.get_output_embeddings(), QuantizedHead)
     plan = examine_forward(model)
     assert not plan.loss_path.own_logits
@@ -53,7 +53,7 @@ def test_the_lean_loss_is_that_of_the_models_own_logits(tiny_models: Models, fam
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_is_near_the_original_and_takes_the_bytes_it_says(tiny_llama: Path, kind: str) -> None:
     dense = base(tiny_llama).model.get_output_embeddings()
-    model = base(tiny_llama, output_head=kind).model
+    model = base(tiny_llama, lm_head=kind).model
     head = model.get_output_embeddings()
     back = head.rows(0, head.shape[0], torch.float32)
     error = (back - dense.weight).norm() / dense.weight.norm()
@@ -67,7 +67,7 @@ def test_the_head_is_near_the_original_and_takes_the_bytes_it_says(tiny_llama: P
 def test_codes_do_not_depend_on_the_dtype_of_computation(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "fp32", dtype=torch.float32)
     heads = [
-        base(directory, output_head="8bit", compute_dtype=dtype).model.get_output_embeddings()
+        base(directory, lm_head="8bit", compute_dtype=dtype).model.get_output_embeddings()
         for dtype in ("float32", "bfloat16")
     ]
     for ours, theirs in zip(*(head.buffers() for head in heads), strict=True):
@@ -75,13 +75,13 @@ def test_codes_do_not_depend_on_the_dtype_of_computation(tmp_path: Path) -> None
 
 
 def test_the_base_is_named_as_with_its_own_head(tiny_llama: Path) -> None:
-    assert base(tiny_llama).fingerprint.difference(base(tiny_llama, output_head="4bit").fingerprint) is None
+    assert base(tiny_llama).fingerprint.difference(base(tiny_llama, lm_head="4bit").fingerprint) is None
 
 
 def test_a_tied_embedding_stays_as_it_was(tiny_models: Models) -> None:
     directory = tiny_models("llama_tied")
-    dense, quantised = base(directory).model, base(directory, output_head="4bit").model
-    assert torch.equal(dense.get_input_embeddings().weight, quantised.get_input_embeddings().weight)
+    dense, quantized = base(directory).model, base(directory, lm_head="4bit").model
+    assert torch.equal(dense.get_input_embeddings().weight, quantized.get_input_embeddings().weight)
 
 
 def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
@@ -106,11 +106,11 @@ def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
     assert head.bias.grad.tolist() == [3.0] * 128
 
 
-def test_a_quantised_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
-    model = base(tiny_llama, output_head="4bit", embeddings="host").model
+def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
+    model = base(tiny_llama, lm_head="4bit", embeddings="cpu").model
     assert "lm_head" not in find_targets(model, AdapterConfig().targets)
     for name in ("lm_head", "embed_tokens"):
-        with pytest.raises(AdapterError, match="Embeddings and the output head are not adapted"):
+        with pytest.raises(AdapterError, match="Embeddings and the LM head are not adapted"):
             find_targets(model, [name])
 
 
@@ -119,17 +119,17 @@ def test_a_head_that_is_no_linear_layer_is_told() -> None:
         def get_output_embeddings(self) -> nn.Module:
             return nn.Identity()
 
-    with pytest.raises(ModelError, match=r"cannot be held in 8bit\. Set model\.output_head=dense"):
+    with pytest.raises(ModelError, match=r"cannot be held in 8bit\. Set model\.lm_head=dense"):
         quantize_head(Odd(), "8bit")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(tiny_config: Config, kind: str) -> None:
-    whole = start_run(tiny_config("whole", model={"output_head": kind}))
+    whole = start_run(tiny_config("whole", model={"lm_head": kind}))
     losses: list[float] = []
     assert whole.train(lambda record: losses.append(record["loss"]))
     assert losses[-1] < losses[0]
-    parts = start_run(tiny_config("parts", model={"output_head": kind}))
+    parts = start_run(tiny_config("parts", model={"lm_head": kind}))
     parts.train(lambda record: None, stop_after=5)
     again: list[float] = []
     resume_run(parts.directory).train(lambda record: again.append(record["loss"]))
@@ -137,9 +137,9 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tiny_config: Config, k
 
 
 def test_a_head_held_otherwise_is_another_run(tiny_config: Config) -> None:
-    run = start_run(tiny_config(model={"output_head": "4bit"}))
-    with pytest.raises(CheckpointError, match=r"model\.output_head: 4bit → dense"):
-        resume_run(run.directory, ["model.output_head=dense"])
+    run = start_run(tiny_config(model={"lm_head": "4bit"}))
+    with pytest.raises(CheckpointError, match=r"model\.lm_head: 4bit → dense"):
+        resume_run(run.directory, ["model.lm_head=dense"])
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -147,8 +147,8 @@ def test_a_merge_is_verified_with_the_original_head(
     tiny_config: Config, tiny_models: Models, tmp_path: Path, family: str
 ) -> None:
     directory = tiny_models(family)
-    lean = {"name": str(directory), "output_head": "4bit", "embeddings": "host"}
-    run = start_run(tiny_config(model=lean, optimizer={"learning_rate": 2e-2}))
+    memory_efficient = {"name": str(directory), "lm_head": "4bit", "embeddings": "cpu"}
+    run = start_run(tiny_config(model=memory_efficient, optimizer={"learning_rate": 2e-2}))
     run.train(lambda record: None)
     done = merge_run(run.directory, tmp_path / "merged", base="dequantized")
     assert done.report.verification is not None
@@ -157,14 +157,14 @@ def test_a_merge_is_verified_with_the_original_head(
     merged, source = (load_file(d / "model.safetensors")[name] for d in (tmp_path / "merged", directory))
     assert torch.equal(merged, source.to(torch.float16))
 
-    own, exact = open_trained(run.directory), open_trained(run.directory, output_head="dense", embeddings="device")
-    losses = [evaluate_trained(trained)["heldout_loss"] for trained in (own, exact)]
+    own, exact = open_trained(run.directory), open_trained(run.directory, lm_head="dense", embeddings="device")
+    losses = [evaluate_trained(trained)["eval_loss"] for trained in (own, exact)]
     assert losses[0] != losses[1], "a run is evaluated with its own head"
-    assert done.choice.heldout_loss["dequantized"] == pytest.approx(losses[1], rel=1e-6)
+    assert done.choice.eval_loss["dequantized"] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_whole_logits_of_an_own_loss_path_have_the_same_gradient(tiny_llama: Path) -> None:
-    model = base(tiny_llama, output_head="8bit").model
+    model = base(tiny_llama, lm_head="8bit").model
     pack, gradients = pack_of(20), []
     for own in (False, True):
         embedding = model.get_input_embeddings()

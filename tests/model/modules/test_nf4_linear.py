@@ -1,4 +1,4 @@
-"""Promises of the 4-bit base: the quantisation asked for, of finite weights, of every linear layer but the head."""
+"""Promises of the 4-bit base: the quantization asked for, of finite weights, of every linear layer but the head."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model import names as checkpoint_names
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint, is_same, tensor_fingerprint
 from qlora_trainer.model.load import Base, check_mergeable, load_base_model, load_dense_model, plan_base
-from qlora_trainer.model.modules.nf4_linear import NF4Linear, adopt_linear4bit, four_bit_share
+from qlora_trainer.model.modules.nf4_linear import NF4Linear, adopt_linear4bit, quantized_fraction
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization, weight_from_checkpoint, weight_to_checkpoint
@@ -52,16 +52,14 @@ def load(directory: Path, **settings: object) -> Base:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_linear_but_the_output_head_is_nf4_and_all_is_frozen(
-    family: str, tiny_models: Callable[[str], Path]
-) -> None:
+def test_every_linear_but_the_lm_head_is_nf4_and_all_is_frozen(family: str, tiny_models: Callable[[str], Path]) -> None:
     base = load(tiny_models(family))
     head = base.model.get_output_embeddings()
     linears = [name for name, m in base.model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     assert linears == []
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in base.model.modules())
     assert isinstance(head, nn.Linear)
-    assert base.four_bit_share == 1.0
+    assert base.quantized_fraction == 1.0
     assert not any(p.requires_grad for p in base.model.parameters())
     assert all(p.dtype == torch.float32 for p in base.model.parameters())
 
@@ -71,7 +69,7 @@ def test_a_tied_head_stays_tied_and_dense(tiny_models: Callable[[str], Path]) ->
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def test_weights_are_quantised_from_the_checkpoints_own_values(tiny_llama: Path) -> None:
+def test_weights_are_quantized_from_the_checkpoints_own_values(tiny_llama: Path) -> None:
     """bf16 weights in the checkpoint, fp32 compute: the codes are those of the bf16 values, as everywhere else."""
     source = load_file(tiny_llama / "model.safetensors")
     base = load(tiny_llama)
@@ -87,7 +85,7 @@ def test_weights_are_quantised_from_the_checkpoints_own_values(tiny_llama: Path)
         assert torch.equal(layer.offset, state.offset)
 
 
-def test_the_layer_computes_with_the_dequantised_weight(tiny_llama: Path) -> None:
+def test_the_layer_computes_with_the_dequantized_weight(tiny_llama: Path) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 128), torch.randn(96)
     layer = NF4Linear(quantize_weight(weight), bias)
@@ -118,16 +116,16 @@ def quantized(**settings: object) -> nn.Sequential:
     ("settings", "reason"),
     [
         ({"quant_type": "fp4"}, "type fp4"),
-        ({"quant_type": "nf4", "compress_statistics": False}, "double quantisation False"),
+        ({"quant_type": "nf4", "compress_statistics": False}, "double quantization False"),
         ({"quant_type": "nf4", "quant_storage": torch.bfloat16}, "storage bfloat16"),
     ],
 )
-def test_a_layer_quantised_otherwise_is_refused(settings: dict, reason: str) -> None:
+def test_a_layer_quantized_otherwise_is_refused(settings: dict, reason: str) -> None:
     with pytest.raises(QuantizationError, match=reason):
         adopt_linear4bit(quantized(**settings))
 
 
-def test_a_prequantised_checkpoint_loads_to_the_same_base(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_prequantized_checkpoint_loads_to_the_same_base(tiny_llama: Path, tmp_path: Path) -> None:
     ours = load(tiny_llama)
     theirs = load(prequantized(tiny_llama, tmp_path / "nf4"))
     assert ours.fingerprint.tensors == theirs.fingerprint.tensors
@@ -136,8 +134,8 @@ def test_a_prequantised_checkpoint_loads_to_the_same_base(tiny_llama: Path, tmp_
 
 
 @pytest.mark.parametrize("settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}])
-def test_a_checkpoint_prequantised_otherwise_is_refused(tiny_llama: Path, tmp_path: Path, settings: dict) -> None:
-    with pytest.raises(QuantizationError, match="quantised otherwise"):
+def test_a_checkpoint_prequantized_otherwise_is_refused(tiny_llama: Path, tmp_path: Path, settings: dict) -> None:
+    with pytest.raises(QuantizationError, match="quantized otherwise"):
         load(prequantized(tiny_llama, tmp_path / "other", **settings))
 
 
@@ -145,9 +143,9 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 
 def say(stored: dict[str, Tensor], **facts: object) -> None:
-    """Change what the JSON beside a weight says."""
-    told = json.loads(bytes(stored[STATE].tolist())) | facts
-    stored[STATE] = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    """Change what the JSON next to a weight says."""
+    reported = json.loads(bytes(stored[STATE].tolist())) | facts
+    stored[STATE] = torch.frombuffer(bytearray(json.dumps(reported).encode()), dtype=torch.uint8)
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
@@ -166,13 +164,13 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "nested scale not finite": (lambda s: s["nested_absmax"].fill_(torch.nan), "not finite"),
     "code changed": (lambda s: s.update(quant_map=s["quant_map"].flip(0)), "quant_map, .* not that of NF4"),
     "code missing": (lambda s: s.pop("quant_map"), "quant_map, .* not that of NF4"),
-    "shape not told": (lambda s: say(s, shape=None), "shape is None"),
+    "shape not reported": (lambda s: say(s, shape=None), "shape is None"),
     "shape of one size": (lambda s: say(s, shape=[18432]), r"shape is \[18432\]"),
     "shape of no numbers": (lambda s: say(s, shape=["96", 192]), "no matrix's"),
     "shape below zero": (lambda s: say(s, shape=[-96, -192]), "no matrix's"),
     "shape beyond reason": (lambda s: say(s, shape=[2**40, 2**40]), "no matrix's"),
     "another shape": (lambda s: say(s, shape=[96, 256]), r"packed is uint8 of shape \(9216,\)"),
-    "offset not told": (lambda s: say(s, nested_offset=None), "not finite"),
+    "offset not reported": (lambda s: say(s, nested_offset=None), "not finite"),
     "offset beyond fp32": (lambda s: say(s, nested_offset=1e300), "not finite"),
     "block size as text": (lambda s: say(s, blocksize="64"), "block size 64 "),
     "no JSON": (lambda s: s[STATE].fill_(91), "cannot be read"),
@@ -182,20 +180,20 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_prequantised_weight_whose_tables_do_not_fit_is_refused_by_name(damage: str) -> None:
+def test_a_prequantized_weight_whose_tables_do_not_fit_is_refused_by_name(damage: str) -> None:
     """Before a kernel reads them, which goes by the weight's shape alone."""
     weight = quantize_weight(torch.randn(96, 192, generator=torch.Generator().manual_seed(0)))
     stored = {key: tensor.clone() for key, tensor in weight_to_checkpoint(weight, torch.bfloat16).items()}
     again = weight_from_checkpoint(stored[""], {key: stored[key] for key in stored if key}, "a.weight")
     assert all(torch.equal(getattr(again, table), getattr(weight, table)) for table in WEIGHT_TENSORS)
-    change, told = DAMAGES[damage]
+    change, reported = DAMAGES[damage]
     change(stored)
-    with pytest.raises(QuantizationError, match=rf"^a\.weight.* {told}"):
+    with pytest.raises(QuantizationError, match=rf"^a\.weight.* {reported}"):
         weight_from_checkpoint(stored.pop(""), stored, "a.weight")
 
 
 def test_a_model_that_reads_a_4_bit_layers_weight_is_told_so() -> None:
-    """As the fused path of a Mamba does: the letter comes in whatever forward is the first."""
+    """As the fused path of a Mamba does: the error message comes in whatever forward is the first."""
     layer = NF4Linear(quantize_weight(torch.ones(96, 64)), None)
     assert not hasattr(layer, "weight")
     with pytest.raises(ModelError, match=r"reads the weight of a linear layer \(96 x 64\) .*another architecture"):
@@ -204,7 +202,7 @@ def test_a_model_that_reads_a_4_bit_layers_weight_is_told_so() -> None:
         _ = layer.scales
 
 
-def test_dequantisation_is_checked_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantization_is_checked_against_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     check_dequantization(CPU)
     from qlora_trainer.weights import bitsandbytes_format
 
@@ -221,12 +219,12 @@ def test_experts_that_stay_16_bit_are_refused_with_their_share(tmp_path: Path) -
         vocab_size=64, num_local_experts=4,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
-    with pytest.raises(ModelError, match=r"Only \d+\.\d% .*minimum_4bit_share"):
+    with pytest.raises(ModelError, match=r"Only \d+\.\d% .*min_quantized_fraction"):
         load(tmp_path / "moe")
-    base = load(tmp_path / "moe", minimum_4bit_share=0.0)
+    base = load(tmp_path / "moe", min_quantized_fraction=0.0)
     attention = sum(m.in_features * m.out_features for m in base.model.modules() if isinstance(m, NF4Linear))
     experts = 4 * 3 * 64 * 128
-    share, others = four_bit_share(base.model)
+    share, others = quantized_fraction(base.model)
     # The router, 4 x 64, may count or not; the share must not look better than it is.
     assert share == pytest.approx(attention / (attention + experts), abs=0.01)
     assert "experts" in others[0]
@@ -370,7 +368,7 @@ def test_the_memory_a_base_needs_is_what_it_takes(
     """To the byte: the model, its largest tensor with the copies that are made of it on its way, and the one after."""
 
     packed = prequantized(tiny_models("llama"), tmp_path / "nf4")
-    mixed = tmp_path / "mixed"  # its weights are quantised from fp32, and its embedding is loaded in that
+    mixed = tmp_path / "mixed"  # its weights are quantized from fp32, and its embedding is loaded in that
     shutil.copytree(tiny_models("llama"), mixed)
     tensors = load_file(mixed / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
@@ -464,9 +462,9 @@ def test_codes_are_those_of_exact_division(choice: str, monkeypatch: pytest.Monk
     assert (unpacked(quantize_weight(values)) == exact).all()
 
 
-def test_no_device_quantises_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_device_quantizes_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **settings: object) -> None:
-        raise AssertionError("bitsandbytes was asked to quantise")
+        raise AssertionError("bitsandbytes was asked to quantize")
 
     monkeypatch.setattr(bnb.functional, "quantize_4bit", refuse)
     run = FakeRun()
@@ -479,7 +477,7 @@ def test_no_device_quantises_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuda_quantises_to_the_codes_of_a_cpu(dtype: torch.dtype) -> None:
+def test_cuda_quantizes_to_the_codes_of_a_cpu(dtype: torch.dtype) -> None:
     plain = torch.randn(1024, 1000, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
     for values in (plain, beside_midpoints(dtype)):
         ours, theirs = quantize_weight(values), quantize_weight(values.cuda())

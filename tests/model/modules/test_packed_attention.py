@@ -57,7 +57,7 @@ def tiny_model(kind: str, settings: dict[str, Any], **options: Any) -> Any:
 
 
 def examples() -> list[Example]:
-    """Documents longer and shorter than the window of 6, with prompts that are not learned."""
+    """Documents longer and shorter than the window of 6, with prompts that are not trained."""
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (21, 5, 13, 2, 30)]
     return [Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows]
@@ -66,7 +66,7 @@ def examples() -> list[Example]:
 def loss_and_gradient(model: Any, packing: bool, limit: int) -> tuple[float, Tensor]:
     model.requires_grad_(True)
     head = model.get_output_embeddings()
-    for module in (head, model.get_input_embeddings()):  # the lean loss gives a head no gradient
+    for module in (head, model.get_input_embeddings()):  # the memory-efficient loss gives a head no gradient
         module.requires_grad_(False)
     model.zero_grad()
     path, total = find_loss_path(model), 0.0
@@ -97,7 +97,7 @@ def test_what_cannot_be_packed_is_padded_without_changing_loss_or_gradients(kind
     model = tiny_model(kind, PADDED[kind]).train()
     plan = examine_forward(model)
     assert not plan.can_pack
-    assert sum("padded on the right" in notice for notice in plan.notices) == 1
+    assert sum("padded on the right" in warning for warning in plan.warnings) == 1
     assert_same(loss_and_gradient(model, packing=False, limit=1000), loss_and_gradient(model, packing=False, limit=1))
 
 

@@ -27,7 +27,7 @@ from qlora_trainer.runs.report.plot import (
 
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    records = [{"step": 1, "loss": 2.5, "tokens": 100}, {"step": 2, "loss": 0.1 + 0.2, "heldout_loss": 1e-9}]
+    records = [{"step": 1, "loss": 2.5, "tokens": 100}, {"step": 2, "loss": 0.1 + 0.2, "eval_loss": 1e-9}]
     for count, record in enumerate(records, start=1):
         log.append(record)
         assert len(read_metrics(log.path)) == count  # flushed: another reader sees it at once
@@ -88,10 +88,10 @@ def test_tensorboard_gets_each_finite_number(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = TensorBoardLog(tmp_path)
     log.append({"step": 1, "loss": 2.0, "grad_norm": None, "note": "text"})
-    log.append({"step": 2, "loss": math.nan, "heldout_loss": 1.5})
+    log.append({"step": 2, "loss": math.nan, "eval_loss": 1.5})
     log.close()
     events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["heldout_loss", "loss"]
+    assert sorted(events.Tags()["scalars"]) == ["eval_loss", "loss"]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
 
 
@@ -138,7 +138,7 @@ class Page(html.parser.HTMLParser):
 
 
 def page_of(tmp_path: Path, metrics: list[dict], samples: list[Sample] | None = None, **other: object) -> Page:
-    arguments: dict = {"title": "A run", "config_yaml": "a: 1", "summary": [], "notices": []} | other
+    arguments: dict = {"title": "A run", "config_yaml": "a: 1", "summary": [], "warnings": []} | other
     path = write_report(tmp_path, metrics=metrics, samples=samples or [], **arguments)
     assert path == tmp_path / "report.html"
     text = path.read_text(encoding="utf-8")
@@ -176,12 +176,12 @@ def test_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
 
 
 def test_page_has_every_curve_and_says_the_last_values(tmp_path: Path) -> None:
-    metrics = [{"step": 0, "heldout_loss": 2.25}] + [full_record(step) for step in range(1, 50)]
-    metrics[-1]["heldout_loss"] = 0.125
-    page = page_of(tmp_path, metrics, summary=[("Speed", "1,500 tokens/s")], notices=["Two rows were cut."])
+    metrics = [{"step": 0, "eval_loss": 2.25}] + [full_record(step) for step in range(1, 50)]
+    metrics[-1]["eval_loss"] = 0.125
+    page = page_of(tmp_path, metrics, summary=[("Speed", "1,500 tokens/s")], warnings=["Two rows were cut."])
     for name in ("Loss", "Learning rate", "Gradient norm", "Speed", "Peak memory", "GiB", "Two rows were cut."):
         assert name in page.text
-    assert "held-out loss 0.125" in page.text
+    assert "eval loss 0.125" in page.text
     assert "\nlast 2\n" in page.text  # of 2**31 bytes, in GiB
     assert page.elements.count("svg") == 5
 
@@ -195,11 +195,11 @@ def test_page_escapes_what_models_rows_and_configs_hold(tmp_path: Path) -> None:
         title=evil,
         config_yaml=evil,
         summary=[(evil, evil)],
-        notices=[evil],
+        warnings=[evil],
     )
     assert "img" not in page.elements
     assert page.elements.count("script") == 6  # five plots' data, and the page's own
-    assert page.text.count("alert(1)</script><img src=x>&amp;") == 10  # the title stands twice
+    assert page.text.count("alert(1)</script><img src=x>&amp;") == 10  # the title is there twice
 
 
 def test_page_marks_exact_answers(tmp_path: Path) -> None:
@@ -219,11 +219,11 @@ def test_page_marks_exact_answers(tmp_path: Path) -> None:
     [
         [],
         [full_record(1)],
-        [{"step": 0, "heldout_loss": 2.0}],
+        [{"step": 0, "eval_loss": 2.0}],
         [{"step": step, "loss": None, "grad_norm": math.nan} for step in (1, 2)],
         [full_record(step) | {"loss": 0.0, "learning_rate": 0.0} for step in (1, 2, 3)],
     ],
-    ids=["no step", "one step", "held-out only", "nothing finite", "all zero"],
+    ids=["no step", "one step", "eval only", "nothing finite", "all zero"],
 )
 def test_page_of_an_empty_or_odd_run_is_whole(tmp_path: Path, metrics: list[dict]) -> None:
     page = page_of(tmp_path, metrics)

@@ -1,10 +1,10 @@
-"""What each lean option costs in held-out loss, and what it saves on the device.
+"""What each memory-efficient option costs in eval loss, and what it saves on the device.
 
-    python -m benchmarks.lean_options [--steps N] [--model M] [--without-plan] [--only NAME …]
+    python -m benchmarks.memory_options [--steps N] [--model M] [--without-plan] [--only NAME …]
 
 Trains the demo's model on the demo's rows as it is and once with each option, from the same adapters on the same rows
-in the same steps, on the CPU in fp32. The held-out loss at the end is measured with the option's own output head, and
-where that is quantised also with the original one, which the merged model has. Bytes are those of the plan on a card,
+in the same steps, on the CPU in fp32. The eval loss at the end is measured with the option's own LM head, and
+where that is quantized also with the original one, which the merged model has. Bytes are those of the plan on a card,
 allocator slack aside: for this model at the demo's lengths, and for Llama-3.1-8B at 2,048 tokens, rank 16.
 
 The demo's model ties its embedding to its head, so there the embedding goes to the host together with a head of 8 bits;
@@ -28,30 +28,30 @@ from qlora_trainer.planning.memory_plan import SLACK, plan_memory
 from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
-from qlora_trainer.training.evaluation import heldout_loss
+from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
 
 Sections = dict[str, dict[str, Any]]
 
 LLAMA_8B = Path(__file__).parent / "models" / "llama-3.1-8b"
 
-HOST: Sections = {"model": {"embeddings": "host"}}
-TIED_HOST: Sections = {"model": {"embeddings": "host", "output_head": "8bit"}}
+HOST: Sections = {"model": {"embeddings": "cpu"}}
+TIED_HOST: Sections = {"model": {"embeddings": "cpu", "lm_head": "8bit"}}
 BF16: Sections = {"adapter": {"dtype": "bfloat16"}}
 ADAM_8BIT: Sections = {"optimizer": {"name": "paged_adamw_8bit"}}
 OPTIONS: dict[str, Sections] = {
     "as it is": {},
     "embeddings on the host": HOST,
-    "head in 8 bits": {"model": {"output_head": "8bit"}},
-    "head in 4 bits": {"model": {"output_head": "4bit"}},
+    "head in 8 bits": {"model": {"lm_head": "8bit"}},
+    "head in 4 bits": {"model": {"lm_head": "4bit"}},
     "8-bit Adam": ADAM_8BIT,
     "bf16 adapters": BF16,
-    "all, head in 4 bits": {"model": {"embeddings": "host", "output_head": "4bit"}, **BF16, **ADAM_8BIT},
+    "all, head in 4 bits": {"model": {"embeddings": "cpu", "lm_head": "4bit"}, **BF16, **ADAM_8BIT},
 }
 
 
 class Losses(NamedTuple):
-    """Held-out losses at the end of a run."""
+    """Eval losses at the end of a run."""
 
     own: float
     with_original_head: float
@@ -62,17 +62,17 @@ def changed(raw: Sections, changes: Sections) -> Sections:
 
 
 def train(config: RunConfig) -> Losses:
-    """Train to the end; the last step measures the held-out loss."""
+    """Train to the end; the last step measures the eval loss."""
     run = start_run(config)
     losses: list[float] = []
-    run.train(lambda record: losses.append(record.get("heldout_loss", float("nan"))))
+    run.train(lambda record: losses.append(record.get("eval_loss", float("nan"))))
     run.release()
-    if config.model.output_head == "dense":
+    if config.model.lm_head == "dense":
         return Losses(losses[-1], losses[-1])
-    exact = open_trained(run.directory, output_head="dense", embeddings="device")
-    heldout = prepare_data(config, exact.tokenizer, exact.base.directory).heldout
+    exact = open_trained(run.directory, lm_head="dense", embeddings="device")
+    eval_set = prepare_data(config, exact.tokenizer, exact.base.directory).eval
     model, tokens = exact.base.model, micro_batch_tokens(config)
-    return Losses(losses[-1], heldout_loss(model, heldout, examine_forward(model), tokens))
+    return Losses(losses[-1], eval_loss(model, eval_set, examine_forward(model), tokens))
 
 
 def planned(directory: Path, raw: Sections) -> int:
@@ -99,7 +99,7 @@ def main() -> None:
             {"training": {"max_steps": arguments.steps, "evaluate_every": 10**6, "save_every": 10**6}},
         )
         large: Sections = {"model": {"name": str(LLAMA_8B)}, "data": {"train": "rows.jsonl", "max_length": 2048}}
-        print("| option | held-out loss | its original head | difference | saved here | saved, Llama-3.1-8B |")
+        print("| option | eval loss | its original head | difference | saved here | saved, Llama-3.1-8B |")
         print("|---|---|---|---|---|---|")
         plain: Losses | None = None
         before: tuple[int, int] | None = None

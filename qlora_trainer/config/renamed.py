@@ -1,0 +1,37 @@
+"""Name what config keys and values were called before version 0.2, so that an old config is refused with the new name.
+
+No aliases: a key has one name. Left out: keys that never existed (load.py suggests the nearest).
+"""
+
+from typing import Any
+
+KEYS = {
+    "model.output_head": "model.lm_head",
+    "model.minimum_4bit_share": "model.min_quantized_fraction",
+    "model.keep_quantized": "model.cache_quantized",
+    "adapter.targets": "adapter.target_modules",
+    "data.heldout": "data.eval",
+    "data.learn": "data.train_on",
+    "training.batch_size": "training.global_batch_size",
+    "training.activations": "training.activation_checkpointing",
+    "training.kept_layers": "training.uncheckpointed_layers",
+    "training.offload_every": "training.offload_every_n_layers",
+}
+VALUES = {
+    "model.embeddings": {"host": "cpu"},
+    "training.activation_checkpointing": {"keep": "none", "recompute": "full", "tile": "tiled"},
+}
+
+
+def renamed_key(key: str, value: Any) -> str | None:
+    """Return the sentence that refuses an old key with its new name, and its old value with the new one; else None."""
+    if key not in KEYS:
+        return None
+    new = renamed_value(KEYS[key], value)
+    return f"{key} was renamed to {KEYS[key]}" + (f", and {new}" if new else "")
+
+
+def renamed_value(key: str, value: Any) -> str | None:
+    """Return "its value X was renamed to Y" where the value is an old one of this key; else None."""
+    new = VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+    return f"its value {value} was renamed to {new}" if new else None
