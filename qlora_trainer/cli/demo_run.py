@@ -54,14 +54,16 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def run_demo(model: str | None, output: Path) -> None:
+def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     """Run the demo into `output`, or next to it where that is taken, and print what was measured."""
     started = time.monotonic()
     output = _unused(output.absolute())
     with disk_errors(output.parent):
         (output / "data").mkdir(parents=True)
         write_demo_data(output / "data")
-    config = make_config(demo_settings(model or packaged_model(), output / "data", output))
+    settings = demo_settings(model or packaged_model(), output / "data", output)
+    settings["training"]["max_steps"] = steps
+    config = make_config(settings)
 
     _say("Loading the base in 4-bit, and asking it the eval requests")
     with ProgressBars() as progress:
