@@ -47,7 +47,7 @@ def test_a_key_in_the_wrong_section_is_reported_where_it_belongs() -> None:
 
 
 def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
-    assert "unknown key optimizer; did you mean optimizer?" in problems_of({**MINIMAL, "optimizer": {}})
+    assert "unknown key optimzer; did you mean optimizer?" in problems_of({**MINIMAL, "optimzer": {}})
 
 
 def test_all_problems_are_reported_at_once() -> None:
