@@ -47,7 +47,7 @@ def make_base(
     return directory
 
 
-def train(directory: Path, bias: str = "none") -> Run:
+def train(directory: Path, bias: BiasMode = "none") -> Run:
     """Base + adapter with random factors, which is what training ends with, sooner than by training."""
     base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
     add_adapters(base.model, AdapterConfig(rank=8, alpha=16.0, bias=bias), seed=0)

@@ -40,7 +40,7 @@ def quiet(record: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose step is far larger than the allocator's segments: two layers of an 8B's width by a quarter."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 1024,
         "intermediate_size": 3584,
         "num_hidden_layers": 4,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from spying import noting, unchanged
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,7 +87,7 @@ def test_a_model_may_add_into_the_output(weight: NF4Weight) -> None:
 
 def test_nothing_is_kept_for_backward(weight: NF4Weight) -> None:
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         output = nf4_linear(normal(4, 45).requires_grad_(), weight, None)
     assert output.grad_fn is not None
     assert kept == []
@@ -257,7 +258,7 @@ def test_first_layers_backward_does_not_dequantize(weight: NF4Weight, monkeypatc
 def saved_by(function: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
     """What autograd saves for backward; asserts that the node itself holds parameters and a seed, and no activation."""
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         output = function(*inputs)
     assert output.grad_fn is not None
     held = [value for value in vars(output.grad_fn).values() if isinstance(value, Tensor)]
@@ -359,7 +360,7 @@ def test_adapted_layer_runs_on_fake_tensors(weight: NF4Weight) -> None:
         ]
         x, bias, A, B = inputs
         adapter = Adapter(A, B, SCALING, 0.3, draw_seed())
-        output = nf4_linear(x, NF4Weight(**fields, shape=weight.shape), bias, adapter)
+        output = nf4_linear(x, replace(weight, **fields), bias, adapter)
         assert (output.shape, output.dtype) == ((4, 5, 7), torch.bfloat16)
         output.sum().backward()
         assert all(tensor.grad is not None and tensor.grad.dtype == tensor.dtype for tensor in inputs)
@@ -372,7 +373,7 @@ def test_adapted_layer_changes_none_of_its_inputs(weight: NF4Weight) -> None:
     grad = normal(4, 7, dtype=torch.bfloat16)
     output = fused(weight, 0.3)(*inputs)
     output.backward(grad, retain_graph=True)
-    first = [tensor.grad.clone() for tensor in inputs if tensor.grad is not None]
+    first = gradients_of(inputs)
     assert torch.equal(grad, normal(4, 7, dtype=torch.bfloat16))
     assert all(torch.equal(old, new) for old, new in zip(before, (*inputs, *stored), strict=True))
     for tensor in inputs:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from spying import noting, unchanged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -88,7 +89,7 @@ def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_input_and_one_number_a_row_are_all_that_is_saved() -> None:
     kept: list[Tensor] = []
     x = normal(4, 5, 96, dtype=torch.bfloat16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         output = rms_norm(x, normal(96, dtype=torch.bfloat16), EPS, "scale_after_cast")
     assert output.grad_fn is not None
     assert [tensor.shape for tensor in kept] == [(4, 5, 96), (20, 1)]

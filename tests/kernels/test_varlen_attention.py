@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from spying import noting
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -232,8 +233,7 @@ def test_heads_a_few_at_a_time_give_the_same_output_and_gradients(
 
     expected = run()
     calls = []
-    whole = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *a, **named: calls.append(a[0].shape[1]) or whole(*a, **named))
+    monkeypatch.setattr(module, "_attend", noting(module._attend, lambda query, *_, **__: calls.append(query.shape[1])))
     monkeypatch.setattr(module, "MOST_BACKWARD_BYTES", module.flash_backward_bytes(TOKENS, 6, 3, 16, 8) * 2 // 3)
     found = run()
     assert set(calls) == {4, 2}, "two of the three key heads, then the last"

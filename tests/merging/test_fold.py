@@ -15,6 +15,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf_files import tiny_weights, write_gguf
 from merge_runs import LLAMA, Run, make_base, stored, train
 from safetensors.torch import load_file, save_file
+from spying import noting
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -248,8 +249,8 @@ def test_a_spoiled_file_fails_the_verification(
     tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     change, message = SPOILED[kind]
-    verify_files = merging.verify_files
-    monkeypatch.setattr(merging, "verify_files", lambda work, *rest: (spoil(work, change), verify_files(work, *rest)))
+    spoiling = noting(merging.verify_files, lambda work, *_: spoil(work, change))
+    monkeypatch.setattr(merging, "verify_files", spoiling)
     with pytest.raises(MergeError, match=message):
         merge(llama.inputs, tmp_path / "merged")
     assert not any(tmp_path.iterdir())
@@ -374,8 +375,9 @@ def test_files_next_to_the_weights_are_copied_and_the_config_barely_touched(tmp_
     assert names == kept.keys() | ours
 
 
-def altered(inputs: MergeInputs, changes: dict[str, Tensor | None]) -> MergeInputs:
-    adapter = {name: tensor for name, tensor in (inputs.adapter | changes).items() if tensor is not None}
+def altered(inputs: MergeInputs, changes: Mapping[str, Tensor | None]) -> MergeInputs:
+    both = {**inputs.adapter, **changes}
+    adapter = {name: tensor for name, tensor in both.items() if tensor is not None}
     return dataclasses.replace(inputs, adapter=adapter)
 
 
@@ -384,7 +386,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     q_proj = f"{prefix}model.layers.0.self_attn.q_proj"
     head = {f"{prefix}lm_head.lora_A.weight": torch.ones(8, 64), f"{prefix}lm_head.lora_B.weight": torch.ones(128, 8)}
     tied = {f"{prefix}model.embed_tokens.lora_{factor}.weight": torch.ones(8, 8) for factor in "AB"}
-    cases = {
+    cases: dict[str, Mapping[str, Tensor | None]] = {
         "neither a LoRA factor nor a bias": {f"{prefix}lm_head.weight": torch.ones(128, 64)},
         r"lm_head\.weight has an adapter, but the base's": head,
         r"changes model\.embed_tokens\.weight, which this model ties": tied,
@@ -454,7 +456,7 @@ def test_a_place_in_the_users_home_is_known_by_its_full_path(
     with pytest.raises(OutputExistsError, match="full exists"):
         prepare_merge(llama.inputs, Path("~/full"), torch.float16, "dequantized")
     asked: list[Path] = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2**40))
+    monkeypatch.setattr(shutil, "disk_usage", noting(lambda path: SimpleNamespace(free=2**40), asked.append))
     prepare_merge(llama.inputs, Path("~/merged"), torch.float16, "dequantized")
     assert asked == [tmp_path]
 

@@ -63,7 +63,8 @@ def loss_and_gradient(model: Any, rows: list[Example], packing: bool, limit: int
         loss = loss_sum(model, pack, path)
         loss.backward()
         total += loss.detach()
-    return total, torch.cat([parameter.grad.flatten() for _, parameter in trainable_parameters(model)])
+    grads = [parameter.grad for _, parameter in trainable_parameters(model)]
+    return total, torch.cat([grad.flatten() for grad in grads if grad is not None])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -44,7 +44,7 @@ def load(directory: Path, **settings: object) -> Base:
     return load_base_model(directory, ModelConfig(name=str(directory), **settings))
 
 
-def quantize(directory: Path, output: Path, **options: int) -> Path:
+def quantize(directory: Path, output: Path, **options: Any) -> Path:
     quantize_checkpoint(directory, output, device=CPU, **options)
     return output
 

@@ -296,7 +296,7 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
-    mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "eval": 0.0}
+    mixed: dict[str, Any] = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "eval": 0.0}
     run = start_run(tiny_config("straight", data=mixed))
     assert run.state.loader.epoch_rows == run.prepared.report.epoch_examples == 8
     run.train(quiet)
@@ -371,6 +371,7 @@ def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Con
     trained = open_trained(run.directory)
     evaluate_trained(trained)
     assert trained.warnings == []
+    assert isinstance(run.config.data.train, str)
     rows = Path(run.config.data.train)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     evaluate_trained(trained)
@@ -508,7 +509,7 @@ def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
 ) -> None:
     """Also of rows that are cut: by whole turns, or at the end of a completion."""
     messages = [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]
-    long = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
+    long: list[dict[str, Any]] = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
     for row in long:
         rows.write_text(4 * (json.dumps(row) + "\n"))
         data = {"eval": 0, "max_length": 64, "packing": packing}

@@ -144,7 +144,7 @@ def test_a_policy_takes_the_place_of_the_one_before_it(state: TrainState) -> Non
     apply_policy(state.model, Policy("tiled", uncheckpointed_layers=2))
     assert [("forward" in vars(layer)) for layer in layers] == [True, True, True, False, False]
     apply_policy(state.model, Policy("none"))
-    assert [layer.forward.__func__ for layer in layers] == originals
+    assert [layer.forward.__func__ for layer in layers] == originals  # type: ignore[attr-defined]
 
 
 def test_a_model_that_cannot_be_recomputed_is_refused(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:

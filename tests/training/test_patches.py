@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cards import a_card_is_here
+from spying import noting
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -157,7 +158,7 @@ def test_an_activation_is_known_by_its_numbers(name: str, known_as: str | None) 
 
 def test_an_mlp_whose_down_projection_is_not_4bit_stays_as_it_is() -> None:
     mlp = MLP()
-    mlp.three = nn.Linear(128, 64)
+    mlp.three = nn.Linear(128, 64)  # type: ignore[assignment]
     assert gated_mlp(mlp) is None
 
 
@@ -194,8 +195,7 @@ def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: py
     mlp = gated_mlp(MLP())
     assert mlp is not None
     sizes: list[int] = []
-    run = mlp.run
-    monkeypatch.setattr(mlp, "run", lambda x: sizes.append(len(x)) or run(x))
+    monkeypatch.setattr(mlp, "run", noting(mlp.run, lambda x: sizes.append(len(x))))
     for tokens, tiles, expected in ((23, 2, [5, 5, 5, 5, 3]), (8, 2, [4, 4]), (23, 1, [23]), (36, 2, [6] * 6)):
         sizes.clear()
         mlp.tiles = tiles

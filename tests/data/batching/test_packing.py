@@ -72,6 +72,7 @@ def test_packed_rows_are_whole_documents_with_positions_from_zero_and_no_padding
     by_first = {row.input_ids[0]: row for row in rows}
     for pack in make_packs(rows, LIMIT, packing=True):
         assert pack.input_ids.dtype == pack.labels.dtype == pack.position_ids.dtype == torch.int64
+        assert pack.cu_seqlens is not None
         assert pack.cu_seqlens.dtype == torch.int32
         bounds = pack.cu_seqlens.tolist()
         assert bounds[0] == 0

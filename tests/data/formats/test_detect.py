@@ -49,6 +49,7 @@ def test_a_row_of_no_format_gets_the_way_out(record, words):
 
 def first_row(path):
     where, record = next(open_source(str(path)).records())
+    assert isinstance(record, dict)
     return resolve_format(record, "auto", {}, where)
 
 

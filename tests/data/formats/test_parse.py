@@ -261,7 +261,11 @@ def unused(*given):
 
 def read(path, format="auto", columns=None, template=None, **how):
     reader = RecordReader(format, columns or {}, template or {})
-    return [reader.read(record, where) for where, record in open_source(str(path), **how).records()], reader
+    rows = []
+    for where, record in open_source(str(path), **how).records():
+        assert isinstance(record, dict)
+        rows.append(reader.read(record, where))
+    return rows, reader
 
 
 REAL = {

@@ -90,13 +90,14 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
     assert epoch.fill_of_whole_steps == pytest.approx(lengths.sum() / computed)
 
 
-def report(**changes: object) -> PreparationReport:
+def report(**changes: Any) -> PreparationReport:
     source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
     source.train, source.eval, source.epoch = 8, 1, 20
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "eval": SetReport(1, 40, 10, 40, 40, 40)}
     counts = {"train_duplicates": 2, "eval_duplicates": 1, "train_other_answers": 3, "eval_other_answers": 0}
     rest = {"epoch_examples": 20, "max_length": 64, "warnings": [], "skipped_rows": None, "cached": False}
-    return PreparationReport(**{"sources": [source], **sets, **counts, **rest, **changes})
+    fields: dict[str, Any] = {"sources": [source], **sets, **counts, **rest, **changes}
+    return PreparationReport(**fields)
 
 
 def test_every_reason_and_count_is_put_into_words() -> None:
@@ -141,7 +142,7 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
 )
 def test_fill_is_promised_only_for_models_that_can_be_packed(packing: bool, can_pack: bool | None, words: str) -> None:
     lengths, order = lengths_and_order(8)
-    how = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
+    how: dict[str, Any] = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
     epoch = make_overview(lengths, lengths[:1], order, **how).epoch
     assert re.search(words, dict(train_facts(report(), epoch))["fill"])
     assert (epoch.packing, epoch.can_pack) == (packing and can_pack is None, can_pack)

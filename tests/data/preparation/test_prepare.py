@@ -102,7 +102,7 @@ def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatc
 def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"train_on": "last"},
         {"train_on": ["assistant", "user"]},
         {"max_length": 64},
@@ -393,7 +393,8 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
 
 
 def test_a_row_nested_beyond_all_measure_is_a_bad_row_and_no_crash(tmp_path):
-    deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), [])}
+    notes: list[Any] = []
+    deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), notes)}
     train = write(tmp_path, "rows.jsonl", [*ROWS, deep])
     with pytest.raises(DataError, match=r"rows\.jsonl, line 41: .* deep"):
         run(tmp_path, train)
@@ -413,7 +414,7 @@ def test_reasons_are_counted_without_what_differs_from_row_to_row(tmp_path):
     path = write(tmp_path, "x.jsonl", [*rows, {"messages": [{"role": "assistant", "content": "c"}]}])
     (source,) = run(tmp_path, path, on_bad_row="skip").report.sources
     assert list(source.skipped.values()) == [200]
-    counts = Counter()
+    counts: Counter[str] = Counter()
     count_reasons(counts, [("x", f"x: reason {'abc'[n % 3] * (1 + n // 3)}") for n in range(1000)])
     assert counts.total() == 1000
     assert len(counts) == MAX_REASONS + 1

@@ -13,7 +13,7 @@ from qlora_trainer.data.preparation.store import ExampleSet, ExampleStore, exist
 from qlora_trainer.data.preparation.store_writer import _first_equal, make_block, new_store
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
 
-ROWS = [
+ROWS: list[Row] = [
     Document("a line\u2028 and\nanother"),
     PromptCompletion("p", "c"),
     Conversation((Message("user", "é"), Message("assistant", "a", learn=False))),

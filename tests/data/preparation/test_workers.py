@@ -39,7 +39,7 @@ def started():
 
 
 def made(records, two, config=CONFIG):
-    jobs = ((0, "auto", batch) for batch in in_batches(records))
+    jobs: Iterator[Any] = ((0, "auto", batch) for batch in in_batches(records))
     maker = BatchMaker(config, TOKENIZER, 64, None)
     return [batch for _, batch in make_batches(jobs, maker, two)]
 
@@ -103,9 +103,7 @@ def test_a_tokenizer_that_cannot_travel_stays_here(monkeypatch):
 
 def test_closing_while_processes_still_start_ends_them_too(monkeypatch):
     """A set may end, or a row be refused, while the system is still making the processes."""
-    popen = subprocess.Popen
-
-    class Slow(popen):
+    class Slow(subprocess.Popen):
         def __init__(self, command, **settings):
             time.sleep(0.5)
             super().__init__([sys.executable, "-c", "import time; time.sleep(20)"], **settings)

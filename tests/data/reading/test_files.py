@@ -18,7 +18,7 @@ def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
     return path
 
 
-def records(path: Path, **how: object) -> list[dict]:
+def records(path: Path, **how: Any) -> list[Any]:
     return [record for _, record in read_records(path, **how)]
 
 

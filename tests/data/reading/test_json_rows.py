@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spying import noting, unchanged
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading import streams
@@ -157,7 +158,9 @@ def test_an_array_is_read_a_piece_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "_BLOCK_BYTES", 64)
     taken = []
     original = streams.blocks
-    monkeypatch.setattr(streams, "blocks", lambda *args: (taken.append(len(b)) or b for b in original(*args)))
+    monkeypatch.setattr(
+        streams, "blocks", lambda *args: map(noting(unchanged, lambda block: taken.append(len(block))), original(*args))
+    )
     path = write(tmp_path, "x.json", "[" + ", ".join(['{"a": "bcdefgh"}'] * 1000) + "]")
     reader = read_json(path)
     assert next(reader) == ("row 1", {"a": "bcdefgh"})

@@ -274,7 +274,9 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
 def test_what_a_template_cannot_express_is_an_error_of_that_row_and_no_other(family, row, reported):
     good = Conversation((user("a"), answer("b")))
     results = Renderer(tiny_tokenizer(family)).render_batch([("x, line 1", good), ("x, line 2", row), ("x", good)])
+    assert isinstance(results[0], Rendered)
     assert isinstance(results[1], DataError)
+    assert isinstance(results[2], Rendered)
     with pytest.raises(DataError, match=f"^x, line 2.*{reported}"):
         raise results[1]
     assert results[0].examples == results[2].examples == [Renderer(tiny_tokenizer(family)).render(good)]

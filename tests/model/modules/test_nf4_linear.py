@@ -351,7 +351,7 @@ def test_weights_in_other_formats_next_to_the_shards_are_not_fetched() -> None:
 
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
     others = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]
-    kept = filter_repo_objects(files + others, allow_patterns=WEIGHT_FILES, ignore_patterns=NOT_FETCHED)
+    kept = filter_repo_objects(files + others, allow_patterns=[*WEIGHT_FILES], ignore_patterns=[*NOT_FETCHED])
     assert list(kept) == files
 
 
