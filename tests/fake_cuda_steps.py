@@ -87,8 +87,9 @@ def answer_for_cuda() -> None:
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
     torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
-    torch.cuda.stream = lambda stream: stream  # type: ignore[assignment]
-    for module in (torch.cuda, torch.cuda.random):
+    torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]
+    modules: Any = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = lambda *arguments, **named: torch.empty(16, dtype=torch.uint8, device="cpu")
         module.set_rng_state = lambda *arguments, **named: None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
+from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.merge_plan import MergeInputs

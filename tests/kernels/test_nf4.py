@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_dequantizing_reads_only_the_rows_asked_for() -> None:
 def test_fake_tensors_give_shapes_without_a_value() -> None:
     real = quantize_nf4(normal((6, 43)))
     with FakeTensorMode() as mode:
-        fake = replace(real, **{name: mode.from_tensor(getattr(real, name)) for name in TABLES})
+        tables: Any = {name: mode.from_tensor(getattr(real, name)) for name in TABLES}
+        fake = replace(real, **tables)
         result = dequantize_nf4(fake, torch.bfloat16, rows=slice(2, 5))
     assert (result.shape, result.dtype) == ((3, 43), torch.bfloat16)
 

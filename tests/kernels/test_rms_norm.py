@@ -1,6 +1,7 @@
 """RMS normalization: the library's own numbers, exact gradients, and next to nothing kept."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def output_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tupl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_output_is_the_librarys_to_the_last_bit(form: Form, dtype: torch.dtype) -> None:
-    theirs = LIBRARY[form](96, eps=EPS)
+    theirs: Any = LIBRARY[form](96, eps=EPS)
     theirs.weight.data = normal(96, seed=1, dtype=dtype)
     x = normal(3, 5, 96, dtype=dtype) * 3.0
     with torch.no_grad():
@@ -67,7 +68,7 @@ def test_gradient_is_that_of_finite_differences(form: Form) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_errs_no_more_than_autograds_of_the_librarys(form: Form, dtype: torch.dtype) -> None:
-    theirs = LIBRARY[form](96, eps=EPS).requires_grad_(False)
+    theirs: Any = LIBRARY[form](96, eps=EPS).requires_grad_(False)
     theirs.weight.data = normal(96, seed=1, dtype=dtype)
     x = normal(300, 96, dtype=dtype).requires_grad_()
     exact_x = x.detach().double().requires_grad_()

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -29,6 +29,7 @@ from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging import measure as merge_measurement
 from qlora_trainer.merging import merge_run as deployment
 from qlora_trainer.merging import streamed_model
+from qlora_trainer.merging.merge_plan import MergeBase
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.merging.verify import check_original
 from qlora_trainer.model.forward import logits
@@ -220,7 +221,7 @@ def test_an_original_base_that_cannot_be_measured_is_passed_over_or_reported(
 ) -> None:
     measure = merge_measurement._with_adapter
 
-    def full(run: Any, base: str, progress: Any) -> Any:
+    def full(run: Any, base: MergeBase, progress: Any) -> Any:
         if base == "original":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(run, base, progress)
@@ -240,7 +241,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     load, prepare = merge_measurement._load, merge_measurement.prepare_trained
     monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["reported once"]))
 
-    def load_on(run: Any, base: str, progress: Any, layers: int | None = None) -> Any:
+    def load_on(run: Any, base: MergeBase, progress: Any, layers: int | None = None) -> Any:
         tried.append(run.device.type)
         if layers:
             return load(dataclasses.replace(run, device=torch.device("cpu")), base, progress, layers)
@@ -251,8 +252,10 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     monkeypatch.setattr(merge_measurement, "_load", load_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
+    free = {"cpu": 2**40}
+    pretend_free_memory(monkeypatch, lambda device: free[device.type])
     for name, limit in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
-        pretend_free_memory(monkeypatch, lambda device, r=limit: r if device.type == "cuda" else 2**40)
+        free["cuda"] = limit
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
         on_cpu = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
         assert done.warnings == [on_cpu, "reported once"]

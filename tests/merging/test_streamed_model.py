@@ -38,7 +38,7 @@ from qlora_trainer.merging.streamed_model import (
 from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.model import load as model_space
 from qlora_trainer.model.load import load_base_model, load_dense_model
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
 from qlora_trainer.weights.reading import read_tensor
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -156,7 +157,8 @@ def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
     family: str, change: Callable[[dict[str, Tensor]], None], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = changed(tiny_models(family), tmp_path / "changed", change)
-    ours, theirs = load(directory).model, load_by_transformers(directory)  # whose computed buffers are in fp32 alike
+    ours: Any = load(directory).model
+    theirs: Any = load_by_transformers(directory)  # its computed buffers are in fp32 too
     assert_same_tensors(ours, theirs)
     is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
@@ -240,7 +242,7 @@ def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
 @pytest.mark.parametrize("settings", [{"lm_head": "4bit"}, {"lm_head": "8bit"}])
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_a_quantized_head_is_made_of_the_checkpoints_values(
-    family: str, settings: dict[str, str], tiny_models: Callable[[str], Path]
+    family: str, settings: Any, tiny_models: Callable[[str], Path]
 ) -> None:
     """As from the dense head of a loaded model, and the embedding it may share stays what it was."""
     made = load(tiny_models(family), **settings).model

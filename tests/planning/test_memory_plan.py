@@ -44,7 +44,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.activations import Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
@@ -441,7 +441,8 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    for available, level in ((kept, "none"), (less_memory, "full")):
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
         assert run.plan is not None
@@ -488,7 +489,8 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
         plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})).total
         for level in ("none", "full")
     )
-    for free, level in ((kept, "none"), (less_memory, "full")):
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    for free, level in fitting_in:
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(tiny_llama, config)
         assert plan is not None

@@ -296,7 +296,8 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
-    mixed: dict[str, Any] = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "eval": 0.0}
+    sources: Any = [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}]
+    mixed = {"train": sources, "eval": 0.0}
     run = start_run(tiny_config("straight", data=mixed))
     assert run.state.loader.epoch_rows == run.prepared.report.epoch_examples == 8
     run.train(quiet)
@@ -306,7 +307,7 @@ def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_confi
     straight = final_adapter(Path(tiny_config("straight").training.output_dir))
     for name, tensor in final_adapter(directory).items():
         assert torch.equal(tensor, straight[name]), name
-    edit_config(directory, "data", train=[{**mixed["train"][0], "weight": 0.9}, {**mixed["train"][1], "weight": 0.5}])
+    edit_config(directory, "data", train=[{**sources[0], "weight": 0.9}, {**sources[1], "weight": 0.5}])
     with pytest.raises(CheckpointError, match="data of this run changed"):
         resume_run(directory)
 

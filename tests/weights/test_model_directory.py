@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import psutil
 import pytest
@@ -107,7 +108,7 @@ def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
 def test_row_blocks_cover_all_rows_and_none_is_small(rows: int) -> None:
     blocks = row_blocks((rows, 3), block_elements=1)
     taken = [list(range(rows)[block]) for block in blocks if block is not None]
-    assert sum(taken, []) == list(range(rows))
+    assert [row for block in taken for row in block] == list(range(rows))
     assert all(len(block) >= 256 for block in taken) or len(blocks) == 1
     assert row_blocks(()) == [None]
 

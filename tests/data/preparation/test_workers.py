@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_tokenizers import tiny_tokenizer
@@ -103,6 +105,7 @@ def test_a_tokenizer_that_cannot_travel_stays_here(monkeypatch):
 
 def test_closing_while_processes_still_start_ends_them_too(monkeypatch):
     """A set may end, or a row be refused, while the system is still making the processes."""
+
     class Slow(subprocess.Popen):
         def __init__(self, command, **settings):
             time.sleep(0.5)

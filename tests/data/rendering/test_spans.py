@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.renderer import CUT_AWAY, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import (
     IDS_NUMBERED,
     LAST_TURN_ONLY,
@@ -67,6 +67,7 @@ def what_is_said(family: str, messages: tuple[Message, ...]) -> list[str | None]
             continue
         text = message.content.strip() if facts.trims else message.content
         for made in message.tool_calls:
+            assert facts.call is not None
             written = facts.call.replace('"Rome"', json.dumps(json.loads(made.arguments)["city"], ensure_ascii=False))
             text += ("\n" if text else "") + written.replace("000000000", f"{calls:09d}")
             calls += 1
@@ -305,7 +306,7 @@ def test_a_list_of_roles_is_learned_with_the_ends_of_their_turns():
     row = Conversation(
         (user("a"), answer("", tool_calls=(call(),)), Message("tool", "in Italy"), user("c"), answer("d")), (TOOL,)
     )
-    calls = FAMILIES["qwen2_5"].call + "<|im_end|>"
+    calls = f"{FAMILIES['qwen2_5'].call}<|im_end|>"
     result = "in Italy\n</tool_response><|im_end|>"
     assert trained_texts(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
     both = trained_texts(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))

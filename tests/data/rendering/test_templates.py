@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.dialogue import make_dialogue, with_numbered_ids
 from qlora_trainer.data.rendering.encoding import Encoder
-from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.renderer import Rendered, Renderer
 from qlora_trainer.data.rendering.templates import ChatTemplate
 from qlora_trainer.data.types import Conversation, Message, ToolCall
 

@@ -82,6 +82,8 @@ def test_output_and_gradients_are_those_of_transformers_own_experts(chosen_exper
         routing = scores.double().requires_grad_()
         output = function(x, routing)
         output.backward(normal(17, HIDDEN, seed=2, dtype=torch.float64))
+        assert x.grad is not None
+        assert routing.grad is not None
         results += [output.detach(), x.grad, routing.grad]
     for ours, other in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)

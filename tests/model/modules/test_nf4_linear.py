@@ -376,13 +376,15 @@ def test_the_memory_a_base_needs_is_what_it_takes(
     fused = tmp_path / "fused"  # its largest tensor is stored as (I, O)
     make_model_directory(fused, "gpt2", n_inner=4096)
     plain = (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed)
+    free: dict[str, int] = {}
     for directory, copies in (*((directory, 0) for directory in plain), (mixed, 4 / 2), (fused, 1)):
         largest = max(info.nbytes for info in checkpoint_tensors(directory).values())
         needed = load(directory).bytes + int(largest * (2 + copies))
         with monkeypatch.context() as patch:
-            pretend_free_memory(patch, lambda device, free=needed: free)
+            free["cpu"] = needed
+            pretend_free_memory(patch, lambda device: free[device.type])
             load(directory)
-            pretend_free_memory(patch, lambda device, free=needed - 1: free)
+            free["cpu"] = needed - 1
             with pytest.raises(InsufficientMemoryError):
                 load(directory)
 
