@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.cli import inspect as inspection
-from qlora_trainer.cli import show_rows
+from qlora_trainer.cli import show_rows as inspection
 from qlora_trainer.cli.show_rows import bars, row_to_json, show_row
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.schema import DataConfig
@@ -52,7 +51,7 @@ def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return "".join([" one", " two", " three"][token] for token in ids).removeprefix(" ")
 
-    spans = show_rows._spans(Stripping(), [0, 1, 2], [False, True, False])
+    spans = inspection._spans(Stripping(), [0, 1, 2], [False, True, False])
     assert [span["text"] for span in spans] == ["one", " two", " three"]
 
 
@@ -66,7 +65,7 @@ def test_a_rows_spans_are_decoded_a_few_times_each_however_long_the_row() -> Non
             return "".join(map(chr, ids))
 
     ids = [ord("a") + index % 26 for index in range(3000)]
-    spans = show_rows._spans(Counting(), ids, [index % 3 == 0 for index in range(3000)])
+    spans = inspection._spans(Counting(), ids, [index % 3 == 0 for index in range(3000)])
     assert "".join(span["text"] for span in spans) == "".join(map(chr, ids))
     assert decoded <= 4 * len(ids)
 
