@@ -158,7 +158,7 @@ def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Any]:
     return Path(config.training.output_dir), model, runs.load_tokenizer(model)
 
 
-def test_turning_it_on_or_off_in_a_run_is_allowed_and_told(tiny_config: Config) -> None:
+def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:
     run = start_run(config_of(tiny_config, "run", deterministic=False))
     run.train(quiet, stop_after=2)
     resumed = resume_run(run.directory, ["training.deterministic=true"])

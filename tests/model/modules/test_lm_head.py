@@ -42,7 +42,7 @@ def pack_of(tokens: int) -> Pack:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "llama_tied"])
-def test_the_lean_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
+def test_the_patched_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
     model = base(tiny_models(family), lm_head=kind).model
     assert isinstance(model.get_output_embeddings(), QuantizedHead)
     plan = examine_forward(model)
@@ -111,13 +111,13 @@ def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
 
 def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
     model = base(tiny_llama, lm_head="4bit", embeddings="cpu").model
-    assert "lm_head" not in find_targets(model, AdapterConfig().targets)
+    assert "lm_head" not in find_targets(model, AdapterConfig().target_modules)
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(AdapterError, match="Embeddings and the LM head are not adapted"):
             find_targets(model, [name])
 
 
-def test_a_head_that_is_no_linear_layer_is_told() -> None:
+def test_a_head_that_is_no_linear_layer_is_reported() -> None:
     class Odd(nn.Module):
         def get_output_embeddings(self) -> nn.Module:
             return nn.Identity()
