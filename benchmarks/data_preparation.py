@@ -57,8 +57,9 @@ def ours(job: Job, workers: int) -> Callable[[], int]:
     from qlora_trainer.config.schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
     from qlora_trainer.model.source import load_tokenizer
+    from qlora_trainer.weights.model_directory import ModelDirectory
 
-    tokenizer = load_tokenizer(Path(job.model))
+    tokenizer = load_tokenizer(ModelDirectory.open(Path(job.model)))
     config = DataConfig(train=job.rows, eval=0.0, max_length=MAX_LENGTH, workers=workers)
     cache = Path(job.work)
     return lambda: prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=cache).report.train.tokens

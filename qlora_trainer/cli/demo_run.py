@@ -27,6 +27,7 @@ from qlora_trainer.runs.report.summary import summarize, write_run_report
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.evaluation import Answer, answer_questions, exact_match, questions
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 SAMPLES_SHOWN = 6
 MAX_NEW_TOKENS = 32
@@ -92,7 +93,7 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     adapter_bytes = (run.directory / "adapter" / "adapter_model.safetensors").stat().st_size
     with ProgressBars() as progress:
         merged = merge_run(run.directory, output / "merged", progress=progress)
-        from_merged = _answer(run, load_dense_model(output / "merged", run.base.device), progress)
+        from_merged = _answer(run, load_dense_model(ModelDirectory.open(output / "merged"), run.base.device), progress)
     print_warnings(merged.warnings)
 
     _keep_samples(run.directory, before, after)

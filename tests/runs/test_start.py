@@ -36,6 +36,7 @@ from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 Config = Callable[..., RunConfig]
@@ -425,9 +426,9 @@ def test_a_hub_name_is_recorded_with_the_commit_it_was(
     shutil.copytree(tiny_llama, snapshot)
     asked = []
 
-    def resolve(name: str, revision: str | None, *rest: object) -> Path:
+    def resolve(name: str, revision: str | None, *rest: object) -> ModelDirectory:
         asked.append((name, revision))
-        return snapshot
+        return ModelDirectory.open(snapshot)
 
     monkeypatch.setattr(runs, "resolve_model", resolve)
     run = start_run(tiny_config(model={"name": "owner/model"}))
@@ -561,18 +562,18 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
     """The warnings of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
     original = runs.load_base
 
-    def on_the_host(path: Path, settings: Any, *rest: Any) -> Any:
+    def on_the_host(model: ModelDirectory, settings: Any, *rest: Any) -> Any:
         with pytest.MonkeyPatch.context() as no_card:
             no_card.setattr(torch.cuda, "is_available", lambda: False)
-            return original(path, settings, *rest)
+            return original(model, settings, *rest)
 
     def warnings(name: str, device: str = "auto") -> list[str]:
         config = tiny_config(f"{name}-{device}", model={"device": device}, optimizer={"name": name})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(runs, "load_base", on_the_host)
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
-        path = Path(config.model.name)
-        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).warnings
+        model = ModelDirectory.open(Path(config.model.name))
+        return runs._assemble(config, model.path, model, runs.load_tokenizer(model), silent).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
