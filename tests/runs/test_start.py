@@ -256,7 +256,7 @@ def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_confi
     saved = config.model_dump(mode="json")
     del saved["adapter"]["dtype"], saved["model"]["lm_head"]
     assert config_changes(saved, config) == ([], [])
-    changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": "bfloat16"})})
+    changed = config.replace({"adapter.dtype": "bfloat16"})
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
 
 
