@@ -174,7 +174,7 @@ def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
         start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
 
 
-def test_a_missing_adapter_is_told_before_the_base_is_looked_for(
+def test_a_missing_adapter_is_reported_before_the_base_is_looked_for(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "resolve_model", no_load)
@@ -226,7 +226,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     written = yaml.safe_load((parts.directory / "config.yaml").read_text())
     assert written["training"]["activation_checkpointing"] == "full"
-    assert written["checkpoint"]["none"] == 1
+    assert written["checkpoint"]["keep"] == 1
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
@@ -272,13 +272,13 @@ def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
     assert resume_run(run.directory, moved).train(quiet)
 
 
-def test_packing_changed_on_resume_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+def test_packing_changed_on_resume_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["data.packing=false"]).warnings
     assert "data.packing was True and is False" in warning
 
 
-def test_a_changed_micro_batch_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+def test_a_changed_micro_batch_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).warnings
     assert "training.micro_batch_tokens was auto and is 512" in warning
