@@ -54,7 +54,7 @@ class Result:
 
 
 def ours(job: Job, workers: int) -> Callable[[], int]:
-    from qlora_trainer.config.schema import DataConfig
+    from qlora_trainer.config.data_schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
     from qlora_trainer.model.source import load_tokenizer
     from qlora_trainer.weights.model_directory import ModelDirectory

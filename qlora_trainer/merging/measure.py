@@ -173,15 +173,13 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
     if base == "original":
         return load_dense_model(run.directory, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
-    settings = run.trained.config.model.model_copy(
-        update={
-            "device": run.device.type,
-            "compute_dtype": "float32",
-            "lm_head": "dense",
-            "embeddings": "device",
-        }
-    )
-    loaded = load_base_model(run.directory, settings, progress)
+    as_merged = {
+        "model.device": run.device.type,
+        "model.compute_dtype": "float32",
+        "model.lm_head": "dense",
+        "model.embeddings": "device",
+    }
+    loaded = load_base_model(run.directory, run.trained.config.replace(as_merged).model, progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model

@@ -106,4 +106,4 @@ def _live(plan: MemoryPlan) -> int:
 
 
 def _keeping(config: RunConfig, layers: int) -> RunConfig:
-    return config.model_copy(update={"training": config.training.model_copy(update={"uncheckpointed_layers": layers})})
+    return config.replace({"training.uncheckpointed_layers": layers})

@@ -18,6 +18,7 @@ from qlora_trainer.model.device import choose_device
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
@@ -89,7 +90,8 @@ def largest_micro_batch(
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(least_memory(config), size), budget)
+    config = least_memory(config)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
 def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
@@ -100,7 +102,7 @@ def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Prog
     elif sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
         return None
     else:
-        config = _set(config, model={"device": "cpu"})
+        config = config.replace({"model.device": "cpu"})
         budget = Budget(host_memory().available, 0)
     plan = check_fits(directory, config, budget, progress)
     progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
@@ -164,16 +166,13 @@ def plan_as_lowered(
     directory: ModelDirectory, config: RunConfig, policy: Policy, micro_batch_tokens: int
 ) -> MemoryPlan:
     """The plan of a run on the device here, under what an earlier part of it came down to."""
-    config = _set(config, model={"device": choose_device(config.model.device).type})
-    return plan_memory(directory, with_policy(with_micro_batch(config, micro_batch_tokens), policy))
+    config = config.replace({"model.device": choose_device(config.model.device).type})
+    lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
+    return plan_memory(directory, with_policy(lowered, policy))
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
-    return _set(config, data={"max_length": max_length}, training={"micro_batch_tokens": "auto"})
-
-
-def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
-    return _set(config, training={"micro_batch_tokens": tokens})
+    return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
 def _keep_what_fits(
@@ -203,16 +202,10 @@ def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> Memor
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
-    return _set(config, training=policy.as_settings())
+    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
     """What to write on the command line to have a policy instead of the config's."""
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
-
-
-def _set(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
-    )

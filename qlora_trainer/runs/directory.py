@@ -43,8 +43,7 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
     if not (directory / CONFIG_NAME).is_file():
         raise FileMissingError(f"{directory} is not a run directory: it has no {CONFIG_NAME}.")
     config = load_config(directory / CONFIG_NAME, overrides)
-    training = config.training.model_copy(update={"output_dir": str(directory.absolute())})
-    return config.model_copy(update={"training": training})
+    return config.replace({"training.output_dir": str(directory.absolute())})
 
 
 def write_run_config(config: RunConfig, directory: Path) -> None:

@@ -29,6 +29,7 @@ from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
+from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
@@ -99,7 +100,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none
-    planned = as_lowered(config, saved) if saved else None
+    planned = as_lowered(config, saved, longest_row(model, config)) if saved else None
     run = _assemble(config, directory, model, load_tokenizer(model), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
@@ -190,10 +191,10 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
         or not re.fullmatch("[0-9a-f]{40}", path.name)
     ):
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+    return config.replace({"model.revision": path.name})
 
 
 def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
     """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
     day = Renderer(tokenizer, template_date=config.data.template_date).template_date
-    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})}) if day else config
+    return config.replace({"data.template_date": day}) if day else config

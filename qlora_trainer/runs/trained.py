@@ -80,7 +80,8 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
         CheckpointError: as `read_trained`, or the adapter belongs to another base.
     """
     run = read_trained(directory)
-    settings = run.config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
+    given = {f"model.{key}": value for key, value in model_settings.items() if value}
+    settings = run.config.replace(given).model
     model = resolve_model(settings.name, settings.revision, user_cache(), progress)
     tokenizer = load_tokenizer(model)
     base = load_base(model, settings, user_cache(), progress)

@@ -37,6 +37,7 @@ from qlora_trainer.planning.memory_plan import (
     empty_run,
     keeps_apart,
     longest_pack,
+    longest_row,
     plan_memory,
     track_steps,
 )
@@ -45,6 +46,7 @@ from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
 from qlora_trainer.training.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
@@ -570,3 +572,16 @@ def test_a_resumed_run_is_planned_as_it_goes_on(
     assert resumed.plan.policy == resumed.state.policy == Policy("full")
     assert asked == planned
     assert any("would fit" in warning for warning in resumed.warnings) == (activations == "auto")
+
+
+@pytest.mark.parametrize(("max_length", "lowered", "planned"), [(64, 48, 64), (64, 96, 96), (10**6, 1.5, 1.5)])
+def test_a_limit_lowered_below_a_row_is_planned_as_that_row(
+    tiny_config: Config, tiny_llama: Path, max_length: int, lowered: float, planned: float
+) -> None:
+    """Counted in the model's positions where data.max_length is beyond them; rows stay as long as they can be."""
+    config = tiny_config(model={"device": "cpu"}, data={"max_length": max_length}, training={"global_batch_size": 4})
+    longest = longest_row(tiny_llama, config)
+    unit = longest if isinstance(lowered, float) else 1
+    plan = plan_memory(tiny_llama, with_micro_batch(config, int(lowered * unit), longest))
+    assert plan.max_length == longest
+    assert plan.micro_batch_tokens == int(planned * unit)

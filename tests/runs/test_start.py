@@ -227,7 +227,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     written = yaml.safe_load((parts.directory / "config.yaml").read_text())
     assert written["training"]["activation_checkpointing"] == "full"
-    assert written["checkpoint"]["none"] == 1
+    assert written["checkpoint"]["keep"] == 1
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
@@ -257,7 +257,7 @@ def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_confi
     saved = config.model_dump(mode="json")
     del saved["adapter"]["dtype"], saved["model"]["lm_head"]
     assert config_changes(saved, config) == ([], [])
-    changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": "bfloat16"})})
+    changed = config.replace({"adapter.dtype": "bfloat16"})
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
 
 

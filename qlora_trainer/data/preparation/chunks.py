@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
+from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.preparation.store_writer import Block, make_block

@@ -21,7 +21,7 @@ import numpy as np
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
+from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
     BatchMaker,

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from qlora_trainer.common.errors import DataError, first_line
-from qlora_trainer.config.schema import DataConfig
+from qlora_trainer.config.data_schema import DataConfig
 from qlora_trainer.data.preparation.chunks import (
     Batch,
     BatchMaker,

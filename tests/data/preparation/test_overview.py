@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.config.schema import DataConfig, Source
+from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation.overview import (

@@ -13,7 +13,7 @@ import pytest
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError, DiskError
-from qlora_trainer.config.schema import DataConfig, Source
+from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation

@@ -14,7 +14,7 @@ import pytest
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.schema import DataConfig
+from qlora_trainer.config.data_schema import DataConfig
 from qlora_trainer.data.preparation import workers
 from qlora_trainer.data.preparation.chunks import BatchMaker, in_batches
 from qlora_trainer.data.preparation.workers import Workers, make_batches
@@ -132,7 +132,7 @@ def test_a_script_without_a_main_guard_can_prepare_and_no_worker_outlives_it():
         "import os, signal\n"
         "from tiny_tokenizers import tiny_tokenizer\n"
         "from qlora_trainer.data.preparation.workers import Workers\n"
-        "from qlora_trainer.config.schema import DataConfig\n"
+        "from qlora_trainer.config.data_schema import DataConfig\n"
         "one = Workers(1, DataConfig(train='rows.jsonl'), tiny_tokenizer('smollm2'), 64, None)\n"
         "one.start(wait=True)\n"
         "print(one.ready, one._processes[0].pid, flush=True)\n"
