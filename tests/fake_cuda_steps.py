@@ -41,6 +41,7 @@ from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noq
 from qlora_trainer.training.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
+from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
 
 
 class Stream:
@@ -136,7 +137,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
             "training": {"global_batch_size": 2, **changes},
         }
     )
-    model = build_skeleton(MODEL)
+    model = build_skeleton(ModelDirectory.open(MODEL))
     seen = Seen()
     with fake:
         fill_skeleton(model, config.model, dtype)

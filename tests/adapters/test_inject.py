@@ -28,13 +28,14 @@ from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 
 Models = Callable[[str], Path]
 
 
 def base_model(directory: Path) -> Any:
-    return load_base_model(directory, ModelConfig(name=str(directory))).model
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
 
 
 def randomise(model: Any) -> None:

@@ -41,7 +41,7 @@ from qlora_trainer.model.forward import LossPath
 from qlora_trainer.weights import reading
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.gguf.reader import GGUFWeights
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import row_blocks
 
 ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
@@ -114,7 +114,7 @@ def test_a_gpt2_saved_without_its_prefix_is_mapped_and_transposed(tmp_path: Path
     config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=128)
     whole = make_base(tmp_path / "whole", config, torch.float32)
     GPT2Model.from_pretrained(whole).save_pretrained(tmp_path / "base")
-    assert "h.0.attn.c_attn.weight" in checkpoint_tensors(tmp_path / "base")
+    assert "h.0.attn.c_attn.weight" in ModelDirectory.open(tmp_path / "base").tensors
     run = train(tmp_path / "base")
     assert run.inputs.fan_in_fan_out
     merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
@@ -201,7 +201,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
     other = tmp_path / "other"
     shutil.copytree(llama.inputs.base, other)
     name = "model.layers.0.mlp.up_proj.weight"
-    file = checkpoint_tensors(other)[name].file
+    file = ModelDirectory.open(other).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors[name][3, 5] *= -1.0
     save_file(tensors, file, metadata={"format": "pt"})
@@ -435,7 +435,7 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
         streamed(input_ids=torch.tensor(ROWS[:1]))
     merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
     merge(run.inputs, tmp_path / "original", dtype=torch.float32, base="original")
-    by_tokens = [name for name, info in checkpoint_tensors(directory).items() if info.shape[0] == vocabulary]
+    by_tokens = [name for name, info in ModelDirectory.open(directory).tensors.items() if info.shape[0] == vocabulary]
     assert len(by_tokens) == 1 + untied
     assert all(0 < read_most[name] < 0.5 * vocabulary for name in by_tokens)
     check_logits(run, tmp_path / "merged", kl=1e-10)
@@ -485,7 +485,7 @@ def test_a_changed_tensor_that_is_not_4_bit_is_refused_by_name(tmp_path: Path, l
     for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
         other = tmp_path / name
         shutil.copytree(llama.inputs.base, other)
-        file = checkpoint_tensors(other)[name].file
+        file = ModelDirectory.open(other).tensors[name].file
         tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
         tensors[name].view(-1)[5] += 0.5
         save_file(tensors, file, metadata={"format": "pt"})
@@ -500,7 +500,7 @@ def test_changed_block_scales_of_a_prequantized_base_are_refused(tmp_path: Path,
     directory = prequantized(llama.inputs.base, tmp_path / "base")
     merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
     name = "model.layers.0.mlp.up_proj.weight.absmax"
-    file = checkpoint_tensors(directory)[name].file
+    file = ModelDirectory.open(directory).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})

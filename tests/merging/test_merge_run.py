@@ -39,7 +39,7 @@ from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trained
 from qlora_trainer.training.evaluation import answer_questions, questions
 from qlora_trainer.weights import side_files as model_files
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
@@ -351,7 +351,7 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 @pytest.mark.parametrize("trained_on", ["original", "prequantized"])
@@ -425,7 +425,7 @@ def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
 def test_shards_are_of_the_size_asked_for(run_dir: Path, tmp_path: Path) -> None:
     merge_run(run_dir, tmp_path / "merged", base="dequantized", max_shard_bytes=100_000)
     held: dict[str, int] = {}
-    for info in checkpoint_tensors(tmp_path / "merged").values():
+    for info in ModelDirectory.open(tmp_path / "merged").tensors.values():
         held[info.file.name] = held.get(info.file.name, 0) + info.nbytes
     assert len(held) == len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     assert max(held.values()) <= 100_000

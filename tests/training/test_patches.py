@@ -22,6 +22,7 @@ from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as patched_modules
 from qlora_trainer.training.patches import GatedMLP, gated_mlp, patch_model, rms_norm_form
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 
 LISTED = [
@@ -36,7 +37,7 @@ def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits
     tiny_models: Callable[[str], Path], family: str, dtype: str
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(directory, ModelConfig(name=str(directory), compute_dtype=dtype)).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), compute_dtype=dtype)).model
     add_adapters(model, AdapterConfig(rank=4))
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
@@ -64,7 +65,7 @@ def test_what_has_no_patched_form_is_counted_and_left_alone(
     family: str, mlps: tuple[int, int], norms: tuple[int, int], tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(directory, ModelConfig(name=str(directory))).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
     add_adapters(model, AdapterConfig(rank=4))
     report = patch_model(model)
     assert report.projections[0] == report.projections[1] > 0

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.config.schema import DataConfig, Source
+from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation.overview import (
@@ -154,7 +154,7 @@ def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
         lines = [json.dumps({"prompt": f"{name} {i}", "completion": "word " * (i + 1)}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
-    config = DataConfig(train=sources, eval=0.0, workers=0)
+    config = DataConfig(train=sources, eval=0.0)
     prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
     epoch = overview_of(prepared, global_batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
     assert (epoch.rows, epoch.steps) == (12 + 9, 6)

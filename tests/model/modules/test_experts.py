@@ -26,7 +26,7 @@ from qlora_trainer.model.modules.experts import split_experts
 from qlora_trainer.model.modules.nf4_linear import quantized_fraction
 from qlora_trainer.model.quantized_copy import FUSED_EXPERTS, quantize_checkpoint
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
 from qlora_trainer.weights.reading import read_tensor
 
@@ -184,7 +184,7 @@ def test_split_experts_have_the_checkpoints_names_and_answer_as_the_fused_ones(
 ) -> None:
     directory = tiny_models(family)
     model = with_split_experts(plain(directory))
-    stored = {name.replace("block_sparse_moe", "mlp") for name in checkpoint_tensors(directory)}
+    stored = {name.replace("block_sparse_moe", "mlp") for name in ModelDirectory.open(directory).tensors}
     assert model.state_dict().keys() == stored
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -230,9 +230,9 @@ def test_experts_that_are_fused_on_disk_are_refused_with_their_share(
     tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     plain(tiny_models("mixtral")).save_pretrained(tmp_path / "fused", save_original_format=False)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in checkpoint_tensors(tmp_path / "fused")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in ModelDirectory.open(tmp_path / "fused").tensors
     with pytest.raises(ModelError, match=r"Only 11\.1% of this model's linear weights become 4-bit.*experts\.gate_up"):
-        load_base_model(tmp_path / "fused", ModelConfig(name="fused"))
+        load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -240,9 +240,11 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tiny_models(family)
-    report = quantize_checkpoint(directory, tmp_path / "nf4", device=torch.device("cpu"))
+    report = quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=torch.device("cpu"))
     assert report.warnings == [FUSED_EXPERTS]
-    kept, base = (load_base_model(path, ModelConfig(name="base")) for path in (tmp_path / "nf4", directory))
+    kept, base = (
+        load_base_model(ModelDirectory.open(path), ModelConfig(name="base")) for path in (tmp_path / "nf4", directory)
+    )
     assert kept.quantized_fraction == base.quantized_fraction == 1.0
     assert kept.fingerprint.difference(base.fingerprint) is None
     assert kept.fingerprint.stored_as == base.fingerprint.stored_as
@@ -253,15 +255,15 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tiny_models("mixtral")
-    quantize_checkpoint(directory, tmp_path / "nf4", device=torch.device("cpu"))
+    quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=torch.device("cpu"))
     run = start_run(tiny_config(model={"name": str(directory)}, training={"max_steps": 1}))
     run.train(lambda metrics: None)
     merge_run(run.directory, tmp_path / "merged", base="dequantized", dtype=torch.float32)
     merge_run(
         run.directory, tmp_path / "from_copy", base="dequantized", dtype=torch.float32, model=str(tmp_path / "nf4")
     )
-    merged, from_copy = (checkpoint_tensors(tmp_path / name) for name in ("merged", "from_copy"))
-    assert merged.keys() == from_copy.keys() == checkpoint_tensors(directory).keys()
+    merged, from_copy = (ModelDirectory.open(tmp_path / name).tensors for name in ("merged", "from_copy"))
+    assert merged.keys() == from_copy.keys() == ModelDirectory.open(directory).tensors.keys()
     assert all(torch.equal(read_tensor(info), read_tensor(from_copy[name])) for name, info in merged.items())
 
 
