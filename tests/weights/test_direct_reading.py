@@ -64,7 +64,7 @@ def test_tensors_come_with_their_values_and_hashes(tmp_path: Path) -> None:
 
 
 def test_shards_follow_each_other(tmp_path: Path) -> None:
-    infos = saved(tmp_path / "one") | {f"{n} too": info for n, info in saved(tmp_path / "two").items()}
+    infos = {**saved(tmp_path / "one"), **{f"{n} too": info for n, info in saved(tmp_path / "two").items()}}
     with DirectReader() as reader:
         for name in ("half", "half too", "long", "brain too"):
             info = infos[name]
