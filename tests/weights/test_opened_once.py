@@ -1,10 +1,11 @@
-"""A model directory is opened once: its config is what transformers reads, and a run reads and lists it a single time."""
+"""A model directory is opened once: its config is what transformers reads, and a run lists and reads it only once."""
 
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_run_reads_the_config_and_lists_the_tensors_once(
     listed: list[Path] = []
     list_tensors = model_directory.list_tensors
 
-    def counted(path: Path, *rest: object) -> object:
+    def counted(path: Path, *rest: Any) -> object:
         listed.append(path)
         return list_tensors(path, *rest)
 
