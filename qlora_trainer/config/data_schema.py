@@ -107,11 +107,6 @@ class DataConfig(Section):
         description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
         "directory's skipped_rows.jsonl.",
     )
-    workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = Field(
-        "auto",
-        description="Processes that render and tokenize next to the main one. auto: one a core, up to 8, for sets that "
-        "take longer than these take to start; 0: none.",
-    )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
     train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
         "assistant",

@@ -6,7 +6,6 @@ one parameter of several tensors, or the other way round, the names are distingu
 the model has a parameter for each tensor (model/modules/experts.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class NameMatch:
     unused: list[str]  # checkpoint's names that no parameter takes
 
 
-def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
+def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
     """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
 
     Statistics of prequantized weights go with their weights, and are in no list.
@@ -38,10 +37,10 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state, prefix = model.state_dict(), model.base_model_prefix
-    statistics = {info.name for found in weight_statistics(tensors).values() for info in found.values()}
+    statistics = {info.name for found in directory.quant_states.values() for info in found.values()}
 
     match = NameMatch({}, {}, [])
-    for name in tensors:
+    for name in directory.tensors:
         if name in statistics:
             continue
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -51,7 +50,7 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
             renamed, pattern = name, None
         if renamed in match.found:
             raise ModelError(
-                f"{tensors[name].file.parent} stores {renamed} twice, as {match.found[renamed]} and as {name}; which "
+                f"{directory} stores {renamed} twice, as {match.found[renamed]} and as {name}; which "
                 "one counts is left to chance. Fetch the checkpoint again, or remove the stale tensor."
             )
         if renamed not in state:

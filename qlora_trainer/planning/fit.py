@@ -6,7 +6,6 @@ that cannot fit is refused, by whole plans.
 """
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -16,12 +15,11 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import choose_device
-from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.state import with_micro_batch
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tiled")
@@ -40,7 +38,9 @@ class Budget:
         return plan.total <= self.card and plan.host <= self.host
 
 
-def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan | None:
+def fastest_plan(
+    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent
+) -> MemoryPlan | None:
     """The plan under the fastest policy that fits, for a config that leaves it open; None where none fits.
 
     What fits is kept; else all is recomputed but for as many of the last layers as fit; else inputs are offloaded; else
@@ -65,20 +65,22 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
     return None
 
 
-def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
+def longest_context(
+    directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
+) -> MemoryPlan | None:
     """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
 
     Under the policy of the config, or the the least memory where that is left open. One GRAIN more does not fit by
     estimate.
     """
-    limit = max_positions(directory) or LONGEST_SEARCHED
+    limit = directory.facts.positions or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
     return largest_that_fits(directory, sizes, lambda size: with_length(least_memory(config), size), budget)
 
 
 def largest_micro_batch(
-    directory: Path, config: RunConfig, budget: int, progress: Progress = silent
+    directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
     """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
 
@@ -92,12 +94,12 @@ def largest_micro_batch(
     return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
-def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
+def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
     """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
     device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
-    elif sum(info.nbytes for info in checkpoint_tensors(directory).values()) < SMALLEST_PLANNED:
+    elif sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
         return None
     else:
         config = config.replace({"model.device": "cpu"})
@@ -107,7 +109,7 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
     return plan
 
 
-def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
+def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
     """The plan of a run that fits, under the policy that the config names or the fastest that does.
 
     Raises:
@@ -160,7 +162,9 @@ def least_memory(config: RunConfig) -> RunConfig:
     return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
 
 
-def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
+def plan_as_lowered(
+    directory: ModelDirectory, config: RunConfig, policy: Policy, micro_batch_tokens: int
+) -> MemoryPlan:
     """The plan of a run on the device here, under what an earlier part of it came down to."""
     config = config.replace({"model.device": choose_device(config.model.device).type})
     lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
@@ -172,10 +176,10 @@ def with_length(config: RunConfig, max_length: int) -> RunConfig:
 
 
 def _keep_what_fits(
-    directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
+    directory: ModelDirectory, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
     """The plan that keeps the activations of as many layers as fit; `full` fits, and keeps none."""
-    layers = len(layer_kinds(directory))
+    layers = len(directory.facts.layer_kinds)
     keeping, recomputing = (
         bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
     )
@@ -193,7 +197,7 @@ def _keep_what_fits(
     return recompute
 
 
-def _plan(directory: Path, config: RunConfig, policy: Policy) -> MemoryPlan:
+def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> MemoryPlan:
     return plan_memory(directory, with_policy(config, policy))
 
 

@@ -15,7 +15,6 @@ choice of settings.
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of
-from qlora_trainer.model.facts import max_positions
 from qlora_trainer.model.modules.cpu_embedding import host_tensors
 from qlora_trainer.model.modules.lm_head import QuantizedHead
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -49,6 +47,7 @@ from qlora_trainer.training.activations import Policy, choose_policy
 from qlora_trainer.training.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
 from qlora_trainer.training.step import train_step
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB on cards of consumers; an H200 took 619
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
@@ -104,7 +103,7 @@ class MemoryPlan:
         }
 
 
-def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
     """What `config` needs on a CUDA card, or of host memory where its model.device is cpu.
 
     Args:
@@ -185,13 +184,13 @@ def compute_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
     return compute_dtype_of(config.model.compute_dtype, card.capability if card else None)
 
 
-def longest_row(directory: Path, config: RunConfig) -> int:
+def longest_row(directory: ModelDirectory, config: RunConfig) -> int:
     """The longest row that the run can meet, in tokens."""
-    return min(config.data.max_length, max_positions(directory) or config.data.max_length)
+    return min(config.data.max_length, directory.facts.positions or config.data.max_length)
 
 
 def empty_run(
-    directory: Path,
+    directory: ModelDirectory,
     config: RunConfig,
     dtype: torch.dtype,
     policy: Policy,
@@ -215,7 +214,7 @@ def empty_run(
     return state, _as_fake(pack, fake.mode), fake
 
 
-def keeps_apart(directory: Path) -> bool | None:
+def keeps_apart(directory: ModelDirectory) -> bool | None:
     """Whether the attention of a base keeps packed rows apart, as far as fake tensors show: that it goes through our
     function, not that it computes the same, which a run tries on the real model. None: the base cannot be tried."""
     try:
@@ -227,7 +226,7 @@ def keeps_apart(directory: Path) -> bool | None:
         return None  # a run says why
 
 
-def longest_pack(directory: Path, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
+def longest_pack(directory: ModelDirectory, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
     """The largest micro-batch: rows of full length, every token trained.
 
     Args:
@@ -255,7 +254,7 @@ def _as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
 
 def _most_costly_documents(
     heads: tuple[int, int, int] | None,  # as head_sizes gives them
-    directory: Path,
+    directory: ModelDirectory,
     config: RunConfig,
     dtype: torch.dtype,
     card: Card | None,

@@ -18,9 +18,9 @@ from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.model.facts import max_positions, vocabulary_size
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
@@ -57,15 +57,15 @@ def run_renderer(config: RunConfig, tokenizer: Any) -> Renderer:
     return Renderer(tokenizer, template_date=config.data.template_date)
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progress: Progress = silent) -> Prepared:
+def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progress: Progress = silent) -> Prepared:
     """The run's prepared rows, from the user's cache where they have been prepared before."""
     return prepare(
         config.data,
         tokenizer,
-        max_positions=max_positions(model_directory),
+        max_positions=model.facts.positions,
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
-        vocab_size=vocabulary_size(model_directory),
+        vocab_size=model.facts.vocabulary,
         progress=progress,
     )
 

@@ -39,6 +39,7 @@ from qlora_trainer.training.determinism import set_up_cublas
 from qlora_trainer.training.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_lowered, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 _LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 
@@ -52,13 +53,13 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
-    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    config = _with_commit(config, path)
+    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    config = _with_commit(config, model.path)
     if initial:
-        check_settings(initial, config, path)
-    tokenizer = load_tokenizer(path)
+        check_settings(initial, config, model)
+    tokenizer = load_tokenizer(model)
     config = _with_date(config, tokenizer)
-    run = _assemble(config, directory, path, tokenizer, progress)
+    run = _assemble(config, directory, model, tokenizer, progress)
     if initial:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -96,10 +97,10 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
             f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
-    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none
-    planned = as_lowered(config, saved, longest_row(path, config)) if saved else None
-    run = _assemble(config, directory, path, load_tokenizer(path), progress, planned)
+    planned = as_lowered(config, saved, longest_row(model, config)) if saved else None
+    run = _assemble(config, directory, model, load_tokenizer(model), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -118,7 +119,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
-        run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)
+        run.plan = plan_as_lowered(model, config, run.state.policy, run.state.loader.micro_batch_tokens)
     here = environment(run.base.device, run.base.compute_dtype)
     run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):
@@ -127,24 +128,29 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
 
 
 def _assemble(
-    config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress, planned: RunConfig | None = None
+    config: RunConfig,
+    directory: Path,
+    model: ModelDirectory,
+    tokenizer: Any,
+    progress: Progress,
+    planned: RunConfig | None = None,
 ) -> Run:
     """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
     if config.training.deterministic:
         set_up_cublas(config.model.device)
-    prepared = prepare_data(config, tokenizer, path, progress)
+    prepared = prepare_data(config, tokenizer, model, progress)
     unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts state where it will lie
     slower = kernel_warnings(choose_device(config.model.device).type)
-    plan = check_fits_here(path, planned or config, progress)
+    plan = check_fits_here(model, planned or config, progress)
     program_bytes = private_bytes()
-    base = load_base(path, config.model, user_cache(), progress)
+    base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
         return_freed_memory()
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
-    warnings = [*prepared.report.warnings, *import_warnings(path), *base.warnings, *state.forward.warnings]
+    warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         warnings.append(

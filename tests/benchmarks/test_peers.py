@@ -15,6 +15,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 def quiet(record: dict[str, Any]) -> None:
@@ -22,7 +23,7 @@ def quiet(record: dict[str, Any]) -> None:
 
 
 def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
-    pairs = compare(tiny_llama, rows, steps=20, global_batch_size=3, work=tmp_path)
+    pairs = compare(tiny_llama, rows, steps=20, batch_size=3, work=tmp_path)
     assert len(pairs) == 20
     assert pairs[-1][1] < pairs[0][1]
     for ours, theirs in pairs:
@@ -32,7 +33,7 @@ def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Pat
 def test_contenders_of_the_cpu_benchmark_learn_the_same_from_the_same_rows(
     tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
-    job = contenders.Job(str(tiny_llama), str(rows), steps=3, global_batch_size=4, rank=4, work=str(tmp_path))
+    job = contenders.Job(str(tiny_llama), str(rows), steps=3, batch_size=4, rank=4, work=str(tmp_path))
     mine, theirs = contenders.ours(job, "none"), contenders.hand_written_loop(job)
     assert mine.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
     assert mine.losses == pytest.approx(theirs.losses, rel=1e-4), "Adam makes much of a first gradient's last bits"
@@ -47,7 +48,7 @@ def test_peft_loads_our_adapter_with_the_same_logits(
     run = start_run(tiny_config(adapter={"use_rslora": True}, optimizer={"learning_rate": 2e-2}))
     run.train(quiet)
     trained = open_trained(run.directory)
-    dense = load_dense_model(tiny_llama, torch.device("cpu"))
+    dense = load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))
     # PEFT's side computes on the very weights ours has: NF4, dequantized.
     from qlora_kernels.nf4 import dequantize_nf4
 

@@ -2,6 +2,7 @@
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -257,7 +258,8 @@ def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
     config = make_config(raw)
     assert config.data.train_on == ["assistant", "tool"]
     assert config.data.template_date == datetime.date(2026, 1, 31)
-    for wrong in ({"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}):
+    mistakes: list[dict[str, Any]] = [{"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}]
+    for wrong in mistakes:
         with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
             make_config({**raw, "data": {"train": "x", **wrong}})
 

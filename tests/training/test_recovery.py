@@ -562,7 +562,7 @@ def test_an_update_that_failed_between_its_groups_is_not_saved(
     run = start_run(tiny_config(model={"name": str(tiny_models("qwen2"))}, adapter={"bias": "all"}, training=settings))
     assert len(run.state.groups) == 2
     BrokenAllocator(run, lambda: run.state.step == 3, fails=lambda: False)
-    optimizer = run.state.optimizer.optimizer
+    optimizer: Any = run.state.optimizer.optimizer
     real = optimizer.update_step
 
     def update_step(group: Any, p: Any, gindex: int, pindex: int) -> None:

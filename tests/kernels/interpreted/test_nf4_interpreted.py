@@ -32,8 +32,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tables_of(weight: NF4Weight) -> list[Tensor]:
-    return [between_guards(getattr(weight, name)) for name in TABLES]
+Tables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def tables_of(weight: NF4Weight) -> Tables:
+    packed, absmax, nested_absmax, nested_code, offset = (between_guards(getattr(weight, name)) for name in TABLES)
+    return packed, absmax, nested_absmax, nested_code, offset
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +67,7 @@ def test_dequantizing_reaches_above_2_to_the_31_elements() -> None:
     )
     huge.packed[-320:] = torch.arange(320).to(torch.uint8)
     huge.absmax[-10:] = torch.arange(10, dtype=torch.uint8) * 20
-    tables = [getattr(huge, name) for name in TABLES]
+    tables = huge.packed, huge.absmax, huge.nested_absmax, huge.nested_code, huge.offset
     found, wanted = torch.empty(500), torch.empty(500)
     nf4_triton.dequantize(*tables, elements - 500, 64, 256, found)
     dequantize_torch(*tables, elements - 500, 64, 256, wanted)
@@ -89,11 +93,13 @@ def test_product_with_few_tokens_errs_little_more_than_plain_torch(
     bias = between_guards(normal(out_features, seed=2).to(dtype)) if has_bias else None
     found = multiplied(x, weight, bias)
     plain = multiply_few_torch(x, *tables_of(weight), bias, None, out_features, 64, 256)
-    exact = x.double() @ dequantize_nf4(weight, dtype).double().T
-    exact += 0.0 if bias is None else bias.double()
+    values = dequantize_nf4(weight, dtype).double()
+    exact = x.double() @ values.T + (0.0 if bias is None else bias.double())
     assert found.dtype == dtype
     error, allowed = ((value.double() - exact).norm() for value in (found, plain))
-    assert error <= 1.1 * allowed + 2e-7 * exact.norm()
+    # Partial sums round at their own size, which a sum of one row may fall far below by cancellation.
+    size = (x.double().square() @ values.square().T).sum().sqrt()
+    assert error <= 1.1 * allowed + 2e-7 * size
 
 
 def test_product_takes_x_that_is_not_contiguous_and_none_at_all() -> None:

@@ -21,6 +21,7 @@ from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.lm_head import QuantizedHead, quantize_head
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
@@ -28,7 +29,9 @@ KINDS = ["8bit", "4bit"]
 
 
 def base(directory: Path, **settings: str) -> Any:
-    return load_base_model(directory, ModelConfig.model_validate({"name": str(directory), **settings}))
+    return load_base_model(
+        ModelDirectory.open(directory), ModelConfig.model_validate({"name": str(directory), **settings})
+    )
 
 
 def pack_of(tokens: int) -> Pack:
@@ -108,7 +111,7 @@ def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
 
 def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
     model = base(tiny_llama, lm_head="4bit", embeddings="cpu").model
-    assert "lm_head" not in find_targets(model, AdapterConfig().targets)
+    assert "lm_head" not in find_targets(model, AdapterConfig().target_modules)
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(AdapterError, match="Embeddings and the LM head are not adapted"):
             find_targets(model, [name])
