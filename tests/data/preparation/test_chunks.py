@@ -53,7 +53,7 @@ def test_chunks_are_those_made_one_after_another(family):
 
 def test_the_next_chunk_is_rendered_while_one_is_tokenized(monkeypatch):
     """Neither goes on before the other has begun: done one after another they would wait for ever."""
-    maker, both = maker_of(), threading.Barrier(2, timeout=20)
+    maker, both = maker_of(), threading.Barrier(2, timeout=600)
     render, encode = maker.render, maker.encode
     rendered: list[object] = []
 
