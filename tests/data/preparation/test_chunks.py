@@ -1,6 +1,7 @@
 """Promises of making chunks: tokenizing in another thread changes nothing but the time."""
 
 import threading
+from collections.abc import Generator
 
 import pytest
 from tiny_tokenizers import tiny_tokenizer
@@ -35,10 +36,7 @@ def one_after_another(records, maker: ChunkMaker) -> list[Chunk]:
 
 
 def as_lists(chunks: list[Chunk]) -> list[dict]:
-    blocks = [
-        {name: getattr(value, "tolist", lambda v=value: v)() for name, value in vars(c.block).items()} for c in chunks
-    ]
-    return [{**vars(chunk), "block": block} for chunk, block in zip(chunks, blocks, strict=True)]
+    return [{**vars(chunk), "block": chunk.block.to_pylist()} for chunk in chunks]
 
 
 @pytest.mark.parametrize("family", ["smollm2", "generation"])
@@ -126,6 +124,7 @@ def test_a_fault_while_tokenizing_is_raised_and_ends_the_thread(monkeypatch):
 
 def test_stopping_early_ends_the_thread():
     chunks = make_chunks(jobs_of(RECORDS), maker_of())
+    assert isinstance(chunks, Generator)
     next(chunks)
     assert [thread for thread in threading.enumerate() if thread.name.startswith("tokenizing")]
     chunks.close()
