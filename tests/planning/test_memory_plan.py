@@ -465,7 +465,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     free["available"] = 2**20
     monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
-        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
+        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-refused"}))
 
 
 @pytest.fixture(params=["version 1", "version 2"])
