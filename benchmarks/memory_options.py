@@ -69,7 +69,7 @@ def train(config: RunConfig) -> Losses:
     if config.model.lm_head == "dense":
         return Losses(losses[-1], losses[-1])
     exact = open_trained(run.directory, lm_head="dense", embeddings="device")
-    eval_set = prepare_data(config, exact.tokenizer, exact.base.directory).eval
+    eval_set = prepare_data(config, exact.renderer.tokenizer, exact.base.directory).eval
     model, tokens = exact.base.model, micro_batch_tokens(config)
     return Losses(losses[-1], eval_loss(model, eval_set, examine_forward(model), tokens))
 

@@ -9,7 +9,6 @@ import torch
 
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES
 
-CONCURRENT_MANAGED_ACCESS = 89  # cudaDevAttrConcurrentManagedAccess
 LAST_PREFETCH_LOCATION = 4  # cudaMemRangeAttributeLastPrefetchLocation
 
 
@@ -91,10 +90,3 @@ def last_prefetched_to(tensor: torch.Tensor) -> int:
         ctypes.byref(found), ctypes.c_size_t(4), LAST_PREFETCH_LOCATION, where, ctypes.c_size_t(tensor.nbytes)
     )
     return found.value
-
-
-def has_concurrent_managed_access() -> bool:
-    """Whether the host may touch managed memory while the card works."""
-    found = ctypes.c_int()
-    cuda_runtime().cudaDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, 0)
-    return bool(found.value)

@@ -133,7 +133,7 @@ export KIT_MODEL=${KIT_MODEL:-$KIT_WORK/model}
 # --- stages -----------------------------------------------------------------------------------------------------------
 # Expandable segments and managed memory may be refused, by a virtual machine for one. What was tried and printed no line
 # was refused, and all goes on without.
-try_environment() { stage env 60 20 "$PY" "$KIT/gpu_run.py" env; }
+try_environment() { stage env 90 20 "$PY" "$KIT/gpu_run.py" env; }
 was_refused() { [ "$KIT_DRY" != 1 ] && ! grep -aq "^VERDICT env: $1" "$LOGS/env.log"; }
 try_environment
 rc=$?

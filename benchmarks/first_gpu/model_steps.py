@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
 from benchmarks.first_gpu.device import last_prefetched_to
+from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.training.generation import generate_answers
 
 PAGE = 4096  # bytes that the host touches at once
@@ -18,7 +19,7 @@ KERNELS = "QLORA_KERNELS"
 def generate(runs: BaseRuns) -> None:
     """Tokens a second with our product over four bits, and by dequantizing first."""
     run = runs.start("generate", 2048, RECOMPUTE, 2)
-    prompt = run.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
+    prompt = run.renderer.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
     new = 4 if runs.kit.is_dry else 64
     rates = {}
     before = os.environ.get(KERNELS)
@@ -27,7 +28,7 @@ def generate(runs: BaseRuns) -> None:
             os.environ[KERNELS] = choice
             for batch in (1, 8):
                 rates[f"{choice} x{batch}"] = (
-                    batch * new / _fastest(runs, run.base.model, run.tokenizer, prompt, batch, new)
+                    batch * new / _fastest(runs, run.base.model, run.renderer.tokenizer, prompt, batch, new)
                 )
     finally:
         os.environ.pop(KERNELS)
@@ -47,7 +48,7 @@ def _fastest(
     for _ in range(2):
         runs.device.synchronize()
         started = time.perf_counter()
-        generate_answers(model, tokenizer, [prompt] * batch, stop_token_ids=[0], max_new_tokens=new)
+        generate_answers(model, tokenizer, [PromptTokens(prompt, [0])] * batch, max_new_tokens=new)
         runs.device.synchronize()
         best = min(best, time.perf_counter() - started)
     return best

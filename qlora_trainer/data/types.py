@@ -95,3 +95,11 @@ class Example:
     def trained_tokens(self) -> int:
         """Labels that carry loss. The first token has nothing before it to be predicted from."""
         return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens before an answer, and which tokens end the answer."""
+
+    input_ids: list[int]
+    stop_token_ids: list[int]  # rising

@@ -39,7 +39,7 @@ from qlora_trainer.runs.initial_adapter import target_names
 from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.training.determinism import deterministic_algorithms
-from qlora_trainer.training.evaluation import Answer, answer_questions, questions
+from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
@@ -51,7 +51,7 @@ class Run:
 
     directory: Path
     config: RunConfig
-    tokenizer: Any
+    renderer: Renderer  # of prompts, as the rows were rendered
     prepared: Prepared
     base: Base
     adapted: list[str]  # paths of the adapted layers
@@ -145,16 +145,15 @@ class Run:
         cache for generation may be more than a step takes, there are no answers but a warning.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
-        renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
-        asked = questions(renderer, examples, self.config.evaluation.samples)
-        if not asked:
+        prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)
+        if not prompts:
             return
         reason, is_broken = "", False
         try:
-            answers = answer_questions(
+            answers = answer_prompts(
                 self.base.model,
-                self.tokenizer,
-                asked,
+                self.renderer.tokenizer,
+                prompts,
                 max_new_tokens=self.config.evaluation.max_new_tokens,
                 progress=progress,
             )

@@ -17,7 +17,16 @@ from qlora_trainer.data.rendering.dialogue import says_something
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
 from qlora_trainer.data.rendering.templates import ChatTemplate
-from qlora_trainer.data.types import IGNORED_LABEL, Conversation, Document, Example, Message, PromptCompletion, Row
+from qlora_trainer.data.types import (
+    IGNORED_LABEL,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    PromptCompletion,
+    PromptTokens,
+    Row,
+)
 
 NOTHING_TRAINED = "nothing to learn: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
@@ -151,8 +160,19 @@ class Renderer:
                 results.append(self._finished(where, row, tokens, text.warnings))
         return results
 
-    def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> list[int]:
-        """The ids that are before an answer: exactly those that begin the row in training."""
+    def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> PromptTokens:
+        """Render what is before an answer: exactly the tokens that begin the row in training.
+
+        Args:
+            prompt: plain text to continue, or turns to answer.
+            where: names the prompt in an error message.
+
+        Returns:
+            The tokens, with those that end an answer: of plain text the end of text alone.
+
+        Raises:
+            DataError: the template refuses the turns, or a control token in a text cannot be kept as text.
+        """
         if isinstance(prompt, str):
             # As in training, spaces at the end belong to the first word of what follows.
             start, spans = self.encoder.bos_ids, self.encoder.as_spans(prompt.rstrip(" "), trained=False)
@@ -163,7 +183,7 @@ class Renderer:
         encoded = self.encoder.encode([spans])[0]
         if isinstance(encoded, DataError):
             raise DataError(f"{where}: {encoded}") from encoded
-        return start + encoded.ids
+        return PromptTokens(start + encoded.ids, [self.eos_id] if isinstance(prompt, str) else self.stop_token_ids)
 
     def _finder(self, tools: Sequence[str]) -> SpanFinder:
         """By the template that transformers takes: of several named ones, "tool_use" where a row offers tools."""

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, masking_utils
 
 from qlora_kernels.varlen_attention import Card, attention_in_words, varlen_attention
 from qlora_trainer.common.errors import ModelError, QLoRATrainerError
+from qlora_trainer.model.evaluation_mode import evaluation_mode
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
@@ -94,9 +95,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
         windows.add(sliding_window)
         return packed_attention(*tensors, sliding_window=sliding_window, **settings)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         with refusals_as_model_error(model):
             alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
         try:
@@ -104,10 +103,8 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
                 packed = _hidden(model, ids, positions, document_bounds=[0, first, first + second])
         except (TypeError, ValueError, KeyError, AttributeError):
             return (
-                False  # it hands our arguments to code that does not know them, or misses a mask that we make none of
+                False  # it gives our arguments to code that does not know them, or misses a mask that we make none of
             )
-    finally:
-        model.train(was_training)
     if _has_window(config) and windows <= {None}:
         return False  # its window acts through a mask alone, and a packed forward has none
     expected = torch.cat(alone, dim=1).float()

@@ -115,7 +115,7 @@ def test_the_prompt_of_generation_begins_the_row_in_training(family, kind):
     asked = reference_answer(row)
     assert asked is not None
     prompt, answer = asked
-    prompt_ids = renderer.render_prompt(prompt)
+    prompt_ids = renderer.render_prompt(prompt).input_ids
     assert answer == "It sleeps."
     assert ids[: len(prompt_ids)] == prompt_ids
     labels = renderer.render(row).labels
@@ -145,7 +145,7 @@ def test_text_around_a_spelled_control_token_keeps_its_tokens(kind):
     renderer = Renderer(tokenizer)
     ids = renderer.render(chat("The quick </s>", "brown fox")).input_ids
     plain = renderer.render(chat("The quick", "brown fox")).input_ids
-    start = len(renderer.render_prompt("")) + 4
+    start = len(renderer.render_prompt("").input_ids) + 4
     assert ids[:start] == plain[:start]
     assert ids[-4:] == plain[-4:]
 
@@ -260,7 +260,7 @@ def test_prompt_and_completion_are_tokenized_as_one_text():
     assert example.input_ids[:-1] == tokenizer("The quick brown fox").input_ids
     assert trained_texts(tokenizer, example) == [" brown fox<|im_end|>"]
     assert trained_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
-    prompt = renderer.render_prompt("The quick ")
+    prompt = renderer.render_prompt("The quick ").input_ids
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt) == "The quick"
 
@@ -306,7 +306,7 @@ def test_a_tokenizer_without_template_uses_the_plain_format():
     text = "\n\n".join([*turns, "### Response:\nd<|eot_id|>"])
     assert tokenizer.decode(example.input_ids) == "<|begin_of_text|>" + text
     assert trained_texts(tokenizer, example) == ["b<|eot_id|>", "d<|eot_id|>"]
-    prompt = renderer.render_prompt(row.messages[:-1])
+    prompt = renderer.render_prompt(row.messages[:-1]).input_ids
     assert example.input_ids[: len(prompt)] == prompt
 
 
@@ -361,6 +361,8 @@ def test_a_row_whose_answer_is_cut_away_is_dropped():
 def test_stop_tokens_are_the_end_of_turn_and_the_end_of_text():
     tokenizer = tiny_tokenizer("gemma")
     assert Renderer(tokenizer).stop_token_ids == sorted(tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
+    assert Renderer(tokenizer).render_prompt(chat("a")).stop_token_ids == Renderer(tokenizer).stop_token_ids
+    assert Renderer(tokenizer).render_prompt("a").stop_token_ids == [tokenizer.eos_token_id], "plain text has no turns"
 
 
 def test_a_slow_tokenizer_is_refused_by_name():

@@ -205,7 +205,7 @@ def test_a_turn_of_calls_alone_begins_where_generation_begins_it(family):
     renderer = Renderer(tiny_tokenizer(family))
     prompt = Conversation((user("Where?"),), (TOOL,))
     example = renderer.render(replace(prompt, messages=(*prompt.messages, answer("", tool_calls=(call(),)))))
-    ids = renderer.render_prompt(prompt)
+    ids = renderer.render_prompt(prompt).input_ids
     assert example.input_ids[: len(ids)] == ids
     assert example.labels[: len(ids)] == [-100] * len(ids)
     assert example.labels[len(ids)] != -100

@@ -9,6 +9,7 @@ import torch
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.cpu_embedding import HostEmbedding, host_tensors
 from qlora_trainer.model.source import load_tokenizer
@@ -75,10 +76,8 @@ def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family:
     ids = torch.arange(30)[None]
     assert torch.equal(host.get_input_embeddings()(ids), device.get_input_embeddings()(ids))
     tokenizer = load_tokenizer(ModelDirectory.open(directory))
-    prompts = [[5, 9, 30], [7, 8]]
-    answers = [
-        generate_answers(model, tokenizer, prompts, stop_token_ids=[2], max_new_tokens=5) for model in (device, host)
-    ]
+    prompts = [PromptTokens([5, 9, 30], [2]), PromptTokens([7, 8], [2])]
+    answers = [generate_answers(model, tokenizer, prompts, max_new_tokens=5) for model in (device, host)]
     assert answers[0] == answers[1]
 
 
@@ -118,8 +117,6 @@ def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None
     assert found.device.type == host.device.type == "cuda"
     assert torch.equal(found, device.get_input_embeddings()(ids))
     tokenizer = load_tokenizer(ModelDirectory.open(directory))
-    answers = [
-        generate_answers(model, tokenizer, [[5, 9, 30], [7]], stop_token_ids=[2], max_new_tokens=5)
-        for model in (device, host)
-    ]
+    prompts = [PromptTokens([5, 9, 30], [2]), PromptTokens([7], [2])]
+    answers = [generate_answers(model, tokenizer, prompts, max_new_tokens=5) for model in (device, host)]
     assert answers[0] == answers[1]
