@@ -31,7 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, Pack
+from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.data.types import Example
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.planning.memory_plan import empty_run, longest_pack, persistent_tensors, track_steps
 from qlora_trainer.training.activations import choose_policy

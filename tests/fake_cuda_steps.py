@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
-from qlora_trainer.data.batching.packing import Example, make_packs  # noqa: E402
+from qlora_trainer.data.batching.packing import make_packs  # noqa: E402
+from qlora_trainer.data.types import Example  # noqa: E402
 from qlora_trainer.planning.memory_plan import FakeRun, _as_fake  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
 

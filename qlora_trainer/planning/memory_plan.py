@@ -27,7 +27,8 @@ from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, Pack, make_packs
+from qlora_trainer.data.batching.packing import Pack, make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.model.device import compute_dtype_of
 from qlora_trainer.model.modules.cpu_embedding import host_tensors
 from qlora_trainer.model.modules.lm_head import QuantizedHead

@@ -17,7 +17,8 @@ from benchmarks.merge_7b import (
 )
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.common.process_memory import private_bytes
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.model.forward import LossPath, loss_sum
 from qlora_trainer.weights.model_directory import ModelDirectory

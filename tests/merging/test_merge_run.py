@@ -24,8 +24,9 @@ from qlora_trainer.common.errors import (
     OutputExistsError,
 )
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging import measure as merge_measurement
 from qlora_trainer.merging import merge_plan, stream_plan, streamed_model

@@ -28,7 +28,8 @@ from transformers import (
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.model.forward import LossPath, examine_forward, find_loss_path, logits, loss_sum
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.packed_attention import attends_apart, packed_documents

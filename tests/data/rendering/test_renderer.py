@@ -12,12 +12,11 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.formats.parse import parse_record
 from qlora_trainer.data.reading.files import read_records
 from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
+from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
 
