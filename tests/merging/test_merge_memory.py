@@ -43,6 +43,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(private_bytes() is None, reason="the system does not say what a process holds")
 @pytest.mark.parametrize("base", [PLAIN, FOUR_BIT])
 def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[int], Path], tmp_path: Path) -> None:
