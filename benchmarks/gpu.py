@@ -34,9 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
 from benchmarks.contenders import MAX_LENGTH, ON_GPU, Job, Result
@@ -44,6 +42,7 @@ from benchmarks.cpu_training import child_environment, measure, rate
 from benchmarks.kernels import Work
 from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.torch_internals import FakeTensorMode, leaves, sleep_on_device
 
 ROUNDS, WARM_UP = 10, 3  # the first compile and warm up
 MOST_COPIES = 32  # the launches of a round must fit the queue of a card, about a thousand
@@ -95,7 +94,7 @@ def seconds_of(work: Work, device: str) -> float:
             return [functools.partial(forward, tensors) for tensors in copies]
         calls = []
         for tensors in copies:
-            outputs = [tensor for tensor in tree_leaves(work.function(*tensors)) if tensor.requires_grad]
+            outputs = [tensor for tensor in leaves(work.function(*tensors)) if tensor.requires_grad]
             grads = [torch.ones_like(output) for output in outputs]
             for tensor in tensors:
                 tensor.grad = None
@@ -129,7 +128,7 @@ def _seconds_a_call(prepared: Callable[[], Calls]) -> float:
         calls = prepared()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        torch.cuda._sleep(cycles)
+        sleep_on_device(cycles)
         begin.record()
         for call in calls:
             call()

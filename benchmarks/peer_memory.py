@@ -29,6 +29,7 @@ from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.live_bytes import LiveBytes, once_more
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
+from qlora_trainer.weights.bitsandbytes_internals import make_state
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
 FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantizing (its backends/cuda/ops.py)
@@ -79,8 +80,8 @@ def plan_peer(
         live.watch([input_ids], "model")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained)
-        for parameter_index, parameter in enumerate(trained):
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, parameter_index)
+        make_state(optimizer)
+        for parameter in trained:
             pages = parameter.numel() >= PAGED_ELEMENTS
             moments = [optimizer.state[parameter][key] for key in ("state1", "state2")]
             blocks = live.watch(moments, PAGED if pages else "state")
@@ -144,22 +145,21 @@ def _fill(model: nn.Module) -> list[Tensor]:
     made: dict[int, Tensor] = {}
     filled: list[Tensor] = []
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:  # ties stay ties
-                    if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
-                        new, statistics = _packed_weight(module.out_features, module.in_features)
-                        module.quant_state = new.quant_state
-                        filled += statistics
-                    else:
-                        new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                        if tensors is module._parameters:
-                            new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = new
-                    filled.append(new)
-                tensors[name] = made[id(old)]  # type: ignore[assignment]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
+            if id(old) not in made:  # ties stay ties
+                if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
+                    new, statistics = _packed_weight(module.out_features, module.in_features)
+                    module.quant_state = new.quant_state
+                    filled += statistics
+                else:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                made[id(old)] = new
+                filled.append(new)
+            setattr(module, name, made[id(old)])
     return filled
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
 from benchmarks.first_gpu.device import last_prefetched_to
 from qlora_trainer.training.generation import generate_answers
+from qlora_trainer.weights.bitsandbytes_internals import is_paged
 
 PAGE = 4096  # bytes that the host touches at once
 PROMPT_TOKENS = 32
@@ -60,12 +61,7 @@ def paging(runs: BaseRuns) -> None:
     """
     run = runs.start("paging", 2048, RECOMPUTE, 2)
     optimizer = run.state.optimizer
-    paged = [
-        tensor
-        for state in optimizer.optimizer.state.values()
-        for tensor in state.values()
-        if getattr(tensor, "is_paged", False)
-    ]
+    paged = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if is_paged(tensor)]
     if not paged:
         runs.kit.verdict(f"paging: {optimizer.paged_bytes} bytes are paged here")
         runs.drop(run)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.lora_linear import (
@@ -32,6 +31,7 @@ from qlora_kernels.lora_linear import (
     visible,
 )
 from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.torch_internals import FakeTensor
 
 
 class Expert(NamedTuple):

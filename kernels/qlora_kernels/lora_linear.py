@@ -31,6 +31,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.products import linear
 from qlora_kernels.registry import define
+from qlora_kernels.torch_internals import release_saved_tensors, reshaped_without_view
 
 Activation = Callable[[Tensor], Tensor] | gated.Name
 """A name takes the register's operations; what has none, elementwise and into a new tensor, is left to autograd."""
@@ -150,7 +151,7 @@ def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
     """What `none` saved; freed from there, unless the graph is to be used again."""
     node: Any = kept.output.grad_fn
     tensors = node.saved_tensors
-    node.maybe_clear_saved_tensors()
+    release_saved_tensors(node)
     return tensors
 
 
@@ -305,7 +306,7 @@ def _output(
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
     # No view of a tensor made in here: autograd forbids models (Falcon) to add into one.
-    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+    return reshaped_without_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
 def input_gradient(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_kernels.processor import processor_fact
 from qlora_kernels.registry import UnavailableError, define, kernel_choice
+from qlora_kernels.torch_internals import has_onednn_linear, onednn_linear
 
 STEP = 64
 """oneDNN makes code for each shape it meets, up to a megabyte, whose memory is badly used again. Tokens come in any
@@ -52,8 +53,9 @@ def by_onednn(
     # A weight's own width is always the same; the terms of a gradient are tokens.
     rest = terms % step_of(terms) if terms > STEP and not weight.is_contiguous() else 0
     whole = terms - rest
+    bias = None if bias is None else bias.contiguous()  # it is read as if it were
     try:
-        output = _multiply(_filled_up(x[:, :whole]), weight[:, :whole], bias)[:rows]
+        output = onednn_linear(_filled_up(x[:, :whole]), weight[:, :whole], bias)[:rows]
     except RuntimeError as error:
         if "could not create" not in str(error):
             raise
@@ -78,12 +80,6 @@ def _filled_up(x: Tensor) -> Tensor:  # (N, I) -> (N to the next step, I)
     return filled
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By the op that torch's compiler puts in the place of F.linear. It reads a bias as if it were contiguous."""
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 def library() -> str:
     """Which library makes fp32 products on this machine's CPU: its bits are its own."""
     takes_onednn = kernel_choice() != "reference" and _LINEAR.fast_version("cpu") is by_onednn
@@ -98,7 +94,7 @@ def fastest_on_cpu() -> Callable[..., Tensor]:
         return F.linear
     if processor_fact("vendor_id") in (None, "GenuineIntel"):
         return F.linear
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn_linear():
         raise UnavailableError("this torch has no oneDNN, which is twice as fast here: install torch from pytorch.org")
     return by_onednn
 

@@ -9,6 +9,8 @@ import inspect
 
 import torch
 
+from qlora_kernels.torch_internals import pinned_memory_release
+
 
 def release_pinned_memory() -> None:
     """Give the host allocator's unused pinned memory back to the system; does nothing where torch cannot.
@@ -16,7 +18,7 @@ def release_pinned_memory() -> None:
     From 2.12 on torch.accelerator has a function for it; before, only the one of torch.cuda's own binding.
     """
     public = getattr(torch.accelerator, "empty_host_cache", None)
-    empty = public or getattr(torch._C, "_host_emptyCache", None)
+    empty = public or pinned_memory_release()
     if empty is not None:
         empty()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from qlora_kernels.blockwise_attention import blockwise_attention
 from qlora_kernels.registry import kernel_choice
 from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.torch_internals import efficient_attention
 
 MOST_BACKWARD_BYTES = 2**28
 """Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
@@ -230,9 +231,8 @@ def _attend(
     if is_on_card and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     if is_on_card and not query.is_cuda:  # what torch takes there; it would choose by where these tensors are
-        attend = torch.ops.aten._scaled_dot_product_efficient_attention
         for_backward = any(tensor.requires_grad for tensor in (query, key, value))
-        output, *_ = attend(query, key, value, None, for_backward, dropout, True, scale=scale)
+        output = efficient_attention(query, key, value, scale=scale, dropout=dropout, for_backward=for_backward)
         return output.transpose(1, 2)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=group > 1

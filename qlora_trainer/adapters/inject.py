@@ -261,7 +261,7 @@ def _biased_modules(model: nn.Module, mode: BiasMode) -> list[tuple[str, nn.Modu
     return [
         (path, module)
         for path, module in model.named_modules()
-        if module._parameters.get("bias") is not None
+        if "bias" in dict(module.named_parameters(recurse=False))
         and id(module) not in inner
         and (mode == "all" or (mode == "lora_only" and id(module) in adapted))
     ]

@@ -80,9 +80,9 @@ def compute_dtype() -> Finding:
 def bitsandbytes_library() -> Finding:
     advice = "pip install --force-reinstall bitsandbytes; `python -m bitsandbytes` says more."
     try:
-        from qlora_trainer.weights.nf4 import bitsandbytes
+        from qlora_trainer.weights.bitsandbytes_internals import native_library
 
-        library = bitsandbytes.cextension.lib
+        library = native_library()
     except FAILURES as error:
         return Finding("bitsandbytes' library", "problem", first_line(error), advice)
     kind = type(library).__name__

@@ -16,11 +16,17 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_kernels.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    default_device,
+    is_reading_of_a_number,
+    without_dispatch,
+)
 from qlora_kernels.varlen_attention import Card, planned_for
-from qlora_trainer.model.modules.packed_attention import masks_as_for_real_tensors
+from qlora_trainer.common.transformers_internals import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """What an argument can be, next to a tensor, for an operation to be known again: compared by value, holding nothing."""
@@ -65,7 +71,7 @@ class _Remembering(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if is_reading_of_a_number(func) and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         key = _key(func, args, kwargs)
@@ -107,7 +113,7 @@ class _Remembering(TorchDispatchMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> FakeTensor:
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         return FakeTensor(self.mode, tensor, device)
 
@@ -122,7 +128,7 @@ class _Remembering(TorchDispatchMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> FakeTensor:
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             tensor = torch.empty(0, dtype=dtype, device="meta")
             tensor.set_(args[place].untyped_storage(), offset, shape, stride)
         return FakeTensor(self.mode, tensor, device)
@@ -130,7 +136,7 @@ class _Remembering(TorchDispatchMode):
 
 def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """All that the result of an operation depends on; None where an argument cannot be identified by its value."""
-    parts = [func, torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()]
+    parts = [func, torch.get_default_dtype(), default_device(), torch.is_inference_mode_enabled()]
     if not _describe(args, parts):
         return None
     if kwargs:

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from qlora_kernels.torch_internals import FakeTensor, OpOverload, TorchDispatchMode, leaves, storage_address
 from qlora_trainer.planning.allocator import Event
 
 Workspace = Callable[[tuple[Any, ...]], int]  # an operation's arguments -> bytes it uses inside and frees
@@ -45,8 +43,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(
         self,
-        kinds: Mapping[torch._ops.OpOverload, str] | None = None,
-        workspaces: Mapping[torch._ops.OpOverload, Workspace] | None = None,
+        kinds: Mapping[OpOverload, str] | None = None,
+        workspaces: Mapping[OpOverload, Workspace] | None = None,
         *,
         other: str = "other",
         inside: str = "inside an operation",
@@ -77,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
             return args[0].fake_device  # a fake tensor is asked for it at every turn, and asks all modes
         out = func(*args, **(kwargs or {}))
         kind = self._kinds.get(func, self.other)
-        for tensor in tree_leaves(out):
+        for tensor in leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 size = storage.nbytes() if kind != self.host else self._host_rounding(storage.nbytes())
@@ -102,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         self._note_peak("between steps")
 
     def _see(self, storage: UntypedStorage, size: int, kind: str, operation: object) -> None:
-        address = storage._cdata
+        address = storage_address(storage)
         if size == 0 or address in self._blocks:
             return
         self._count += 1

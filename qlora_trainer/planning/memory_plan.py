@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_kernels.registry import kernel_choice
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ConfigError, ModelError

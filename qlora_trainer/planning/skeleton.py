@@ -57,11 +57,10 @@ def make_empty(model: nn.Module) -> None:
     """Put uninitialized tensors in the place of all parameters and buffers; ties stay ties."""
     made: dict[int, Any] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    made[id(old)] = nn.Parameter(new, requires_grad=False) if tensors is module._parameters else new
-                tensors[name] = made[id(old)]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
+            if id(old) not in made:
+                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                made[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[id(old)])

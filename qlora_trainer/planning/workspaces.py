@@ -15,13 +15,20 @@ import torch
 
 from qlora_kernels import blockwise_attention, rms_norm, rotary
 from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.torch_internals import (
+    OpOverload,
+    cpu_flash_attention_backward,
+    efficient_attention_backward,
+    varlen_attention_backward,
+)
 from qlora_kernels.varlen_attention import Card, flash_backward_bytes
 from qlora_trainer.planning.live_bytes import Workspace
 from qlora_trainer.training.determinism import CUBLAS_DETERMINISTIC, CUBLAS_SETTING
+from qlora_trainer.weights.bitsandbytes_internals import update_operations
 
 CUBLAS_THREADS = 2  # the one that goes forward, and autograd's for the device, which goes backward
 
-Workspaces = dict[torch._ops.OpOverload, Workspace]
+Workspaces = dict[OpOverload, Workspace]
 
 
 def cublas_bytes(card: Card, setting: str | None = None) -> int:
@@ -47,8 +54,8 @@ def workspaces_on_cuda(card: Card) -> Workspaces:
     """By operation, what it uses inside on a card; attention outside of packs is there as CPU's operation."""
     fused = functools.partial(fused_backward_bytes, card=card)
     found: Workspaces = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: fused,
-        torch.ops.aten._scaled_dot_product_efficient_attention_backward.default: fused,
+        cpu_flash_attention_backward(): fused,
+        efficient_attention_backward(): fused,
         torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=True),
         torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
             blockwise_backward_bytes, on_cuda=True
@@ -57,7 +64,7 @@ def workspaces_on_cuda(card: Card) -> Workspaces:
     }
     if varlen_attention_arguments():  # which has imported the module that defines it
         varlen = functools.partial(varlen_backward_bytes, card=card)
-        found[torch.ops.torch_attn._varlen_attn_backward.default] = varlen
+        found[varlen_attention_backward()] = varlen
     if card.is_deterministic:
         found[torch.ops.aten.index_add_.default] = index_add_bytes
     return found
@@ -65,6 +72,7 @@ def workspaces_on_cuda(card: Card) -> Workspaces:
 
 def workspaces_on_cpu() -> Workspaces:
     """Likewise on a CPU."""
+    update_32bit, update_8bit = update_operations()
     return {
         torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
         torch.ops.qlora_kernels.blockwise_attention_backward.default: functools.partial(
@@ -74,8 +82,8 @@ def workspaces_on_cpu() -> Workspaces:
         torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
         torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
         torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
-        torch.ops.bitsandbytes.optimizer_update_32bit.default: adamw_32bit_bytes,
-        torch.ops.bitsandbytes.optimizer_update_8bit_blockwise.default: adamw_8bit_bytes,
+        update_32bit: adamw_32bit_bytes,
+        update_8bit: adamw_8bit_bytes,
     }
 
 

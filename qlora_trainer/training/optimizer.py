@@ -22,6 +22,7 @@ from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
@@ -51,9 +52,7 @@ class Optimizer:
 
     def release(self) -> None:
         """Take this optimizer's paged buffers off bitsandbytes' list, which would hold them for ever."""
-        manager = bitsandbytes.functional.GlobalPageManager.get_instance()
-        ours = {id(tensor) for tensor in self._tensors().values()}
-        manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in ours]
+        forget_paged(self._tensors().values())
 
     @property
     def state_bytes(self) -> int:
@@ -63,7 +62,7 @@ class Optimizer:
     @property
     def paged_bytes(self) -> int:
         """Bytes of state that bitsandbytes really pages: none on a CPU, none of a group under 100,000 elements."""
-        return sum(tensor.nbytes for tensor in self._tensors().values() if getattr(tensor, "is_paged", False))
+        return sum(tensor.nbytes for tensor in self._tensors().values() if is_paged(tensor))
 
     @property
     def steps(self) -> set[int]:
@@ -73,7 +72,7 @@ class Optimizer:
     @property
     def is_paged(self) -> bool:
         """Whether state is asked for that pages where the device can."""
-        return bool(getattr(self.optimizer, "is_paged", False))
+        return is_paged(self.optimizer)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies on the CPU of all state by "<group>.<key>", and the JSON that says what they belong to."""
@@ -100,14 +99,13 @@ class Optimizer:
             buffer.copy_(tensors[name])
 
     def _make_state(self) -> None:
-        if not isinstance(self.optimizer, bitsandbytes.optim.optimizer.Optimizer8bit):
+        if not makes_state_early(self.optimizer):
             self._make_torch_state()
             return
         with warnings.catch_warnings():
             # Said by `paged_bytes` instead.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            for index, settings in enumerate(self.optimizer.param_groups):
-                self.optimizer.init_state(settings, settings["params"][0], index, 0)
+            make_state(self.optimizer)
 
     def _make_torch_state(self) -> None:
         """Zero moments at step 0, as torch's AdamW would make at its first step."""

@@ -9,7 +9,6 @@ list of models, and no module that only looks like another is taken for it. Rota
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -18,11 +17,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kernels.lora_linear import Activation, gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
+from qlora_kernels.torch_internals import copy_with, with_real_tensors
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
@@ -117,14 +116,15 @@ def tile_mlps(model: nn.Module, tiles: int) -> None:
 
 def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
     """(eps, form) where the module is RMS normalization in a form that `rms_norm` has; else None."""
-    weight = norm._parameters.get("weight")
+    own = dict(norm.named_parameters(recurse=False))
+    weight = own.get("weight")
     eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
     if (
         weight is None
         or weight.requires_grad
         or not isinstance(eps, float)
-        or norm._buffers
-        or len(norm._parameters) != 1
+        or next(norm.buffers(recurse=False), None) is not None
+        or len(own) != 1
     ):
         return None
     forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast", "weight_before_cast")
@@ -138,12 +138,11 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
 def _normalizes(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
     """Whether the module, given a random weight of this width, is RMS normalization over all of it in this form."""
     dtype = norm.get_parameter("weight").dtype
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(width, generator=generator).to(dtype)
         x = (torch.randn(32, width, generator=generator) * SIZES[:, None]).to(dtype)
-        small = _copy_of(norm)
-        small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
+        small = copy_with(norm, parameters={"weight": nn.Parameter(probe, requires_grad=False)})
         return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
 
 
@@ -171,14 +170,13 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
 def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module) -> bool:
     """Whether the module computes down(activation(gate(x)) * up(x)) with the children of these names, down last."""
     hidden, width = 4, 6
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
         weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
         stubs = [_stub(weight) for weight in weights]
         x = torch.randn(32, hidden, generator=generator, dtype=torch.float64) * SIZES[:, None]
-        small = _copy_of(mlp)
-        small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
+        small = copy_with(mlp, children=dict(zip(names, stubs, strict=True)))
 
         def expected() -> Tensor:
             gate, up = _split(stubs[:-1])(x)
@@ -201,13 +199,6 @@ def _takes_one_argument(module: nn.Module) -> bool:
     return len(inspect.signature(type(module).forward).parameters) == 2
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
-    """The module as its library made it. It shares all with the original: give it tables of its own to change them."""
-    copied = copy.copy(module)
-    copied.__dict__.pop("forward", None)
-    return copied
-
-
 def _stub(weight: Tensor) -> nn.Module:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -223,7 +214,7 @@ def _is_projection(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
 
 

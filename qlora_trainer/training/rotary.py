@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kernels.rotary import rotate
+from qlora_kernels.torch_internals import with_real_tensors
 from qlora_trainer.model.modules.same_bits import agree
 
 NAME = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
@@ -64,7 +64,7 @@ def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _turns_halves(theirs: Callable[..., Any]) -> bool:
     """Whether the function turns each head's halves together, as `rotate` does, given nothing but q, k, cos and sin."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
             shapes = [(2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)]
