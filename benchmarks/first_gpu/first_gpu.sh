@@ -45,9 +45,9 @@ say_verdicts() { { grep -a --line-buffered '^VERDICT ' || true; } | while IFS= r
 is_wanted() { case "$WANTED" in "  " | *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
 # stage NAME LIMIT LEAST COMMAND...: at most LIMIT seconds; not begun with less than LEAST left. Returns the command's
-# status, 99 where it was not run.
+# status; 99 where it was not run, 124 where it was out of time.
 stage() {
-  local name=$1 limit=$(($2 * PATIENCE)) least=$3 rc rest
+  local name=$1 limit=$(($2 * PATIENCE)) least=$3 rc rest begun taken
   shift 3
   is_wanted "$name" || return 99
   [ "$WANTED" = "  " ] && [ -e "$DONE/$name" ] && return 99
@@ -55,14 +55,19 @@ stage() {
   if [ "$rest" -lt "$least" ]; then say "$name: left out, $rest s left"; return 99; fi
   [ "$rest" -lt "$limit" ] && limit=$rest
   touch "$DONE/$name"
-  export KIT_DEADLINE=$(($(date +%s) + limit)) # no step begins that would outlast it
+  begun=$(date +%s)
+  export KIT_DEADLINE=$((begun + limit)) # no step begins that would outlast it
   printf '\n===== %s (at most %s s): %s\n' "$name" "$limit" "$*" >> "$OUT/all.log"
   : > "$LOGS/$name.log"
   timeout -k 5 "$limit" "$@" < /dev/null 2>&1 | tee -a "$OUT/all.log" "$LOGS/$name.log" | say_verdicts
   rc=${PIPESTATUS[0]}
+  taken=$(($(date +%s) - begun))
+  # A command that TERM does not end is killed too, 5 s after its limit.
+  [ "$rc" = 137 ] && [ "$taken" -ge "$limit" ] && rc=124
   case $rc in
     0 | 75) ;; # 75: CUDA broke, which its verdict says
-    124 | 137) say "$name: OUT OF TIME after $limit s" ;;
+    124) say "$name: OUT OF TIME after $limit s" ;;
+    137) say "$name: KILLED after $taken of $limit s, as the system does where memory runs out" ;;
     *) say "$name: exit $rc" ;;
   esac
   return "$rc"
@@ -98,7 +103,7 @@ big() { # LIMIT STEPS...: those not tried yet, or named; in one process, and in 
     stage big "$limit" 45 "$PY" "$KIT/gpu_run.py" big $todo
     rc=$?
     WANTED=$named
-    case $rc in 0 | 99 | 124 | 137) return ;; esac
+    case $rc in 0 | 99 | 124) return ;; esac
   done
 }
 

@@ -16,7 +16,7 @@ from typing import Self
 
 MIB = 2**20
 PAGES = {True: 2 * MIB, False: 20 * MIB}  # what a segment begins with or grows by, for small blocks and for others
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for them, the first one first
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of the environment; torch reads the first set
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Event:
 
 def uses_expandable_segments() -> bool:
     """Whether the allocator of this process is asked for them."""
-    settings = next((os.environ[name] for name in SETTINGS if name in os.environ), "")
+    settings = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
     return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 

@@ -20,6 +20,7 @@ from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.training.managed_memory import paging_refusal_here
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 
 GRAIN = 256  # tokens
@@ -142,11 +143,17 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
 
 
 def memory_here(config: RunConfig) -> int | None:
-    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu,
-    as far as this process may use it."""
+    """Return the bytes of the CUDA card here, None where there is none.
+
+    For model.device=cpu they are those of host memory, as far as this process may use it.
+    """
     if config.model.device == "cpu":
         return host_memory().total
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    if config.optimizer.name != "adamw":
+        paging_refusal_here()  # first: asking for memory makes a CUDA context; a card may allow only one
+    return torch.cuda.mem_get_info()[1]
 
 
 def _place(config: RunConfig) -> str:

@@ -50,7 +50,10 @@ from qlora_trainer.training.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
 from qlora_trainer.training.step import train_step
 
-CUDA_CONTEXT_BYTES = 512 * 2**20  # an allowance: 300 to 500 MiB on cards of consumers; an H200 took 619
+CUDA_CONTEXT_BYTES = 512 * 2**20
+"""An allowance for what CUDA itself takes: 300 to 500 MiB on consumer cards. It differs by card, driver and the kernels
+loaded: an H200 took 619 MiB, so a plan for such a card is about 107 MiB short."""
+
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
 PAGED_ELEMENTS = 100_000  # bitsandbytes pages state of this size and more
 

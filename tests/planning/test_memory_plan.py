@@ -553,3 +553,16 @@ def test_a_resumed_run_is_planned_as_it_goes_on(
     assert resumed.plan.policy == resumed.state.policy == Policy("full")
     assert asked == planned
     assert any("would fit" in warning for warning in resumed.warnings) == (activations == "auto")
+
+
+@pytest.mark.parametrize(("optimizer", "order"), [("paged_adamw_32bit", ["trial", "memory"]), ("adamw", ["memory"])])
+def test_paging_is_tried_before_the_cards_memory_is_asked_for(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str, order: list[str]
+) -> None:
+    """Asking makes a CUDA context, and a card in exclusive mode has one at a time."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fitting, "paging_refusal_here", lambda: asked.append("trial"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (asked.append("memory"), 24 * 2**30))
+    assert fitting.memory_here(tiny_config(optimizer={"name": optimizer})) == 24 * 2**30
+    assert asked == order
