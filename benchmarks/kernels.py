@@ -34,7 +34,7 @@ BASE = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
 ADAPTERS = LAYERS * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + INTERMEDIATE))
 BF16, FP32, UINT8 = torch.bfloat16, torch.float32, torch.uint8
 Inputs = list[tuple[tuple[int, ...], torch.dtype]]
-DEQUANTISING, FEW_TOKENS = "NF4 -> bf16, 4,096 x 11,008", "the same times one token"
+DEQUANTIZING, FEW_TOKENS = "NF4 -> bf16, 4,096 x 11,008", "the same times one token"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def operations() -> dict[str, Operation]:
         return F.silu(gate) * up
 
     return {
-        DEQUANTISING: Operation(
+        DEQUANTIZING: Operation(
             Work(lambda *tables: dequantize_nf4(ours(*tables), BF16), weight), {"bitsandbytes": Work(theirs, weight)}
         ),
         FEW_TOKENS: Operation(
@@ -211,7 +211,7 @@ def roofline(card: Card, rows: dict[str, Row]) -> Roofline:
     products = 6 * BASE * TOKENS + 8 * ADAPTERS * TOKENS + 4 * VOCABULARY * HIDDEN * TOKENS
     # Causal: half of two products over pairs of tokens; five in backward (Dao et al. 2022, arXiv:2205.14135).
     attention = LAYERS * (2 + 2 + 5) * TOKENS**2 * HIDDEN
-    weight = rows[DEQUANTISING]
+    weight = rows[DEQUANTIZING]
     a_weight = [m.bytes / (HIDDEN * INTERMEDIATE) for m in (weight.ours, weight.others["bitsandbytes"])]
     between = [0.0, 0.0]
     for name, row in rows.items():
@@ -240,7 +240,7 @@ def print_matrix() -> None:
 
 def print_bytes(rows: dict[str, Row]) -> None:
     print(f"MiB moved and passes (kernels) on the tensors of a 7B's layer, {TOKENS} tokens (computed)\n")
-    print(f"{'operation':32}{'ours':>18}{'beside it':>18}   what that is")
+    print(f"{'operation':32}{'ours':>18}{'next_to it':>18}   what that is")
     for name, row in rows.items():
         for other, theirs in row.others.items():
             cells = [f"{m.bytes / 2**20:.1f} in {m.passes}" for m in (row.ours, theirs)]

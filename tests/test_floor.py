@@ -24,7 +24,7 @@ def floor(cache: Path, python: str, **environment: str) -> subprocess.CompletedP
 
 
 @pytest.mark.parametrize(("setting", "code"), [("", 0), ("required", 1)])
-def test_floor_that_cannot_be_installed_is_told_and_leaves_nothing(tmp_path: Path, setting: str, code: int) -> None:
+def test_floor_that_cannot_be_installed_is_reported_and_leaves_nothing(tmp_path: Path, setting: str, code: int) -> None:
     full = '[ "$1 $2" != "-m venv" ] || { echo "WARNING: nothing"; echo "no space left" >&2; touch "$3/half"; exit 1; }'
     done = floor(tmp_path / "cache", full, CI_FLOOR=setting)
     assert done.returncode == code
@@ -32,7 +32,7 @@ def test_floor_that_cannot_be_installed_is_told_and_leaves_nothing(tmp_path: Pat
     assert list((tmp_path / "cache/qlora-trainer/floor").iterdir()) == []
 
 
-def test_floor_without_a_cache_is_told(tmp_path: Path) -> None:
+def test_floor_without_a_cache_is_reported(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     done = floor(tmp_path / "cache", "")
     assert done.returncode == 0
@@ -66,7 +66,7 @@ def test_floor_must_collect_what_the_tested_torch_runs(tmp_path: Path) -> None:
     assert (code, reported.splitlines()[1:]) == (1, ["  a::y"])
 
 
-def test_floor_is_told_where_pip_ends_without_a_word(tmp_path: Path) -> None:
+def test_floor_is_reported_where_pip_ends_without_a_word(tmp_path: Path) -> None:
     done = floor(tmp_path / "cache", '[ "$1 $2" != "-m venv" ] || { echo "WARNING: nothing"; exit 137; }')
     assert done.returncode == 0
     assert done.stdout == "torch floor: NOT RUN, its environment cannot be made: pip ended without a word\n"

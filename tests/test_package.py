@@ -23,7 +23,7 @@ def imported_modules(source: str) -> set[str]:
     return found
 
 
-def test_packages_import_no_room_by_themselves() -> None:
+def test_packages_import_no_module_by_themselves() -> None:
     """An __init__ that imported at once would be an arrow from every module to what it names."""
     for path in (ROOT / "qlora_trainer").rglob("__init__.py"):
         at_once = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]

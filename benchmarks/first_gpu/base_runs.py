@@ -152,7 +152,7 @@ class BaseRuns:
         self.kit.verdict(
             f"train {name} ({size}, {tokens:,} tokens, {policy}): {rate:,.0f} tokens/s, loss {records[0]['loss']:.3f}"
             f" to {records[-1]['loss']:.3f}, {gib(reserved)} reserved, {gib(allocated)} allocated"
-            f"{_beside_plan(plan, reserved, allocated)}{'; RECOVERED: ' + recovered if recovered else ''}"
+            f"{_next_to_plan(plan, reserved, allocated)}{'; RECOVERED: ' + recovered if recovered else ''}"
         )
         self.drop(run)
 
@@ -185,7 +185,7 @@ def strip(model: nn.Module) -> None:
     model.eval()
 
 
-def _beside_plan(plan: dict[str, Any] | None, reserved: int, allocated: int) -> str:
+def _next_to_plan(plan: dict[str, Any] | None, reserved: int, allocated: int) -> str:
     if plan is None or not reserved:
         return ""
     return (

@@ -2,7 +2,7 @@
 # The first minutes on a GPU, in the order of what they tell: bash benchmarks/first_gpu/first_gpu.sh [STAGE ...]
 #
 # Installs nothing: python3, or KIT_PYTHON, has the project's requirements and its extra `test`. As .gpu/kit/first_gpu.sh,
-# where .gpu travelled to a machine without a network, it installs the wheels of .gpu/whl into KIT_SITE first.
+# where .gpu traveled to a machine without a network, it installs the wheels of .gpu/whl into KIT_SITE first.
 #
 # Each stage has its own time limit, writes into $OUT/all.log as it goes, and says VERDICT lines, which also are in
 # $OUT/verdicts.txt. What was tried is marked in $KIT_WORK/done, so a second call goes on where the first ended; naming

@@ -37,11 +37,11 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.is_cuda else [])]) as profiler:
         take_step(run.state)
         device.synchronize()
-    tokens_told = f"{kit.tokens(tokens):,} tokens"
+    tokens_reported = f"{kit.tokens(tokens):,} tokens"
     key = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
     with (kit.out / "profile.txt").open("a") as file:
-        file.write(f"\n=== {tokens_told}, recompute, {wall:.3f} s unprofiled\n{table}\n")
+        file.write(f"\n=== {tokens_reported}, recompute, {wall:.3f} s unprofiled\n{table}\n")
     kind = torch.autograd.DeviceType.CUDA if device.is_cuda else torch.autograd.DeviceType.CPU
     shares: dict[str, float] = {}
     intervals = []
@@ -55,8 +55,8 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     kit.result(f"profile-{tokens}", wall=wall, busy=busy, seconds_by_name=ranked)
     reported = ", ".join(f"{name[:44]} {seconds / total:.0%}" for name, seconds in ranked[:8])
     kit.verdict(
-        f"profile {tokens_told}: a step {wall:.3f} s, the {'card' if device.is_cuda else 'processor'} busy {busy:.3f} s"
-        f" of one profiled ({busy / wall:.0%}); {reported}"
+        f"profile {tokens_reported}: a step {wall:.3f} s, the {'card' if device.is_cuda else 'processor'} busy "
+        f"{busy:.3f} s of one profiled ({busy / wall:.0%}); {reported}"
     )
     if tokens == 2048 and device.is_cuda:
         profiler.export_chrome_trace(str(kit.out / "trace-2048.json.gz"))

@@ -199,8 +199,8 @@ def workspace_bytes(
     rows = heads * count * head_dim * query.element_size()
     if not backward:
         # Next to the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
-        beside = max(6 * pairs, block // 2 if is_half else 0, block * 7 // 4 if dropout else 0)
-        return block + beside + 2 * rows
+        extra = max(6 * pairs, block // 2 if is_half else 0, block * 7 // 4 if dropout else 0)
+        return block + extra + 2 * rows
     blocks = block * (3 + (softcap is not None) + (dropout > 0)) + 3 * rows
     sums, grads = (2 * 4 * key.numel(), 2 * 2 * key.numel()) if is_half else (0, 0)
     return max(sums, sums - grads + blocks)  # the gradients, which are no workspace, are made when the blocks are gone

@@ -27,7 +27,7 @@ class HostCopy:
         self._device = tensor.device
         self._original: Tensor | None = tensor
         self._returning: Tensor | None = None
-        self._host: Tensor = _beside(tensor.device, lambda: torch.ops.qlora_kernels.copy_to_host(tensor))
+        self._host: Tensor = _next_to(tensor.device, lambda: torch.ops.qlora_kernels.copy_to_host(tensor))
         self._copied = _mark(tensor.device)
 
     def release(self) -> None:
@@ -40,7 +40,7 @@ class HostCopy:
         if self._original is not None or self._returning is not None:
             return
         returning = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-        _beside(self._device, lambda: returning.copy_(self._host, non_blocking=True))
+        _next_to(self._device, lambda: returning.copy_(self._host, non_blocking=True))
         self._returning, self._copied = returning, _mark(self._device)
 
     def take(self) -> Tensor:
@@ -61,7 +61,7 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _beside(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
+def _next_to(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
     """Run a copy on the stream for copies, after all that the device was given so far."""
     if device.type != "cuda":
         return copy()

@@ -233,7 +233,7 @@ def _read_config(path: Path) -> AdapterFileConfig:
         # What is refused has been reported; here it must not be reported again.
         config = AdapterFileConfig.model_validate({k: v for k, v in known.items() if k not in _REFUSED})
     except ValidationError as error:
-        problems += [_told(item["loc"], item["msg"]) for item in error.errors()]
+        problems += [_reported(item["loc"], item["msg"]) for item in error.errors()]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise AdapterError(f"{path} describes an adapter that cannot be used here:\n{lines}")
@@ -300,7 +300,7 @@ def _check_bias(
         raise AdapterError(f"{origin}: the bias {name} has shape {tuple(tensor.shape)}; one dimension is expected.")
 
 
-def _told(place: tuple[int | str, ...], message: str) -> str:
+def _reported(place: tuple[int | str, ...], message: str) -> str:
     """One of pydantic's errors; what concerns several keys has no place."""
     return f"{place[0]}: {message.lower()}" if place else message.removeprefix("Value error, ")
 

@@ -58,7 +58,7 @@ class Hasher:
     def __init__(self) -> None:
         workers = min(os.cpu_count() or 1, _MOST_WORKERS)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sha256")
-        self._room = BoundedSemaphore(workers + 1)
+        self._space = BoundedSemaphore(workers + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -68,9 +68,9 @@ class Hasher:
 
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
         """Run `function`, such as `bytes_sha256`, on the arguments next to."""
-        self._room.acquire()
+        self._space.acquire()
         future = self._pool.submit(function, *arguments)
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._space.release())
         return future
 
 

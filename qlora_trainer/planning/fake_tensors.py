@@ -60,7 +60,7 @@ class FakeRun:
 
 
 class _Remembering(TorchDispatchMode):
-    """Stands before a FakeTensorMode and asks it only what it has not reported before."""
+    """Wrap a FakeTensorMode and asks it only what it has not reported before."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()

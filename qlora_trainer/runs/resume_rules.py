@@ -37,7 +37,7 @@ _FREE_KEYS = {
     "training.output_dir",
     "training.save_every",
 }
-_TOLD = {
+_REPORTED = {
     "data.packing": "a step's rows are summed in another order, so last bits may differ",
     "model.device": "its last bits may differ from an uninterrupted run's",
     "training.deterministic": "on CUDA sums are made in another order, so last bits may differ from here on",
@@ -61,8 +61,8 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
                 continue
             if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
                 refused.append(f"{key}: {was} → {now}")
-            elif key in _TOLD:
-                warnings.append(f"{key} was {was} and is {now}: training goes on, but {_TOLD[key]}.")
+            elif key in _REPORTED:
+                warnings.append(f"{key} was {was} and is {now}: training goes on, but {_REPORTED[key]}.")
     return refused, warnings
 
 

@@ -86,23 +86,23 @@ def patch_model(model: nn.Module) -> PatchReport:
     linear = [module for module in modules if isinstance(module, LoRALinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]
-    lean_norms = 0
+    patched_norms = 0
     for norm in norms:
         found = rms_norm_form(norm)
         if found is not None:
             norm.forward = functools.partial(_norm_forward, norm, *found)
-        lean_norms += found is not None or isinstance(norm, nn.LayerNorm)  # torch's own keeps no more
+        patched_norms += found is not None or isinstance(norm, nn.LayerNorm)  # torch's own keeps no more
     experts = [module for module in modules if isinstance(module, SplitExperts)]
-    lean_mlps = sum(module.is_4bit for module in experts)  # by their own forward
+    patched_mlps = sum(module.is_4bit for module in experts)  # by their own forward
     for mlp in mlps:
         gated = gated_mlp(mlp)
         if gated is not None:
             mlp.forward = gated
-            lean_mlps += 1
+            patched_mlps += 1
     return PatchReport(
         projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
-        mlps=(lean_mlps, len(mlps) + len(experts)),
-        norms=(lean_norms, len(norms)),
+        mlps=(patched_mlps, len(mlps) + len(experts)),
+        norms=(patched_norms, len(norms)),
     )
 
 

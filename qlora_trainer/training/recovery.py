@@ -121,7 +121,7 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     if len(row_lengths) > 1:  # both bounds are below the sum, so these rows will be laid out in more micro-batches
         state.set_memory(max(sum(row_lengths) // 2, max(row_lengths)), state.policy)
         return True
-    policy = _leaner(state, row_lengths[0])
+    policy = _smaller(state, row_lengths[0])
     if policy is None:
         return False
     try:
@@ -131,7 +131,7 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     return True
 
 
-def _leaner(state: TrainState, tokens: int) -> Policy | None:
+def _smaller(state: TrainState, tokens: int) -> Policy | None:
     """The next policy with less on the device, whose part on the host fits there; None where there is none."""
     policy = state.policy.less_memory()
     while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):

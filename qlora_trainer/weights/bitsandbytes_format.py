@@ -161,8 +161,8 @@ def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
         found, wanted = getattr(weight, table), getattr(expected, table)
         if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
             raise QuantizationError(
-                f"{name}: {table} is {_told(found)}, and in a weight of {shape[0]} x {shape[1]} it is {_told(wanted)}. "
-                f"{_DAMAGED}"
+                f"{name}: {table} is {_shape_and_dtype(found)}, and in a weight of {shape[0]} x {shape[1]} "
+                f"it is {_shape_and_dtype(wanted)}. {_DAMAGED}"
             )
     if code.dtype != NF4_CODE.dtype or not torch.equal(code, NF4_CODE.to(code.device)):
         raise QuantizationError(f"{name}: quant_map, the values of its codes, is not that of NF4. {_DAMAGED}")
@@ -171,7 +171,7 @@ def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
     return weight
 
 
-def _told(tensor: Tensor) -> str:
+def _shape_and_dtype(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 

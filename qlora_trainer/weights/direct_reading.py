@@ -74,13 +74,13 @@ class DirectReader:
         memory = self._memory.take(_aligned(end))
         window = memory.numpy().data
         hashed = hashlib.sha256()
-        with Background() as beside:  # the piece before is hashed while one is read
+        with Background() as hashing:  # the piece before is hashed while one is read
             for begin in range(0, end, PIECE_BYTES):
                 wanted = min(begin + PIECE_BYTES, end)
                 found = self._file.read_into(window[begin : _aligned(wanted)], info.offset - lead + begin)
                 if begin + found < wanted:
                     raise ModelError(f"{info.file} is cut short: {info.name} is not all there. Fetch the file again.")
-                beside.submit(hashed.update, window[max(begin, lead) : wanted])
+                hashing.submit(hashed.update, window[max(begin, lead) : wanted])
         return Read(memory[lead:end].view(info.dtype).view(info.shape), hashed.hexdigest())
 
 
@@ -143,7 +143,7 @@ class _Memory:
     """Anonymous memory, handed out as tensors, and taken back when the last view of one is gone."""
 
     def __init__(self) -> None:
-        self._free: collections.deque[mmap.mmap] = collections.deque()  # a lock could wait for its own finaliser
+        self._free: collections.deque[mmap.mmap] = collections.deque()  # a lock could wait for its own finalizer
 
     def take(self, size: int) -> Tensor:  # (size,) uint8, aligned
         block = None

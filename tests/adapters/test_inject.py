@@ -185,7 +185,7 @@ def test_biases_of_adapted_layers_alone_train_under_lora_only(tiny_models: Model
         ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.target_modules=\[q_proj\]"),
     ],
 )
-def test_a_target_that_matches_nothing_is_told_with_what_exists(
+def test_a_target_that_matches_nothing_is_reported_with_what_exists(
     family: str, targets: str | list[str], message: str, tiny_models: Models
 ) -> None:
     with pytest.raises(AdapterError, match=message):
@@ -352,7 +352,7 @@ def test_marking_again_under_another_mode_changes_what_trains() -> None:
     assert sum(p.requires_grad for p in model.parameters()) == 2
 
 
-def test_a_bias_trains_in_fp32_beside_16_bit_weights() -> None:
+def test_a_bias_trains_in_fp32_next_to_16_bit_weights() -> None:
     """A layer norm takes one dtype only; the bias is cast where it runs, and small updates are not lost."""
     model = OneLayer().to(torch.bfloat16)
     add_adapters(model, AdapterConfig(rank=4, bias="all"))
@@ -365,7 +365,7 @@ def test_a_bias_trains_in_fp32_beside_16_bit_weights() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in biases)
 
 
-def test_a_lone_linear_is_told_where_to_put_it() -> None:
+def test_a_lone_linear_says_where_to_put_it() -> None:
     with pytest.raises(AdapterError, match=r"nn\.Sequential"):
         add_adapters(nn.Linear(8, 8), AdapterConfig())
 

@@ -228,7 +228,7 @@ def test_a_config_that_means_another_function_is_refused_by_key(tmp_path: Path, 
         read_adapter(tmp_path)
 
 
-def test_all_problems_of_a_config_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_a_config_are_reported_at_once(tmp_path: Path) -> None:
     write_raw(tmp_path, small_adapter(), use_dora=True, modules_to_save=["lm_head"], r=0)
     with pytest.raises(AdapterError, match=r"(?s)use_dora.*modules_to_save.*- r:"):
         read_adapter(tmp_path)
@@ -296,7 +296,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-def test_missing_and_damaged_files_are_told(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="is not an adapter"):
         read_adapter(tmp_path / "nowhere")
     write_raw(tmp_path, small_adapter())
@@ -324,7 +324,7 @@ def test_sizes_are_capped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         read_adapter(tmp_path)
 
 
-def test_a_write_that_fails_is_told_and_leaves_no_config(tmp_path: Path) -> None:
+def test_a_write_that_fails_is_reported_and_leaves_no_config(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="could not be written"):
         write_adapter(tmp_path / "nowhere", small_adapter(), file_config())
     (tmp_path / "adapter_model.safetensors").mkdir()

@@ -207,7 +207,7 @@ def test_every_case_is_a_step_and_the_script_names_every_step() -> None:
     assert {case.name for case in CASES} <= STEPS.keys()
 
 
-def test_the_script_needs_four_files_beside_itself_only() -> None:
+def test_the_script_needs_four_files_next_to_itself_only() -> None:
     """Where it travels with its wheels, these are copied; all else is imported from the checkout."""
     copied = {"first_gpu.sh", "gpu_run.py", "cases.py", "plans.py"}
     own = {path.name for path in (ROOT / "benchmarks/first_gpu").iterdir() if path.is_file()}

@@ -32,7 +32,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "--dry-run" in capsys.readouterr().err
 
 
-def test_results_are_told_with_rates_that_leave_the_first_step_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_are_reported_with_rates_that_leave_the_first_step_out(capsys: pytest.CaptureFixture[str]) -> None:
     result = Result([2.0, 1.0, 0.5], [9.0, 1.0, 1.0], [9.0, 1.0, 1.0], [10, 30, 50], [10, 40, 60], 3 * 2**30, "so")
     gpu.print_training({"ours": result, "Unsloth": None})
     ours, settings, failed = capsys.readouterr().out.splitlines()[1:]
@@ -55,7 +55,7 @@ def test_a_kernels_share_of_the_card_is_that_of_its_bound() -> None:
 
 
 class Card:
-    """Stands in for a card's clock and queue: notes what happens in which order, and sleeps some launches long."""
+    """Play a card's clock and queue: notes what happens in which order, and sleeps some launches long."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, awake_until: int = 0, cache: int = 2**20) -> None:
         self.log: list[object] = []

@@ -202,7 +202,9 @@ checkpoint, no cuda, no amount of memory"""
 
 
 @pytest.mark.parametrize("name", " ".join(MISTAKES.split()).split(", "))
-def test_a_mistake_is_one_letter_and_exit_code_2(qlora: Callable, config_file: Path, tmp_path: Path, name: str) -> None:
+def test_a_mistake_is_one_message_and_exit_code_2(
+    qlora: Callable, config_file: Path, tmp_path: Path, name: str
+) -> None:
     arguments, message = mistakes(tmp_path, config_file)[name]
     code, out, reported = qlora(*arguments)
     assert code == 2
@@ -213,7 +215,7 @@ def test_a_mistake_is_one_letter_and_exit_code_2(qlora: Callable, config_file: P
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_a_letter_and_leaves_the_last_checkpoint(
+def test_a_full_disk_is_a_message_and_leaves_the_last_checkpoint(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_trainer.runs import checkpoint
@@ -245,7 +247,7 @@ def test_a_full_disk_is_a_letter_and_leaves_the_last_checkpoint(
         RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
-def test_running_out_of_memory_is_a_letter(
+def test_running_out_of_memory_is_a_message(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from qlora_trainer.runs import run as training_run
@@ -260,7 +262,7 @@ def test_running_out_of_memory_is_a_letter(
     assert "training.activation_checkpointing=full" in reported
 
 
-def test_a_row_that_fits_no_memory_is_a_letter(
+def test_a_row_that_fits_no_memory_is_a_message(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_trainer.training import step

@@ -107,7 +107,7 @@ def test_no_training_value_occurs_in_a_eval_answer() -> None:
 
 
 @pytest.mark.parametrize("rows", [TRAIN, EVAL], ids=["train", "eval"])
-def test_every_answer_is_a_command_whose_values_stand_in_its_request(rows: list[Row]) -> None:
+def test_every_answer_is_a_command_whose_values_are_in_its_request(rows: list[Row]) -> None:
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
         command = json.loads(answer(row))

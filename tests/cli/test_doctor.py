@@ -48,7 +48,7 @@ def test_wrong_values_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "QLORA_KERNELS=reference" in finding.detail
 
 
-def test_every_operation_is_told_with_its_version_and_why() -> None:
+def test_every_operation_is_reported_with_its_version_and_why() -> None:
     finding = doctor_packages.kernels("cpu")
     for name in registry.implementations("cpu"):
         assert name in finding.detail
@@ -59,7 +59,7 @@ def test_every_operation_is_told_with_its_version_and_why() -> None:
     ("capability", "status", "words"),
     [((8, 6), "ok", "flash attention over packed documents"), ((7, 5), "note", "or higher, and this one has 7.5")],
 )
-def test_which_attention_a_card_takes_is_told_and_why_no_better_one(
+def test_which_attention_a_card_takes_is_reported_and_why_no_better_one(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], status: str, words: str
 ) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)

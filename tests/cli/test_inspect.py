@@ -33,7 +33,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
 
 
 @pytest.mark.parametrize("kind", [("smollm2",), ("llama3",), ("mistral", "metaspace"), ("phi3", "metaspace")])
-def test_stretches_join_to_the_whole_text_and_mark_what_is_trained(tmp_path: Path, kind: tuple[str, ...]) -> None:
+def test_spans_join_to_the_whole_text_and_mark_what_is_trained(tmp_path: Path, kind: tuple[str, ...]) -> None:
     tokenizer, data = prepared(tmp_path, *kind)
     row = row_to_json(tokenizer, data.train, 0, "training")
     example = data.train[0]
@@ -55,7 +55,7 @@ def test_a_space_that_a_decoder_drops_at_the_start_of_a_text_is_shown() -> None:
     assert [span["text"] for span in spans] == ["one", " two", " three"]
 
 
-def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() -> None:
+def test_a_rows_spans_are_decoded_a_few_times_each_however_long_the_row() -> None:
     decoded = 0
 
     class Counting:
@@ -70,7 +70,7 @@ def test_a_rows_stretches_are_decoded_a_few_times_each_however_long_the_row() ->
     assert decoded <= 4 * len(ids)
 
 
-def test_without_colors_trained_tokens_stand_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_colors_trained_tokens_are_in_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = terminal(monkeypatch, force_terminal=False)
     tokenizer, data = prepared(tmp_path)
     show_row(tokenizer, data.train, 0)

@@ -41,16 +41,16 @@ def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
     assert "unknown key adapter.rnak; did you mean adapter.rank?" in message
 
 
-def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
+def test_a_key_in_the_wrong_section_is_reported_where_it_belongs() -> None:
     message = problems_of({**MINIMAL, "training": {"learning_rate": 1e-4}})
     assert "did you mean optimizer.learning_rate?" in message
 
 
 def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
-    assert "unknown key optimizer; did you mean optimizer?" in problems_of({**MINIMAL, "optimizer": {}})
+    assert "unknown key optimzer; did you mean optimizer?" in problems_of({**MINIMAL, "optimzer": {}})
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     message = problems_of({"model": {}, "data": {"train": "x", "max_length": "long"}, "training": {"batchsize": 1}})
     assert "model.name is missing" in message
     assert "data.max_length" in message
@@ -131,7 +131,7 @@ def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
     ],
     ids=["section", "key"],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_key_that_is_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"the key (adapter|rank) is there twice[^$]*c\.yaml\", line [34]"):
@@ -156,7 +156,7 @@ def test_a_key_of_several_types_has_one_problem() -> None:
     assert "'auto'" in message
 
 
-def test_a_problem_inside_a_source_is_told_of_that_source_alone() -> None:
+def test_a_problem_inside_a_source_is_reported_of_that_source_alone() -> None:
     message = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "fromat": "chat"}, {"path": "b", "rank": 3}]}})
     assert message.splitlines()[1:] == [
         "  - unknown key data.train.0.fromat; did you mean data.train.0.format?",
@@ -171,7 +171,7 @@ def test_an_encoding_that_python_does_not_know_is_a_problem_of_the_config() -> N
     assert make_config({**MINIMAL, "data": {"train": "a", "encoding": "UTF-16"}}).data.encoding == "UTF-16"
 
 
-def test_a_problem_inside_the_held_out_source_is_told_of_it() -> None:
+def test_a_problem_inside_the_eval_source_is_reported_of_it() -> None:
     message = problems_of({**MINIMAL, "data": {"train": "x", "eval": {"path": "a", "wieght": 1}}})
     assert message.splitlines()[1:] == [
         f"  - unknown key data.eval.wieght; a source has {', '.join(SourceFile.model_fields)}",
@@ -190,7 +190,7 @@ def test_sources_are_all_weighted_or_none() -> None:
         assert "data.train.0" in problems_of({**MINIMAL, "data": {"train": [{"path": "a", **wrong}]}})
 
 
-def test_the_path_of_a_held_out_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_eval_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("")
     config = make_config({**MINIMAL, "data": {"train": "x", "eval": {"path": "rows.jsonl", "format": "text"}}})
@@ -214,7 +214,7 @@ def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypa
     assert config.training.output_dir == str(tmp_path / "runs" / "a")
 
 
-def test_a_missing_or_broken_file_is_a_letter(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_is_a_message(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no config file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("model: [unclosed")

@@ -169,7 +169,7 @@ def test_memory_inside_doubles_with_the_length_at_most(options: dict[str, Any], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", ALL_OPTIONS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_plan_is_told_what_is_used_inside(options: dict[str, Any], backward: bool, dtype: torch.dtype) -> None:
+def test_a_plan_is_reported_what_is_used_inside(options: dict[str, Any], backward: bool, dtype: torch.dtype) -> None:
     """Dropout's mask is an op in the op, whose inside is not seen here and is in the formula."""
     inside, formula = bytes_inside(1024, dtype, backward=backward, **options)
     assert 0.95 * inside <= formula <= (1.5 if "dropout" in options else 1.15) * inside

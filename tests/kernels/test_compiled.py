@@ -93,21 +93,21 @@ def test_code_that_does_not_compile_says_why(source: Path, own_folder: Path) -> 
     assert list(own_folder.iterdir()) == []
 
 
-def test_without_a_compiler_the_reason_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_reason_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UnavailableError, match=r"no C\+\+ compiler here: install"):
         load_library(source)
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_is_told(source: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(source: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file in its place")
     with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
         load_library(source)
 
 
 @needs_compiler
-def test_a_damaged_library_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_library_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_compile", lambda command, source, library: library.write_bytes(b"no library"))
     with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
         load_library(source)

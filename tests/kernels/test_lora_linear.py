@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels import gated as gated_room
+from qlora_kernels import gated as gated_space
 from qlora_kernels import lora_linear
 from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, gated_nf4_linear, keep_mask, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -447,7 +447,7 @@ def gated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[
 
     def function(gate: Tensor, up: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         adapter = Adapter(A, B, SCALING, dropout, seed)
-        named = activation if activation in gated_room.ACTIVATIONS else ACTIVATIONS[activation]
+        named = activation if activation in gated_space.ACTIVATIONS else ACTIVATIONS[activation]
         return gated_nf4_linear(gate, up, named, weight, bias, adapter)  # type: ignore[arg-type]
 
     return function

@@ -93,7 +93,7 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_why_a_triton_kernel_cannot_be_had_is_told_as_it_is(
+def test_why_a_triton_kernel_cannot_be_had_is_reported_as_it_is(
     error: ImportError, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:

@@ -242,7 +242,7 @@ def test_heads_a_few_at_a_time_give_the_same_output_and_gradients(
 
 
 @pytest.mark.parametrize("tokens", [2_048, 16_384, 131_072])
-def test_attention_takes_as_many_heads_as_its_backward_has_room_for_inside(tokens: int) -> None:
+def test_attention_takes_as_many_heads_as_its_backward_has_space_for_inside(tokens: int) -> None:
     query, key = (torch.empty(1, count, tokens, 128, dtype=torch.bfloat16, device="meta") for count in (32, 8))
     count = module.key_heads_at_a_time(query, key)
     inside = [module.flash_backward_bytes(tokens, 4 * heads, heads, 128, 2) for heads in range(1, 9)]
@@ -267,7 +267,7 @@ REFUSALS: list[tuple[tuple[int, int], torch.dtype, int, frozenset[str], str, boo
 
 
 @pytest.mark.parametrize(("capability", "dtype", "head_dim", "offered", "choice", "has_cuda", "reason"), REFUSALS)
-def test_why_flash_attention_is_not_taken_is_told_with_what_would_change_it(
+def test_why_flash_attention_is_not_taken_is_reported_with_what_would_change_it(
     capability: tuple[int, int],
     dtype: torch.dtype,
     head_dim: int,
@@ -377,7 +377,7 @@ def test_a_plan_for_a_card_leaves_attention_on_a_cpu_as_it_is() -> None:
         (None, torch.float32, {}, "^one document after another, with a window by blocks of queries$"),
     ],
 )
-def test_attention_is_told_in_words(
+def test_attention_is_reported_in_words(
     monkeypatch: pytest.MonkeyPatch, card: module.Card | None, dtype: torch.dtype, options: Any, words: str
 ) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)

@@ -336,7 +336,7 @@ def test_tensors_that_are_no_floats_stay_as_they_are(tmp_path: Path, llama: Run)
     )
 
 
-def test_files_beside_the_weights_are_copied_and_the_config_barely_touched(tmp_path: Path, llama: Run) -> None:
+def test_files_next_to_the_weights_are_copied_and_the_config_barely_touched(tmp_path: Path, llama: Run) -> None:
     directory = tmp_path / "base"
     shutil.copytree(llama.inputs.base, directory)
     kept = {
@@ -459,7 +459,7 @@ def test_a_place_in_the_users_home_is_known_by_its_full_path(
     assert asked == [tmp_path]
 
 
-def test_output_needs_an_empty_place_and_room_on_the_disk(
+def test_output_needs_an_empty_place_and_space_on_the_disk(
     tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()

@@ -87,7 +87,7 @@ def fill_disk() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_is_full_at_any_operation_is_one_letter_and_leaves_nothing(
+def test_a_disk_that_is_full_at_any_operation_is_one_message_and_leaves_nothing(
     run: Run, tmp_path: Path, at_operation: AtOperation
 ) -> None:
     before = content(run.inputs.base)
@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_at_any_operation_is_one_letter_and_leaves_nothing(
     assert len(stored(tmp_path / "merged")) == len(stored(run.inputs.base))
 
 
-def test_a_file_that_may_grow_no_further_is_one_letter_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
+def test_a_file_that_may_grow_no_further_is_one_message_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
     """By the system itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD_BYTES // 2, hard))
@@ -150,7 +150,7 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole_and_the_next_one_clears_
     assert [path.name for path in tmp_path.iterdir()] == ["merged"], "each removed what the one before it left"
 
 
-def test_what_a_living_merge_works_in_is_spared_and_a_killed_ones_room_counts_as_free(
+def test_what_a_living_merge_works_in_is_spared_and_a_killed_ones_space_counts_as_free(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = tmp_path / ".merged.partial-00000000"

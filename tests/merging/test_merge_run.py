@@ -145,7 +145,7 @@ def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch
     assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
-def test_too_little_memory_to_verify_is_told_before_anything_is_written(
+def test_too_little_memory_to_verify_is_reported_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_free_memory(monkeypatch, lambda device: 2**29)
@@ -161,7 +161,7 @@ def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pass")
-def test_a_full_disk_is_told_before_any_pass_over_the_weights(
+def test_a_full_disk_is_reported_before_any_pass_over_the_weights(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
@@ -182,7 +182,7 @@ def test_a_changed_embedding_is_refused_before_any_pass_over_the_weights(run_dir
 
 
 @pytest.mark.parametrize("where", ["merge", "verify_merge"])
-def test_memory_that_runs_out_in_a_merge_is_told_as_such(
+def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     where: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **named: Any) -> None:
@@ -215,7 +215,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def test_an_original_base_that_cannot_be_measured_is_passed_over_or_told(
+def test_an_original_base_that_cannot_be_measured_is_passed_over_or_reported(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measure = merge_measurement._with_adapter
@@ -271,7 +271,7 @@ def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
         assert done.report.verification is not None
 
 
-def test_without_held_out_rows_the_dequantized_base_is_taken_and_told(tiny_config: Config, tmp_path: Path) -> None:
+def test_without_eval_rows_the_dequantized_base_is_taken_and_reported(tiny_config: Config, tmp_path: Path) -> None:
     run = start_run(tiny_config(data={"eval": 0.0}))
     run.train(quiet)
     done = merge_run(run.directory, tmp_path / "merged")

@@ -35,7 +35,7 @@ from qlora_trainer.merging.streamed_model import (
     streaming_device,
 )
 from qlora_trainer.merging.trained_weights import trained_weights
-from qlora_trainer.model import load as model_room
+from qlora_trainer.model import load as model_space
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 from qlora_trainer.weights.reading import read_tensor
@@ -186,7 +186,7 @@ HYBRIDS = {
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
-def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is_told(
+def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is_reported(
     family: str, tmp_path: Path
 ) -> None:
     """All of these take the weights of their convolutions so; Mambas take a linear layer's too, which are absent."""
@@ -215,7 +215,7 @@ def test_adapters_work_on_a_streamed_model(bias: str, tiny_models: Callable[[str
     assert_same_answers(streamed, dense)
 
 
-def test_a_head_stored_beside_its_embedding_is_tied_only_where_both_are_equal(tmp_path: Path) -> None:
+def test_a_head_stored_next_to_its_embedding_is_tied_only_where_both_are_equal(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m", "llama_tied")
     tensors = load_file(directory / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -237,13 +237,13 @@ def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
 def test_what_is_fused_while_loading_is_loaded_whole(
     tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_room, "split_experts", lambda model, stored: [])
+    monkeypatch.setattr(model_space, "split_experts", lambda model, stored: [])
     model = load_streamed_model(tiny_models("mixtral"), CPU)
     assert matrices(model) == []
     assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
 
 
-def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_is_a_message(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
@@ -251,7 +251,7 @@ def test_a_tensor_of_another_shape_is_a_letter(tmp_path: Path) -> None:
         load_streamed_model(directory, CPU)
 
 
-def test_too_little_memory_for_one_matrix_is_told(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert streaming_device(tiny_llama, CPU) == CPU
     pretend_free_memory(monkeypatch, lambda device: 10**9)
     with pytest.raises(InsufficientMemoryError, match=r"Comparing answers .* 1\.0 GiB, and cpu has 0\.9 GiB free"):

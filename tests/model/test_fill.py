@@ -183,7 +183,7 @@ def test_the_fingerprint_made_while_loading_is_that_of_the_loaded_model(tiny_mod
         assert found.fingerprint.sources == {name: bytes_sha256(tensor) for name, tensor in source.items()}
 
 
-def test_tensors_that_no_parameter_takes_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+def test_tensors_that_no_parameter_takes_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
     def extra(tensors: dict[str, Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # known from older checkpoints
         tensors["mtp.weight"] = torch.ones(8)
@@ -264,7 +264,7 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
         load(tiny_models("llama_tied"), embeddings="cpu")
 
 
-def test_memory_that_runs_out_while_loading_is_a_letter(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_loading_is_a_message(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

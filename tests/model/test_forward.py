@@ -94,7 +94,7 @@ def test_changing_one_document_leaves_the_logits_of_another_alone(family: str, t
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_lean_loss_is_the_models_own(family: str, tiny_models: Models) -> None:
+def test_the_patched_loss_is_the_models_own(family: str, tiny_models: Models) -> None:
     model = trainable_model(tiny_models(family)).eval()
     path = find_loss_path(model)
     assert not path.own_logits
@@ -141,7 +141,7 @@ def test_a_model_with_a_loss_of_its_own_keeps_it(tiny_llama: Path) -> None:
         assert float(loss_sum(model, pack, plan.loss_path)) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_model_that_cannot_keep_documents_apart_is_padded_and_told() -> None:
+def test_a_model_that_cannot_keep_documents_apart_is_padded_and_reported() -> None:
     """Falcon's layers do their own attention and never ask transformers' registry."""
     torch.manual_seed(0)
     config = FalconConfig(
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_keep_documents_apart_is_padded_and_told() -> None:
     assert "padded on the right" in plan.warnings[0]
 
 
-def test_a_model_that_needs_a_mask_is_padded_and_told() -> None:
+def test_a_model_that_needs_a_mask_is_padded_and_reported() -> None:
     """MPT's layers take the mask for granted, and a packed forward makes none."""
     torch.manual_seed(0)
     config = MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64)
@@ -256,7 +256,9 @@ def test_a_full_or_failing_device_is_never_taken_for_a_models_way(
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "accelerator", "host"])
-def test_memory_that_runs_out_in_the_lean_loss_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_in_the_patched_loss_is_reported(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: Any, **settings: Any) -> None:
         raise error
 
@@ -300,7 +302,7 @@ def longrope_model(vocab_size: int = 64) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_rows_whose_positions_hang_on_their_neighbors_are_told() -> None:
+def test_rows_whose_positions_hang_on_their_neighbors_are_reported() -> None:
     """Long-rope models take other frequencies for all rows of a forward pass once one of them is long."""
     model = longrope_model()
     assert examine_forward(model, max_length=16).warnings == ()
@@ -308,8 +310,8 @@ def test_rows_whose_positions_hang_on_their_neighbors_are_told() -> None:
     assert "data.max_length=16" in warning
     with torch.no_grad():
         short, long = (Example(ids, ids) for ids in (list(range(3, 13)), list(range(3, 33))))
-        (alone,), (beside,) = (make_packs(rows, 1000, packing=True) for rows in ([short], [short, long]))
-        assert not torch.allclose(logits(model, alone), logits(model, beside)[:, :10], rtol=1e-3)
+        (alone,), (packed,) = (make_packs(rows, 1000, packing=True) for rows in ([short], [short, long]))
+        assert not torch.allclose(logits(model, alone), logits(model, packed)[:, :10], rtol=1e-3)
 
 
 def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path
     assert codes[0] != codes[1]
 
 
-def test_what_cannot_be_kept_is_loaded_as_it_is_and_told(tmp_path: Path) -> None:
+def test_what_cannot_be_kept_is_loaded_as_it_is_and_reported(tmp_path: Path) -> None:
     directory = tmp_path / "falcon"
     config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
@@ -230,7 +230,7 @@ def test_a_16_bit_model_with_a_tensor_in_fp32_is_computed_with_in_16_bits(tmp_pa
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_memory_that_is_too_little_or_runs_out_while_quantizing_is_a_letter(
+def test_memory_that_is_too_little_or_runs_out_while_quantizing_is_a_message(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:

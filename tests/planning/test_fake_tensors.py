@@ -82,7 +82,7 @@ def test_what_is_remembered_is_what_torch_works_out() -> None:
             assert all_seen() == expected
 
 
-def test_one_and_one_point_zero_are_told_apart() -> None:
+def test_one_and_one_point_zero_are_distinguished() -> None:
     with FakeRun():
         x = torch.empty(3, dtype=torch.int32)
         kinds = [(x * factor).dtype for factor in (1, 1.0, True, 1, 1.0)]

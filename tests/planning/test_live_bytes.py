@@ -35,7 +35,7 @@ def test_what_autograd_keeps_is_alive_until_backward() -> None:
         assert live.bytes == 1024 + 4, "and backward leaves the gradient in its place"
 
 
-def test_kinds_and_bytes_inside_an_operation_are_told_at_the_peak() -> None:
+def test_kinds_and_bytes_inside_an_operation_are_reported_at_the_peak() -> None:
     existing = torch.zeros(25)
     part = existing[:3]
     exp, add = torch.ops.aten.exp.default, torch.ops.aten.add.Tensor

@@ -342,7 +342,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
         check_fits(tiny_llama, tiny_config(), Budget(2**20, host))
 
 
-def test_a_letter_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
+def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
     """A kept layer that the config asks for would be kept under a with less memory level too."""
     keeping = tiny_config(
         data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
@@ -377,7 +377,7 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
 
 
-def test_too_little_host_memory_is_told(tiny_config: Config, tiny_llama: Path) -> None:
+def test_too_little_host_memory_is_reported(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
         check_fits(tiny_llama, offloading, Budget(2**40, 0))
@@ -473,7 +473,7 @@ def container(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     return limit
 
 
-def test_what_is_offloaded_has_the_room_that_a_container_is_allowed(container: Callable[..., None]) -> None:
+def test_what_is_offloaded_has_the_space_that_a_container_is_allowed(container: Callable[..., None]) -> None:
     before = spare_host_memory()
     container(12 * 2**30, used=4 * 2**30)
     assert (before, spare_host_memory()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
@@ -508,7 +508,7 @@ def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, cont
         load_dense_model(tiny_llama, torch.device("cpu"))
 
 
-def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     run = start_run(tiny_config(training={"max_steps": 1}))
     assert run.plan is not None
@@ -519,7 +519,7 @@ def test_a_cpu_run_ends_with_its_peak_beside_the_plan(tiny_config: Config, monke
     assert f"planned {gib(run.plan.total + run.program_bytes)}" in page
 
 
-def test_the_report_sets_the_peak_beside_the_plan(
+def test_the_report_sets_the_peak_next_to_the_plan(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))

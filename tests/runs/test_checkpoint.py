@@ -168,7 +168,7 @@ def test_a_missing_or_shortened_file_is_noticed(tmp_path: Path, name: str) -> No
     assert f"{name} is missing" in found.passed_over[0]
 
 
-def test_no_checkpoint_and_only_damaged_ones_are_told_apart(tmp_path: Path) -> None:
+def test_no_checkpoint_and_only_damaged_ones_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         newest_checkpoint(tmp_path)
     path = save(tmp_path, 1)
@@ -318,7 +318,7 @@ def test_a_disk_that_is_full_after_so_many_bytes_loses_nothing(tmp_path: Path) -
         assert mark_of(newest_checkpoint(tmp_path).path) == 1
 
 
-def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     monkeypatch.setattr(os, "fsync", fill_disk)
     with pytest.raises(DiskError, match=r"step 2 .*No space left.*Earlier checkpoints are untouched.*Free some space"):

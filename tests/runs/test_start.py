@@ -174,7 +174,7 @@ def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
         start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
 
 
-def test_a_missing_adapter_is_told_before_the_base_is_looked_for(
+def test_a_missing_adapter_is_reported_before_the_base_is_looked_for(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runs, "resolve_model", no_load)
@@ -272,13 +272,13 @@ def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
     assert resume_run(run.directory, moved).train(quiet)
 
 
-def test_packing_changed_on_resume_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+def test_packing_changed_on_resume_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["data.packing=false"]).warnings
     assert "data.packing was True and is False" in warning
 
 
-def test_a_changed_micro_batch_is_told_as_it_may_change_last_bits(tiny_config: Config) -> None:
+def test_a_changed_micro_batch_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).warnings
     assert "training.micro_batch_tokens was auto and is 512" in warning

@@ -13,7 +13,7 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.memory_plan import ASSUMED_CARD, HOST, longest_pack, track_steps
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.training import patches as lean_modules
+from qlora_trainer.training import patches as patched_modules
 from qlora_trainer.training.activations import LEVELS, Policy, apply_policy, decoder_layers
 from qlora_trainer.training.offload import KeptInput
 from qlora_trainer.training.state import TrainState
@@ -78,7 +78,7 @@ def test_every_family_has_the_same_gradient_under_every_policy(
     state = start_run(
         tiny_config(model={"name": str(tiny_models(family))}, training={"activation_checkpointing": "none"})
     ).state
-    monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
+    monkeypatch.setattr(patched_modules, "FEWEST_TILE_TOKENS", 1)
     kept, other = gradient(state, Policy("none")), gradient(state, policy)
     if policy.level == "tiled":  # matrix products of other sizes differ in last bits
         assert (kept - other).norm() <= 1e-5 * kept.norm()
@@ -127,7 +127,7 @@ def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: C
         assert HOST not in live.peak.by_kind
 
 
-def test_the_leaner_policies_come_one_by_one_to_an_end() -> None:
+def test_the_smaller_policies_come_one_by_one_to_an_end() -> None:
     policy: Policy | None = Policy("none")
     levels = []
     while policy is not None:

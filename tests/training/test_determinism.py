@@ -157,7 +157,7 @@ def _assembled_from(config: RunConfig) -> tuple[Path, Path, Any]:
     return Path(config.training.output_dir), path, runs.load_tokenizer(path)
 
 
-def test_turning_it_on_or_off_in_a_run_is_allowed_and_told(tiny_config: Config) -> None:
+def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:
     run = start_run(config_of(tiny_config, "run", deterministic=False))
     run.train(quiet, stop_after=2)
     resumed = resume_run(run.directory, ["training.deterministic=true"])

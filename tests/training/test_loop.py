@@ -182,7 +182,7 @@ def test_a_step_without_a_finite_gradient_updates_nothing(tiny_config: Config) -
     assert (state.updates, state.skipped_in_a_row) == (2, 0)
 
 
-def test_several_steps_without_a_finite_gradient_end_with_a_letter(tiny_config: Config) -> None:
+def test_several_steps_without_a_finite_gradient_end_with_a_message(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     with torch.no_grad():
         run.state.model.get_input_embeddings().weight.fill_(float("inf"))

@@ -98,10 +98,10 @@ def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_
         optimizer.step(learning_rate=1e-2)
     for key, parameter in full.items():
         assert torch.equal(low[key], parameter.bfloat16())
-    (lean_state, _), (wide_state, _) = memory_efficient.state_dict(), wide.state_dict()
-    assert lean_state.keys() == wide_state.keys()
-    assert all(lean_state[k].dtype == wide_state[k].dtype for k in wide_state)
-    assert torch.float32 in {tensor.dtype for tensor in lean_state.values()}
+    (patched_state, _), (wide_state, _) = memory_efficient.state_dict(), wide.state_dict()
+    assert patched_state.keys() == wide_state.keys()
+    assert all(patched_state[k].dtype == wide_state[k].dtype for k in wide_state)
+    assert torch.float32 in {tensor.dtype for tensor in patched_state.values()}
 
 
 def test_padding_stays_zero() -> None:

@@ -19,7 +19,7 @@ from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.training import patches as lean_modules
+from qlora_trainer.training import patches as patched_modules
 from qlora_trainer.training.patches import GatedMLP, gated_mlp, patch_model, rms_norm_form
 from qlora_trainer.weights.nf4 import quantize_weight
 
@@ -31,7 +31,7 @@ LISTED = [
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", LISTED)
-def test_every_layer_of_every_listed_family_is_lean_and_gives_the_same_logits(
+def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits(
     tiny_models: Callable[[str], Path], family: str, dtype: str
 ) -> None:
     directory = tiny_models(family)
@@ -59,7 +59,7 @@ def test_every_layer_of_every_listed_family_is_lean_and_gives_the_same_logits(
         ("cohere", (2, 2), (0, 3)),  # a layer norm of its own, without a bias
     ],
 )
-def test_what_has_no_lean_form_is_counted_and_left_alone(
+def test_what_has_no_patched_form_is_counted_and_left_alone(
     family: str, mlps: tuple[int, int], norms: tuple[int, int], tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
@@ -177,7 +177,7 @@ def test_a_norm_is_known_by_its_numbers_and_not_by_its_name() -> None:
 
 
 def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
+    monkeypatch.setattr(patched_modules, "FEWEST_TILE_TOKENS", 1)
     mlp = gated_mlp(MLP())
     assert mlp is not None
     x = torch.randn(2, 11, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
@@ -188,9 +188,9 @@ def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyP
 
 
 def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_modules, "FEWEST_TILE_TOKENS", 1)
-    monkeypatch.setattr(lean_modules, "MOST_TILE_TOKENS", 5)
-    monkeypatch.setattr(lean_modules, "MOST_TILES", 6)
+    monkeypatch.setattr(patched_modules, "FEWEST_TILE_TOKENS", 1)
+    monkeypatch.setattr(patched_modules, "MOST_TILE_TOKENS", 5)
+    monkeypatch.setattr(patched_modules, "MOST_TILES", 6)
     mlp = gated_mlp(MLP())
     assert mlp is not None
     sizes: list[int] = []

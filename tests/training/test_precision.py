@@ -127,7 +127,7 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
     assert state.grad_scale.value == before[2]
 
 
-def test_rows_without_labels_beside_others_change_nothing(tiny_config: Config, tiny_llama: Path) -> None:
+def test_rows_without_labels_next_to_others_change_nothing(tiny_config: Config, tiny_llama: Path) -> None:
     gradients: list[Tensor] = []
     for name, extra in (("alone", 0), ("next to", 2)):
         state = run_in(tiny_config, tiny_llama, "float32", name).state

@@ -37,7 +37,7 @@ Config = Callable[..., RunConfig]
 
 
 class Scarcity:
-    """Stands in for a device: a micro-batch of more tokens than there is space for runs out of memory."""
+    """Play a device: a micro-batch of more tokens than there is space for runs out of memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.limit: Callable[[], int] | None = None
@@ -161,7 +161,7 @@ def test_a_failure_after_good_micro_batches_leaves_nothing_of_them(wide_config: 
     assert differences(everything(run.state), everything(small.state)) == []
 
 
-def test_rows_are_split_before_the_policy_goes_leaner(wide_config: Config, scarcity: Scarcity) -> None:
+def test_rows_are_split_before_the_policy_needs_less_memory(wide_config: Config, scarcity: Scarcity) -> None:
     run = started(wide_config(training={"micro_batch_tokens": 900}))
     tried: list[tuple[int, str]] = []
 
@@ -267,7 +267,7 @@ def test_on_resume_a_setting_that_the_user_changed_is_the_users(wide_config: Con
     assert resumed("training.micro_batch_tokens=256") == (256, Policy("none"))
 
 
-def test_a_leaner_choice_made_on_resume_is_not_undone_by_what_was_saved(wide_config: Config) -> None:
+def test_a_smaller_choice_made_on_resume_is_not_undone_by_what_was_saved(wide_config: Config) -> None:
     """`auto` may choose otherwise on another device."""
     state = start_run(wide_config()).state
     tensors, saved = state.state_dict()
@@ -406,11 +406,11 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(wide_config: Config, 
         (ValueError("out of memory"), False),
     ],
 )
-def test_a_lack_of_memory_is_known_however_it_is_told(error: Exception, expected: bool) -> None:
+def test_a_lack_of_memory_is_known_however_it_is_reported(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
-def test_a_model_that_cannot_recompute_has_no_leaner_policy(wide_config: Config, scarcity: Scarcity) -> None:
+def test_a_model_that_cannot_recompute_has_no_smaller_policy(wide_config: Config, scarcity: Scarcity) -> None:
     run = started(wide_config())
     run.state.model.supports_gradient_checkpointing = False
     scarcity.limit = lambda: 0
@@ -419,7 +419,7 @@ def test_a_model_that_cannot_recompute_has_no_leaner_policy(wide_config: Config,
     assert not isinstance(raised.value, MicroBatchError)
 
 
-def test_held_out_rows_are_measured_in_micro_batches_of_the_size_in_force(
+def test_eval_rows_are_measured_in_micro_batches_of_the_size_in_force(
     wide_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = started(wide_config())
@@ -630,14 +630,14 @@ def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("free", "expected"), [(10.0, Policy("offload")), (0.6, Policy("offload", offload_every_n_layers=2)), (0.1, None)]
 )
-def test_nothing_is_offloaded_that_the_host_has_no_room_for(
+def test_nothing_is_offloaded_that_the_host_has_no_space_for(
     wide_config: Config, monkeypatch: pytest.MonkeyPatch, free: float, expected: Policy | None
 ) -> None:
     """`free`: of what every layer's input would take."""
     state = start_run(wide_config(training={"activation_checkpointing": "full"})).state
     every = offloaded_bytes(state.model, Policy("offload"), 100)
     assert every > 0
-    monkeypatch.setattr(recovery, "host_room", lambda: int(every * free))
+    monkeypatch.setattr(recovery, "spare_host_memory", lambda: int(every * free))
     monkeypatch.setattr(TrainState, "device", property(lambda state: torch.device("cuda")))
     assert lower(state, [100]) == (expected is not None)
     assert state.policy == (expected or Policy("full"))

@@ -30,7 +30,7 @@ def wait_for_first_step(process: "subprocess.Popen[str]", metrics: Path) -> None
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_process_told_to_stop_saves_and_says_how_to_go_on(
+def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, signum: signal.Signals
 ) -> None:
     training = {"max_steps": STEPS, "global_batch_size": 2, "evaluate_every": STEPS, "save_every": STEPS}

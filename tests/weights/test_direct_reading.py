@@ -196,7 +196,7 @@ def test_a_kernel_without_huge_pages_does(tmp_path: Path, monkeypatch: pytest.Mo
     assert_all_read(saved(tmp_path / "model"))
 
 
-def test_a_disk_that_fails_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(io.FileIO):
         def readinto(self, memory: Any) -> int:
             raise OSError(5, "Input/output error")

@@ -70,7 +70,7 @@ def look_up(record: Record, path: str, what: str, where: str) -> Any:
         if not there:
             if is_optional:
                 return None
-            raise DataError(_letter(record, names, depth, what, where))
+            raise DataError(_message(record, names, depth, what, where))
         if value is None:
             return None
     return value
@@ -93,7 +93,7 @@ def _step(value: Any, name: str) -> tuple[bool, Any]:
     return False, None
 
 
-def _letter(record: Record, names: Sequence[str], depth: int, what: str, where: str) -> str:
+def _message(record: Record, names: Sequence[str], depth: int, what: str, where: str) -> str:
     value: Any = record
     for name in names[:depth]:
         _, value = _step(value, name)

@@ -180,7 +180,7 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # whatever the hub, the network or a script of the data set raises, the user must act
-        raise DataError(_hub_letter(name, split, error)) from error
+        raise DataError(_hub_message(name, split, error)) from error
     if not len(rows):
         raise DataError(f"{name} ({split}) holds no rows.")
 
@@ -204,7 +204,7 @@ def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> I
         ) from error
 
 
-def _hub_letter(name: str, split: str, error: Exception) -> str:
+def _hub_message(name: str, split: str, error: Exception) -> str:
     """datasets' own errors name the splits and subsets there are, in lists."""
     said = str(error)
     if "Unknown split" in said:

@@ -102,7 +102,7 @@ def test_seeds_and_sources_draw_apart():
         ([1, 50], [Part(weight=1), Part(weight=1)], 0.5, [0, 1]),
     ],
 )
-def test_rows_are_held_out_of_each_source_as_an_epoch_takes_them(available, parts, share, expected):
+def test_rows_are_eval_of_each_source_as_an_epoch_takes_them(available, parts, share, expected):
     assert eval_counts(available, parts, share) == expected
 
 

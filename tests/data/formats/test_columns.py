@@ -85,7 +85,7 @@ def test_a_template_writes_text_around_fields():
     assert source_columns(ROW, {"text": "a.b"}, template) == {"task", "instances", "nowhere", "day", "a.b"}
 
 
-def test_a_field_without_text_is_told():
+def test_a_field_without_text_is_reported():
     with pytest.raises(
         DataError, match=r"data.template text wants empty, which is null. If that may be, write empty\?"
     ):

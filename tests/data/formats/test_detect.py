@@ -12,7 +12,7 @@ def resolve(record, format="auto", columns=(), template=None):
 
 
 @pytest.mark.parametrize("format", COLUMNS)
-def test_every_format_is_seen_by_what_it_needs_whatever_else_stands_there(format):
+def test_every_format_is_seen_by_what_it_needs_whatever_else_is_there(format):
     required, _ = COLUMNS[format]
     assert detect_format(required) == format
     assert resolve({**dict.fromkeys(required, "x"), "id": 1, "score": None}) == format
@@ -42,7 +42,7 @@ def test_null_columns_decide_nothing():
         ({"question": "q", "reply": {"text": "a"}}, r"called answer. Where is it\? .*there are reply.text"),
     ],
 )
-def test_a_row_of_no_format_is_told_the_way_out(record, words):
+def test_a_row_of_no_format_gets_the_way_out(record, words):
     with pytest.raises(DataError, match=f"rows.jsonl, line 3: .*{words}"):
         resolve(record)
 

@@ -218,7 +218,7 @@ def test_a_call_turn_that_is_learned_as_text_is_counted():
     assert reader.warnings == {CALL_IS_TEXT: 4}, "rows, not turns"
 
 
-def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_told():
+def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_reported():
     asked, answered = [USER | {"id": 3}], [BOT]
     for prompt, completion in ((asked, answered), ("q", answered), (asked, "a")):
         given = {"prompt": prompt, "completion": completion}

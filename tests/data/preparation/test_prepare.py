@@ -74,7 +74,7 @@ def test_prepared_examples_are_those_that_rendering_gives(tmp_path):
     assert prepared.train.trained_counts.tolist() == [e.trained_tokens for e in expected]
 
 
-def test_what_is_read_in_a_way_worth_telling_is_told_by_source(tmp_path):
+def test_what_is_read_in_a_way_worth_telling_is_reported_by_source(tmp_path):
     turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}]
     calls = write(tmp_path, "calls.jsonl", [{"conversations": turns}, row("q", "a") | {"conversations": turns[:1] * 2}])
     asked, answered = (json.dumps([{"role": role, "content": "a"}]) for role in ("user", "assistant"))
@@ -125,7 +125,7 @@ def test_what_another_version_tokenized_or_rendered_is_prepared_anew(tmp_path, m
     assert not run(tmp_path, path).report.cached
 
 
-def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_told(tmp_path):
+def test_a_template_that_writes_the_date_is_prepared_for_one_date_and_it_is_reported(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     dated, days = tiny_tokenizer("llama3_2"), [datetime.date(2026, 1, 30), datetime.date(2026, 1, 31)]
     runs = [run(tmp_path, path, tokenizer=dated, template_date=day) for day in (days[0], days[0], days[1])]
@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
-def test_a_file_that_fails_while_it_is_read_is_not_told_as_one_that_cannot_be_written(tmp_path, monkeypatch, code):
+def test_a_file_that_fails_while_it_is_read_is_not_reported_as_one_that_cannot_be_written(tmp_path, monkeypatch, code):
     def failing(path, encoding):
         yield "line 1", row("q", "a")
         raise OSError(code, os.strerror(code), str(path))
@@ -220,7 +220,7 @@ def test_a_bad_row_stops_with_its_place_and_leaves_nothing(tmp_path):
     assert stores(tmp_path) == []
 
 
-def test_the_held_out_share_is_chosen_by_seed_and_apart_from_training(tmp_path):
+def test_the_eval_share_is_chosen_by_seed_and_apart_from_training(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     prepared = run(tmp_path, path, eval=0.1)
     train, eval_set = ({s.where(i) for i in range(len(s))} for s in (prepared.train, prepared.eval))
@@ -247,7 +247,7 @@ def test_parts_of_a_document_stay_on_one_side_unless_it_is_the_only_one(tmp_path
     assert isinstance(alone.train.row(0), Document)
 
 
-def test_a_held_out_file_is_only_held_out_and_its_duplicates_are_counted(tmp_path):
+def test_an_eval_file_is_only_eval_and_its_duplicates_are_counted(tmp_path):
     train = write(tmp_path, "train.jsonl", [*ROWS[:10], ROWS[0], ROWS[1]])
     eval_set = write(tmp_path, "eval.jsonl", [ROWS[1], ROWS[2], ROWS[30]])
     prepared = run(tmp_path, train, eval=eval_set)
@@ -292,7 +292,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
         run(tmp_path, good, max_length=64, eval=path)
 
 
-def test_sources_keep_their_formats_and_unused_columns_are_told(tmp_path):
+def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
     first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "rating": 5}])
     second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
     sources = [
@@ -342,7 +342,7 @@ def test_a_token_beyond_the_models_vocabulary_is_refused(tmp_path):
     run(tmp_path, path, vocab_size=len(TOKENIZER))
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_is_reported(tmp_path):
     calls = []
     run(tmp_path, write(tmp_path, "x.jsonl", ROWS), progress=lambda *call: calls.append(call))
     assert calls[-1] == ("reading x.jsonl", 40, 40)
@@ -455,14 +455,14 @@ def test_a_mixed_source_without_a_usable_row_is_an_error(tmp_path):
         run(tmp_path, [Source(path=good, weight=1), Source(path=empty, weight=1)])
 
 
-def test_the_held_out_share_is_taken_from_each_source(tmp_path):
+def test_the_eval_share_is_taken_from_each_source(tmp_path):
     first = write(tmp_path, "a.jsonl", [row(f"a {n}", "a") for n in range(90)])
     second = write(tmp_path, "b.jsonl", [row(f"b {n}", "a") for n in range(10)])
     report = run(tmp_path, [Source(path=first), Source(path=second)], eval=0.1).report
     assert [source.eval for source in report.sources] == [9, 1]
 
 
-def test_a_held_out_source_has_a_format_and_columns_of_its_own(tmp_path):
+def test_an_eval_source_has_a_format_and_columns_of_its_own(tmp_path):
     eval_set = write(tmp_path, "h.jsonl", [{"frage": "question 3", "antwort": "answer 3"}])
     columns = {"question": "frage", "answer": "antwort"}
     prepared = run(tmp_path, write(tmp_path, "x.jsonl", ROWS), eval={"path": eval_set, "columns": columns})

@@ -70,7 +70,7 @@ def test_equal_examples_have_equal_hashes_and_others_do_not():
 
 
 @given(st.lists(st.integers(0, 4), max_size=20))
-def test_twins_are_the_first_of_equals(hashes):
+def test_duplicates_are_the_first_of_equals(hashes):
     expected = [hashes.index(value) if value else -1 for value in hashes]
     assert _first_equal(np.array(hashes, dtype=np.uint64)).tolist() == expected
 
@@ -94,7 +94,7 @@ def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
 
 
-def test_a_cache_that_is_a_file_is_a_letter(tmp_path):
+def test_a_cache_that_is_a_file_is_a_message(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(DiskError, match="set XDG_CACHE_HOME to another folder"), new_store(tmp_path / "cache" / "set"):
         raise AssertionError("there is nowhere to write")

@@ -109,7 +109,7 @@ def test_a_missing_file_names_near_misses(tmp_path):
         open_source(str(tmp_path / "nowhere" / "train.jsonl"))
 
 
-def test_a_pipe_and_a_file_that_cannot_be_opened_are_told(tmp_path, monkeypatch):
+def test_a_pipe_and_a_file_that_cannot_be_opened_are_reported(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "x.jsonl")
     with pytest.raises(DataError, match=r"x.jsonl is no regular file, but a pipe or a device, .* Write it into a file"):
         open_source(str(tmp_path / "x.jsonl"))

@@ -62,7 +62,7 @@ def test_a_broken_line_is_an_error_in_its_place_and_the_next_row_follows(tmp_pat
     assert "x.jsonl, line 5: the key a is there twice in one object" in errors[3]
 
 
-def test_jsonl_under_a_json_name_is_told_by_its_lines_though_the_first_is_broken(tmp_path):
+def test_jsonl_under_a_json_name_is_reported_by_its_lines_though_the_first_is_broken(tmp_path):
     found = list(read_json(write(tmp_path, "x.json", '{"a": 1\n{"a": 2}\n{"b" 3}\n')))
     assert [place for place, _ in found] == ["line 1", "line 2", "line 3"]
     assert found[1][1] == {"a": 2}
@@ -144,7 +144,7 @@ def test_what_is_no_json_is_named_by_row_line_and_column(tmp_path, monkeypatch, 
         ("[" * 10 + "{", r"begins a JSON array"),
     ],
 )
-def test_a_file_that_is_another_kind_of_json_is_told_so(tmp_path, content, words):
+def test_a_file_that_is_another_kind_of_json_is_reported_so(tmp_path, content, words):
     with pytest.raises(DataError, match=words):
         raise_first(read_jsonl(write(tmp_path, "x.jsonl", content)))
 

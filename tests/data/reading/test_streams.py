@@ -33,7 +33,7 @@ def write(tmp_path: Path, name: str, content: bytes) -> Path:
     st.sampled_from([(None, ""), (None, ".gz"), (None, ".zst"), ("utf-16", ".gz"), ("utf-16-le", ""), ("utf-32", "")]),
     st.booleans(),
 )
-def test_lines_are_what_stands_between_newlines_in_every_encoding_and_packing(tmp_path, texts, way, ends):
+def test_lines_are_what_is_between_newlines_in_every_encoding_and_packing(tmp_path, texts, way, ends):
     """Not at U+2028, form feeds or carriage returns."""
     encoding, ending = way
     texts = ["#" + texts[0], *texts[1:]]  # a zero byte or a mark at the file's beginning means something else
@@ -91,7 +91,7 @@ def test_broken_or_cut_compressed_data_is_an_error_with_its_place(tmp_path, endi
         whole(write(tmp_path, "y.txt.gz", bytes(flipped)))
 
 
-def test_compression_is_known_by_content_and_a_wrong_name_is_told(tmp_path):
+def test_compression_is_known_by_content_and_a_wrong_name_is_reported(tmp_path):
     assert whole(write(tmp_path, "x.txt", gzip.compress(b"hi"))) == "hi"
     with pytest.raises(DataError, match=r"x.txt.gz is called .gz, but holds no gzip data: it begins b'hi'"):
         whole(write(tmp_path, "x.txt.gz", b"hi"))

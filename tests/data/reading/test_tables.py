@@ -58,7 +58,7 @@ def test_places_count_lines_and_line_ends_in_fields_are_newlines(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a;b\n1,5;2\n", "a\tb\n1,5\t2\n", 'a , b\n"1,5",2\n'])
-def test_the_line_of_names_shows_what_stands_between_fields(tmp_path, content):
+def test_the_line_of_names_shows_what_is_between_fields(tmp_path, content):
     assert [row for _, row in read_table(write(tmp_path, "x.csv", content), ",")] == [{"a": "1,5", "b": "2"}]
 
 
@@ -117,7 +117,7 @@ def test_nulls_that_a_parquet_struct_needs_are_left_out(tmp_path):
     ]
 
 
-def test_a_broken_parquet_file_and_names_that_stand_twice_are_told(tmp_path):
+def test_a_broken_parquet_file_and_names_that_are_twice_are_reported(tmp_path):
     import pyarrow
     import pyarrow.parquet
 

@@ -18,7 +18,7 @@ from qlora_trainer.data.reading.values import from_json_text, kind, listed, opti
         ("ok \udfff", r"half of a surrogate pair at character 3"),
     ],
 )
-def test_what_is_no_text_is_told(value, words):
+def test_what_is_no_text_is_reported(value, words):
     with pytest.raises(DataError, match=f"line 1: answer .*{words}"):
         text(value, "answer", "line 1")
 
@@ -29,7 +29,7 @@ def test_text_passes_as_it_is():
     assert (kind("a"), kind(2.5), listed([])) == ("text", "the float 2.5", "nothing")
 
 
-def test_a_value_of_any_size_is_told_in_a_few_words():
+def test_a_value_of_any_size_is_reported_in_a_few_words():
     assert kind(b"x" * 9999) == f"the bytes b'{'x' * 56}..."
 
 

@@ -324,7 +324,7 @@ def test_long_rows_are_cut_dropped_or_refused_as_asked():
         Renderer(tokenizer, max_length=64, too_long="error").render(row, "x.json, row 2")
 
 
-def test_a_completion_that_is_cut_teaches_no_end_and_is_told():
+def test_a_completion_that_is_cut_teaches_no_end_and_is_reported():
     tokenizer = tiny_tokenizer("smollm2")
     row = PromptCompletion("The quick", " brown fox." * 40)
     whole = Renderer(tokenizer).render(row)

@@ -180,7 +180,7 @@ def test_a_cut_conversation_is_its_longest_beginning_that_fits_and_ends_with_a_w
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_what_a_turn_says_of_itself_is_honoured_in_any_conversation(family, data):
+def test_what_a_turn_says_of_itself_is_honored_in_any_conversation(family, data):
     tokenizer = tiny_tokenizer(family)
     row = data.draw(conversations(family))
     said = what_is_said(family, row.messages)
@@ -382,7 +382,7 @@ def test_what_a_template_marks_as_generated_is_learned_with_the_end_of_the_turn(
     assert rendered.warnings == warnings
 
 
-def test_a_generation_prompt_that_goes_on_beyond_the_row_is_told():
+def test_a_generation_prompt_that_goes_on_beyond_the_row_is_reported():
     template = blocks_of("{{- m.content + '<|im_end|>' }}").replace("assistant\n", "assistant\n<think>\n")
     tokenizer = tiny_tokenizer("smollm2", template=template)
     row = Conversation((user("a"), answer("b")))

@@ -99,7 +99,7 @@ def test_a_date_that_a_template_sets_itself_changes_only_by_name():
     assert "Today Date: 29 Feb 2024" in tokenizer.decode(named.render(CHAT).input_ids)
 
 
-def test_of_named_templates_the_one_that_transformers_takes_is_used_and_told():
+def test_of_named_templates_the_one_that_transformers_takes_is_used_and_reported():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer("qwen2_5").backend_tokenizer,
         eos_token="<|im_end|>",

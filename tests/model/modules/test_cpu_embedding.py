@@ -19,7 +19,7 @@ from qlora_trainer.training.generation import generate_answers
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
 HOST = {"embeddings": "cpu"}
-QUANTISED = {"embeddings": "cpu", "lm_head": "4bit"}
+QUANTIZED = {"embeddings": "cpu", "lm_head": "4bit"}
 
 
 def records_of(run: Any) -> list[tuple[float, float, float]]:
@@ -100,7 +100,7 @@ def test_tied_embeddings_on_the_host_are_refused(
     for attempt in (lambda: start_run(refused), lambda: plan_memory(directory, refused)):
         with pytest.raises(ModelError, match=r"lm_head\.weight are one weight.* Set model\.lm_head=4bit"):
             attempt()
-    run = start_run(tiny_config(model={"name": str(directory), **QUANTISED}, training={"max_steps": 2}))
+    run = start_run(tiny_config(model={"name": str(directory), **QUANTIZED}, training={"max_steps": 2}))
     assert run.train(lambda record: None)
 
 

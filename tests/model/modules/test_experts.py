@@ -261,7 +261,7 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
 
 
 @pytest.mark.parametrize(("family", "targets"), [("mixtral", "all-linear"), ("qwen3_moe", "attention")])
-def test_peft_gives_our_logits_beside_experts(
+def test_peft_gives_our_logits_next_to_experts(
     family: str, targets: str, tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path]
 ) -> None:
     from peft import PeftModel
@@ -281,7 +281,7 @@ def test_peft_gives_our_logits_beside_experts(
         torch.testing.assert_close(ours.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_peft_takes_for_experts_is_told(
+def test_what_peft_takes_for_experts_is_reported(
     tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path]
 ) -> None:
     """A layer without experts has an MLP whose projections are called as an expert's."""

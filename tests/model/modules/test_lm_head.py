@@ -39,7 +39,7 @@ def pack_of(tokens: int) -> Pack:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "llama_tied"])
-def test_the_lean_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
+def test_the_patched_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
     model = base(tiny_models(family), lm_head=kind).model
     assert isinstance(model.get_output_embeddings(), QuantizedHead)
     plan = examine_forward(model)
@@ -114,7 +114,7 @@ def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
             find_targets(model, [name])
 
 
-def test_a_head_that_is_no_linear_layer_is_told() -> None:
+def test_a_head_that_is_no_linear_layer_is_reported() -> None:
     class Odd(nn.Module):
         def get_output_embeddings(self) -> nn.Module:
             return nn.Identity()

@@ -192,7 +192,7 @@ def test_a_prequantized_weight_whose_tables_do_not_fit_is_refused_by_name(damage
         weight_from_checkpoint(stored.pop(""), stored, "a.weight")
 
 
-def test_a_model_that_reads_a_4_bit_layers_weight_is_told_so() -> None:
+def test_a_model_that_reads_a_4_bit_layers_weight_is_reported_so() -> None:
     """As the fused path of a Mamba does: the error message comes in whatever forward is the first."""
     layer = NF4Linear(quantize_weight(torch.ones(96, 64)), None)
     assert not hasattr(layer, "weight")
@@ -274,7 +274,7 @@ def cut_short(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
-def test_an_unreadable_model_directory_is_a_letter(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
+def test_an_unreadable_model_directory_is_a_message(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
     directory = damage(make_model_directory(tmp_path / "m"))
     for opener in (load, lambda path: load_dense_model(path, CPU)):
         with pytest.raises(ModelError) as caught:
@@ -282,7 +282,7 @@ def test_an_unreadable_model_directory_is_a_letter(tmp_path: Path, damage: Calla
         assert str(directory) in str(caught.value)
 
 
-def test_what_is_no_base_model_is_told_apart(tmp_path: Path) -> None:
+def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no model at"):
         resolve_model(str(tmp_path / "nowhere"), None, tmp_path)
     (tmp_path / "empty").mkdir()
@@ -294,7 +294,7 @@ def test_what_is_no_base_model_is_told_apart(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "adapter"), None, tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_fetched_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -309,7 +309,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_a_letter(tmp_path: Path, monkeypat
         resolve_model("owner/model", None, tmp_path)
 
 
-def test_a_download_that_breaks_off_is_a_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -344,7 +344,7 @@ def test_a_name_that_is_neither_a_directory_nor_a_hub_name_is_a_missing_file(tmp
         resolve_model("my models/foo", None, tmp_path)
 
 
-def test_weights_in_other_formats_beside_the_shards_are_not_fetched() -> None:
+def test_weights_in_other_formats_next_to_the_shards_are_not_fetched() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     from qlora_trainer.model.source import NOT_FETCHED, WEIGHT_FILES
@@ -355,7 +355,7 @@ def test_weights_in_other_formats_beside_the_shards_are_not_fetched() -> None:
     assert list(kept) == files
 
 
-def test_too_little_memory_is_told_before_loading(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_before_loading(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError, match="Choose a smaller base"):
@@ -428,7 +428,7 @@ def test_a_base_on_cuda_holds_the_same_codes_as_on_the_cpu(tiny_llama: Path) -> 
     check_dequantization(torch.device("cuda"))
 
 
-def beside_midpoints(dtype: torch.dtype) -> Tensor:  # (1024, 1024)
+def next_to_midpoints(dtype: torch.dtype) -> Tensor:  # (1024, 1024)
     """Blocks whose values lie within two steps of fp32 of the middle of two codes, under as many maxima as blocks."""
     generator = torch.Generator().manual_seed(0)
     maxima = torch.rand(1 << 14, 1, generator=generator) + 0.5
@@ -455,7 +455,7 @@ def unpacked(weight: NF4Weight) -> Any:
 def test_codes_are_those_of_exact_division(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As bitsandbytes divides on CUDA, with a reciprocal that may be one step of fp32 off, fp32 values change codes."""
     monkeypatch.setenv("QLORA_KERNELS", choice)
-    values = beside_midpoints(torch.float32)
+    values = next_to_midpoints(torch.float32)
     exact = codes_by_numpy(values)
     assert all((codes_by_numpy(values, off) != exact).sum() > 1000 for off in (-1, 1))
     assert (unpacked(quantize_weight(values)) == exact).all()
@@ -478,7 +478,7 @@ def test_no_device_quantizes_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_quantizes_to_the_codes_of_a_cpu(dtype: torch.dtype) -> None:
     plain = torch.randn(1024, 1000, generator=torch.Generator().manual_seed(0)).mul(0.02).to(dtype)
-    for values in (plain, beside_midpoints(dtype)):
+    for values in (plain, next_to_midpoints(dtype)):
         ours, theirs = quantize_weight(values), quantize_weight(values.cuda())
         assert torch.equal(ours.packed, theirs.packed.cpu()), int((ours.packed != theirs.packed.cpu()).sum())
         assert torch.equal(ours.nested_code, theirs.nested_code.cpu())

@@ -237,14 +237,14 @@ def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"file": "x", "tensors": {"a": 1}}', "[1]"])
-def test_a_damaged_record_is_told(tmp_path: Path, text: str) -> None:
+def test_a_damaged_record_is_reported(tmp_path: Path, text: str) -> None:
     directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights()), tmp_path / "cache", silent)
     (directory / "import.json").write_text(text)
     with pytest.raises(ModelError, match=r"import\.json cannot be read .* Delete "):
         checkpoint_tensors(directory)
 
 
-def test_a_file_that_is_gone_or_changed_is_told_and_not_read(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_or_changed_is_reported_and_not_read(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
     directory = import_gguf(path, tmp_path / "cache", silent)
     path.touch()
