@@ -7,8 +7,8 @@ but queries, keys and values; each block's scores are made again there (as Flash
 arXiv:2205.14135, section 3.1), and dropout's mask is made again from a seed.
 
 Plain torch, so it runs on every device; an op of its own, so that a plan on fake tensors meets one operation instead
-of thousands, and takes what it uses inside from `workspace_bytes`. Left out: attention that is not causal, and
-gradients of gradients.
+of thousands, and takes what it uses inside from `blockwise_workspace_bytes`. Left out: attention that is not causal,
+and gradients of gradients.
 
 Legend: Hq query heads, Hkv key heads, G = Hq / Hkv, L tokens, D head size; of a block: N queries, S keys in reach.
 """
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import draw_seed, keep_mask, visible
+from qlora_kernels.dropout import draw_seed, keep_mask
 from qlora_kernels.registry import define
+from qlora_kernels.saved_tensors import visible
 
 BLOCK_BYTES = 8 * 2**20
 """Of a block's scores in fp32, as far as FEWEST_QUERIES and MOST_QUERIES allow; backward holds up to five such."""
@@ -180,7 +181,7 @@ def queries_of_a_block(heads: int, reach: int, on_cuda: bool) -> int:
     return max(min(fitting, factor * MOST_QUERIES), FEWEST_QUERIES)
 
 
-def workspace_bytes(
+def blockwise_workspace_bytes(
     query: Tensor,  # (1, Hq, L, D)
     key: Tensor,  # (1, Hkv, L, D)
     window: int | None,

@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import (
-    Activation,
-    fetch,
-    gated_gradients,
-    gated_product,
-    input_gradient,
-    keep,
-    nf4_linear,
-    visible,
-)
+from qlora_kernels.gated import Activation, gated_gradients, gated_product
+from qlora_kernels.lora_linear import input_gradient, nf4_linear
 from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.saved_tensors import fetch, keep, visible
 from qlora_kernels.torch_internals import FakeTensor
 
 

@@ -6,6 +6,7 @@ which keeps the activated gate in registers. Left out: activations other than AC
 (lora_linear.py).
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,6 +17,9 @@ from qlora_kernels.registry import define, from_triton
 
 Name = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Name, ...] = get_args(Name)
+
+Activation = Callable[[Tensor], Tensor] | Name
+"""By name, or any function of each element that returns a new tensor; autograd takes its gradient."""
 
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -28,9 +32,11 @@ def activate(gate: Tensor, activation: Name) -> Tensor:
 def gated_product(
     gate: Tensor,  # (..., W)
     up: Tensor,  # (..., W)
-    activation: Name,
+    activation: Activation,
 ) -> Tensor:  # (..., W)
     """activation(gate) * up, without gradients."""
+    if not isinstance(activation, str):
+        return activation(gate).mul_(up)
     return torch.ops.qlora_kernels.gated_product(gate.detach(), up.detach(), activation)
 
 
@@ -38,9 +44,16 @@ def gated_gradients(
     grad: Tensor,  # (..., W) of the product; it becomes gate's gradient
     gate: Tensor,  # (..., W)
     up: Tensor,  # (..., W)
-    activation: Name,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of gate, where `grad` lies, and of up."""
+    if not isinstance(activation, str):
+        with torch.enable_grad():
+            input = gate.detach().requires_grad_()
+            activated = activation(input)
+        grad_up = grad * activated.detach()
+        (grad_gate,) = torch.autograd.grad(activated, input, grad.mul_(up))
+        return grad_gate, grad_up
     grad_up = torch.ops.qlora_kernels.gated_gradients(grad, gate.detach(), up.detach(), activation)
     return grad, grad_up
 
@@ -69,11 +82,11 @@ define(
     "gated_product(Tensor gate, Tensor up, str activation) -> Tensor",
     product_torch,
     _product_fake,
-    cuda=from_triton("gated_triton", "product"),
+    cuda=from_triton("gated_triton", "product_triton"),
 )
 define(
     "gated_gradients(Tensor(a!) grad, Tensor gate, Tensor up, str activation) -> Tensor",
     gradients_torch,
     lambda grad, gate, *others: torch.empty_like(gate),
-    cuda=from_triton("gated_triton", "gradients"),
+    cuda=from_triton("gated_triton", "gradients_triton"),
 )

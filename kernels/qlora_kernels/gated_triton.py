@@ -17,7 +17,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def activation_and_slope(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """(activation(x), its slope) of fp32; 0 silu, 1 gelu, 2 gelu by tanh (Hendrycks & Gimpel 2016)."""
     if ACTIVATION == 0:
         share = tl.sigmoid(x)
@@ -41,7 +41,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     inside = column < width
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    activated, _ = activate(gate, ACTIVATION)
+    activated, _ = activation_and_slope(gate, ACTIVATION)
     tl.store(out_ptr + row * width + column, (activated * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -63,12 +63,12 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    activated, slope = activate(gate, ACTIVATION)
+    activated, slope = activation_and_slope(gate, ACTIVATION)
     tl.store(grad_up_ptr + row * width + column, (grad * activated).to(grad_up_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_ptr + row * width + column, (grad * up * slope).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def product(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+def product_triton(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     """As `gated.product_torch`."""
     if gate.dtype == torch.float64:
         return gated.product_torch(gate, up, activation)
@@ -82,7 +82,7 @@ def product(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     return out
 
 
-def gradients(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+def gradients_triton(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     """As `gated.gradients_torch`."""
     if gate.dtype == torch.float64 or not grad.is_contiguous():
         return gated.gradients_torch(grad, gate, up, activation)

@@ -51,7 +51,7 @@ class DenseRows:
         return self.weight[start:stop].to(dtype)
 
 
-def multiply(
+def multiply_by_head(
     hidden: Tensor,  # (N, H)
     head: HeadRows,
     dtype: torch.dtype,  # hidden's, or fp32 where that has 16 bits
@@ -78,7 +78,7 @@ def multiply(
     return out
 
 
-def multiply_transposed_(
+def multiply_by_head_transposed_(
     grad: Tensor,  # (N, V); its contents are lost
     head: HeadRows,
     dtype: torch.dtype,  # grad's, or one of 16 bits where that is fp32
@@ -111,14 +111,14 @@ class _HeadLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: HeadRows) -> Tensor:
         ctx.head = head
-        return multiply(hidden, head, hidden.dtype)
+        return multiply_by_head(hidden, head, hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Summed in fp32: this is for models whose own logits are trained on.
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        return multiply_transposed_(wide, ctx.head, grad.dtype), None
+        return multiply_by_head_transposed_(wide, ctx.head, grad.dtype), None
 
 
 def head_logits(

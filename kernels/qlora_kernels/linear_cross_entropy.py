@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply, multiply_transposed_
+from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_by_head, multiply_by_head_transposed_
 from qlora_kernels.registry import define
 
 IGNORED = -100
@@ -94,7 +94,7 @@ def _loss_and_gradient(
     for rows in torch.ops.qlora_kernels.label_rows(labels).split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
-        logits = multiply(chunk, head, dtype)  # (C, V)
+        logits = multiply_by_head(chunk, head, dtype)  # (C, V)
         del chunk
         if bias is not None:
             logits += bias
@@ -115,7 +115,7 @@ def _loss_and_gradient(
                 _through_softcap_(probabilities, log_normalizer, targets, target_logits, softcap)
             if logit_scale != 1.0:
                 probabilities *= logit_scale
-            gradient.index_copy_(0, rows, multiply_transposed_(probabilities, head, hidden.dtype))
+            gradient.index_copy_(0, rows, multiply_by_head_transposed_(probabilities, head, hidden.dtype))
             del probabilities
         del logits  # or the next chunk's would be made next to them
     return loss, gradient

@@ -171,5 +171,5 @@ define(
     dequantize_torch,
     lambda *arguments: None,
     cpu=_dequantize_on_cpu,
-    cuda=from_triton("nf4_triton", "dequantize"),
+    cuda=from_triton("nf4_triton", "dequantize_triton"),
 )

@@ -79,5 +79,5 @@ define(
     " Tensor? bias, Tensor(a!)? workspace, SymInt out_features, int block_size, int nested_block_size) -> Tensor",
     multiply_few_torch,
     lambda x, *others: x.new_empty(x.shape[0], others[-3]),
-    cuda=from_triton("nf4_matmul_triton", "multiply_few"),
+    cuda=from_triton("nf4_matmul_triton", "multiply_few_triton"),
 )

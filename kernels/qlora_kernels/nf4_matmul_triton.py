@@ -77,7 +77,7 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-def multiply_few(
+def multiply_few_triton(
     x: Tensor,  # (N, I)
     packed: Tensor,
     absmax: Tensor,

@@ -60,7 +60,7 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + element, values, mask=(element >= 0) & (element < count))
 
 
-def dequantize(
+def dequantize_triton(
     packed: Tensor,  # (bytes,) uint8
     absmax: Tensor,  # (blocks,) uint8
     nested_absmax: Tensor,  # (nested blocks,) fp32

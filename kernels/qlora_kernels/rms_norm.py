@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import fetch, keep, visible
 from qlora_kernels.registry import define, from_triton
+from qlora_kernels.saved_tensors import fetch, keep, visible
 
 Form = Literal["scale_after_cast", "scale_before_cast", "weight_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it; (x_hat * (1 + weight.float())).to(dtype), as Gemma has it; or
 (x_hat * weight.float()).to(dtype), as OLMo 2 has it."""
 
-CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than MOST_CHUNKS chunks
-MOST_CHUNKS = 16
+NORM_CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than NORM_MOST_CHUNKS chunks
+NORM_MOST_CHUNKS = 16
 
 
 def rms_norm(
@@ -90,7 +90,7 @@ def backward_torch(
     return grad_x
 
 
-def workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
+def norm_workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
     """What plain torch uses inside and frees again: two fp32 tensors of a chunk of rows, in backward three."""
     chunk = max((part.stop - part.start for part in _chunks(rows)), default=0)
     elements = min(chunk, len(rows)) * rows.shape[-1]
@@ -118,7 +118,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(rows: Tensor) -> list[slice]:
-    size = max(CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // MOST_CHUNKS), 1)
+    size = max(NORM_CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // NORM_MOST_CHUNKS), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
@@ -130,11 +130,11 @@ define(
     "rms_norm(Tensor rows, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
     normalize_torch,
     _normalize_fake,
-    cuda=from_triton("rms_norm_triton", "normalize"),
+    cuda=from_triton("rms_norm_triton", "normalize_triton"),
 )
 define(
     "rms_norm_backward(Tensor grads, Tensor rows, Tensor inverse, Tensor weight, str form) -> Tensor",
     backward_torch,
     lambda grads, rows, *others: rows.new_empty(rows.shape),
-    cuda=from_triton("rms_norm_triton", "backward"),
+    cuda=from_triton("rms_norm_triton", "backward_triton"),
 )

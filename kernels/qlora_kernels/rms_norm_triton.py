@@ -87,7 +87,7 @@ def tile(features: int) -> dict[str, Any]:
     return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
 
 
-def normalize(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
     """As `rms_norm.normalize_torch`."""
     count, features = rows.shape
     if features > MOST_FEATURES or rows.dtype == torch.float64:
@@ -114,7 +114,7 @@ def normalize(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Ten
     return output, inverse
 
 
-def backward(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
+def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
     """As `rms_norm.backward_torch`."""
     count, features = rows.shape
     if features > MOST_FEATURES or rows.dtype == torch.float64:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import visible
 from qlora_kernels.registry import define, from_triton
+from qlora_kernels.saved_tensors import visible
 
 
 def rotate(
@@ -57,7 +57,7 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tenso
     return out
 
 
-def workspace_bytes(x: Tensor) -> int:
+def rotary_workspace_bytes(x: Tensor) -> int:
     """What plain torch uses inside and frees again: half of x at a time."""
     return x.numel() // 2 * x.element_size()
 
@@ -66,5 +66,5 @@ define(
     "rotate(Tensor x, Tensor cos, Tensor sin, bool transposed) -> Tensor",
     rotate_torch,
     lambda x, *others: torch.empty_like(x),
-    cuda=from_triton("rotary_triton", "rotate"),
+    cuda=from_triton("rotary_triton", "rotate_triton"),
 )

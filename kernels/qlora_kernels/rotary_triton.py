@@ -62,7 +62,7 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_at + half, turned_second.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     """As `rotary.rotate_torch`."""
     rows, heads, tokens, size = x.shape
     if x.dtype == torch.float64:

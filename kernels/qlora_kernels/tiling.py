@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import fetch, keep
 from qlora_kernels.random_state import RandomState
+from qlora_kernels.saved_tensors import fetch, keep
 
 
 def tiled(

@@ -20,7 +20,7 @@ from qlora_trainer.adapters.layers import linear_facts
 from qlora_trainer.common.errors import AdapterError
 
 
-class Layout(NamedTuple):
+class FusedLayout(NamedTuple):
     """The parts of a fused layer from its first row on."""
 
     parts: tuple[str, ...]
@@ -28,9 +28,9 @@ class Layout(NamedTuple):
 
 
 QUERY_KEY_VALUE = ("query", "key", "value")
-LAYOUTS: dict[str, dict[str, Layout]] = {  # by model type and the layer's name
-    "gpt2": {"c_attn": Layout(QUERY_KEY_VALUE)},
-    "phi3": {"qkv_proj": Layout(QUERY_KEY_VALUE, grouped=True), "gate_up_proj": Layout(("gate", "up"))},
+LAYOUTS: dict[str, dict[str, FusedLayout]] = {  # by model type and the layer's name
+    "gpt2": {"c_attn": FusedLayout(QUERY_KEY_VALUE)},
+    "phi3": {"qkv_proj": FusedLayout(QUERY_KEY_VALUE, grouped=True), "gate_up_proj": FusedLayout(("gate", "up"))},
 }
 # Query, key and value lie together head by head here, or group of heads by group.
 INTERLEAVED = {

@@ -29,8 +29,8 @@ from qlora_trainer.common.atomic import write_text
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 from qlora_trainer.config.schema import AdapterConfig
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 3 * 1024  # of three parts of a fused layer at the largest adapter.rank
 MAX_TENSORS = 100_000
@@ -104,7 +104,7 @@ class AdapterFileConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class Adapter:
+class StoredAdapter:
     """An adapter as read from its files."""
 
     config: AdapterFileConfig
@@ -119,8 +119,8 @@ class Adapter:
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: AdapterFileConfig) -> None:
     """Write the adapter's two files into an existing directory.
 
-    `tensors` have PEFT's names and shapes as in Adapter; lists of target modules are written sorted. The config comes
-    last, so that a directory with a config has its weights.
+    `tensors` have PEFT's names and shapes as in StoredAdapter; lists of target modules are written sorted. The config
+    comes last, so that a directory with a config has its weights.
 
     Raises:
         AdapterError: the tensors do not fit the config, or hold values that are not finite.
@@ -135,20 +135,20 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], config: Adapte
     }
     if isinstance(content["target_modules"], list):
         content["target_modules"] = sorted(content["target_modules"])
-    weights = directory / WEIGHTS_NAME
+    weights = directory / ADAPTER_WEIGHTS
     try:
         weights.touch()
         mode = weights.stat().st_mode & 0o777  # what the umask leaves; safetensors would make it 0600
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
         weights.chmod(mode)
         write_text(
-            directory / CONFIG_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n"
+            directory / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n"
         )  # last: it makes it whole
     except (OSError, SafetensorError) as error:
         raise DiskError(f"The adapter could not be written to {directory}: {error}. Free some space.") from error
 
 
-def read_adapter(directory: Path) -> Adapter:
+def read_adapter(directory: Path) -> StoredAdapter:
     """Read an adapter in PEFT's format, ours or another's.
 
     Raises:
@@ -156,9 +156,9 @@ def read_adapter(directory: Path) -> Adapter:
         AdapterError: it is of a kind not supported here, or not what an adapter should be.
     """
     _check_files(directory)
-    config = _read_config(directory / CONFIG_NAME)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, config)
-    return Adapter(config, {name: tensor.float() for name, tensor in tensors.items()})
+    config = _read_config(directory / ADAPTER_CONFIG)
+    tensors = _read_tensors(directory / ADAPTER_WEIGHTS, config)
+    return StoredAdapter(config, {name: tensor.float() for name, tensor in tensors.items()})
 
 
 def stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -187,18 +187,18 @@ def setting_differences(found: AdapterFileConfig, wanted: AdapterConfig) -> dict
 
 
 def _check_files(directory: Path) -> None:
-    if not (directory / CONFIG_NAME).is_file():
+    if not (directory / ADAPTER_CONFIG).is_file():
         raise FileMissingError(
-            f"{directory} is not an adapter: it has no {CONFIG_NAME}. Give the directory of a PEFT adapter, such as a "
-            "run's adapter/ or one of its checkpoints."
+            f"{directory} is not an adapter: it has no {ADAPTER_CONFIG}. Give the directory of a PEFT adapter, such as "
+            "a run's adapter/ or one of its checkpoints."
         )
-    if not (directory / WEIGHTS_NAME).is_file():
+    if not (directory / ADAPTER_WEIGHTS).is_file():
         if (directory / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{directory} has its weights in adapter_model.bin, a pickle, which can run code when it is read. Ask "
                 "for the adapter as safetensors, or load it with PEFT where you trust it and save it again."
             )
-        raise FileMissingError(f"{directory} has no {WEIGHTS_NAME}; the adapter is incomplete.")
+        raise FileMissingError(f"{directory} has no {ADAPTER_WEIGHTS}; the adapter is incomplete.")
 
 
 def _read_config(path: Path) -> AdapterFileConfig:

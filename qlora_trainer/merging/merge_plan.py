@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import Adapter
+from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.trained_weights import (
@@ -56,7 +56,7 @@ class MergeInputs:
 
     @classmethod
     def from_adapter(
-        cls, base: Path, fingerprint: BaseFingerprint, adapter: Adapter, device: torch.device | str = "cpu"
+        cls, base: Path, fingerprint: BaseFingerprint, adapter: StoredAdapter, device: torch.device | str = "cpu"
     ) -> Self:
         """With the scaling and layout that the adapter's own config says."""
         config = adapter.config

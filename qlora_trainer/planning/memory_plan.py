@@ -118,7 +118,7 @@ def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -
         ModelError: the base cannot be built or trained here.
     """
     card = planned_card(config)
-    policy, dtype = choose_policy(config.training, torch.device("cuda" if card else "cpu")), compute_dtype(config, card)
+    policy, dtype = choose_policy(config.training, torch.device("cuda" if card else "cpu")), planned_dtype(config, card)
     state, pack, fake = empty_run(directory, config, dtype, policy, layers, card)
     with fake:
         live, persistent = track_steps(state, pack, card, steps=1)
@@ -183,7 +183,7 @@ def _card_in_words(card: Card | None) -> str:
     return f"assumed, as there is none here: {said}, torch {torch.__version__.split('+')[0]} built for CUDA"
 
 
-def compute_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
+def planned_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
     """What a run computes in on the card, or for None on a CPU."""
     return compute_dtype_of(config.model.compute_dtype, card.capability if card else None)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from qlora_kernels import blockwise_attention, rms_norm, rotary
+from qlora_kernels.blockwise_attention import blockwise_workspace_bytes
+from qlora_kernels.rms_norm import norm_workspace_bytes
+from qlora_kernels.rotary import rotary_workspace_bytes
 from qlora_kernels.torch_features import varlen_attention_arguments
 from qlora_kernels.torch_internals import (
     OpOverload,
@@ -81,7 +83,7 @@ def workspaces_on_cpu() -> Workspaces:
         torch.ops.qlora_kernels.keep_mask.default: keep_mask_bytes,
         torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
         torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
-        torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary.workspace_bytes(arguments[0]),
+        torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary_workspace_bytes(arguments[0]),
         update_32bit: adamw_32bit_bytes,
         update_8bit: adamw_8bit_bytes,
     }
@@ -135,15 +137,15 @@ def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
 def blockwise_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
     """What attention by blocks of queries uses inside its forward."""
     query, key, _, _, _, *settings = arguments
-    return blockwise_attention.workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
+    return blockwise_workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
 
 
 def blockwise_backward_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
     """Likewise inside its backward."""
     _, query, key, _, _, _, *settings = arguments
-    return blockwise_attention.workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
+    return blockwise_workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
 
 
 def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
     """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
-    return rms_norm.workspace_bytes(arguments[1 if backward else 0], backward=backward)
+    return norm_workspace_bytes(arguments[1 if backward else 0], backward=backward)

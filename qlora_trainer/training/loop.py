@@ -55,7 +55,7 @@ def train(
                 save()
                 raise
             seconds = time.perf_counter() - started
-            check_finite(state, metrics)
+            check_skipped_steps(state, metrics)
             record = {
                 "step": state.step,
                 "epoch": state.step / state.loader.steps_per_epoch,
@@ -85,7 +85,7 @@ def measure_eval(state: TrainState, eval_set: ExampleSet) -> float:
     return eval_loss(state.model, eval_set, state.forward, state.loader.micro_batch_tokens)
 
 
-def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
+def check_skipped_steps(state: TrainState, metrics: dict[str, float]) -> None:
     """TrainingError after several steps in a row without a finite gradient."""
     most = MOST_SKIPPED_WITH_SCALING if state.grad_scale.enabled else MOST_SKIPPED_IN_A_ROW
     if state.skipped_in_a_row >= most:

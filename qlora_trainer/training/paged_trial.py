@@ -30,7 +30,7 @@ def has_concurrent_access(index: int) -> bool:
     return bool(failed) or value.value != 0
 
 
-def main(index: int) -> None:
+def try_paging(index: int) -> None:
     """Fill a paged buffer on the device and read it on the host; exits with a reason where that fails."""
     if not has_concurrent_access(index):
         sys.exit("the card's concurrentManagedAccess is 0: host and card may not use managed memory at the same time")
@@ -48,4 +48,4 @@ def main(index: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    try_paging(int(sys.argv[1]))

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.lora_linear import Activation, gated_nf4_linear
+from qlora_kernels.gated import Activation
+from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_kernels.torch_internals import copy_with, with_real_tensors

@@ -30,7 +30,7 @@ from qlora_trainer.training.rng import restore_rng, rng_state
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import accumulate_gradients, train_step
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def take_step(state: TrainState) -> dict[str, float]:
@@ -71,7 +71,7 @@ def probe(state: TrainState, lengths: np.ndarray) -> None:
     restore_rng(*random)
 
 
-def until_it_fits(state: TrainState, attempt: Callable[[], Result], what: str) -> Result:
+def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) -> _Result:
     """What `attempt` returns, repeated from the same state with less memory as often as it raises MicroBatchError.
 
     An attempt that fails leaves partial gradients, which the next begins by zeroing in place, and another random state,

@@ -17,7 +17,7 @@ from qlora_kernels.rotary import rotate
 from qlora_kernels.torch_internals import with_real_tensors
 from qlora_trainer.model.modules.same_bits import agree
 
-NAME = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
+ROTARY_FUNCTION = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
 
 
 def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
@@ -26,10 +26,10 @@ def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
     count = 0
     for module in modules:
         method = type(module).forward
-        if not isinstance(method, types.FunctionType) or NAME not in method.__code__.co_names:
+        if not isinstance(method, types.FunctionType) or ROTARY_FUNCTION not in method.__code__.co_names:
             continue
         if method.__code__ not in memory_efficient:
-            theirs = method.__globals__.get(NAME)
+            theirs = method.__globals__.get(ROTARY_FUNCTION)
             memory_efficient[method.__code__] = (
                 _calling(method, _rotation(theirs)) if theirs and _turns_halves(theirs) else None
             )
@@ -40,8 +40,8 @@ def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
 
 
 def _calling(function: types.FunctionType, rotation: Callable[..., Any]) -> types.FunctionType:
-    """The function as it is, but for what it finds under NAME."""
-    scope = {**function.__globals__, NAME: rotation}
+    """The function as it is, but for what it finds under ROTARY_FUNCTION."""
+    scope = {**function.__globals__, ROTARY_FUNCTION: rotation}
     copied = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )

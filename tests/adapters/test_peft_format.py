@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import qlora_trainer.model.modules.nf4_linear  # noqa: F401  # guards the import of bitsandbytes, which PEFT repeats
 from qlora_trainer.adapters import peft_format
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_format import AdapterFileConfig, StoredAdapter, read_adapter, write_adapter
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 
 RANK = 4
@@ -177,7 +177,7 @@ def test_written_files_are_plain_files_of_the_known_shape(tmp_path: Path) -> Non
     assert content["target_modules"] == ["q_proj", "v_proj"]
     assert (content["lora_alpha"], type(content["lora_alpha"])) == (8, int)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == small_adapter().keys()
-    assert isinstance(read_adapter(tmp_path), Adapter)
+    assert isinstance(read_adapter(tmp_path), StoredAdapter)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def bytes_inside(
         else:
             outputs = (module._attend(query, key, value, seed, 0.4, window, softcap, dropout),)
     inside = live.peak.bytes - before - sum(tensor.nbytes for tensor in outputs)
-    formula = module.workspace_bytes(query, key, window, softcap, dropout, backward=backward, on_cuda=False)
+    formula = module.blockwise_workspace_bytes(query, key, window, softcap, dropout, backward=backward, on_cuda=False)
     return inside, formula
 
 

@@ -101,4 +101,4 @@ def test_why_a_triton_kernel_cannot_be_had_is_reported_as_it_is(
 
     monkeypatch.setattr(registry.importlib, "import_module", refuse)
     with pytest.raises(UnavailableError, match=reported):
-        registry.from_triton("gated_triton", "product")()
+        registry.from_triton("gated_triton", "product_triton")()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cards import a_card_is_here
 
-from qlora_kernels import lora_linear, varlen_attention
+from qlora_kernels import dropout, varlen_attention
 from qlora_kernels.varlen_attention import Card
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.config.load import make_config
@@ -75,12 +75,12 @@ def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_
 
 
 def test_a_card_older_than_ampere_is_planned_in_float16(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planning.compute_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
+    assert planning.planned_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
     a_card_is_here(monkeypatch, (7, 5))
     config = config_of(llama_8b)
     card = planning.planned_card(config)
     assert card == Card((7, 5), 40)
-    assert planning.compute_dtype(config, card) == torch.float16
+    assert planning.planned_dtype(config, card) == torch.float16
     plan = plan_memory(llama_8b, config, layers=1)
     assert "8.0 (Ampere) or higher, and this one has 7.5" in plan.attention
     assert plan.card == "compute capability 7.5, 40 multiprocessors"
@@ -218,7 +218,7 @@ def test_cublas_workspaces_are_part_of_what_torch_reserves(
 def test_what_dropouts_mask_is_made_of_is_counted(rows: int, features: int, dtype: torch.dtype) -> None:
     like, seed = torch.empty(rows, 5, dtype=dtype), torch.tensor(7)
     with LiveBytes() as live:
-        mask = lora_linear._keep_mask(like, features, 0.1, seed)
+        mask = dropout._keep_mask(like, features, 0.1, seed)
     inside = workspaces.keep_mask_bytes((like, features, 0.1, seed))
     assert abs(live.peak.bytes - mask.nbytes - inside) <= 8, "but for a number or two"
     for by_operation in (workspaces.workspaces_on_cpu(), workspaces.workspaces_on_cuda(Card((8, 0), 128))):

@@ -13,7 +13,7 @@ from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from qlora_kernels.rotary import rotate, rotate_torch, workspace_bytes
+from qlora_kernels.rotary import rotary_workspace_bytes, rotate, rotate_torch
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.training.rotary import turn_in_one_pass
 
@@ -69,7 +69,7 @@ def test_what_it_uses_inside_is_what_the_formula_says() -> None:
     known = live.bytes
     with live:
         rotate_torch(x, table, table, False)
-    assert live.peak.bytes - known - x.nbytes == workspace_bytes(x)  # next to the output
+    assert live.peak.bytes - known - x.nbytes == rotary_workspace_bytes(x)  # next to the output
 
 
 class Names(TorchDispatchMode):

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.gated import ACTIVATIONS, activate
-from qlora_kernels.lora_linear import Activation
+from qlora_kernels.gated import ACTIVATIONS, Activation, activate
 from qlora_kernels.torch_internals import with_real_tensors
 
 SIZES = torch.logspace(-4, 4, 32)
