@@ -28,9 +28,8 @@ ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode, leaves  # noqa: E402
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
 from qlora_trainer.data.batching.packing import Example, make_packs  # noqa: E402
@@ -104,8 +103,8 @@ class Seen(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
-        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in leaves):
+        found = leaves((args, kwargs, out))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in found):
             self.names.add(func.name())
         return out
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_model_directory
 
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.fit import with_micro_batch, with_policy
 from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, plan_memory

@@ -105,7 +105,7 @@ def _is_self(node: ast.expr) -> bool:
         ("SimpleNamespace(_experts_implementation='eager')", {"_experts_implementation"}),
         ("vars(module)['_modules']", {"_modules"}),
         ("vars(module).update(_modules={})", {"_modules"}),
-        ("from torch._subclasses.fake_tensor import FakeTensor", {"_torch._subclasses.fake_tensor"}),
+        ("from qlora_kernels.torch_internals import FakeTensor", {"_torch._subclasses.fake_tensor"}),
         ("from transformers import masking_utils", {"masking_utils"}),
         ("from transformers.core_model_loading import rename_source_key", {"_transformers.core_model_loading"}),
         ("import transformers.conversion_mapping", {"_transformers.conversion_mapping"}),

@@ -7,9 +7,12 @@ from qlora_kernels.registry import define
 
 
 def draw_seed() -> Tensor:  # () int64, on the CPU
-    """A seed from torch's global CPU generator: restoring its state, as recomputation and resuming do, repeats it.
+    """Draw a seed from torch's global CPU generator, so that restoring the generator's state repeats it.
 
-    A tensor, not an int, so that nothing is read from it on fake tensors.
+    It is a tensor and not an int so that nothing is read from it on fake tensors.
+
+    Returns:
+        The seed.
     """
     return torch.randint(2**63 - 1, (), device="cpu")
 
@@ -20,12 +23,22 @@ def keep_mask(
     dropout: float,  # a probability below 1, rounded to a multiple of 1/65,536
     seed: Tensor | None,  # () int64 on the CPU
 ) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
-    """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
+    """Make dropout's mask, not scaled: the same seed, N and I give the same mask, in every dtype.
+
+    Args:
+        like: gives N, dtype and device.
+        in_features: I.
+        dropout: the share that is dropped.
+        seed: as `draw_seed` gives it.
+
+    Returns:
+        The mask.
+    """
     return torch.ops.qlora_kernels.keep_mask(like.detach(), in_features, dropout, seed)
 
 
 def _keep_mask(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
-    """Four elements from each 64-bit draw: several times faster on a CPU than a draw for each, as bernoulli_ makes."""
+    """Take four elements from each 64-bit draw: on a CPU several times faster than a draw each, as in bernoulli_."""
     elements = like.shape[0] * in_features
     generator = torch.Generator(like.device).manual_seed(int(seed))
     draws = torch.empty(-(elements // -4), dtype=torch.int64, device=like.device)

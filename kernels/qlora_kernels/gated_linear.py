@@ -1,4 +1,10 @@
-"""The end of a gated MLP over a frozen NF4 weight: its input, activation(gate) * up, is made again in backward."""
+"""Compute the end of a gated MLP over a frozen NF4 weight, keeping gate and up instead of their product.
+
+The layer's input is a product, activation(gate) * up. It is made again in backward: two tensors of the MLP's width are
+kept instead of the four that plain autograd keeps.
+
+Legend: N tokens, I in features, O out features, R rank.
+"""
 
 from typing import Any
 
@@ -20,7 +26,19 @@ def gated_nf4_linear(
     bias: Tensor | None,  # (O,)
     adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """nf4_linear(activation(gate) * up, ...), keeping gate and up instead of the product: the end of a gated MLP."""
+    """Compute `nf4_linear(activation(gate) * up, ...)`.
+
+    Args:
+        gate: what is activated.
+        up: what it is multiplied with.
+        activation: a name or a function.
+        weight: frozen.
+        bias: of the layer, or None.
+        adapter: LoRA on the layer, or None.
+
+    Returns:
+        The output, in gate's dtype.
+    """
     A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
     return _GatedNF4Linear.apply(*visible(gate, up, bias, A, B), activation, weight, adapter)
 

@@ -1,20 +1,18 @@
-"""Linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
+"""Compute linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
 
 The weight gets no gradient, so backward needs no dequantized copy of it: it dequantizes the four-bit weight again, into
 the same workspace, and multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the
 16-bit weight, is what QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else
-is kept: no cast of A or B, no dropped-out input, no mask. The adapter's part is added into the base's output where it
-lies, and so is its part of grad_x: neither is ever a second tensor of that size.
+is kept: no cast of A or B, no input after dropout, no mask. The adapter's part is added to the base's output in place,
+and so is its part of grad_x: neither is ever a second tensor of that size.
 
-In a gated MLP the last layer's input is a product, activation(gate) * up. `gated_nf4_linear` keeps gate and up and
-makes the product again: two tensors of the MLP's width instead of the four that plain autograd keeps.
-
-What is kept is kept before the large product is made. So where a layer is recomputed (torch's checkpointing stops once
-it has what backward needs) a layer's last product is not made again.
+Tensors are saved for backward before the large product is made. So where a layer is recomputed (torch's checkpointing
+stops once it has what backward needs) a layer's last product is not made again.
 
 `add_lora` is the adapter's formula (Hu et al. 2021, arXiv:2106.09685) in plain torch; the functions compute the same.
+Left out: gradients of gradients, autocast, and the end of a gated MLP (gated_linear.py).
 
-Left out: gradients of gradients, and autocast. Legend: N tokens, I in features, O out features, R rank.
+Legend: N tokens, I in features, O out features, R rank.
 """
 
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from qlora_kernels.torch_internals import reshaped_without_view
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA next to a linear layer: scaling * dropout(x) A^T B^T."""
+    """Hold LoRA on a linear layer: scaling * dropout(x) A^T B^T."""
 
     lora_A: Tensor  # (R, I)
     lora_B: Tensor  # (O, R)
@@ -48,17 +46,36 @@ class Adapter:
         assert not self.dropout or self.dropout_seed is not None, "dropout needs a seed"
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(A, B) in a dtype."""
+        """Return A and B in a dtype, from `casts` where they are of that one.
+
+        Args:
+            dtype: of the product.
+
+        Returns:
+            (A, B).
+        """
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     @property
     def factor(self) -> float:
-        """Dropout's own factor goes where the tensor is small."""
+        """Return the scaling and dropout's own factor together, to be applied where the tensor is small.
+
+        Returns:
+            scaling / (1 - dropout).
+        """
         return self.scaling / (1.0 - self.dropout)
 
     def keep_mask(self, like: Tensor) -> Tensor | None:  # (N, I), or None without dropout
+        """Make dropout's mask for tokens.
+
+        Args:
+            like: gives N, dtype and device.
+
+        Returns:
+            The mask; None without dropout.
+        """
         return keep_mask(like, self.lora_A.shape[1], self.dropout, self.dropout_seed) if self.dropout else None
 
 
@@ -68,12 +85,21 @@ def nf4_linear(
     bias: Tensor | None,  # (O,)
     adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype: the weight is dequantized to it, the others cast.
+    """Compute x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype.
 
-    Gradients go to x, A, B and the bias, each in its own dtype. For backward x itself is saved, so that layers with the
-    same input keep it once, and x A^T (N, R); of these only what the gradients asked for need. The dropout mask is a
-    function of the seed and the number of elements: backward makes it again. Works under checkpointing, where x is
-    recomputed, and on fake tensors.
+    The weight is dequantized to that dtype, the others are cast. Gradients go to x, A, B and the bias, each in its own
+    dtype. For backward x itself is saved, so that layers with the same input keep it once, and x A^T (N, R); of these
+    only what the gradients asked for need. Dropout's mask is a function of the seed and the number of elements:
+    backward makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
+
+    Args:
+        x: the input.
+        weight: frozen.
+        bias: of the layer, or None.
+        adapter: LoRA on the layer, or None.
+
+    Returns:
+        The output.
     """
     A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
     return _NF4Linear.apply(*visible(x, bias, A, B), weight, adapter)
@@ -86,7 +112,18 @@ def add_lora(
     lora_B: Tensor,  # (O, R)
     scaling: float,
 ) -> Tensor:  # (..., O)
-    """base_output + scaling * x A^T B^T, multiplied in x's dtype: the adapter next to any linear layer."""
+    """Compute base_output + scaling * x A^T B^T, multiplied in x's dtype: an adapter on any linear layer.
+
+    Args:
+        base_output: of the layer without its adapter.
+        x: the layer's input, after dropout.
+        lora_A: of any floating dtype.
+        lora_B: of any floating dtype.
+        scaling: of the adapter.
+
+    Returns:
+        The output.
+    """
     low_rank = F.linear(x, lora_A.to(x.dtype))  # (..., R)
     return base_output + F.linear(low_rank * scaling, lora_B.to(x.dtype))
 
@@ -127,7 +164,12 @@ class _NF4Linear(torch.autograd.Function):
 
 
 class AdapterBackward:
-    """The adapter's gradients from one output gradient, made in the order in which memory is least."""
+    """Compute the adapter's gradients from one output gradient, in the order in which memory is least.
+
+    Args:
+        grad: (..., O), of the layer's output.
+        adapter: as given to forward.
+    """
 
     def __init__(self, grad: Tensor, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -137,16 +179,41 @@ class AdapterBackward:
         self.mask = adapter.keep_mask(self.tokens_grad)
 
     def grad_B(self, low_rank: Tensor) -> Tensor:
+        """Compute the gradient of B.
+
+        Args:
+            low_rank: x A^T (N, R), as forward had it.
+
+        Returns:
+            (O, R), in the dtype of B.
+        """
         product = linear(low_rank.T, self.tokens_grad.T)  # (R, O)
         return product.T.to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
 
     def grad_A(self, x: Tensor) -> Tensor:
+        """Compute the gradient of A.
+
+        Args:
+            x: (..., I), the layer's input.
+
+        Returns:
+            (R, I), in the dtype of A.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         dropped = tokens if self.mask is None else self.mask * tokens
         return linear(self.low_rank_grad.T, dropped.T).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
 
 
 def low_rank_of(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+    """Compute dropout(x) A^T, not scaled.
+
+    Args:
+        x: (..., I), the layer's input.
+        adapter: on the layer.
+
+    Returns:
+        The product.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     mask = adapter.keep_mask(tokens)
     return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(x.dtype)[0])
@@ -161,6 +228,19 @@ def output_of(
     *,
     is_inference: bool,
 ) -> Tensor:  # (..., O), a new tensor, contiguous
+    """Compute a layer's output, the adapter's part added in place.
+
+    Args:
+        x: (..., I), the layer's input.
+        weight: (O, I).
+        bias: (O,), or None.
+        adapter: on the layer, or None.
+        low_rank: as `low_rank_of` gives it; None without an adapter.
+        is_inference: take the product for few tokens where there are few.
+
+    Returns:
+        The output, contiguous, and no view of another tensor.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     product = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
     output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
@@ -175,7 +255,16 @@ def input_gradient(
     weight: NF4Weight,  # (O, I)
     adapter: AdapterBackward | None = None,
 ) -> Tensor:  # (..., I)
-    """grad W, and the adapter's part."""
+    """Compute the gradient of a layer's input: grad W, and the adapter's part.
+
+    Args:
+        grad: of the output.
+        weight: frozen.
+        adapter: None without an adapter; its mask is used up.
+
+    Returns:
+        The gradient.
+    """
     tokens_grad = grad.reshape(-1, grad.shape[-1])
     grad_x = None
     if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
@@ -191,4 +280,13 @@ def input_gradient(
 
 
 def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)
+    """Sum the output's gradient over tokens.
+
+    Args:
+        grad: (..., O).
+        dtype: of the bias.
+
+    Returns:
+        The gradient of the bias.
+    """
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)

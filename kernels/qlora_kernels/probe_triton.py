@@ -31,7 +31,11 @@ def _nothing(number):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def why_unavailable() -> str:
-    """Return "" where Triton compiles and launches on the current card, else what is missing and what brings it."""
+    """Try to compile and launch a kernel that does nothing.
+
+    Returns:
+        "" where Triton compiles and launches on the current card, else what is missing and what brings it.
+    """
     try:
         cache = Path(knobs.cache.dir)
         cache.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Rotary position embedding on CUDA: a head's values are read once and written once, fp32 between, one rounding.
+"""Turn heads by their position on CUDA: values are read once and written once, fp32 between, one rounding.
 
-The contract is rotary.py's. Heads of a token lie side by side in memory, so a program takes a few of them, of one token
-or of neighbors. Left out: fp64, which goes to plain torch.
+The contract is rotary.py's. Heads of a token are neighbors in memory, so a program takes a few of them, of one token or
+of neighbors. Left out: fp64, which goes to plain torch.
 
 Legend: B rows, H heads, T tokens, D head size.
 """
@@ -63,7 +63,17 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    """As `rotary.rotate_torch`."""
+    """Compute `rotary.rotate_torch` in one pass.
+
+    Args:
+        x: (B, H, T, D).
+        cos: (1 or B, T, D).
+        sin: (1 or B, T, D).
+        transposed: turn a gradient.
+
+    Returns:
+        (B, H, T, D), in memory as x.
+    """
     rows, heads, tokens, size = x.shape
     if x.dtype == torch.float64:
         return rotate_torch(x, cos, sin, transposed)

@@ -1,4 +1,4 @@
-"""Save tensors for backward early, and show autograd only what it needs: for the autograd functions of this package."""
+"""Save tensors for backward early, and show autograd only what it needs: for the functions of this package."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,15 @@ from qlora_kernels.torch_internals import release_saved_tensors
 
 
 def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors as a function may show them to autograd: where no gradient is asked for, as if none required one.
+    """Return tensors as a function may show them to autograd: under no_grad as if none required a gradient.
 
-    Without this a function under no_grad would be reported that its parameters need a gradient, and `none` for it.
+    Without this a function under no_grad would see that its parameters need a gradient, and save tensors for it.
+
+    Args:
+        *tensors: a function's inputs.
+
+    Returns:
+        They, or they detached.
     """
     if torch.is_grad_enabled():
         return tensors
@@ -19,19 +25,33 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class Kept(NamedTuple):
-    """What `none` saved: the node's output, as up to torch 2.11 the node ends with it and lets go of what it saved."""
+    """Hold what `keep` saved: the node's output, as up to torch 2.11 the node lets go of what it saved with it."""
 
     output: Tensor  # (0,)
 
 
 def keep(*tensors: Tensor | None) -> Kept:
-    """Save tensors for backward now, inside a function's forward, instead of when it ends; `fetch` gives them back."""
+    """Save tensors for backward now, inside a function's forward, instead of when it ends.
+
+    Args:
+        *tensors: to be saved.
+
+    Returns:
+        What `fetch` takes.
+    """
     with torch.enable_grad():
         return Kept(_Saved.apply(torch.empty(0, requires_grad=True), *tensors))
 
 
 def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
-    """What `none` saved; freed from there, unless the graph is to be used again."""
+    """Return what `keep` saved, and let go of it, unless the graph is to be used again.
+
+    Args:
+        kept: as `keep` gives it.
+
+    Returns:
+        The tensors.
+    """
     node: Any = kept.output.grad_fn
     tensors = node.saved_tensors
     release_saved_tensors(node)
@@ -39,7 +59,7 @@ def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
 
 
 class _Saved(torch.autograd.Function):
-    """Never a part of the graph: a node that holds saved tensors, seen by whoever hooks saved tensors."""
+    """Make a node that holds saved tensors, seen by hooks of saved tensors, and is never a part of the graph."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor | None) -> Tensor:

@@ -24,22 +24,41 @@ from torch.utils._pytree import tree_leaves
 
 
 def with_real_tensors() -> AbstractContextManager[Any]:
-    """Leave FakeTensorMode for the block, so that tensors made in it have values."""
+    """Leave FakeTensorMode for the block, so that tensors made in it have values.
+
+    Returns:
+        The context manager.
+    """
     return unset_fake_temporarily()
 
 
 def without_dispatch() -> AbstractContextManager[Any]:
-    """Hide operations in the block from every TorchDispatchMode."""
+    """Hide operations in the block from every TorchDispatchMode.
+
+    Returns:
+        The context manager.
+    """
     return torch._C._DisableTorchDispatch()
 
 
 def without_torch_function() -> AbstractContextManager[Any]:
-    """Keep functions called in the block from calling `__torch_function__` of a tensor's class again."""
+    """Keep functions called in the block from calling `__torch_function__` of a tensor's class again.
+
+    Returns:
+        The context manager.
+    """
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def leaves(result: Any) -> list[Any]:
-    """Return what a nest of lists, tuples and dicts holds."""
+    """Return what a nest of lists, tuples and dicts holds.
+
+    Args:
+        result: such as an operation returns.
+
+    Returns:
+        All that is none of these, in order.
+    """
     return tree_leaves(result)
 
 
@@ -47,27 +66,55 @@ def default_device() -> Any:
     """Return the device on which a tensor is made where none is named.
 
     `torch.get_default_device` would say the same, in several times the time: a plan asks before every operation.
+
+    Returns:
+        The device.
     """
     return torch._C._get_default_device()
 
 
 def storage_address(storage: UntypedStorage) -> int:
-    """Return a number that no other living storage has, of fake ones too, whose data_ptr is 0."""
+    """Return a number that no other living storage has, of fake ones too, whose data_ptr is 0.
+
+    Args:
+        storage: of a tensor.
+
+    Returns:
+        The number.
+    """
     return storage._cdata
 
 
 def operation_schema(operation: OpOverload) -> Any:
-    """Return an operation's name and arguments, and which of these it writes to."""
+    """Return an operation's name and arguments, and which of these it writes to.
+
+    Args:
+        operation: of torch.
+
+    Returns:
+        The schema, with `name` and `arguments`; an argument has `name` and `alias_info`.
+    """
     return operation._schema
 
 
 def is_reading_of_a_number(operation: Any) -> bool:
-    """Return True for the operation behind `tensor.item()`."""
+    """Return True for the operation behind `tensor.item()`.
+
+    Args:
+        operation: of torch.
+
+    Returns:
+        Whether it is that one.
+    """
     return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def release_saved_tensors(node: Any) -> None:
-    """Let go of what a node of autograd saved for backward, unless its graph is to be used again."""
+    """Let go of what a node of autograd saved for backward, unless its graph is to be used again.
+
+    Args:
+        node: of a function written in Python.
+    """
     node.maybe_clear_saved_tensors()
 
 
@@ -78,6 +125,13 @@ def reshaped_without_view(
     """Return the tensor in another shape, as one that autograd does not take for a view of the first.
 
     Autograd forbids to write into a view that a function made inside.
+
+    Args:
+        tensor: contiguous.
+        shape: of as many elements.
+
+    Returns:
+        A tensor with the same memory.
     """
     return torch.ops.aten._unsafe_view(tensor, shape)
 
@@ -107,7 +161,11 @@ def copy_with(
 
 
 def has_onednn_linear() -> bool:
-    """Return True where torch has `onednn_linear`."""
+    """Return True where torch has `onednn_linear`.
+
+    Returns:
+        Whether it has.
+    """
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -116,7 +174,16 @@ def onednn_linear(
     weight: Tensor,  # (O, I)
     bias: Tensor | None,  # (O,) contiguous: it is read as if it were
 ) -> Tensor:  # (N, O)
-    """Compute x W^T + bias on a CPU by oneDNN, through the op that torch's compiler puts in the place of F.linear."""
+    """Compute x W^T + bias on a CPU by oneDNN, through the op that torch's compiler puts in the place of F.linear.
+
+    Args:
+        x: the tokens.
+        weight: the matrix.
+        bias: contiguous, as it is read as if it were; or None.
+
+    Returns:
+        The product.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -132,6 +199,17 @@ def efficient_attention(
     """Attend causally by the kernel that torch takes on a CUDA card where flash attention does not fit.
 
     `F.scaled_dot_product_attention` chooses by where its tensors are; a plan's are on no card.
+
+    Args:
+        query: of one document.
+        key: of as many heads as the query.
+        value: of as many heads as the query.
+        scale: what products of queries and keys are multiplied by.
+        dropout: share of the attention weights that are dropped.
+        for_backward: a gradient is wanted.
+
+    Returns:
+        The output.
     """
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
     output, *_ = attend(query, key, value, None, for_backward, dropout, True, scale=scale)
@@ -139,25 +217,45 @@ def efficient_attention(
 
 
 def efficient_attention_backward() -> OpOverload:
-    """Return the backward operation of `efficient_attention`."""
+    """Return the backward operation of `efficient_attention`.
+
+    Returns:
+        The operation.
+    """
     return torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 
 
 def cpu_flash_attention_backward() -> OpOverload:
-    """Return the backward operation of torch's fused attention on a CPU."""
+    """Return the backward operation of torch's fused attention on a CPU.
+
+    Returns:
+        The operation.
+    """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def varlen_attention_backward() -> OpOverload:
-    """Return the backward operation of flash attention over packed documents; its module must be imported."""
+    """Return the backward operation of flash attention over packed documents; its module must be imported.
+
+    Returns:
+        The operation.
+    """
     return torch.ops.torch_attn._varlen_attn_backward.default
 
 
 def pinned_memory_release() -> Callable[[], None] | None:
-    """Return what gives unused pinned memory back under a torch without `torch.accelerator.empty_host_cache`."""
+    """Return what gives unused pinned memory back under a torch without `torch.accelerator.empty_host_cache`.
+
+    Returns:
+        The function; None where torch has none.
+    """
     return getattr(torch._C, "_host_emptyCache", None)
 
 
 def sleep_on_device(cycles: int) -> None:
-    """Have the current CUDA stream wait for so many cycles of the card."""
+    """Have the current CUDA stream wait.
+
+    Args:
+        cycles: of the card's clock.
+    """
     torch.cuda._sleep(cycles)

@@ -121,7 +121,7 @@ def attention(kind: str) -> Finding:
     """How packed documents are attended to, in the dtype taken here and by heads of 128 numbers, as most are."""
     name = f"Attention on {kind}"
     try:
-        from qlora_kernels.varlen_attention import Card, attention_in_words
+        from qlora_kernels.card import Card, attention_in_words
         from qlora_trainer.model.device import choose_compute_dtype
 
         device = torch.device(kind)

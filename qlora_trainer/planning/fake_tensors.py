@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qlora_kernels.card import Card, planned_for
 from qlora_kernels.torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -25,7 +26,6 @@ from qlora_kernels.torch_internals import (
     is_reading_of_a_number,
     without_dispatch,
 )
-from qlora_kernels.varlen_attention import Card, planned_for
 from qlora_trainer.common.transformers_internals import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_kernels.card import Card
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_kernels.registry import kernel_choice
 from qlora_kernels.torch_internals import FakeTensorMode
-from qlora_kernels.varlen_attention import Card, flash_backward_bytes
+from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig

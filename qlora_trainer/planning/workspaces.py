@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qlora_kernels.blockwise_attention import blockwise_workspace_bytes
+from qlora_kernels.card import Card
 from qlora_kernels.rms_norm import norm_workspace_bytes
 from qlora_kernels.rotary import rotary_workspace_bytes
 from qlora_kernels.torch_features import varlen_attention_arguments
@@ -23,7 +24,7 @@ from qlora_kernels.torch_internals import (
     efficient_attention_backward,
     varlen_attention_backward,
 )
-from qlora_kernels.varlen_attention import Card, flash_backward_bytes
+from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.planning.live_bytes import Workspace
 from qlora_trainer.training.determinism import CUBLAS_DETERMINISTIC, CUBLAS_SETTING
 from qlora_trainer.weights.bitsandbytes_internals import update_operations

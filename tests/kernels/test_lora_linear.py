@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels import gated as gated_space
@@ -19,6 +17,7 @@ from qlora_kernels.dropout import draw_seed, keep_mask
 from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels import nf4_cpu, registry
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
 from qlora_kernels.nf4_reference import NF4_CODE
 from qlora_kernels.registry import UnavailableError
+from qlora_kernels.torch_internals import FakeTensorMode
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 # Whole blocks; rows that share blocks; a short last block; an odd number of elements; more than one chunk of either.

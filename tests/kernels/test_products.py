@@ -14,11 +14,9 @@ from qlora_kernels import products
 from qlora_kernels.processor import processor_fact
 from qlora_kernels.products import STEP, by_onednn, library, linear, step_of
 from qlora_kernels.registry import Op, UnavailableError
+from qlora_kernels.torch_internals import has_onednn_linear
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    reason="needs torch's oneDNN",
-)
+pytestmark = pytest.mark.skipif(not has_onednn_linear(), reason="needs torch's oneDNN")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,9 +107,9 @@ def test_what_fails_for_want_of_memory_is_torchs_own_product(monkeypatch: pytest
         return multiply
 
     x, weight = normal(100, 40), normal(24, 40, seed=1)
-    monkeypatch.setattr(products, "_multiply", failing("could not create a primitive"))
+    monkeypatch.setattr(products, "onednn_linear", failing("could not create a primitive"))
     assert torch.equal(by_onednn(x, weight, None), torch.nn.functional.linear(x, weight))
-    monkeypatch.setattr(products, "_multiply", failing("could not execute a primitive"))
+    monkeypatch.setattr(products, "onednn_linear", failing("could not execute a primitive"))
     with pytest.raises(RuntimeError, match="could not execute"):
         by_onednn(x, weight, None)
 

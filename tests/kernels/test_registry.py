@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels import registry
 from qlora_kernels.registry import UnavailableError, define, implementations, kernel_choice
+from qlora_kernels.torch_internals import FakeTensorMode
 
 
 @pytest.fixture(scope="module")

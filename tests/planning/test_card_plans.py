@@ -9,8 +9,8 @@ import pytest
 import torch
 from cards import a_card_is_here
 
-from qlora_kernels import dropout, varlen_attention
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels import card, dropout, varlen_attention
+from qlora_kernels.card import Card
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
@@ -68,7 +68,7 @@ def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_
     elif refused == "reference":
         monkeypatch.setenv("QLORA_KERNELS", "reference")
     else:
-        monkeypatch.setattr(varlen_attention, "varlen_attention_arguments", lambda: frozenset({"scale"}))
+        monkeypatch.setattr(card, "varlen_attention_arguments", lambda: frozenset({"scale"}))
     loop = bytes_of_a_layer(llama_8b, config_of(llama_8b))
     assert 2 * (32 - 8) * 128 * 2 == 12_288
     assert abs(loop - flash - TOKENS * 12_288) <= 64, "but for bounds and random states"

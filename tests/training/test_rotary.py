@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from qlora_kernels.rotary import rotary_workspace_bytes, rotate, rotate_torch
+from qlora_kernels.torch_internals import TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.training.rotary import turn_in_one_pass
 

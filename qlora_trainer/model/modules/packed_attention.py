@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qlora_kernels.varlen_attention import Card, attention_in_words, varlen_attention
+from qlora_kernels.card import Card, attention_in_words
+from qlora_kernels.varlen_attention import varlen_attention
 from qlora_trainer.common.errors import ModelError, QLoRATrainerError
 from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -15,6 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kernels.experts import Expert, gated_experts
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.adapters.inject import add_adapters, find_targets, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.errors import AdapterError, ModelError
