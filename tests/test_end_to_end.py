@@ -17,7 +17,7 @@ from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.evaluation import answer_questions, questions
+from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 
 
 def quiet(record: dict[str, Any]) -> None:
@@ -41,10 +41,10 @@ def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
 
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
-    asked = questions(Renderer(run.tokenizer), run.prepared.eval, 2)
-    theirs = answer_questions(merged, tokenizer, asked, max_new_tokens=8)
+    asked = eval_prompts(Renderer(run.tokenizer), run.prepared.eval, 2)
+    theirs = answer_prompts(merged, tokenizer, asked, max_new_tokens=8)
     if done.choice.base == "dequantized":
-        ours = answer_questions(run.base.model, run.tokenizer, asked, max_new_tokens=8)
+        ours = answer_prompts(run.base.model, run.tokenizer, asked, max_new_tokens=8)
         assert [answer.answer for answer in theirs] == [answer.answer for answer in ours]
 
 

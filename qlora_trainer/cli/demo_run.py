@@ -26,7 +26,7 @@ from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
 from qlora_trainer.runs.report.summary import summarize, write_run_report
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.evaluation import Answer, answer_questions, exact_match, questions
+from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts, exact_match
 
 SAMPLES_SHOWN = 6
 MAX_NEW_TOKENS = 32
@@ -118,10 +118,8 @@ def packaged_model() -> str:
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:
     renderer = Renderer(run.tokenizer, template_date=run.config.data.template_date)
-    asked = questions(renderer, run.prepared.eval)
-    return answer_questions(
-        model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress
-    )
+    asked = eval_prompts(renderer, run.prepared.eval)
+    return answer_prompts(model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress)
 
 
 def _measured(

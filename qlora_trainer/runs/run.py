@@ -39,7 +39,7 @@ from qlora_trainer.runs.initial_adapter import target_names
 from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.training.determinism import deterministic_algorithms
-from qlora_trainer.training.evaluation import Answer, answer_questions, questions
+from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
@@ -146,12 +146,12 @@ class Run:
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
-        asked = questions(renderer, examples, self.config.evaluation.samples)
+        asked = eval_prompts(renderer, examples, self.config.evaluation.samples)
         if not asked:
             return
         reason, is_broken = "", False
         try:
-            answers = answer_questions(
+            answers = answer_prompts(
                 self.base.model,
                 self.tokenizer,
                 asked,

@@ -20,7 +20,7 @@ from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import CONFIG_NAME, BaseRecord, prepare_data, read_base_record, read_run_config
-from qlora_trainer.training.evaluation import answer_questions, eval_loss, exact_match, perplexity, questions
+from qlora_trainer.training.evaluation import answer_prompts, eval_loss, eval_prompts, exact_match, perplexity
 from qlora_trainer.training.state import micro_batch_tokens
 
 
@@ -148,9 +148,9 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
     }
     if answers:
         renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
-        asked = questions(renderer, eval_set, None if answers < 0 else answers)
+        asked = eval_prompts(renderer, eval_set, None if answers < 0 else answers)
         limit = trained.config.evaluation.max_new_tokens
-        given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
+        given = answer_prompts(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
         result |= {"exact_match": exact_match(given), "answered": len(given)}
     return result
 

@@ -1,7 +1,7 @@
-"""What a model is worth on eval rows: its loss on their label tokens, and answers that match exactly.
+"""Measure a model on eval rows: its loss on their label tokens, and the share of answers that match exactly.
 
-The loss is taken by the training forward, without dropout and without gradients: what is measured is what was
-trained. Exact match is by real generation, since a low loss does not say that an answer comes out right.
+The loss is taken by the training forward, without dropout and without gradients: what is measured is what was trained.
+Exact match is by real generation, since a low loss does not say that an answer comes out right.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from qlora_trainer.training.generation import generate_answers
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """A row to be answered: what is asked, as text and as the tokens before an answer, and what is expected."""
+class EvalPrompt:
+    """Hold a row whose answer is to be generated: its prompt, as text and as tokens, and the expected answer."""
 
     request: str
     prompt_ids: list[int]
@@ -31,7 +31,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A eval request, what was expected, and what the model said."""
+    """Hold an eval prompt, what was expected, and what the model said."""
 
     request: str
     expected: str
@@ -39,6 +39,11 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
+        """Return True if the answer equals what was expected, blanks around it aside.
+
+        Returns:
+            Whether it does.
+        """
         return self.answer.strip() == self.expected.strip()
 
 
@@ -46,7 +51,18 @@ class Answer:
 def eval_loss(
     model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
 ) -> float:
-    """Mean cross entropy over all label tokens of `examples`; the model's training mode is restored."""
+    """Compute the mean cross entropy over all label tokens of `examples`; the model's training mode is restored.
+
+    Args:
+        model: with its adapters.
+        examples: of the eval set.
+        forward: how the model is run.
+        micro_batch_tokens: the most tokens of one forward pass.
+        progress: is called for each pack.
+
+    Returns:
+        The loss in nats a token; 0 where no token has a label.
+    """
     packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack)
     device = next(model.parameters()).device
     was_training = model.training
@@ -63,13 +79,29 @@ def eval_loss(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Compute exp(loss), infinite where that overflows.
+
+    Args:
+        loss: in nats a token.
+
+    Returns:
+        The perplexity.
+    """
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None) -> list[Question]:
-    """The first `most` examples that have an answer to ask for, rendered as in training."""
-    found: list[Question] = []
+def eval_prompts(renderer: Renderer, examples: ExampleSet, most: int | None = None) -> list[EvalPrompt]:
+    """Render the first examples that have an answer to ask for, as in training.
+
+    Args:
+        renderer: of the run.
+        examples: of the eval set.
+        most: how many at most; None: all.
+
+    Returns:
+        The prompts.
+    """
+    found: list[EvalPrompt] = []
     for index in range(len(examples)):
         if most is not None and len(found) == most:
             break
@@ -79,32 +111,51 @@ def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None)
             ends = [renderer.eos_id] if is_text else renderer.stop_token_ids
             request = prompt if isinstance(prompt, str) else prompt.messages[-1].content
             ids = renderer.render_prompt(prompt, examples.where(index))
-            found.append(Question(request, ids, expected, tuple(ends)))
+            found.append(EvalPrompt(request, ids, expected, tuple(ends)))
     return found
 
 
-def answer_questions(
+def answer_prompts(
     model: Any,
     tokenizer: Any,
-    asked: Sequence[Question],
+    prompts: Sequence[EvalPrompt],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> list[Answer]:
-    """Generate an answer to each question, in order."""
+    """Generate an answer to each prompt, in order.
+
+    Args:
+        model: with its adapters.
+        tokenizer: decodes the answers.
+        prompts: as `eval_prompts` gives them.
+        max_new_tokens: of an answer.
+        batch_size: the most prompts at a time.
+        progress: is called for each batch.
+
+    Returns:
+        The answers.
+    """
     texts = generate_answers(
         model,
         tokenizer,
-        [question.prompt_ids for question in asked],
-        stop_token_ids=sorted({token for question in asked for token in question.stop_token_ids}),
+        [prompt.prompt_ids for prompt in prompts],
+        stop_token_ids=sorted({token for prompt in prompts for token in prompt.stop_token_ids}),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )
-    return [Answer(q.request, q.expected, text) for q, text in zip(asked, texts, strict=True)]
+    return [Answer(prompt.request, prompt.expected, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that equal what was expected, surrounding blanks aside."""
+    """Compute the share of answers that equal what was expected, blanks around them aside.
+
+    Args:
+        answers: as `answer_prompts` gives them.
+
+    Returns:
+        From 0 to 1; NaN without answers.
+    """
     return sum(answer.is_exact for answer in answers) / len(answers) if answers else math.nan

@@ -1,4 +1,4 @@
-"""Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
+"""Generate answers greedily, several prompts at a time, with transformers' own cache and decoding loop.
 
 Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
 mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
@@ -31,10 +31,22 @@ def generate_answers(
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> list[str]:
-    """The greedy answer to each prompt as text, without the end-of-turn token, in the order given.
+    """Generate the greedy answer to each prompt as text, without the end-of-turn token, in the order given.
 
-    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow. The model's training
-    mode is restored.
+    Prompts of similar length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow. The model's
+    training mode is restored.
+
+    Args:
+        model: with its adapters.
+        tokenizer: decodes the answers.
+        prompts: token ids, rendered with the generation prompt.
+        stop_token_ids: each ends an answer.
+        max_new_tokens: of an answer.
+        batch_size: the most prompts at a time.
+        progress: is called for each batch.
+
+    Returns:
+        The answers.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
@@ -66,7 +78,18 @@ def generate_answers(
 def stream_answer(
     model: Any, tokenizer: Any, prompt: list[int], *, stop_token_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[str]:
-    """Yield pieces of the greedy answer to one prompt as they come."""
+    """Yield pieces of the greedy answer to one prompt as they come; what generation raises is raised here.
+
+    Args:
+        model: with its adapters.
+        tokenizer: decodes the answer.
+        prompt: token ids, rendered with the generation prompt.
+        stop_token_ids: each ends the answer.
+        max_new_tokens: of the answer.
+
+    Yields:
+        Text.
+    """
     input_ids, attention_mask = _left_padded([prompt], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: SimpleQueue[BaseException] = SimpleQueue()
@@ -89,12 +112,16 @@ def stream_answer(
     thread.start()
     yield from streamer
     thread.join()
+    _raise_first(failures)
+
+
+def _raise_first(failures: "SimpleQueue[BaseException]") -> None:
     if not failures.empty():
         raise failures.get()
 
 
 def _rows_together(lengths: Sequence[int]) -> int:
-    """How many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
+    """Count how many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
     fitting = (rows for rows, width in enumerate(lengths, 1) if rows * width**2 <= MASK_BYTES)
     return max(fitting, default=1)
 

@@ -24,7 +24,14 @@ TRIAL_SECONDS = 180  # the child imports torch and bitsandbytes, which a slow di
 def paging_refusal(device: torch.device) -> str:
     """Say why optimizer state is not paged on this CUDA device, "" where it can be; tried once a process.
 
-    Call it before the process uses the device, where that can be: a card in exclusive mode takes one process at a time.
+    Call it before the process uses the device, where that is possible: a card in exclusive mode takes one process at a
+    time.
+
+    Args:
+        device: of type cuda.
+
+    Returns:
+        The reason.
     """
     if platform.system() == "Windows" or is_wsl():
         return (
@@ -57,7 +64,11 @@ def paging_refusal(device: torch.device) -> str:
 
 
 def paging_refusal_here() -> str:
-    """`paging_refusal` of the card that a run takes; "" where there is no card, as then nothing pages or is refused."""
+    """Call `paging_refusal` for the card that a run takes.
+
+    Returns:
+        The reason; "" where there is no card, as then nothing pages and nothing is refused.
+    """
     if not torch.cuda.is_available():
         return ""
     return paging_refusal(torch.device("cuda", torch.cuda.current_device()))

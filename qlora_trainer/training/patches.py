@@ -1,10 +1,9 @@
-"""Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
+"""Replace the forward of a model's gated MLPs, norms and rotary embedding by one that keeps and moves less.
 
-A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
-decided by trying: a copy of the module with small weights is run next to the memory-efficient formula, on values from
-tiny to huge, and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no
-list of models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
-(rotary.py).
+A model's own modules stay, with their names and weights; only their `forward` is replaced. Which are, is decided by
+trying: a copy of the module with small weights is run, and the formula of qlora_kernels on the same values, from tiny
+to huge. Where the results differ in one bit, or the module cannot be run so, it stays as it is. So there is no list of
+models, and no module that only looks like another is taken for it. Rotary embedding is found the same way (rotary.py).
 
 Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
 """
@@ -36,7 +35,7 @@ MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
 
 @dataclasses.dataclass(frozen=True)
 class PatchReport:
-    """How many modules of each kind keep little for backward, and how many there are: (memory-efficient, all)."""
+    """Count the modules that keep little for backward, by kind, and all modules of that kind: (those that do, all)."""
 
     projections: tuple[int, int]
     mlps: tuple[int, int]
@@ -50,7 +49,13 @@ class PatchReport:
 
 
 class GatedMLP:
-    """The forward of a gated MLP, down(activation(gate(x)) * up(x)), which keeps gate and up and not their product."""
+    """Run a gated MLP, down(activation(gate(x)) * up(x)), keeping gate and up and not their product.
+
+    Args:
+        gate_and_up: x -> (gate, up).
+        activation: of the gate.
+        down: the last projection.
+    """
 
     def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | LoRALinear) -> None:
         self.gate_and_up = gate_and_up
@@ -64,6 +69,14 @@ class GatedMLP:
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
+        """Run the MLP on tokens, all at once.
+
+        Args:
+            x: (..., hidden size).
+
+        Returns:
+            (..., hidden size).
+        """
         gate, up = self.gate_and_up(x)
         base, adapter = (
             (self.down.base, self.down.adapter()) if isinstance(self.down, LoRALinear) else (self.down, None)
@@ -81,6 +94,12 @@ def patch_model(model: nn.Module) -> PatchReport:
     """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognized.
 
     Call it once adapters are in place.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        What keeps little for backward now.
     """
     modules = list(model.modules())
     turn_in_one_pass(modules)
@@ -108,15 +127,26 @@ def patch_model(model: nn.Module) -> PatchReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Take the tokens of every memory-efficient MLP in so many parts, or in more where those would be large; 1:
-    whole."""
+    """Have every replaced MLP take the tokens in parts.
+
+    Args:
+        model: patched.
+        tiles: parts, or more where those would be large; 1: whole.
+    """
     for module in model.modules():
         if isinstance(module.forward, GatedMLP):
             module.forward.tiles = tiles
 
 
 def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
-    """(eps, form) where the module is RMS normalization in a form that `rms_norm` has; else None."""
+    """Find the form of `rms_norm` that a module computes.
+
+    Args:
+        norm: any module.
+
+    Returns:
+        (eps, form); None where it computes something else.
+    """
     own = dict(norm.named_parameters(recurse=False))
     weight = own.get("weight")
     eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
@@ -137,7 +167,7 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
 
 
 def _normalizes(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
-    """Whether the module, given a random weight of this width, is RMS normalization over all of it in this form."""
+    """Return True if the module, given a random weight of this width, is RMS normalization in this form."""
     dtype = norm.get_parameter("weight").dtype
     with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -148,9 +178,15 @@ def _normalizes(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
-    """The memory-efficient forward where the module is a gated MLP over a 4-bit down projection; else None.
+    """Make the forward that keeps little, where the module is a gated MLP over a 4-bit down projection.
 
     Its children are a gate and an up projection, or one that holds both, a down projection, and an activation.
+
+    Args:
+        mlp: any module.
+
+    Returns:
+        The forward; None where the module is something else.
     """
     linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
     others = [child for name, child in mlp.named_children() if name not in linear]
@@ -169,7 +205,7 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
 
 
 def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module) -> bool:
-    """Whether the module computes down(activation(gate(x)) * up(x)) with the children of these names, down last."""
+    """Return True if the module computes down(activation(gate(x)) * up(x)) with these children, down last."""
     hidden, width = 4, 6
     with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -187,7 +223,7 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
 
 
 def _split(projections: Sequence[nn.Module]) -> Split:
-    """x -> (gate, up), by two projections or the halves of one."""
+    """Make x -> (gate, up) of two projections, or of the halves of one."""
     if len(projections) == 1:
         return lambda x: projections[0](x).chunk(2, dim=-1)
     gate, up = projections
@@ -195,8 +231,7 @@ def _split(projections: Sequence[nn.Module]) -> Split:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    """Whether the module can be called with its input alone: a second argument would be lost on the memory-efficient
-    form."""
+    """Return True if the module can be called with its input alone: the replaced forward takes no second argument."""
     return len(inspect.signature(type(module).forward).parameters) == 2
 
 
@@ -220,7 +255,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """At least two projections and something without weights that is no attention: an activation."""
+    """Return True for at least two projections and something without weights that is no attention: an activation."""
     if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
         return False
     children = list(module.children())

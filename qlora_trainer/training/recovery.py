@@ -1,19 +1,19 @@
-"""When memory runs out after all: the same step again, with smaller micro-batches, then with less kept for backward.
+"""Take the same step again where memory runs out, with smaller micro-batches, then with less kept for backward.
 
 A plan can be wrong by a little, and other programs use the card too. A step is a set of rows, so it can be taken again
 with the same rows in smaller micro-batches, divided by the same number of label tokens: it learns the same, and only
 last bits differ, as from any choice of micro-batches. The micro-batch that failed is split by rows first, since that
-costs no arithmetic; where it is a single row, the activation policy goes one level with less memory, as far as host
-memory has space for what is offloaded. What was lowered stays so for the rest of the run, also when it is resumed: what
-failed once would fail again.
+costs no arithmetic; where it is a single row, the activation policy goes one level further, as far as host memory has
+space for what is offloaded. What was lowered stays so for the rest of the run, also when it is resumed: what failed
+once would fail again.
 
 `probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
 
 With expandable segments torch's allocator may be broken afterwards, for the rest of the process. Then there is nothing
 to try again here: the run is saved and goes on in a new process (runs/run.py).
 
-Left out: memory that runs out elsewhere (evaluation, loading), and a host whose kernel ends the process: that cannot
-be caught.
+Left out: memory that runs out elsewhere (evaluation, loading), and a host whose kernel ends the process: that cannot be
+caught.
 """
 
 import dataclasses
@@ -34,10 +34,16 @@ _Result = TypeVar("_Result")
 
 
 def take_step(state: TrainState) -> dict[str, float]:
-    """Take the loader's next step, with less memory where it runs out, and move the cursor on; returns its metrics.
+    """Take the loader's next step, with less memory where it runs out, and move the cursor on.
 
-    Raises:
-        InsufficientMemoryError: a row does not fit by itself under any policy. The state is that before the step.
+    Where a row does not fit by itself under any policy, InsufficientMemoryError is raised and the state is that before
+    the step.
+
+    Args:
+        state: of the run.
+
+    Returns:
+        The step's metrics.
     """
     metrics = until_it_fits(state, lambda: train_step(state, state.loader.peek()), f"step {state.step + 1}")
     state.loader.advance()
@@ -45,17 +51,16 @@ def take_step(state: TrainState) -> dict[str, float]:
 
 
 def probe(state: TrainState, lengths: np.ndarray) -> None:
-    """Forward and backward of the largest micro-batch of the steps to come; lowers what does not fit.
+    """Run forward and backward of the largest micro-batch of the steps to come, and lower what does not fit.
 
     The optimizer's state exists already, and its update works in place, so a step needs no more than this. Nothing
     changes but, where memory ran out, the micro-batches and the policy: not the adapters, the optimizer, the random
-    state or the data cursor; the gradients are zero.
+    state or the data cursor; the gradients are zero. Where a row does not fit by itself under any policy,
+    InsufficientMemoryError is raised and the state is as it was.
 
     Args:
+        state: of the run.
         lengths: tokens of each training row, (rows,).
-
-    Raises:
-        InsufficientMemoryError: a row does not fit by itself under any policy. The state is as it was.
     """
     steps = state.total_steps - state.step
     if steps == 0:
@@ -72,16 +77,22 @@ def probe(state: TrainState, lengths: np.ndarray) -> None:
 
 
 def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) -> _Result:
-    """What `attempt` returns, repeated from the same state with less memory as often as it raises MicroBatchError.
+    """Repeat an attempt from the same state with less memory, as often as it raises MicroBatchError.
 
     An attempt that fails leaves partial gradients, which the next begins by zeroing in place, and another random state,
     which is put back.
 
     Args:
+        state: of the run.
+        attempt: forward and backward of one micro-batch or more.
         what: names the attempt, for the one sentence that joins `state.warnings` where memory ran out.
+
+    Returns:
+        What the attempt returned.
 
     Raises:
         InsufficientMemoryError: there is nothing left to lower; the state is as it was.
+        RuntimeError: of the attempt, but for one of memory; the random state is as it was.
     """
     before = state.loader.micro_batch_tokens, state.policy
     random = rng_state()
@@ -112,16 +123,19 @@ def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) 
 
 
 def lower(state: TrainState, row_lengths: list[int]) -> bool:
-    """Let a micro-batch that failed need less from here on: half its tokens, or a with less memory policy; False: it
-    cannot.
+    """Let a micro-batch that failed need less from here on: half its tokens, or a policy with less memory.
 
     Args:
+        state: of the run.
         row_lengths: tokens of its rows as they were laid out.
+
+    Returns:
+        False if it cannot need less.
     """
     if len(row_lengths) > 1:  # both bounds are below the sum, so these rows will be laid out in more micro-batches
         state.set_memory(max(sum(row_lengths) // 2, max(row_lengths)), state.policy)
         return True
-    policy = _smaller(state, row_lengths[0])
+    policy = _policy_with_less(state, row_lengths[0])
     if policy is None:
         return False
     try:
@@ -131,8 +145,8 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     return True
 
 
-def _smaller(state: TrainState, tokens: int) -> Policy | None:
-    """The next policy with less on the device, whose part on the host fits there; None where there is none."""
+def _policy_with_less(state: TrainState, tokens: int) -> Policy | None:
+    """Return the next policy with less on the device, whose part on the host fits there; None where there is none."""
     policy = state.policy.less_memory()
     while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):
         every = policy.offload_every_n_layers + 1
@@ -141,7 +155,7 @@ def _smaller(state: TrainState, tokens: int) -> Policy | None:
 
 
 def _host_lacks(state: TrainState, policy: Policy, tokens: int) -> bool:
-    """Whether what a policy offloads is more than host memory has space for, and than what is offloaded now."""
+    """Return True if a policy offloads more than is offloaded now and than host memory has space for."""
     needed = offloaded_bytes(state.model, policy, tokens)
     return needed > offloaded_bytes(state.model, state.policy, tokens) and needed > spare_host_memory()
 

@@ -1,8 +1,9 @@
-"""Rotary embedding in one pass, where a model's attention turns its heads as `qlora_kernels.rotary` does.
+"""Turn heads in one pass where a model's attention does it as `qlora_kernels.rotary` does.
 
 transformers' attention modules call a function of their file by name. It is tried alone, on random numbers; where it
 gives our bits, the `forward` of this model's modules finds ours under that name. The library's own functions and every
-other model stay as they are. Attention that calls it otherwise, or turns heads otherwise (in pairs, in part), does too.
+other model stay as they are, and so does attention that calls it otherwise, or turns heads otherwise (in pairs, in
+part).
 """
 
 import functools
@@ -21,7 +22,14 @@ ROTARY_FUNCTION = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (
 
 
 def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
-    """Let attention modules call our rotary embedding where theirs computes the same; returns how many do."""
+    """Let attention modules call our rotary embedding where theirs computes the same.
+
+    Args:
+        modules: of one model.
+
+    Returns:
+        How many of them do.
+    """
     memory_efficient: dict[types.CodeType, types.FunctionType | None] = {}
     count = 0
     for module in modules:
@@ -40,7 +48,7 @@ def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
 
 
 def _calling(function: types.FunctionType, rotation: Callable[..., Any]) -> types.FunctionType:
-    """The function as it is, but for what it finds under ROTARY_FUNCTION."""
+    """Copy the function as it is, but for what it finds under ROTARY_FUNCTION."""
     scope = {**function.__globals__, ROTARY_FUNCTION: rotation}
     copied = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
@@ -50,7 +58,7 @@ def _calling(function: types.FunctionType, rotation: Callable[..., Any]) -> type
 
 
 def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Their function, computed by ours where the arguments are such as were tried."""
+    """Make their function, computed by ours where the arguments are such as were tried."""
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
         alike = cos.shape == sin.shape and q.dtype == k.dtype == cos.dtype == sin.dtype
@@ -63,7 +71,7 @@ def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _turns_halves(theirs: Callable[..., Any]) -> bool:
-    """Whether the function turns each head's halves together, as `rotate` does, given nothing but q, k, cos and sin."""
+    """Return True if the function, given q, k, cos and sin, turns each head's halves together as `rotate` does."""
     with with_real_tensors(), torch.no_grad():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(0)

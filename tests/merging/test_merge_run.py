@@ -36,7 +36,7 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trained
-from qlora_trainer.training.evaluation import answer_questions, questions
+from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 from qlora_trainer.weights.reading import read_tensor
@@ -69,9 +69,9 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory)
-    asked = questions(Renderer(trained.tokenizer), prepared.eval)
-    theirs = answer_questions(model, tokenizer, asked, max_new_tokens=12)
-    ours = answer_questions(trained.base.model, trained.tokenizer, asked, max_new_tokens=12)
+    asked = eval_prompts(Renderer(trained.tokenizer), prepared.eval)
+    theirs = answer_prompts(model, tokenizer, asked, max_new_tokens=12)
+    ours = answer_prompts(trained.base.model, trained.tokenizer, asked, max_new_tokens=12)
     assert [a.answer for a in theirs] == [a.answer for a in ours]
     row = prepared.eval[0].input_ids
     with torch.no_grad():
