@@ -36,7 +36,8 @@ from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.facts import max_positions
 from qlora_trainer.planning.fit import GRAIN, LONGEST_SEARCHED
-from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, MemoryPlan, plan_memory
+from qlora_trainer.planning.memory_plan import CUBLAS, MemoryPlan, plan_memory
+from qlora_trainer.planning.step_memory import PAGED
 
 MODELS = Path(__file__).parent / "models"
 PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32

@@ -39,7 +39,8 @@ import torch
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.hashing import values_sha256

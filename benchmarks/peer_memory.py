@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_trainer.planning.allocator import CachingAllocator, uses_expandable_segments
+from qlora_trainer.planning.empty_run import card_here
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.live_bytes import LiveBytes, once_more
-from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES
+from qlora_trainer.planning.step_memory import PAGED, PAGED_ELEMENTS
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
 from qlora_trainer.weights.bitsandbytes_internals import make_state
 

@@ -33,7 +33,8 @@ from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.planning.memory_plan import empty_run, longest_pack, persistent_tensors, track_steps
+from qlora_trainer.planning.empty_run import empty_run, longest_pack
+from qlora_trainer.planning.step_memory import persistent_tensors, track_steps
 from qlora_trainer.training.activations import choose_policy
 from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.training.step import train_step

@@ -33,7 +33,8 @@ from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode, lea
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
 from qlora_trainer.data.batching.packing import Example, make_packs  # noqa: E402
-from qlora_trainer.planning.memory_plan import FakeRun, _as_fake  # noqa: E402
+from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
+from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
 
 # Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
@@ -147,7 +148,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
         assert state.device == device, state.device
         state.total_steps = 2
     state.model.train()
-    pack = _as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
+    pack = as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
     with fake:
         with seen:
             for _ in range(2):

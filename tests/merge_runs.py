@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, StoredAdapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.merge_plan import MergeInputs
 from qlora_trainer.model.load import load_base_model

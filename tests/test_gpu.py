@@ -21,7 +21,8 @@ from tiny_models import make_model_directory
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.fit import with_micro_batch, with_policy
-from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, plan_memory
+from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
+from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run

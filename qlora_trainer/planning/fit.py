@@ -1,4 +1,4 @@
-"""What fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
+"""Find what fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
 
 What is found is planned whole, and fits. That the next size does not is an estimate from models of a few layers
 (estimate.py), which is off by a page of 20 MiB, the memory of about one more step of 256 tokens of an 8B's row. A run
@@ -17,8 +17,9 @@ from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.facts import layer_kinds, max_positions
+from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
-from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
 from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.managed_memory import paging_refusal_here
 from qlora_trainer.weights.model_directory import checkpoint_tensors
@@ -31,20 +32,37 @@ LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes that a run may take."""
+    """Hold the bytes that a run may take."""
 
     card: int  # or, for a run on a CPU, host memory
     host: int  # for what is offloaded to it
 
     def holds(self, plan: MemoryPlan) -> bool:
+        """Return True if a plan fits.
+
+        Args:
+            plan: of a run.
+
+        Returns:
+            Whether it does.
+        """
         return plan.total <= self.card and plan.host <= self.host
 
 
 def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan | None:
-    """The plan under the fastest policy that fits, for a config that leaves it open; None where none fits.
+    """Plan a run under the fastest policy that fits, for a config that leaves it open.
 
-    What fits is kept; else all is recomputed but for as many of the last layers as fit; else inputs are offloaded; else
-    MLPs are taken in tiles.
+    If all activations fit, all are kept; else all layers are recomputed but for as many of the last as fit; else inputs
+    are offloaded; else MLPs are taken in tiles.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: that it may take.
+        progress: is called for each plan.
+
+    Returns:
+        The plan; None where no policy fits.
     """
     progress("planning memory", 0, None)
     if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
@@ -66,10 +84,19 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
 
 
 def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
-    """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
+    """Plan the longest row that fits, alone in its micro-batch.
 
-    Under the policy of the config, or the the least memory where that is left open. One GRAIN more does not fit by
-    estimate.
+    It is planned under the policy of the config, or the one that needs least of the card where that is left open. That
+    a row longer by GRAIN does not fit is an estimate.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: bytes of the card.
+        progress: is called once.
+
+    Returns:
+        The plan; None where not even a row of GRAIN tokens fits.
     """
     limit = max_positions(directory) or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
@@ -80,10 +107,19 @@ def longest_context(directory: Path, config: RunConfig, budget: int, progress: P
 def largest_micro_batch(
     directory: Path, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
+    """Plan the most rows of full length of a step that fit in one micro-batch.
 
-    Under the policy of the config, or the the least memory where that is left open. One row more does not fit by
-    estimate.
+    They are planned under the policy of the config, or the one that needs least of the card where that is left open.
+    That one row more does not fit is an estimate.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: bytes of the card.
+        progress: is called once.
+
+    Returns:
+        The plan; None where not one row fits.
     """
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
@@ -92,7 +128,16 @@ def largest_micro_batch(
 
 
 def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
-    """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
+    """Call `check_fits` for the card that the run will use, or for host memory.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        progress: is called for each plan.
+
+    Returns:
+        The plan; None for a small base on a CPU, which is not planned.
+    """
     device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
@@ -107,7 +152,16 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
 
 
 def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
-    """The plan of a run that fits, under the policy that the config names or the fastest that does.
+    """Plan a run under the policy that the config names, or the fastest that fits.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: that it may take.
+        progress: is called for each plan.
+
+    Returns:
+        A plan that fits.
 
     Raises:
         InsufficientMemoryError: it does not fit; the message says what would.
@@ -143,9 +197,13 @@ def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Pro
 
 
 def memory_here(config: RunConfig) -> int | None:
-    """Return the bytes of the CUDA card here, None where there is none.
+    """Return the bytes of the CUDA card here, or for model.device=cpu of the host memory that this process may use.
 
-    For model.device=cpu they are those of host memory, as far as this process may use it.
+    Args:
+        config: of the run.
+
+    Returns:
+        Bytes; None where there is no card.
     """
     if config.model.device == "cpu":
         return host_memory().total
@@ -161,12 +219,29 @@ def _place(config: RunConfig) -> str:
 
 
 def least_memory(config: RunConfig) -> RunConfig:
-    """The config with its policy, or the one that needs least of the card where that is left open."""
+    """Return the config with its policy, or the one that needs least of the card where that is left open.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The config.
+    """
     return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
 
 
 def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
-    """The plan of a run on the device here, under what an earlier part of it came down to."""
+    """Plan a run on the device here, under what an earlier part of it was lowered to.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        policy: of the earlier part.
+        micro_batch_tokens: of the earlier part.
+
+    Returns:
+        The plan.
+    """
     config = _set(config, model={"device": choose_device(config.model.device).type})
     return plan_memory(directory, with_policy(with_micro_batch(config, micro_batch_tokens), policy))
 
@@ -182,7 +257,7 @@ def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
 def _keep_what_fits(
     directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
-    """The plan that keeps the activations of as many layers as fit; `full` fits, and keeps none."""
+    """Plan to keep the activations of as many layers as fit; `recompute`, which keeps none, fits."""
     layers = len(layer_kinds(directory))
     keeping, recomputing = (
         bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
@@ -210,7 +285,7 @@ def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
 
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
-    """What to write on the command line to have a policy instead of the config's."""
+    """Return what to write on the command line to have a policy instead of the config's."""
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
 

@@ -1,8 +1,8 @@
-"""What operations use inside and free again, by formula: the part of a step that is not seen on fake tensors.
+"""Compute what operations use inside and free again, by formula: the part of a step that fake tensors do not show.
 
-For a CUDA card, what torch's kernels allocate there, by their source; for a CPU, what an operation written in plain
-torch makes within. Next to it what cuBLAS holds all along. Left out: the CUDA context, which is no
-part of torch's memory.
+For a CUDA card it is what torch's kernels allocate there, by their source; for a CPU, what an operation written in
+plain torch makes within. Here is also what cuBLAS holds all the time. Left out: the CUDA context, which is no part of
+torch's memory.
 """
 
 import functools
@@ -35,12 +35,16 @@ Workspaces = dict[OpOverload, Workspace]
 
 
 def cublas_bytes(card: Card, setting: str | None = None) -> int:
-    """What torch's allocator holds for cuBLAS: a workspace for each thread that multiplies (CublasHandlePool.cpp).
+    """Compute what torch's allocator holds for cuBLAS: a workspace a thread that multiplies (CublasHandlePool.cpp).
 
     cuBLASLt shares it. On sm_120 some versions of torch take the smaller size; counted is the larger.
 
     Args:
+        card: that it runs on.
         setting: of CUBLAS_WORKSPACE_CONFIG, such as ":4096:8" (KiB, how often); None: torch's default for the card.
+
+    Returns:
+        Bytes.
     """
     default = 8 * 4096 if card.capability[0] in (9, 10, 12) else 2 * 4096 + 8 * 16
     asked = sum(int(size) * int(count) for size, count in re.findall(r":(\d+):(\d+)", setting or ""))
@@ -49,12 +53,26 @@ def cublas_bytes(card: Card, setting: str | None = None) -> int:
 
 
 def cublas_setting(deterministic: bool) -> str | None:
-    """The setting that a run in this process will have."""
+    """Return the setting that a run in this process will have.
+
+    Args:
+        deterministic: training.deterministic.
+
+    Returns:
+        The value of CUBLAS_WORKSPACE_CONFIG; None: unset.
+    """
     return os.environ.get(CUBLAS_SETTING, CUBLAS_DETERMINISTIC if deterministic else None)
 
 
 def workspaces_on_cuda(card: Card) -> Workspaces:
-    """By operation, what it uses inside on a card; attention outside of packs is there as CPU's operation."""
+    """Map operations to what they use inside on a card; attention outside of packs is there as the CPU's operation.
+
+    Args:
+        card: that they run on.
+
+    Returns:
+        Functions of an operation's arguments that give bytes.
+    """
     fused = functools.partial(fused_backward_bytes, card=card)
     found: Workspaces = {
         cpu_flash_attention_backward(): fused,
@@ -74,7 +92,11 @@ def workspaces_on_cuda(card: Card) -> Workspaces:
 
 
 def workspaces_on_cpu() -> Workspaces:
-    """Likewise on a CPU."""
+    """Map operations to what they use inside on a CPU.
+
+    Returns:
+        Functions of an operation's arguments that give bytes.
+    """
     update_32bit, update_8bit = update_operations()
     return {
         torch.ops.qlora_kernels.blockwise_attention.default: functools.partial(blockwise_bytes, on_cuda=False),
@@ -91,10 +113,17 @@ def workspaces_on_cpu() -> Workspaces:
 
 
 def fused_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
-    """What the backward of attention over dense rows uses inside on CUDA.
+    """Compute what the backward of attention over dense rows uses inside on CUDA.
 
-    The kernel for older cards and fp32 (kernel_backward.h) has the same fp32 gradient of the queries, or as much to
-    sum what it begins with; as keys and values are repeated for it, it makes none for them.
+    The kernel for older cards and fp32 (kernel_backward.h) has the same fp32 gradient of the queries, or as much to sum
+    what it begins with; as keys and values are repeated for it, it makes none for them.
+
+    Args:
+        arguments: of the operation.
+        card: that it runs on.
+
+    Returns:
+        Bytes.
     """
     query, key = arguments[1:3]  # (B, Hq, T, D), (B, Hkv, T, D)
     batch, heads, tokens, head_dim = query.shape
@@ -104,7 +133,15 @@ def fused_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
 
 
 def varlen_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
-    """What the backward of flash attention over packed documents uses inside."""
+    """Compute what the backward of flash attention over packed documents uses inside.
+
+    Args:
+        arguments: of the operation.
+        card: that it runs on.
+
+    Returns:
+        Bytes.
+    """
     _, query, key, _, _, _, bounds, *_ = arguments  # (T, Hq, D), (T, Hkv, D), (N + 1,)
     tokens, heads, head_dim = query.shape
     processors = card.processors_summed_over(query.dtype)
@@ -113,40 +150,92 @@ def varlen_backward_bytes(arguments: tuple[Any, ...], card: Card) -> int:
 
 
 def index_add_bytes(arguments: tuple[Any, ...]) -> int:
-    """The sorted sum by which torch makes it deterministic takes a copy of what is added."""
+    """Compute what the deterministic index_add_ uses inside: the sorted sum takes a copy of what is added.
+
+    Args:
+        arguments: of the operation.
+
+    Returns:
+        Bytes.
+    """
     return arguments[3].nbytes
 
 
 def keep_mask_bytes(arguments: tuple[Any, ...]) -> int:
-    """Dropout's draws, 64 bits for four elements, and what the comparison gives, next to the mask itself."""
+    """Count dropout's draws, 64 bits for four elements, and what the comparison gives, without the mask itself.
+
+    Args:
+        arguments: of the operation.
+
+    Returns:
+        Bytes.
+    """
     like, in_features, *_ = arguments
     elements = like.shape[0] * in_features
     return 8 * math.ceil(elements / 4) + elements
 
 
 def adamw_32bit_bytes(arguments: tuple[Any, ...]) -> int:
-    """bitsandbytes' update on a CPU, written in torch, has three fp32 tensors of its own at once; on CUDA none."""
+    """Count what bitsandbytes' update on a CPU, written in torch, has at once: three fp32 tensors; on CUDA none.
+
+    Args:
+        arguments: of the operation.
+
+    Returns:
+        Bytes.
+    """
     parameter = arguments[2]
     return (3 + (parameter.dtype != torch.float32)) * 4 * parameter.numel()
 
 
 def adamw_8bit_bytes(arguments: tuple[Any, ...]) -> int:
-    """Likewise; both moments in fp32 come to them."""
+    """Count the same for 8-bit state, with both moments in fp32.
+
+    Args:
+        arguments: of the operation.
+
+    Returns:
+        Bytes.
+    """
     return adamw_32bit_bytes(arguments) + 2 * 4 * arguments[2].numel()
 
 
 def blockwise_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
-    """What attention by blocks of queries uses inside its forward."""
+    """Compute what attention by blocks of queries uses inside its forward.
+
+    Args:
+        arguments: of the operation.
+        on_cuda: with blocks as large as there.
+
+    Returns:
+        Bytes.
+    """
     query, key, _, _, _, *settings = arguments
     return blockwise_workspace_bytes(query, key, *settings, backward=False, on_cuda=on_cuda)
 
 
 def blockwise_backward_bytes(arguments: tuple[Any, ...], *, on_cuda: bool) -> int:
-    """Likewise inside its backward."""
+    """Compute what attention by blocks of queries uses inside its backward.
+
+    Args:
+        arguments: of the operation.
+        on_cuda: with blocks as large as there.
+
+    Returns:
+        Bytes.
+    """
     _, query, key, _, _, _, *settings = arguments
     return blockwise_workspace_bytes(query, key, *settings, backward=True, on_cuda=on_cuda)
 
 
 def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
-    """What a norm in plain torch uses inside; on CUDA one kernel keeps it in registers."""
+    """Compute what a norm in plain torch uses inside; on CUDA one kernel keeps it in registers.
+
+    Args:
+        arguments: of the operation.
+        backward: of the backward one.
+
+    Returns:
+        Bytes.
+    """
     return norm_workspace_bytes(arguments[1 if backward else 0], backward=backward)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.adapters.inject import find_targets
 from qlora_trainer.adapters.peft_format import StoredAdapter, setting_differences
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.empty import empty_model

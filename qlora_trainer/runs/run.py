@@ -14,7 +14,8 @@ import torch
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
 from qlora_trainer.common.atomic import replaced_directory
 from qlora_trainer.common.errors import (
     DiskError,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.inject import _lora_layers
+from qlora_trainer.adapters.inject import lora_layers
 
 ALIGNMENT = 16  # bytes
 
@@ -156,7 +156,7 @@ def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dt
         groups: that hold them.
         dtype: of computation.
     """
-    layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
+    layers = [layer for layer in lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
     casts: dict[int, Tensor] = {}
     trained = {id(layer.lora_A.weight) for layer in layers}
     for group in groups:

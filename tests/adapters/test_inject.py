@@ -15,13 +15,13 @@ from qlora_trainer.adapters.inject import (
     adapter_state_dict,
     add_adapters,
     check_trainable,
-    find_targets,
     load_adapter_state,
     lora_state_dict,
     mark_only_lora_as_trainable,
     trainable_parameters,
 )
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model

@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import qlora_trainer.model.modules.nf4_linear  # noqa: F401  # guards the import of bitsandbytes, which PEFT repeats
 from qlora_trainer.adapters import peft_format
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, StoredAdapter, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, write_adapter
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 
 RANK = 4

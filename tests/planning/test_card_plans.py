@@ -16,8 +16,11 @@ from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import memory_plan as planning
 from qlora_trainer.planning import workspaces
+from qlora_trainer.planning.empty_run import empty_run, planned_card, planned_dtype
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.planning.step_memory import PAGED
+from qlora_trainer.training.activations import choose_policy
 
 Config = Callable[..., RunConfig]
 LLAMA_8B: dict[str, Any] = json.loads(
@@ -75,12 +78,12 @@ def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_
 
 
 def test_a_card_older_than_ampere_is_planned_in_float16(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planning.planned_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
+    assert planned_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
     a_card_is_here(monkeypatch, (7, 5))
     config = config_of(llama_8b)
-    card = planning.planned_card(config)
+    card = planned_card(config)
     assert card == Card((7, 5), 40)
-    assert planning.planned_dtype(config, card) == torch.float16
+    assert planned_dtype(config, card) == torch.float16
     plan = plan_memory(llama_8b, config, layers=1)
     assert "8.0 (Ampere) or higher, and this one has 7.5" in plan.attention
     assert plan.card == "compute capability 7.5, 40 multiprocessors"
@@ -154,8 +157,8 @@ def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
     """Short rows pack into a micro-batch as full as one long row, and flash attention pads each."""
     config = tiny_config(model={"compute_dtype": "bfloat16"}, training={"global_batch_size": global_batch_size})
     card = Card((8, 0), 128)
-    policy = planning.choose_policy(config.training, torch.device("cuda"))
-    _, pack, _ = planning.empty_run(tiny_llama, config, torch.bfloat16, policy, card=card)
+    policy = choose_policy(config.training, torch.device("cuda"))
+    _, pack, _ = empty_run(tiny_llama, config, torch.bfloat16, policy, card=card)
     assert pack.tokens == 128
     assert len(pack.row_lengths) == documents
 
@@ -210,7 +213,7 @@ def test_cublas_workspaces_are_part_of_what_torch_reserves(
     more = 2 * (32_768 - 8_320) * 1024
     for name in ("allocated", "reserved", "total"):
         assert getattr(large, name) - getattr(small, name) == more, name
-    assert large.total == large.reserved + large.components[planning.PAGED] + planning.CUDA_CONTEXT_BYTES
+    assert large.total == large.reserved + large.components[PAGED] + planning.CUDA_CONTEXT_BYTES
 
 
 @pytest.mark.parametrize(("rows", "features"), [(64, 48), (7, 33)])

@@ -23,6 +23,7 @@ from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning import memory_plan as planning
+from qlora_trainer.planning.empty_run import empty_run, keeps_apart, longest_pack
 from qlora_trainer.planning.fit import (
     GRAIN,
     Budget,
@@ -32,12 +33,18 @@ from qlora_trainer.planning.fit import (
     longest_context,
     with_length,
 )
-from qlora_trainer.planning.memory_plan import (
-    MemoryPlan,
-    empty_run,
-    keeps_apart,
-    longest_pack,
-    plan_memory,
+from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.step_memory import (
+    ACTIVATIONS,
+    ADAPTERS,
+    BASE,
+    DENSE,
+    GRADIENTS,
+    HEAD,
+    PAGED,
+    PAGED_ELEMENTS,
+    STATE,
+    persistent_tensors,
     track_steps,
 )
 from qlora_trainer.runs import start as runs
@@ -160,7 +167,7 @@ def test_a_change_of_the_step_changes_the_plan(
     with_live_tensor(monkeypatch, numel=10_000)
     after = plan_memory(tiny_llama, tiny_config())
     assert after.allocated - before.allocated == 40_000
-    assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
+    assert after.components[ACTIVATIONS] - before.components[ACTIVATIONS] == 40_000
 
 
 def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
@@ -178,16 +185,16 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
     plan = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}))
     parts = plan.components
-    assert plan.total == plan.reserved + parts[planning.PAGED] + parts[planning.CONTEXT]
+    assert plan.total == plan.reserved + parts[PAGED] + parts[planning.CONTEXT]
     assert plan.reserved == plan.allocated + parts[planning.SLACK]
     run = start_run(tiny_config(adapter={"rank": 64}, model={"compute_dtype": "bfloat16"}))
-    assert parts[planning.BASE] + parts[planning.HEAD] + parts[planning.DENSE] == run.base.bytes
+    assert parts[BASE] + parts[HEAD] + parts[DENSE] == run.base.bytes
     (group,) = run.state.groups
-    assert parts[planning.ADAPTERS] == parts[planning.GRADIENTS] == group.data.nbytes
+    assert parts[ADAPTERS] == parts[GRADIENTS] == group.data.nbytes
     # Of the same bytes the moments page, as the group has over 100,000 numbers.
-    assert group.data.numel() > planning.PAGED_ELEMENTS
-    assert parts[planning.PAGED] == run.state.optimizer.state_bytes
-    assert parts[planning.STATE] == 0
+    assert group.data.numel() > PAGED_ELEMENTS
+    assert parts[PAGED] == run.state.optimizer.state_bytes
+    assert parts[STATE] == 0
 
 
 def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
@@ -197,27 +204,27 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
         return plan_memory(tiny_llama, tiny_config(**changes))
 
     plain, host = planned(), planned(model={"embeddings": "cpu"})
-    dense = plain.components[planning.HEAD] // 2
-    assert (host.host, host.components[planning.HEAD]) == (dense, dense)
+    dense = plain.components[HEAD] // 2
+    assert (host.host, host.components[HEAD]) == (dense, dense)
     assert host.base_parameters == plain.base_parameters
     numbers = dense // 2
     eight, four = planned(model={"lm_head": "8bit"}), planned(model={"lm_head": "4bit"})
-    assert eight.components[planning.HEAD] == dense + numbers + 4 * (numbers // 64)
-    assert dense + 0.5 * numbers < four.components[planning.HEAD] < dense + 0.55 * numbers + 4 * 256
+    assert eight.components[HEAD] == dense + numbers + 4 * (numbers // 64)
+    assert dense + 0.5 * numbers < four.components[HEAD] < dense + 0.55 * numbers + 4 * 256
     assert eight.base_parameters == four.base_parameters == plain.base_parameters
     halved = planned(adapter={"dtype": "bfloat16", "rank": 64})
     whole = planned(adapter={"rank": 64})
-    for part in (planning.ADAPTERS, planning.GRADIENTS):
+    for part in (ADAPTERS, GRADIENTS):
         assert 2 * halved.components[part] == whole.components[part]
-    assert halved.components[planning.PAGED] == whole.components[planning.PAGED], "Adam's moments stay fp32"
+    assert halved.components[PAGED] == whole.components[PAGED], "Adam's moments stay fp32"
 
 
 def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
     small = plan_memory(tiny_llama, tiny_config(adapter={"rank": 2}))
     plain = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
     for plan in (small, plain):
-        assert plan.components[planning.PAGED] == 0
-        assert plan.components[planning.STATE] >= 2 * plan.components[planning.ADAPTERS]
+        assert plan.components[PAGED] == 0
+        assert plan.components[STATE] >= 2 * plan.components[ADAPTERS]
 
 
 @pytest.mark.slow
@@ -393,15 +400,15 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 ) -> None:
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
     config = tiny_config(adapter={"rank": 64})
-    state, *_ = planning.empty_run(tiny_llama, config, torch.bfloat16, Policy("none"))
+    state, *_ = empty_run(tiny_llama, config, torch.bfloat16, Policy("none"))
     size = state.groups[0].data.numel()
-    assert size > planning.PAGED_ELEMENTS
+    assert size > PAGED_ELEMENTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kinds = planning.persistent_tensors(state, on_cuda=True)
-    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (planning.STATE, planning.PAGED)}
+    kinds = persistent_tensors(state, on_cuda=True)
+    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (STATE, PAGED)}
     moments = 2 * 4 * size
-    expected = {planning.STATE: 0, planning.PAGED: moments} if works else {planning.STATE: moments, planning.PAGED: 0}
+    expected = {STATE: 0, PAGED: moments} if works else {STATE: moments, PAGED: 0}
     assert bytes_of == expected
 
 

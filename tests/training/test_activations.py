@@ -11,7 +11,8 @@ from torch import Tensor
 from qlora_kernels.host_copy import HostCopy
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.memory_plan import ASSUMED_CARD, HOST, longest_pack, track_steps
+from qlora_trainer.planning.empty_run import ASSUMED_CARD, longest_pack
+from qlora_trainer.planning.step_memory import HOST, track_steps
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as patched_modules
 from qlora_trainer.training.activations import LEVELS, Policy, apply_policy, decoder_layers
