@@ -22,7 +22,7 @@ def quiet(record: dict[str, Any]) -> None:
 
 
 def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
-    pairs = compare(tiny_llama, rows, steps=20, global_batch_size=3, work=tmp_path)
+    pairs = compare(tiny_llama, rows, steps=20, batch_size=3, work=tmp_path)
     assert len(pairs) == 20
     assert pairs[-1][1] < pairs[0][1]
     for ours, theirs in pairs:
@@ -32,7 +32,7 @@ def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Pat
 def test_contenders_of_the_cpu_benchmark_learn_the_same_from_the_same_rows(
     tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
-    job = contenders.Job(str(tiny_llama), str(rows), steps=3, global_batch_size=4, rank=4, work=str(tmp_path))
+    job = contenders.Job(str(tiny_llama), str(rows), steps=3, batch_size=4, rank=4, work=str(tmp_path))
     mine, theirs = contenders.ours(job, "none"), contenders.hand_written_loop(job)
     assert mine.losses[0] == pytest.approx(theirs.losses[0], rel=1e-6)
     assert mine.losses == pytest.approx(theirs.losses, rel=1e-4), "Adam makes much of a first gradient's last bits"

@@ -58,11 +58,11 @@ def test_unknown_choice_of_kernels_ends_a_run_before_it_begins(
 
 
 def test_doctor_prints_each_finding_with_its_advice_below(qlora: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora_trainer.cli import doctor
+    from qlora_trainer.cli import doctor_checks
     from qlora_trainer.cli.findings import Finding
 
     found = [Finding("Disk", "problem", "[bold]/x[/] is full", "Empty it."), Finding("Python", "ok", "3.11")]
-    monkeypatch.setattr(doctor, "examine", lambda cache: found)
+    monkeypatch.setattr(doctor_checks, "examine", lambda cache: found)
     assert qlora("doctor") == (1, "", "problem Disk [bold]/x[/] is full → Empty it. ok Python 3.11")
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.cli import inspect as inspection
+from qlora_trainer.cli import show_rows as inspection
 from qlora_trainer.cli.show_rows import bars, row_to_json, show_row
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.schema import DataConfig

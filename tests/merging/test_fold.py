@@ -36,7 +36,7 @@ from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import KL_BOUNDS, Verification, choose_base, verify_merge
 from qlora_trainer.model.forward import LossPath
-from qlora_trainer.weights import model_directory as tensor_io
+from qlora_trainer.weights import reading
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.gguf.reader import GGUFWeights
 from qlora_trainer.weights.model_directory import checkpoint_tensors
@@ -100,8 +100,8 @@ def test_blocks_of_rows_give_the_bits_of_whole_tensors(
     merge(llama.inputs, tmp_path / "whole", dtype=torch.float32)
     blocks = functools.partial(merging.row_blocks, block_elements=1)
     assert len(blocks((640, 64))) == 2
-    for limit in (merging, tensor_io):
-        monkeypatch.setattr(limit, "row_blocks", blocks)
+    for module in (merging, reading):
+        monkeypatch.setattr(module, "row_blocks", blocks)
     merge(llama.inputs, tmp_path / "blocks", dtype=torch.float32)
     whole, by_blocks = stored(tmp_path / "whole"), stored(tmp_path / "blocks")
     assert all(torch.equal(whole[name], by_blocks[name]) for name in whole)
@@ -416,8 +416,8 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
     directory = import_gguf(write_gguf(tmp_path / "base.gguf", tiny_weights(untied=untied)), tmp_path / "cache", silent)
     run = train(directory)
     vocabulary = run.model.config.vocab_size
-    for limit in (merging, tensor_io):
-        monkeypatch.setattr(limit, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=64))
+    for module in (merging, reading):
+        monkeypatch.setattr(module, "row_blocks", functools.partial(row_blocks, block_elements=1, minimum_rows=64))
     read_most: dict[str, int] = {}
     read = GGUFWeights.read
 

@@ -35,7 +35,7 @@ from qlora_trainer.merging.streamed_model import (
     streaming_device,
 )
 from qlora_trainer.merging.trained_weights import trained_weights
-from qlora_trainer.model import load as model_space
+from qlora_trainer.model import empty
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 from qlora_trainer.weights.reading import read_tensor
@@ -237,7 +237,7 @@ def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
 def test_what_is_fused_while_loading_is_loaded_whole(
     tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_space, "split_experts", lambda model, stored: [])
+    monkeypatch.setattr(empty, "split_experts", lambda model, stored: [])
     model = load_streamed_model(tiny_models("mixtral"), CPU)
     assert matrices(model) == []
     assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))

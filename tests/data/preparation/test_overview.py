@@ -30,7 +30,7 @@ from qlora_trainer.data.preparation.reports import PreparationReport, SetReport,
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 
 
-@given(train=LENGTHS, eval=st.lists(st.integers(1, 9000), max_size=20))
+@given(train=LENGTHS, eval_set=st.lists(st.integers(1, 9000), max_size=20))
 def test_every_row_is_counted_in_the_bin_of_its_length(train: list[int], eval_set: list[int]) -> None:
     found = count_lengths(np.array(train), np.array(eval_set, dtype=np.int64))
     edges = found.edges

@@ -89,11 +89,13 @@ def test_product_with_few_tokens_errs_little_more_than_plain_torch(
     bias = between_guards(normal(out_features, seed=2).to(dtype)) if has_bias else None
     found = multiplied(x, weight, bias)
     plain = multiply_few_torch(x, *tables_of(weight), bias, None, out_features, 64, 256)
-    exact = x.double() @ dequantize_nf4(weight, dtype).double().T
-    exact += 0.0 if bias is None else bias.double()
+    values = dequantize_nf4(weight, dtype).double()
+    exact = x.double() @ values.T + (0.0 if bias is None else bias.double())
     assert found.dtype == dtype
     error, allowed = ((value.double() - exact).norm() for value in (found, plain))
-    assert error <= 1.1 * allowed + 2e-7 * exact.norm()
+    # Partial sums round at their own size, which a sum of one row may fall far below by cancellation.
+    size = (x.double().square() @ values.square().T).sum().sqrt()
+    assert error <= 1.1 * allowed + 2e-7 * size
 
 
 def test_product_takes_x_that_is_not_contiguous_and_none_at_all() -> None:

@@ -108,7 +108,7 @@ def test_a_trained_bias_of_the_head_gets_its_gradient() -> None:
 
 def test_a_quantized_head_is_no_target_of_adapters(tiny_llama: Path) -> None:
     model = base(tiny_llama, lm_head="4bit", embeddings="cpu").model
-    assert "lm_head" not in find_targets(model, AdapterConfig().targets)
+    assert "lm_head" not in find_targets(model, AdapterConfig().target_modules)
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(AdapterError, match="Embeddings and the LM head are not adapted"):
             find_targets(model, [name])
