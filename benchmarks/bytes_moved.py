@@ -1,4 +1,4 @@
-"""What operations read and write, counted on fake tensors: the price, on a GPU, of all that is no matrix product.
+"""Count what operations read and write, on fake tensors: on a GPU the price of all that is no matrix product.
 
 Each operation that torch runs is one pass, a kernel of its own: it reads every tensor it is given once and writes every
 one it makes once. That is the least such a pass can move, so counts are lower bounds, for ours and for others' alike.
@@ -22,7 +22,7 @@ _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 @dataclass(frozen=True)
 class Moved:
-    """Of one computation."""
+    """Hold the bytes and passes of one computation."""
 
     bytes: int
     passes: int
@@ -59,7 +59,7 @@ class _Count(TorchDispatchMode):
 
 
 def _held(tensor: Tensor) -> int:
-    """Bytes of the elements, those of a broadcast dimension once."""
+    """Count the bytes of the elements, those of a broadcast dimension once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0 or size == 0)
     return math.prod(sizes) * tensor.element_size()
 
@@ -69,7 +69,7 @@ def moved(
     *inputs: tuple[tuple[int, ...], torch.dtype],  # shape and dtype of each argument
     gradients: int = 0,
 ) -> Moved:
-    """What a function of tensors moves; or its backward, where that gives the first so many inputs a gradient."""
+    """Count what a function of tensors moves; or its backward, where that gives the first so many inputs a gradient."""
     with FakeTensorMode():
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
         if gradients == 0:

@@ -1,4 +1,4 @@
-"""What computes on a CPU, next to what it replaces: NF4 in elements a second, dense products in FLOP/s, in one run.
+"""Measure what computes on a CPU against what it replaces: NF4 in elements a second, dense products in FLOP/s.
 
     python -m benchmarks.cpu_kernels [--rows 4096] [--columns 14336] [--tokens 1024] [--repeats 7]
 
@@ -29,7 +29,7 @@ SHAPES = [(576, 1536), (4096, 4096), (4096, 11008), (4096, 16), (16, 4096)]  # i
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The median; the first call warms up."""
+    """Return the median time; the first call warms up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

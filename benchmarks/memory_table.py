@@ -1,4 +1,4 @@
-"""Memory of a training step of 7B and 8B models: ours next to peft + bitsandbytes with checkpointing.
+"""Compute the memory of a training step of 7B and 8B models: ours, and peft + bitsandbytes with checkpointing.
 
     python -m benchmarks.memory_table [--model NAME ...] [--only-peak | --only-context] [--layers N] [--json]
 
@@ -64,7 +64,7 @@ PUBLISHED_MODEL = "llama-3.1-8b"
 
 @dataclass(frozen=True)
 class Figure:
-    """One plan, ours or the peer's; in bytes."""
+    """Hold one plan, ours or the peer's; in bytes."""
 
     model: str
     who: str
@@ -122,7 +122,7 @@ def peer_figure(model: str, rank: int, who: str, plan: PeerPlan) -> Figure:
 
 
 def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figure]:
-    """The first table's figures of one model."""
+    """Plan the first table's figures of one model."""
     figures = []
     for memory_efficient in (False, True):
         plan = plan_memory(directory, our_config(directory, PEAK_RANK, PEAK_TOKENS, memory_efficient))
@@ -136,7 +136,7 @@ def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figur
 
 
 def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[str, dict[int, Figure | None]]:
-    """The second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
+    """Plan the second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
 
     def ours(tokens: int, memory_efficient: bool) -> Figure:
         plan = plan_memory(directory, our_config(directory, CONTEXT_RANK, tokens, memory_efficient))
@@ -167,7 +167,7 @@ def longest(
     limit: int,
     budget: int,
 ) -> Figure | None:
-    """The longest row whose plan fits, where one longer by PRECISION, or by GRAIN, was found not to.
+    """Find the longest row whose plan fits, where one longer by PRECISION, or by GRAIN, was found not to.
 
     What a row needs is nearly a line, so the next length to plan is where the line meets the budget, or the shortest
     step from what is known.
@@ -221,7 +221,7 @@ def print_contexts(model: str, found: dict[str, dict[int, Figure | None]]) -> No
 
 
 def cut(directory: Path, layers: int, work: Path) -> Path:
-    """A directory with the same config but so many layers."""
+    """Make a directory with the same config but so many layers."""
     raw = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": layers}
     target = work / directory.name
     target.mkdir()

@@ -1,4 +1,4 @@
-"""The memory plan against what really happens, on the CPU.
+"""Compare the memory plan with what really happens, on the CPU.
 
     python -m benchmarks.plan_against_real [--model DIRECTORY] [--json]
 
@@ -101,7 +101,7 @@ SETTINGS: list[tuple[str, Changes]] = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """Peak bytes of one setting."""
+    """Hold the peak bytes of one setting."""
 
     setting: str
     planned: int
@@ -111,7 +111,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the plan, as a share of what the profiler saw."""
+        """Compute the plan's error, as a share of what the profiler saw."""
         return self.planned / self.profiled - 1
 
     @property
@@ -148,7 +148,7 @@ def config_for(directory: Path, changes: Changes) -> RunConfig:
 
 
 def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
-    """A run before its first step, from the weights on disk, and its longest micro-batch."""
+    """Build a run before its first step, from the weights on disk, and its longest micro-batch."""
     base = load_base_model(directory, config.model)
     torch.manual_seed(0)
     add_adapters(base.model, config.adapter, config.training.seed)
@@ -160,7 +160,7 @@ def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
 
 
 def profiled_peak(state: TrainState, pack: Pack) -> int:
-    """Most bytes alive in the second step: those before it, and the allocator's events in it."""
+    """Count the most bytes alive in the second step: those before it, and the allocator's events in it."""
     state.model.train()
     train_step(state, [pack])
     persistent = [tensor for tensors in persistent_tensors(state, on_cuda=False).values() for tensor in tensors]
@@ -181,7 +181,7 @@ def tensors_of(pack: Pack) -> list[torch.Tensor]:
 
 
 def make_model(directory: Path, family: str) -> Path:
-    """A model of the family with random weights; nothing is made twice."""
+    """Make a model of the family with random weights; nothing is made twice."""
     if not directory.exists():
         raw = {"model_type": family, **SHAPE, **FAMILIES[family]}
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The first part: versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
+"""Report versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
 
 Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, in this order,
 and a line is printed where it works: bitsandbytes ends the process where CUDA refuses it, so first_gpu.sh looks for the
@@ -25,7 +25,7 @@ NO_CUDA = 4  # exit code
 
 
 def report_environment(kit: Kit, device: Device) -> int:
-    """Report this machine; 4 where it should have a card and torch sees none."""
+    """Report this machine; returns 4 where it should have a card and torch sees none."""
     versions = {name: _version(name) for name in PACKAGES}
     facts: dict[str, Any] = {
         "python": platform.python_version(),

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU, in the order of what they tell: bash benchmarks/first_gpu/first_gpu.sh [STAGE ...]
+# Measure the first minutes on a GPU, the most important first: bash benchmarks/first_gpu/first_gpu.sh [STAGE ...]
 #
 # Installs nothing: python3, or KIT_PYTHON, has the project's requirements and its extra `test`. As .gpu/kit/first_gpu.sh,
 # where .gpu traveled to a machine without a network, it installs the wheels of .gpu/whl into KIT_SITE first.
 #
-# Each stage has its own time limit, writes into $OUT/all.log as it goes, and says VERDICT lines, which also are in
+# Each stage has its own time limit, writes into $OUT/all.log as it goes, and prints VERDICT lines, which are kept in
 # $OUT/verdicts.txt. What was tried is marked in $KIT_WORK/done, so a second call goes on where the first ended; naming
-# stages runs those again. No stage begins that would outlast KIT_BUDGET seconds. KIT_DRY=1: all of it on a CPU, with a
-# tiny model; KIT_PATIENCE multiplies budget and limits there, for busy machines.
+# stages runs those again. No stage begins that would run longer than KIT_BUDGET seconds. KIT_DRY=1: all of it on a CPU,
+# with a tiny model; KIT_PATIENCE multiplies budget and limits there, for busy machines.
 set -u -o pipefail
 
 KIT=$(cd "$(dirname "$0")" && pwd)
@@ -32,7 +32,7 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8 # what Hopper takes anyway, and what dete
 export KIT_PLANS=${KIT_PLANS:-$KIT/plans.json}
 [ -f "$KIT_PLANS" ] || KIT_PLANS=$KIT_WORK/plans.json
 
-# Checkpoints record the project's version, which a checkout that is not installed has no metadata of.
+# Checkpoints record the project's version, for which a checkout that is not installed has no metadata.
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1)
 mkdir -p "$KIT_WORK/meta/qlora_trainer-$VERSION.dist-info"
 printf 'Metadata-Version: 2.1\nName: qlora-trainer\nVersion: %s\n' "$VERSION" \
@@ -123,8 +123,8 @@ fi
 
 # Where the checkpoint and the runs lie: in memory if there is space for 16 GB and the merged model, else on the disk.
 if [ -z "${KIT_MODEL:-}" ] && [ "$KIT_DRY" != 1 ]; then
-  module=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
-  if [ "${module:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
+  free=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
+  if [ "${free:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
     mkdir -p /dev/shm/kit/runs
     export KIT_MODEL=/dev/shm/kit/model
     [ -e "$KIT_WORK/runs" ] || ln -s /dev/shm/kit/runs "$KIT_WORK/runs"

@@ -1,4 +1,4 @@
-"""Our kernels' times: the table of benchmarks.gpu, and the product of few tokens next to bitsandbytes' own.
+"""Time our kernels: the table of benchmarks.gpu, and the product of few tokens, ours and bitsandbytes'.
 
 Timing is benchmarks.gpu's: launching hidden, and weights that no cache holds.
 """
@@ -22,7 +22,7 @@ TOKENS = (1, 4, 16)
 
 
 def measure_kernels(kit: Kit, device: Device) -> None:
-    """The table, and few tokens. A dry run computes the table for a card, and measures nothing."""
+    """Measure the table, and few tokens. A dry run computes the table for a card, and measures nothing."""
     roofs, lines = gpu.kernel_lines(kit.is_dry)
     gpu.print_kernels(roofs, lines)
     kit.result("roofs", bandwidth=roofs.bandwidth, flops=roofs.flops)

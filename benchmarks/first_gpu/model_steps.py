@@ -1,4 +1,4 @@
-"""Steps that look at one part of a run: generation by either product, and the optimizer's paged state."""
+"""Measure one part of a run: generation by either product, and the optimizer's paged state."""
 
 import math
 import os
@@ -17,7 +17,7 @@ KERNELS = "QLORA_KERNELS"
 
 
 def generate(runs: BaseRuns) -> None:
-    """Tokens a second with our product over four bits, and by dequantizing first."""
+    """Measure tokens a second with our product over four bits, and by dequantizing first."""
     run = runs.start("generate", 2048, RECOMPUTE, 2)
     prompt = run.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
     new = 4 if runs.kit.is_dry else 64
@@ -43,7 +43,7 @@ def generate(runs: BaseRuns) -> None:
 def _fastest(
     runs: BaseRuns, model: torch.nn.Module, tokenizer: object, prompt: list[int], batch: int, new: int
 ) -> float:
-    """Seconds of the faster of two tries."""
+    """Return the seconds of the faster of two tries."""
     best = math.inf
     for _ in range(2):
         runs.device.synchronize()
@@ -55,7 +55,7 @@ def _fastest(
 
 
 def paging(runs: BaseRuns) -> None:
-    """Whether optimizer state really leaves the card, and what an update costs when it has.
+    """Measure whether optimizer state really leaves the card, and what an update costs when it has.
 
     The host touches the pages, and the card is never filled: managed memory beyond a card's own can hang it.
     """

@@ -1,4 +1,4 @@
-"""Where a step's time goes: how long the card is busy of it, and by which kernels.
+"""Profile a step: how long of it the card is busy, and by which kernels.
 
 If it is far below 90 % at 2,048 tokens, the processor is the bound there, and only longer rows say something of the
 kernels. A dry run profiles the processor.
@@ -17,7 +17,7 @@ MOST_LISTED = 40
 
 
 def profile_steps(runs: BaseRuns) -> None:
-    """A step of 2,048 and one of 16,384 tokens."""
+    """Profile a step of 2,048 and one of 16,384 tokens."""
     for tokens in (2048, 16384):
         _profile_step(runs, tokens)
 
@@ -64,7 +64,7 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length that intervals cover together: what two streams do at once counts once."""
+    """Compute the length that intervals cover together: what two streams do at once counts once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

@@ -65,13 +65,13 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
         The plan; None where no policy fits.
     """
     progress("planning memory", 0, None)
-    if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
-        keep = _plan(directory, config, Policy("none"))
-        if budget.holds(keep):
-            return keep
-    recompute = _plan(directory, config, Policy("full"))
-    if recompute.total <= budget.card:
-        return _keep_what_fits(directory, config, recompute, budget.card, progress)
+    if config.model.device == "cpu":  # where nearly all runs keep everything, and planning takes time from them
+        all_kept = _plan(directory, config, Policy("none"))
+        if budget.holds(all_kept):
+            return all_kept
+    none_kept = _plan(directory, config, Policy("full"))
+    if none_kept.total <= budget.card:
+        return _keep_some_layers(directory, config, none_kept, budget.card, progress)
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)
         for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
@@ -254,17 +254,17 @@ def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
     return _set(config, training={"micro_batch_tokens": tokens})
 
 
-def _keep_what_fits(
-    directory: Path, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
+def _keep_some_layers(
+    directory: Path, config: RunConfig, none_kept: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
-    """Plan to keep the activations of as many layers as fit; `recompute`, which keeps none, fits."""
+    """Plan to keep the activations of as many layers as fit; `none_kept`, which keeps none, fits."""
     layers = len(layer_kinds(directory))
     keeping, recomputing = (
         bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
     )
     kept_bytes = keeping - recomputing
     # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
-    kept = min((budget - recompute.total) // kept_bytes + 1, layers)
+    kept = min((budget - none_kept.total) // kept_bytes + 1, layers)
     while kept > 0:
         progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
         plan = _plan(
@@ -273,7 +273,7 @@ def _keep_what_fits(
         if plan.total <= budget:
             return plan
         kept -= -(-(plan.total - budget) // kept_bytes)
-    return recompute
+    return none_kept
 
 
 def _plan(directory: Path, config: RunConfig, policy: Policy) -> MemoryPlan:

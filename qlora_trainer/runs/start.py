@@ -115,7 +115,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
         run.warnings.append(
-            f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
+            f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)

@@ -27,7 +27,7 @@ from qlora_trainer.training.patches import tile_mlps
 
 Level = Literal["none", "full", "offload", "tiled"]
 LEVELS: tuple[Level, ...] = ("none", "full", "offload", "tiled")
-MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host represents; more cost as much again in time
+MOST_BETWEEN_OFFLOADED = 3  # layers of which one has its input in host memory; more cost as much again in time
 HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 TILES = 8  # what one tile of an MLP takes is then less than what attention takes of the whole row
 TILED_WORKSPACE = 1 << 24  # elements of a weight dequantized at a time under `tiled`
@@ -38,8 +38,8 @@ class Policy:
     """Say what backward keeps; each level of LEVELS needs less memory on the device than the one before it."""
 
     level: Level
-    uncheckpointed_layers: int = 0  # of the last layers; they keep all under every level
-    offload_every_n_layers: int = 1  # offload and tile: the input of every so many layers is kept on the host
+    uncheckpointed_layers: int = 0  # of the last layers: all of theirs is kept, under every level
+    offload_every_n_layers: int = 1  # offload and tiled: of so many layers the input of one is in host memory
 
     def less_memory(self) -> "Policy | None":
         """Return the next policy with less on the device: first no layer keeps everything, then a level further.
@@ -67,9 +67,9 @@ class Policy:
     def __str__(self) -> str:
         parts: list[str] = [self.level]
         if self.level != "none" and self.uncheckpointed_layers:
-            parts.append(f"the last {self.uncheckpointed_layers} layers keep all")
+            parts.append(f"but for the last {self.uncheckpointed_layers} layers")
         if self.level in ("offload", "tiled") and self.offload_every_n_layers > 1:
-            parts.append(f"one layer's input of {self.offload_every_n_layers} on the host")
+            parts.append(f"the input of one layer in {self.offload_every_n_layers} in host memory")
         return ", ".join(parts)
 
 

@@ -140,7 +140,7 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
         return False
     try:
         state.set_memory(state.loader.micro_batch_tokens, policy)
-    except ModelError:  # its layers cannot be recomputed, as all with less memory policies do
+    except ModelError:  # its layers cannot be recomputed, as every policy with less memory does
         return False
     return True
 
@@ -165,10 +165,10 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
     if after[0] != before[0]:
         changes.append(f"micro-batches of at most {after[0]:,} tokens (before: {before[0]:,})")
     if after[1] != before[1]:
-        changes.append(f"activations {after[1]} (before: {before[1]})")
+        changes.append(f"activation checkpointing {after[1]} (before: {before[1]})")
     return (
         f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
-        "which the run keeps: its steps learn from the same rows; only last bits differ (and dropout's masks, where "
+        "which the run keeps. Its steps train on the same rows; only last bits differ (and dropout's masks, where "
         "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
         "training.activation_checkpointing."
     )
@@ -179,11 +179,11 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
     host = ""
     if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
         needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
-        host = f" To offload would take {needed / 2**30:.1f} GiB of host memory, more than is free there."
+        host = f" Offloading would take {needed / 2**30:.1f} GiB of host memory, more than is free there."
     return (
         f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
-        f"activations {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, or resume on "
-        f"a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
+        f"activation checkpointing {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, "
+        f"or resume on a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
         "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was trained."
     )
 

@@ -414,7 +414,7 @@ def test_a_model_that_cannot_recompute_has_no_smaller_policy(wide_config: Config
     run = started(wide_config())
     run.state.model.supports_gradient_checkpointing = False
     scarcity.limit = lambda: 0
-    with pytest.raises(InsufficientMemoryError, match="even with activations keep") as raised:
+    with pytest.raises(InsufficientMemoryError, match="even with activation checkpointing none") as raised:
         take_step(run.state)
     assert not isinstance(raised.value, MicroBatchError)
 
