@@ -82,11 +82,11 @@ def compile_ahead(case: Case, architecture: int) -> Compiled:
         path = Path(directory) / "kernel.ptx"
         path.write_text(made.asm["ptx"])
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", str(path), "-o", os.devnull]
-        reported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack, stores, loads = _numbers(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reported
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output
     )
-    (registers,) = _numbers(r"Used (\d+) registers", reported)
+    (registers,) = _numbers(r"Used (\d+) registers", output)
     return Compiled(registers, stack, stores + loads, made.metadata.shared, made.asm["ptx"])
 
 

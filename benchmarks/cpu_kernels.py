@@ -77,8 +77,8 @@ def measure_nf4(rows: int, columns: int, repeats: int) -> bool:
         "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
         "ours, in its workspace": lambda: our_values(ours, out),
     }
-    for reported, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
-        print(f"NF4, {rows} x {columns}, {reported}: G elements a second")
+    for direction, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
+        print(f"NF4, {rows} x {columns}, {direction}: G elements a second")
         rates = {name: weight.numel() / seconds(function, repeats) / 1e9 for name, function in contenders.items()}
         for name, rate in rates.items():
             print(f"  {name:26}{rate:8.3f}{rate / rates['ours']:8.3f} times ours")

@@ -7,7 +7,7 @@ All three learn the same label tokens of the same rows in the same steps, on the
 linear layer, each in a process of its own. Ours and the loop compute in fp32 from the same adapter at the same learning
 rates, so their losses must agree: the command fails where they differ by more than 1e-3, relatively. TRL runs at its
 defaults, which compute in bf16 and train bf16 adapters at another rate; its losses are shown and not judged. TRL is no
-part of this project: `--trl-python` names an interpreter that has it next to the same torch, transformers, peft and
+part of this project: `--trl-python` names an interpreter that has it and the same torch, transformers, peft and
 bitsandbytes; where it is missing the command says so and goes on.
 
 Useful tokens are those of rows; padding is computed and not counted. Time is that of all steps but the first, which

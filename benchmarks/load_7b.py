@@ -46,7 +46,7 @@ from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
 from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
-from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import build_state
 from qlora_trainer.training.step import train_step
 from qlora_trainer.weights.model_directory import checkpoint_tensors

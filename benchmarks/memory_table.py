@@ -13,7 +13,7 @@ Context: the longest single row, rank 32, on cards of 8, 12, 16 and 24 GB (10^9 
 fits, and one longer by 1 %, or by 256 tokens where that is more, does not, or is beyond the model's positions. Counted
 are reserved bytes, the paged state, and the stated allowances for the CUDA context and cuBLAS' workspace. Reserved is
 with all that the simulated allocator wastes; a real one that meets its limit gives empty segments back and tries
-again, and so may hold a little more, for both alike. Host memory is what ours keeps there, next to the paged state.
+again, and so may hold a little more, for both alike. Host memory is what ours keeps there, besides the paged state.
 
 With --layers N models are cut to N layers: to try the command in seconds; those figures say nothing.
 The peer is described in peer_memory.py. Whole models take minutes; progress is on stderr.
@@ -74,7 +74,7 @@ class Figure:
     allocated: int  # alive at the fullest moment, without either
     paged: int
     total: int  # with the allowances
-    host: int  # kept in host memory, next to the paged state
+    host: int  # kept in host memory, besides the paged state
     operation: str  # at which most is alive
 
 

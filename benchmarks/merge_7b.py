@@ -219,10 +219,10 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
     free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
-        reported = (
+        reason = (
             f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         )
-        return {"left_out": reported}
+        return {"left_out": reason}
     command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
     done = subprocess.run(
         [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True

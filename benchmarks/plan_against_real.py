@@ -35,7 +35,7 @@ from qlora_trainer.data.batching.packing import Example, Pack
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.planning.empty_run import empty_run, longest_pack
 from qlora_trainer.planning.step_memory import persistent_tensors, track_steps
-from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.training.step import train_step
 

@@ -38,7 +38,7 @@ from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
 
 # Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
-from qlora_trainer.training.activations import choose_policy  # noqa: E402
+from qlora_trainer.training.memory.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
 

@@ -27,7 +27,7 @@ from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.activations import Policy
+from qlora_trainer.training.memory.activations import Policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -429,6 +429,6 @@ def test_bitsandbytes_has_operations_that_update_a_parameter() -> None:
 
 
 def test_bitsandbytes_has_paged_memory() -> None:
-    """What training/paged_trial.py calls."""
+    """What training/memory/paged_trial.py calls."""
     assert callable(bitsandbytes.functional.get_paged)
     assert callable(bitsandbytes.functional.fill)

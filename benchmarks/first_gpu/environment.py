@@ -38,17 +38,17 @@ def report_environment(kit: Kit, device: Device) -> int:
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "varlen_attention": sorted(varlen_attention_arguments()),
     }
-    reported = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    installed = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
     if not device.is_cuda:
         kit.result("env", **facts)
-        kit.verdict(f"env: no card, {reported}")
+        kit.verdict(f"env: no card, {installed}")
         return 0
     if not torch.cuda.is_available():
         kit.result("env", **facts)
-        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {reported}")
+        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {installed}")
         return NO_CUDA
     properties = torch.cuda.get_device_properties(0)
-    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {reported}")
+    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {installed}")
     started = time.perf_counter()
     ones = torch.ones(2**26, device="cuda")
     assert float(ones.sum()) == 2**26

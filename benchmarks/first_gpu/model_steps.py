@@ -35,8 +35,8 @@ def generate(runs: BaseRuns) -> None:
         if before is not None:
             os.environ[KERNELS] = before
     runs.kit.result("generate", **rates)
-    reported = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
-    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {reported}")
+    text = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
+    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {text}")
     runs.drop(run)
 
 

@@ -29,8 +29,8 @@ def resume(runs: BaseRuns) -> None:
         apart = {"repeated": _distance(repeated, whole), "resumed": _distance(resumed, whole)}
         how = "deterministic" if is_deterministic else "by default"
         runs.kit.result(f"resume-{how.replace(' ', '-')}", apart=apart, losses=losses, rates=rates)
-        reported = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
-        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(reported)}; {max(rates):,.0f} tokens/s")
+        outcomes = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
+        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(outcomes)}; {max(rates):,.0f} tokens/s")
 
 
 def _trained(runs: BaseRuns, run: Run, losses: list[list[float]], rates: list[float]) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def offload(runs: BaseRuns) -> None:
         for one, other in zip(losses[level], losses["full"], strict=True)
     )
     runs.kit.verdict(
-        f"offload and tile next to recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
+        f"offload and tile against recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
         + ", ".join(f"{level} {rate:,.0f}" for level, rate in rates.items())
     )
 

@@ -97,7 +97,7 @@ def _attend(
             weights.mul_(block.kept)
         result = torch.bmm(weights.to(value.dtype), value[0, :, block.keys])
         by_key_head[:, :, block.queries] = result.unflatten(1, (by_key_head.shape[1], -1))
-        del block, weights  # or the next block's would be made next to them
+        del block, weights  # or they would still be there when the next block's are made
     return output
 
 

@@ -88,5 +88,5 @@ def _threads() -> list[str]:
 
 def _processor() -> bytes:
     """Describe what -march=native depends on: several machines may share a folder."""
-    reported = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
-    return os.linesep.join([platform.machine(), platform.processor(), *reported]).encode()
+    facts = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
+    return os.linesep.join([platform.machine(), platform.processor(), *facts]).encode()

@@ -92,7 +92,7 @@ def multiply_by_head(
             torch.mm(hidden, rows.T, out=out[:, block])
         else:
             out[:, block] = hidden @ rows.T
-        del rows  # or the next block's would be made next to them
+        del rows  # or they would still be there when the next block's are made
     return out
 
 

@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
 MOST_CHUNKS = 64
-"""Of one call: a long context, next to which a larger chunk is little, does not read the head more often."""
+"""Of one call: a long context takes larger chunks, which are little to it, and reads the head no more often."""
 
 
 def linear_cross_entropy(
@@ -137,7 +137,7 @@ def _loss_and_gradient(
                 probabilities *= logit_scale
             gradient.index_copy_(0, rows, multiply_by_head_transposed_(probabilities, head, hidden.dtype))
             del probabilities
-        del logits  # or the next chunk's would be made next to them
+        del logits  # or they would still be there when the next chunk's are made
     return loss, gradient
 
 

@@ -89,7 +89,7 @@ def dequantizer(*flags: str) -> Callable[..., None]:
                 packed, absmax, nested_absmax, nested_code, offset, start, block_size, nested_block_size, out
             )
         assert out.is_contiguous()
-        # The compiled code goes by these, and reads next to tables that are smaller.
+        # The compiled code relies on these: it would read past the end of smaller tables.
         stop = start + out.numel()
         blocks = -(stop // -block_size)
         assert (packed.dtype, absmax.dtype) == (torch.uint8, torch.uint8)

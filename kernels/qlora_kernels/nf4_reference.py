@@ -38,7 +38,7 @@ MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 # Elements handled at a time. On a CPU a chunk should stay in the cache; on a GPU each chunk costs a few launches, and
-# quantizing makes 14 bytes an element next to the weight.
+# quantizing makes 14 bytes an element besides the weight.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 _QUANTIZED_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 21}
 

@@ -135,10 +135,10 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
             why = importlib.import_module(f"{NAMESPACE}.probe_triton").why_unavailable()
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-            reported = (
+            reason = (
                 "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
             )
-            raise UnavailableError(reported) from error
+            raise UnavailableError(reason) from error
         if why:
             raise UnavailableError(why)
         return version

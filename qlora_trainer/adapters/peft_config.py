@@ -134,14 +134,14 @@ def read_config(path: Path) -> AdapterFileConfig:
         # What is refused has been reported; here it must not be reported again.
         config = AdapterFileConfig.model_validate({k: v for k, v in known.items() if k not in _REFUSED})
     except ValidationError as error:
-        problems += [_reported(item["loc"], item["msg"]) for item in error.errors()]
+        problems += [_as_text(item["loc"], item["msg"]) for item in error.errors()]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
         raise AdapterError(f"{path} describes an adapter that cannot be used here:\n{lines}")
     return config
 
 
-def _reported(place: tuple[int | str, ...], message: str) -> str:
+def _as_text(place: tuple[int | str, ...], message: str) -> str:
     """Write one of pydantic's errors as text; what concerns several keys has no place."""
     return f"{place[0]}: {message.lower()}" if place else message.removeprefix("Value error, ")
 

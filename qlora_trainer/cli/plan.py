@@ -50,7 +50,7 @@ def plan(
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
-    from qlora_trainer.training.activations import spare_host_memory
+    from qlora_trainer.training.memory.activations import spare_host_memory
 
     settings = load_config(config, overrides or [])
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)

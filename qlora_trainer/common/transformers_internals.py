@@ -16,16 +16,15 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 
 
 def compile_chat_template(source: str) -> Any:
-    """Compile a chat template as transformers does; the result has a method `render`.
+    """Compile a chat template as transformers does.
+
+    Text that is no template raises jinja2.TemplateSyntaxError.
 
     Args:
         source: the template's text.
 
     Returns:
-        The Jinja template.
-
-    Raises:
-        jinja2.TemplateSyntaxError: the text is no template.
+        The Jinja template, with a method `render`.
     """
     return _compile_jinja_template(source)
 
@@ -48,12 +47,24 @@ def render_with_answer_spans(
 
 
 def attention_name(config: Any) -> str:
-    """Return the name in transformers' registry of the attention that a model of this config uses."""
+    """Return the name in transformers' registry of the attention that a model uses.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        The name.
+    """
     return config._attn_implementation
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Have a model of this config use another attention of the registry, without transformers' checks of the name."""
+    """Have a model use another attention of the registry, without transformers' checks of the name.
+
+    Args:
+        config: of the model.
+        name: in the registry.
+    """
     config._attn_implementation_internal = name
 
 
@@ -75,30 +86,62 @@ def masks_as_for_real_tensors() -> Iterator[None]:
 
 
 def tied_weight_names(model: Any) -> dict[str, str]:
-    """Return the model's own table of tied parameters, name -> name of the one it is tied to; empty for other modules.
+    """Return the model's own table of tied parameters; to take a name out unties it for transformers.
 
-    To take a name out unties it, as far as transformers is concerned.
+    Args:
+        model: any.
+
+    Returns:
+        Name -> name of the one it is tied to; empty for modules that are not of transformers.
     """
     return getattr(model, "all_tied_weights_keys", {})
 
 
 def modules_kept_in_fp32(model: Any) -> set[str]:
-    """Return parts of paths: what the model's class asks to keep in fp32; none for other modules."""
+    """Return what the model's class asks to keep in fp32.
+
+    Args:
+        model: any.
+
+    Returns:
+        Parts of paths; none for modules that are not of transformers.
+    """
     return {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
 
 
 def patterns_of_missing(model: Any) -> set[str]:
-    """Return regular expressions for the tensors that a checkpoint of this model may lack."""
+    """Return what a checkpoint of this model may lack.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        Regular expressions for names of tensors.
+    """
     return {*(model._keys_to_ignore_on_load_missing or ())}
 
 
 def patterns_of_extra(model: Any) -> set[str]:
-    """Return regular expressions for the tensors that a checkpoint may have though the model has no place for them."""
+    """Return what a checkpoint may have though the model has no place for it.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        Regular expressions for names of tensors.
+    """
     return {*(model._keys_to_ignore_on_load_unexpected or ())}
 
 
 def conversion_mapping(model: Any) -> tuple[list[Any], list[Any]]:
-    """Return how names and tensors of a checkpoint become those of the model: (renamings, converters)."""
+    """Return how names and tensors of a checkpoint become those of the model.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        Its renamings and its converters.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return _by_kind(get_model_conversion_mapping(model))
@@ -131,19 +174,36 @@ def renamed(
 
 
 def eager_experts_config() -> SimpleNamespace:
-    """Return a config by which a module of fused experts takes its own forward."""
+    """Return a config by which a module of fused experts takes its own forward.
+
+    Returns:
+        The config.
+    """
     return SimpleNamespace(_experts_implementation="eager")
 
 
 def rope_frequencies(kind: str, config: Any, device: Any) -> Any:
-    """Return the inverse frequencies (head size / 2,) of a kind of rotary embedding, such as "llama3"."""
+    """Compute the inverse frequencies of a kind of rotary embedding.
+
+    Args:
+        kind: such as "llama3".
+        config: of the model.
+        device: of the result.
+
+    Returns:
+        (head size / 2,).
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     return ROPE_INIT_FUNCTIONS[kind](config, device)[0]
 
 
 def gguf_table_architectures() -> set[str]:
-    """Return the architectures whose GGUF tensors transformers translates by its older tables."""
+    """Return the architectures whose GGUF tensors transformers translates by its older tables.
+
+    Returns:
+        Their names.
+    """
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     return {*GGUF_SUPPORTED_ARCHITECTURES}
@@ -167,14 +227,26 @@ def gguf_table(architecture: str, model: Any) -> tuple[Callable[..., Any], dict[
 
 
 def gguf_conversion_architectures() -> set[str]:
-    """Return the architectures that transformers translates by weight conversions rather than by tables."""
+    """Return the architectures that transformers translates by weight conversions rather than by tables.
+
+    Returns:
+        Their names.
+    """
     from transformers.integrations.gguf import GGUF_ARCHS
 
     return {*GGUF_ARCHS}
 
 
 def gguf_conversion_mapping(architecture: str, config: Any) -> tuple[list[Any], list[Any]]:
-    """Return (renamings, converters) for GGUF tensors of an architecture among `gguf_conversion_architectures`."""
+    """Return how GGUF tensors of an architecture among `gguf_conversion_architectures` become those of the model.
+
+    Args:
+        architecture: as the file names it.
+        config: of the model.
+
+    Returns:
+        Renamings and converters.
+    """
     from transformers.integrations.gguf import get_gguf_conversion_mapping
 
     return _by_kind(get_gguf_conversion_mapping(architecture, config))

@@ -21,7 +21,7 @@ from qlora_trainer.model.facts import max_positions
 from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
-from qlora_trainer.training.activations import Policy
+from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
 
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size

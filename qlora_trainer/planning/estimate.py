@@ -4,8 +4,7 @@ Similar layers take similar memory: live bytes are linear in their number (a tes
 wastes hardly depends on it. An 8B's rows of 2,048 to 131,072 tokens waste the same in 3 layers as in 32, to 2 MiB, or
 where segments are expandable to a page of 20 MiB. So an estimate is right to about a page, for a sixth of the time.
 
-Left out: what an estimate decides. What is found is planned whole before it is reported; that no larger size fits is
-reported by estimate.
+What is found is planned whole before it is reported; that no larger size fits is an estimate.
 """
 
 import functools

@@ -20,8 +20,8 @@ from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
-from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
-from qlora_trainer.training.managed_memory import paging_refusal_here
+from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 from qlora_trainer.weights.model_directory import checkpoint_tensors
 
 GRAIN = 256  # tokens

@@ -44,7 +44,7 @@ from qlora_trainer.planning.step_memory import (
     track_steps,
 )
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting
-from qlora_trainer.training.activations import Policy, choose_policy
+from qlora_trainer.training.memory.activations import Policy, choose_policy
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """An allowance for what CUDA itself takes: 300 to 500 MiB on consumer cards. It differs by card, driver and the kernels

@@ -13,7 +13,7 @@ from qlora_trainer.model.modules.cpu_embedding import host_tensors
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.workspaces import workspaces_on_cpu, workspaces_on_cuda
-from qlora_trainer.training.managed_memory import paging_refusal_here
+from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
 

@@ -5,8 +5,8 @@ accepts state of other widths, and brings paged state back as ordinary GPU tenso
 the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself. And those
 buffers are made when the optimizer is built, so that memory runs out before training rather than in it, and the bytes
 really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one optimizer and keep it.
-Where the card cannot page (managed_memory.py), its optimizer that does not takes the place of the one that does: the
-same arithmetic and the same state, so that a checkpoint of either resumes as the other.
+Where the card cannot page (memory/managed_memory.py), its optimizer that does not takes the place of the one that does:
+the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
 
 Left out: the loop, and what happens after a non-finite norm (loop.py).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
 from qlora_trainer.weights.nf4 import bitsandbytes
 

@@ -5,7 +5,7 @@ trying: a copy of the module with small weights is run, and the formula of qlora
 to huge. Where the results differ in one bit, or the module cannot be run so, it stays as it is. So there is no list of
 models, and no module that only looks like another is taken for it. Rotary embedding is found the same way (rotary.py).
 
-Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
+Left out: the formulas (qlora_kernels), and what is kept of a whole layer (memory/activations.py).
 """
 
 import dataclasses

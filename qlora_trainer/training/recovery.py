@@ -25,7 +25,7 @@ import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
 from qlora_trainer.model.device import give_back_memory
-from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.rng import restore_rng, rng_state
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import accumulate_gradients, train_step
@@ -183,8 +183,9 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
     return (
         f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
         f"activation checkpointing {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, "
-        f"or resume on a larger one. Or start a new run with data.max_length below {row_lengths[0]} (data.too_long=drop leaves "
-        "longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from takes over what was trained."
+        f"or resume on a larger one. Or start a new run with data.max_length below {row_lengths[0]} "
+        "(data.too_long=drop leaves longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from "
+        "takes over what was trained."
     )
 
 

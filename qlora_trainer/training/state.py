@@ -16,7 +16,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
-from qlora_trainer.training.activations import LEVELS, Policy, apply_policy
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer

@@ -138,7 +138,7 @@ def test_we_read_exactly_what_peft_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_biases_travel_between_peft_and_us(tmp_path: Path, bias: Any) -> None:
+def test_biases_go_from_peft_to_us_and_back(tmp_path: Path, bias: Any) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     settings = LoraConfig(r=RANK, target_modules=["c_attn"], bias=bias, fan_in_fan_out=True, task_type="CAUSAL_LM")

@@ -241,7 +241,7 @@ def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch.dtype) -> None:
+def test_products_are_widened_and_gradients_narrowed_in_place(dtype: torch.dtype) -> None:
     """To the bit what a second tensor would give, though each overwrites what it is read from."""
     hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
     product = head_rows.multiply_by_head(hidden, head_rows.DenseRows(weight), torch.float32)
@@ -256,7 +256,7 @@ def test_a_chunks_logits_take_about_32_mib() -> None:
     assert [tokens_of_a_chunk(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
 
 
-def test_backward_scales_the_gradient_where_it_lies_and_so_only_once() -> None:
+def test_backward_scales_the_gradient_in_place_and_so_only_once() -> None:
     hidden, head, labels, _ = problem()
     with LiveBytes() as live:
         loss = linear_cross_entropy(hidden, head, labels)

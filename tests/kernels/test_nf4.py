@@ -213,7 +213,7 @@ def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
     ],
     ids=str,
 )
-def test_compiled_code_is_given_no_table_that_it_would_read_next_to(table: dict[str, Tensor]) -> None:
+def test_compiled_code_is_given_no_table_that_it_would_read_past(table: dict[str, Tensor]) -> None:
     dequantize = compiled_for()["dequantize_nf4"]
     weight = quantize_nf4(normal((3, 64)))
     tables = {name: getattr(weight, name) for name in TABLES}

@@ -84,7 +84,7 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reported"),
+    ("error", "reason"),
     [
         (ModuleNotFoundError("No module named 'triton'", name="triton"), "Triton is not installed: pip install triton"),
         (
@@ -94,11 +94,11 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_why_a_triton_kernel_cannot_be_had_is_reported_as_it_is(
-    error: ImportError, reported: str, monkeypatch: pytest.MonkeyPatch
+    error: ImportError, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:
         raise error
 
     monkeypatch.setattr(registry.importlib, "import_module", refuse)
-    with pytest.raises(UnavailableError, match=reported):
+    with pytest.raises(UnavailableError, match=reason):
         registry.from_triton("gated_triton", "product_triton")()

@@ -1,4 +1,4 @@
-"""RMS normalization: the library's own numbers, exact gradients, and next to nothing kept."""
+"""RMS normalization: the library's own numbers, exact gradients, and almost nothing kept."""
 
 from collections.abc import Callable
 

@@ -20,7 +20,7 @@ from qlora_trainer.planning.empty_run import empty_run, planned_card, planned_dt
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.step_memory import PAGED
-from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.memory.activations import choose_policy
 
 Config = Callable[..., RunConfig]
 LLAMA_8B: dict[str, Any] = json.loads(
@@ -147,7 +147,7 @@ def test_deterministic_attention_takes_fewest_sums_where_its_bound_cannot_be_kep
         return varlen_attention.key_heads_at_a_time(query, key, 1, 128)
 
     assert heads_at_a_time(2_048) == 8
-    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, next to 2.4 of all heads at once"
+    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, where all heads at once have 2.4"
 
 
 @pytest.mark.parametrize(("global_batch_size", "documents"), [(1, 1), (3, 3), (16, 16)])

@@ -51,7 +51,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.activations import Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.memory.activations import Policy, choose_policy, offloaded_bytes, spare_host_memory
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
@@ -350,7 +350,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
 
 
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
-    """A kept layer that the config asks for would be kept under a with less memory level too."""
+    """A kept layer that the config asks for would be kept under a level with less memory too."""
     keeping = tiny_config(
         data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
     )

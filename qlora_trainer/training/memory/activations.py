@@ -22,7 +22,7 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.config.schema import TrainingConfig
 from qlora_trainer.model.modules.nf4_linear import share_workspace
-from qlora_trainer.training.offload import OffloadedInputs, RecomputedLayer
+from qlora_trainer.training.memory.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
 
 Level = Literal["none", "full", "offload", "tiled"]

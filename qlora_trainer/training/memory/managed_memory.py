@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.common.machine import is_wsl
-from qlora_trainer.training.paged_trial import SUCCESS
+from qlora_trainer.training.memory.paged_trial import SUCCESS
 
 TRIAL_SECONDS = 180  # the child imports torch and bitsandbytes, which a slow disk can make a minute
 
@@ -58,9 +58,9 @@ def paging_refusal(device: torch.device) -> str:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == 0 and SUCCESS in lines:  # what libraries say when they end comes after it
         return ""
-    code, reported = done.returncode, lines[-1] if lines else "it said nothing"
+    code, last_line = done.returncode, lines[-1] if lines else "it printed nothing"
     ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"a process that tried managed memory on cuda:{index} {ending}: {reported}"
+    return f"a process that tried managed memory on cuda:{index} {ending}: {last_line}"
 
 
 def paging_refusal_here() -> str:
