@@ -1,5 +1,7 @@
 # make demo   fine-tune, resume, merge and verify a small real model, in minutes on two CPU cores
-# make test   run the tests
+# make test   run the quick tests: every promise, a few processor-minutes
+# make test-all   run all tests but those marked campaign
+# make check   check formatting, lint, types and the order of imports
 # make test-gpu   run what needs a GPU, in one process; then see python -m benchmarks.gpu
 # PYTEST="--junitxml=FILE" passes arguments on to pytest; .ci/floor runs the tests of the lowest torch.
 # All make .venv on a fresh machine with Python 3.11 or later.
@@ -8,7 +10,7 @@ PYTHON ?= python3
 PYTEST ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu env check clean
+.PHONY: demo test test-all test-gpu env check clean
 
 demo: .venv/.demo
 	.venv/bin/qlora demo
@@ -16,11 +18,13 @@ demo: .venv/.demo
 test: .venv/.dev .venv/.demo
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 $(PYTEST)
 
+test-all: .venv/.dev .venv/.demo
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 -m "not campaign" $(PYTEST)
+
 test-gpu: .venv/.dev
 	.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no CUDA device here: run qlora doctor")'
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 .venv/bin/python -m pytest -m gpu
 
-# What a check before committing runs.
 check: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

@@ -39,8 +39,7 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
 def plain_checkpoint(directory: Path, output: Path) -> Path:
     """Return a model directory that transformers can open: `directory`, or a copy of it where that is a GGUF import."""
     from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
-    from qlora_trainer.weights.model_directory import checkpoint_tensors
-    from qlora_trainer.weights.reading import read_tensor
+    from qlora_trainer.weights.model_directory import ModelDirectory
     from qlora_trainer.weights.shard_writer import ShardWriter
 
     if not (directory / IMPORT_RECORD).is_file():
@@ -48,10 +47,10 @@ def plain_checkpoint(directory: Path, output: Path) -> Path:
     if output.is_dir():  # a contender before this one made it
         return output
     shutil.copytree(directory, output, ignore=shutil.ignore_patterns(IMPORT_RECORD))
-    tensors = checkpoint_tensors(directory)
-    with ShardWriter(output, list(tensors.values())) as writer:
-        for name, info in tensors.items():
-            writer.write(name, read_tensor(info))
+    model = ModelDirectory.open(directory)
+    with ShardWriter(output, list(model.tensors.values())) as writer:
+        for name in model.tensors:
+            writer.write(name, model.read(name))
     return output
 
 

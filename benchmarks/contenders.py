@@ -131,7 +131,7 @@ def ours(job: Job, activations: str) -> Result:
     run = start_run(config)
     rows = [rows_of_step(run, step) for step in range(job.steps)]
     shared = Shared(
-        model=str(plain_checkpoint(run.base.directory, Path(job.work) / "model")),
+        model=str(plain_checkpoint(run.base.directory.path, Path(job.work) / "model")),
         adapter=str(newest_checkpoint(run.directory).path),
         source_dtype=run.base.fingerprint.source_dtype,
         max_grad_norm=config.optimizer.max_grad_norm,

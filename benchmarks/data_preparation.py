@@ -53,13 +53,14 @@ class Result:
     peak_bytes: int = 0
 
 
-def ours(job: Job, workers: int) -> Callable[[], int]:
-    from qlora_trainer.config.schema import DataConfig
+def ours(job: Job) -> Callable[[], int]:
+    from qlora_trainer.config.data_schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
     from qlora_trainer.model.source import load_tokenizer
+    from qlora_trainer.weights.model_directory import ModelDirectory
 
-    tokenizer = load_tokenizer(Path(job.model))
-    config = DataConfig(train=job.rows, eval=0.0, max_length=MAX_LENGTH, workers=workers)
+    tokenizer = load_tokenizer(ModelDirectory.open(Path(job.model)))
+    config = DataConfig(train=job.rows, eval=0.0, max_length=MAX_LENGTH)
     cache = Path(job.work)
     return lambda: prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=cache).report.train.tokens
 
@@ -87,8 +88,7 @@ def peer(job: Job, processes: int | None) -> Callable[[], int]:
 def contenders(processes: int) -> dict[str, Callable[[Job], Callable[[], int]]]:
     """Name to what makes the call that is measured."""
     return {
-        f"ours, {processes} workers": lambda job: ours(job, job.processes),
-        "ours, one process": lambda job: ours(job, 0),
+        "ours": ours,
         f"datasets.map, {processes} processes": lambda job: peer(job, job.processes),
         "datasets.map": lambda job: peer(job, None),
     }
@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="directory of a model, or a .gguf file; only its tokenizer is used")
     parser.add_argument("file", help="conversations in any format that the trainer reads")
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--processes", type=int, default=psutil.cpu_count() or 1, help="ours and the peer's")
+    parser.add_argument("--processes", type=int, default=psutil.cpu_count() or 1, help="of the peer")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="contenders whose names begin so")
 
 

@@ -243,6 +243,7 @@ def planned(model: Path, rank: int) -> dict[str, int]:
     from benchmarks.peer_memory import plan_peer
     from qlora_trainer.config.load import make_config
     from qlora_trainer.planning.memory_plan import plan_memory
+    from qlora_trainer.weights.model_directory import ModelDirectory
 
     raw: dict[str, Any] = {
         "model": {"name": str(model)},
@@ -250,7 +251,7 @@ def planned(model: Path, rank: int) -> dict[str, int]:
         "data": {"train": "rows.jsonl", "max_length": MAX_LENGTH},
         "training": {"activation_checkpointing": "full"},
     }
-    ours = plan_memory(model, make_config(raw))
+    ours = plan_memory(ModelDirectory.open(model), make_config(raw))
     peer = plan_peer(model, MAX_LENGTH, rank, prepared=True)
     return {"ours": ours.reserved, "hand-written loop": peer.reserved}
 

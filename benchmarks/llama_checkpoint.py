@@ -17,9 +17,9 @@ import torch
 
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.weights.model_directory import TensorSpec
 from qlora_trainer.weights.reading import row_blocks
 from qlora_trainer.weights.shard_writer import ShardWriter
+from qlora_trainer.weights.tensors import TensorSpec
 
 SPREAD = 0.02  # of the weights; norms are about one
 POSITIONS = 4096

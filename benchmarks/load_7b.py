@@ -49,7 +49,7 @@ from qlora_trainer.model.quantized_copy import quantize_checkpoint
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import build_state
 from qlora_trainer.training.step import train_step
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 PLAIN, KEPT = "plain", "kept"
 LABELS = {
@@ -79,7 +79,7 @@ def measure_here(name: str, directory: Path) -> dict[str, Any]:
 
 def load_ours(directory: Path, source: str) -> dict[str, Any]:
     base = open_base(directory / source)
-    largest = max(info.nbytes for info in checkpoint_tensors(directory / source).values())
+    largest = max(info.nbytes for info in base.directory.tensors.values())
     return {"model": base.bytes, "goal_peak": base.bytes + largest + SPARE}
 
 
@@ -99,7 +99,7 @@ def load_peer(directory: Path, source: str) -> dict[str, Any]:
 
 def quantize(directory: Path, source: str) -> dict[str, Any]:
     shutil.rmtree(directory / KEPT, ignore_errors=True)
-    report = quantize_checkpoint(directory / source, directory / KEPT, device=torch.device("cpu"))
+    report = quantize_checkpoint(ModelDirectory.open(directory / source), directory / KEPT, device=torch.device("cpu"))
     return {"written": report.bytes}
 
 
@@ -131,7 +131,8 @@ def open_base(directory: Path, embeddings: Literal["device", "cpu"] = "device") 
         if sys.stderr.isatty():
             print(f"\r{label}: {done / (total or 1):.0%}  ", end="", file=sys.stderr)
 
-    return load_base_model(directory, ModelConfig(name=str(directory), device="cpu", embeddings=embeddings), progress)
+    settings = ModelConfig(name=str(directory), device="cpu", embeddings=embeddings)
+    return load_base_model(ModelDirectory.open(directory), settings, progress)
 
 
 def step_config(directory: Path) -> RunConfig:

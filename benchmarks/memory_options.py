@@ -16,12 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_trainer.cli.demo_data import write_demo_data
-from qlora_trainer.cli.demo_run import demo_settings, packaged_model
+from qlora_trainer.cli.demo_run import copy_demo_rows, demo_settings, packaged_model
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.facts import read_config
 from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.memory_plan import SLACK, plan_memory
@@ -30,6 +28,7 @@ from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Sections = dict[str, dict[str, Any]]
 
@@ -75,7 +74,7 @@ def train(config: RunConfig) -> Losses:
     return Losses(losses[-1], eval_loss(model, eval_set, examine_forward(model), tokens))
 
 
-def planned(directory: Path, raw: Sections) -> int:
+def planned(directory: ModelDirectory, raw: Sections) -> int:
     """Plan the bytes on a card that torch allocates, and paged state."""
     plan = plan_memory(directory, make_config(raw))
     return plan.total - plan.components[SLACK]
@@ -90,10 +89,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        write_demo_data(work)
+        copy_demo_rows(work)
         name = arguments.model or packaged_model()
         base = resolve_model(name, None, user_cache())
-        is_tied = read_config(base).get_text_config().tie_word_embeddings
+        is_tied = base.config().get_text_config().tie_word_embeddings
         demo = changed(
             demo_settings(name, work, work),
             {"training": {"max_steps": arguments.steps, "evaluate_every": 10**6, "save_every": 10**6}},
@@ -110,7 +109,7 @@ def main() -> None:
             plain = plain or losses
             saved = ["", ""]
             if not arguments.without_plan:
-                after = planned(base, here), planned(LLAMA_8B, changed(large, changes))
+                after = planned(base, here), planned(ModelDirectory.open(LLAMA_8B), changed(large, changes))
                 before = before or after
                 saved = [f"{(b - a) / 2**20:,.1f} MiB" for b, a in zip(before, after, strict=True)]
             difference = losses.with_original_head - plain.own

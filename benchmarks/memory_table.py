@@ -34,10 +34,10 @@ from benchmarks.peer_memory import PeerPlan, allowances, plan_peer
 from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.facts import max_positions
 from qlora_trainer.planning.fit import GRAIN, LONGEST_SEARCHED
 from qlora_trainer.planning.memory_plan import CUBLAS, MemoryPlan, plan_memory
 from qlora_trainer.planning.step_memory import PAGED
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 MODELS = Path(__file__).parent / "models"
 PEAK_TOKENS, PEAK_RANK, CONTEXT_RANK = 2048, 16, 32
@@ -125,7 +125,9 @@ def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figur
     """Plan the first table's figures of one model."""
     figures = []
     for memory_efficient in (False, True):
-        plan = plan_memory(directory, our_config(directory, PEAK_RANK, PEAK_TOKENS, memory_efficient))
+        plan = plan_memory(
+            ModelDirectory.open(directory), our_config(directory, PEAK_RANK, PEAK_TOKENS, memory_efficient)
+        )
         figures.append(our_figure(model, PEAK_RANK, memory_efficient, plan))
         say(f"{model}: {describe(figures[-1])}; {plan.base_parameters / 1e9:.2f}B parameters in the base")
     for who in (PEER, PREPARED):
@@ -139,7 +141,9 @@ def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[st
     """Plan the second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
 
     def ours(tokens: int, memory_efficient: bool) -> Figure:
-        plan = plan_memory(directory, our_config(directory, CONTEXT_RANK, tokens, memory_efficient))
+        plan = plan_memory(
+            ModelDirectory.open(directory), our_config(directory, CONTEXT_RANK, tokens, memory_efficient)
+        )
         return our_figure(model, CONTEXT_RANK, memory_efficient, plan)
 
     planners: dict[str, Callable[[int], Figure]] = {
@@ -147,7 +151,7 @@ def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[st
         MEMORY_EFFICIENT: lambda tokens: ours(tokens, memory_efficient=True),
         PEER: lambda tokens: peer_figure(model, CONTEXT_RANK, PEER, plan_peer(directory, tokens, CONTEXT_RANK)),
     }
-    limit = (max_positions(directory) or LONGEST_SEARCHED) // GRAIN * GRAIN
+    limit = (ModelDirectory.open(directory).facts.positions or LONGEST_SEARCHED) // GRAIN * GRAIN
     found: dict[str, dict[int, Figure | None]] = {}
     for who, planner in planners.items():
 

@@ -56,9 +56,10 @@ from qlora_trainer.merging.verify import row_answers
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 from qlora_trainer.weights.reading import read_tensor
+from qlora_trainer.weights.tensors import TensorInfo
 
 RANK, ALPHA = 16, 32.0
 PLAIN, FOUR_BIT, ADAPTER, FINGERPRINT = "plain", "4bit", "adapter", "fingerprint.json"
@@ -81,7 +82,7 @@ def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
     if not (directory / PLAIN).exists():
         make_checkpoint(directory / PLAIN, shape, seed)
     if not (directory / FOUR_BIT).exists():
-        quantize_checkpoint(directory / PLAIN, directory / FOUR_BIT, device=CPU)
+        quantize_checkpoint(ModelDirectory.open(directory / PLAIN), directory / FOUR_BIT, device=CPU)
     if not (directory / FINGERPRINT).exists():
         write_text(directory / FINGERPRINT, json.dumps(make_fingerprint(directory / PLAIN).to_json()) + "\n")
     if not (directory / ADAPTER).exists():
@@ -91,7 +92,7 @@ def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
 def make_fingerprint(base: Path) -> BaseFingerprint:
     """Make the fingerprint as loading the base makes it, without a model."""
     tensors, dense = {}, {}
-    for name, info in checkpoint_tensors(base).items():
+    for name, info in ModelDirectory.open(base).tensors.items():
         if _is_linear(info):
             weight = quantize_weight(read_tensor(info), name)
             tensors[name.removesuffix(".weight")] = tensor_fingerprint(weight)
@@ -109,7 +110,7 @@ def make_adapter(base: Path, output: Path, seed: int) -> None:
     """Make a random adapter that changes its weights by about a tenth of their size."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = {}
-    for info in checkpoint_tensors(base).values():
+    for info in ModelDirectory.open(base).tensors.values():
         if _is_linear(info):
             path = f"base_model.model.{info.name.removesuffix('.weight')}"
             rows, columns = info.shape
@@ -185,7 +186,7 @@ def arithmetic_seconds(inputs: MergeInputs) -> float:
 def compare_answers(directory: Path, output: Path) -> float:
     """Compute the KL of the model merged from the plain base and of base + adapter, both streamed."""
     inputs = merge_inputs(directory, PLAIN)
-    weights = trained_weights(inputs.base, checkpoint_tensors(inputs.base), inputs.fingerprint)
+    weights = trained_weights(inputs.base, ModelDirectory.open(inputs.base).tensors, inputs.fingerprint)
     trained = load_streamed_model(inputs.base, CPU, weights)
     add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
     load_adapter_state(trained, dict(inputs.adapter))
@@ -219,9 +220,7 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
     free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
-        reason = (
-            f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        )
+        reason = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return {"left_out": reason}
     command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
     done = subprocess.run(

@@ -36,7 +36,7 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
     run = start_run(config)
     initial = newest_checkpoint(run.directory).path
     peer = load_peer(
-        plain_checkpoint(run.base.directory, work / "model"), initial, source_dtype(run), checkpointing=False
+        plain_checkpoint(run.base.directory.path, work / "model"), initial, source_dtype(run), checkpointing=False
     )
     ours: list[float] = []
     run.train(lambda record: ours.append(record["loss"]))

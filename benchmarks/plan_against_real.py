@@ -38,6 +38,7 @@ from qlora_trainer.planning.step_memory import persistent_tensors, track_steps
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.training.step import train_step
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 LIMIT = 0.01  # of the profiler's difference
 SHAPE = {
@@ -123,7 +124,9 @@ def compare(directory: Path, setting: str, changes: Changes) -> Comparison:
     """Plan the second step, take it under the tracker, and take it under the profiler."""
     config = config_for(directory, changes)
     dtype = getattr(torch, config.model.compute_dtype)
-    state, pack, fake = empty_run(directory, config, dtype, choose_policy(config.training, torch.device("cpu")))
+    state, pack, fake = empty_run(
+        ModelDirectory.open(directory), config, dtype, choose_policy(config.training, torch.device("cpu"))
+    )
     with fake:
         planned, _ = track_steps(state, pack)
     del state
@@ -149,14 +152,15 @@ def config_for(directory: Path, changes: Changes) -> RunConfig:
 
 def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
     """Build a run before its first step, from the weights on disk, and its longest micro-batch."""
-    base = load_base_model(directory, config.model)
+    model = ModelDirectory.open(directory)
+    base = load_base_model(model, config.model)
     torch.manual_seed(0)
     add_adapters(base.model, config.adapter, config.training.seed)
     rows = [Example([1], [1])] * config.training.global_batch_size
     policy = choose_policy(config.training, base.device)
     state = build_state(base.model, config, rows, base.compute_dtype, policy)
     state.total_steps = max(state.total_steps, 2)
-    return state, longest_pack(directory, config, state.loader.packing)
+    return state, longest_pack(model, config, state.loader.packing)
 
 
 def profiled_peak(state: TrainState, pack: Pack) -> int:

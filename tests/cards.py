@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def a_card_is_here(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int],
 
 def pretend(monkeypatch: pytest.MonkeyPatch, architectures: list[str], *capabilities: tuple[int, int]) -> None:
     """Torch's device functions as of these cards, and of a torch built for these architectures."""
-    functions = {
+    functions: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "device_count": lambda: len(capabilities),
         "current_device": lambda: 0,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -55,14 +56,28 @@ if torch.cuda.is_available():  # for deterministic runs, before CUDA is first us
 prefer_expandable_segments()  # as the command line does; torch reads it when CUDA is first used
 torch.set_num_threads(1)  # tests run side by side, and threads that wait for each other are slower than none
 
+# A busy machine fails no test: no example has a deadline, nor has making it. CI tries the same examples each time.
+hypothesis.settings.register_profile(
+    "qlora",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    derandomize="CI" in os.environ,
+)
+hypothesis.settings.load_profile("qlora")
+
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real data files next to the repository, or where QLORA_TEST_DATA says."""
-    directory = Path(os.environ.get("QLORA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not directory.is_dir():
-        pytest.skip(f"no test data at {directory}; set QLORA_TEST_DATA to where it is")
-    return directory
+def shared_data() -> Callable[[str], Path]:
+    """Find a file of real rows: in tests/data/rows, else next to the repository or where QLORA_TEST_DATA says."""
+    elsewhere = Path(os.environ.get("QLORA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        for folder in (Path(__file__).parent / "data" / "rows", elsewhere):
+            if (folder / name).is_file():
+                return folder / name
+        pytest.skip(f"the data set {Path(name).parent} is not at {elsewhere}; set QLORA_TEST_DATA to where it is")
+
+    return find
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,7 @@ from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noq
 from qlora_trainer.training.memory.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
+from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
 
 
 class Stream:
@@ -87,8 +88,9 @@ def answer_for_cuda() -> None:
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
     torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
-    torch.cuda.stream = lambda stream: stream  # type: ignore[assignment]
-    for module in (torch.cuda, torch.cuda.random):
+    torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]
+    modules: Any = (torch.cuda, torch.cuda.random)
+    for module in modules:
         module.get_rng_state = lambda *arguments, **named: torch.empty(16, dtype=torch.uint8, device="cpu")
         module.set_rng_state = lambda *arguments, **named: None
 
@@ -135,7 +137,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
             "training": {"global_batch_size": 2, **changes},
         }
     )
-    model = build_skeleton(MODEL)
+    model = build_skeleton(ModelDirectory.open(MODEL))
     seen = Seen()
     with fake:
         fill_skeleton(model, config.model, dtype)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, trainable_parameters
+from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.merge_plan import MergeInputs
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
@@ -48,9 +48,9 @@ def make_base(
     return directory
 
 
-def train(directory: Path, bias: str = "none") -> Run:
+def train(directory: Path, bias: BiasMode = "none") -> Run:
     """Base + adapter with random factors, which is what training ends with, sooner than by training."""
-    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
     add_adapters(base.model, AdapterConfig(rank=8, alpha=16.0, bias=bias), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -66,4 +66,4 @@ def train(directory: Path, bias: str = "none") -> Run:
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
-    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}

@@ -24,7 +24,7 @@ from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.merging.verify import KL_BOUNDS, ROUTED_KL_BOUNDS
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
@@ -91,7 +91,7 @@ def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers
     assert compare_logits(trained, base).relative_error > 1e-2, "training and NF4 must matter"
     assert compare_logits(trained, answers(plain_model(tmp_path / "float32"))).relative_error < 1e-5
     assert compare_logits(trained, answers(plain_model(tmp_path / "float16"))).kl <= bound
-    assert checkpoint_tensors(tmp_path / "float16").keys() == checkpoint_tensors(directory).keys()
+    assert ModelDirectory.open(tmp_path / "float16").tensors.keys() == ModelDirectory.open(directory).tensors.keys()
 
 
 @torch.no_grad()
@@ -109,8 +109,8 @@ def plain_model(directory: Path) -> Any:
 @pytest.mark.parametrize("family", DENSE + EXPERTS)
 def test_the_plan_of_a_family_counts_what_a_run_has(family: str, tiny_config: Config, tiny_models: Models) -> None:
     config = config_of(tiny_config, tiny_models(family))
-    plan = plan_memory(tiny_models(family), config)
-    numbers = sum(info.numel for info in checkpoint_tensors(tiny_models(family)).values())
+    plan = plan_memory(ModelDirectory.open(tiny_models(family)), config)
+    numbers = sum(info.numel for info in ModelDirectory.open(tiny_models(family)).tensors.values())
     assert plan.base_parameters == numbers
     assert plan.adapter_parameters > 0
     assert plan.total > plan.components["base in NF4"] > 0

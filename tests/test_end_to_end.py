@@ -53,9 +53,9 @@ def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
     [("alpaca_en_demo", "alpaca_en_demo.json"), ("fastchat_dummy", "dummy_conversation.json")],
 )
 def test_two_hundred_real_rows_from_start_to_merged_model(
-    folder: str, file: str, shared_data: Path, tiny_config: Callable[..., RunConfig], tmp_path: Path
+    folder: str, file: str, shared_data: Callable[[str], Path], tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    rows = json.loads((shared_data / folder / file).read_text())[:200]
+    rows = json.loads(shared_data(f"{folder}/{file}").read_text())[:200]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = tiny_config(
         data={"train": str(tmp_path / "rows.json"), "eval": 0.05, "max_length": 256},

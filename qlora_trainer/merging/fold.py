@@ -38,7 +38,7 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, TensorPlan, plan_merge
 from qlora_trainer.merging.verify import Verification
-from qlora_trainer.weights.model_directory import read_config_json
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.read_back import verify_files
 from qlora_trainer.weights.reading import read_blocks, read_tensor, row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -211,7 +211,7 @@ def _count_flushed(
 
 def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
     """config.json as it was, but for the quantization, gone, and the dtype, under its new name and its old one."""
-    config = read_config_json(directory)
+    config = dict(ModelDirectory.open(directory).config_json)
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

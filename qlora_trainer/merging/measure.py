@@ -9,7 +9,6 @@ all is measured on the CPU.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +30,13 @@ from qlora_trainer.merging.streamed_model import gives_answers, load_streamed_mo
 from qlora_trainer.merging.trained_weights import TrainedWeight
 from qlora_trainer.merging.verify import head_answers, row_answers
 from qlora_trainer.model.device import give_back_memory
-from qlora_trainer.model.facts import is_prequantized, layer_kinds
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.experts import has_experts
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row
@@ -58,7 +57,7 @@ class MergeRun:
 
     trained: TrainedAdapter
     model: str  # what the base is called
-    directory: Path
+    directory: ModelDirectory
     tokenizer: Any
     weights: dict[str, TrainedWeight]  # that were 4-bit, by the checkpoint's names
     device: torch.device
@@ -67,7 +66,9 @@ class MergeRun:
 
     @property
     def inputs(self) -> MergeInputs:
-        return MergeInputs.from_adapter(self.directory, self.trained.fingerprint, self.trained.adapter, self.device)
+        return MergeInputs.from_adapter(
+            self.directory.path, self.trained.fingerprint, self.trained.adapter, self.device
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Me
 def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
     """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
     required = base == "original"
-    if base == "dequantized" or is_prequantized(run.directory) or (sample.eval is None and not required):
+    if base == "dequantized" or run.directory.facts.is_prequantized or (sample.eval is None and not required):
         return None
     try:
         return _measure(_with_adapter(run, "original", progress), run, sample, progress)
@@ -147,7 +148,7 @@ def _sample(run: MergeRun, progress: Progress) -> Sample:
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
     """By the first layers of each kind, which tell as much of packing and of the logits as all would."""
-    kinds = layer_kinds(run.directory)
+    kinds = run.directory.facts.layer_kinds
     layers = 1 + max(kinds.index(kind) for kind in set(kinds))
     progress("examining the model", 0, None)
     model = _load(run, "dequantized", progress, layers)
@@ -168,19 +169,17 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
     """The base in fp32, as it was trained or as its checkpoint has it; `layers` of it, where it can be streamed."""
     if run.streams:
         weights = run.weights if base == "dequantized" else None
-        return load_streamed_model(run.directory, run.device, weights, layers=layers)
+        return load_streamed_model(run.directory.path, run.device, weights, layers=layers)
     if base == "original":
         return load_dense_model(run.directory, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
-    settings = run.trained.config.model.model_copy(
-        update={
-            "device": run.device.type,
-            "compute_dtype": "float32",
-            "lm_head": "dense",
-            "embeddings": "device",
-        }
-    )
-    loaded = load_base_model(run.directory, settings, progress)
+    as_merged = {
+        "model.device": run.device.type,
+        "model.compute_dtype": "float32",
+        "model.lm_head": "dense",
+        "model.embeddings": "device",
+    }
+    loaded = load_base_model(run.directory, run.trained.config.replace(as_merged).model, progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model

@@ -29,13 +29,8 @@ from qlora_trainer.merging.trained_weights import (
     trained_weights,
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
-from qlora_trainer.weights.model_directory import (
-    TensorInfo,
-    TensorSpec,
-    checkpoint_tensors,
-    read_config_json,
-    weight_statistics,
-)
+from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -95,8 +90,8 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
             f"A merged model cannot be written as {dtype_name(dtype)}; choose float16, bfloat16 or float32. (Rounding "
             "it to the same 4 bits again would erase the adapter.)"
         )
-    tensors = checkpoint_tensors(inputs.base)
-    statistics = weight_statistics(tensors)
+    directory = ModelDirectory.open(inputs.base)
+    tensors, statistics = directory.tensors, directory.quant_states
     if statistics and base == "original":
         raise MergeError(
             f"{inputs.base} holds 4-bit weights only, so there is no original base to fold into. Use --base "
@@ -105,7 +100,7 @@ def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list
     trained = trained_weights(inputs.base, tensors, inputs.fingerprint, inputs.fan_in_fan_out)
     dense = dense_tensors(tensors, inputs.fingerprint)
     loras, biases = _sort_adapter(inputs.adapter, tensors, inputs.fingerprint.stored_as)
-    _refuse_tied(inputs.base, loras)
+    _refuse_tied(directory, loras)
 
     belongs_to_weight = {info.name for keys in statistics.values() for info in keys.values()}
     plans = []
@@ -149,11 +144,11 @@ def _sort_adapter(
     return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}, biases
 
 
-def _refuse_tied(directory: Path, loras: Mapping[str, object]) -> None:
+def _refuse_tied(directory: ModelDirectory, loras: Mapping[str, object]) -> None:
     """An adapter on one of two tied weights would, once folded, be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
     touched = [name for name in loras if name.split(".")[-2] in embeddings]
-    if touched and read_config_json(directory).get("tie_word_embeddings", True):
+    if touched and directory.config_json.get("tie_word_embeddings", True):
         raise MergeError(
             f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
             "Use the adapter next to its base instead."

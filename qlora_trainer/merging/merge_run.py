@@ -31,12 +31,11 @@ from qlora_trainer.merging.verify import (
     verify_merge,
 )
 from qlora_trainer.model.device import choose_device
-from qlora_trainer.model.facts import is_prequantized
 from qlora_trainer.model.fingerprint import config_identity
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.trained import read_trained
-from qlora_trainer.weights.model_directory import checkpoint_tensors, read_config_json
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
 
 
@@ -89,7 +88,7 @@ def _merge_run(
     max_shard_bytes: int,
     progress: Progress,
 ) -> Deployment:
-    if base == "original" and is_prequantized(run.directory):
+    if base == "original" and run.directory.facts.is_prequantized:
         raise MergeError(
             f"{run.directory} is prequantized: it holds no original weights to merge into. Merge into the dequantized "
             "base (--base dequantized), which is the function that was trained."
@@ -121,7 +120,7 @@ def _merge_run(
             directory,
             sample.rows,
             reference.answers,
-            lambda path: load_streamed_model(path, run.device) if run.streams else load_dense_model(path, run.device),
+            lambda path: _load_written(path, run),
             sample.forward.loss_path,
             (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[dtype],
             progress,
@@ -142,7 +141,7 @@ def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
     trained = read_trained(run_dir)
     settings = trained.config.model
     directory = resolve_model(model or settings.name, None if model else settings.revision, user_cache(), progress)
-    config = config_identity(read_config_json(directory))
+    config = config_identity(directory.config_json)
     if difference := trained.fingerprint.difference(dataclasses.replace(trained.fingerprint, config=config)):
         raise CheckpointError(
             f"The base {model or settings.name} is not the one this adapter was trained on: {difference}."
@@ -154,14 +153,21 @@ def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
         directory=directory,
         tokenizer=load_tokenizer(directory),
         weights=trained_weights(
-            directory, checkpoint_tensors(directory), trained.fingerprint, trained.adapter.config.fan_in_fan_out
+            directory.path, directory.tensors, trained.fingerprint, trained.adapter.config.fan_in_fan_out
         ),
-        device=streaming_device(directory, wanted),
-        streams=can_stream(directory),
+        device=streaming_device(directory.path, wanted),
+        streams=can_stream(directory.path),
     )
     if run.device != wanted:
         run.warnings.append(ON_CPU)
     return run
+
+
+def _load_written(path: Path, run: MergeRun) -> Any:
+    """Load what was merged, in fp32, as the base was loaded."""
+    if run.streams:
+        return load_streamed_model(path, run.device)
+    return load_dense_model(ModelDirectory.open(path), run.device)
 
 
 def _refuse_early(run: MergeRun, output: Path, dtype: torch.dtype, base: str, progress: Progress) -> None:

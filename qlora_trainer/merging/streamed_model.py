@@ -31,13 +31,13 @@ from qlora_kernels.torch_internals import without_torch_function
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.merging.trained_weights import TrainedWeight
 from qlora_trainer.model.device import device_with_memory
-from qlora_trainer.model.empty import empty_model
-from qlora_trainer.model.facts import keep_layers, read_config
+from qlora_trainer.model.empty import empty_model, keep_layers
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.modules.nf4_linear import is_linear
 from qlora_trainer.model.names import match_names
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_rows, read_tensor, same_values
+from qlora_trainer.weights.tensors import TensorInfo
 
 WORKING_BYTES = 2**30  # activations of a pass, roughly
 
@@ -136,7 +136,7 @@ def load_streamed_model(
     model, sources, device = _examine(directory, device, trained or {}, layers)
     if sources is None:
         assert not trained, "callers ask can_stream"
-        return load_dense_model(directory, device)
+        return load_dense_model(ModelDirectory.open(directory), device)
     resident = _resident(model)
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters are one, and stay one
     for path, module in model.named_modules():
@@ -158,8 +158,8 @@ def load_streamed_model(
 
 def can_stream(directory: Path) -> bool:
     """Whether `load_streamed_model` can stream the model; else its tensors are fused while loading."""
-    tensors = checkpoint_tensors(directory)
-    return _sources(empty_model(directory, stored=tensors), tensors, {}) is not None
+    opened = ModelDirectory.open(directory)
+    return _sources(empty_model(opened, stored=opened.tensors), opened, {}) is not None
 
 
 @torch.no_grad()
@@ -183,12 +183,12 @@ def _examine(
     directory: Path, device: torch.device, trained: Mapping[str, TrainedWeight], layers: int | None
 ) -> tuple[Any, dict[str, Source] | None, torch.device]:
     """The empty model, where its parameters come from, if that can be determined, and the device that has space."""
-    config = read_config(directory)
+    opened = ModelDirectory.open(directory)
+    config = opened.config()
     if layers is not None:
         keep_layers(config.get_text_config(), layers)
-    tensors = checkpoint_tensors(directory)
-    model = empty_model(directory, config, stored=tensors)
-    sources = _sources(model, tensors, trained)
+    model = empty_model(opened, config, stored=opened.tensors)
+    sources = _sources(model, opened, trained)
     if sources is None:
         needed = sum(4 * parameter.numel() for parameter in model.parameters())
     else:
@@ -199,11 +199,10 @@ def _examine(
     return model, sources, device_with_memory(needed + WORKING_BYTES, device, f"Comparing answers of {directory}")
 
 
-def _sources(
-    model: Any, tensors: Mapping[str, TensorInfo], trained: Mapping[str, TrainedWeight]
-) -> dict[str, Source] | None:
+def _sources(model: Any, directory: ModelDirectory, trained: Mapping[str, TrainedWeight]) -> dict[str, Source] | None:
     """What each parameter and stored buffer is read from, tied ones under each of their names; None if one has none."""
-    stored_as = match_names(model, tensors).found
+    tensors = directory.tensors
+    stored_as = match_names(model, directory).found
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)

@@ -20,9 +20,10 @@ from qlora_trainer.common.errors import CheckpointError, MergeError
 from qlora_trainer.common.hashing import blocks_sha256
 from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
 from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_name, weight_statistics
+from qlora_trainer.weights.listing import checkpoint_name, weight_statistics
 from qlora_trainer.weights.nf4 import quantize_weight
 from qlora_trainer.weights.reading import read_blocks, read_tensor, read_tensors
+from qlora_trainer.weights.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,24 @@ Left out: filling it (fill.py).
 """
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
-from qlora_trainer.model.facts import read_config
 from qlora_trainer.model.modules.cpu_embedding import keeps_own_dtype
 from qlora_trainer.model.modules.experts import split_experts
 from qlora_trainer.model.pretrained import LOADING_ERRORS, loading_error
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 def empty_model(
-    directory: Path, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
+    directory: ModelDirectory, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
 ) -> Any:
-    """The model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+    """Make the model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
 
     Experts that transformers fuses are linear layers of their own in it (model/modules/experts.py).
 
@@ -33,7 +33,7 @@ def empty_model(
     Raises:
         ModelError: it cannot be made.
     """
-    config = config or read_config(directory)
+    config = config or directory.config()
     try:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -58,7 +58,7 @@ def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_cpu: bool = False
     model.config.dtype = dtype
 
 
-def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: Any = None) -> None:
+def recompute_buffers(model: Any, directory: ModelDirectory, dtype: torch.dtype, config: Any = None) -> None:
     """Give the model the buffers that no checkpoint holds as they are where its directory is loaded in `dtype`.
 
     Some are made in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is 13.856
@@ -67,7 +67,7 @@ def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: A
     Args:
         config: the model's, where it is not that of the directory.
     """
-    config = config or read_config(directory)
+    config = config or directory.config()
     vars(config).pop("quantization_config", None)
     fresh = empty_model(directory, config, dtype)
     stored = fresh.state_dict().keys()
@@ -75,3 +75,26 @@ def recompute_buffers(model: Any, directory: Path, dtype: torch.dtype, config: A
         if name not in stored:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, buffer.to(model.get_buffer(name).device))
+
+
+def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:
+    """Raise ModelError where a model takes more than text: transformers gives some of them as causal language models.
+
+    The adapter would train the vision tower too.
+    """
+    towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
+    if towers:
+        raise ModelError(
+            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
+            f"{' and '.join(towers)}). Only text models are trained here: choose one "
+            "that takes text alone."
+        )
+
+
+def keep_layers(config: Any, layers: int) -> None:
+    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers

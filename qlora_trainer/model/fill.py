@@ -14,7 +14,6 @@ Legend: O out features, I in features.
 """
 
 import contextlib
-from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,10 +30,10 @@ from qlora_trainer.model.modules.lm_head import HeadKind, QuantizedHead, empty_h
 from qlora_trainer.model.modules.nf4_linear import empty_nf4
 from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.weights.direct_reading import LARGEST_KEPT
-from qlora_trainer.weights.model_directory import TensorInfo
 from qlora_trainer.weights.nf4 import all_finite, quantize_weight
 from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import Arrival, stream_tensors
+from qlora_trainer.weights.tensors import TensorInfo
 
 
 def lay_out(model: Any, plan: LoadPlan, lm_head: HeadKind) -> None:
@@ -50,7 +49,6 @@ def lay_out(model: Any, plan: LoadPlan, lm_head: HeadKind) -> None:
 def load_tensors(
     model: Any,  # as `lay_out` left it, each parameter in the dtype it shall have; filled
     plan: LoadPlan,
-    config: Mapping[str, Any],  # what config.json holds
     *,
     device: torch.device,
     embedding_on_cpu: bool = False,  # leave it out of the device; who computes must know (modules/cpu_embedding.py)
@@ -80,7 +78,7 @@ def load_tensors(
                 del arrival  # before the next one comes
         filling.move_buffers()
         progress("loading the base", total, total)
-        return filling.fingerprint(config)
+        return filling.fingerprint()
 
 
 class _Filling:
@@ -166,13 +164,13 @@ class _Filling:
                 assert buffer.device.type != "meta", f"{name} of {type(module).__name__} was not filled"
                 setattr(module, name, buffer.to(self.device))
 
-    def fingerprint(self, config: Mapping[str, Any]) -> BaseFingerprint:
+    def fingerprint(self) -> BaseFingerprint:
         """What has been loaded; waits for the hashes."""
         tensors = {path: found.result() for path, found in self.four_bit.items()}
         packed = {name: tensors[self.plan.four_bit[name]].packed_sha256 for name in self.plan.statistics}
         sources = self.sources | packed  # of a prequantized weight, the packed bytes are what lies on disk
         return make_fingerprint(
-            config,
+            self.plan.directory.config_json,
             self.plan.source_dtype,
             tensors,
             {name: found.result() for name, found in self.dense.items()},

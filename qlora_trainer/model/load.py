@@ -9,10 +9,8 @@ checkpoint and bitsandbytes quantizes; such a model holds for a moment densely w
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +25,7 @@ from qlora_trainer.model.device import (
     free_memory,
     give_back_memory,
 )
-from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
-from qlora_trainer.model.facts import read_config, refuse_multi_modal
+from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers, refuse_multi_modal
 from qlora_trainer.model.fill import lay_out, load_tensors
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
@@ -40,7 +37,7 @@ from qlora_trainer.model.modules.cpu_embedding import (
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_quantized_fraction
 from qlora_trainer.model.pretrained import load_converted, load_pretrained
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 @dataclasses.dataclass
@@ -48,7 +45,7 @@ class Base:
     """A frozen NF4 model in evaluation mode, and what identifies it."""
 
     model: Any  # transformers' PreTrainedModel
-    directory: Path
+    directory: ModelDirectory
     fingerprint: BaseFingerprint
     quantized_fraction: float
     compute_dtype: torch.dtype
@@ -62,7 +59,7 @@ class Base:
         return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
 
 
-def load_base_model(directory: Path, settings: ModelConfig, progress: Progress = silent) -> Base:
+def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: Progress = silent) -> Base:
     """Load and quantize a model directory; everything frozen, every linear layer in NF4, the LM head as asked for.
 
     Raises:
@@ -86,13 +83,12 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     _check_memory(model, plan, device, embedding_on_cpu=on_host)
     check_dequantization(device)
 
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if plan.converted:
-        model, fingerprint = load_converted(plan, config, settings.lm_head, device)
+        model, fingerprint = load_converted(plan, settings.lm_head, device)
         compute_in(model, compute_dtype, embedding_on_cpu=on_host)
     else:
         with memory_errors(f"Loading {directory} on {device}"):
-            fingerprint = load_tensors(model, plan, config, device=device, embedding_on_cpu=on_host, progress=progress)
+            fingerprint = load_tensors(model, plan, device=device, embedding_on_cpu=on_host, progress=progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
     give_back_memory()  # what the tensors came through
@@ -109,24 +105,21 @@ def load_base_model(directory: Path, settings: ModelConfig, progress: Progress =
     )
 
 
-def plan_base(directory: Path) -> tuple[LoadPlan, Any]:
+def plan_base(directory: ModelDirectory) -> tuple[LoadPlan, Any]:
     """What becomes of each tensor of a model directory, and its model, dense and on meta.
 
     Raises:
         ModelError: not a text model that transformers knows, or weights are missing.
         QuantizationError: it is prequantized in a way that cannot be trained.
     """
-    config = read_config(directory)
+    config = directory.config()
     refuse_multi_modal(config, directory)
-    if getattr(config, "transformers_weights", None):
-        raise ModelError(f"{directory / 'config.json'} names its own weight file, which is not read here.")
-    tensors = checkpoint_tensors(directory)
     if getattr(config, "quantization_config", None) is not None:
         _check_prequantized(config.quantization_config, directory)
         del config.quantization_config  # the model is made dense, and filled by ourselves
-    source_dtype = widest_dtype(tensors)
-    model = empty_model(directory, config, source_dtype, tensors)
-    return plan_load(model, directory, tensors, source_dtype), model
+    source_dtype = widest_dtype(directory)
+    model = empty_model(directory, config, source_dtype, directory.tensors)
+    return plan_load(model, directory, source_dtype), model
 
 
 def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
@@ -139,14 +132,14 @@ def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
         )
 
 
-def load_dense_model(directory: Path, device: torch.device) -> Any:
+def load_dense_model(directory: ModelDirectory, device: torch.device) -> Any:
     """A model directory in fp32 by plain transformers, in evaluation mode, frozen; on the CPU where it fits no device.
 
     Raises:
         ModelError: it cannot be loaded, or weights are missing.
         InsufficientMemoryError: it does not fit in memory at 4 bytes a weight.
     """
-    needed = 4 * sum(math.prod(info.shape) for info in checkpoint_tensors(directory).values())
+    needed = 4 * sum(math.prod(info.shape) for info in directory.tensors.values())
     device = device_with_memory(needed, device, f"{directory} in fp32")
     model = load_pretrained(directory, device, torch.float32)
     model.requires_grad_(False)
@@ -154,7 +147,7 @@ def load_dense_model(directory: Path, device: torch.device) -> Any:
     return model.eval()
 
 
-def _check_prequantized(config: Any, directory: Path) -> None:
+def _check_prequantized(config: Any, directory: ModelDirectory) -> None:
     """A prequantized checkpoint brings its own quantization; take only the one we train on, and never override it."""
     found = config if isinstance(config, dict) else config.to_dict()
     method = str(found.get("quant_method"))

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from qlora_trainer.common.transformers_internals import patterns_of_extra, patte
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
-from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor, same_values
+from qlora_trainer.weights.tensors import TensorInfo
 
 RECORD_NAME = "qlora_quantize.json"  # next to a checkpoint that this trainer has kept in 4 bits
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,16 +41,24 @@ class DenseTensor:
 class LoadPlan:
     """What becomes of each tensor of a checkpoint; the keys are the checkpoint's names."""
 
-    directory: Path
-    tensors: Mapping[str, TensorInfo]  # all there are, in the order they lie on disk
+    directory: ModelDirectory
     source_dtype: torch.dtype  # what 4-bit weights are quantized from
     four_bit: dict[str, str]  # weight -> path of the layer that holds it in 4 bits
     transposed: set[str]  # those of them that the checkpoint stores as (I, O)
-    statistics: dict[str, dict[str, TensorInfo]]  # of a weight that is 4-bit on disk
     dense: dict[str, DenseTensor]
     converted: list[str]  # tensors that transformers merges or splits while loading
     unused: list[str]  # tensors that the model has no place for, and does not expect
     original: dict[str, str]  # sha256 of the tensors that a 4-bit checkpoint was made of, where it says so
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return all tensors of the checkpoint, in the order they lie on disk."""
+        return self.directory.tensors
+
+    @property
+    def statistics(self) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """Return what is stored next to each weight that is 4-bit on disk."""
+        return self.directory.quant_states
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -93,26 +101,26 @@ class LoadPlan:
         return ((info.dtype != dtype) + (info.name in self.transposed)) * info.numel * dtype.itemsize
 
 
-def widest_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantized.
+def widest_dtype(directory: ModelDirectory) -> torch.dtype:
+    """Return the dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantized.
 
     Raises:
         QuantizationError: weights are quantized otherwise than to NF4.
     """
-    statistics = weight_statistics(tensors)
     found = set()
-    for name, keys in statistics.items():
+    for name, keys in directory.quant_states.items():
         states = {key: read_tensor(info) for key, info in keys.items() if key.startswith("quant_state.")}
         found.add(source_dtype_of(states, name))
-    of_weights = {info.name for keys in statistics.values() for info in keys.values()}
-    found |= {info.dtype for name, info in tensors.items() if name not in of_weights and info.dtype in FLOAT_DTYPES}
+    of_weights = {info.name for keys in directory.quant_states.values() for info in keys.values()}
+    found |= {
+        info.dtype for name, info in directory.tensors.items() if name not in of_weights and info.dtype in FLOAT_DTYPES
+    }
     return found.pop() if len(found) == 1 else torch.float32
 
 
 def plan_load(
     model: Any,  # dense, its parameters on meta in the checkpoint's widest dtype
-    directory: Path,
-    tensors: Mapping[str, TensorInfo],
+    directory: ModelDirectory,
     source_dtype: torch.dtype,
 ) -> LoadPlan:
     """Match a checkpoint with its model. Tied parameters whose tensors differ become parameters of their own in it.
@@ -121,7 +129,8 @@ def plan_load(
         ModelError: weights are missing, are stored under two names, have another shape or a dtype such as fp8, or are
             4-bit where they must stay dense.
     """
-    match, statistics = match_names(model, tensors), weight_statistics(tensors)
+    tensors, statistics = directory.tensors, directory.quant_states
+    match = match_names(model, directory)
     layers = {f"{path}.weight": path for path in linear_layers(model)}
     four_bit: dict[str, str] = {}
     dense: dict[str, list[str]] = {}
@@ -165,11 +174,9 @@ def plan_load(
         )
     return LoadPlan(
         directory=directory,
-        tensors=tensors,
         source_dtype=source_dtype,
         four_bit=four_bit,
         transposed={name for name, path in four_bit.items() if is_transposed(model.get_submodule(path))},
-        statistics=statistics,
         dense={name: DenseTensor(names, state[names[0]].dtype) for name, names in dense.items()},
         converted=list(match.converted),
         unused=[name for name in match.unused if not _is_expected_extra(model, name)],
@@ -177,7 +184,7 @@ def plan_load(
     )
 
 
-def refuse_incomplete(directory: Path, missing: Sequence[str], mismatched: Sequence[str]) -> None:
+def refuse_incomplete(directory: ModelDirectory, missing: Sequence[str], mismatched: Sequence[str]) -> None:
     """ModelError where the model lacks weights, or a tensor has another shape than the model."""
     if missing or mismatched:
         raise ModelError(
@@ -190,8 +197,8 @@ def _is_readable(info: TensorInfo) -> bool:
     return info.dtype in {*FLOAT_DTYPES, torch.float64}
 
 
-def _original_hashes(directory: Path) -> dict[str, str]:
-    path = directory / RECORD_NAME
+def _original_hashes(directory: ModelDirectory) -> dict[str, str]:
+    path = directory.path / RECORD_NAME
     if not path.is_file():
         return {}
     try:

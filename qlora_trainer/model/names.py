@@ -6,13 +6,12 @@ one parameter of several tensors, or the other way round, the names are distingu
 the model has a parameter for each tensor (model/modules/experts.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import conversion_mapping, renamed
-from qlora_trainer.weights.model_directory import TensorInfo, weight_statistics
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class NameMatch:
     unused: list[str]  # checkpoint's names that no parameter takes
 
 
-def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
+def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
     """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
 
     Statistics of prequantized weights go with their weights, and are in no list.
@@ -34,10 +33,10 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
     """
     renamings, converters = conversion_mapping(model)
     state, prefix = model.state_dict(), model.base_model_prefix
-    statistics = {info.name for found in weight_statistics(tensors).values() for info in found.values()}
+    statistics = {info.name for found in directory.quant_states.values() for info in found.values()}
 
     match = NameMatch({}, {}, [])
-    for name in tensors:
+    for name in directory.tensors:
         if name in statistics:
             continue
         new_name, pattern = renamed(name, renamings, converters, prefix, state)
@@ -47,7 +46,7 @@ def match_names(model: Any, tensors: Mapping[str, TensorInfo]) -> NameMatch:
             new_name, pattern = name, None
         if new_name in match.found:
             raise ModelError(
-                f"{tensors[name].file.parent} stores {new_name} twice, as {match.found[new_name]} and as {name}; which "
+                f"{directory} stores {new_name} twice, as {match.found[new_name]} and as {name}; which "
                 "one counts is left to chance. Fetch the checkpoint again, or remove the stale tensor."
             )
         if new_name not in state:

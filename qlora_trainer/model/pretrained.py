@@ -3,8 +3,6 @@
 Left out: plain and prequantized bases, which are loaded a tensor at a time (fill.py).
 """
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,18 +14,19 @@ from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import all_finite
-from qlora_trainer.weights.reading import read_tensor
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
-def load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
     """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
     with memory_errors(f"Loading {directory} on {device}"), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                directory,
+                directory.path,
+                config=directory.config(),
                 dtype=dtype,
                 device_map={"": device},
                 trust_remote_code=False,
@@ -43,20 +42,18 @@ def load_pretrained(directory: Path, device: torch.device, dtype: torch.dtype, *
     return model
 
 
-def load_converted(
-    plan: LoadPlan, config: Mapping[str, Any], lm_head: HeadKind, device: torch.device
-) -> tuple[Any, BaseFingerprint]:
-    """A base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
-    if not plan.statistics:
+def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> tuple[Any, BaseFingerprint]:
+    """Load a base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
+    if not plan.directory.quant_states:
         _check_finite(plan)
-    quantization = None if plan.statistics else nf4_config(plan.source_dtype)
+    quantization = None if plan.directory.quant_states else nf4_config(plan.source_dtype)
     # On CUDA bitsandbytes divides approximately: of bf16 weights that changes no code, of others now and then one.
-    is_exact = plan.statistics or plan.source_dtype == torch.bfloat16
+    is_exact = plan.directory.quant_states or plan.source_dtype == torch.bfloat16
     place = device if is_exact else torch.device("cpu")
     model = load_pretrained(plan.directory, place, plan.source_dtype, quantization_config=quantization)
     adopt_linear4bit(model)
     model.to(device)
-    fingerprint = base_fingerprint(model, config, plan.source_dtype)
+    fingerprint = base_fingerprint(model, plan.directory.config_json, plan.source_dtype)
     model.requires_grad_(False)
     quantize_head(model, lm_head)
     model.config.use_cache = False
@@ -79,7 +76,7 @@ def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) 
     )
 
 
-def loading_error(error: Exception, directory: Path) -> ModelError:
+def loading_error(error: Exception, directory: ModelDirectory) -> ModelError:
     """The error message for one of LOADING_ERRORS."""
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
 
@@ -87,8 +84,8 @@ def loading_error(error: Exception, directory: Path) -> ModelError:
 def _check_finite(plan: LoadPlan) -> None:
     """One value that is not finite turns its whole tensor into NaN when block maxima are quantized too."""
     for name in plan.used:
-        if not all_finite(read_tensor(plan.tensors[name])):
+        if not all_finite(plan.directory.read(name)):
             raise QuantizationError(
-                f"{name} in {plan.tensors[name].file.name} holds values that are not finite. The checkpoint is "
-                "damaged: fetch it again."
+                f"{name} in {plan.directory.tensors[name].file.name} holds values that are not finite. The "
+                "checkpoint is damaged: fetch it again."
             )

@@ -34,13 +34,14 @@ from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.pretrained import nf4_config
 from qlora_trainer.weights.bitsandbytes_format import weight_to_checkpoint
 from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
-from qlora_trainer.weights.model_directory import TensorInfo, TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
 from qlora_trainer.weights.read_back import verify_files
 from qlora_trainer.weights.reading import row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.weights.side_files import copy_files, files_to_copy, refuse_full_disk
 from qlora_trainer.weights.stream import stream_tensors
+from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
 
 FUSED_EXPERTS = (
     "This copy loads here alone: transformers fuses the model's experts while loading, and reads none in 4 bits."
@@ -64,7 +65,7 @@ class QuantizeReport:
 
 
 def quantize_checkpoint(
-    directory: Path,
+    directory: ModelDirectory,
     output: Path,
     *,
     device: torch.device,
@@ -87,7 +88,7 @@ def quantize_checkpoint(
     layers = linear_layers(model)
     specs = {info.name: _specs(info, plan) for info in plan.tensors.values()}
     written = [spec for found in specs.values() for spec in found]
-    copied = files_to_copy(directory)
+    copied = files_to_copy(directory.path)
     total = sum(spec.nbytes for spec in written)
     remove_leftovers(output)
     refuse_full_disk(output, total + sum(path.stat().st_size for path in copied), "The quantized model")
@@ -100,7 +101,7 @@ def quantize_checkpoint(
         ):
             sources = _write_tensors(plan, writer, device, progress)
         verify_files(work, written, writer.checksums, progress, "quantized model")
-        copy_files(directory, copied, work)
+        copy_files(directory.path, copied, work)
         _write_config(directory, work, plan.source_dtype, kept_dense)
         report = QuantizeReport(
             weights=len(plan.four_bit),
@@ -110,13 +111,13 @@ def quantize_checkpoint(
             source_dtype=str(plan.source_dtype).removeprefix("torch."),
             warnings=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
         )
-        record = report.to_json() | {"model": str(directory.absolute()), "sources": sources}
+        record = report.to_json() | {"model": str(directory.path.absolute()), "sources": sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
     return report
 
 
 def load_base(
-    directory: Path,
+    directory: ModelDirectory,
     settings: ModelConfig,
     cache_dir: Path,  # the user's
     progress: Progress = silent,
@@ -136,11 +137,11 @@ def load_base(
         base = load_base_model(directory, settings, progress)
         warnings = [] if plan.statistics else [f"{hindrance} It was quantized while loading, as it will be each time."]
         return dataclasses.replace(base, warnings=[*base.warnings, *warnings])
-    kept = _kept_copy(directory, settings, cache_dir, progress)
+    kept = ModelDirectory.open(_kept_copy(directory, settings, cache_dir, progress))
     return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
 
 
-def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
+def _kept_copy(directory: ModelDirectory, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
     kept = cache_dir / "quantized" / f"{Path(settings.name).name}-{_key(directory)[:16]}"
     if not (kept / RECORD_NAME).is_file():
         refuse_unwritable(kept, "XDG_CACHE_HOME")
@@ -153,15 +154,16 @@ def _kept_copy(directory: Path, settings: ModelConfig, cache_dir: Path, progress
     return kept
 
 
-def _key(directory: Path) -> str:
-    """Of the files a base is loaded from: their contents are not read, so a file is known by its path, size and times.
+def _key(directory: ModelDirectory) -> str:
+    """Return a key of the files a base is loaded from, each known by its path, size and times: contents are not read.
 
     A changed file changes the time of its last change, whatever its other times were set to. What an import has
     recorded of its file, such as the file's sha256, is part of the key too.
     """
-    described = [directory / "config.json", directory / IMPORT_RECORD]
-    facts: list[Any] = [_KEPT_FORMAT, *(path.read_text(encoding="utf-8") for path in described if path.is_file())]
-    for path in sorted({info.file.resolve() for info in checkpoint_tensors(directory).values()}):
+    imported = directory.path / IMPORT_RECORD
+    facts: list[Any] = [_KEPT_FORMAT, directory.config_json]
+    facts += [imported.read_text(encoding="utf-8")] if imported.is_file() else []
+    for path in sorted({info.file.resolve() for info in directory.tensors.values()}):
         status = path.stat()
         facts.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -234,9 +236,9 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _write_config(directory: Path, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
+def _write_config(directory: ModelDirectory, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
     """config.json as it was, with what transformers needs to know of the quantization."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = dict(directory.config_json)
     # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
     named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
     compute_dtype = named if named in (torch.bfloat16, torch.float16) else source_dtype

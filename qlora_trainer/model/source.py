@@ -14,6 +14,7 @@ from qlora_trainer.common.atomic import refuse_unwritable
 from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.weights.gguf.importer import import_gguf
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # and the config
 WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors")  # no pickles
@@ -23,8 +24,8 @@ NOT_FETCHED = ("original/*", "onnx/*", "consolidated*.safetensors")  # the same 
 
 def resolve_model(
     name: str, revision: str | None, cache_dir: Path, progress: Progress = silent, files: Sequence[str] = WEIGHT_FILES
-) -> Path:
-    """The directory of safetensors that `name` represents: a directory, a GGUF file (imported once), or a hub name.
+) -> ModelDirectory:
+    """Open the model directory that `name` represents: a directory, a GGUF file (imported once), or a hub name.
 
     Of a hub name only `files` are fetched.
 
@@ -35,7 +36,7 @@ def resolve_model(
     """
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
-        return import_gguf(path, cache_dir, progress)
+        return ModelDirectory.open(import_gguf(path, cache_dir, progress))
     if path.is_dir():
         if (path / "adapter_config.json").exists():
             raise ModelError(
@@ -44,11 +45,11 @@ def resolve_model(
             )
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json, so it is not a transformers model directory.")
-        return path
+        return ModelDirectory.open(path)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
         raise FileMissingError(f"There is no model at {name}.{hint}")
-    return _fetch(name, revision, files)
+    return ModelDirectory.open(_fetch(name, revision, files))
 
 
 def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -95,9 +96,10 @@ def hub_variable() -> str:
     return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; ModelError where it cannot be read."""
+def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory; ModelError where it or the config cannot be read."""
+    config = directory.config()
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(directory.path, config=config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error

@@ -4,7 +4,6 @@ Left out: taking the steps (step_memory.py).
 """
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -17,12 +16,12 @@ from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of
-from qlora_trainer.model.facts import max_positions
 from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
 
@@ -70,7 +69,7 @@ def planned_dtype(config: RunConfig, card: Card | None) -> torch.dtype:
     return compute_dtype_of(config.model.compute_dtype, card.capability if card else None)
 
 
-def longest_row(directory: Path, config: RunConfig) -> int:
+def longest_row(directory: ModelDirectory, config: RunConfig) -> int:
     """Return the length of the longest row that the run can meet.
 
     Args:
@@ -80,11 +79,11 @@ def longest_row(directory: Path, config: RunConfig) -> int:
     Returns:
         Tokens.
     """
-    return min(config.data.max_length, max_positions(directory) or config.data.max_length)
+    return min(config.data.max_length, directory.facts.positions or config.data.max_length)
 
 
 def empty_run(
-    directory: Path,
+    directory: ModelDirectory,
     config: RunConfig,
     dtype: torch.dtype,
     policy: Policy,
@@ -116,7 +115,7 @@ def empty_run(
     return state, as_fake(pack, fake.mode), fake
 
 
-def keeps_apart(directory: Path) -> bool | None:
+def keeps_apart(directory: ModelDirectory) -> bool | None:
     """Say whether the attention of a base keeps packed rows apart, as far as fake tensors show.
 
     They show that it goes through our function, not that it computes the same, which a run tries on the real model.
@@ -136,7 +135,7 @@ def keeps_apart(directory: Path) -> bool | None:
         return None  # a run says why
 
 
-def longest_pack(directory: Path, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
+def longest_pack(directory: ModelDirectory, config: RunConfig, packing: bool, documents: int = 2) -> Pack:
     """Make the largest micro-batch: rows of full length, every token trained.
 
     Args:
@@ -178,7 +177,7 @@ def as_fake(pack: Pack, mode: FakeTensorMode) -> Pack:
 
 def _most_costly_documents(
     heads: tuple[int, int, int] | None,  # as head_sizes gives them
-    directory: Path,
+    directory: ModelDirectory,
     config: RunConfig,
     dtype: torch.dtype,
     card: Card | None,

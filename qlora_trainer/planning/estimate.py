@@ -10,14 +10,13 @@ What is found is planned whole before it is reported; that no larger size fits i
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.facts import layer_kinds
 from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def estimate(directory: Path, config: RunConfig) -> int:
+def estimate(directory: ModelDirectory, config: RunConfig) -> int:
     """Estimate the total that `plan_memory` would give, from two models of a few layers, or of as many as there are.
 
     Two more say what a layer adds whose activations are all kept; the first of them adds little, since as much is alive
@@ -43,7 +42,7 @@ def estimate(directory: Path, config: RunConfig) -> int:
     return live + more.components[SLACK]
 
 
-def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
+def bytes_of_a_layer(directory: ModelDirectory, config: RunConfig) -> int:
     """Compute what one more layer takes, from models of a few layers.
 
     Args:
@@ -59,7 +58,7 @@ def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
 
 
 def largest_that_fits(
-    directory: Path,
+    directory: ModelDirectory,
     sizes: Sequence[int],  # rising
     sized: Callable[[int], RunConfig],
     budget: int,
@@ -114,13 +113,13 @@ def _last_within(estimated: Callable[[int], int], low: int, high: int, budget: i
     return fits
 
 
-def _few_layers(directory: Path, config: RunConfig) -> tuple[int, int, int]:
+def _few_layers(directory: ModelDirectory, config: RunConfig) -> tuple[int, int, int]:
     """Return (layers of the model, after how many they repeat, few).
 
     `few` is a multiple of the period with so many layers that one more is like them: two at least, as a first layer and
     a last one may differ; with inputs made again from every n-th layer's, n more.
     """
-    kinds = layer_kinds(directory)
+    kinds = directory.facts.layer_kinds
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
     period = math.lcm(period, config.training.offload_every_n_layers)
     return len(kinds), period, period * -(-(1 + config.training.offload_every_n_layers) // period)
@@ -131,4 +130,4 @@ def _live(plan: MemoryPlan) -> int:
 
 
 def _keeping(config: RunConfig, layers: int) -> RunConfig:
-    return config.model_copy(update={"training": config.training.model_copy(update={"uncheckpointed_layers": layers})})
+    return config.replace({"training.uncheckpointed_layers": layers})

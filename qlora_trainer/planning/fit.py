@@ -6,7 +6,6 @@ that cannot fit is refused, by whole plans.
 """
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -16,13 +15,13 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import choose_device
-from qlora_trainer.model.facts import layer_kinds, max_positions
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
 OFFLOADING: tuple[Level, ...] = ("offload", "tiled")
@@ -49,7 +48,9 @@ class Budget:
         return plan.total <= self.card and plan.host <= self.host
 
 
-def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan | None:
+def fastest_plan(
+    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent
+) -> MemoryPlan | None:
     """Plan a run under the fastest policy that fits, for a config that leaves it open.
 
     If all activations fit, all are kept; else all layers are recomputed but for as many of the last as fit; else inputs
@@ -83,7 +84,9 @@ def fastest_plan(directory: Path, config: RunConfig, budget: Budget, progress: P
     return None
 
 
-def longest_context(directory: Path, config: RunConfig, budget: int, progress: Progress = silent) -> MemoryPlan | None:
+def longest_context(
+    directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
+) -> MemoryPlan | None:
     """Plan the longest row that fits, alone in its micro-batch.
 
     It is planned under the policy of the config, or the one that needs least of the card where that is left open. That
@@ -98,14 +101,14 @@ def longest_context(directory: Path, config: RunConfig, budget: int, progress: P
     Returns:
         The plan; None where not even a row of GRAIN tokens fits.
     """
-    limit = max_positions(directory) or LONGEST_SEARCHED
+    limit = directory.facts.positions or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
     return largest_that_fits(directory, sizes, lambda size: with_length(least_memory(config), size), budget)
 
 
 def largest_micro_batch(
-    directory: Path, config: RunConfig, budget: int, progress: Progress = silent
+    directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
     """Plan the most rows of full length of a step that fit in one micro-batch.
 
@@ -124,10 +127,11 @@ def largest_micro_batch(
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(least_memory(config), size), budget)
+    config = least_memory(config)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
-def check_fits_here(directory: Path, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
+def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
     """Call `check_fits` for the card that the run will use, or for host memory.
 
     Args:
@@ -141,17 +145,17 @@ def check_fits_here(directory: Path, config: RunConfig, progress: Progress = sil
     device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
-    elif sum(info.nbytes for info in checkpoint_tensors(directory).values()) < SMALLEST_PLANNED:
+    elif sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
         return None
     else:
-        config = _set(config, model={"device": "cpu"})
+        config = config.replace({"model.device": "cpu"})
         budget = Budget(host_memory().available, 0)
     plan = check_fits(directory, config, budget, progress)
     progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
     return plan
 
 
-def check_fits(directory: Path, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
+def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
     """Plan a run under the policy that the config names, or the fastest that fits.
 
     Args:
@@ -230,7 +234,9 @@ def least_memory(config: RunConfig) -> RunConfig:
     return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
 
 
-def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_batch_tokens: int) -> MemoryPlan:
+def plan_as_lowered(
+    directory: ModelDirectory, config: RunConfig, policy: Policy, micro_batch_tokens: int
+) -> MemoryPlan:
     """Plan a run on the device here, under what an earlier part of it was lowered to.
 
     Args:
@@ -242,23 +248,20 @@ def plan_as_lowered(directory: Path, config: RunConfig, policy: Policy, micro_ba
     Returns:
         The plan.
     """
-    config = _set(config, model={"device": choose_device(config.model.device).type})
-    return plan_memory(directory, with_policy(with_micro_batch(config, micro_batch_tokens), policy))
+    config = config.replace({"model.device": choose_device(config.model.device).type})
+    lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
+    return plan_memory(directory, with_policy(lowered, policy))
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
-    return _set(config, data={"max_length": max_length}, training={"micro_batch_tokens": "auto"})
-
-
-def with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
-    return _set(config, training={"micro_batch_tokens": tokens})
+    return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
 def _keep_some_layers(
-    directory: Path, config: RunConfig, none_kept: MemoryPlan, budget: int, progress: Progress
+    directory: ModelDirectory, config: RunConfig, none_kept: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
     """Plan to keep the activations of as many layers as fit; `none_kept`, which keeps none, fits."""
-    layers = len(layer_kinds(directory))
+    layers = len(directory.facts.layer_kinds)
     keeping, recomputing = (
         bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
     )
@@ -276,21 +279,15 @@ def _keep_some_layers(
     return none_kept
 
 
-def _plan(directory: Path, config: RunConfig, policy: Policy) -> MemoryPlan:
+def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> MemoryPlan:
     return plan_memory(directory, with_policy(config, policy))
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
-    return _set(config, training=policy.as_settings())
+    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
     """Return what to write on the command line to have a policy instead of the config's."""
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
-
-
-def _set(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
-    return config.model_copy(
-        update={name: getattr(config, name).model_copy(update=fields) for name, fields in sections.items()}
-    )

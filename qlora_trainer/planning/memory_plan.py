@@ -15,7 +15,6 @@ choice of settings.
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +44,7 @@ from qlora_trainer.planning.step_memory import (
 )
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting
 from qlora_trainer.training.memory.activations import Policy, choose_policy
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """An allowance for what CUDA itself takes: 300 to 500 MiB on consumer cards. It differs by card, driver and the kernels
@@ -106,7 +106,7 @@ class MemoryPlan:
         }
 
 
-def plan_memory(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
     """Plan what `config` needs on a CUDA card, or of host memory where its model.device is cpu.
 
     A base that cannot be built or trained here is refused by a ModelError.

@@ -3,21 +3,22 @@
 Left out: the checkpoint. Whether its weights are there, finite and of the config's shapes, loading says.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_trainer.config.schema import ModelConfig
-from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
-from qlora_trainer.model.facts import keep_layers, read_config, refuse_multi_modal
+from qlora_trainer.model.empty import compute_in, empty_model, keep_layers, recompute_buffers, refuse_multi_modal
 from qlora_trainer.model.modules.cpu_embedding import keep_embeddings_on_cpu
 from qlora_trainer.model.modules.lm_head import empty_head
 from qlora_trainer.model.modules.nf4_linear import check_quantized_fraction, empty_nf4
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: torch.dtype | None = None) -> Any:
+def build_skeleton(
+    directory: ModelDirectory, layers: int | None = None, compute_dtype: torch.dtype | None = None
+) -> Any:
     """Build the model of a directory's config.json, dense, without memory for its weights.
 
     What is not a causal language model that transformers knows is refused by a ModelError.
@@ -30,7 +31,7 @@ def build_skeleton(directory: Path, layers: int | None = None, compute_dtype: to
     Returns:
         The model.
     """
-    config = read_config(directory)
+    config = directory.config()
     refuse_multi_modal(config, directory)
     if layers is not None:
         keep_layers(config.get_text_config(), layers)

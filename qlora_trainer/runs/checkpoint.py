@@ -50,7 +50,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-<step>` and delete all but the `none` newest up to it; returns its path.
+    """Write `checkpoints/step-<step>` and delete all but the `keep` newest up to it; returns its path.
 
     `write_adapter` writes the adapter's files into the directory it is given. `tensors` are contiguous and share no
     memory; `state` is JSON.
@@ -164,7 +164,7 @@ def _clean_up(checkpoints: Path) -> None:
 
 
 def _prune(checkpoints: Path, newest: int, keep: int) -> None:
-    """Delete all but the `none` newest checkpoints up to and with `newest`."""
+    """Delete all but the `keep` newest checkpoints up to and with `newest`."""
     older = [path for step, path in _checkpoints(checkpoints) if step < newest]
     for path in older[keep - 1 :]:
         shutil.rmtree(path)

@@ -17,9 +17,9 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
-from qlora_trainer.model.facts import max_positions, vocabulary_size
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
@@ -43,8 +43,7 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
     if not (directory / CONFIG_NAME).is_file():
         raise FileMissingError(f"{directory} is not a run directory: it has no {CONFIG_NAME}.")
     config = load_config(directory / CONFIG_NAME, overrides)
-    training = config.training.model_copy(update={"output_dir": str(directory.absolute())})
-    return config.model_copy(update={"training": training})
+    return config.replace({"training.output_dir": str(directory.absolute())})
 
 
 def write_run_config(config: RunConfig, directory: Path) -> None:
@@ -52,15 +51,15 @@ def write_run_config(config: RunConfig, directory: Path) -> None:
     write_text(directory / CONFIG_NAME, dump_config(config))
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, model_directory: Path, progress: Progress = silent) -> Prepared:
+def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progress: Progress = silent) -> Prepared:
     """The run's prepared rows, from the user's cache where they have been prepared before."""
     return prepare(
         config.data,
         tokenizer,
-        max_positions=max_positions(model_directory),
+        max_positions=model.facts.positions,
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
-        vocab_size=vocabulary_size(model_directory),
+        vocab_size=model.facts.vocabulary,
         progress=progress,
     )
 

@@ -15,9 +15,10 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.directory import read_base_record
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def check_settings(initial: StoredAdapter, config: RunConfig, model_directory: Path) -> None:
+def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDirectory) -> None:
     """Compare rank, alpha, scaling rule, bias mode and layers; takes seconds, as an empty model has the same layers.
 
     Raises:
@@ -26,7 +27,7 @@ def check_settings(initial: StoredAdapter, config: RunConfig, model_directory: P
     changes = [
         f"{key}={str(found).lower()}" for key, (found, _) in setting_differences(initial.config, config.adapter).items()
     ]
-    model = empty_model(model_directory)
+    model = empty_model(directory)
     if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
         changes.append(f"adapter.target_modules=[{','.join(target_names(model, initial.paths))}]")
     if changes:

@@ -29,16 +29,18 @@ from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
+from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
-from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.determinism import set_up_cublas
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_lowered, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 _LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
 
@@ -52,13 +54,13 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
-    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    config = _with_commit(config, path)
+    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    config = _with_commit(config, model.path)
     if initial:
-        check_settings(initial, config, path)
-    tokenizer = load_tokenizer(path)
+        check_settings(initial, config, model)
+    tokenizer = load_tokenizer(model)
     config = _with_date(config, tokenizer)
-    run = _assemble(config, directory, path, tokenizer, progress)
+    run = _assemble(config, directory, model, tokenizer, progress)
     if initial:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -96,10 +98,10 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
             f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
-    path = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none
-    planned = as_lowered(config, saved) if saved else None
-    run = _assemble(config, directory, path, load_tokenizer(path), progress, planned)
+    planned = as_lowered(config, saved, longest_row(model, config)) if saved else None
+    run = _assemble(config, directory, model, load_tokenizer(model), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -118,7 +120,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
-        run.plan = plan_as_lowered(path, config, run.state.policy, run.state.loader.micro_batch_tokens)
+        run.plan = plan_as_lowered(model, config, run.state.policy, run.state.loader.micro_batch_tokens)
     here = environment(run.base.device, run.base.compute_dtype)
     run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):
@@ -127,24 +129,29 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
 
 
 def _assemble(
-    config: RunConfig, directory: Path, path: Path, tokenizer: Any, progress: Progress, planned: RunConfig | None = None
+    config: RunConfig,
+    directory: Path,
+    model: ModelDirectory,
+    tokenizer: Any,
+    progress: Progress,
+    planned: RunConfig | None = None,
 ) -> Run:
     """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
     if config.training.deterministic:
         set_up_cublas(config.model.device)
-    prepared = prepare_data(config, tokenizer, path, progress)
+    prepared = prepare_data(config, tokenizer, model, progress)
     unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts state where it will lie
     slower = kernel_warnings(choose_device(config.model.device).type)
-    plan = check_fits_here(path, planned or config, progress)
+    plan = check_fits_here(model, planned or config, progress)
     program_bytes = private_bytes()
-    base = load_base(path, config.model, user_cache(), progress)
+    base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
         return_freed_memory()
     torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
-    warnings = [*prepared.report.warnings, *import_warnings(path), *base.warnings, *state.forward.warnings]
+    warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         warnings.append(
@@ -184,10 +191,10 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
         or not re.fullmatch("[0-9a-f]{40}", path.name)
     ):
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": path.name})})
+    return config.replace({"model.revision": path.name})
 
 
 def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
     """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
     day = Renderer(tokenizer, template_date=config.data.template_date).template_date
-    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": day})}) if day else config
+    return config.replace({"data.template_date": day}) if day else config

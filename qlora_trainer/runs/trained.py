@@ -22,6 +22,7 @@ from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import CONFIG_NAME, BaseRecord, prepare_data, read_base_record, read_run_config
 from qlora_trainer.training.evaluation import answer_prompts, eval_loss, eval_prompts, exact_match, perplexity
 from qlora_trainer.training.state import micro_batch_tokens
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 @dataclasses.dataclass
@@ -79,10 +80,11 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
         CheckpointError: as `read_trained`, or the adapter belongs to another base.
     """
     run = read_trained(directory)
-    settings = run.config.model.model_copy(update={key: value for key, value in model_settings.items() if value})
-    path = resolve_model(settings.name, settings.revision, user_cache(), progress)
-    tokenizer = load_tokenizer(path)
-    base = load_base(path, settings, user_cache(), progress)
+    given = {f"model.{key}": value for key, value in model_settings.items() if value}
+    settings = run.config.replace(given).model
+    model = resolve_model(settings.name, settings.revision, user_cache(), progress)
+    tokenizer = load_tokenizer(model)
+    base = load_base(model, settings, user_cache(), progress)
     if difference := run.fingerprint.difference(base.fingerprint):
         raise CheckpointError(f"The base {settings.name} is not the one this adapter was trained on: {difference}.")
     add_adapters(base.model, run.config.adapter, run.config.training.seed)
@@ -109,14 +111,14 @@ def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
 
 
 def prepare_trained(
-    run: TrainedAdapter, tokenizer: Any, model_directory: Path, progress: Progress = silent
+    run: TrainedAdapter, tokenizer: Any, model: ModelDirectory, progress: Progress = silent
 ) -> tuple[Prepared, list[str]]:
     """The run's rows as they are now; with a warning where they are not those of training.
 
     Raises:
         FileMissingError, DataError: they cannot be read.
     """
-    prepared = prepare_data(run.config, tokenizer, model_directory, progress)
+    prepared = prepare_data(run.config, tokenizer, model, progress)
     if run.data_key in (None, prepared.key):
         return prepared, []
     return prepared, [

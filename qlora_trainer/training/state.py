@@ -16,9 +16,9 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
-from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
 from qlora_trainer.training.patches import PatchReport, patch_model
 from qlora_trainer.training.rng import restore_rng, rng_state
@@ -204,22 +204,33 @@ def _unchanged(config: RunConfig, saved: Mapping[str, Any]) -> tuple[bool, bool]
     return then["micro_batch_tokens"] == now["micro_batch_tokens"], same_policy
 
 
-def as_lowered(config: RunConfig, saved: Mapping[str, Any]) -> RunConfig:
+def as_lowered(config: RunConfig, saved: Mapping[str, Any], longest_row: int) -> RunConfig:
     """Return the config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
 
     Where the policy is left open (auto), it stays so.
 
     Args:
         config: of the run.
-        saved: what `TrainState.state_dict` has under "memory".
+        saved: `memory` of the checkpoint's `TrainState.state_dict`.
+        longest_row: tokens of the longest row that the run can meet.
 
     Returns:
         The config.
     """
-    lowered: dict[str, object] = {}
     same_limit, same_policy = _unchanged(config, saved)
-    if same_limit:
-        lowered["micro_batch_tokens"] = saved["micro_batch_tokens"]
     if same_policy and config.training.activation_checkpointing != "auto":
-        lowered |= Policy(**saved["policy"]).as_settings()
-    return config.model_copy(update={"training": config.training.model_copy(update=lowered)})
+        policy = Policy(**saved["policy"])
+        config = config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
+    return with_micro_batch(config, saved["micro_batch_tokens"], longest_row) if same_limit else config
+
+
+def with_micro_batch(config: RunConfig, tokens: int, longest_row: int) -> RunConfig:
+    """Limit micro-batches to so many tokens, or to the longest row where that is longer, as it is a micro-batch alone.
+
+    Args:
+        tokens: of one micro-batch.
+        longest_row: tokens of the longest row that the run can meet: data.max_length, or the model's positions.
+    """
+    tokens = max(tokens, longest_row)
+    longest = min(config.data.max_length, tokens)  # a config's micro-batch holds a row of data.max_length
+    return config.replace({"training.micro_batch_tokens": tokens, "data.max_length": longest})

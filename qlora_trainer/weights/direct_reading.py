@@ -26,8 +26,8 @@ from torch import Tensor
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.hashing import bytes_sha256
-from qlora_trainer.weights.model_directory import TensorInfo, tensors_of_file
 from qlora_trainer.weights.reading import changed, read_tensor, unreadable
+from qlora_trainer.weights.tensors import TensorInfo, tensors_of_file
 
 ALIGNMENT = 4096  # of addresses and lengths, in files and memory: what any disk's blocks divide
 PIECE_BYTES = 2**22  # read and hashed at a time; a smaller tensor is mapped, and takes none of this module's memory

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qlora_trainer.common.errors import MergeError, ModelError
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor, tensor_bytes
+from qlora_trainer.weights.tensors import TensorSpec
 
 
 def verify_files(
@@ -31,7 +32,7 @@ def verify_files(
     """
     failed = f"The {what} failed its verification"
     try:
-        found = checkpoint_tensors(directory)
+        found = ModelDirectory.open(directory).tensors
         wanted = {spec.name: spec for spec in expected}
         if differing := sorted(found.keys() ^ wanted.keys()):
             state = "missing" if differing[0] in wanted else "not expected"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.weights.model_directory import TensorInfo
+from qlora_trainer.weights.tensors import TensorInfo
 
 
 def read_tensor(

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from qlora_trainer.common.atomic import disk_errors, write_text
 from qlora_trainer.common.background import Background
-from qlora_trainer.weights.model_directory import DTYPE_NAMES, INDEX_NAME, WEIGHTS_NAME, TensorSpec
+from qlora_trainer.weights.listing import INDEX_NAME, WEIGHTS_NAME
 from qlora_trainer.weights.reading import tensor_bytes
+from qlora_trainer.weights.tensors import DTYPE_NAMES, TensorSpec
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 FLUSHED_BYTES = 2**28  # written between two flushes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_trainer.common.atomic import disk_errors, real_path
 from qlora_trainer.common.errors import DiskError
-from qlora_trainer.weights.model_directory import file_inside
+from qlora_trainer.weights.listing import file_inside
 
 _COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 _COPIED_STEMS = {"LICENSE", "NOTICE"}

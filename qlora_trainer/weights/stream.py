@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.model_directory import TensorInfo
 from qlora_trainer.weights.reading import read_tensor
+from qlora_trainer.weights.tensors import TensorInfo
 
 STAGING_BYTES = 2**26  # of each of the two pinned buffers
 

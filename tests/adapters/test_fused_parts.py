@@ -23,6 +23,7 @@ from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
@@ -182,7 +183,9 @@ def test_peft_gives_our_logits(
 
 def test_the_plan_counts_the_parts_alone(tiny_config: Config, tiny_models: Models) -> None:
     config = config_of(tiny_config, tiny_models("gpt2"), target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE)
-    assert plan_memory(tiny_models("gpt2"), config).adapter_parameters == 2 * (2 * 4 * 64 + 2 * 64 * 4)
+    assert plan_memory(ModelDirectory.open(tiny_models("gpt2")), config).adapter_parameters == 2 * (
+        2 * 4 * 64 + 2 * 64 * 4
+    )
 
 
 def test_an_adapter_of_the_whole_layer_is_not_taken_for_one_of_its_parts(tiny_models: Models) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from spying import noting, unchanged
 from tiny_models import FAMILIES
 from torch import nn
 
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.formulas import fold_lora, lora_delta, lora_scaling
 from qlora_trainer.adapters.inject import (
+    BiasMode,
     adapter_state_dict,
     add_adapters,
     check_trainable,
@@ -26,13 +28,14 @@ from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 
 Models = Callable[[str], Path]
 
 
 def base_model(directory: Path) -> Any:
-    return load_base_model(directory, ModelConfig(name=str(directory))).model
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
 
 
 def randomise(model: Any) -> None:
@@ -80,6 +83,7 @@ def test_the_layer_over_four_bits_is_the_layer_over_the_dequantized_weight() -> 
     dense = nn.Linear(128, 64)
     with torch.no_grad():
         dense.weight.copy_(dequantize_nf4(four_bit.nf4_weight, torch.float32))
+        assert four_bit.bias is not None
         dense.bias.copy_(four_bit.bias)
     layers = [make_layer(base, dropout=0.0) for base in (four_bit, dense)]
     x = torch.randn(2, 5, 128)
@@ -97,7 +101,7 @@ def test_the_layer_over_four_bits_keeps_its_input_and_a_rank_sized_product() -> 
     layer = make_layer(NF4Linear(quantize_weight(torch.randn(64, 128)), None), dropout=0.4)
     kept: list[torch.Tensor] = []
     x = torch.randn(7, 128, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         layer(x)
     assert [tensor.shape for tensor in kept] == [(7, 128), (7, 6)]
 
@@ -214,7 +218,7 @@ def test_bf16_adapters_are_the_fp32_ones_rounded_and_take_any_float_dtype(tiny_m
     models = {}
     for dtype in ("float32", "bfloat16"):
         models[dtype] = base_model(tiny_models("qwen2"))
-        add_adapters(models[dtype], AdapterConfig(rank=4, dtype=dtype, bias="all"), seed=3)  # type: ignore[arg-type]
+        add_adapters(models[dtype], AdapterConfig(rank=4, dtype=dtype, bias="all"), seed=3)
     wide, low = (dict(trainable_parameters(model)) for model in models.values())
     assert wide.keys() == low.keys()
     for name, parameter in low.items():
@@ -269,7 +273,7 @@ class OneLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.dense = nn.Linear(768, 768)
+        self.dense: Any = nn.Linear(768, 768)
         self.norm = nn.LayerNorm(768)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -319,7 +323,9 @@ def test_a_plain_loop_trains_any_module_and_saves_what_the_mode_trains(bias: Any
     assert len(state) == 2 + expected
     assert torch.equal(model.dense.base.weight, frozen["dense.weight"])
     assert torch.equal(model.norm.weight, frozen["norm.weight"])
-    for other in {"none", "lora_only", "all"} - {bias}:
+    for other in get_args(BiasMode):
+        if other == bias:
+            continue
         with pytest.raises(AdapterError, match=f"bias mode {bias}, and its state was asked for under {other}"):
             lora_state_dict(model, bias=other)
 
@@ -373,7 +379,7 @@ def test_a_lone_linear_says_where_to_put_it() -> None:
 def test_gpt2s_conv1d_is_a_linear_layer_too() -> None:
     from transformers.pytorch_utils import Conv1D
 
-    model = nn.Sequential(Conv1D(24, 8))  # 8 in, 24 out; weight (8, 24)
+    model: Any = nn.Sequential(Conv1D(24, 8))  # 8 in, 24 out; weight (8, 24)
     x = torch.randn(3, 8)
     before = model(x)
     add_adapters(model, AdapterConfig(rank=2))

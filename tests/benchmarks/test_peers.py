@@ -15,6 +15,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 def quiet(record: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ def test_peft_loads_our_adapter_with_the_same_logits(
     run = start_run(tiny_config(adapter={"use_rslora": True}, optimizer={"learning_rate": 2e-2}))
     run.train(quiet)
     trained = open_trained(run.directory)
-    dense = load_dense_model(tiny_llama, torch.device("cpu"))
+    dense = load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))
     # PEFT's side computes on the very weights ours has: NF4, dequantized.
     from qlora_kernels.nf4 import dequantize_nf4
 

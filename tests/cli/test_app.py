@@ -304,6 +304,13 @@ def test_help_needs_no_heavy_import() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_package_runs_as_a_program() -> None:
+    """As where the script `qlora` is not on the path."""
+    command = [sys.executable, "-m", "qlora_trainer", "merge", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--shard-size" in done.stdout
+
+
 def test_the_demos_config_is_the_shipped_one() -> None:
     from qlora_trainer.cli.demo_run import demo_settings
 

@@ -12,7 +12,7 @@ from tiny_tokenizers import tiny_tokenizer
 from qlora_trainer.cli import show_rows as inspection
 from qlora_trainer.cli.show_rows import bars, row_to_json, show_row
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.schema import DataConfig
+from qlora_trainer.config.data_schema import DataConfig
 from qlora_trainer.data.preparation.overview import Lengths
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 

@@ -50,7 +50,8 @@ def test_a_failure_surfaces_at_a_later_call_or_in_the_end() -> None:
 
 
 def test_what_waits_is_dropped_when_the_caller_fails() -> None:
-    go, ran = threading.Event(), []
+    go = threading.Event()
+    ran: list[int] = []
 
     def interrupted() -> None:
         with Background(most_waiting=5) as background:

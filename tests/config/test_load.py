@@ -2,13 +2,16 @@
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.load import load_config, make_config, save_config
-from qlora_trainer.config.schema import RunConfig, Source, SourceFile
+from qlora_trainer.config.schema import RunConfig
 
 MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
 
@@ -255,7 +258,8 @@ def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
     config = make_config(raw)
     assert config.data.train_on == ["assistant", "tool"]
     assert config.data.template_date == datetime.date(2026, 1, 31)
-    for wrong in ({"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}):
+    mistakes: list[dict[str, Any]] = [{"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}]
+    for wrong in mistakes:
         with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
             make_config({**raw, "data": {"train": "x", **wrong}})
 
@@ -294,3 +298,23 @@ def test_an_old_key_is_refused_with_its_new_name(section: str, old: str, value: 
     assert refusal in message
     assert message.count("renamed") == refusal.count("renamed")
     assert "unknown key" not in message
+
+
+def test_replaced_values_are_checked_as_those_of_a_file() -> None:
+    sources = [{"path": "a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 2.0}]
+    config = make_config({**MINIMAL, "data": {"train": sources}})
+    replaced = config.replace({"training.max_steps": 3, "adapter.rank": 8, "data.template_date": "2026-01-31"})
+    assert (replaced.training.max_steps, replaced.adapter.rank) == (3, 8)
+    assert replaced.data.template_date == datetime.date(2026, 1, 31)
+    assert replaced.data.train == config.data.train
+    assert (config.training.max_steps, config.adapter.rank) == (None, 16), "a config itself does not change"
+    assert replaced.replace({"training.max_steps": None, "adapter.rank": 16, "data.template_date": None}) == config
+    for values in (
+        {"adapter.rank": 0},
+        {"adapter.rnk": 8},
+        {"adapters.rank": 8},
+        {"training.micro_batch_tokens": config.data.max_length - 1},
+        {"training.uncheckpointed_layers": 2, "training.activation_checkpointing": "none"},
+    ):
+        with pytest.raises(ValidationError):
+            config.replace(values)

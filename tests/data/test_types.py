@@ -15,7 +15,7 @@ from qlora_trainer.data.types import (
     row_to_json,
 )
 
-ROWS = [
+ROWS: list[Row] = [
     Document("text"),
     PromptCompletion("a", ""),
     Conversation((Message("user", "hi"), Message("assistant", "", learn=False, reasoning="because"))),

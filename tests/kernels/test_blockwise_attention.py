@@ -28,11 +28,19 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_QUERIES", 16)
 
 
-def leaves(length: int, query_heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+Leaves = tuple[Tensor, Tensor, Tensor]
+
+
+def leaves(length: int, query_heads: int = 4, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> Leaves:
     """As a model gives them: heads side by side in each token, seen as (1, heads, tokens, head size)."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, length, count, 8) for count in (query_heads, key_heads, key_heads)]
-    return [torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+    query, key, value = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    return (
+        query.transpose(1, 2).requires_grad_(),
+        key.transpose(1, 2).requires_grad_(),
+        value.transpose(1, 2).requires_grad_(),
+    )
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, **options: Any) -> Tensor:
@@ -139,7 +147,7 @@ def bytes_inside(
         live.watch([query, key, value, grad], "inputs")
         before = live.bytes
         if backward:
-            outputs = module._backward(grad, query, key, value, seed, 0.4, window, softcap, dropout)
+            outputs: tuple[Tensor, ...] = module._backward(grad, query, key, value, seed, 0.4, window, softcap, dropout)
         else:
             outputs = (module._attend(query, key, value, seed, 0.4, window, softcap, dropout),)
     inside = live.peak.bytes - before - sum(tensor.nbytes for tensor in outputs)
@@ -196,9 +204,10 @@ def test_time_grows_with_length_times_window(window: int) -> None:
     """Multiplications, counted: each query meets its window, and no more than a block besides."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    tensors, heads, head_size = [tensor.detach() for tensor in leaves(2048, dtype=torch.float32)], 4, 8
+    query, key, value = (tensor.detach() for tensor in leaves(2048, dtype=torch.float32))
+    heads, head_size = 4, 8
     with FlopCounterMode(display=False) as counter:
-        module._attend(*tensors, None, 0.4, window, None, 0.0)
+        module._attend(query, key, value, None, 0.4, window, None, 0.0)
     assert counter.get_total_flops() <= 2 * 2 * heads * head_size * 2048 * (window + 16)
 
 

@@ -45,7 +45,7 @@ def plain_loss(
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def value_and_gradient(loss: Any, hidden: Tensor, *arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def value_and_gradient(loss: Any, hidden: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
     leaf = hidden.detach().clone().requires_grad_()
     value = loss(leaf, *arguments, **options)
     (3 * value).backward()  # the incoming gradient counts

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def quantize_with_bitsandbytes(weight: Tensor) -> tuple[NF4Weight, bnb.QuantStat
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     nested = state.state2
     tables = (packed.view(-1), state.absmax, nested.absmax, nested.code, state.offset)
-    return NF4Weight(*tables, shape=tuple(weight.shape)), state
+    out_features, in_features = weight.shape
+    return NF4Weight(*tables, shape=(out_features, in_features)), state
 
 
 def dequantize_with_bitsandbytes(weight: NF4Weight, state: bnb.QuantState) -> Tensor:
@@ -169,7 +171,8 @@ def test_dequantizing_reads_only_the_rows_asked_for() -> None:
 def test_fake_tensors_give_shapes_without_a_value() -> None:
     real = quantize_nf4(normal((6, 43)))
     with FakeTensorMode() as mode:
-        fake = NF4Weight(*(mode.from_tensor(getattr(real, name)) for name in TABLES), shape=real.shape)
+        tables: Any = {name: mode.from_tensor(getattr(real, name)) for name in TABLES}
+        fake = replace(real, **tables)
         result = dequantize_nf4(fake, torch.bfloat16, rows=slice(2, 5))
     assert (result.shape, result.dtype) == ((3, 43), torch.bfloat16)
 

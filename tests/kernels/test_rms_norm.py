@@ -1,9 +1,11 @@
 """RMS normalization: the library's own numbers, exact gradients, and almost nothing kept."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from spying import noting, unchanged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -40,7 +42,7 @@ def output_and_gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> tupl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_output_is_the_librarys_to_the_last_bit(form: Form, dtype: torch.dtype) -> None:
-    theirs = LIBRARY[form](96, eps=EPS)
+    theirs: Any = LIBRARY[form](96, eps=EPS)
     theirs.weight.data = normal(96, seed=1, dtype=dtype)
     x = normal(3, 5, 96, dtype=dtype) * 3.0
     with torch.no_grad():
@@ -66,7 +68,7 @@ def test_gradient_is_that_of_finite_differences(form: Form) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_errs_no_more_than_autograds_of_the_librarys(form: Form, dtype: torch.dtype) -> None:
-    theirs = LIBRARY[form](96, eps=EPS).requires_grad_(False)
+    theirs: Any = LIBRARY[form](96, eps=EPS).requires_grad_(False)
     theirs.weight.data = normal(96, seed=1, dtype=dtype)
     x = normal(300, 96, dtype=dtype).requires_grad_()
     exact_x = x.detach().double().requires_grad_()
@@ -88,7 +90,7 @@ def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_input_and_one_number_a_row_are_all_that_is_saved() -> None:
     kept: list[Tensor] = []
     x = normal(4, 5, 96, dtype=torch.bfloat16).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         output = rms_norm(x, normal(96, dtype=torch.bfloat16), EPS, "scale_after_cast")
     assert output.grad_fn is not None
     assert [tensor.shape for tensor in kept] == [(4, 5, 96), (20, 1)]

@@ -1,10 +1,12 @@
 """Attention over packed documents: the dense mask's values, no leak between documents, no mask over all tokens."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from spying import noting
 from torch import Tensor
 
 from qlora_kernels import blockwise_attention
@@ -26,6 +28,11 @@ def heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = [(1, count, TOKENS, head_dim) for count in (query_heads, key_heads, key_heads)]
     query, key, value = (normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    return query, key, value
+
+
+def three(tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = tensors
     return query, key, value
 
 
@@ -70,8 +77,8 @@ OPTIONS: list[dict[str, Any]] = [
 def test_output_and_gradients_are_those_of_the_dense_mask(
     options: dict[str, Any], query_heads: int, key_heads: int
 ) -> None:
-    ours = [tensor.requires_grad_() for tensor in heads(query_heads, key_heads)]
-    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    ours = three(tensor.requires_grad_() for tensor in heads(query_heads, key_heads))
+    theirs = three(tensor.detach().clone().requires_grad_() for tensor in ours)
     output = varlen_attention(*ours, BOUNDS, scale=0.3, **options)
     wanted = dense_attention(*theirs, BOUNDS, scale=0.3, **options)
     grad = normal(1, TOKENS, query_heads, 16, seed=9)
@@ -95,7 +102,7 @@ def test_head_sizes_need_not_be_powers_of_two(head_dim: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}])
 def test_lower_precision_errs_little_more_than_the_dense_mask(options: dict[str, Any], dtype: torch.dtype) -> None:
     tensors = heads(dtype=dtype)
-    exact = dense_attention(*(tensor.double() for tensor in tensors), BOUNDS, scale=0.25, **options)
+    exact = dense_attention(*three(tensor.double() for tensor in tensors), BOUNDS, scale=0.25, **options)
     dense = dense_attention(*tensors, BOUNDS, scale=0.25, **options)
     output = varlen_attention(*tensors, BOUNDS, scale=0.25, **options)
     assert output.dtype == dtype
@@ -104,8 +111,9 @@ def test_lower_precision_errs_little_more_than_the_dense_mask(options: dict[str,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_soft_cap_and_softmax_are_taken_in_fp32(dtype: torch.dtype) -> None:
-    tensors, options = heads(dtype=dtype), {"scale": 2.0, "softcap": 30.0}  # scores large enough for rounding to show
-    exact = dense_attention(*(tensor.double() for tensor in tensors), BOUNDS, **options)
+    tensors = heads(dtype=dtype)
+    options: dict[str, Any] = {"scale": 2.0, "softcap": 30.0}  # scores large enough for rounding to show
+    exact = dense_attention(*three(tensor.double() for tensor in tensors), BOUNDS, **options)
     all_in_dtype = dense_attention(*tensors, BOUNDS, **options)
     output = varlen_attention(*tensors, BOUNDS, **options)
     assert (output - exact).norm() <= 0.75 * (all_in_dtype - exact).norm()
@@ -113,8 +121,8 @@ def test_soft_cap_and_softmax_are_taken_in_fp32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_changing_one_document_changes_no_bit_of_another(options: dict[str, Any]) -> None:
-    def outputs_and_gradients(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    def outputs_and_gradients(tensors: Iterable[Tensor]) -> list[Tensor]:
+        leaves = three(tensor.clone().requires_grad_() for tensor in tensors)
         output = varlen_attention(*leaves, BOUNDS, scale=0.3, **options)
         output.square().sum().backward()
         return [output.transpose(1, 2).detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
@@ -145,7 +153,7 @@ def test_dropout_drops_weights_and_keeps_the_mean(softcap: float | None) -> None
     tensors = heads(head_dim=4, dtype=torch.float32)
     kept = varlen_attention(*tensors, BOUNDS, scale=0.3, softcap=softcap).view(TOKENS, -1)
     torch.manual_seed(0)
-    many = [tensor.repeat(1, 1600, 1, 1) for tensor in tensors]  # the same heads, each time dropped otherwise
+    many = three(tensor.repeat(1, 1600, 1, 1) for tensor in tensors)  # the same heads, each time dropped otherwise
     runs = varlen_attention(*many, BOUNDS, scale=0.3, softcap=softcap, dropout=0.2).view(TOKENS, 1600, -1)
     assert not torch.equal(runs[:, 0], runs[:, 1])
     assert (runs.mean(1) - kept).norm() < 0.03 * kept.norm()  # noise: 0.5 / sqrt(1600) where one weight is all
@@ -181,7 +189,7 @@ def test_one_long_document_makes_no_matrix_of_its_tokens_either(
     # What the op does inside is seen where its functions are called in its place.
     monkeypatch.setattr(torch.ops.qlora_kernels, "blockwise_attention", blockwise_attention._attend)
     monkeypatch.setattr(torch.ops.qlora_kernels, "blockwise_attention_backward", blockwise_attention._backward)
-    tensors = [normal(1, 2, 1024, 8, seed=seed).requires_grad_() for seed in range(3)]
+    tensors = three(normal(1, 2, 1024, 8, seed=seed).requires_grad_() for seed in range(3))
     with LargestTensor() as made:
         varlen_attention(*tensors, [0, 1024], scale=0.3, **options).sum().backward()
     assert made.elements <= 2 * 1024 * 128, "a block of 128 queries with all they see, of both heads"
@@ -197,9 +205,9 @@ def test_cuda_errs_little_more_than_the_dense_mask(
 ) -> None:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     scale = head_dim**-0.5
-    leaves = [tensor.to("cuda", dtype).requires_grad_() for tensor in heads(head_dim=head_dim)]
-    exact_leaves = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
-    dense_leaves = [leaf.detach().cpu().requires_grad_() for leaf in leaves]
+    leaves = three(tensor.to("cuda", dtype).requires_grad_() for tensor in heads(head_dim=head_dim))
+    exact_leaves = three(leaf.detach().cpu().double().requires_grad_() for leaf in leaves)
+    dense_leaves = three(leaf.detach().cpu().requires_grad_() for leaf in leaves)
     if "softcap" not in options and torch.cuda.get_device_capability() >= (8, 0):
         assert Card.of(leaves[0].device).flash_refusal(dtype, head_dim) is None, "flash should be taken here"
     output = varlen_attention(*leaves, BOUNDS, scale=scale, **options)
@@ -225,14 +233,13 @@ def test_heads_a_few_at_a_time_give_the_same_output_and_gradients(
     inputs = heads(query_heads=6, key_heads=3)
 
     def run() -> list[Tensor]:
-        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        leaves = three(tensor.clone().requires_grad_() for tensor in inputs)
         output = varlen_attention(*leaves, BOUNDS, scale=0.3, **options)
         return [output, *torch.autograd.grad((output * normal(*output.shape, seed=9)).sum(), leaves)]
 
     expected = run()
     calls = []
-    whole = module._attend
-    monkeypatch.setattr(module, "_attend", lambda *a, **named: calls.append(a[0].shape[1]) or whole(*a, **named))
+    monkeypatch.setattr(module, "_attend", noting(module._attend, lambda query, *_, **__: calls.append(query.shape[1])))
     monkeypatch.setattr(module, "MOST_BACKWARD_BYTES", module.flash_backward_bytes(TOKENS, 6, 3, 16, 8) * 2 // 3)
     found = run()
     assert set(calls) == {4, 2}, "two of the three key heads, then the last"
@@ -296,7 +303,7 @@ def test_tensors_without_memory_are_attended_to_as_on_the_card_they_are_planned_
     """Each branch of a real card's, by the operations: the tests of fake tensors of device cuda walk those."""
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     with FakeTensorMode(), planned_for(card):
-        leaves = [torch.empty(1, count, TOKENS, 16, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+        leaves = three(torch.empty(1, count, TOKENS, 16, dtype=dtype, requires_grad=True) for count in (4, 2, 2))
         with Seen() as seen:
             output = varlen_attention(*leaves, BOUNDS, scale=0.3, **options)
             output.sum().backward()
@@ -321,7 +328,7 @@ def test_flash_attention_takes_fewer_heads_at_a_time_of_many_documents(
 
     monkeypatch.setattr(module, "_flash_varlen", noting)
     with FakeTensorMode(), planned_for(Card((8, 0), 128)):
-        tensors = [torch.empty(1, count, 4096, 128, dtype=torch.bfloat16) for count in (32, 8, 8)]
+        tensors = three(torch.empty(1, count, 4096, 128, dtype=torch.bfloat16) for count in (32, 8, 8))
         varlen_attention(*tensors, list(range(0, 4097, 4096 // documents)), scale=0.3)
     assert calls == heads
 
@@ -345,10 +352,10 @@ def test_flash_attentions_backward_allocates_what_its_formula_says(documents: in
     if card.flash_refusal(torch.bfloat16, 128) is not None:
         pytest.skip("this card has no flash attention")
     # As projections lay them out, token by token; of others, attention's backward copies what it is given.
-    leaves = [
+    leaves = three(
         torch.randn(1, tokens, count, 128, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for count in (16, 4, 4)
-    ]
+    )
     output = varlen_attention(*leaves, list(range(0, tokens + 1, tokens // documents)), scale=0.1)
     grad = torch.ones_like(output)
     torch.cuda.synchronize()

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf_files import tiny_weights, write_gguf
 from merge_runs import LLAMA, Run, make_base, stored, train
 from safetensors.torch import load_file, save_file
+from spying import noting
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +41,7 @@ from qlora_trainer.model.forward import LossPath
 from qlora_trainer.weights import reading
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.gguf.reader import GGUFWeights
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import row_blocks
 
 ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
@@ -112,7 +114,7 @@ def test_a_gpt2_saved_without_its_prefix_is_mapped_and_transposed(tmp_path: Path
     config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=128)
     whole = make_base(tmp_path / "whole", config, torch.float32)
     GPT2Model.from_pretrained(whole).save_pretrained(tmp_path / "base")
-    assert "h.0.attn.c_attn.weight" in checkpoint_tensors(tmp_path / "base")
+    assert "h.0.attn.c_attn.weight" in ModelDirectory.open(tmp_path / "base").tensors
     run = train(tmp_path / "base")
     assert run.inputs.fan_in_fan_out
     merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
@@ -199,7 +201,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
     other = tmp_path / "other"
     shutil.copytree(llama.inputs.base, other)
     name = "model.layers.0.mlp.up_proj.weight"
-    file = checkpoint_tensors(other)[name].file
+    file = ModelDirectory.open(other).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors[name][3, 5] *= -1.0
     save_file(tensors, file, metadata={"format": "pt"})
@@ -248,8 +250,8 @@ def test_a_spoiled_file_fails_the_verification(
     tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     change, message = SPOILED[kind]
-    verify_files = merging.verify_files
-    monkeypatch.setattr(merging, "verify_files", lambda work, *rest: (spoil(work, change), verify_files(work, *rest)))
+    spoiling = noting(merging.verify_files, lambda work, *_: spoil(work, change))
+    monkeypatch.setattr(merging, "verify_files", spoiling)
     with pytest.raises(MergeError, match=message):
         merge(llama.inputs, tmp_path / "merged")
     assert not any(tmp_path.iterdir())
@@ -374,8 +376,9 @@ def test_files_next_to_the_weights_are_copied_and_the_config_barely_touched(tmp_
     assert names == kept.keys() | ours
 
 
-def altered(inputs: MergeInputs, changes: dict[str, Tensor | None]) -> MergeInputs:
-    adapter = {name: tensor for name, tensor in (inputs.adapter | changes).items() if tensor is not None}
+def altered(inputs: MergeInputs, changes: Mapping[str, Tensor | None]) -> MergeInputs:
+    both = {**inputs.adapter, **changes}
+    adapter = {name: tensor for name, tensor in both.items() if tensor is not None}
     return dataclasses.replace(inputs, adapter=adapter)
 
 
@@ -384,7 +387,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     q_proj = f"{prefix}model.layers.0.self_attn.q_proj"
     head = {f"{prefix}lm_head.lora_A.weight": torch.ones(8, 64), f"{prefix}lm_head.lora_B.weight": torch.ones(128, 8)}
     tied = {f"{prefix}model.embed_tokens.lora_{factor}.weight": torch.ones(8, 8) for factor in "AB"}
-    cases = {
+    cases: dict[str, Mapping[str, Tensor | None]] = {
         "neither a LoRA factor nor a bias": {f"{prefix}lm_head.weight": torch.ones(128, 64)},
         r"lm_head\.weight has an adapter, but the base's": head,
         r"changes model\.embed_tokens\.weight, which this model ties": tied,
@@ -432,7 +435,7 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
         streamed(input_ids=torch.tensor(ROWS[:1]))
     merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
     merge(run.inputs, tmp_path / "original", dtype=torch.float32, base="original")
-    by_tokens = [name for name, info in checkpoint_tensors(directory).items() if info.shape[0] == vocabulary]
+    by_tokens = [name for name, info in ModelDirectory.open(directory).tensors.items() if info.shape[0] == vocabulary]
     assert len(by_tokens) == 1 + untied
     assert all(0 < read_most[name] < 0.5 * vocabulary for name in by_tokens)
     check_logits(run, tmp_path / "merged", kl=1e-10)
@@ -454,7 +457,7 @@ def test_a_place_in_the_users_home_is_known_by_its_full_path(
     with pytest.raises(OutputExistsError, match="full exists"):
         prepare_merge(llama.inputs, Path("~/full"), torch.float16, "dequantized")
     asked: list[Path] = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or SimpleNamespace(free=2**40))
+    monkeypatch.setattr(shutil, "disk_usage", noting(lambda path: SimpleNamespace(free=2**40), asked.append))
     prepare_merge(llama.inputs, Path("~/merged"), torch.float16, "dequantized")
     assert asked == [tmp_path]
 
@@ -482,7 +485,7 @@ def test_a_changed_tensor_that_is_not_4_bit_is_refused_by_name(tmp_path: Path, l
     for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
         other = tmp_path / name
         shutil.copytree(llama.inputs.base, other)
-        file = checkpoint_tensors(other)[name].file
+        file = ModelDirectory.open(other).tensors[name].file
         tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
         tensors[name].view(-1)[5] += 0.5
         save_file(tensors, file, metadata={"format": "pt"})
@@ -497,7 +500,7 @@ def test_changed_block_scales_of_a_prequantized_base_are_refused(tmp_path: Path,
     directory = prequantized(llama.inputs.base, tmp_path / "base")
     merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
     name = "model.layers.0.mlp.up_proj.weight.absmax"
-    file = checkpoint_tensors(directory)[name].file
+    file = ModelDirectory.open(directory).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})

@@ -14,6 +14,7 @@ from qlora_trainer.merging.logits import HeadAnswers, WholeAnswers, compare_logi
 from qlora_trainer.merging.verify import row_answers
 from qlora_trainer.model.forward import LossPath, find_loss_path
 from qlora_trainer.model.load import load_dense_model
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 def whole(values: Tensor) -> WholeAnswers:
@@ -103,7 +104,7 @@ ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
 @pytest.mark.parametrize("known", [True, False])
 def test_row_answers_are_the_models_own_logits(family: str, known: bool, tiny_models: Callable[[str], Path]) -> None:
     """By the formula where it is the model's, and by the model itself where it says so, or the formula is wrong."""
-    model = load_dense_model(tiny_models(family), torch.device("cpu"))
+    model = load_dense_model(ModelDirectory.open(tiny_models(family)), torch.device("cpu"))
     with torch.no_grad():
         expected = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in ROWS])
     path = find_loss_path(model)

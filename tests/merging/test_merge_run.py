@@ -29,6 +29,7 @@ from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging import measure as merge_measurement
 from qlora_trainer.merging import merge_run as deployment
 from qlora_trainer.merging import streamed_model
+from qlora_trainer.merging.merge_plan import MergeBase
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.merging.verify import check_original
 from qlora_trainer.model.forward import logits
@@ -38,7 +39,7 @@ from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trained
 from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 from qlora_trainer.weights import side_files as model_files
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
@@ -220,7 +221,7 @@ def test_an_original_base_that_cannot_be_measured_is_passed_over_or_reported(
 ) -> None:
     measure = merge_measurement._with_adapter
 
-    def full(run: Any, base: str, progress: Any) -> Any:
+    def full(run: Any, base: MergeBase, progress: Any) -> Any:
         if base == "original":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measure(run, base, progress)
@@ -240,7 +241,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     load, prepare = merge_measurement._load, merge_measurement.prepare_trained
     monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["reported once"]))
 
-    def load_on(run: Any, base: str, progress: Any, layers: int | None = None) -> Any:
+    def load_on(run: Any, base: MergeBase, progress: Any, layers: int | None = None) -> Any:
         tried.append(run.device.type)
         if layers:
             return load(dataclasses.replace(run, device=torch.device("cpu")), base, progress, layers)
@@ -251,8 +252,10 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     monkeypatch.setattr(merge_measurement, "_load", load_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
+    free = {"cpu": 2**40}
+    pretend_free_memory(monkeypatch, lambda device: free[device.type])
     for name, limit in (("early", 2**20), ("late", 2**40)):  # seen beforehand, or when it fails
-        pretend_free_memory(monkeypatch, lambda device, r=limit: r if device.type == "cuda" else 2**40)
+        free["cuda"] = limit
         done = merge_run(run_dir, tmp_path / name, base="dequantized")
         on_cpu = "The GPU has too little memory for measuring in fp32, so the merge ran on the CPU."
         assert done.warnings == [on_cpu, "reported once"]
@@ -348,7 +351,7 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 @pytest.mark.parametrize("trained_on", ["original", "prequantized"])
@@ -422,7 +425,7 @@ def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
 def test_shards_are_of_the_size_asked_for(run_dir: Path, tmp_path: Path) -> None:
     merge_run(run_dir, tmp_path / "merged", base="dequantized", max_shard_bytes=100_000)
     held: dict[str, int] = {}
-    for info in checkpoint_tensors(tmp_path / "merged").values():
+    for info in ModelDirectory.open(tmp_path / "merged").tensors.values():
         held[info.file.name] = held.get(info.file.name, 0) + info.nbytes
     assert len(held) == len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     assert max(held.values()) <= 100_000

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cards import pretend_free_memory
 from safetensors.torch import load_file, save_file
+from spying import noting
 from tiny_models import make_model_directory
 from torch import nn
 from transformers import (
@@ -37,7 +38,7 @@ from qlora_trainer.merging.streamed_model import (
 from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.model import empty
 from qlora_trainer.model.load import load_base_model, load_dense_model
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory, TensorInfo
 from qlora_trainer.weights.reading import read_tensor
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ def matrices(model: nn.Module) -> list[StreamedMatrix]:
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
 def test_a_streamed_model_answers_as_the_dense_one(family: str, tiny_models: Callable[[str], Path]) -> None:
     streamed = load_streamed_model(tiny_models(family), CPU)
-    assert_same_answers(streamed, load_dense_model(tiny_models(family), CPU))
+    assert_same_answers(streamed, load_dense_model(ModelDirectory.open(tiny_models(family)), CPU))
     assert all(isinstance(parameter, StreamedMatrix) == (parameter.ndim >= 2) for parameter in streamed.parameters())
     assert all(torch.isnan(matrix).all() for matrix in matrices(streamed))
     assert not any(parameter.requires_grad for parameter in streamed.parameters())
@@ -75,7 +76,7 @@ def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], 
     assert "wte.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
     streamed = load_streamed_model(tmp_path / "gpt2", CPU)
     assert len(matrices(streamed)) == 2 + 4 * 2
-    assert_same_answers(streamed, load_dense_model(tmp_path / "gpt2", CPU))
+    assert_same_answers(streamed, load_dense_model(ModelDirectory.open(tmp_path / "gpt2"), CPU))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -115,15 +116,14 @@ def test_never_more_than_one_matrix_is_live_and_embedding_and_head_never(
 def test_of_an_embedding_the_tokens_rows_are_read_and_of_the_head_a_block_at_a_time(
     family: str, tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streamed, dense = (load(tiny_models(family), CPU) for load in (load_streamed_model, load_dense_model))
+    streamed = load_streamed_model(tiny_models(family), CPU)
+    dense = load_dense_model(ModelDirectory.open(tiny_models(family)), CPU)
     embedding, head = streamed.get_input_embeddings(), streamed.get_output_embeddings()
     assert isinstance(head, StreamedHead)
     assert (head.weight is embedding.weight) == (family != "llama")
     read: list[Any] = []
-    rows = StreamedMatrix.rows
-    monkeypatch.setattr(
-        StreamedMatrix, "rows", lambda self, index, dtype: read.append(index) or rows(self, index, dtype)
-    )
+    noted = noting(StreamedMatrix.rows, lambda matrix, index, dtype: read.append(index))
+    monkeypatch.setattr(StreamedMatrix, "rows", noted)
     ids = torch.tensor([[7, 300, 7, 5], [5, 5, 300, 7]])
     with torch.no_grad():
         assert torch.equal(embedding(ids), dense.get_input_embeddings()(ids))
@@ -192,7 +192,8 @@ def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is
     """All of these take the weights of their convolutions so; Mambas take a linear layer's too, which are absent."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(HYBRIDS[family]).save_pretrained(tmp_path / family)
-    streamed, dense = (load(tmp_path / family, CPU) for load in (load_streamed_model, load_dense_model))
+    streamed = load_streamed_model(tmp_path / family, CPU)
+    dense = load_dense_model(ModelDirectory.open(tmp_path / family), CPU)
     assert len(matrices(streamed)) > 4
     assert gives_answers(dense)
     assert gives_answers(streamed) == (family not in ("mamba", "falcon_mamba"))
@@ -203,7 +204,7 @@ def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_adapters_work_on_a_streamed_model(bias: str, tiny_models: Callable[[str], Path]) -> None:
     settings = AdapterConfig(rank=4, alpha=8.0, bias=bias)
-    dense = load_dense_model(tiny_models("qwen2"), CPU)
+    dense = load_dense_model(ModelDirectory.open(tiny_models("qwen2")), CPU)
     add_adapters(dense, settings, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -221,17 +222,17 @@ def test_a_head_stored_next_to_its_embedding_is_tied_only_where_both_are_equal(t
     embedding = tensors["model.embed_tokens.weight"]
     for head in (embedding.clone(), embedding.flip(0).contiguous()):
         save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
-        assert_same_answers(load_streamed_model(directory, CPU), load_dense_model(directory, CPU))
+        assert_same_answers(load_streamed_model(directory, CPU), load_dense_model(ModelDirectory.open(directory), CPU))
 
 
 def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
     tiny_models: Callable[[str], Path],
 ) -> None:
     model = load_streamed_model(tiny_models("mixtral"), CPU)
-    assert (
-        len([matrix for matrix in matrices(model) if ".block_sparse_moe.experts." in matrix.source.name]) == 2 * 4 * 3
-    )
-    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
+    sources = [matrix.source for matrix in matrices(model)]
+    of_experts = [source for source in sources if isinstance(source, TensorInfo) and ".experts." in source.name]
+    assert len(of_experts) == 2 * 4 * 3
+    assert_same_answers(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
 
 
 def test_what_is_fused_while_loading_is_loaded_whole(
@@ -240,7 +241,7 @@ def test_what_is_fused_while_loading_is_loaded_whole(
     monkeypatch.setattr(empty, "split_experts", lambda model, stored: [])
     model = load_streamed_model(tiny_models("mixtral"), CPU)
     assert matrices(model) == []
-    assert_same_answers(model, load_dense_model(tiny_models("mixtral"), CPU))
+    assert_same_answers(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
 
 
 def test_a_tensor_of_another_shape_is_a_message(tmp_path: Path) -> None:
@@ -261,20 +262,22 @@ def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypa
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"])
 def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
     directory = tiny_models(family)
-    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
     conv1d = family == "gpt2"
-    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=conv1d)
+    weights = trained_weights(
+        directory, ModelDirectory.open(directory).tensors, base.fingerprint, fan_in_fan_out=conv1d
+    )
     streamed = load_streamed_model(directory, CPU, weights)
     assert_same_answers(streamed, base.model)
     with torch.no_grad():  # and they are not the dense model's
-        dense = load_dense_model(directory, CPU)(input_ids=IDS).logits
+        dense = load_dense_model(ModelDirectory.open(directory), CPU)(input_ids=IDS).logits
         assert float((streamed(input_ids=IDS).logits - dense).norm() / dense.norm()) > 1e-2
 
 
 def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m")
-    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
-    weights = trained_weights(directory, checkpoint_tensors(directory), base.fingerprint)
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
+    weights = trained_weights(directory, ModelDirectory.open(directory).tensors, base.fingerprint)
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(directory / "model.safetensors")
     tensors[name][3, 5] *= -1.0
@@ -286,7 +289,7 @@ def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_pat
 
 def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
     cut = load_streamed_model(deep_llama, CPU, layers=2)
-    whole = load_dense_model(deep_llama, CPU)
+    whole = load_dense_model(ModelDirectory.open(deep_llama), CPU)
     whole.model.layers = whole.model.layers[:2]
     assert len(cut.model.layers) == 2
     assert_same_answers(cut, whole)
@@ -294,9 +297,10 @@ def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
 
 def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
     """As an embedding's in a GGUF file, of which the whole would be dequantized."""
-    info = checkpoint_tensors(tiny_llama)["model.embed_tokens.weight"]
-    expected, read = read_tensor(info), []
-    unmapped = dataclasses.replace(info, read=lambda rows: read.append(rows) or expected[rows])
+    info = ModelDirectory.open(tiny_llama).tensors["model.embed_tokens.weight"]
+    expected = read_tensor(info)
+    read: list[slice] = []
+    unmapped = dataclasses.replace(info, read=noting(expected.__getitem__, read.append))
     matrix = StreamedMatrix.of(unmapped, expected.shape, CPU)
     ids = torch.tensor([[9, 2, 9]])
     assert torch.equal(nn.functional.embedding(ids, matrix), nn.functional.embedding(ids, expected.float()))
@@ -311,9 +315,9 @@ def test_a_streamed_model_answers_alike_on_a_gpu_and_leaves_it_empty(
     family: str, tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
-    base = load_base_model(directory, ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
     weights = trained_weights(
-        directory, checkpoint_tensors(directory), base.fingerprint, fan_in_fan_out=family == "gpt2"
+        directory, ModelDirectory.open(directory).tensors, base.fingerprint, fan_in_fan_out=family == "gpt2"
     )
     on_cpu, on_cuda = (load_streamed_model(directory, torch.device(kind), weights) for kind in ("cpu", "cuda"))
     with torch.no_grad():

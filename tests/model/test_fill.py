@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -34,21 +35,22 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
 from qlora_trainer.weights import stream as tensor_stream
 from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import stream_tensors
+from qlora_trainer.weights.tensors import TensorInfo
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(directory, ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
 
 
 def load_by_transformers(directory: Path) -> nn.Module:
     """In the checkpoint's widest dtype, with NF4 and double quantization."""
-    dtype = widest_dtype(checkpoint_tensors(directory))
+    dtype = widest_dtype(ModelDirectory.open(directory))
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -156,7 +158,8 @@ def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
     family: str, change: Callable[[dict[str, Tensor]], None], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = changed(tiny_models(family), tmp_path / "changed", change)
-    ours, theirs = load(directory).model, load_by_transformers(directory)  # whose computed buffers are in fp32 alike
+    ours: Any = load(directory).model
+    theirs: Any = load_by_transformers(directory)  # its computed buffers are in fp32 too
     assert_same_tensors(ours, theirs)
     is_tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
     assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == is_tied
@@ -221,7 +224,7 @@ def test_a_tensor_of_such_a_dtype_that_the_model_does_not_use_is_left_alone(tiny
 
     directory = changed(tiny_llama, tmp_path / "extra", extra)
     assert load(directory).fingerprint == load(tiny_llama).fingerprint
-    quantize_checkpoint(directory, tmp_path / "nf4", device=CPU)
+    quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=CPU)
     assert load_file(tmp_path / "nf4" / "model.safetensors")["mtp.weight"].dtype == torch.float8_e4m3fn
 
 
@@ -240,7 +243,7 @@ def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
 @pytest.mark.parametrize("settings", [{"lm_head": "4bit"}, {"lm_head": "8bit"}])
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_a_quantized_head_is_made_of_the_checkpoints_values(
-    family: str, settings: dict[str, str], tiny_models: Callable[[str], Path]
+    family: str, settings: Any, tiny_models: Callable[[str], Path]
 ) -> None:
     """As from the dense head of a loaded model, and the embedding it may share stays what it was."""
     made = load(tiny_models(family), **settings).model
@@ -274,7 +277,7 @@ def test_memory_that_runs_out_while_loading_is_a_message(tiny_llama: Path, monke
 
 
 def test_no_more_than_one_tensor_is_read_ahead(tiny_llama: Path) -> None:
-    infos = list(checkpoint_tensors(tiny_llama).values())
+    infos = list(ModelDirectory.open(tiny_llama).tensors.values())
     seen: list[str] = []
 
     def noted(info: TensorInfo) -> bool:  # asked when a tensor is about to be read
@@ -296,12 +299,13 @@ from pathlib import Path
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.weights.model_directory import ModelDirectory
 settings = ModelConfig(name="base", device="cpu", compute_dtype="bfloat16")
 first, *others = map(Path, sys.argv[1:])
-load_base_model(first, settings)  # what libraries keep from their first use
+load_base_model(ModelDirectory.open(first), settings)  # what libraries keep from their first use
 for directory in others:
     with PrivatePeak() as memory:
-        base = load_base_model(directory, settings)
+        base = load_base_model(ModelDirectory.open(directory), settings)
     print(memory.peak - memory.before, base.bytes)
     del base
 """
@@ -311,11 +315,11 @@ for directory in others:
 def test_private_memory_is_the_4bit_model_and_little_more(tiny_llama: Path, tmp_path: Path) -> None:
     """Neither all of the 16-bit weights nor two copies of what is made of them; of a copy kept in 4 bits, nothing."""
     plain = make_checkpoint(tmp_path / "plain", LlamaShape(512, 4096, 6, 8, 8, 512))
-    quantize_checkpoint(plain, tmp_path / "kept", device=CPU)
+    quantize_checkpoint(ModelDirectory.open(plain), tmp_path / "kept", device=CPU)
     command = [sys.executable, "-c", PEAKS, str(tiny_llama), str(tmp_path / "kept"), str(plain)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     (of_kept, _), (of_plain, model) = (map(int, line.split()) for line in lines)
-    sizes = [info.nbytes for info in checkpoint_tensors(plain).values()]
+    sizes = [info.nbytes for info in ModelDirectory.open(plain).tensors.values()]
     assert of_plain < model + 2 * max(sizes) + 2**23 < sum(sizes) * 0.6  # one tensor is read ahead
     assert of_kept < model / 2
 
@@ -335,7 +339,7 @@ def test_a_base_goes_to_the_current_card_by_its_index(monkeypatch: pytest.Monkey
 def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_path: Path) -> None:
     """The 4-bit model, the tensor being quantized, the one read ahead, and what quantizing a part of it takes."""
     plain = make_checkpoint(tmp_path / "plain", LlamaShape(1024, 4096, 12, 16, 16, 8192))
-    sizes = sorted(info.nbytes for info in checkpoint_tensors(plain).values())
+    sizes = sorted(info.nbytes for info in ModelDirectory.open(plain).tensors.values())
     load(plain, device="cuda", **settings)  # what libraries keep from their first use
     gc.collect()
     torch.cuda.empty_cache()
@@ -353,7 +357,7 @@ def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_pat
 def test_a_tensor_larger_than_the_staging_buffers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_stream, "STAGING_BYTES", 1000)
     path = make_checkpoint(tmp_path / "plain", LlamaShape(128, 256, 2, 4, 2, 512))
-    infos = list(checkpoint_tensors(path).values())
+    infos = list(ModelDirectory.open(path).tensors.values())
     arrivals = stream_tensors(infos, torch.device("cuda"), stays_on_host=lambda info: "norm" in info.name)
     for arrival in arrivals:
         assert arrival.values.device.type == ("cpu" if "norm" in arrival.info.name else "cuda")

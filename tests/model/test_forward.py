@@ -33,13 +33,14 @@ from qlora_trainer.model.forward import LossPath, examine_forward, find_loss_pat
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.packed_attention import attends_apart, packed_documents
 from qlora_trainer.runs.start import start_run
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Models = Callable[[str], Path]
 
 
 def trainable_model(directory: Path) -> Any:
     """A tiny NF4 model whose adapters are not zero."""
-    model = load_base_model(directory, ModelConfig(name=str(directory))).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
     add_adapters(model, AdapterConfig(rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -63,7 +64,8 @@ def loss_and_gradient(model: Any, rows: list[Example], packing: bool, limit: int
         loss = loss_sum(model, pack, path)
         loss.backward()
         total += loss.detach()
-    return total, torch.cat([parameter.grad.flatten() for _, parameter in trainable_parameters(model)])
+    grads = [parameter.grad for _, parameter in trainable_parameters(model)]
+    return total, torch.cat([grad.flatten() for grad in grads if grad is not None])
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -131,7 +133,7 @@ class OddHead(nn.Module):
 
 
 def test_a_model_with_a_loss_of_its_own_keeps_it(tiny_llama: Path) -> None:
-    model = OddHead(load_base_model(tiny_llama, ModelConfig(name="x")).model)
+    model = OddHead(load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model)
     plan = examine_forward(model)
     assert plan.loss_path == LossPath(own_logits=True)
     assert "logits in a way of its own" in plan.warnings[0]
@@ -323,7 +325,7 @@ def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp
 
 
 def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
-    model = load_base_model(tiny_llama, ModelConfig(name="x")).model
+    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model
     before = model.config._attn_implementation
     with packed_documents(model):
         assert model.config._attn_implementation != before
@@ -346,7 +348,7 @@ def test_no_mask_matrix_is_made(tiny_llama: Path) -> None:
                     self.numel = max(self.numel, leaf.untyped_storage().nbytes())
             return out
 
-    model = load_base_model(tiny_llama, ModelConfig(name="x")).model
+    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model
     rows = [Example(list(range(3, 43)), list(range(3, 43)))] * 50  # 2,000 tokens in documents of 40
     (pack,) = make_packs(rows, 10_000, packing=True)
     with Largest() as largest, torch.no_grad():

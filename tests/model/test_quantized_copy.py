@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,18 +35,18 @@ from qlora_trainer.model.quantized_copy import load_base, quantize_checkpoint
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.gguf.importer import import_gguf
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2", "phi3", "gemma3")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(directory, ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
 
 
-def quantize(directory: Path, output: Path, **options: int) -> Path:
-    quantize_checkpoint(directory, output, device=CPU, **options)
+def quantize(directory: Path, output: Path, **options: Any) -> Path:
+    quantize_checkpoint(ModelDirectory.open(directory), output, device=CPU, **options)
     return output
 
 
@@ -153,15 +154,15 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
 ) -> None:
     base = make_model_directory(tmp_path / "m")
     settings = ModelConfig(name=str(base), cache_quantized=True)
-    first = load_base(base, settings, tmp_path / "cache")
-    assert first.directory == base  # a merge starts there
+    first = load_base(ModelDirectory.open(base), settings, tmp_path / "cache")
+    assert first.directory.path == base  # a merge starts there
     assert first.fingerprint == load(base).fingerprint
     (copy,) = kept_copies(tmp_path)
     assert (copy / RECORD_NAME).is_file()
 
     with monkeypatch.context() as patch:
         patch.setattr(prequantize, "quantize_checkpoint", lambda *a, **k: pytest.fail("made again"))
-        assert load_base(base, settings, tmp_path / "cache").fingerprint == first.fingerprint
+        assert load_base(ModelDirectory.open(base), settings, tmp_path / "cache").fingerprint == first.fingerprint
 
     path = base / "model.safetensors"
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
@@ -169,7 +170,7 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
     tensors["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(tensors, path, metadata={"format": "pt"})
     os.utime(path, ns=times)  # of the same size, and as old as before
-    changed = load_base(base, settings, tmp_path / "cache")
+    changed = load_base(ModelDirectory.open(base), settings, tmp_path / "cache")
     assert first.fingerprint.difference(changed.fingerprint) is not None
     assert len(kept_copies(tmp_path)) == 2
 
@@ -182,7 +183,7 @@ def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path
         file = write_gguf(tmp_path / "files" / "model.gguf", tiny_weights(seed))
         base = import_gguf(file, tmp_path / "cache", silent)
         settings = ModelConfig(name=str(file), cache_quantized=True)
-        kept = load_base(base, settings, tmp_path / "cache")
+        kept = load_base(ModelDirectory.open(base), settings, tmp_path / "cache")
         assert kept.fingerprint == load(base).fingerprint
         codes.append(kept.fingerprint.tensors)
         file.unlink()
@@ -193,7 +194,9 @@ def test_what_cannot_be_kept_is_loaded_as_it_is_and_reported(tmp_path: Path) -> 
     directory = tmp_path / "falcon"
     config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
-    base = load_base(directory, ModelConfig(name=str(directory), cache_quantized=True), tmp_path / "cache")
+    base = load_base(
+        ModelDirectory.open(directory), ModelConfig(name=str(directory), cache_quantized=True), tmp_path / "cache"
+    )
     assert base.fingerprint == load(directory).fingerprint
     (warning,) = base.warnings
     assert "its layers of class FalconLinear" in warning
@@ -204,7 +207,7 @@ def test_what_cannot_be_kept_is_loaded_as_it_is_and_reported(tmp_path: Path) -> 
 def test_cache_that_cannot_keep_a_copy_is_named_with_what_moves_it(tmp_path: Path) -> None:
     base = make_model_directory(tmp_path / "m")
     with pytest.raises(DiskError, match=r"^/dev/null/quantized/.* cannot be written: .*Set XDG_CACHE_HOME"):
-        load_base(base, ModelConfig(name=str(base), cache_quantized=True), Path("/dev/null"))
+        load_base(ModelDirectory.open(base), ModelConfig(name=str(base), cache_quantized=True), Path("/dev/null"))
 
 
 def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_config_says(
@@ -214,7 +217,7 @@ def test_a_checkpoint_that_is_4_bit_already_is_not_kept_again_whatever_its_confi
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]
     (base / "config.json").write_text(json.dumps(config))
-    loaded = load_base(base, ModelConfig(name=str(base), cache_quantized=True), tmp_path / "cache")
+    loaded = load_base(ModelDirectory.open(base), ModelConfig(name=str(base), cache_quantized=True), tmp_path / "cache")
     assert loaded.fingerprint == load(tiny_llama).fingerprint
     assert loaded.warnings == []
     assert kept_copies(tmp_path) == []
@@ -282,7 +285,10 @@ def test_a_run_on_a_prequantized_copy_is_a_run_on_its_original(
 
 def test_the_same_checkpoint_tensors_come_out_as_went_in(tiny_llama: Path, tmp_path: Path) -> None:
     """Under their own names: what is dense to the byte, and next to each weight what bitsandbytes keeps."""
-    source, kept = checkpoint_tensors(tiny_llama), checkpoint_tensors(quantize(tiny_llama, tmp_path / "nf4"))
+    source, kept = (
+        ModelDirectory.open(tiny_llama).tensors,
+        ModelDirectory.open(quantize(tiny_llama, tmp_path / "nf4")).tensors,
+    )
     assert {name for name in kept if ".weight." not in name} == source.keys()
     dense = {name for name in source if kept[name].shape == source[name].shape}
     assert len(source) - len(dense) == 14

@@ -21,6 +21,7 @@ from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.training.memory.activations import choose_policy
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 LLAMA_8B: dict[str, Any] = json.loads(
@@ -56,7 +57,7 @@ def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
 
 
 def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
-    fewer, more = (plan_memory(directory, config, layers).allocated for layers in (2, 3))
+    fewer, more = (plan_memory(ModelDirectory.open(directory), config, layers).allocated for layers in (2, 3))
     return more - fewer
 
 
@@ -84,7 +85,7 @@ def test_a_card_older_than_ampere_is_planned_in_float16(llama_8b: Path, monkeypa
     card = planned_card(config)
     assert card == Card((7, 5), 40)
     assert planned_dtype(config, card) == torch.float16
-    plan = plan_memory(llama_8b, config, layers=1)
+    plan = plan_memory(ModelDirectory.open(llama_8b), config, layers=1)
     assert "8.0 (Ampere) or higher, and this one has 7.5" in plan.attention
     assert plan.card == "compute capability 7.5, 40 multiprocessors"
 
@@ -93,7 +94,7 @@ def test_without_a_card_a_plan_says_which_it_assumes(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plan = plan_memory(tiny_llama, tiny_config(model={"device": "auto"}))
+    plan = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(model={"device": "auto"}))
     version = torch.__version__.split("+")[0]
     assumed = f"assumed, as there is none here: compute capability 8.0, 128 multiprocessors, torch {version}"
     assert plan.to_json()["card"] == f"{assumed} built for CUDA"
@@ -101,7 +102,7 @@ def test_without_a_card_a_plan_says_which_it_assumes(
     rows = dict(describe(plan, None))
     assert rows["card"] == plan.card
     assert rows["attention"] == plan.attention
-    cpu = plan_memory(tiny_llama, tiny_config(model={"device": "cpu"}))
+    cpu = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(model={"device": "cpu"}))
     assert cpu.card == ""
     assert "card" not in dict(describe(cpu, None))
 
@@ -158,7 +159,7 @@ def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
     config = tiny_config(model={"compute_dtype": "bfloat16"}, training={"global_batch_size": global_batch_size})
     card = Card((8, 0), 128)
     policy = choose_policy(config.training, torch.device("cuda"))
-    _, pack, _ = empty_run(tiny_llama, config, torch.bfloat16, policy, card=card)
+    _, pack, _ = empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, policy, card=card)
     assert pack.tokens == 128
     assert len(pack.row_lengths) == documents
 
@@ -166,7 +167,7 @@ def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
 def test_a_deterministic_plan_counts_the_sums_that_its_processors_keep_apart(llama_8b: Path) -> None:
     """Beyond that, nothing: 4 x 32 heads' sums for 128 multiprocessors, in an attention that is the fullest moment."""
     plain, ordered = (
-        plan_memory(llama_8b, config_of(llama_8b, deterministic=deterministic), layers=2)
+        plan_memory(ModelDirectory.open(llama_8b), config_of(llama_8b, deterministic=deterministic), layers=2)
         for deterministic in (False, True)
     )
     cublas = 2 * 32 * MIB - 2 * (8_192 + 128) * 1024
@@ -207,9 +208,9 @@ def test_cublas_has_a_workspace_for_each_of_two_threads(
 def test_cublas_workspaces_are_part_of_what_torch_reserves(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = plan_memory(tiny_llama, tiny_config(model={"device": "auto"}))
+    small = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(model={"device": "auto"}))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    large = plan_memory(tiny_llama, tiny_config(model={"device": "auto"}))
+    large = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(model={"device": "auto"}))
     more = 2 * (32_768 - 8_320) * 1024
     for name in ("allocated", "reserved", "total"):
         assert getattr(large, name) - getattr(small, name) == more, name

@@ -14,7 +14,9 @@ from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning.allocator import MIB
 from qlora_trainer.planning.estimate import estimate, largest_that_fits
 from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.weights.model_directory import ModelDirectory
 
+NOWHERE = ModelDirectory(Path())
 SHAPE = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2}
 WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text())
 
@@ -36,7 +38,8 @@ def test_what_is_alive_is_estimated_to_the_byte(tmp_path: Path, layers: int, tra
     (tmp_path / "config.json").write_text(json.dumps(WIDE | shape))
     data, model = {"train": "rows.jsonl", "max_length": 512}, {"name": str(tmp_path), "device": "cpu"}
     config = make_config({"model": model, "data": data, "training": training})
-    assert estimate(tmp_path, config) == plan_memory(tmp_path, config).total
+    directory = ModelDirectory.open(tmp_path)
+    assert estimate(directory, config) == plan_memory(directory, config).total
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -48,16 +51,16 @@ def test_what_a_search_finds_fits_by_its_plan_and_it_plans_little(monkeypatch: p
     planned: list[int] = []
     monkeypatch.setattr(estimating, "estimate", lambda _, size: size * 90_000 + size**2 // 8)
 
-    def plan(_: Path, size: int) -> SimpleNamespace:
+    def plan(_: ModelDirectory, size: int) -> SimpleNamespace:
         planned.append(size)
-        return SimpleNamespace(total=estimating.estimate(Path(), size) + off[size])  # type: ignore[arg-type]
+        return SimpleNamespace(total=estimating.estimate(NOWHERE, size) + off[size])  # type: ignore[arg-type]
 
     monkeypatch.setattr(estimating, "plan_memory", plan)
     budget = draw.randint(0, 16 * 2**30)
     sized: Any = lambda size: size  # noqa: E731
-    found = largest_that_fits(Path(), sizes, sized, budget)
+    found = largest_that_fits(NOWHERE, sizes, sized, budget)
     assert len(planned) <= 4
-    totals = {size: estimating.estimate(Path(), size) + off[size] for size in sizes}  # type: ignore[arg-type]
+    totals = {size: estimating.estimate(NOWHERE, size) + off[size] for size in sizes}  # type: ignore[arg-type]
     if found is None:
         assert totals[sizes[0]] > budget
         return
@@ -74,4 +77,4 @@ def test_a_search_needs_no_estimate_to_say_that_nothing_fits(tmp_path: Path) -> 
     def sized(size: int) -> RunConfig:
         return config
 
-    assert largest_that_fits(tmp_path, [64], sized, 1) is None
+    assert largest_that_fits(ModelDirectory.open(tmp_path), [64], sized, 1) is None

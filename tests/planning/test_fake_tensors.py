@@ -39,7 +39,7 @@ WORK: dict[str, Work] = {
     "nothing": lambda x: torch.ops.qlora_kernels.dequantize_nf4(*[x] * 5, 0, 64, 256, x),
     "resized": lambda x: (x * 1.0).resize_(2, 2),
     "transposed": lambda x: (x * 1.0).t_(),
-    "set": lambda x: x.new_empty(0).set_(x),
+    "set": lambda x: x.new_empty(0).set_(x),  # type: ignore[call-overload]
     "part_of_more": lambda x: torch.ops.qlora_tests.part_of_more(x),
     "expanded": lambda x: x[:1].expand(7, -1),
     "detached": lambda x: x.detach(),
@@ -121,7 +121,7 @@ def test_gradients_are_made_as_on_tensors_with_memory() -> None:
 def test_nothing_that_was_seen_is_kept_alive() -> None:
     def tensors() -> Iterator[Tensor]:
         x = torch.empty(4, 6)
-        yield from (x, x * 2.0, x[1:], x.view(-1), x.add_(1.0), x.new_empty(0).set_(x))
+        yield from (x, x * 2.0, x[1:], x.view(-1), x.add_(1.0), x.new_empty(0).set_(x))  # type: ignore[call-overload]
 
     with FakeRun():
         storages = [weakref.ref(tensor.untyped_storage()) for _ in range(2) for tensor in tensors()]

@@ -23,7 +23,7 @@ from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning import memory_plan as planning
-from qlora_trainer.planning.empty_run import empty_run, keeps_apart, longest_pack
+from qlora_trainer.planning.empty_run import empty_run, keeps_apart, longest_pack, longest_row
 from qlora_trainer.planning.fit import (
     GRAIN,
     Budget,
@@ -51,7 +51,9 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.memory.activations import Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.memory.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 Config = Callable[..., RunConfig]
@@ -114,12 +116,12 @@ def test_fake_and_real_steps_take_the_same_bytes(
     directory = tiny_models(family)
     config = tiny_config(**{**changes, "model": {**changes.get("model", {}), "name": str(directory)}})
     policy = choose_policy(config.training, torch.device("cpu"))
-    state, pack, fake = empty_run(directory, config, torch.float32, policy)
+    state, pack, fake = empty_run(ModelDirectory.open(directory), config, torch.float32, policy)
     with fake:
         planned, _ = track_steps(state, pack)
 
     real = start_run(config).state
-    real_pack = longest_pack(directory, config, real.loader.packing)
+    real_pack = longest_pack(ModelDirectory.open(directory), config, real.loader.packing)
     measured, _ = track_steps(real, real_pack)
     assert planned.peak == measured.peak
     assert [event.bytes for event in planned.trace] == [event.bytes for event in measured.trace]
@@ -152,20 +154,20 @@ def test_whether_rows_can_be_packed_is_found_without_weights(
         FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
             tmp_path
         )
-    assert keeps_apart(tmp_path if family == "falcon" else tiny_models(family)) is expected
+    assert keeps_apart(ModelDirectory.open(tmp_path if family == "falcon" else tiny_models(family))) is expected
 
 
 def test_a_base_that_cannot_be_built_is_not_said_to_be_packed_or_padded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}')
-    assert keeps_apart(tmp_path) is None
+    assert keeps_apart(ModelDirectory.open(tmp_path)) is None
 
 
 def test_a_change_of_the_step_changes_the_plan(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = plan_memory(tiny_llama, tiny_config())
+    before = plan_memory(ModelDirectory.open(tiny_llama), tiny_config())
     with_live_tensor(monkeypatch, numel=10_000)
-    after = plan_memory(tiny_llama, tiny_config())
+    after = plan_memory(ModelDirectory.open(tiny_llama), tiny_config())
     assert after.allocated - before.allocated == 40_000
     assert after.components[ACTIVATIONS] - before.components[ACTIVATIONS] == 40_000
 
@@ -177,13 +179,13 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
     assert config["sliding_window"] == 6
     (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
     settings = tiny_config(training={"activation_checkpointing": "none"})
-    plain, planned = (plan_memory(directory, settings) for directory in (tmp_path, windowed))
+    plain, planned = (plan_memory(ModelDirectory.open(directory), settings) for directory in (tmp_path, windowed))
     assert planned.allocated == plain.allocated
     assert planned.attention == plain.attention == "flash attention over packed documents"
 
 
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
-    plan = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}))
+    plan = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}))
     parts = plan.components
     assert plan.total == plan.reserved + parts[PAGED] + parts[planning.CONTEXT]
     assert plan.reserved == plan.allocated + parts[planning.SLACK]
@@ -201,7 +203,7 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
     """Of the dense embeddings and head, bf16 each, one goes to the host, and the other becomes codes and scales."""
 
     def planned(**changes: dict[str, Any]) -> planning.MemoryPlan:
-        return plan_memory(tiny_llama, tiny_config(**changes))
+        return plan_memory(ModelDirectory.open(tiny_llama), tiny_config(**changes))
 
     plain, host = planned(), planned(model={"embeddings": "cpu"})
     dense = plain.components[HEAD] // 2
@@ -220,8 +222,8 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
 
 
 def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
-    small = plan_memory(tiny_llama, tiny_config(adapter={"rank": 2}))
-    plain = plan_memory(tiny_llama, tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
+    small = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 2}))
+    plain = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
     for plan in (small, plain):
         assert plan.components[PAGED] == 0
         assert plan.components[STATE] >= 2 * plan.components[ADAPTERS]
@@ -231,7 +233,7 @@ def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama
 def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
     """In decimal gigabytes, of which a card has a little more. Planned whole: it has the least to spare."""
     settings = load_config(CONFIGS / "8gb.yaml")
-    plan = plan_memory(llama_8b, settings)
+    plan = plan_memory(ModelDirectory.open(llama_8b), settings)
     assert plan.total <= parse_bytes("8GB")
     assert plan.micro_batch_tokens == settings.data.max_length
 
@@ -240,7 +242,7 @@ def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
 def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
     settings = load_config(CONFIGS / f"{size}gb.yaml")
-    fewer, more = (plan_memory(llama_8b, settings, layers) for layers in (2, 3))
+    fewer, more = (plan_memory(ModelDirectory.open(llama_8b), settings, layers) for layers in (2, 3))
     memory_efficient = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
     whole = memory_efficient[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (memory_efficient[1] - memory_efficient[0])
     assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
@@ -249,7 +251,7 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
 
 def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
     config = make_config({"model": {"name": str(llama_8b)}, "data": {"train": "rows.jsonl", "max_length": 1024}})
-    two, three, seven = (plan_memory(llama_8b, config, layers).allocated for layers in (2, 3, 7))
+    two, three, seven = (plan_memory(ModelDirectory.open(llama_8b), config, layers).allocated for layers in (2, 3, 7))
     assert seven - two == 5 * (three - two)
 
 
@@ -265,13 +267,17 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
             "training": {"activation_checkpointing": "none", "global_batch_size": 2},
         }
     )
-    near = plan_memory(llama_8b, config)
+    near = plan_memory(ModelDirectory.open(llama_8b), config)
     budget = near.total + 500 * 2**20
-    longest = longest_context(llama_8b, config, budget)
+    longest = longest_context(ModelDirectory.open(llama_8b), config, budget)
     assert longest is not None
     assert 512 < longest.max_length < 1536
-    assert longest.total <= budget < plan_memory(llama_8b, with_length(config, longest.max_length + GRAIN)).total
-    largest = largest_micro_batch(llama_8b, config, budget)
+    assert (
+        longest.total
+        <= budget
+        < plan_memory(ModelDirectory.open(llama_8b), with_length(config, longest.max_length + GRAIN)).total
+    )
+    largest = largest_micro_batch(ModelDirectory.open(llama_8b), config, budget)
     assert largest is not None
     assert largest.total <= budget
 
@@ -284,7 +290,7 @@ def narrow_8b(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (llama_8b / "config.json").write_text(json.dumps(raw))
     known: dict[tuple[str, int | None], MemoryPlan] = {}
 
-    def remembered(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+    def remembered(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
         key = config.model_dump_json(), layers
         if key not in known:
             known[key] = plan_memory(directory, config, layers)
@@ -306,11 +312,11 @@ def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
     path = narrow_8b / "config.json"  # of four layers the inputs are so few that offloading is lost in the rounding
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 6}))
     config, host = named(narrow_8b), 2**40
-    plan = fastest_plan(narrow_8b, config, Budget(2**40, host))
+    plan = fastest_plan(ModelDirectory.open(narrow_8b), config, Budget(2**40, host))
     found = []
     while plan is not None:
         found.append(plan)
-        smaller = fastest_plan(narrow_8b, config, Budget(plan.total - 1, host))
+        smaller = fastest_plan(ModelDirectory.open(narrow_8b), config, Budget(plan.total - 1, host))
         assert smaller is None or smaller.total < plan.total
         plan = smaller
     assert found[0].policy == Policy("none")
@@ -318,16 +324,20 @@ def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
     kept = [plan.policy.uncheckpointed_layers for plan in recomputing]
     assert len(kept) >= 2
     assert kept == sorted(kept, reverse=True)
-    keeping_none = fitting.plan_memory(narrow_8b, named(narrow_8b, activation_checkpointing="full"))
+    keeping_none = fitting.plan_memory(
+        ModelDirectory.open(narrow_8b), named(narrow_8b, activation_checkpointing="full")
+    )
     assert recomputing[-1].total == keeping_none.total, "one layer is kept where that takes no more than none"
     assert [plan.policy.level for plan in found if plan not in recomputing] == ["none", "offload", "tiled"]
 
 
 def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Path) -> None:
-    whole = plan_memory(narrow_8b, named(narrow_8b, activation_checkpointing="tiled"))
+    whole = plan_memory(ModelDirectory.open(narrow_8b), named(narrow_8b, activation_checkpointing="tiled"))
     assert whole.host == 4 * 2048 * 1024 * 2
     for share, every in ((2, 2), (3, None)):
-        found = fastest_plan(narrow_8b, named(narrow_8b), Budget(whole.total + 2**20, whole.host // share))
+        found = fastest_plan(
+            ModelDirectory.open(narrow_8b), named(narrow_8b), Budget(whole.total + 2**20, whole.host // share)
+        )
         assert (
             found and found.policy.offload_every_n_layers
         ) == every  # a third of four layers' inputs: two are needed
@@ -335,18 +345,19 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
 
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
     keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
-    kept, host = plan_memory(tiny_llama, keeping), 2**40
-    assert check_fits(tiny_llama, keeping, Budget(kept.total, host)) == kept
+    kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
+    assert check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total, host)) == kept
     with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activation_checkpointing=\w+"):
-        check_fits(tiny_llama, keeping, Budget(kept.total - 1, host))
+        check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total - 1, host))
     rows = {"data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
     tiled = plan_memory(
-        tiny_llama, tiny_config(**{**rows, "training": {**rows["training"], "activation_checkpointing": "tiled"}})
+        ModelDirectory.open(tiny_llama),
+        tiny_config(**{**rows, "training": {**rows["training"], "activation_checkpointing": "tiled"}}),
     )
     with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
-        check_fits(tiny_llama, tiny_config(**rows), Budget(tiled.total - 1, host))
+        check_fits(ModelDirectory.open(tiny_llama), tiny_config(**rows), Budget(tiled.total - 1, host))
     with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
-        check_fits(tiny_llama, tiny_config(), Budget(2**20, host))
+        check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
 
 
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
@@ -354,9 +365,9 @@ def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tin
     keeping = tiny_config(
         data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
     )
-    needed = plan_memory(tiny_llama, keeping)
+    needed = plan_memory(ModelDirectory.open(tiny_llama), keeping)
     with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.uncheckpointed_layers=0"):
-        check_fits(tiny_llama, keeping, Budget(needed.total - 1, 2**40))
+        check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(needed.total - 1, 2**40))
 
 
 @pytest.mark.parametrize(("limit", "rows"), [("auto", [127, 1]), (300, [128, 128, 44]), (10_000, [128, 128, 128])])
@@ -364,11 +375,11 @@ def test_the_largest_micro_batch_fills_its_limit(
     tiny_config: Config, tiny_llama: Path, limit: int | str, rows: list[int]
 ) -> None:
     config = tiny_config(training={"micro_batch_tokens": limit, "global_batch_size": 3})
-    pack = longest_pack(tiny_llama, config, packing=True)
+    pack = longest_pack(ModelDirectory.open(tiny_llama), config, packing=True)
     assert pack.cu_seqlens is not None
     assert pack.cu_seqlens.diff().tolist() == rows
     whole = max(sum(row for row in rows if row == 128), 128)
-    assert longest_pack(tiny_llama, config, packing=False).tokens == whole
+    assert longest_pack(ModelDirectory.open(tiny_llama), config, packing=False).tokens == whole
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -378,7 +389,8 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
 ) -> None:
     every = every if level != "full" else 1
     plan = plan_memory(
-        tiny_llama, tiny_config(training={"activation_checkpointing": level, "offload_every_n_layers": every})
+        ModelDirectory.open(tiny_llama),
+        tiny_config(training={"activation_checkpointing": level, "offload_every_n_layers": every}),
     )
     model = start_run(tiny_config(f"run-{level}-{every}", model={"compute_dtype": "bfloat16"})).base.model
     assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
@@ -387,7 +399,7 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
 def test_too_little_host_memory_is_reported(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
-        check_fits(tiny_llama, offloading, Budget(2**40, 0))
+        check_fits(ModelDirectory.open(tiny_llama), offloading, Budget(2**40, 0))
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -400,7 +412,7 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 ) -> None:
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
     config = tiny_config(adapter={"rank": 64})
-    state, *_ = empty_run(tiny_llama, config, torch.bfloat16, Policy("none"))
+    state, *_ = empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, Policy("none"))
     size = state.groups[0].data.numel()
     assert size > PAGED_ELEMENTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -426,9 +438,9 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
 
 def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama: Path) -> None:
     config = tiny_config(model={"device": "cpu"}, training={"activation_checkpointing": "full"})
-    plan = plan_memory(tiny_llama, config)
+    plan = plan_memory(ModelDirectory.open(tiny_llama), config)
     run = start_run(config)
-    pack = longest_pack(tiny_llama, config, packing=True)
+    pack = longest_pack(ModelDirectory.open(tiny_llama), config, packing=True)
     live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
@@ -440,7 +452,9 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
 ) -> None:
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
     kept, less_memory = (
-        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})).total
+        plan_memory(
+            ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
+        ).total
         for level in ("none", "full")
     )
     free = {"available": kept}
@@ -448,7 +462,8 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    for available, level in ((kept, "none"), (less_memory, "full")):
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
         assert run.plan is not None
@@ -492,27 +507,30 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
     kept, less_memory = (
-        plan_memory(tiny_llama, tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})).total
+        plan_memory(
+            ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
+        ).total
         for level in ("none", "full")
     )
-    for free, level in ((kept, "none"), (less_memory, "full")):
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    for free, level in fitting_in:
         container(2**30 + free, used=2**30)
-        plan = fitting.check_fits_here(tiny_llama, config)
+        plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
         assert plan is not None
         assert plan.policy == Policy(level)
     assert fitting.memory_here(config) == 2**30 + less_memory
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
-        fitting.check_fits_here(tiny_llama, config)
+        fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
 
 
 def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, container: Callable[..., None]) -> None:
     container(2**30, used=2**30 - 2**16)
     settings = ModelConfig(name=str(tiny_llama), device="cpu")
     with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.0 GiB free"):
-        load_base_model(tiny_llama, settings)
+        load_base_model(ModelDirectory.open(tiny_llama), settings)
     with pytest.raises(InsufficientMemoryError, match="in fp32 takes"):
-        load_dense_model(tiny_llama, torch.device("cpu"))
+        load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))
 
 
 def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +549,7 @@ def test_the_report_sets_the_peak_next_to_the_plan(
 ) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
     assert run.train(lambda record: None)
-    run.plan = plan_memory(tiny_llama, run.config)
+    run.plan = plan_memory(ModelDirectory.open(tiny_llama), run.config)
     run.base.device = torch.device("cuda")
     a_card_is_here(monkeypatch, (8, 6))
     page = write_run_report(run).read_text()
@@ -550,7 +568,7 @@ def test_a_resumed_run_is_planned_as_it_goes_on(
     run.save()
     asked: list[str] = []
 
-    def noted(directory: Path, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+    def noted(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
         asked.append(config.training.activation_checkpointing)
         return plan_memory(directory, config, layers)
 
@@ -568,8 +586,26 @@ def test_paging_is_tried_before_the_cards_memory_is_asked_for(
 ) -> None:
     """Asking makes a CUDA context, and a card in exclusive mode has one at a time."""
     asked: list[str] = []
+
+    def mem_get_info() -> tuple[int, int]:
+        asked.append("memory")
+        return 2**30, 24 * 2**30
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(fitting, "paging_refusal_here", lambda: asked.append("trial"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (asked.append("memory"), 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     assert fitting.memory_here(tiny_config(optimizer={"name": optimizer})) == 24 * 2**30
     assert asked == order
+
+
+@pytest.mark.parametrize(("max_length", "lowered", "planned"), [(64, 48, 64), (64, 96, 96), (10**6, 1.5, 1.5)])
+def test_a_limit_lowered_below_a_row_is_planned_as_that_row(
+    tiny_config: Config, tiny_llama: Path, max_length: int, lowered: float, planned: float
+) -> None:
+    """Counted in the model's positions where data.max_length is beyond them; rows stay as long as they can be."""
+    config = tiny_config(model={"device": "cpu"}, data={"max_length": max_length}, training={"global_batch_size": 4})
+    longest = longest_row(ModelDirectory.open(tiny_llama), config)
+    unit = longest if isinstance(lowered, float) else 1
+    plan = plan_memory(ModelDirectory.open(tiny_llama), with_micro_batch(config, int(lowered * unit), longest))
+    assert plan.max_length == longest
+    assert plan.micro_batch_tokens == int(planned * unit)

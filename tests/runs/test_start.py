@@ -36,6 +36,7 @@ from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 Config = Callable[..., RunConfig]
@@ -226,7 +227,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     written = yaml.safe_load((parts.directory / "config.yaml").read_text())
     assert written["training"]["activation_checkpointing"] == "full"
-    assert written["checkpoint"]["none"] == 1
+    assert written["checkpoint"]["keep"] == 1
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
@@ -256,7 +257,7 @@ def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_confi
     saved = config.model_dump(mode="json")
     del saved["adapter"]["dtype"], saved["model"]["lm_head"]
     assert config_changes(saved, config) == ([], [])
-    changed = config.model_copy(update={"adapter": config.adapter.model_copy(update={"dtype": "bfloat16"})})
+    changed = config.replace({"adapter.dtype": "bfloat16"})
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
 
 
@@ -296,7 +297,8 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
-    mixed = {"train": [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}], "eval": 0.0}
+    sources: Any = [{"path": str(rows), "weight": 0.5}, {"path": str(second), "weight": 0.5}]
+    mixed = {"train": sources, "eval": 0.0}
     run = start_run(tiny_config("straight", data=mixed))
     assert run.state.loader.epoch_rows == run.prepared.report.epoch_examples == 8
     run.train(quiet)
@@ -306,7 +308,7 @@ def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_confi
     straight = final_adapter(Path(tiny_config("straight").training.output_dir))
     for name, tensor in final_adapter(directory).items():
         assert torch.equal(tensor, straight[name]), name
-    edit_config(directory, "data", train=[{**mixed["train"][0], "weight": 0.9}, {**mixed["train"][1], "weight": 0.5}])
+    edit_config(directory, "data", train=[{**sources[0], "weight": 0.9}, {**sources[1], "weight": 0.5}])
     with pytest.raises(CheckpointError, match="data of this run changed"):
         resume_run(directory)
 
@@ -371,6 +373,7 @@ def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Con
     trained = open_trained(run.directory)
     evaluate_trained(trained)
     assert trained.warnings == []
+    assert isinstance(run.config.data.train, str)
     rows = Path(run.config.data.train)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     evaluate_trained(trained)
@@ -423,9 +426,9 @@ def test_a_hub_name_is_recorded_with_the_commit_it_was(
     shutil.copytree(tiny_llama, snapshot)
     asked = []
 
-    def resolve(name: str, revision: str | None, *rest: object) -> Path:
+    def resolve(name: str, revision: str | None, *rest: object) -> ModelDirectory:
         asked.append((name, revision))
-        return snapshot
+        return ModelDirectory.open(snapshot)
 
     monkeypatch.setattr(runs, "resolve_model", resolve)
     run = start_run(tiny_config(model={"name": "owner/model"}))
@@ -508,7 +511,7 @@ def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
 ) -> None:
     """Also of rows that are cut: by whole turns, or at the end of a completion."""
     messages = [{"role": role, "content": "fox"} for role in ("user", "assistant") * 30]
-    long = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
+    long: list[dict[str, Any]] = [{"messages": messages}, {"prompt": "fox " * 9, "completion": "dog " * 900}]
     for row in long:
         rows.write_text(4 * (json.dumps(row) + "\n"))
         data = {"eval": 0, "max_length": 64, "packing": packing}
@@ -559,18 +562,18 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
     """The warnings of a run whose config finds a card, by torch's device functions; its base lies in host memory."""
     original = runs.load_base
 
-    def on_the_host(path: Path, settings: Any, *rest: Any) -> Any:
+    def on_the_host(model: ModelDirectory, settings: Any, *rest: Any) -> Any:
         with pytest.MonkeyPatch.context() as no_card:
             no_card.setattr(torch.cuda, "is_available", lambda: False)
-            return original(path, settings, *rest)
+            return original(model, settings, *rest)
 
     def warnings(name: str, device: str = "auto") -> list[str]:
         config = tiny_config(f"{name}-{device}", model={"device": device}, optimizer={"name": name})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(runs, "load_base", on_the_host)
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
-        path = Path(config.model.name)
-        return runs._assemble(config, path, path, runs.load_tokenizer(path), silent).warnings
+        model = ModelDirectory.open(Path(config.model.name))
+        return runs._assemble(config, model.path, model, runs.load_tokenizer(model), silent).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))

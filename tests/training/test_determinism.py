@@ -15,6 +15,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.determinism import deterministic_algorithms, set_up_cublas
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 SETTING = "CUBLAS_WORKSPACE_CONFIG"
@@ -152,9 +153,9 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
     assert any("set training.deterministic=true" in warning for warning in warnings) is not deterministic
 
 
-def _assembled_from(config: RunConfig) -> tuple[Path, Path, Any]:
-    path = Path(config.model.name)
-    return Path(config.training.output_dir), path, runs.load_tokenizer(path)
+def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Any]:
+    model = ModelDirectory.open(Path(config.model.name))
+    return Path(config.training.output_dir), model, runs.load_tokenizer(model)
 
 
 def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:

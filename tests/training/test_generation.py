@@ -14,18 +14,19 @@ from qlora_trainer.model.source import load_tokenizer
 from qlora_trainer.training import generation
 from qlora_trainer.training.evaluation import Answer, exact_match, perplexity
 from qlora_trainer.training.generation import generate_answers, stream_answer
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> Any:
-    return load_base_model(tiny_llama, ModelConfig(name=str(tiny_llama))).model
+    return load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name=str(tiny_llama))).model
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path) -> Any:
-    return load_tokenizer(tiny_llama)
+    return load_tokenizer(ModelDirectory.open(tiny_llama))
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[str]:

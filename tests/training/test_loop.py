@@ -34,7 +34,7 @@ def gradient_of_one_step(config: RunConfig) -> tuple[float, Tensor]:
     for group in run.state.groups:  # lora_B starts at zero, which would hide errors in lora_A's gradient
         with torch.no_grad():
             group.data.add_(torch.linspace(-0.05, 0.05, group.data.numel()))
-    frozen = dataclasses.replace(run.state, optimizer=NoUpdate(run.state.optimizer))
+    frozen = dataclasses.replace(run.state, optimizer=NoUpdate(run.state.optimizer))  # type: ignore[arg-type]
     frozen.model.train()
     metrics = train_step(frozen, run.state.loader.next())
     return metrics["loss"], run.state.groups[0].grad.clone()

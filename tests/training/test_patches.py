@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cards import a_card_is_here
+from spying import noting
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -21,6 +22,7 @@ from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as patched_modules
 from qlora_trainer.training.patches import GatedMLP, gated_mlp, patch_model, rms_norm_form
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 
 LISTED = [
@@ -35,7 +37,7 @@ def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits
     tiny_models: Callable[[str], Path], family: str, dtype: str
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(directory, ModelConfig(name=str(directory), compute_dtype=dtype)).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), compute_dtype=dtype)).model
     add_adapters(model, AdapterConfig(rank=4))
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_what_has_no_patched_form_is_counted_and_left_alone(
     family: str, mlps: tuple[int, int], norms: tuple[int, int], tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(directory, ModelConfig(name=str(directory))).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
     add_adapters(model, AdapterConfig(rank=4))
     report = patch_model(model)
     assert report.projections[0] == report.projections[1] > 0
@@ -157,7 +159,7 @@ def test_an_activation_is_known_by_its_numbers(name: str, known_as: str | None) 
 
 def test_an_mlp_whose_down_projection_is_not_4bit_stays_as_it_is() -> None:
     mlp = MLP()
-    mlp.three = nn.Linear(128, 64)
+    mlp.three = nn.Linear(128, 64)  # type: ignore[assignment]
     assert gated_mlp(mlp) is None
 
 
@@ -194,8 +196,7 @@ def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: py
     mlp = gated_mlp(MLP())
     assert mlp is not None
     sizes: list[int] = []
-    run = mlp.run
-    monkeypatch.setattr(mlp, "run", lambda x: sizes.append(len(x)) or run(x))
+    monkeypatch.setattr(mlp, "run", noting(mlp.run, lambda x: sizes.append(len(x))))
     for tokens, tiles, expected in ((23, 2, [5, 5, 5, 5, 3]), (8, 2, [4, 4]), (23, 1, [23]), (36, 2, [6] * 6)):
         sizes.clear()
         mlp.tiles = tiles

@@ -27,8 +27,8 @@ from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import loop as training
 from qlora_trainer.training import recovery, step
-from qlora_trainer.training.memory.activations import Policy, offloaded_bytes
 from qlora_trainer.training.loop import measure_eval
+from qlora_trainer.training.memory.activations import Policy, offloaded_bytes
 from qlora_trainer.training.recovery import lower, probe, take_step
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
@@ -562,7 +562,7 @@ def test_an_update_that_failed_between_its_groups_is_not_saved(
     run = start_run(tiny_config(model={"name": str(tiny_models("qwen2"))}, adapter={"bias": "all"}, training=settings))
     assert len(run.state.groups) == 2
     BrokenAllocator(run, lambda: run.state.step == 3, fails=lambda: False)
-    optimizer = run.state.optimizer.optimizer
+    optimizer: Any = run.state.optimizer.optimizer
     real = optimizer.update_step
 
     def update_step(group: Any, p: Any, gindex: int, pindex: int) -> None:

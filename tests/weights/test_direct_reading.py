@@ -18,7 +18,8 @@ from torch import Tensor
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights import direct_reading
 from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.model_directory import TensorInfo, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.tensors import TensorInfo
 
 TENSORS = {
     "long": torch.arange(5000, dtype=torch.int64).reshape(50, 100),
@@ -40,7 +41,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(directory: Path, tensors: dict[str, Tensor] = TENSORS) -> dict[str, TensorInfo]:
     directory.mkdir(exist_ok=True)
     save_file(tensors, directory / "model.safetensors")
-    return checkpoint_tensors(directory)
+    return ModelDirectory.open(directory).tensors
 
 
 def sha256(tensor: Tensor) -> str:
@@ -66,7 +67,9 @@ def test_shards_follow_each_other(tmp_path: Path) -> None:
     with DirectReader() as reader:
         for name in ("half", "half too", "long", "brain too"):
             info = infos[name]
-            assert torch.equal(reader.read(checkpoint_tensors(info.file.parent)[info.name]).tensor, TENSORS[info.name])
+            assert torch.equal(
+                reader.read(ModelDirectory.open(info.file.parent).tensors[info.name]).tensor, TENSORS[info.name]
+            )
 
 
 def test_the_page_cache_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,5 +251,5 @@ def test_tensors_that_lie_at_odd_bytes_are_read(tmp_path: Path) -> None:
     ).encode()
     content = len(header).to_bytes(8, "little") + header + bytes([1, 2, 3]) + values.numpy().tobytes()
     (tmp_path / "model.safetensors").write_bytes(content)
-    infos = checkpoint_tensors(tmp_path)
+    infos = ModelDirectory.open(tmp_path).tensors
     assert_all_read(infos, {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "values": values})

@@ -6,21 +6,24 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import psutil
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from spying import noting
 from torch import Tensor
 
 from qlora_trainer.common import atomic as directories
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.weights import shard_writer
-from qlora_trainer.weights.model_directory import TensorSpec, checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_rows, read_tensor, row_blocks, same_values
 from qlora_trainer.weights.shard_writer import ShardWriter
+from qlora_trainer.weights.tensors import TensorSpec
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),  # three bytes, which would leave what follows unaligned
@@ -51,7 +54,7 @@ def test_safetensors_and_we_read_what_was_written_by_rows(tmp_path: Path, max_sh
     assert (len(files) == 1) == (max_shard_bytes == 10**9)
     assert (tmp_path / "model.safetensors.index.json").exists() == (len(files) > 1)
     theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    ours = {name: read_tensor(info) for name, info in checkpoint_tensors(tmp_path).items()}
+    ours = {name: read_tensor(info) for name, info in ModelDirectory.open(tmp_path).tensors.items()}
     for found in (theirs, ours):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
@@ -97,7 +100,7 @@ def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
 
 def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
     write_all(tmp_path, TENSORS)
-    info = checkpoint_tensors(tmp_path)["weight"]
+    info = ModelDirectory.open(tmp_path).tensors["weight"]
     assert torch.equal(read_tensor(info, slice(256, 513)), TENSORS["weight"][256:513])
     assert torch.equal(torch.cat([read_tensor(info, rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
 
@@ -105,9 +108,9 @@ def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 511, 512, 1000, 12345])
 def test_row_blocks_cover_all_rows_and_none_is_small(rows: int) -> None:
     blocks = row_blocks((rows, 3), block_elements=1)
-    taken = [row for block in blocks for row in range(rows)[block]]
-    assert taken == list(range(rows))
-    assert all(len(range(rows)[block]) >= 256 for block in blocks) or len(blocks) == 1
+    taken = [list(range(rows)[block]) for block in blocks if block is not None]
+    assert [row for block in taken for row in block] == list(range(rows))
+    assert all(len(block) >= 256 for block in taken) or len(blocks) == 1
     assert row_blocks(()) == [None]
 
 
@@ -127,11 +130,11 @@ def test_an_index_may_not_name_files_outside(tmp_path: Path) -> None:
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
         with pytest.raises(ModelError, match="a file outside of itself"):
-            checkpoint_tensors(model)
+            _ = ModelDirectory.open(model).tensors
     (model / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": "link.safetensors"}}))
     with pytest.raises(ModelError, match="leads outside"):
-        checkpoint_tensors(model)
+        _ = ModelDirectory.open(model).tensors
 
 
 def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     blobs.mkdir()
     save_file({"w": torch.ones(2)}, blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    assert torch.equal(read_tensor(checkpoint_tensors(snapshot)["w"]), torch.ones(2))
+    assert torch.equal(read_tensor(ModelDirectory.open(snapshot).tensors["w"]), torch.ones(2))
 
 
 def make_sharded(directory: Path) -> Path:
@@ -153,58 +156,59 @@ def test_incomplete_or_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -
     missing_file = make_sharded(tmp_path / "missing_file")
     (missing_file / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors, but the file is missing"):
-        checkpoint_tensors(missing_file)
+        _ = ModelDirectory.open(missing_file).tensors
 
     missing_tensor = make_sharded(tmp_path / "missing_tensor")
     save_file({"c": torch.ones(1)}, missing_tensor / "model-00002-of-00002.safetensors")
     with pytest.raises(ModelError, match="holds tensor b, but it does not"):
-        checkpoint_tensors(missing_tensor)
+        _ = ModelDirectory.open(missing_tensor).tensors
 
     twice = make_sharded(tmp_path / "twice")
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, twice / "model-00002-of-00002.safetensors")
     with pytest.raises(ModelError, match="tensor a is both in"):
-        checkpoint_tensors(twice)
+        _ = ModelDirectory.open(twice).tensors
 
     for size in (0, 5, 60, -1):
         truncated = make_sharded(tmp_path / f"truncated{size}")
         shard = truncated / "model-00001-of-00002.safetensors"
         shard.write_bytes(shard.read_bytes()[:size])
         with pytest.raises(ModelError, match="damaged or cut short"):
-            checkpoint_tensors(truncated)
+            _ = ModelDirectory.open(truncated).tensors
 
     for text in ("{", "[]", "{}", '{"weight_map": {"a": 3}}'):
         bad_index = tmp_path / "bad_index"
         bad_index.mkdir(exist_ok=True)
         (bad_index / "model.safetensors.index.json").write_text(text)
         with pytest.raises(ModelError, match=r"index\.json"):
-            checkpoint_tensors(bad_index)
+            _ = ModelDirectory.open(bad_index).tensors
 
 
 def test_directories_that_are_no_plain_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no model directory"):
-        checkpoint_tensors(tmp_path / "nowhere")
+        _ = ModelDirectory.open(tmp_path / "nowhere").tensors
     with pytest.raises(ModelError, match="no safetensors model"):
-        checkpoint_tensors(tmp_path)
+        _ = ModelDirectory.open(tmp_path).tensors
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"pytorch_model\.bin, a pickle"):
-        checkpoint_tensors(tmp_path)
+        _ = ModelDirectory.open(tmp_path).tensors
 
     two_sets = make_sharded(tmp_path / "two_sets")
     save_file({"a": torch.ones(4, 4)}, two_sets / "model.safetensors")
     with pytest.raises(ModelError, match="one of them is stale"):
-        checkpoint_tensors(two_sets)
+        _ = ModelDirectory.open(two_sets).tensors
 
     adapted = make_sharded(tmp_path / "adapted")
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        checkpoint_tensors(adapted)
+        _ = ModelDirectory.open(adapted).tensors
 
 
 def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
     """Of what cannot be mapped; what can be is indexed."""
     write_all(tmp_path, TENSORS)
-    info, spans = checkpoint_tensors(tmp_path)["weight"], []
-    unmapped = dataclasses.replace(info, read=lambda rows: spans.append(rows) or TENSORS["weight"][rows])
+    info = ModelDirectory.open(tmp_path).tensors["weight"]
+    spans: list[slice] = []
+    unmapped = dataclasses.replace(info, read=noting(TENSORS["weight"].__getitem__, spans.append))
     for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
         rows = torch.tensor(wanted)
         assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])
@@ -218,7 +222,7 @@ def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> Non
     changed = values.clone()
     changed[599, 3] += 1
     write_all(tmp_path, {"a": values, "b": values.int(), "c": changed, "d": values.reshape(4, 600), "e": values[0, 0]})
-    found = checkpoint_tensors(tmp_path)
+    found = ModelDirectory.open(tmp_path).tensors
     assert [same_values(found["a"], found[name]) for name in "abcde"] == [True, True, False, False, False]
     assert same_values(found["e"], found["e"])
 
@@ -284,7 +288,7 @@ class _FullDisk:
 def write_to_full_disk(path: Path, limit: int) -> None:
     with new_directory(path) as work, ShardWriter(work, specs_of(TENSORS)) as writer:
         writer.write("flags", TENSORS["flags"])
-        writer._file = _FullDisk(writer._file, limit)
+        writer._file = cast(BinaryIO, _FullDisk(writer._file, limit))
         for rows in row_blocks((700, 8), 1):
             writer.write("weight", TENSORS["weight"][rows])
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from qlora_trainer.common.errors import ConfigError, DataError
-from qlora_trainer.config.schema import DataFormat
+from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.data.formats.columns import parts
 from qlora_trainer.data.reading.values import listed
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.schema import DataFormat
+from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.data.formats.columns import mapped, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (

@@ -1,45 +1,45 @@
-"""A batch of records becomes a block of examples and what there is to say of it: the part that is done in parallel.
+"""Make chunks: some hundred records at a time become a block of examples and the counts of what was found in them.
 
-What a batch gives depends on nothing but the batch and the settings, so it is the same whichever process makes it, and
-the prepared set is the same, byte by byte, whatever the number of processes. Records travel as JSON, batches as arrays
-with a JSON header: nothing is pickled. Leaves out: reading files, and the processes themselves (workers.py).
+What a chunk gives depends on nothing but its records and the settings. A chunk is rendered in the calling thread while
+another thread tokenizes the one before it: the tokenizer lets go of Python's lock and uses all cores. Left out: reading
+files, and writing what is made (store_writer.py).
 """
 
 import contextlib
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
+from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.preparation.store_writer import Block, make_block
 from qlora_trainer.data.reading.json_rows import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
-from qlora_trainer.data.rendering.encoding import Tokenizer
+from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.spans import Rendering
 from qlora_trainer.data.types import Example, Row
 
 MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
 OTHER_REASONS = "other reasons"
-_BATCH_ROWS = 256
-_BATCH_CHARACTERS = 1 << 20  # a batch of long documents has fewer rows, so that memory stays bounded
-
+_CHUNK_ROWS = 256
+_CHUNK_CHARACTERS = 1 << 20  # a chunk of long documents has fewer rows, so that memory stays bounded
+_CHUNKS_AHEAD = 2  # rendered, and waiting to be tokenized or finished
 
 Records = Sequence[tuple[str, Record | DataError]]
 Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and some of its records
 
 
 @dataclass
-class Batch:
-    """What a batch of rows became, in the order of the rows."""
+class Chunk:
+    """What some rows became, in the order of the rows."""
 
     block: Block
     rows: int = 0
@@ -51,8 +51,18 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
 
 
-class BatchMaker:
-    """Makes batches under one config: parses, renders and tokenizes.
+@dataclass(frozen=True)
+class RenderedChunk:
+    """Records on their way to a Chunk: read as rows, and as text."""
+
+    records: Records
+    rows: Sequence[tuple[str, Row] | DataError]  # one a record: the row with its place, or why there is none
+    texts: Sequence[Rendering | DataError]  # one for each row that is no error
+    reader: RecordReader  # has counted what it did not use
+
+
+class ChunkMaker:
+    """Makes chunks under one config: `render`, then `encode`, then `finish`.
 
     Raises:
         DataError: the tokenizer cannot be used.
@@ -65,7 +75,7 @@ class BatchMaker:
         self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
 
     def format_of(self, source: int, records: Records) -> DataFormat:
-        """How these rows of a source are read: as its settings say, or as the first shows that can be recognized."""
+        """Find how these rows of a source are read: as its settings say, or as the first recognizable row shows."""
         named = self.sources[source]
         for where, record in records:
             if named.format != "auto":
@@ -75,39 +85,106 @@ class BatchMaker:
                     return resolve_format(record, named.format, named.columns, where, named.template)
         return named.format
 
-    def make(self, source: int, format: DataFormat, records: Records) -> Batch:
-        """One batch.
+    def render(self, source: int, format: DataFormat, records: Records) -> RenderedChunk:
+        """Read records as rows, and write these as the tokenizer's template does.
 
         Args:
-            source: index in `source_files`.
-            format: what `format_of` says of the source's first rows; "auto" where it cannot say.
+            source: Index in `source_files`.
+            format: What `format_of` says of the source's first rows; "auto" where it cannot say.
+            records: Each with its place.
 
-        Raises:
-            DataError: a row is bad and is not to be skipped (the first such row's), or a token is beyond the model's
-                vocabulary.
+        Returns:
+            Rows and texts, with the error of a bad one in its place.
         """
         reader = RecordReader(format, self.sources[source].columns, self.sources[source].template)
-        parsed = [_parsed(reader, where, record) for where, record in records]
-        rendered = iter(self.renderer.render_batch([row for row in parsed if not isinstance(row, DataError)]))
+        rows = [_parsed(reader, where, record) for where, record in records]
+        return RenderedChunk(records, rows, self.renderer.texts(_sound(rows)), reader)
+
+    def encode(self, rendered: RenderedChunk) -> list[Encoded | DataError]:
+        """Tokenize a chunk's texts; may be called in another thread than the others."""
+        return self.renderer.encode(rendered.texts)
+
+    def finish(self, rendered: RenderedChunk, encoded: Sequence[Encoded | DataError]) -> Chunk:
+        """Make examples of a chunk's rows, and count what became of them.
+
+        Args:
+            rendered: What `render` made.
+            encoded: What `encode` made of it.
+
+        Returns:
+            The examples and counts.
+
+        Raises:
+            DataError: A row is bad and is not to be skipped (the first such row's error), or a token is beyond the
+                model's vocabulary.
+        """
+        made = iter(self.renderer.examples(_sound(rendered.rows), rendered.texts, encoded))
+        reader = rendered.reader
         examples: list[tuple[int, str, Example, Row]] = []
-        batch = Batch(make_block([]), rows=len(records), unused_columns=reader.unused, warnings=reader.warnings)
-        for number, ((where, _), row) in enumerate(zip(records, parsed, strict=True)):
-            found = row if isinstance(row, DataError) else next(rendered)
+        chunk = Chunk(
+            make_block([]), rows=len(rendered.records), unused_columns=reader.unused, warnings=reader.warnings
+        )
+        for number, ((where, _), row) in enumerate(zip(rendered.records, rendered.rows, strict=True)):
+            found = row if isinstance(row, DataError) else next(made)
             if isinstance(found, DataError):
                 if not self.skips_bad_rows:
                     raise found
-                batch.skipped.append((where, str(found)))
+                chunk.skipped.append((where, str(found)))
                 continue
-            batch.truncated += found.truncated
-            batch.split += len(found.examples) > 1
-            batch.warnings.update(found.warnings)
+            chunk.truncated += found.truncated
+            chunk.split += len(found.examples) > 1
+            chunk.warnings.update(found.warnings)
             if found.dropped:
-                batch.dropped[found.dropped] += 1
+                chunk.dropped[found.dropped] += 1
             for example, shown in zip(found.examples, found.rows, strict=True):
                 _check_vocabulary(example, self.vocab_size, where)
                 examples.append((number, where, example, shown))
-        batch.block = make_block(examples)
-        return batch
+        chunk.block = make_block(examples)
+        return chunk
+
+
+def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job, Chunk]]:
+    """Make each job's chunk, in order, at most a few of them in memory.
+
+    Args:
+        jobs: Records in chunks.
+        maker: Its `render` and `finish` run in this thread, its `encode` in another.
+
+    Yields:
+        Each job with its chunk.
+
+    Raises:
+        DataError: Of the first bad row; or why there are no more jobs, when what was read before is made.
+    """
+    waiting: deque[tuple[Job, RenderedChunk, Future[list[Encoded | DataError]]]] = deque()
+    failure: DataError | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as other_thread:
+        for found in _until_failure(jobs, maker):
+            if isinstance(found, DataError):
+                failure = found
+                break
+            job, rendered = found
+            waiting.append((job, rendered, other_thread.submit(maker.encode, rendered)))
+            if len(waiting) > _CHUNKS_AHEAD:
+                job, rendered, encoded = waiting.popleft()
+                yield job, maker.finish(rendered, encoded.result())
+        for job, rendered, encoded in waiting:
+            yield job, maker.finish(rendered, encoded.result())
+    if failure:
+        raise failure
+
+
+def _until_failure(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job, RenderedChunk] | DataError]:
+    """Render jobs; yield at the end why there are no more, so that rows under way are looked at first."""
+    try:
+        for job in jobs:
+            yield job, maker.render(*job)
+    except DataError as error:
+        yield error
+
+
+def _sound(rows: Sequence[tuple[str, Row] | DataError]) -> list[tuple[str, Row]]:
+    return [row for row in rows if not isinstance(row, DataError)]
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
@@ -150,12 +227,20 @@ def _parsed(reader: RecordReader, where: str, record: Record | DataError) -> tup
         return error
 
 
-def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
-    """Records in batches of bounded size: a bound on rows, and one on their text.
+def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
+    """Collect records in chunks of bounded size: a bound on rows, and one on their text.
 
-    Where reading fails, what was read before comes first: a bad row there is reported rather than what follows.
+    Args:
+        records: Each with its place.
+
+    Yields:
+        Some records.
+
+    Raises:
+        DataError: Reading failed. What was read before comes first, so that a bad row there is reported rather than
+            what follows.
     """
-    batch: list[tuple[str, Record | DataError]] = []
+    chunk: list[tuple[str, Record | DataError]] = []
     characters = 0
     try:
         for where, record in records:
@@ -167,16 +252,16 @@ def in_batches(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Re
                         f"{where}: its objects and lists lie in each other more than {MOST_LEVELS} deep. Flatten it."
                     )
                     record = DataError(message)
-            batch.append((where, record))
-            if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
+            chunk.append((where, record))
+            if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
     except DataError:
-        if batch:
-            yield batch
+        if chunk:
+            yield chunk
         raise
-    if batch:
-        yield batch
+    if chunk:
+        yield chunk
 
 
 def count_reasons(counts: Counter[str], skipped: Iterable[tuple[str, str]]) -> None:
@@ -187,55 +272,6 @@ def count_reasons(counts: Counter[str], skipped: Iterable[tuple[str, str]]) -> N
         text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text.partition(". ")[0].removesuffix("."))
         kind = re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", text)[:200]
         counts[kind if kind in counts or len(counts) < MAX_REASONS else OTHER_REASONS] += 1
-
-
-def job_to_json(job: Job) -> bytes | None:
-    """A job for another process, or None where a value is no plain JSON, such as a date."""
-    source, format, records = job
-    rows: list[tuple[str, Record | None, str | None]] = []
-    for where, record in records:
-        if isinstance(record, DataError):
-            rows.append((where, None, str(record)))
-        elif _is_plain(record):
-            rows.append((where, record, None))
-        else:
-            return None
-    return json.dumps([source, format, rows]).encode()
-
-
-def job_from_json(message: bytes) -> Job:
-    """The inverse of `job_to_json`."""
-    source, format, rows = json.loads(message)
-    return source, format, [(where, record if error is None else DataError(error)) for where, record, error in rows]
-
-
-_ARRAYS = [f.name for f in fields(Block) if f.name != "texts"]
-_COUNTS = [f.name for f in fields(Batch) if f.name != "block"]
-
-
-def batch_to_bytes(batch: Batch) -> bytes:
-    """A batch for another process: a line of JSON, then the arrays and the rows."""
-    arrays = {name: getattr(batch.block, name) for name in _ARRAYS}
-    header = {
-        "arrays": [[name, array.dtype.str, len(array)] for name, array in arrays.items()],
-        "counts": {name: getattr(batch, name) for name in _COUNTS},
-    }
-    return b"".join([json.dumps(header).encode(), b"\n", *(a.tobytes() for a in arrays.values()), batch.block.texts])
-
-
-def batch_from_bytes(message: bytes) -> Batch:
-    """The inverse of `batch_to_bytes`."""
-    position = message.index(b"\n") + 1
-    header = json.loads(message[:position])
-    arrays = {}
-    for name, dtype, length in header["arrays"]:
-        arrays[name] = np.frombuffer(message, dtype, length, position)
-        position += arrays[name].nbytes
-    counts: dict[str, Any] = {
-        name: Counter(value) if isinstance(value, dict) else value for name, value in header["counts"].items()
-    }
-    counts["skipped"] = [(where, reason) for where, reason in counts["skipped"]]
-    return Batch(Block(**arrays, texts=message[position:]), **counts)
 
 
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:

@@ -3,14 +3,12 @@
 The cache key is the content of the files, the tokenizer with its template, and the settings that change tokens; the
 eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
 read is used, or counted in the report with the reason, or skipped, counted and listed. Leaves out: how rows become
-examples (chunks.py) and in which process (workers.py), which rows an epoch takes (batching/mixing.py), and clearing the
-cache.
+examples (chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
 """
 
 import datetime
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +19,14 @@ import numpy as np
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.config.schema import DataConfig, DataFormat, SourceFile
+from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
-    BatchMaker,
+    ChunkMaker,
     Job,
     count_reasons,
-    in_batches,
+    in_chunks,
+    make_chunks,
     source_files,
     tokenizer_identity,
 )
@@ -43,7 +42,6 @@ from qlora_trainer.data.preparation.reports import (
 )
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
-from qlora_trainer.data.preparation.workers import MOST_WORKERS, Workers, make_batches
 from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
@@ -108,7 +106,7 @@ def prepare(
         DiskError: the cache cannot be written.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
-    maker = BatchMaker(config, tokenizer, max_length, vocab_size)
+    maker = ChunkMaker(config, tokenizer, max_length, vocab_size)
     date = maker.renderer.template_date
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
@@ -116,14 +114,9 @@ def prepare(
     store, warnings = existing_store(directory), _date_warnings(config, date)
     cached = store is not None
     if store is None:
-        dated = config.model_copy(update={"template_date": date})  # a worker may start after midnight
-        with new_store(directory) as writer, _workers(dated, tokenizer, max_length, vocab_size) as workers:
-            _write(writer, inputs, maker, workers, progress)
+        with new_store(directory) as writer:
+            _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
-            warnings += [
-                f"A process that helps to prepare data was lost ({failure}); the others did its part."
-                for failure in workers.failures
-            ]
         store = ExampleStore(directory)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
     _check_usable(sources, inputs, max_length)
@@ -186,30 +179,22 @@ def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
     return []
 
 
-def _workers(config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> Workers:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cores, MOST_WORKERS) if config.workers == "auto" else config.workers
-    return Workers(0 if cores == 1 and config.workers == "auto" else count, config, tokenizer, max_length, vocab_size)
-
-
-def _write(
-    writer: StoreWriter, inputs: Sequence[_Input], maker: BatchMaker, workers: Workers, progress: Progress
-) -> None:
+def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
     counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
     unit = 1
-    for (index, _, _), batch in make_batches(_jobs(inputs, maker), maker, workers):
+    for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
         report, counted = reports[index], counts[index]
-        writer.append(batch.block, source=index, first_unit=unit)
-        writer.skip(batch.skipped)
-        unit += batch.rows
-        report.rows += batch.rows
-        report.truncated += batch.truncated
-        report.split += batch.split
-        report.examples += len(batch.block.lengths)
+        writer.append(chunk.block, source=index, first_unit=unit)
+        writer.skip(chunk.skipped)
+        unit += chunk.rows
+        report.rows += chunk.rows
+        report.truncated += chunk.truncated
+        report.split += chunk.split
+        report.examples += len(chunk.block.lengths)
         for name in ("dropped", "unused_columns", "warnings"):
-            counted[name].update(getattr(batch, name))
-        count_reasons(counted["skipped"], batch.skipped)
+            counted[name].update(getattr(chunk, name))
+        count_reasons(counted["skipped"], chunk.skipped)
         lines = inputs[index].lines
         progress(f"reading {report.name}", report.rows, max(lines, report.rows) if lines else None)
     for item, report, counted in zip(inputs, reports, counts, strict=True):
@@ -223,11 +208,11 @@ def _write(
     writer.finish({"sources": [asdict(report) for report in reports]})
 
 
-def _jobs(inputs: Sequence[_Input], maker: BatchMaker) -> Iterator[Job]:
-    """Batches of all sources; the first rows of a source show how all of it is read."""
+def _jobs(inputs: Sequence[_Input], maker: ChunkMaker) -> Iterator[Job]:
+    """Cut all sources into chunks; the first rows of a source show how all of it is read."""
     for index, item in enumerate(inputs):
         format: DataFormat = "auto"
-        for records in in_batches(item.source.records()):
+        for records in in_chunks(item.source.records()):
             if format == "auto":
                 format = maker.format_of(index, records)
             yield index, format, records

@@ -93,8 +93,9 @@ class Encoder:
         if plain:
             # The tokenizer underneath, as transformers' wrapper turns its results into lists that are not needed here.
             backend = self.tokenizer.backend_tokenizer
-            backend.no_padding()
-            backend.no_truncation()
+            if backend.padding or backend.truncation:  # left on by another caller; changed only then, as another
+                backend.no_padding()  # thread may be encoding
+                backend.no_truncation()
             joined = ["".join([span.text for span in texts[index]]) for index in plain]
             for index, encoding in zip(plain, backend.encode_batch(joined, add_special_tokens=False), strict=True):
                 ids = encoding.ids
@@ -121,10 +122,12 @@ class Encoder:
 
     def _escaping_tokenizer(self, text: Sequence[Span]) -> "_EscapingTokenizer":
         joined = "".join(span.text for span in text)
-        while self._escaping is None or self._escaping.nonce in joined:
-            previous = self._escaping.nonce if self._escaping else ""
-            self._escaping = _EscapingTokenizer(self.tokenizer, self.control_tokens, self.control_pattern, previous)
-        return self._escaping
+        found = self._escaping
+        while found is None or found.nonce in joined:
+            previous = found.nonce if found else ""
+            found = _EscapingTokenizer(self.tokenizer, self.control_tokens, self.control_pattern, previous)
+        self._escaping = found
+        return found
 
 
 class _EscapingTokenizer:

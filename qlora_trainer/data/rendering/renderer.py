@@ -14,8 +14,8 @@ from typing import Literal
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.dialogue import says_something
-from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Span, Tokenizer
-from qlora_trainer.data.rendering.spans import SpanFinder
+from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
+from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
 from qlora_trainer.data.rendering.templates import ChatTemplate
 from qlora_trainer.data.types import IGNORED_LABEL, Conversation, Document, Example, Message, PromptCompletion, Row
 
@@ -120,18 +120,35 @@ class Renderer:
         Raises:
             DataError: the tokenizer or its template cannot be used, or a row is too long and `too_long` is "error".
         """
-        texts = [self._spans(row, where) for where, row in rows]
-        encoded = iter(self.encoder.encode([text[0] for text in texts if not isinstance(text, DataError)]))
+        texts = self.texts(rows)
+        return self.examples(rows, texts, self.encode(texts))
+
+    def texts(self, rows: Sequence[tuple[str, Row]]) -> list[Rendering | DataError]:
+        """Write rows as text, each with its place for errors: the first part of `render_batch`."""
+        return [self._text(row, where) for where, row in rows]
+
+    def encode(self, texts: Sequence[Rendering | DataError]) -> list[Encoded | DataError]:
+        """Tokenize those texts that are no errors: the second part of `render_batch`, which may have its own thread."""
+        return self.encoder.encode([text.spans for text in texts if isinstance(text, Rendering)])
+
+    def examples(
+        self,
+        rows: Sequence[tuple[str, Row]],
+        texts: Sequence[Rendering | DataError],
+        encoded: Sequence[Encoded | DataError],
+    ) -> list[Rendered | DataError]:
+        """Make examples of rows, their texts, and the tokens of these: the last part of `render_batch`."""
+        tokens_of = iter(encoded)
         results: list[Rendered | DataError] = []
         for (where, row), text in zip(rows, texts, strict=True):
             if isinstance(text, DataError):
                 results.append(text)
                 continue
-            tokens = next(encoded)
+            tokens = next(tokens_of)
             if isinstance(tokens, DataError):
                 results.append(DataError(f"{where}: {tokens}"))
             else:
-                results.append(self._finished(where, row, tokens, text[1]))
+                results.append(self._finished(where, row, tokens, text.warnings))
         return results
 
     def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> list[int]:
@@ -161,29 +178,27 @@ class Renderer:
             self._finders[source] = SpanFinder(template)
         return self._finders[source]
 
-    def _spans(self, row: Row, where: str) -> tuple[list[Span], tuple[str, ...]] | DataError:
+    def _text(self, row: Row, where: str) -> Rendering | DataError:
         match row:
             case Document(text):
-                return self.encoder.as_spans(text, trained=True), ()
+                return Rendering(self.encoder.as_spans(text, trained=True))
             case PromptCompletion(prompt, completion):
                 context = prompt.rstrip(" ")
                 answer = prompt[len(context) :] + completion
                 learn_prompt, learn_answer = self.train_on == "all", bool(completion.strip())
                 spans = self.encoder.as_spans(context, learn_prompt and learn_answer)
-                return spans + self.encoder.as_spans(answer, learn_answer), ()
+                return Rendering(spans + self.encoder.as_spans(answer, learn_answer))
             case Conversation():
                 return self._conversation(row, self._targets(row.messages), where)
 
-    def _conversation(
-        self, row: Conversation, targets: set[int], where: str
-    ) -> tuple[list[Span], tuple[str, ...]] | DataError:
+    def _conversation(self, row: Conversation, targets: set[int], where: str) -> Rendering | DataError:
         finder = self._finder(row.tools)
         wanted = {index for index in targets if row.messages[index].learn is True}
         try:
             rendering = finder.render(row, targets, others=self.train_on == "all", wanted=wanted, where=where)
         except DataError as error:
             return error
-        return rendering.spans, rendering.warnings + self._template_warnings(row, finder.template)
+        return replace(rendering, warnings=rendering.warnings + self._template_warnings(row, finder.template))
 
     def _template_warnings(self, row: Conversation, template: ChatTemplate) -> tuple[str, ...]:
         if template.is_plain:
@@ -263,14 +278,14 @@ class Renderer:
             text = self._conversation(shorter, {index for index in targets if index < ends[middle]}, where)
             if isinstance(text, DataError):
                 return text
-            encoded = self.encoder.encode([text[0]])[0]
+            encoded = self.encoder.encode([text.spans])[0]
             if isinstance(encoded, DataError):
                 return DataError(f"{where}: {encoded}")
             example = self._example(shorter, encoded)
             if len(example.input_ids) <= self.max_length:
                 low = middle + 1
                 if example.trained_tokens:
-                    found = Rendered([example], [shorter], truncated=True, warnings=text[1])
+                    found = Rendered([example], [shorter], truncated=True, warnings=text.warnings)
             else:
                 high = middle
         return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
@@ -42,11 +42,13 @@ class Translation:
     convert: Callable[[np.ndarray], Tensor]  # dequantized float32 values -> float32, in the checkpoint's layout
 
 
-def translations_of(directory: Path, architecture: str, names: list[str]) -> dict[str, Translation]:
-    """As `translate_tensors`, for the model of a directory that was imported before."""
+def translations_of(
+    config: PretrainedConfig, path: Path, architecture: str, names: list[str]
+) -> dict[str, Translation]:
+    """As `translate_tensors`, for the config of a model that was imported before."""
     with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    return translate_tensors(architecture, names, model, directory)
+        model = AutoModelForCausalLM.from_config(config)
+    return translate_tensors(architecture, names, model, path)
 
 
 def translate_tensors(

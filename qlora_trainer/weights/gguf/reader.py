@@ -106,7 +106,7 @@ class ImportedTensor:
 class GGUFWeights:
     """The checkpoint that an imported GGUF file represents: its tensors by name, read when they are asked for."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, model_config: Callable[[], Any]) -> None:
         try:
             record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
             self.file = Path(record["file"])
@@ -117,7 +117,7 @@ class GGUFWeights:
                 f"{directory / IMPORT_RECORD} cannot be read ({type(error).__name__}: {error}). Delete {directory}; it "
                 "is made again from the GGUF file."
             ) from error
-        self.directory = directory
+        self.directory, self.model_config = directory, model_config
         self._check_file(*known)
         self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
 
@@ -158,16 +158,20 @@ class GGUFWeights:
     @functools.cached_property
     def _translations(self) -> dict[str, Translation]:
         architecture = json.loads((self.directory / IMPORT_RECORD).read_text(encoding="utf-8"))["architecture"]
-        return translations_of(self.directory, architecture, [tensor.stored.name for tensor in self.tensors.values()])
+        names = [tensor.stored.name for tensor in self.tensors.values()]
+        return translations_of(self.model_config(), self.directory, architecture, names)
 
 
-def open_weights(directory: Path) -> GGUFWeights | None:
-    """The weights of a directory that represents a GGUF file; None for any other directory.
+def open_weights(
+    directory: Path,
+    model_config: Callable[[], Any],  # makes transformers' config of the directory, where a tensor needs it
+) -> GGUFWeights | None:
+    """Open the weights of a directory that represents a GGUF file; None for any other directory.
 
     Raises:
         FileMissingError, ModelError: the file is gone, or was changed.
     """
-    return GGUFWeights(directory) if (directory / IMPORT_RECORD).is_file() else None
+    return GGUFWeights(directory, model_config) if (directory / IMPORT_RECORD).is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qlora_trainer.config.schema import Source
+from qlora_trainer.config.data_schema import Source
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed
 
 

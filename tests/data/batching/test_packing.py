@@ -42,7 +42,7 @@ def labeled_pairs(rows: list[Example]) -> Counter:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=examples(), packing=st.booleans())
 def test_every_token_and_every_label_is_in_a_pack_exactly_once(rows, packing):
     packs = make_packs(rows, LIMIT, packing)
@@ -58,7 +58,7 @@ def test_every_token_and_every_label_is_in_a_pack_exactly_once(rows, packing):
     assert pairs == labeled_pairs(rows)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=examples(), packing=st.booleans())
 def test_packs_stay_within_the_limit_but_for_a_longer_row_alone(rows, packing):
     for pack in make_packs(rows, LIMIT, packing):
@@ -66,12 +66,13 @@ def test_packs_stay_within_the_limit_but_for_a_longer_row_alone(rows, packing):
         assert pack.input_ids.numel() <= LIMIT or documents == 1
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(rows=examples())
 def test_packed_rows_are_whole_documents_with_positions_from_zero_and_no_padding(rows):
     by_first = {row.input_ids[0]: row for row in rows}
     for pack in make_packs(rows, LIMIT, packing=True):
         assert pack.input_ids.dtype == pack.labels.dtype == pack.position_ids.dtype == torch.int64
+        assert pack.cu_seqlens is not None
         assert pack.cu_seqlens.dtype == torch.int32
         bounds = pack.cu_seqlens.tolist()
         assert bounds[0] == 0
@@ -92,7 +93,7 @@ def test_padding_is_on_the_right_and_carries_no_label():
     assert pack.cu_seqlens is None
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(lengths=st.lists(st.integers(1, LIMIT), min_size=1, max_size=14))
 def test_no_pack_could_be_emptied_into_another(lengths):
     totals = sorted(sum(lengths[i] for i in group) for group in group_for_packing(lengths, LIMIT))
@@ -107,7 +108,7 @@ def assert_balanced(lengths: list[int], limit: int) -> None:
         assert total - min(totals) <= min(lengths[index] for index in group)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lengths=st.lists(st.integers(1, LIMIT), min_size=1, max_size=14))
 def test_no_pack_exceeds_the_emptiest_by_more_than_its_shortest_row(lengths):
     assert_balanced(lengths, LIMIT)

@@ -59,7 +59,7 @@ def test_a_path_that_leads_nowhere_says_how_far_it_came(path, words):
         look_up(ROW, path, "data.columns x", "line 1")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(KEYS | st.integers(0, 3), min_size=1, max_size=4), st.text(max_size=3))
 def test_whatever_is_nested_is_found_by_its_path(steps, value):
     steps = [str(step) if index == 0 else step for index, step in enumerate(steps)]

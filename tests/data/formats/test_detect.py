@@ -49,6 +49,7 @@ def test_a_row_of_no_format_gets_the_way_out(record, words):
 
 def first_row(path):
     where, record = next(open_source(str(path)).records())
+    assert isinstance(record, dict)
     return resolve_format(record, "auto", {}, where)
 
 
@@ -67,4 +68,4 @@ def first_row(path):
 )
 def test_real_files_that_cannot_be_read_as_they_are_say_what_to_do(shared_data, name, words):
     with pytest.raises(DataError, match=words):
-        first_row(shared_data / name)
+        first_row(shared_data(name))

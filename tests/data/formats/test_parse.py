@@ -261,7 +261,11 @@ def unused(*given):
 
 def read(path, format="auto", columns=None, template=None, **how):
     reader = RecordReader(format, columns or {}, template or {})
-    return [reader.read(record, where) for where, record in open_source(str(path), **how).records()], reader
+    rows = []
+    for where, record in open_source(str(path), **how).records():
+        assert isinstance(record, dict)
+        rows.append(reader.read(record, where))
+    return rows, reader
 
 
 REAL = {
@@ -269,9 +273,9 @@ REAL = {
     "c4_demo/c4_demo.jsonl": ("text", 300),
     "e2e/train.jsonl": ("prompt_completion", 547),
     "e2e_facts/train.jsonl": ("chat", 600),
-    "fastchat_dummy/dummy_conversation.json": ("sharegpt", 500),
-    "glaive_toolcall_en/glaive_toolcall_en_demo.json": ("sharegpt", 300),
-    "gsm8k/test.jsonl": ("question_answer", 1319),
+    "fastchat_dummy/dummy_conversation.json": ("sharegpt", 300),
+    "glaive_toolcall_en/glaive_toolcall_en_demo.json": ("sharegpt", 150),
+    "gsm8k/test.jsonl": ("question_answer", 300),
     "identity/identity.json": ("alpaca", 91),
     "snips_intent/test.jsonl": ("chat", 140),
     "snips_json/test.jsonl": ("chat", 140),
@@ -284,12 +288,12 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_are_read_whole_by_their_columns(shared_data, name):
-    rows, reader = read(shared_data / name)
+    rows, reader = read(shared_data(name))
     assert (reader.format, len(rows)) == REAL[name]
 
 
 def test_real_tool_calls_become_calls_and_their_results_tool_turns(shared_data):
-    path = shared_data / "glaive_toolcall_en" / "glaive_toolcall_en_demo.json"
+    path = shared_data("glaive_toolcall_en/glaive_toolcall_en_demo.json")
     rows, _ = read(path)
     turns = [turn for row in json.loads(path.read_text()) for turn in row["conversations"]]
     written = [json.loads(turn["value"]) for turn in turns if turn["from"] == "function_call"]
@@ -299,7 +303,7 @@ def test_real_tool_calls_become_calls_and_their_results_tool_turns(shared_data):
     ]
     results = [message.content for row in rows for message in row.messages if message.role == "tool"]
     assert results == [turn["value"] for turn in turns if turn["from"] == "observation"]
-    assert sum(len(row.tools) for row in rows) == 219  # objects in the tools columns, counted with jq
+    assert sum(len(row.tools) for row in rows) == 110  # objects in the tools columns, counted with jq
     assert rows[0].messages[3] == Message(
         "assistant",
         "",
@@ -307,25 +311,31 @@ def test_real_tool_calls_become_calls_and_their_results_tool_turns(shared_data):
     )
 
 
-def test_real_nested_rows_tables_without_names_and_preferences_are_read_as_the_config_says(shared_data):
+def test_real_nested_rows_are_read_as_the_config_says(shared_data):
     rows, reader = read(
-        shared_data / "self_instruct" / "seed_tasks.jsonl",
+        shared_data("self_instruct/seed_tasks.jsonl"),
         columns={"output": "instances.0.output", "input": "instances.0.input"},
     )
     assert (len(rows), reader.format) == (175, "alpaca")
     assert rows[1].messages[0].content == (
         "What is the relation between the given pairs?\n\nNight : Day :: Right : Left"
     )
+
+
+def test_a_real_table_without_names_is_read_as_the_config_says(shared_data):
     rows, _ = read(
-        shared_data / "poem_sentiment" / "train.tsv",
+        shared_data("poem_sentiment/train.tsv"),
         columns={"completion": "label"},
         template={"prompt": "Verse: {verse}\nSentiment: "},
         header=["id", "verse", "label"],
     )
     assert len(rows) == 892
     assert rows[57] == PromptCompletion('Verse: "what did you hear, for instance?" willis said.\nSentiment: ', "0")
+
+
+def test_real_preferences_are_read_as_the_config_says(shared_data):
     rows, _ = read(
-        shared_data / "dpo_en_demo" / "dpo_en_demo.json", columns={"prompt": "conversations", "completion": "chosen"}
+        shared_data("dpo_en_demo/dpo_en_demo.json"), columns={"prompt": "conversations", "completion": "chosen"}
     )
     assert [message.role for message in rows[0].messages] == ["user", "assistant"]
     assert len(rows) == 300

@@ -73,7 +73,7 @@ def test_calls_may_follow_text_and_have_no_arguments():
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.text(max_size=4), st.dictionaries(st.text(max_size=3), VALUES)), min_size=1, max_size=3))
 def test_a_call_written_as_text_is_the_call_whatever_its_arguments(calls):
     """ShareGPT's function_call: one call, or a list of them, as JSON text or as JSON."""

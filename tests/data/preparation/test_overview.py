@@ -4,6 +4,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
-from qlora_trainer.config.schema import DataConfig, Source
+from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation.overview import (
@@ -90,13 +91,14 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
     assert epoch.fill_of_whole_steps == pytest.approx(lengths.sum() / computed)
 
 
-def report(**changes: object) -> PreparationReport:
+def report(**changes: Any) -> PreparationReport:
     source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
     source.train, source.eval, source.epoch = 8, 1, 20
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "eval": SetReport(1, 40, 10, 40, 40, 40)}
     counts = {"train_duplicates": 2, "eval_duplicates": 1, "train_other_answers": 3, "eval_other_answers": 0}
     rest = {"epoch_examples": 20, "max_length": 64, "warnings": [], "skipped_rows": None, "cached": False}
-    return PreparationReport(**{"sources": [source], **sets, **counts, **rest, **changes})
+    fields: dict[str, Any] = {"sources": [source], **sets, **counts, **rest, **changes}
+    return PreparationReport(**fields)
 
 
 def test_every_reason_and_count_is_put_into_words() -> None:
@@ -141,7 +143,7 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
 )
 def test_fill_is_promised_only_for_models_that_can_be_packed(packing: bool, can_pack: bool | None, words: str) -> None:
     lengths, order = lengths_and_order(8)
-    how = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
+    how: dict[str, Any] = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
     epoch = make_overview(lengths, lengths[:1], order, **how).epoch
     assert re.search(words, dict(train_facts(report(), epoch))["fill"])
     assert (epoch.packing, epoch.can_pack) == (packing and can_pack is None, can_pack)
@@ -152,7 +154,7 @@ def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
         lines = [json.dumps({"prompt": f"{name} {i}", "completion": "word " * (i + 1)}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
-    config = DataConfig(train=sources, eval=0.0, workers=0)
+    config = DataConfig(train=sources, eval=0.0)
     prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
     epoch = overview_of(prepared, global_batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
     assert (epoch.rows, epoch.steps) == (12 + 9, 6)

@@ -6,17 +6,18 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError, DiskError
-from qlora_trainer.config.schema import DataConfig, Source
+from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation
-from qlora_trainer.data.preparation import store, workers
+from qlora_trainer.data.preparation import store
 from qlora_trainer.data.preparation.chunks import MAX_REASONS, count_reasons
 from qlora_trainer.data.preparation.prepare import prepare
 from qlora_trainer.data.reading import files
@@ -102,7 +103,7 @@ def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatc
 def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"train_on": "last"},
         {"train_on": ["assistant", "user"]},
         {"max_length": 64},
@@ -161,7 +162,7 @@ def test_the_key_follows_the_examples_and_nothing_else(tmp_path):
 def test_what_only_chooses_among_rows_costs_no_second_preparation(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, [Source(path=path)])
-    assert run(tmp_path, [Source(path=path, count=7)], eval=0.2, seed=3, workers=5).report.cached
+    assert run(tmp_path, [Source(path=path, count=7)], eval=0.2, seed=3).report.cached
     assert run(tmp_path, [Source(path=path, weight=2.0)]).report.cached
     assert run(tmp_path, path).report.cached
 
@@ -393,7 +394,8 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
 
 
 def test_a_row_nested_beyond_all_measure_is_a_bad_row_and_no_crash(tmp_path):
-    deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), [])}
+    notes: list[Any] = []
+    deep = {**ROWS[0], "notes": functools.reduce(lambda inner, _: [inner], range(600), notes)}
     train = write(tmp_path, "rows.jsonl", [*ROWS, deep])
     with pytest.raises(DataError, match=r"rows\.jsonl, line 41: .* deep"):
         run(tmp_path, train)
@@ -413,7 +415,7 @@ def test_reasons_are_counted_without_what_differs_from_row_to_row(tmp_path):
     path = write(tmp_path, "x.jsonl", [*rows, {"messages": [{"role": "assistant", "content": "c"}]}])
     (source,) = run(tmp_path, path, on_bad_row="skip").report.sources
     assert list(source.skipped.values()) == [200]
-    counts = Counter()
+    counts: Counter[str] = Counter()
     count_reasons(counts, [("x", f"x: reason {'abc'[n % 3] * (1 + n // 3)}") for n in range(1000)])
     assert counts.total() == 1000
     assert len(counts) == MAX_REASONS + 1
@@ -495,17 +497,16 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     assert stores(tmp_path) == []
 
 
-def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "ROWS_BEFORE_WORKERS", 0)
-    monkeypatch.setattr(workers.Workers, "start", functools.partialmethod(workers.Workers.start, wait=True))
+def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_threads(tmp_path, monkeypatch):
     path = write(tmp_path, "x.jsonl", [*BAD_ROWS, *ROWS * 20])
     found = []
-    for count in (0, 1, 2):
-        (tmp_path / str(count)).mkdir()
-        assert not run(tmp_path / str(count), path, workers=count, on_bad_row="skip").report.cached
-        (directory,) = stores(tmp_path / str(count))
+    for parallel in ("true", "false"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        (tmp_path / parallel).mkdir()
+        assert not run(tmp_path / parallel, path, on_bad_row="skip").report.cached
+        (directory,) = stores(tmp_path / parallel)
         found.append({file.name: file.read_bytes() for file in directory.iterdir()})
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert set(found[0]) == {f"{name}.npy" for name in store.ARRAYS} | {
         "rows.jsonl",
         "skipped_rows.jsonl",
@@ -515,14 +516,14 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_processes(tmp_p
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])
 def test_real_rows_are_all_used(tmp_path, shared_data, name, rows):
-    prepared = run(tmp_path, str(shared_data / name), eval=0.05, max_length=4096)
+    prepared = run(tmp_path, str(shared_data(name)), eval=0.05, max_length=4096)
     (source,) = prepared.report.sources
     assert (source.rows, source.examples, source.dropped, source.truncated) == (rows, rows, {}, 0)
     assert len(prepared.train) + len(prepared.eval) == rows
 
 
 def test_a_real_text_is_prepared_to_its_last_token(tmp_path, shared_data):
-    text = (shared_data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")[:100_000]
+    text = shared_data("tinyshakespeare/input.txt").read_text(encoding="utf-8")[:100_000]
     (tmp_path / "play.txt").write_text(text, encoding="utf-8")
     report = run(tmp_path, str(tmp_path / "play.txt"), eval=0.05, max_length=512).report
     assert report.train.longest <= 512

@@ -11,9 +11,9 @@ from qlora_trainer.common.errors import DiskError
 from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation.store import ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import _first_equal, make_block, new_store
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
+from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
 
-ROWS = [
+ROWS: list[Row] = [
     Document("a line\u2028 and\nanother"),
     PromptCompletion("p", "c"),
     Conversation((Message("user", "é"), Message("assistant", "a", learn=False))),

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from spying import noting
 
 from qlora_trainer.data.reading import digests
 from qlora_trainer.data.reading.digests import FileDigests
@@ -17,7 +18,7 @@ def reads(monkeypatch):
     """The files that were really read."""
     found = []
     read = digests._read
-    monkeypatch.setattr(digests, "_read", lambda path: found.append(path.name) or read(path))
+    monkeypatch.setattr(digests, "_read", noting(read, lambda path: found.append(path.name)))
     return found
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -18,7 +19,7 @@ def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
     return path
 
 
-def records(path: Path, **how: object) -> list[dict]:
+def records(path: Path, **how: Any) -> list[Any]:
     return [record for _, record in read_records(path, **how)]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.common.errors import DataError
@@ -18,7 +18,7 @@ PACKED = {
     ".gz": gzip.compress,
     ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
 }
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=60)
 
 
 def write(tmp_path: Path, name: str, content: bytes) -> Path:

@@ -1,4 +1,4 @@
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
@@ -9,7 +9,7 @@ pieces = st.sampled_from(["The quick", " brown", " ", "\n", "fox", "é", "😀",
 spans = st.lists(st.builds(Span, pieces, st.booleans()), min_size=1, max_size=8)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(text=spans, kind=st.sampled_from(["bytes", "metaspace"]))
 def test_a_token_is_learned_if_and_only_if_a_character_of_it_is(text, kind):
     tokenizer = tiny_tokenizer("mistral" if kind == "metaspace" else "smollm2", kind)

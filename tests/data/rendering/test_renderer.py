@@ -2,10 +2,11 @@ import importlib.util
 import json
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -14,7 +15,7 @@ from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.formats.parse import parse_record
 from qlora_trainer.data.reading.files import read_records
-from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
 
@@ -25,6 +26,17 @@ def trained_texts(tokenizer, example: Example) -> list[str]:
     """The text of each unbroken run of trained tokens."""
     runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
     return [tokenizer.decode([example.labels[i] for i in run]) for trained, run in runs if trained]
+
+
+def one(renderer: Renderer, row: Any) -> Rendered:
+    (rendered,) = renderer.render_batch([("row", row)])
+    assert isinstance(rendered, Rendered)
+    return rendered
+
+
+def parsed(path) -> list[tuple[str, Any]]:
+    records: list[tuple[str, Any]] = list(read_records(path))
+    return [(where, parse_record(record, "auto", {}, where)) for where, record in records]
 
 
 def expected_answers(family: str, messages: tuple[Message, ...]) -> list[str]:
@@ -73,7 +85,7 @@ def test_the_most_turns_that_fit_are_kept_where_a_longer_beginning_is_shorter():
     lengths = [len(renderer.render(Conversation(tuple(turns[:end]))).input_ids) for end in (2, 4, 6)]
     assert lengths[0] < lengths[2] < lengths[1]
     renderer.max_length = lengths[2]
-    (result,) = renderer.render_batch([("row", Conversation(tuple(turns)))])
+    result = one(renderer, Conversation(tuple(turns)))
     assert result.truncated
     assert result.rows == [Conversation(tuple(turns[:6]))]
 
@@ -85,12 +97,12 @@ contents = st.lists(words, min_size=1, max_size=6).map("".join).filter(str.strip
 
 
 @pytest.mark.parametrize(("family", "kind"), TOKENIZERS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(texts=st.lists(contents, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_masks_cover_exactly_the_answers_of_any_conversation(family, kind, texts):
     tokenizer = tiny_tokenizer(family, kind)
     row = chat(*texts)
-    rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
+    rendered = one(Renderer(tokenizer), row)
     assert rendered.warnings == ()
     found = [text.lstrip() for text in trained_texts(tokenizer, rendered.examples[0])]
     assert found == [text.lstrip() for text in expected_answers(family, row.messages)]
@@ -101,7 +113,9 @@ def test_the_prompt_of_generation_begins_the_row_in_training(family, kind):
     renderer = Renderer(tiny_tokenizer(family, kind))
     row = chat("What is it? <|im_start|> [INST]", "A fox.", "And then?", "It sleeps.")
     ids = renderer.render(row).input_ids
-    prompt, answer = reference_answer(row)
+    asked = reference_answer(row)
+    assert asked is not None
+    prompt, answer = asked
     prompt_ids = renderer.render_prompt(prompt)
     assert answer == "It sleeps."
     assert ids[: len(prompt_ids)] == prompt_ids
@@ -140,7 +154,7 @@ def test_text_around_a_spelled_control_token_keeps_its_tokens(kind):
 def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
     tokenizer = tiny_tokenizer("qwen3")
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
-    rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
+    rendered = one(Renderer(tokenizer), row)
     assert rendered.warnings == (LAST_TURN_ONLY,)
     assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
 
@@ -161,7 +175,7 @@ def test_a_template_that_hides_the_answer_is_refused(hiding):
 
 def test_answers_of_which_a_template_trims_newlines_only_are_found():
     tokenizer = tiny_tokenizer("qwen3")
-    rendered = Renderer(tokenizer).render_batch([("row", chat("a", "\n dog "))])[0]
+    rendered = one(Renderer(tokenizer), chat("a", "\n dog "))
     assert rendered.warnings == ()
     assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\n\n</think>\n\n dog <|im_end|>"]
 
@@ -169,7 +183,7 @@ def test_answers_of_which_a_template_trims_newlines_only_are_found():
 def test_a_template_without_ends_of_turns_gets_an_end_of_text():
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     tokenizer = tiny_tokenizer("smollm2", template=bare)
-    rendered = Renderer(tokenizer).render_batch([("row", chat("a", "b", "c", "d"))])[0]
+    rendered = one(Renderer(tokenizer), chat("a", "b", "c", "d"))
     assert trained_texts(tokenizer, rendered.examples[0]) == [" b", " d<|im_end|>"]
     assert END_ADDED in rendered.warnings
 
@@ -221,8 +235,9 @@ def test_blank_answers_are_never_learned_and_a_row_of_them_is_dropped():
     tokenizer = tiny_tokenizer("smollm2")
     assert trained_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
     for row in (chat("a", ""), PromptCompletion("a", " \n"), Document("\n")):
-        rendered = Renderer(tokenizer).render_batch([("row", row)])[0]
+        rendered = one(Renderer(tokenizer), row)
         assert rendered.examples == []
+        assert rendered.dropped is not None
         assert "nothing to learn" in rendered.dropped
 
 
@@ -299,26 +314,26 @@ def test_a_tokenizer_without_template_uses_the_plain_format():
 def test_a_long_document_becomes_windows_that_hold_every_token_once():
     tokenizer = tiny_tokenizer("smollm2")
     text = "The quick brown fox. " * 40
-    rendered = Renderer(tokenizer, max_length=64).render_batch([("row", Document(text))])[0]
+    rendered = one(Renderer(tokenizer, max_length=64), Document(text))
     joined = [token for example in rendered.examples for token in example.input_ids]
     assert joined == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     assert all(example.labels == example.input_ids for example in rendered.examples)
     lengths = [len(example.input_ids) for example in rendered.examples]
     assert max(lengths) <= 64
     assert max(lengths) - min(lengths) <= 1
-    assert "".join(row.text for row in rendered.rows) == text + "<|im_end|>"
+    assert "".join(row.text for row in rendered.rows if isinstance(row, Document)) == text + "<|im_end|>"
 
 
 def test_long_rows_are_cut_dropped_or_refused_as_asked():
     tokenizer = tiny_tokenizer("smollm2")
     row = chat("a", "b", "c", "The quick brown fox. " * 40)
     whole = Renderer(tokenizer).render(row)
-    cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
+    cut = one(Renderer(tokenizer, max_length=64), row)
     assert cut.truncated
     assert cut.tokens == len(whole.input_ids)
     assert cut.examples == [Renderer(tokenizer).render(chat("a", "b"))]
     assert cut.rows == [chat("a", "b")]
-    dropped = Renderer(tokenizer, max_length=64, too_long="drop").render_batch([("row", row)])[0]
+    dropped = one(Renderer(tokenizer, max_length=64, too_long="drop"), row)
     assert (dropped.examples, dropped.dropped) == ([], "longer than max_length")
     with pytest.raises(DataError, match=rf"x.json, row 2: the row has {len(whole.input_ids)} tokens, more than 64"):
         Renderer(tokenizer, max_length=64, too_long="error").render(row, "x.json, row 2")
@@ -328,17 +343,17 @@ def test_a_completion_that_is_cut_teaches_no_end_and_is_reported():
     tokenizer = tiny_tokenizer("smollm2")
     row = PromptCompletion("The quick", " brown fox." * 40)
     whole = Renderer(tokenizer).render(row)
-    cut = Renderer(tokenizer, max_length=64).render_batch([("row", row)])[0]
+    cut = one(Renderer(tokenizer, max_length=64), row)
     assert (cut.truncated, cut.warnings, cut.tokens) == (True, (COMPLETION_CUT,), len(whole.input_ids))
     assert cut.examples == [Example(whole.input_ids[:64], whole.labels[:64])]
     assert tokenizer.eos_token_id not in cut.examples[0].labels
-    away = Renderer(tokenizer, max_length=64).render_batch([("row", PromptCompletion("fox " * 90, "dog"))])[0]
+    away = one(Renderer(tokenizer, max_length=64), PromptCompletion("fox " * 90, "dog"))
     assert (away.examples, away.dropped, away.truncated, away.warnings) == ([], CUT_AWAY, False, ())
 
 
 def test_a_row_whose_answer_is_cut_away_is_dropped():
     row = chat("The quick brown fox. " * 40, "ok")
-    rendered = Renderer(tiny_tokenizer("smollm2"), max_length=64).render_batch([("row", row)])[0]
+    rendered = one(Renderer(tiny_tokenizer("smollm2"), max_length=64), row)
     assert rendered.examples == []
     assert rendered.dropped == CUT_AWAY
     assert not rendered.truncated
@@ -354,8 +369,9 @@ def test_a_slow_tokenizer_is_refused_by_name():
         is_fast = False
         eos_token_id = 0
 
+    tokenizer: Any = SlowTokenizer()
     with pytest.raises(DataError, match="SlowTokenizer is a slow one"):
-        Renderer(SlowTokenizer())
+        Renderer(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -379,22 +395,19 @@ def smollm2():
     ],
 )
 def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
-    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in read_records(shared_data / name)][
-        :300
-    ]
-    rendered = Renderer(smollm2, max_length=10**6).render_batch(rows)
-    for (where, row), result in zip(rows, rendered, strict=True):
+    renderer = Renderer(smollm2, max_length=10**6)
+    for where, row in parsed(shared_data(name))[:300]:
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
-        found = trained_texts(smollm2, result.examples[0])
+        found = trained_texts(smollm2, one(renderer, row).examples[0])
         assert [t.lstrip() for t in found] == [t.lstrip() for t in expected], where
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
 def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
-    path = shared_data / "glaive_toolcall_en/glaive_toolcall_en_demo.json"
-    rows = [(where, parse_record(record, "auto", {}, where)) for where, record in list(read_records(path))[:150]]
     tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
-    for (where, row), result in zip(rows, Renderer(tokenizer, max_length=10**6).render_batch(rows), strict=True):
+    assert facts.call is not None
+    renderer = Renderer(tokenizer, max_length=10**6)
+    for where, row in parsed(shared_data("glaive_toolcall_en/glaive_toolcall_en_demo.json"))[:150]:
         expected = []
         for message in row.messages:
             texts = [message.content.strip() if facts.trims else message.content] if message.content else []
@@ -402,13 +415,12 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
                 arguments = json.dumps(json.loads(call.arguments), ensure_ascii=False)
                 texts.append(facts.call.replace("lookup", call.name).replace('{"city": "Rome"}', arguments))
             expected += ["\n".join(texts) + facts.end_of_turn] if message.role == "assistant" else []
-        found = trained_texts(tokenizer, result.examples[0])
+        found = trained_texts(tokenizer, one(renderer, row).examples[0])
         assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
 def test_real_completions_are_learned_whole(smollm2, shared_data):
-    for where, record in list(read_records(shared_data / "e2e/train.jsonl"))[:100]:
-        row = parse_record(record, "auto", {}, where)
+    for _, row in parsed(shared_data("e2e/train.jsonl"))[:100]:
         example = Renderer(smollm2).render(row)
-        assert trained_texts(smollm2, example) == [record["completion"] + "<|im_end|>"]
-        assert smollm2.decode(example.input_ids) == record["prompt"] + record["completion"] + "<|im_end|>"
+        assert trained_texts(smollm2, example) == [row.completion + "<|im_end|>"]
+        assert smollm2.decode(example.input_ids) == row.prompt + row.completion + "<|im_end|>"

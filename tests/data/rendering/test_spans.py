@@ -4,12 +4,12 @@ from functools import cache
 from itertools import groupby
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.renderer import CUT_AWAY, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import (
     IDS_NUMBERED,
     LAST_TURN_ONLY,
@@ -67,6 +67,7 @@ def what_is_said(family: str, messages: tuple[Message, ...]) -> list[str | None]
             continue
         text = message.content.strip() if facts.trims else message.content
         for made in message.tool_calls:
+            assert facts.call is not None
             written = facts.call.replace('"Rome"', json.dumps(json.loads(made.arguments)["city"], ensure_ascii=False))
             text += ("\n" if text else "") + written.replace("000000000", f"{calls:09d}")
             calls += 1
@@ -119,7 +120,7 @@ def conversations(draw, family: str) -> Conversation:
 
 
 @pytest.mark.parametrize(("family", "kind"), KINDS)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family, kind, data):
     tokenizer = tiny_tokenizer(family, kind)
@@ -132,7 +133,7 @@ def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_control_tokens_that_a_row_spells_anywhere_stay_text(family, data):
     tokenizer = tiny_tokenizer(family)
@@ -154,7 +155,7 @@ def test_control_tokens_that_a_row_spells_anywhere_stay_text(family, data):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_cut_conversation_is_its_longest_beginning_that_fits_and_ends_with_a_whole_answer(family, data):
     renderer = Renderer(tiny_tokenizer(family), max_length=10**6)
@@ -178,7 +179,7 @@ def test_a_cut_conversation_is_its_longest_beginning_that_fits_and_ends_with_a_w
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(data=st.data())
 def test_what_a_turn_says_of_itself_is_honored_in_any_conversation(family, data):
     tokenizer = tiny_tokenizer(family)
@@ -274,7 +275,9 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
 def test_what_a_template_cannot_express_is_an_error_of_that_row_and_no_other(family, row, reported):
     good = Conversation((user("a"), answer("b")))
     results = Renderer(tiny_tokenizer(family)).render_batch([("x, line 1", good), ("x, line 2", row), ("x", good)])
+    assert isinstance(results[0], Rendered)
     assert isinstance(results[1], DataError)
+    assert isinstance(results[2], Rendered)
     with pytest.raises(DataError, match=f"^x, line 2.*{reported}"):
         raise results[1]
     assert results[0].examples == results[2].examples == [Renderer(tiny_tokenizer(family)).render(good)]
@@ -303,7 +306,7 @@ def test_a_list_of_roles_is_learned_with_the_ends_of_their_turns():
     row = Conversation(
         (user("a"), answer("", tool_calls=(call(),)), Message("tool", "in Italy"), user("c"), answer("d")), (TOOL,)
     )
-    calls = FAMILIES["qwen2_5"].call + "<|im_end|>"
+    calls = f"{FAMILIES['qwen2_5'].call}<|im_end|>"
     result = "in Italy\n</tool_response><|im_end|>"
     assert trained_texts(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
     both = trained_texts(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))

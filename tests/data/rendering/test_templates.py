@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.dialogue import make_dialogue, with_numbered_ids
 from qlora_trainer.data.rendering.encoding import Encoder
-from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.renderer import Rendered, Renderer
 from qlora_trainer.data.rendering.templates import ChatTemplate
 from qlora_trainer.data.types import Conversation, Message, ToolCall
 
@@ -110,6 +110,8 @@ def test_of_named_templates_the_one_that_transformers_takes_is_used_and_reported
         },
     )
     plain, calling = Renderer(tokenizer).render_batch([("row", CHAT), ("row", CALL)])
+    assert isinstance(plain, Rendered)
+    assert isinstance(calling, Rendered)
     assert "named SmolLM" in tokenizer.decode(plain.examples[0].input_ids)
     assert "<tool_call>" in tokenizer.decode(calling.examples[0].input_ids)
     assert plain.warnings == ("of the tokenizer's chat templates (default, rag, tool_use), default is used",)

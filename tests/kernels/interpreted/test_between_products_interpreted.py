@@ -51,7 +51,7 @@ def test_norm_and_its_gradient(rows: int, features: int, form: rms_norm.Form, dt
     )
     _, inverse = rms_norm.normalize_torch(x, weight, 1e-5, form)
     assert_errs_no_more(
-        lambda *inputs: [backward_triton(*inputs[:2], inverse, inputs[2], form)],
+        lambda grad, x, weight: [backward_triton(grad, x, inverse, weight, form)],
         lambda grad, x, weight: [rms_norm.backward_torch(grad, x, inverse.to(_wide(x)), weight, form)],
         normal(rows, features, seed=2, dtype=dtype),
         x,
@@ -115,8 +115,8 @@ def test_rotary_embedding_and_its_gradient(
 ) -> None:
     for tables in {1, rows}:
         assert_errs_no_more(
-            lambda *inputs: [rotate_triton(*inputs, transposed)],
-            lambda *inputs: [rotary.rotate_torch(*inputs, transposed)],
+            lambda x, cos, sin: [rotate_triton(x, cos, sin, transposed)],
+            lambda x, cos, sin: [rotary.rotate_torch(x, cos, sin, transposed)],
             normal(rows, tokens, heads, size, dtype=dtype).transpose(1, 2),  # as a projection lays heads out
             normal(tables, tokens, size, seed=1, dtype=dtype),
             normal(tables, tokens, size, seed=2, dtype=dtype),

@@ -32,8 +32,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tables_of(weight: NF4Weight) -> list[Tensor]:
-    return [between_guards(getattr(weight, name)) for name in TABLES]
+Tables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def tables_of(weight: NF4Weight) -> Tables:
+    packed, absmax, nested_absmax, nested_code, offset = (between_guards(getattr(weight, name)) for name in TABLES)
+    return packed, absmax, nested_absmax, nested_code, offset
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +67,7 @@ def test_dequantizing_reaches_above_2_to_the_31_elements() -> None:
     )
     huge.packed[-320:] = torch.arange(320).to(torch.uint8)
     huge.absmax[-10:] = torch.arange(10, dtype=torch.uint8) * 20
-    tables = [getattr(huge, name) for name in TABLES]
+    tables = huge.packed, huge.absmax, huge.nested_absmax, huge.nested_code, huge.offset
     found, wanted = torch.empty(500), torch.empty(500)
     nf4_triton.dequantize_triton(*tables, elements - 500, 64, 256, found)
     dequantize_torch(*tables, elements - 500, 64, 256, wanted)

@@ -15,6 +15,7 @@ from qlora_trainer.model.source import load_tokenizer
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.generation import generate_answers
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
@@ -53,8 +54,8 @@ def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) ->
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str) -> None:
     directory = tiny_models(family)
-    device = load_base_model(directory, ModelConfig(name=str(directory)))
-    host = load_base_model(directory, ModelConfig.model_validate({"name": str(directory), **HOST}))
+    device = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)))
+    host = load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate({"name": str(directory), **HOST}))
     assert host.fingerprint.difference(device.fingerprint) is None
     assert host.fingerprint.dense.keys() == device.fingerprint.dense.keys()
     (weight,) = host_tensors(host.model)
@@ -69,11 +70,11 @@ def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family:
     """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
     directory = tiny_models(family)
     settings = {"name": str(directory), "lm_head": "4bit", "compute_dtype": "bfloat16"}
-    device = load_base_model(directory, ModelConfig.model_validate(settings)).model
-    host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
+    device = load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate(settings)).model
+    host = load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate({**settings, **HOST})).model
     ids = torch.arange(30)[None]
     assert torch.equal(host.get_input_embeddings()(ids), device.get_input_embeddings()(ids))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(ModelDirectory.open(directory))
     prompts = [[5, 9, 30], [7, 8]]
     answers = [
         generate_answers(model, tokenizer, prompts, stop_token_ids=[2], max_new_tokens=5) for model in (device, host)
@@ -84,7 +85,7 @@ def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family:
 def test_the_models_device_is_the_one_that_computes(tiny_llama: Path) -> None:
     """transformers takes the first parameter's; the host's must not be it, nor move or be cast with the model."""
     settings = ModelConfig.model_validate({"name": str(tiny_llama), **HOST})
-    model = load_base_model(tiny_llama, settings).model
+    model = load_base_model(ModelDirectory.open(tiny_llama), settings).model
     model.to("meta")
     assert model.device == torch.device("meta")
     (weight,) = host_tensors(model)
@@ -97,7 +98,7 @@ def test_tied_embeddings_on_the_host_are_refused(
     """Whether loaded or planned; a quantized head has a weight of its own."""
     directory = tiny_models("llama_tied")
     refused = tiny_config(model={"name": str(directory), **HOST})
-    for attempt in (lambda: start_run(refused), lambda: plan_memory(directory, refused)):
+    for attempt in (lambda: start_run(refused), lambda: plan_memory(ModelDirectory.open(directory), refused)):
         with pytest.raises(ModelError, match=r"lm_head\.weight are one weight.* Set model\.lm_head=4bit"):
             attempt()
     run = start_run(tiny_config(model={"name": str(directory), **QUANTIZED}, training={"max_steps": 2}))
@@ -109,14 +110,14 @@ def test_tied_embeddings_on_the_host_are_refused(
 def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None:
     directory = tiny_models("gemma3")
     settings = {"name": str(directory), "device": "cuda", "lm_head": "4bit"}
-    device = load_base_model(directory, ModelConfig.model_validate(settings)).model
-    host = load_base_model(directory, ModelConfig.model_validate({**settings, **HOST})).model
+    device = load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate(settings)).model
+    host = load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate({**settings, **HOST})).model
     assert {tensor.device.type for tensor in host_tensors(host)} == {"cpu"}
     ids = torch.arange(30, device="cuda")[None]
     found = host.get_input_embeddings()(ids)
     assert found.device.type == host.device.type == "cuda"
     assert torch.equal(found, device.get_input_embeddings()(ids))
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(ModelDirectory.open(directory))
     answers = [
         generate_answers(model, tokenizer, [[5, 9, 30], [7]], stop_token_ids=[2], max_new_tokens=5)
         for model in (device, host)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from spying import noting, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -26,7 +27,7 @@ from qlora_trainer.model.modules.experts import split_experts
 from qlora_trainer.model.modules.nf4_linear import quantized_fraction
 from qlora_trainer.model.quantized_copy import FUSED_EXPERTS, quantize_checkpoint
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
 from qlora_trainer.weights.reading import read_tensor
 
@@ -72,7 +73,8 @@ def theirs(experts: Sequence[Expert], dtype: torch.dtype) -> MixtralExperts:
 def test_output_and_gradients_are_those_of_transformers_own_experts(chosen_experts: Sequence[int]) -> None:
     experts = make_experts()
     chosen, scores = routes(17, chosen_experts)
-    found, expected = [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
     for results, function in (
         (found, lambda x, routing: gated_experts(x, chosen, routing, experts, F.silu)),
         (expected, lambda x, routing: theirs(experts, torch.float64)(x, chosen, routing)),
@@ -81,6 +83,8 @@ def test_output_and_gradients_are_those_of_transformers_own_experts(chosen_exper
         routing = scores.double().requires_grad_()
         output = function(x, routing)
         output.backward(normal(17, HIDDEN, seed=2, dtype=torch.float64))
+        assert x.grad is not None
+        assert routing.grad is not None
         results += [output.detach(), x.grad, routing.grad]
     for ours, other in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
@@ -112,7 +116,7 @@ def test_tokens_and_routes_are_all_that_is_kept() -> None:
     chosen, routing = routes(17)
     x = normal(17, HIDDEN, seed=1).requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
         gated_experts(x, chosen, routing, experts, F.silu)
     assert sorted(tuple(tensor.shape) for tensor in kept) == sorted([(17, HIDDEN), (17, SLOTS), (17 * SLOTS,)])
 
@@ -129,6 +133,7 @@ def test_recomputed_it_gives_the_same_gradients() -> None:
         else:
             output = gated_experts(*arguments)
         output.square().sum().backward()
+        assert x.grad is not None
         gradients.append(x.grad)
     assert torch.equal(*gradients)
 
@@ -180,7 +185,7 @@ def test_split_experts_have_the_checkpoints_names_and_answer_as_the_fused_ones(
 ) -> None:
     directory = tiny_models(family)
     model = with_split_experts(plain(directory))
-    stored = {name.replace("block_sparse_moe", "mlp") for name in checkpoint_tensors(directory)}
+    stored = {name.replace("block_sparse_moe", "mlp") for name in ModelDirectory.open(directory).tensors}
     assert model.state_dict().keys() == stored
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -226,9 +231,9 @@ def test_experts_that_are_fused_on_disk_are_refused_with_their_share(
     tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     plain(tiny_models("mixtral")).save_pretrained(tmp_path / "fused", save_original_format=False)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in checkpoint_tensors(tmp_path / "fused")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in ModelDirectory.open(tmp_path / "fused").tensors
     with pytest.raises(ModelError, match=r"Only 11\.1% of this model's linear weights become 4-bit.*experts\.gate_up"):
-        load_base_model(tmp_path / "fused", ModelConfig(name="fused"))
+        load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -236,9 +241,11 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tiny_models(family)
-    report = quantize_checkpoint(directory, tmp_path / "nf4", device=torch.device("cpu"))
+    report = quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=torch.device("cpu"))
     assert report.warnings == [FUSED_EXPERTS]
-    kept, base = (load_base_model(path, ModelConfig(name="base")) for path in (tmp_path / "nf4", directory))
+    kept, base = (
+        load_base_model(ModelDirectory.open(path), ModelConfig(name="base")) for path in (tmp_path / "nf4", directory)
+    )
     assert kept.quantized_fraction == base.quantized_fraction == 1.0
     assert kept.fingerprint.difference(base.fingerprint) is None
     assert kept.fingerprint.stored_as == base.fingerprint.stored_as
@@ -249,15 +256,15 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tiny_models("mixtral")
-    quantize_checkpoint(directory, tmp_path / "nf4", device=torch.device("cpu"))
+    quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=torch.device("cpu"))
     run = start_run(tiny_config(model={"name": str(directory)}, training={"max_steps": 1}))
     run.train(lambda metrics: None)
     merge_run(run.directory, tmp_path / "merged", base="dequantized", dtype=torch.float32)
     merge_run(
         run.directory, tmp_path / "from_copy", base="dequantized", dtype=torch.float32, model=str(tmp_path / "nf4")
     )
-    merged, from_copy = (checkpoint_tensors(tmp_path / name) for name in ("merged", "from_copy"))
-    assert merged.keys() == from_copy.keys() == checkpoint_tensors(directory).keys()
+    merged, from_copy = (ModelDirectory.open(tmp_path / name).tensors for name in ("merged", "from_copy"))
+    assert merged.keys() == from_copy.keys() == ModelDirectory.open(directory).tensors.keys()
     assert all(torch.equal(read_tensor(info), read_tensor(from_copy[name])) for name, info in merged.items())
 
 

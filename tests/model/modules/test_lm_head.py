@@ -21,6 +21,7 @@ from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.modules.lm_head import QuantizedHead, quantize_head
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
@@ -28,7 +29,9 @@ KINDS = ["8bit", "4bit"]
 
 
 def base(directory: Path, **settings: str) -> Any:
-    return load_base_model(directory, ModelConfig.model_validate({"name": str(directory), **settings}))
+    return load_base_model(
+        ModelDirectory.open(directory), ModelConfig.model_validate({"name": str(directory), **settings})
+    )
 
 
 def pack_of(tokens: int) -> Pack:

@@ -41,14 +41,14 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear, adopt_linear4bit, 
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization, weight_from_checkpoint, weight_to_checkpoint
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, quantize_weight
 
 CPU = torch.device("cpu")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(directory, ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -276,7 +276,7 @@ def cut_short(directory: Path) -> Path:
 @pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
 def test_an_unreadable_model_directory_is_a_message(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
     directory = damage(make_model_directory(tmp_path / "m"))
-    for opener in (load, lambda path: load_dense_model(path, CPU)):
+    for opener in (load, lambda path: load_dense_model(ModelDirectory.open(path), CPU)):
         with pytest.raises(ModelError) as caught:
             opener(directory)
         assert str(directory) in str(caught.value)
@@ -351,7 +351,7 @@ def test_weights_in_other_formats_next_to_the_shards_are_not_fetched() -> None:
 
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
     others = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]
-    kept = filter_repo_objects(files + others, allow_patterns=WEIGHT_FILES, ignore_patterns=NOT_FETCHED)
+    kept = filter_repo_objects(files + others, allow_patterns=[*WEIGHT_FILES], ignore_patterns=[*NOT_FETCHED])
     assert list(kept) == files
 
 
@@ -376,13 +376,15 @@ def test_the_memory_a_base_needs_is_what_it_takes(
     fused = tmp_path / "fused"  # its largest tensor is stored as (I, O)
     make_model_directory(fused, "gpt2", n_inner=4096)
     plain = (tiny_models("gpt2"), tiny_models("llama_tied"), tiny_models("qwen2"), packed)
+    free: dict[str, int] = {}
     for directory, copies in (*((directory, 0) for directory in plain), (mixed, 4 / 2), (fused, 1)):
-        largest = max(info.nbytes for info in checkpoint_tensors(directory).values())
+        largest = max(info.nbytes for info in ModelDirectory.open(directory).tensors.values())
         needed = load(directory).bytes + int(largest * (2 + copies))
         with monkeypatch.context() as patch:
-            pretend_free_memory(patch, lambda device, free=needed: free)
+            free["cpu"] = needed
+            pretend_free_memory(patch, lambda device: free[device.type])
             load(directory)
-            pretend_free_memory(patch, lambda device, free=needed - 1: free)
+            free["cpu"] = needed - 1
             with pytest.raises(InsufficientMemoryError):
                 load(directory)
 
@@ -405,7 +407,7 @@ def test_names_that_transformers_translates_are_found_and_remembered_for_the_mer
 
 
 def test_what_could_be_trained_but_not_merged_is_refused_before_training(tiny_llama: Path) -> None:
-    plan, _ = plan_base(tiny_llama)
+    plan, _ = plan_base(ModelDirectory.open(tiny_llama))
     check_mergeable(plan, ["model.layers.0.mlp.up_proj"])
     with pytest.raises(ModelError, match=r"no tensor of its own for 1 weight.*model\.layers\.0\.mlp\.both\.weight"):
         check_mergeable(plan, ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.both"])

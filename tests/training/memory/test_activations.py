@@ -19,6 +19,7 @@ from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_poli
 from qlora_trainer.training.memory.offload import KeptInput
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 FAMILIES = ["llama", "mistral", "qwen3", "smollm3", "gemma2", "gemma3", "phi3", "gpt2"]
@@ -107,7 +108,7 @@ def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, m
 def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Path) -> None:
     config = tiny_config(model={"name": str(deep_llama)}, data={"max_length": 512})
     state = start_run(config).state
-    pack = longest_pack(deep_llama, config, packing=True)
+    pack = longest_pack(ModelDirectory.open(deep_llama), config, packing=True)
     peaks = []
     for level in LEVELS:
         apply_policy(state.model, Policy(level))
@@ -119,7 +120,7 @@ def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Pa
 def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: Config, deep_llama: Path) -> None:
     config = tiny_config(model={"name": str(deep_llama)}, data={"max_length": 512})
     state = start_run(config).state
-    pack = longest_pack(deep_llama, config, packing=True)
+    pack = longest_pack(ModelDirectory.open(deep_llama), config, packing=True)
     layer_input = 512 * 64 * 4
     for every, inputs in ((1, 5), (2, 3), (3, 2), (5, 1)):
         apply_policy(state.model, Policy("offload", offload_every_n_layers=every))
@@ -145,7 +146,7 @@ def test_a_policy_takes_the_place_of_the_one_before_it(state: TrainState) -> Non
     apply_policy(state.model, Policy("tiled", uncheckpointed_layers=2))
     assert [("forward" in vars(layer)) for layer in layers] == [True, True, True, False, False]
     apply_policy(state.model, Policy("none"))
-    assert [layer.forward.__func__ for layer in layers] == originals
+    assert [layer.forward.__func__ for layer in layers] == originals  # type: ignore[attr-defined]
 
 
 def test_a_model_that_cannot_be_recomputed_is_refused(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from qlora_trainer.common.progress import silent
 from qlora_trainer.weights.gguf import importer as gguf_import
 from qlora_trainer.weights.gguf import reader as gguf_weights
 from qlora_trainer.weights.gguf.importer import import_gguf
-from qlora_trainer.weights.model_directory import checkpoint_tensors
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_tensor
 
 
@@ -73,7 +73,7 @@ def write_convolutional_gguf(path: Path) -> Path:
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in checkpoint_tensors(directory).items()}
+    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 def test_float32_file_gives_back_the_weights_it_was_made_from(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_damaged_record_is_reported(tmp_path: Path, text: str) -> None:
     directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights()), tmp_path / "cache", silent)
     (directory / "import.json").write_text(text)
     with pytest.raises(ModelError, match=r"import\.json cannot be read .* Delete "):
-        checkpoint_tensors(directory)
+        _ = ModelDirectory.open(directory).tensors
 
 
 def test_a_file_that_is_gone_or_changed_is_reported_and_not_read(tmp_path: Path) -> None:
@@ -249,12 +249,12 @@ def test_a_file_that_is_gone_or_changed_is_reported_and_not_read(tmp_path: Path)
     directory = import_gguf(path, tmp_path / "cache", silent)
     path.touch()
     with pytest.raises(ModelError, match=r"tiny\.gguf was changed since it was imported"):
-        checkpoint_tensors(directory)
+        _ = ModelDirectory.open(directory).tensors
     assert import_gguf(path, tmp_path / "cache", silent) == directory  # the same content: only its date was new
-    assert checkpoint_tensors(directory)
+    assert ModelDirectory.open(directory).tensors
     path.unlink()
     with pytest.raises(FileMissingError, match=r"tiny\.gguf, from which this base is read, is gone"):
-        checkpoint_tensors(directory)
+        _ = ModelDirectory.open(directory).tensors
 
 
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32])
@@ -263,7 +263,7 @@ def test_rows_are_those_of_the_whole_tensor(
 ) -> None:
     monkeypatch.setattr(gguf_weights, "CHUNK_ELEMENTS", 7 * HIDDEN)  # so that chunks end within the rows asked for
     directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind), tmp_path / "cache", silent)
-    for name, info in checkpoint_tensors(directory).items():
+    for name, info in ModelDirectory.open(directory).tensors.items():
         whole = read_tensor(info)
         assert whole.shape == info.shape
         for rows in (slice(0, 1), slice(3, 20), slice(31, None), slice(5, 5)):

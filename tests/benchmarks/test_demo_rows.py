@@ -1,17 +1,21 @@
-"""The demo's score counts unseen wording and unseen values: these tests hold the two sets of rows apart."""
+"""The demo's score counts unseen wording and unseen values: these tests keep the two sets of rows apart."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from string import Formatter
 
 import pytest
 
-from qlora_trainer.cli.demo_data import ACTIONS, SYSTEM_MESSAGE, VALUES, Row, demo_rows, write_demo_data
+from benchmarks.demo_frames import ACTIONS
+from benchmarks.demo_rows import SHIPPED, SYSTEM_MESSAGE, Row, demo_rows, write_demo_rows
+from benchmarks.demo_values import VALUES
+from qlora_trainer.cli.demo_run import copy_demo_rows
 
-TRAIN, EVAL = demo_rows()
+TRAIN, EVAL = (
+    [json.loads(line) for line in (SHIPPED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("train", "eval")
+)
 
 
 def request(row: Row) -> str:
@@ -40,7 +44,7 @@ def words(text: str) -> set[str]:
 
 
 def occurs(value: str, text: str) -> bool:
-    """Whether the value is in the text as whole words; 6 does not be in 6:40."""
+    """Return True if the value is in the text as whole words; 6 is not in 6:40."""
     return re.search(rf"(?<!\w)(?<!\d:){re.escape(value)}(?!\w|:\d)", text, re.IGNORECASE) is not None
 
 
@@ -81,7 +85,7 @@ def test_no_slot_value_is_shared_whatever_the_slot() -> None:
     assert not train & eval_set
 
 
-def test_no_word_of_a_eval_value_is_in_a_training_value() -> None:
+def test_no_word_of_an_eval_value_is_in_a_training_value() -> None:
     """Messages are compared whole: a sentence cannot do without "the" and "I"."""
     named = {slot: values for slot, values in VALUES.items() if slot != "text"}
     train = {word for values in named.values() for value in values.train for word in words(str(value))}
@@ -99,7 +103,7 @@ def test_no_eval_value_occurs_in_a_training_frame_or_request() -> None:
             assert not occurs(str(value), requests), (slot, value)
 
 
-def test_no_training_value_occurs_in_a_eval_answer() -> None:
+def test_no_training_value_occurs_in_an_eval_answer() -> None:
     for row in EVAL:
         for slot, value in slot_values(row).items():
             assert value in {str(known) for known in VALUES[slot].eval}
@@ -147,7 +151,18 @@ def test_the_system_message_does_not_give_the_schema_away() -> None:
     assert {row["messages"][0]["content"] for row in (*TRAIN, *EVAL)} == {SYSTEM_MESSAGE}
 
 
-def test_a_seed_gives_the_same_rows_and_another_seed_others() -> None:
+def test_the_shipped_rows_are_those_that_the_generator_writes(tmp_path: Path) -> None:
+    for path in write_demo_rows(tmp_path / "new" / "directory"):
+        assert path.read_bytes() == (SHIPPED / path.name).read_bytes()
+
+
+def test_the_demo_copies_the_shipped_rows(tmp_path: Path) -> None:
+    copy_demo_rows(tmp_path)
+    copied = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert copied == {f"{name}.jsonl": (SHIPPED / f"{name}.jsonl").read_bytes() for name in ("train", "eval")}
+
+
+def test_another_seed_gives_other_rows() -> None:
     assert demo_rows(seed=0) == (TRAIN, EVAL)
     assert demo_rows(seed=1)[0] != TRAIN
 
@@ -157,16 +172,3 @@ def test_other_seeds_give_rows_as_different(seed: int) -> None:
     train, eval_set = demo_rows(seed)
     assert len({request(row) for row in train}) == len(TRAIN)
     assert len({request(row) for row in eval_set}) == len(EVAL)
-
-
-def test_written_files_hold_the_rows(tmp_path: Path) -> None:
-    train_path, eval_path = write_demo_data(tmp_path / "new" / "directory")
-    assert [json.loads(line) for line in train_path.read_text(encoding="utf-8").splitlines()] == TRAIN
-    assert [json.loads(line) for line in eval_path.read_text(encoding="utf-8").splitlines()] == EVAL
-
-
-def test_the_module_runs_as_a_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qlora_trainer.cli.demo_data", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(tmp_path / "train.jsonl"), str(tmp_path / "eval.jsonl")]
-    assert len((tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()) == len(TRAIN)

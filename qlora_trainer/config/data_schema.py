@@ -1,0 +1,151 @@
+"""Declare the keys of a run's data: its sources, how their rows are read, and which tokens are trained.
+
+Left out: all other sections (schema.py), and reading what the keys name (data/preparation).
+"""
+
+import codecs
+import datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
+
+
+def _encoding_is_known(value: str | None) -> str | None:
+    try:
+        "".encode(value or "utf-8")
+        if codecs.lookup(value or "utf-8").name in ("idna", "punycode"):  # of names in the internet, not of files
+            raise LookupError
+    except (LookupError, UnicodeError, ValueError):
+        raise ValueError(
+            "is no text encoding that Python knows; such are utf-8, utf-16, cp1252, latin-1, gb18030"
+        ) from None
+    return value
+
+
+Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class SourceFile(Section):
+    """A file or hub data set, and how to read it."""
+
+    path: str = Field(
+        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
+    )
+    format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
+    columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
+    template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    header: list[str] = Field([], description="As data.header, for this source.")
+    encoding: Encoding = Field(None, description="As data.encoding, for this source.")
+    split: str = Field("train", description="Which split of a hub data set; a file has none.")
+    subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
+
+
+class Source(SourceFile):
+    """One data set of several."""
+
+    weight: float | None = Field(
+        None,
+        ge=1e-9,
+        le=1e9,
+        description="Its share of an epoch's rows, relative to the other weights. The source that is scarcest for its "
+        "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
+    )
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="So many of its rows an epoch: repeated where it has fewer, other rows each epoch where it has "
+        "more. null: all of them.",
+    )
+
+    @model_validator(mode="after")
+    def _weight_or_count(self) -> "Source":
+        if self.weight is not None and self.count is not None:
+            raise ValueError("has a weight and a count; a source is mixed by one of them")
+        return self
+
+
+class DataConfig(Section):
+    """What is trained."""
+
+    train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
+    eval: float | str | SourceFile = Field(
+        0.05,
+        description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
+        "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
+    )
+    format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    columns: dict[str, str] = Field(
+        {},
+        description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
+        "path ending in ? may be absent. Here and in the three below, what a source says itself comes first.",
+    )
+    template: dict[str, str] = Field(
+        {},
+        description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
+    )
+    header: list[str] = Field(
+        [], description="The columns' names of CSV and TSV files that have no line of them, in order."
+    )
+    encoding: Encoding = Field(
+        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. Nothing is guessed."
+    )
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate",
+        description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
+        "completion its end; what would lose all that is trained is dropped. Plain text is split into rows of "
+        "max_length instead.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
+        "directory's skipped_rows.jsonl.",
+    )
+    packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
+    train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
+        "assistant",
+        description="Which tokens carry loss: all assistant turns, the last one, all turns of a list of roles such as "
+        "[assistant, tool], or every token. What a message says of itself (weight, train, learn) comes first.",
+    )
+    template_date: datetime.date | None = Field(
+        None,
+        description="The date, such as 2026-01-31, that a chat template writes as today's; null: the day the run "
+        "starts.",
+    )
+
+    @field_validator("train_on")
+    @classmethod
+    def _roles_are_named(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("is an empty list; use assistant, last, all, or a list of roles such as [assistant, tool]")
+        return value
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _number_is_a_share(cls, value: object) -> object:
+        """YAML reads 1e-1 as text, as it has no dot; a file of such a name can be given as ./1e-1."""
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    @field_validator("eval")
+    @classmethod
+    def _eval_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
+        if isinstance(value, float) and not 0.0 <= value < 1.0:
+            raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
+        return value
+
+    @field_validator("train")
+    @classmethod
+    def _all_sources_are_weighted_or_none(cls, value: str | list[Source]) -> str | list[Source]:
+        without = [source.path for source in value if isinstance(source, Source) and source.weight is None]
+        if without and len(without) < len(value) and not isinstance(value, str):
+            raise ValueError(f"some sources have a weight, but not {', '.join(without)}; give one to all, or to none")
+        return value

@@ -1,0 +1,78 @@
+"""Make transformers' config object of a parsed config.json, and read from it what is asked of a model most often.
+
+AutoConfig.from_pretrained would read the file again at each call; its steps from the parsed file on are taken here.
+Left out: configs that need code from the model directory, which is not run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
+
+from qlora_trainer.common.errors import ModelError, first_line
+
+_FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a config says of its model."""
+
+    positions: int | None  # that the model was made for; None where the config does not say
+    vocabulary: int | None  # rows of the embedding; None where the config does not say
+    layer_kinds: tuple[str, ...]  # of each decoder layer, such as attention windows; all "layer" where they are alike
+    is_prequantized: bool  # the weights are quantized already
+
+
+def make_model_config(config_json: Mapping[str, Any], directory: Path) -> Any:
+    """Make the config that AutoConfig.from_pretrained gives for a model directory.
+
+    Args:
+        config_json: what its config.json holds; not changed.
+        directory: for messages, and what the config says of where it comes from.
+
+    Returns:
+        A new config object, which the caller may change.
+
+    Raises:
+        ModelError: no such model is known, or the values are not those of one.
+    """
+    values = _with_floats(config_json)
+    kind = values.get("model_type")
+    if kind == "mistral" and "layer_types" in values:
+        kind = values["model_type"] = "ministral"  # as AutoConfig does, for attention that alternates
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{directory / 'config.json'} names the model type {kind!r}, which transformers {transformers.__version__} "
+            "does not know. Choose another model, or install a newer transformers."
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(values, name_or_path=str(directory))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise ModelError(f"{directory / 'config.json'} cannot be read as a model's config: {reason}") from error
+
+
+def read_facts(config: Any) -> ModelFacts:
+    """Read from transformers' config what planning and data preparation ask of a model."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers
+    return ModelFacts(
+        positions=getattr(text, "max_position_embeddings", None),
+        vocabulary=getattr(text, "vocab_size", None),
+        layer_kinds=tuple(kinds),
+        is_prequantized=getattr(config, "quantization_config", None) is not None,
+    )
+
+
+def _with_floats(value: Any) -> Any:
+    """Copy nested JSON, with the floats JSON has no words for, which transformers writes as {"__float__": "NaN"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and (name := value["__float__"]) in _FLOATS:
+            return _FLOATS[name]
+        return {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
