@@ -604,8 +604,9 @@ def test_a_limit_lowered_below_a_row_is_planned_as_that_row(
 ) -> None:
     """Counted in the model's positions where data.max_length is beyond them; rows stay as long as they can be."""
     config = tiny_config(model={"device": "cpu"}, data={"max_length": max_length}, training={"global_batch_size": 4})
-    longest = longest_row(ModelDirectory.open(tiny_llama), config)
+    model = ModelDirectory.open(tiny_llama)
+    longest = longest_row(model, config)
     unit = longest if isinstance(lowered, float) else 1
-    plan = plan_memory(ModelDirectory.open(tiny_llama), with_micro_batch(config, int(lowered * unit), longest))
+    plan = plan_memory(model, with_micro_batch(config, int(lowered * unit), longest))
     assert plan.max_length == longest
     assert plan.micro_batch_tokens == int(planned * unit)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +143,7 @@ class ChunkMaker:
         return chunk
 
 
-def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job, Chunk]]:
+def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Generator[tuple[Job, Chunk], None, None]:
     """Make each job's chunk, in order, at most a few of them in memory.
 
     Args:

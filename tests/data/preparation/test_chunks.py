@@ -55,9 +55,9 @@ def test_chunks_are_those_made_one_after_another(family):
 
 def test_the_next_chunk_is_rendered_while_one_is_tokenized(monkeypatch):
     """Neither goes on before the other has begun: done one after another they would wait for ever."""
-    maker, both = maker_of(), threading.Barrier(2, timeout=20)
+    maker, both = maker_of(), threading.Barrier(2, timeout=600)
     render, encode = maker.render, maker.encode
-    rendered = []
+    rendered: list[object] = []
 
     def meeting_render(*job):
         if len(rendered) == 1:
@@ -106,7 +106,7 @@ def test_what_was_read_before_a_file_is_cut_off_is_made_and_then_it_is_the_error
         yield from jobs_of(RECORDS)
         raise DataError("the file is cut off")
 
-    chunks = []
+    chunks: list[Chunk] = []
     with pytest.raises(DataError, match="the file is cut off"):
         chunks.extend(chunk for _, chunk in make_chunks(failing(), maker_of()))
     assert sum(chunk.rows for chunk in chunks) == len(RECORDS)
