@@ -31,7 +31,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def make_checkpoint(kit: Kit, device: str) -> None:
     """Make the model's directory, which appears when it is whole, and rows."""
     if (kit.model / "config.json").is_file():
-        if not kit.rows.is_file():  # the model may lie in memory that outlives the folder of the rows
+        if not kit.rows.is_file():  # the model may be in memory that outlives the folder of the rows
             write_rows(kit, tiny_tokenizer("llama3_1"))
         size = sum(path.stat().st_size for path in kit.model.glob("*.safetensors"))
         kit.verdict(f"make: {size / 1e9:.1f} GB are there, {kit.model}")

@@ -121,7 +121,7 @@ if [ "$KIT" = "$ROOT/.gpu/kit" ]; then
 fi
 [ "$KIT_DRY" = 1 ] || nvidia-smi >> "$OUT/all.log" 2>&1
 
-# Where the checkpoint and the runs lie: in memory if there is space for 16 GB and the merged model, else on the disk.
+# Where the checkpoint and the runs are: in memory if there is space for 16 GB and the merged model, else on the disk.
 if [ -z "${KIT_MODEL:-}" ] && [ "$KIT_DRY" != 1 ]; then
   free=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
   if [ "${free:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then

@@ -1,7 +1,7 @@
 """Run a part of the first-GPU script in a process: gpu_run.py env|make|peer|kernels, or gpu_run.py big STEP ...
 
 first_gpu.sh calls it; steps.py has the steps of `big`. KIT_DRY=1 walks through all of it on a CPU with a tiny model.
-The parts lie in benchmarks/first_gpu of the checkout, two folders above this file, wherever this file was copied to.
+The parts are in benchmarks/first_gpu of the checkout, two folders above this file, wherever this file was copied to.
 """
 
 import logging

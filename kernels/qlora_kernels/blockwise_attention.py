@@ -233,7 +233,7 @@ def blockwise_workspace_bytes(
     block = heads * pairs * (4 if is_half else query.element_size())
     rows = heads * count * head_dim * query.element_size()
     if not backward:
-        # Next to the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
+        # Besides the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
         extra = max(6 * pairs, block // 2 if is_half else 0, block * 7 // 4 if dropout else 0)
         return block + extra + 2 * rows
     blocks = block * (3 + (softcap is not None) + (dropout > 0)) + 3 * rows

@@ -31,7 +31,7 @@ class HostCopy:
         self._device = tensor.device
         self._original: Tensor | None = tensor
         self._returning: Tensor | None = None
-        self._host: Tensor = _next_to(tensor.device, lambda: torch.ops.qlora_kernels.copy_to_host(tensor))
+        self._host: Tensor = _on_copy_stream(tensor.device, lambda: torch.ops.qlora_kernels.copy_to_host(tensor))
         self._copied = _mark(tensor.device)
 
     def release(self) -> None:
@@ -44,7 +44,7 @@ class HostCopy:
         if self._original is not None or self._returning is not None:
             return
         returning = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-        _next_to(self._device, lambda: returning.copy_(self._host, non_blocking=True))
+        _on_copy_stream(self._device, lambda: returning.copy_(self._host, non_blocking=True))
         self._returning, self._copied = returning, _mark(self._device)
 
     def take(self) -> Tensor:
@@ -76,7 +76,7 @@ def pinned_bytes(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _next_to(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
+def _on_copy_stream(device: torch.device, copy: Callable[[], Tensor]) -> Tensor:
     """Run a copy on the stream for copies, after all that the device was given so far."""
     if device.type != "cuda":
         return copy()
@@ -105,5 +105,5 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-# An op, so that who counts memory can tell host memory from the device's where both are a CPU's.
+# An operation, so that a count of memory can distinguish host memory from the device's where both are a CPU's.
 define("copy_to_host(Tensor x) -> Tensor", _copy_to_host, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))

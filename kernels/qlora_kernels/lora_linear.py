@@ -143,7 +143,7 @@ class _NF4Linear(torch.autograd.Function):
         low_rank = None if adapter is None else low_rank_of(x, adapter)
         if needs_A or needs_B:
             ctx.kept = keep(x if needs_A else None, low_rank if needs_B else None)
-        # Handles, not saved tensors: hooks that offload or recompute saved tensors pass weight and adapter by.
+        # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
         return output_of(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))

@@ -79,7 +79,7 @@ def by_onednn(
     except RuntimeError as error:
         if "could not create" not in str(error):
             raise
-        # Memory has run out for its code. torch's own product needs less, and tells where that fails too.
+        # Memory has run out for its code. torch's own product needs less, and raises where that fails too.
         return F.linear(x, weight, bias)
     return output.addmm_(x[:, whole:], weight[:, whole:].T) if rest else output
 

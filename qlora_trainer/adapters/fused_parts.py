@@ -32,7 +32,7 @@ LAYOUTS: dict[str, dict[str, FusedLayout]] = {  # by model type and the layer's 
     "gpt2": {"c_attn": FusedLayout(QUERY_KEY_VALUE)},
     "phi3": {"qkv_proj": FusedLayout(QUERY_KEY_VALUE, grouped=True), "gate_up_proj": FusedLayout(("gate", "up"))},
 }
-# Query, key and value lie together head by head here, or group of heads by group.
+# Query, key and value are together head by head here, or group of heads by group.
 INTERLEAVED = {
     "bloom": "query_key_value",
     "codegen": "qkv_proj",

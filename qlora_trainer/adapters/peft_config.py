@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 3 * 1024  # of three parts of a fused layer at the largest adapter.rank
 
-# Keys of PEFT's config that say how an adapter came about or where it was put, which its tensors tell better.
+# Keys of PEFT's config that say how an adapter came about or where it was put, which its tensors show better.
 _IGNORED = {
     "auto_mapping",
     "exclude_modules",

@@ -34,7 +34,7 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
     candidates = [path for path in linear if not path.startswith(of_experts)]
     if not candidates:
         raise AdapterError(
-            "This model has no linear layers to put adapters on. (A single nn.Linear must lie in a module, such as "
+            "This model has no linear layers to put adapters on. (A single nn.Linear must be in a module, such as "
             "nn.Sequential, where it can be replaced.)"
         )
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})

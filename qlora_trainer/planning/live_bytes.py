@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self._kinds = kinds or {}
         self._workspaces = workspaces or {}
         self._by_kind: Counter[str] = Counter()
-        # Storage address -> its number, bytes and kind, and the reference that tells when it is freed.
+        # Storage address -> its number, bytes and kind, and the reference that reports when it is freed.
         self._blocks: dict[int, tuple[int, int, str, weakref.ref[UntypedStorage]]] = {}
         self._count = 0
 

@@ -31,7 +31,7 @@ class FlatGroup:
     data: nn.Parameter  # (N,) fp32 or bf16; .grad is the flat gradient (N,) of the same dtype, never None
     weight_decay: float
     parameters: dict[str, nn.Parameter]  # in the order of the buffer
-    slices: dict[str, slice]  # where each parameter lies in the buffer
+    slices: dict[str, slice]  # where each parameter is in the buffer
 
     @property
     def grad(self) -> Tensor:

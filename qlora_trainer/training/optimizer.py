@@ -137,7 +137,7 @@ class Optimizer:
             self._make_torch_state()
             return
         with warnings.catch_warnings():
-            # Said by `paged_bytes` instead.
+            # `paged_bytes` says it instead.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             make_state(self.optimizer)
 

@@ -50,7 +50,7 @@ def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
         {
             "model": {"name": str(directory)},
             "data": {"train": "rows.jsonl", "max_length": tokens},
-            "optimizer": {"name": "adamw"},  # whose state lies on the card, whether or not that pages
+            "optimizer": {"name": "adamw"},  # whose state is on the card, whether or not that pages
             "training": {"global_batch_size": 1, "activation_checkpointing": "none", **training},
         }
     )
