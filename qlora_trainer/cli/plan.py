@@ -64,7 +64,7 @@ def plan(
         progress("planning memory", 0, None)
         if budget and settings.training.activation_checkpointing == "auto":
             planned = fitting.fastest_plan(directory, settings, budget, progress)
-        planned = planned or plan_memory(directory, fitting.least_memory(settings) if budget else settings)
+        planned = planned or plan_memory(directory, fitting.with_least_memory(settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)

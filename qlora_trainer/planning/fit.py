@@ -104,7 +104,7 @@ def longest_context(
     limit = directory.facts.positions or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_length(least_memory(config), size), budget)
+    return largest_that_fits(directory, sizes, lambda size: with_length(with_least_memory(config), size), budget)
 
 
 def largest_micro_batch(
@@ -127,7 +127,7 @@ def largest_micro_batch(
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    config = least_memory(config)
+    config = with_least_memory(config)
     return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
@@ -222,7 +222,7 @@ def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
 
 
-def least_memory(config: RunConfig) -> RunConfig:
+def with_least_memory(config: RunConfig) -> RunConfig:
     """Return the config with its policy, or the one that needs least of the card where that is left open.
 
     Args:

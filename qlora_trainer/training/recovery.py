@@ -147,7 +147,7 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
 
 def _policy_with_less(state: TrainState, tokens: int) -> Policy | None:
     """Return the next policy with less on the device, whose part on the host fits there; None where there is none."""
-    policy = state.policy.less_memory()
+    policy = state.policy.with_less_memory()
     while policy is not None and state.device.type == "cuda" and _host_lacks(state, policy, tokens):
         every = policy.offload_every_n_layers + 1
         policy = dataclasses.replace(policy, offload_every_n_layers=every) if every <= MOST_BETWEEN_OFFLOADED else None
@@ -175,7 +175,7 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
 
 
 def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
-    next_policy = state.policy.less_memory()
+    next_policy = state.policy.with_less_memory()
     host = ""
     if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
         needed = offloaded_bytes(state.model, next_policy, row_lengths[0])

@@ -451,7 +451,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
@@ -462,7 +462,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
@@ -506,19 +506,19 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
 ) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
         for level in ("none", "full")
     )
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for free, level in fitting_in:
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
         assert plan is not None
         assert plan.policy == Policy(level)
-    assert fitting.memory_here(config) == 2**30 + less_memory
+    assert fitting.memory_here(config) == 2**30 + checkpointed
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
         fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)

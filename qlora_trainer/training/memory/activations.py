@@ -41,7 +41,7 @@ class Policy:
     uncheckpointed_layers: int = 0  # of the last layers: all of theirs is kept, under every level
     offload_every_n_layers: int = 1  # offload and tiled: of so many layers the input of one is in host memory
 
-    def less_memory(self) -> "Policy | None":
+    def with_less_memory(self) -> "Policy | None":
         """Return the next policy with less on the device: first no layer keeps everything, then a level further.
 
         Returns:

@@ -134,10 +134,10 @@ def test_the_smaller_policies_come_one_by_one_to_an_end() -> None:
     levels = []
     while policy is not None:
         levels.append(str(policy))
-        policy = policy.less_memory()
+        policy = policy.with_less_memory()
     assert levels == ["none", "full", "offload", "tiled"]
-    assert Policy("full", uncheckpointed_layers=3).less_memory() == Policy("full")
-    assert Policy("offload", offload_every_n_layers=2).less_memory() == Policy("tiled", offload_every_n_layers=2)
+    assert Policy("full", uncheckpointed_layers=3).with_less_memory() == Policy("full")
+    assert Policy("offload", offload_every_n_layers=2).with_less_memory() == Policy("tiled", offload_every_n_layers=2)
 
 
 def test_a_policy_takes_the_place_of_the_one_before_it(state: TrainState) -> None:
