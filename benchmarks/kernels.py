@@ -123,7 +123,7 @@ def library_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def library_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn heads by transformers' apply_rotary_pos_emb."""
+    """Rotate heads by transformers' apply_rotary_pos_emb."""
 
     def rotate_half(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)

@@ -1,6 +1,6 @@
-"""Turn heads by their position, the rotary embedding (Su et al. 2021, arXiv:2104.09864) as Llama has it.
+"""Rotate heads by their position, the rotary embedding (Su et al. 2021, arXiv:2104.09864) as Llama has it.
 
-The halves of a head are turned together:
+The halves of a head are rotated together:
 
     out[first half]  = x[first half] * cos[first half] - x[second half] * sin[first half]
     out[second half] = x[second half] * cos[second half] + x[first half] * sin[second half]
@@ -8,7 +8,7 @@ The halves of a head are turned together:
 The gradient is the transpose of that, which for the tables that models make (both halves alike) is the rotation by the
 angle's negative; nothing is kept for it but the tables. Forward and backward are one operation of the register: in
 plain torch, with the bits of the formula in autograd; on CUDA one kernel (rotary_triton.py). Left out: gradients of the
-tables, and heads of which only a part is turned.
+tables, and heads of which only a part is rotated.
 
 Legend: B rows, H heads, T tokens, D head size (even).
 """
@@ -28,7 +28,7 @@ def rotate(
     cos: Tensor,  # (1 or B, T, D), of x's dtype
     sin: Tensor,  # (1 or B, T, D), of x's dtype
 ) -> Tensor:  # (B, H, T, D), laid out in memory as x
-    """Turn each head's values by its token's angles.
+    """Rotate each head's values by its token's angles.
 
     Args:
         x: queries or keys.
@@ -36,7 +36,7 @@ def rotate(
         sin: of the angles.
 
     Returns:
-        The turned values.
+        The rotated values.
     """
     assert cos.dtype == sin.dtype == x.dtype, "rotate takes tables of its input's dtype"
     return _Rotate.apply(*visible(x), cos, sin)
@@ -61,7 +61,7 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tenso
         x: (B, H, T, D).
         cos: (1 or B, T, D).
         sin: (1 or B, T, D).
-        transposed: turn a gradient.
+        transposed: rotate a gradient.
 
     Returns:
         (B, H, T, D).

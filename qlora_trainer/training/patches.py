@@ -26,7 +26,7 @@ from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
 from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
-from qlora_trainer.training.rotary import turn_in_one_pass
+from qlora_trainer.training.rotary import patch_rotary
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantizes the weights again: a tenth of 2,048's time
@@ -102,7 +102,7 @@ def patch_model(model: nn.Module) -> PatchReport:
         What keeps little for backward now.
     """
     modules = list(model.modules())
-    turn_in_one_pass(modules)
+    patch_rotary(modules)
     linear = [module for module in modules if isinstance(module, LoRALinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]

@@ -1,8 +1,8 @@
-"""Turn heads in one pass where a model's attention does it as `qlora_kernels.rotary` does.
+"""Rotate heads in one pass where a model's attention does it as `qlora_kernels.rotary` does.
 
 transformers' attention modules call a function of their file by name. It is tried alone, on random numbers; where it
 gives our bits, the `forward` of this model's modules finds ours under that name. The library's own functions and every
-other model stay as they are, and so does attention that calls it otherwise, or turns heads otherwise (in pairs, in
+other model stay as they are, and so does attention that calls it otherwise, or rotates heads otherwise (in pairs, in
 part).
 """
 
@@ -21,7 +21,7 @@ from qlora_trainer.model.modules.same_bits import agree
 ROTARY_FUNCTION = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
 
 
-def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
+def patch_rotary(modules: Iterable[nn.Module]) -> int:
     """Let attention modules call our rotary embedding where theirs computes the same.
 
     Args:
@@ -39,7 +39,7 @@ def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
         if method.__code__ not in memory_efficient:
             theirs = method.__globals__.get(ROTARY_FUNCTION)
             memory_efficient[method.__code__] = (
-                _calling(method, _rotation(theirs)) if theirs and _turns_halves(theirs) else None
+                _calling(method, _rotation(theirs)) if theirs and _rotates_halves(theirs) else None
             )
         if (function := memory_efficient[method.__code__]) is not None:
             module.forward = types.MethodType(function, module)
@@ -70,8 +70,8 @@ def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _turns_halves(theirs: Callable[..., Any]) -> bool:
-    """Return True if the function, given q, k, cos and sin, turns each head's halves together as `rotate` does."""
+def _rotates_halves(theirs: Callable[..., Any]) -> bool:
+    """Return True if the function, given q, k, cos and sin, rotates each head's halves together as `rotate` does."""
     with with_real_tensors(), torch.no_grad():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
@@ -79,8 +79,8 @@ def _turns_halves(theirs: Callable[..., Any]) -> bool:
             q, k, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
             def both(q: Tensor = q, k: Tensor = k, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
-                turned = theirs(q, k, cos, sin)
-                return torch.cat(turned, dim=1)
+                rotated = theirs(q, k, cos, sin)
+                return torch.cat(rotated, dim=1)
 
             def ours(q: Tensor = q, k: Tensor = k, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
                 return torch.cat([rotate(q, cos, sin), rotate(k, cos, sin)], dim=1)

@@ -228,8 +228,12 @@ def with_micro_batch(config: RunConfig, tokens: int, longest_row: int) -> RunCon
     """Limit micro-batches to so many tokens, or to the longest row where that is longer, as it is a micro-batch alone.
 
     Args:
+        config: of the run.
         tokens: of one micro-batch.
         longest_row: tokens of the longest row that the run can meet: data.max_length, or the model's positions.
+
+    Returns:
+        The config.
     """
     tokens = max(tokens, longest_row)
     longest = min(config.data.max_length, tokens)  # a config's micro-batch holds a row of data.max_length
