@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_trainer.common.errors import ConfigError, DataError
-from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS, RecordReader, parse_record
+from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS, RecordReader
 from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, ToolCall
 
@@ -14,7 +14,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def parse(record, format="auto", columns=None, template=None):
-    return parse_record(record, format, columns or {}, "rows.jsonl, line 3", template)
+    return RecordReader(format, columns or {}, template or {}).read(record, "rows.jsonl, line 3")
 
 
 USER = {"role": "user", "content": "q"}

@@ -12,7 +12,7 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.formats.parse import parse_record
+from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import read_records
 from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
@@ -35,7 +35,7 @@ def one(renderer: Renderer, row: Any) -> Rendered:
 
 def parsed(path) -> list[tuple[str, Any]]:
     records: list[tuple[str, Any]] = list(read_records(path))
-    return [(where, parse_record(record, "auto", {}, where)) for where, record in records]
+    return [(where, RecordReader("auto", {}, {}).read(record, where)) for where, record in records]
 
 
 def expected_answers(family: str, messages: tuple[Message, ...]) -> list[str]:
@@ -65,7 +65,7 @@ def test_trained_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind
 def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
     tokenizer = tiny_tokenizer("llama3")
     completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
-    row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
+    row = RecordReader("auto", {}, {}).read({"prompt": prompt, "completion": completion}, "row 1")
     example = Renderer(tokenizer, train_on="all").render(row)
     start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
     assert example.labels[start:] == example.input_ids[start:]
