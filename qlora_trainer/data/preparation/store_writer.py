@@ -35,7 +35,7 @@ def make_block(examples: Sequence[tuple[int, str, Example, Row]]) -> arrow.Recor
     """Lay some examples out in the store's columns, their source not known yet.
 
     Args:
-        examples: Each with the number of its row in the chunk, its place, and the row that it shows.
+        examples: each with the number of its row in the chunk, its place, and the row that it shows.
 
     Returns:
         One row for each, `row_number` counting within the chunk.
@@ -71,7 +71,11 @@ def _prompt_hash(ids: np.ndarray, trained: np.ndarray) -> int:
 
 
 class StoreWriter:
-    """Appends examples to the files of a new store."""
+    """Appends examples to the files of a new store.
+
+    Args:
+        directory: gets the files.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -83,9 +87,9 @@ class StoreWriter:
         """Add a chunk's examples.
 
         Args:
-            block: From `make_block`.
-            source: Index of the source that they came from.
-            first_row: Number of the chunk's first row among all rows read.
+            block: from `make_block`.
+            source: index of the source that they came from.
+            first_row: number of the chunk's first row among all rows read.
         """
         numbers = block["row_number"].to_numpy() + first_row
         sources = np.full(len(block), source, dtype=np.int32)
@@ -95,14 +99,22 @@ class StoreWriter:
             self._write_blocks()
 
     def skip(self, rows: Sequence[tuple[str, str]]) -> None:
-        """List rows that were skipped, each (where, reason)."""
+        """List rows that were skipped.
+
+        Args:
+            rows: (where, reason) of each.
+        """
         if rows:
             with (self.directory / SKIPPED_NAME).open("a", encoding="utf-8") as file:
                 for where, reason in rows:
                     file.write(json.dumps({"where": where, "reason": reason}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write what there is to say of the whole, after the last example."""
+        """Write the summary, after the last example.
+
+        Args:
+            summary: JSON types.
+        """
         self._write_blocks()
         self._examples.close()
         (self.directory / SUMMARY_NAME).write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -123,10 +135,16 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def new_store(directory: Path) -> Iterator[StoreWriter]:
-    """A writer whose files appear at `directory` when the block ends well.
+    """Open a writer whose files appear at `directory` when the block ends well.
 
-    They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its
-    name is a hash of all that decides the content. What processes killed long ago have left next to it is removed.
+    They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its name is
+    a hash of all that decides the content. What processes killed long ago have left next to it is removed.
+
+    Args:
+        directory: of the store.
+
+    Yields:
+        The writer.
 
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
