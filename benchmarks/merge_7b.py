@@ -11,7 +11,7 @@ the other:
 - arithmetic: what a merge computes, to quantize or read, dequantize, fold and cast, with the pages of the source in
   memory and nothing written;
 - ours: the merge into fp16 from the plain base, and from the prequantized copy, files read back from the disk;
-- answers: logits of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
+- logits: of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
 - peer: transformers loads the base in 16 bits on the CPU, peft merges and unloads, save_pretrained writes shards, which
   are flushed. It folds into the original weights, another function than the one trained, and reads nothing back.
 
@@ -48,10 +48,10 @@ from qlora_trainer.common.units import parse_bytes
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.merging.fold import merge, merged_blocks
 from qlora_trainer.merging.logits import compare_logits
-from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.merge_plan import MergeInputs, MergePlan, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.trained_weights import trained_weights
-from qlora_trainer.merging.verify import row_answers
+from qlora_trainer.merging.verify import row_logits
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
@@ -69,7 +69,7 @@ LABELS = {
     "arithmetic-4bit": "arithmetic, 4-bit base",
     "ours-plain": "ours, plain base",
     "ours-4bit": "ours, 4-bit base",
-    "answers": "answers compared",
+    "logits": "logits compared",
     "peer": "peft, 16 bits",
 }
 CPU = torch.device("cpu")
@@ -122,7 +122,9 @@ def make_adapter(base: Path, output: Path, seed: int) -> None:
 
 def merge_inputs(directory: Path, base: str) -> MergeInputs:
     fingerprint = BaseFingerprint.from_json(json.loads((directory / FINGERPRINT).read_text()))
-    return MergeInputs.from_adapter(directory / base, fingerprint, read_adapter(directory / ADAPTER))
+    return MergeInputs.from_adapter(
+        ModelDirectory.open(directory / base), fingerprint, read_adapter(directory / ADAPTER)
+    )
 
 
 def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
@@ -138,18 +140,18 @@ def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]
         if kind == "copy":
             copy_files(directory / PLAIN, output)
         elif kind == "ours":
-            merge(merge_inputs(directory, base), output, max_shard_bytes=max_shard_bytes)
+            merge(plan_merge(merge_inputs(directory, base), output), max_shard_bytes=max_shard_bytes)
         elif kind == "arithmetic":
-            measured["seconds"] = arithmetic_seconds(merge_inputs(directory, base))
-        elif kind == "answers":
-            measured["kl"] = compare_answers(directory, directory / "output-ours-plain")
+            measured["seconds"] = arithmetic_seconds(plan_merge(merge_inputs(directory, base), output))
+        elif kind == "logits":
+            measured["kl"] = compare_streamed(directory, directory / "output-ours-plain")
         else:
             merge_by_peft(directory, output, max_shard_bytes)
     measured = {"seconds": time.perf_counter() - started, "peak": memory.peak, "before": memory.before} | measured
     if output.exists():
         measured["bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         measured["files"] = len(list(output.glob("*.safetensors")))
-    if kind != "ours" or base != PLAIN:  # whose output the answers are compared with
+    if kind != "ours" or base != PLAIN:  # whose output the logits are compared with
         shutil.rmtree(output, ignore_errors=True)
     return measured
 
@@ -170,28 +172,28 @@ class _NoChecks(Background):
         """Nothing."""
 
 
-def arithmetic_seconds(inputs: MergeInputs) -> float:
+def arithmetic_seconds(plan: MergePlan) -> float:
     """Of all tensors, each brought into memory before its time is taken."""
     total = 0.0
-    for plan in plan_merge(inputs, torch.float16, "dequantized"):
-        read_tensor(plan.source).view(torch.uint8).reshape(-1)[::4096].sum()
+    for tensor in plan.tensors:
+        read_tensor(tensor.source).view(torch.uint8).reshape(-1)[::4096].sum()
         started = time.perf_counter()
-        for block in merged_blocks(plan, inputs, "dequantized", _NoChecks()):
+        for block in merged_blocks(tensor, plan.inputs.scaling, "dequantized", CPU, _NoChecks()):
             block.to(torch.float16)
         total += time.perf_counter() - started
     return total
 
 
-def compare_answers(directory: Path, output: Path) -> float:
+def compare_streamed(directory: Path, output: Path) -> float:
     """KL of the model merged from the plain base and of base + adapter, both streamed."""
     inputs = merge_inputs(directory, PLAIN)
-    weights = trained_weights(inputs.base, ModelDirectory.open(inputs.base).tensors, inputs.fingerprint)
+    weights = trained_weights(inputs.base, inputs.fingerprint)
     trained = load_streamed_model(inputs.base, CPU, weights)
     add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
     load_adapter_state(trained, dict(inputs.adapter))
-    reference = row_answers(trained.eval(), SAMPLE.tolist(), LossPath())
-    merged = load_streamed_model(output, CPU)
-    return compare_logits(reference, row_answers(merged, SAMPLE.tolist(), LossPath())).kl
+    reference = row_logits(trained.eval(), SAMPLE.tolist(), LossPath())
+    merged = load_streamed_model(ModelDirectory.open(output), CPU)
+    return compare_logits(reference, row_logits(merged, SAMPLE.tolist(), LossPath())).kl
 
 
 def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:

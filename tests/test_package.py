@@ -120,6 +120,7 @@ def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:
                 assert all(ast.unparse(k.value) == "True" for k in strict), path
 
 
+@pytest.mark.slow
 def test_a_package_called_kernels_is_neither_shadowed_nor_run(tmp_path: Path) -> None:
     """transformers and bitsandbytes look for a package `kernels`; our folder of that name must not be taken for it."""
     stub = tmp_path / "kernels"

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from marks import slow_but
 from spying import noting, unchanged
 from tiny_models import FAMILIES
 from torch import nn
@@ -106,7 +107,7 @@ def test_the_layer_over_four_bits_keeps_its_input_and_a_rank_sized_product() -> 
     assert [tensor.shape for tensor in kept] == [(7, 128), (7, 6)]
 
 
-@pytest.mark.parametrize("kind", ["four bits", "dense"])
+@pytest.mark.parametrize("kind", slow_but(["four bits", "dense"], "dense"))
 def test_dropout_is_random_in_training_only_and_follows_the_global_random_state(kind: str) -> None:
     torch.manual_seed(0)
     base = NF4Linear(quantize_weight(torch.randn(64, 128)), None) if kind == "four bits" else nn.Linear(128, 64)
@@ -129,7 +130,7 @@ def test_a_layer_shows_what_it_is() -> None:
     assert "rank=6, scaling=1.5, dropout=0.25" in repr(layer)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gpt2", "llama", "phi3"))
 def test_a_fresh_adapter_changes_nothing(family: str, tiny_models: Models) -> None:
     model = base_model(tiny_models(family))
     ids = torch.arange(3, 30)[None]
@@ -139,7 +140,7 @@ def test_a_fresh_adapter_changes_nothing(family: str, tiny_models: Models) -> No
         assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gpt2", "llama", "phi3"))
 def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, tiny_models: Models) -> None:
     model = base_model(tiny_models(family))
     paths = add_adapters(model, AdapterConfig(rank=4), seed=0)
@@ -253,7 +254,7 @@ def test_adapter_state_round_trips_and_takes_nothing_else(tiny_models: Models) -
     assert all(torch.equal(before[key], tensor) for key, tensor in adapter_state_dict(add_again).items())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gpt2", "llama", "phi3"))
 def test_attention_and_mlp_share_out_every_linear_layer(family: str, tiny_models: Models) -> None:
     model = base_model(tiny_models(family))
     attention, mlp = find_targets(model, "attention"), find_targets(model, "mlp")

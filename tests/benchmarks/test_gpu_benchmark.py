@@ -12,6 +12,7 @@ from benchmarks import gpu, kernels
 from benchmarks.contenders import ON_GPU, Result
 
 
+@pytest.mark.slow
 def test_dry_run_tells_every_kernel_and_plans_whom_it_can(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

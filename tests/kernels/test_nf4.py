@@ -198,6 +198,7 @@ def test_a_transposed_weight_is_read_in_its_own_order() -> None:
     assert_same_bits(quantize_nf4(weight.T), quantize_nf4(weight.T.contiguous()))
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
     program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); from qlora_kernels import lora_linear"
     subprocess.run([sys.executable, "-c", program], check=True)

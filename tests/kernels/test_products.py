@@ -94,6 +94,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_every_number_of_tokens() -> None:
     """Code for each of 600 numbers of rows would take some 200 MiB."""

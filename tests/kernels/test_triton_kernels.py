@@ -32,6 +32,7 @@ except ImportError:  # Triton is there for Linux only
     COMPILED = []
 
 
+@pytest.mark.slow
 def test_every_kernel_holds_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "QLORA_KERNELS": "auto"}

@@ -58,6 +58,7 @@ def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
     return more - fewer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["Turing", "reference", "no window"])
 def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_query_head(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch, refused: str
@@ -161,6 +162,7 @@ def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
     assert len(pack.row_lengths) == documents
 
 
+@pytest.mark.slow
 def test_a_deterministic_plan_counts_the_sums_that_its_processors_keep_apart(llama_8b: Path) -> None:
     """Beyond that, nothing: 4 x 32 heads' sums for 128 multiprocessors, in an attention that is the fullest moment."""
     plain, ordered = (
@@ -202,6 +204,7 @@ def test_cublas_has_a_workspace_for_each_of_two_threads(
     assert workspaces.cublas_bytes(Card(capability, 100), setting) == 2 * kibibytes * 1024
 
 
+@pytest.mark.slow
 def test_cublas_workspaces_are_part_of_what_torch_reserves(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

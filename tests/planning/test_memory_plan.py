@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from cards import a_card_is_here
+from marks import slow, slow_but
 from transformers import FalconConfig
 
 from qlora_trainer.cli.plan import describe
@@ -103,7 +104,9 @@ def llama_8b(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("family", "changes"), COMPARED, ids=str)
+@pytest.mark.parametrize(
+    ("family", "changes"), slow_but(COMPARED, ("llama", SETTINGS[1]), ("gemma3", SETTINGS[-1])), ids=str
+)
 def test_fake_and_real_steps_take_the_same_bytes(
     tiny_config: Config, tiny_models: Callable[[str], Path], family: str, changes: dict[str, Any]
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_change_of_the_step_changes_the_plan(
     assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
 
 
+@pytest.mark.slow
 def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     """Flash attention takes it there, in the memory it takes without."""
     windowed = tiny_models("mistral")
@@ -193,6 +197,7 @@ def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_lla
     assert parts[planning.STATE] == 0
 
 
+@pytest.mark.slow
 def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
     """Of the dense embeddings and head, bf16 each, one goes to the host, and the other becomes codes and scales."""
 
@@ -215,6 +220,7 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
     assert halved.components[planning.PAGED] == whole.components[planning.PAGED], "Adam's moments stay fp32"
 
 
+@pytest.mark.slow
 def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
     small = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 2}))
     plain = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
@@ -232,6 +238,7 @@ def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
     assert plan.micro_batch_tokens == settings.data.max_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [12, 16, 24])
 def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
@@ -243,6 +250,7 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     assert fewer.micro_batch_tokens == settings.data.max_length
 
 
+@pytest.mark.slow
 def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
     config = make_config({"model": {"name": str(llama_8b)}, "data": {"train": "rows.jsonl", "max_length": 1024}})
     two, three, seven = (plan_memory(ModelDirectory.open(llama_8b), config, layers).allocated for layers in (2, 3, 7))
@@ -325,6 +333,7 @@ def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
     assert [plan.policy.level for plan in found if plan not in recomputing] == ["none", "offload", "tiled"]
 
 
+@pytest.mark.slow
 def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Path) -> None:
     whole = plan_memory(ModelDirectory.open(narrow_8b), named(narrow_8b, activation_checkpointing="tiled"))
     assert whole.host == 4 * 2048 * 1024 * 2
@@ -337,6 +346,7 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
         ) == every  # a third of four layers' inputs: two are needed
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
     keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
     kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
@@ -354,6 +364,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
 
 
+@pytest.mark.slow
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
     """A kept layer that the config asks for would be kept under a with less memory level too."""
     keeping = tiny_config(
@@ -376,8 +387,8 @@ def test_the_largest_micro_batch_fills_its_limit(
     assert longest_pack(ModelDirectory.open(tiny_llama), config, packing=False).tokens == whole
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("level", ["offload", "tiled", "full"])
+@pytest.mark.parametrize("every", slow_but([1, 2, 3], 2))
+@pytest.mark.parametrize("level", slow_but(["offload", "tiled", "full"], "offload"))
 def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     tiny_config: Config, tiny_llama: Path, level: str, every: int
 ) -> None:
@@ -390,13 +401,14 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
 
 
+@pytest.mark.slow
 def test_too_little_host_memory_is_reported(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
         check_fits(ModelDirectory.open(tiny_llama), offloading, Budget(2**40, 0))
 
 
-@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("works", slow_but([True, False], False))
 def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
     tiny_config: Config,
     tiny_llama: Path,
@@ -465,7 +477,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     free["available"] = 2**20
     monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
-        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
+        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-refused"}))
 
 
 @pytest.fixture(params=["version 1", "version 2"])
@@ -495,6 +507,7 @@ def test_what_is_offloaded_has_the_space_that_a_container_is_allowed(container: 
     assert (before, spare_host_memory()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
 
 
+@pytest.mark.slow
 def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, container: Callable[..., None]
 ) -> None:
@@ -538,6 +551,7 @@ def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monk
     assert f"planned {gib(run.plan.total + run.program_bytes)}" in page
 
 
+@pytest.mark.slow
 def test_the_report_sets_the_peak_next_to_the_plan(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -551,7 +565,7 @@ def test_the_report_sets_the_peak_next_to_the_plan(
     assert f"planned {gib(run.plan.allocated)}" in page
 
 
-@pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), ("auto", ["none", "full"])])
+@pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), slow(("auto", ["none", "full"]))])
 def test_a_resumed_run_is_planned_as_it_goes_on(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, activations: str, planned: list[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_child_that_cannot_be_started_is_a_refusal(monkeypatch: pytest.MonkeyP
     assert "could not be started" in paging_refusal(CARD)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 def test_bitsandbytes_itself_is_refused_where_there_is_no_card() -> None:
     assert "ended with exit code 1" in paging_refusal(CARD)

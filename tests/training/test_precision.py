@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 from qlora_trainer.config.schema import RunConfig
@@ -44,9 +45,9 @@ def fp32_records() -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("activations", ["none", "full"])
+@pytest.mark.parametrize("activations", slow_but(["none", "full"], "full"))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma2", "qwen2"], "gemma2"))
 def test_training_in_16_bits_follows_fp32(
     tiny_config: Config, tiny_models: Models, fp32_records: dict, family: str, dtype: str, activations: str
 ) -> None:
@@ -67,6 +68,7 @@ def test_training_in_16_bits_follows_fp32(
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_resumed_fp16_run_equals_the_uninterrupted_one(tiny_config: Config, tiny_llama: Path) -> None:
     """With dropout, and a loss scale that is not the one a run begins with."""
 

@@ -386,6 +386,7 @@ def smollm2():
     return AutoTokenizer.from_pretrained(directory, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -420,6 +421,7 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
         assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
+@pytest.mark.slow
 def test_real_completions_are_learned_whole(smollm2, shared_data):
     for _, row in parsed(shared_data("e2e/train.jsonl"))[:100]:
         example = Renderer(smollm2).render(row)

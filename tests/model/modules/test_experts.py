@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow, slow_but
 from spying import noting, unchanged
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -235,7 +236,7 @@ def test_experts_that_are_fused_on_disk_are_refused_with_their_share(
         load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", slow_but(["mixtral", "qwen3_moe"], "mixtral"))
 def test_a_mixture_kept_in_4_bits_is_the_same_base(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
     assert any(".experts." in path for path in base.fingerprint.tensors)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -267,7 +269,7 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     assert all(torch.equal(read_tensor(info), read_tensor(from_copy[name])) for name, info in merged.items())
 
 
-@pytest.mark.parametrize(("family", "targets"), [("mixtral", "all-linear"), ("qwen3_moe", "attention")])
+@pytest.mark.parametrize(("family", "targets"), [slow(("mixtral", "all-linear")), ("qwen3_moe", "attention")])
 def test_peft_gives_our_logits_next_to_experts(
     family: str, targets: str, tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path]
 ) -> None:
