@@ -6,6 +6,7 @@ used, or counted in the report with the reason, or skipped, counted and listed. 
 (chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
@@ -121,13 +122,13 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    store, warnings = existing_store(directory), _date_warnings(config, date)
-    cached = store is not None
-    if store is None:
-        with new_store(directory) as writer:
+    warnings = _date_warnings(config, date)
+    cached = True
+    while (store := existing_store(directory)) is None:
+        cached = False
+        with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
-        store = ExampleStore(directory)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
     _check_usable(sources, inputs, max_length)
     train, eval_set, mixture = _split(store, inputs, config.eval, seed)

@@ -1,16 +1,13 @@
 """Write a store of prepared examples: once, as a stream, in blocks that are made elsewhere.
 
-It is written under a temporary name of its own and renamed when complete: processes that prepare the same set at the
-same time do not meet. Left out: reading it (store.py), and what an example is made of.
+It is written under a temporary name and renamed when complete. Left out: reading it (store.py), and what an example is
+made of (rendering).
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import secrets
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +16,10 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as arrow
 
-from qlora_trainer.common.atomic import sync_tree
-from qlora_trainer.common.errors import DiskError, QLoRATrainerError
+from qlora_trainer.common.atomic import disk_errors, new_directory, remove_leftovers
+from qlora_trainer.common.errors import DiskError
 from qlora_trainer.data.preparation.store import EXAMPLES_NAME, SCHEMA, SKIPPED_NAME, SUMMARY_NAME, existing_store
 from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_to_json
-
-_ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 # Blocks are joined up to this size: the fewer there are, the sooner a file is opened. A bound on memory, too.
 _JOINED_BYTES = 8 << 20
@@ -137,8 +131,9 @@ class StoreWriter:
 def new_store(directory: Path) -> Iterator[StoreWriter]:
     """Open a writer whose files appear at `directory` when the block ends well.
 
-    They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its name is
-    a hash of all that decides the content. What processes killed long ago have left next to it is removed.
+    They take the place of a damaged store. What killed processes have left of their work on any store is removed. An
+    OutputExistsError says that another process was as quick: its store holds the same, as its name is a hash of all
+    that decides the content.
 
     Args:
         directory: of the store.
@@ -149,59 +144,17 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
     """
-    temporary = _aside(directory, "partial")
-    _remove_abandoned(directory.parent)
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise _disk_error(directory, error) from error
-    try:
-        with StoreWriter(temporary) as writer:
+        _clear(directory)
+        with new_directory(directory) as work, StoreWriter(work) as writer:
             yield writer
-        sync_tree(temporary)
-        _take_place(temporary, directory)
-    except OSError as error:
-        if isinstance(error, QLoRATrainerError) or error.errno not in _DISK_ERRORS:
-            raise
-        raise _disk_error(directory, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except DiskError as error:
+        raise DiskError(f"{error} Or set XDG_CACHE_HOME to another folder, for prepared data.") from error
 
 
-def _disk_error(directory: Path, error: OSError) -> DiskError:
-    return DiskError(
-        f"Prepared data cannot be written to {directory.parent}: {error.strerror or error}. Free some space, or set "
-        "XDG_CACHE_HOME to another folder, which can be written."
-    )
-
-
-def _take_place(fresh: Path, directory: Path) -> None:
-    while True:
-        try:
-            fresh.rename(directory)
-            return
-        except OSError:
-            if not directory.exists():
-                raise
-        if existing_store(directory):
-            return
-        damaged = _aside(directory, "damaged")
-        try:
-            directory.rename(damaged)
-        except FileNotFoundError:
-            continue  # another process was as quick
-        shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _aside(directory: Path, kind: str) -> Path:
-    return directory.with_name(f".{directory.name}.{kind}-{secrets.token_hex(4)}")
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed preparations have left, which may be many gigabytes and is seen by nobody."""
-    for kind in ("partial", "damaged"):
-        for left in directory.glob(f".*.{kind}-*"):
-            with contextlib.suppress(OSError):  # another process was as quick
-                newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-                if newest < time.time() - _ABANDONED_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
+def _clear(directory: Path) -> None:
+    for left in directory.parent.glob(".*.partial-*"):
+        remove_leftovers(directory.with_name(left.name[1:].rpartition(".partial-")[0]))
+    with disk_errors(directory.parent):
+        if directory.is_dir() and existing_store(directory) is None:
+            shutil.rmtree(directory)

@@ -99,6 +99,21 @@ def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatc
     assert second.report.to_json() | {"cached": False} == first.report.to_json()
 
 
+def test_two_processes_that_prepare_one_set_at_the_same_time_both_get_it(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    others: list[preparation.Prepared] = []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(run(tmp_path, path))
+
+    first = run(tmp_path, path, progress=meanwhile)
+    assert first.key == others[0].key
+    assert not first.report.cached
+    assert not others[0].report.cached
+    assert len(stores(tmp_path)) == 1
+
+
 def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
