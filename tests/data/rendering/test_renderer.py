@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import read_records
-from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
+from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import (
     IDS_NUMBERED,
     LAST_TURN_ONLY,
@@ -17,6 +17,7 @@ from qlora_trainer.data.rendering.spans import (
     PROMPT_DIFFERS,
     REASONING_LEFT_OUT,
 )
+from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Message, ToolCall
 
 TOOL = json.dumps({"name": "lookup", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}})
