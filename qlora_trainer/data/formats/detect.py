@@ -159,13 +159,13 @@ def _refuse_preferences(record: Mapping[str, Any], found: Collection[str], where
             pair = f"{{{ours[0]}: {prompt}, {ours[1]}: {chosen}}}"
             columns = f"{{messages: {chosen}}}" if whole else pair
             raise DataError(
-                f"{where}: columns {chosen} and {rejected} hold preferences, and this trains on answers. To learn the "
-                f"{chosen} ones: data.columns {columns}."
+                f"{where}: columns {chosen} and {rejected} hold preferences, and this trains on answers. To train on "
+                f"the {chosen} ones: data.columns {columns}."
             )
     if "messages" in found and isinstance(record.get("label"), bool):
         raise DataError(
             f"{where}: messages with a label of true or false look like preferences, some rows of which are answers "
-            "to avoid. Keep the good rows only; to learn from every row all the same, set data.format to chat."
+            "to avoid. Keep the good rows only; to train on every row all the same, set data.format to chat."
         )
 
 
@@ -173,9 +173,7 @@ def _hint(record: Mapping[str, Any]) -> str:
     """Say what a row of no known format most likely is, and the way out."""
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
-            return (
-                f" {name} holds what one side says: without answers there is nothing to learn. Add them, as messages."
-            )
+            return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
         if len(record) == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             return f" If the rows are in {name}, take them out: jq -c '.{name}[]' FILE > rows.jsonl."
     for required, optional in COLUMNS.values():

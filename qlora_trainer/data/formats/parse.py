@@ -32,7 +32,7 @@ CALL_IS_TEXT = (
     "a function_call turn holds no JSON of name and arguments, and is trained as the text that it is, not as a call"
 )
 TEXT_IS_TURNS = (
-    "prompt or completion is the JSON text of turns, and is read as these; to learn it as text: data.template "
+    "prompt or completion is the JSON text of turns, and is read as these; to train on it as text: data.template "
     '{prompt: "{prompt}", completion: "{completion}"}'
 )
 
@@ -174,9 +174,9 @@ def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):
         raise DataError(
-            f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To learn "
-            "the whole conversation's answers: data.columns {messages: NAME of that column}. To learn it as text: "
-            'data.template {completion: "{completion}"}.'
+            f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To train "
+            "on the whole conversation's answers: data.columns {messages: NAME of that column}. To train on it as "
+            'text: data.template {completion: "{completion}"}.'
         )
     return [_as_context(message) for message in context] + answer
 
@@ -214,5 +214,5 @@ def _conversation(messages: Sequence[Message], tools: tuple[str, ...], where: st
         raise DataError(f"{where}: the conversation is empty. Every row needs at least one assistant turn.")
     if not any(message.role == "assistant" for message in messages):
         roles = listed(message.role for message in messages)
-        raise DataError(f"{where}: there is no assistant turn to learn from, only {roles}.")
+        raise DataError(f"{where}: there is no assistant turn to train on, only {roles}.")
     return Conversation(tuple(messages), tools)

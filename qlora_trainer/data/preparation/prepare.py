@@ -283,9 +283,8 @@ def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: 
     numbers = store.column("row_number").astype(np.float64)
     for source in range(len(parts)):
         mine = np.flatnonzero(sources == source)
-        if (
-            len(mine) and numbers[mine[0]] == numbers[mine[-1]]
-        ):  # one row: its parts get numbers between it and the next
+        is_one_row = len(mine) > 0 and numbers[mine[0]] == numbers[mine[-1]]
+        if is_one_row:  # its parts get numbers between it and the next
             numbers[mine] = numbers[mine[0]] + np.arange(len(mine)) / len(mine)
     first = np.flatnonzero(np.diff(numbers, prepend=0))  # of each of R rows, which are in order; they count from 1
     row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(numbers)))

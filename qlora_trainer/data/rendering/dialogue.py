@@ -64,7 +64,7 @@ def make_dialogue(conversation: Conversation, where: str, arguments_as_text: boo
 
 
 def says_something(message: Message) -> bool:
-    """Return True if a turn has anything to learn: a blank answer has not.
+    """Return True if a turn has anything to train on: a blank answer has not.
 
     Args:
         message: the turn.

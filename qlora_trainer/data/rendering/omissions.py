@@ -78,7 +78,7 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
 
     Args:
         template: that rendered it.
-        unreasoned: turns to learn of which the template leaves out the reasoning.
+        unreasoned: turns to train of which the template leaves out the reasoning.
         wanted: turns that the row itself names.
         where: file and line, for errors.
 

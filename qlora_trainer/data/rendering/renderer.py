@@ -28,7 +28,7 @@ from qlora_trainer.data.types import (
     Row,
 )
 
-NOTHING_TRAINED = "nothing to learn: no turn is trained, or the answers are empty"
+NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
 COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
@@ -240,9 +240,9 @@ class Renderer:
             case PromptCompletion(prompt, completion):
                 context = prompt.rstrip(" ")
                 answer = prompt[len(context) :] + completion
-                learn_prompt, learn_answer = self.train_on == "all", bool(completion.strip())
-                spans = self.encoder.as_spans(context, learn_prompt and learn_answer)
-                return Rendering(spans + self.encoder.as_spans(answer, learn_answer))
+                trains_prompt, trains_answer = self.train_on == "all", bool(completion.strip())
+                spans = self.encoder.as_spans(context, trains_prompt and trains_answer)
+                return Rendering(spans + self.encoder.as_spans(answer, trains_answer))
             case Conversation():
                 return self._conversation(row, chosen_turns(row.messages, self.train_on), where)
 

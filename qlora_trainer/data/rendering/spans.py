@@ -43,7 +43,7 @@ LAST_TURN_ONLY = (
 END_ADDED = "the chat template ends no turn with a control token: the end-of-text token was added after the last answer"
 REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not trained"
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
-NO_BLOCK = "the chat template marks no text as generated in some of the turns to learn: those turns are not trained"
+NO_BLOCK = "the chat template marks no text as generated in some of the turns to train: those turns are not trained"
 
 PROMPT_DIFFERS = (
     "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
@@ -292,7 +292,7 @@ class SpanFinder:
         """Render up to the last answer, and find that answer's span."""
         last = _last_answer(dialogue)
         if others or wanted - {last}:
-            says = "excludes turns from learning" if others else "names turns to learn"
+            says = "excludes turns from training" if others else "names turns to train"
             raise DataError(
                 f"{where}: the row {says}, and this model's chat template hides where they are. Set data.train_on to "
                 "assistant or last, and leave the choice out of the row."

@@ -297,7 +297,7 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to learn.*1 longer than"
+        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to train on.*1 longer than"
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)
