@@ -20,7 +20,7 @@ from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 WORDS = [
     "the",

@@ -36,7 +36,7 @@ def inspect(
     from qlora_trainer.data.batching.loader import StepLoader
     from qlora_trainer.data.preparation.overview import make_overview
     from qlora_trainer.model.source import TOKENIZER_FILES, load_tokenizer, resolve_model
-    from qlora_trainer.planning.memory_plan import keeps_apart
+    from qlora_trainer.planning.empty_run import keeps_apart
     from qlora_trainer.runs.directory import prepare_data
     from qlora_trainer.training.state import micro_batch_tokens
 

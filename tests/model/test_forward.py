@@ -336,8 +336,9 @@ def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
 
 def test_no_mask_matrix_is_made(tiny_llama: Path) -> None:
     """The largest tensor of a packed forward grows with the tokens, not with their square."""
-    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+
+    from qlora_kernels.torch_internals import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         numel = 0

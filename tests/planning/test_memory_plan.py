@@ -24,6 +24,7 @@ from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning import memory_plan as planning
+from qlora_trainer.planning.empty_run import empty_run, keeps_apart, longest_pack, longest_row
 from qlora_trainer.planning.fit import (
     GRAIN,
     Budget,
@@ -33,20 +34,25 @@ from qlora_trainer.planning.fit import (
     longest_context,
     with_length,
 )
-from qlora_trainer.planning.memory_plan import (
-    MemoryPlan,
-    empty_run,
-    keeps_apart,
-    longest_pack,
-    longest_row,
-    plan_memory,
+from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.step_memory import (
+    ACTIVATIONS,
+    ADAPTERS,
+    BASE,
+    DENSE,
+    GRADIENTS,
+    HEAD,
+    PAGED,
+    PAGED_ELEMENTS,
+    STATE,
+    persistent_tensors,
     track_steps,
 )
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.memory.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -166,7 +172,7 @@ def test_a_change_of_the_step_changes_the_plan(
     with_live_tensor(monkeypatch, numel=10_000)
     after = plan_memory(ModelDirectory.open(tiny_llama), tiny_config())
     assert after.allocated - before.allocated == 40_000
-    assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
+    assert after.components[ACTIVATIONS] - before.components[ACTIVATIONS] == 40_000
 
 
 @pytest.mark.slow
@@ -185,16 +191,16 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
     plan = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}))
     parts = plan.components
-    assert plan.total == plan.reserved + parts[planning.PAGED] + parts[planning.CONTEXT]
+    assert plan.total == plan.reserved + parts[PAGED] + parts[planning.CONTEXT]
     assert plan.reserved == plan.allocated + parts[planning.SLACK]
     run = start_run(tiny_config(adapter={"rank": 64}, model={"compute_dtype": "bfloat16"}))
-    assert parts[planning.BASE] + parts[planning.HEAD] + parts[planning.DENSE] == run.base.bytes
+    assert parts[BASE] + parts[HEAD] + parts[DENSE] == run.base.bytes
     (group,) = run.state.groups
-    assert parts[planning.ADAPTERS] == parts[planning.GRADIENTS] == group.data.nbytes
+    assert parts[ADAPTERS] == parts[GRADIENTS] == group.data.nbytes
     # Of the same bytes the moments page, as the group has over 100,000 numbers.
-    assert group.data.numel() > planning.PAGED_ELEMENTS
-    assert parts[planning.PAGED] == run.state.optimizer.state_bytes
-    assert parts[planning.STATE] == 0
+    assert group.data.numel() > PAGED_ELEMENTS
+    assert parts[PAGED] == run.state.optimizer.state_bytes
+    assert parts[STATE] == 0
 
 
 @pytest.mark.slow
@@ -205,19 +211,19 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
         return plan_memory(ModelDirectory.open(tiny_llama), tiny_config(**changes))
 
     plain, host = planned(), planned(model={"embeddings": "cpu"})
-    dense = plain.components[planning.HEAD] // 2
-    assert (host.host, host.components[planning.HEAD]) == (dense, dense)
+    dense = plain.components[HEAD] // 2
+    assert (host.host, host.components[HEAD]) == (dense, dense)
     assert host.base_parameters == plain.base_parameters
     numbers = dense // 2
     eight, four = planned(model={"lm_head": "8bit"}), planned(model={"lm_head": "4bit"})
-    assert eight.components[planning.HEAD] == dense + numbers + 4 * (numbers // 64)
-    assert dense + 0.5 * numbers < four.components[planning.HEAD] < dense + 0.55 * numbers + 4 * 256
+    assert eight.components[HEAD] == dense + numbers + 4 * (numbers // 64)
+    assert dense + 0.5 * numbers < four.components[HEAD] < dense + 0.55 * numbers + 4 * 256
     assert eight.base_parameters == four.base_parameters == plain.base_parameters
     halved = planned(adapter={"dtype": "bfloat16", "rank": 64})
     whole = planned(adapter={"rank": 64})
-    for part in (planning.ADAPTERS, planning.GRADIENTS):
+    for part in (ADAPTERS, GRADIENTS):
         assert 2 * halved.components[part] == whole.components[part]
-    assert halved.components[planning.PAGED] == whole.components[planning.PAGED], "Adam's moments stay fp32"
+    assert halved.components[PAGED] == whole.components[PAGED], "Adam's moments stay fp32"
 
 
 @pytest.mark.slow
@@ -225,8 +231,8 @@ def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama
     small = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 2}))
     plain = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
     for plan in (small, plain):
-        assert plan.components[planning.PAGED] == 0
-        assert plan.components[planning.STATE] >= 2 * plan.components[planning.ADAPTERS]
+        assert plan.components[PAGED] == 0
+        assert plan.components[STATE] >= 2 * plan.components[ADAPTERS]
 
 
 @pytest.mark.slow
@@ -366,7 +372,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
 
 @pytest.mark.slow
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
-    """A kept layer that the config asks for would be kept under a with less memory level too."""
+    """A kept layer that the config asks for would be kept under a level with less memory too."""
     keeping = tiny_config(
         data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
     )
@@ -418,15 +424,15 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 ) -> None:
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
     config = tiny_config(adapter={"rank": 64})
-    state, *_ = planning.empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, Policy("none"))
+    state, *_ = empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, Policy("none"))
     size = state.groups[0].data.numel()
-    assert size > planning.PAGED_ELEMENTS
+    assert size > PAGED_ELEMENTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kinds = planning.persistent_tensors(state, on_cuda=True)
-    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (planning.STATE, planning.PAGED)}
+    kinds = persistent_tensors(state, on_cuda=True)
+    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (STATE, PAGED)}
     moments = 2 * 4 * size
-    expected = {planning.STATE: 0, planning.PAGED: moments} if works else {planning.STATE: moments, planning.PAGED: 0}
+    expected = {STATE: 0, PAGED: moments} if works else {STATE: moments, PAGED: 0}
     assert bytes_of == expected
 
 
@@ -457,7 +463,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
@@ -468,7 +474,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
@@ -513,19 +519,19 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
 ) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
         for level in ("none", "full")
     )
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for free, level in fitting_in:
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
         assert plan is not None
         assert plan.policy == Policy(level)
-    assert fitting.memory_here(config) == 2**30 + less_memory
+    assert fitting.memory_here(config) == 2**30 + checkpointed
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
         fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
@@ -586,6 +592,24 @@ def test_a_resumed_run_is_planned_as_it_goes_on(
     assert resumed.plan.policy == resumed.state.policy == Policy("full")
     assert asked == planned
     assert any("would fit" in warning for warning in resumed.warnings) == (activations == "auto")
+
+
+@pytest.mark.parametrize(("optimizer", "order"), [("paged_adamw_32bit", ["trial", "memory"]), ("adamw", ["memory"])])
+def test_paging_is_tried_before_the_cards_memory_is_asked_for(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str, order: list[str]
+) -> None:
+    """Asking makes a CUDA context, and a card in exclusive mode has one at a time."""
+    asked: list[str] = []
+
+    def mem_get_info() -> tuple[int, int]:
+        asked.append("memory")
+        return 2**30, 24 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fitting, "paging_refusal_here", lambda: asked.append("trial"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert fitting.memory_here(tiny_config(optimizer={"name": optimizer})) == 24 * 2**30
+    assert asked == order
 
 
 @pytest.mark.parametrize(("max_length", "lowered", "planned"), [(64, 48, 64), (64, 96, 96), (10**6, 1.5, 1.5)])

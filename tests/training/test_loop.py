@@ -236,7 +236,7 @@ def test_another_base_is_refused_on_resume(tiny_config: Config, tiny_models: Any
         resume_run(run.directory)
 
 
-def test_a_checkpoint_of_another_machine_is_resumed_with_a_word(tiny_config: Config) -> None:
+def test_a_checkpoint_of_another_machine_is_resumed_with_a_warning(tiny_config: Config) -> None:
     from qlora_trainer.runs.resume_rules import environment_differences
 
     here = {"threads": 2, "torch": "2.13.0"}

@@ -132,7 +132,7 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
 
 def test_rows_without_labels_next_to_others_change_nothing(tiny_config: Config, tiny_llama: Path) -> None:
     gradients: list[Tensor] = []
-    for name, extra in (("alone", 0), ("next to", 2)):
+    for name, extra in (("alone", 0), ("with others", 2)):
         state = run_in(tiny_config, tiny_llama, "float32", name).state
         state.model.train()
         packs = state.loader.next() + make_packs([Example([5, 6, 7], [-100] * 3)] * extra, 64, packing=False)

@@ -28,8 +28,8 @@ from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import loop as training
 from qlora_trainer.training import recovery, step
-from qlora_trainer.training.activations import Policy, offloaded_bytes
 from qlora_trainer.training.loop import measure_eval
+from qlora_trainer.training.memory.activations import Policy, offloaded_bytes
 from qlora_trainer.training.recovery import lower, probe, take_step
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
@@ -346,11 +346,11 @@ def test_recovery_is_said_once_and_recorded(wide_config: Config, scarcity: Scarc
     with console.capture() as captured:
         run.train(TrainingBar(run.state.total_steps))
     records = read_metrics(run.directory / "metrics.jsonl")
-    (reported,) = (record for record in records if "recovered" in record)
+    (recovered,) = (record for record in records if "recovered" in record)
     limit = run.state.loader.micro_batch_tokens
-    assert reported["step"] == 3
-    assert "Memory ran out in step 3, on " in reported["recovered"]
-    assert f"micro-batches of at most {limit} tokens (before: 400), which" in reported["recovered"]
+    assert recovered["step"] == 3
+    assert "Memory ran out in step 3, on " in recovered["recovered"]
+    assert f"micro-batches of at most {limit} tokens (before: 400), which" in recovered["recovered"]
     assert [record["micro_batch_tokens"] for record in records] == [400, 400] + [limit] * 3
     assert {record["activation_checkpointing"] for record in records} == {"none"}
     printed = " ".join(captured.get().split())
@@ -421,7 +421,7 @@ def test_a_model_that_cannot_recompute_has_no_smaller_policy(wide_config: Config
     run = started(wide_config())
     run.state.model.supports_gradient_checkpointing = False
     scarcity.limit = lambda: 0
-    with pytest.raises(InsufficientMemoryError, match="even with activations keep") as raised:
+    with pytest.raises(InsufficientMemoryError, match="even with activation checkpointing none") as raised:
         take_step(run.state)
     assert not isinstance(raised.value, MicroBatchError)
 
@@ -595,7 +595,7 @@ def test_a_failed_check_of_the_allocator_is_no_lack_of_memory_where_none_ran_out
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) -> None:
-    """A real allocation fails: torch may take no more than half of what the first step took next to the weights."""
+    """A real allocation fails: torch may take no more than half of what the first step took besides the weights."""
     whole_step = 256 * 256
     config = {
         "data": {"train": str(long_rows(tmp_path / "long.jsonl", 300)), "eval": 0.1, "max_length": 256},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels.card import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
 from qlora_trainer.common.units import gib
 from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts

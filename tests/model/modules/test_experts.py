@@ -9,7 +9,6 @@ import torch
 from marks import slow, slow_but
 from spying import noting, unchanged
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -17,8 +16,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kernels.experts import Expert, gated_experts
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from qlora_trainer.adapters.inject import add_adapters, find_targets, load_adapter_state
+from qlora_kernels.torch_internals import FakeTensorMode
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError, ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run

@@ -12,7 +12,7 @@ from tiny_models import make_model_directory
 from torch import nn
 from torch.nn import functional as F
 
-from qlora_trainer.adapters.inject import find_targets
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError, CheckpointError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.batching.packing import Pack

@@ -398,9 +398,8 @@ def test_names_that_transformers_translates_are_found_and_remembered_for_the_mer
     directory = tmp_path / "renamed"
     shutil.copytree(tiny_llama, directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(
-        checkpoint_names, "get_model_conversion_mapping", lambda model: [WeightRenaming(r"\.old\.", r"\.self_attn\.")]
-    )
+    renaming = WeightRenaming(r"\.old\.", r"\.self_attn\.")
+    monkeypatch.setattr(checkpoint_names, "conversion_mapping", lambda model: ([renaming], []))
     base, plain = load(directory), load(tiny_llama)
     assert base.fingerprint.difference(plain.fingerprint) is None
     assert plain.fingerprint.stored_as == {}

@@ -12,11 +12,12 @@ from torch import Tensor
 from qlora_kernels.host_copy import HostCopy
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.memory_plan import ASSUMED_CARD, HOST, longest_pack, track_steps
+from qlora_trainer.planning.empty_run import ASSUMED_CARD, longest_pack
+from qlora_trainer.planning.step_memory import HOST, track_steps
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.training import patches as patched_modules
-from qlora_trainer.training.activations import LEVELS, Policy, apply_policy, decoder_layers
-from qlora_trainer.training.offload import KeptInput
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy, decoder_layers
+from qlora_trainer.training.memory.offload import KeptInput
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -134,10 +135,10 @@ def test_the_smaller_policies_come_one_by_one_to_an_end() -> None:
     levels = []
     while policy is not None:
         levels.append(str(policy))
-        policy = policy.less_memory()
+        policy = policy.with_less_memory()
     assert levels == ["none", "full", "offload", "tiled"]
-    assert Policy("full", uncheckpointed_layers=3).less_memory() == Policy("full")
-    assert Policy("offload", offload_every_n_layers=2).less_memory() == Policy("tiled", offload_every_n_layers=2)
+    assert Policy("full", uncheckpointed_layers=3).with_less_memory() == Policy("full")
+    assert Policy("offload", offload_every_n_layers=2).with_less_memory() == Policy("tiled", offload_every_n_layers=2)
 
 
 def test_a_policy_takes_the_place_of_the_one_before_it(state: TrainState) -> None:
