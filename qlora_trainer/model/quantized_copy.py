@@ -34,6 +34,7 @@ from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.pretrained import nf4_config
 from qlora_trainer.weights.bitsandbytes_format import weight_to_checkpoint
 from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
+from qlora_trainer.weights.listing import read_json_object
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
 from qlora_trainer.weights.read_back import verify_files
@@ -157,15 +158,16 @@ def _kept_copy(directory: ModelDirectory, settings: ModelConfig, cache_dir: Path
 def _key(directory: ModelDirectory) -> str:
     """Return a key of the files a base is loaded from, each known by its path, size and times: contents are not read.
 
-    A changed file changes the time of its last change, whatever its other times were set to. What an import has
-    recorded of its file, such as the file's sha256, is part of the key too.
+    A changed file changes the time of its last change, whatever its other times were set to. Its inode and device are
+    left out: some systems number them anew when they start, and each copy takes gigabytes. An imported file is known by
+    the sha256 and the tensors that its record has.
     """
-    imported = directory.path / IMPORT_RECORD
     facts: list[Any] = [_KEPT_FORMAT, directory.config_json]
-    facts += [imported.read_text(encoding="utf-8")] if imported.is_file() else []
-    for path in sorted({info.file.resolve() for info in directory.tensors.values()}):
-        status = path.stat()
-        facts.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    imported = directory.path / IMPORT_RECORD
+    if imported.is_file():
+        facts += [{key: value for key, value in read_json_object(imported).items() if key != "file"}]
+    else:
+        facts += [[file.path, file.size, file.mtime_ns, file.ctime_ns] for file in directory.file_identity]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

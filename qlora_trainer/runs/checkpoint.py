@@ -11,7 +11,6 @@ No pickle: random states are uint8 tensors and JSON. Left out: what the state me
 own format (adapters/peft_format.py). One process writes to a run directory at a time.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError, DiskError
+from qlora_trainer.common.file_identity import file_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -137,7 +137,7 @@ def _seal(directory: Path, step: int) -> None:
     for path in sorted(directory.iterdir()):
         path.chmod(mode)
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = directory / MANIFEST
     manifest.write_text(
         json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}, indent=2), encoding="utf-8"
@@ -198,7 +198,7 @@ def _verify(path: Path) -> None:
             raise CheckpointError(f"{file} is missing.")
         if (size := file.stat().st_size) != expected.get("bytes"):
             raise CheckpointError(f"{file} has {size} bytes instead of {expected.get('bytes')}; it is damaged.")
-        if _sha256(file) != expected.get("sha256"):
+        if file_sha256(file) != expected.get("sha256"):
             raise CheckpointError(f"{file} does not have the contents that were written (sha256 differs).")
 
 
@@ -214,11 +214,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; it is damaged.")
     return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

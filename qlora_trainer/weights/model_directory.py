@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from qlora_trainer.common.errors import FileMissingError, ModelError
+from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.weights.listing import list_tensors, read_json_object, weight_statistics
 from qlora_trainer.weights.model_config import ModelFacts, make_model_config, read_facts
 from qlora_trainer.weights.reading import read_tensor
@@ -91,6 +92,19 @@ class ModelDirectory:
     def quant_states(self) -> Mapping[str, Mapping[str, TensorInfo]]:
         """Return what is stored next to each prequantized weight, as `weight_statistics` does."""
         return weight_statistics(self.tensors)
+
+    @functools.cached_property
+    def file_identity(self) -> tuple[FileIdentity, ...]:
+        """Return what identifies the files of weights, as they were when this was first asked for.
+
+        Raises:
+            ModelError: the tensors cannot be listed, or a file is gone.
+        """
+        paths = sorted({info.file.resolve() for info in self.tensors.values()})
+        try:
+            return tuple(FileIdentity.of(path) for path in paths)
+        except OSError as error:
+            raise ModelError(f"{self} cannot be read: {error}") from error
 
     def read(
         self,

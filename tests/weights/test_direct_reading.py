@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_reading, "PIECE_BYTES", 4096)
 
 
-def saved(directory: Path, tensors: dict[str, Tensor] = TENSORS) -> dict[str, TensorInfo]:
+def saved(directory: Path, tensors: dict[str, Tensor] = TENSORS) -> Mapping[str, TensorInfo]:
     directory.mkdir(exist_ok=True)
     save_file(tensors, directory / "model.safetensors")
     return ModelDirectory.open(directory).tensors
@@ -48,7 +49,7 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()
 
 
-def assert_all_read(infos: dict[str, TensorInfo], expected: dict[str, Tensor] = TENSORS) -> DirectReader:
+def assert_all_read(infos: Mapping[str, TensorInfo], expected: dict[str, Tensor] = TENSORS) -> DirectReader:
     with DirectReader() as reader:
         for name, tensor in expected.items():
             found = reader.read(infos[name])
@@ -63,7 +64,7 @@ def test_tensors_come_with_their_values_and_hashes(tmp_path: Path) -> None:
 
 
 def test_shards_follow_each_other(tmp_path: Path) -> None:
-    infos = saved(tmp_path / "one") | {f"{n} too": info for n, info in saved(tmp_path / "two").items()}
+    infos = {**saved(tmp_path / "one"), **{f"{n} too": info for n, info in saved(tmp_path / "two").items()}}
     with DirectReader() as reader:
         for name in ("half", "half too", "long", "brain too"):
             info = infos[name]

@@ -10,16 +10,18 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as arrow
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
-from qlora_trainer.data.preparation.store_writer import Block, make_block
+from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.reading.json_rows import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
@@ -41,7 +43,7 @@ Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and s
 class Chunk:
     """What some rows became, in the order of the rows."""
 
-    block: Block
+    block: arrow.RecordBatch  # the examples
     rows: int = 0
     truncated: int = 0
     split: int = 0
@@ -143,7 +145,7 @@ class ChunkMaker:
         return chunk
 
 
-def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job, Chunk]]:
+def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Generator[tuple[Job, Chunk], None, None]:
     """Make each job's chunk, in order, at most a few of them in memory.
 
     Args:

@@ -46,7 +46,7 @@ from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
-PREPARATION_VERSION = 5  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 6  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
@@ -182,16 +182,16 @@ def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
 def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
     counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
-    unit = 1
+    first_row = 1
     for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
         report, counted = reports[index], counts[index]
-        writer.append(chunk.block, source=index, first_unit=unit)
+        writer.append(chunk.block, source=index, first_row=first_row)
         writer.skip(chunk.skipped)
-        unit += chunk.rows
+        first_row += chunk.rows
         report.rows += chunk.rows
         report.truncated += chunk.truncated
         report.split += chunk.split
-        report.examples += len(chunk.block.lengths)
+        report.examples += len(chunk.block)
         for name in ("dropped", "unused_columns", "warnings"):
             counted[name].update(getattr(chunk, name))
         count_reasons(counted["skipped"], chunk.skipped)
@@ -250,7 +250,7 @@ def _split(
     store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
     """Training and eval examples, and how the former are mixed."""
-    sources = np.asarray(store.arrays["sources"])
+    sources = store.column("source")
     parts = [item.part for item in inputs if item.part]
     is_eval = sources >= len(parts)
     if isinstance(eval_set, float) and eval_set > 0:
@@ -268,16 +268,18 @@ def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: 
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
     """
-    sources = np.asarray(store.arrays["sources"])
-    units = np.array(store.arrays["units"], dtype=np.float64)
+    sources = store.column("source")
+    numbers = store.column("row_number").astype(np.float64)
     for source in range(len(parts)):
         mine = np.flatnonzero(sources == source)
-        if len(mine) and units[mine[0]] == units[mine[-1]]:  # one row: its parts get numbers between it and the next
-            units[mine] = units[mine[0]] + np.arange(len(mine)) / len(mine)
-    first = np.flatnonzero(np.diff(units, prepend=0))  # of each of R rows, which are in order; they count from 1
-    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(units)))
+        if (
+            len(mine) and numbers[mine[0]] == numbers[mine[-1]]
+        ):  # one row: its parts get numbers between it and the next
+            numbers[mine] = numbers[mine[0]] + np.arange(len(mine)) / len(mine)
+    first = np.flatnonzero(np.diff(numbers, prepend=0))  # of each of R rows, which are in order; they count from 1
+    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(numbers)))
     if len(first) < 2:
-        return np.zeros(len(units), dtype=np.bool_)
+        return np.zeros(len(numbers), dtype=np.bool_)
     source_of = sources[first]
     available = np.bincount(source_of, minlength=len(parts)).tolist()
     order = shuffled(len(first), [seed, len(first)])

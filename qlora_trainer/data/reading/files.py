@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_trainer.common.errors import DataError, FileMissingError, first_line
+from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.json_rows import Placed, Record, read_json, read_jsonl
 from qlora_trainer.data.reading.tables import read_parquet, read_table
@@ -59,7 +60,7 @@ def open_source(
             be had.
     """
     try:
-        return _open_source(path, split, subset, encoding, header, content_digest or file_digest)
+        return _open_source(path, split, subset, encoding, header, content_digest or file_sha256)
     except FileMissingError:
         raise
     except (OSError, RuntimeError) as error:  # the latter of ~nobody, which is no user here
@@ -161,12 +162,6 @@ def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
             f"{path} is a file, and {' and '.join(given)} would have no effect: only hub data sets have such parts, a "
             "file is read whole. Leave that out, or put the rows that are meant into a file of their own."
         )
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(content: str, encoding: str | None, header: Sequence[str]) -> str:

@@ -12,10 +12,11 @@ Left out: mixtures of experts (their layers are merged from several tensors, and
 files split into several.
 """
 
-import hashlib
 import json
 import math
+import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers import (
 
 from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
 from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
+from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.weights.gguf.layout import (
@@ -70,7 +72,7 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     """
     if not path.is_file():
         raise FileMissingError(f"There is no model file {path}.")
-    digest = _sha256(path, progress)
+    digest = _known_sha256(path, cache_dir, progress)
     directory = cache_dir / FOLDER / f"{path.stem}-{digest[:16]}"
     if (directory / IMPORT_RECORD).is_file():
         _note_place(directory, path)
@@ -99,27 +101,34 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     return directory
 
 
-def _sha256(path: Path, progress: Progress) -> str:
-    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-            done += len(block)
-            progress(f"Reading {path.name}", done, size)
-    return digest.hexdigest()
+def _known_sha256(path: Path, cache_dir: Path, progress: Progress) -> str:
+    """Return a file's sha256, remembered where the file is known to be the same."""
+    identity, records = FileIdentity.of(path), FileRecords(cache_dir / "digests")
+    known = records.find(str(path.absolute()), [identity])
+    if isinstance(known, str):
+        return known
+    began, done = time.time_ns(), 0
+
+    def count(block: bytes) -> None:
+        nonlocal done
+        done += len(block)
+        progress(f"Reading {path.name}", done, identity.size)
+
+    digest = file_sha256(path, count)
+    records.keep(str(path.absolute()), [identity], digest, began)
+    return digest
 
 
-def _place(path: Path) -> dict[str, Any]:
-    """Where the file lies, and by what a change is noticed without reading it again."""
-    found = path.stat()
-    return {"file": str(path.resolve()), "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+def _described(path: Path) -> dict[str, Any]:
+    """Describe where the file lies, and by what a change is found without reading it again."""
+    return {"file": asdict(FileIdentity.of(path.resolve()))}
 
 
 def _note_place(directory: Path, path: Path) -> None:
-    """The same content may lie elsewhere now."""
+    """Update the record where the same content lies elsewhere now, or under another date."""
     record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
-    if record | _place(path) != record:
-        write_text(directory / IMPORT_RECORD, json.dumps(record | _place(path), indent=2) + "\n")
+    if record | _described(path) != record:
+        write_text(directory / IMPORT_RECORD, json.dumps(record | _described(path), indent=2) + "\n")
 
 
 def _open(path: Path) -> Any:
@@ -269,7 +278,7 @@ def _write_record(
     """What this directory represents, for people and for reading; its presence means that it is whole."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
-    record = _place(path) | {
+    record = _described(path) | {
         "sha256": digest,
         "architecture": reader.get_field("general.architecture").contents(),
         "gguf_types": dict(types.most_common()),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.common.errors import FileMissingError, ModelError
+from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.weights.gguf.layout import Translation, translations_of
 
 IMPORT_RECORD = "import.json"
@@ -109,26 +110,25 @@ class GGUFWeights:
     def __init__(self, directory: Path, model_config: Callable[[], Any]) -> None:
         try:
             record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
-            self.file = Path(record["file"])
+            known = FileIdentity(**record["file"])
+            self.file = Path(known.path)
             self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
-            known = int(record["bytes"]), int(record["modified_ns"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{directory / IMPORT_RECORD} cannot be read ({type(error).__name__}: {error}). Delete {directory}; it "
                 "is made again from the GGUF file."
             ) from error
         self.directory, self.model_config = directory, model_config
-        self._check_file(*known)
+        self._check_file(known)
         self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
 
-    def _check_file(self, size: int, modified_ns: int) -> None:
+    def _check_file(self, known: FileIdentity) -> None:
         if not self.file.is_file():
             raise FileMissingError(
                 f"{self.file}, from which this base is read, is gone. Put it back, or name it as model.name from where "
                 "it is now: it is known by its content."
             )
-        found = self.file.stat()
-        if (found.st_size, found.st_mtime_ns) != (size, modified_ns):
+        if not known.is_current():
             raise ModelError(
                 f"{self.file} was changed since it was imported. Start again with it as model.name; a run that was "
                 "trained on it needs the file as it was."

@@ -17,7 +17,6 @@ from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation
-from qlora_trainer.data.preparation import store
 from qlora_trainer.data.preparation.chunks import MAX_REASONS, count_reasons
 from qlora_trainer.data.preparation.prepare import prepare
 from qlora_trainer.data.reading import files
@@ -177,9 +176,7 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     assert as_lists(run(tmp_path / "fresh", path).train) == as_lists(first.train)
 
 
-@pytest.mark.parametrize(
-    "name", ["tokens.npy", "trained.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"]
-)
+@pytest.mark.parametrize("name", ["examples.arrow", "summary.json"])
 def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
     expected = as_lists(run(tmp_path, path).train)
@@ -507,11 +504,7 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_threads(tmp_pat
         (directory,) = stores(tmp_path / parallel)
         found.append({file.name: file.read_bytes() for file in directory.iterdir()})
     assert found[0] == found[1]
-    assert set(found[0]) == {f"{name}.npy" for name in store.ARRAYS} | {
-        "rows.jsonl",
-        "skipped_rows.jsonl",
-        "summary.json",
-    }
+    assert set(found[0]) == {"examples.arrow", "skipped_rows.jsonl", "summary.json"}
 
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])

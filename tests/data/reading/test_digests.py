@@ -7,6 +7,7 @@ import time
 import pytest
 from spying import noting
 
+from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.data.reading import digests
 from qlora_trainer.data.reading.digests import FileDigests
 
@@ -47,8 +48,8 @@ def test_a_file_written_just_now_is_not_believed_next_time(tmp_path, reads, monk
     """Its clock may stop while it is written again, so that size and times stay what they were."""
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"one")
-    state = digests._state(path)
-    monkeypatch.setattr(digests, "_state", lambda path: state)
+    identity = FileIdentity.of(path)
+    monkeypatch.setattr(FileIdentity, "of", lambda path: identity)
     first = content(tmp_path, path)
     path.write_bytes(b"two")
     assert content(tmp_path, path) != first

@@ -1,5 +1,6 @@
 """A .gguf file becomes a plain checkpoint with the same values, tokenizer and config, once, or not at all."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -24,10 +25,12 @@ from gguf_files import (
     tiny_weights,
     write_gguf,
 )
+from spying import noting
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import plain_checkpoint
+from qlora_trainer.common import file_identity
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError
 from qlora_trainer.common.progress import silent
 from qlora_trainer.weights.gguf import importer as gguf_import
@@ -175,8 +178,8 @@ def test_value_beyond_float16_keeps_its_tensor_in_float32(tmp_path: Path) -> Non
 def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), GGMLQuantizationType.Q4_1)
     record = json.loads((import_gguf(path, tmp_path / "cache", silent) / "import.json").read_text())
-    assert record["file"] == str(path)
-    assert record["sha256"] == gguf_import.hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record["file"]["path"] == str(path)
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert record["gguf_types"] == {"Q4_1": 8, "F32": 3}
     assert record["storage_dtypes"] == {"float16": 8, "float32": 3}
     assert record["unused_tensors"] == []
@@ -234,6 +237,21 @@ def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_pat
     assert torch.equal(
         stored_tensors(second)["model.norm.weight"], torch.from_numpy(tiny_weights(1)["model.norm.weight"])
     )
+
+
+def test_a_file_that_was_hashed_once_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(
+        gguf_import, "file_sha256", noting(gguf_import.file_sha256, lambda path, _: hashed.append(path))
+    )
+    monkeypatch.setattr(file_identity, "CLOCK_TICK_NS", 0)
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    first, again = (import_gguf(path, tmp_path / "cache", silent) for _ in range(2))
+    assert first == again
+    assert hashed == [path]
+    write_gguf(path, tiny_weights(seed=1))
+    assert import_gguf(path, tmp_path / "cache", silent) != first
+    assert hashed == [path, path]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"file": "x", "tensors": {"a": 1}}', "[1]"])
