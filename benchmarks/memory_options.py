@@ -1,4 +1,4 @@
-"""What each memory-efficient option costs in eval loss, and what it saves on the device.
+"""Measure what each memory-efficient option costs in eval loss, and what it saves on the device.
 
     python -m benchmarks.memory_options [--steps N] [--model M] [--without-plan] [--only NAME …]
 
@@ -50,7 +50,7 @@ OPTIONS: dict[str, Sections] = {
 
 
 class Losses(NamedTuple):
-    """Eval losses at the end of a run."""
+    """Hold eval losses at the end of a run."""
 
     own: float
     with_original_head: float
@@ -75,7 +75,7 @@ def train(config: RunConfig) -> Losses:
 
 
 def planned(directory: ModelDirectory, raw: Sections) -> int:
-    """Bytes on a card that torch allocates, and paged state."""
+    """Plan the bytes on a card that torch allocates, and paged state."""
     plan = plan_memory(directory, make_config(raw))
     return plan.total - plan.components[SLACK]
 

@@ -1,4 +1,4 @@
-"""Merging a large base on a small machine: time, private memory and bytes, next to copying and next to peft.
+"""Measure the merge of a large base on a small machine: time, private memory and bytes, against a copy and peft.
 
     python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
 
@@ -39,7 +39,8 @@ import torch
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.hashing import values_sha256
@@ -76,7 +77,7 @@ CPU = torch.device("cpu")
 
 
 def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
-    """The base, its prequantized copy, the fingerprint of both, and an adapter, where they are not there yet."""
+    """Make the base, its prequantized copy, the fingerprint of both, and an adapter, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / PLAIN).exists():
         make_checkpoint(directory / PLAIN, shape, seed)
@@ -89,7 +90,7 @@ def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
 
 
 def make_fingerprint(base: Path) -> BaseFingerprint:
-    """As loading the base makes it, without a model."""
+    """Make the fingerprint as loading the base makes it, without a model."""
     tensors, dense = {}, {}
     for name, info in ModelDirectory.open(base).tensors.items():
         if _is_linear(info):
@@ -106,7 +107,7 @@ def _is_linear(info: TensorInfo) -> bool:
 
 
 def make_adapter(base: Path, output: Path, seed: int) -> None:
-    """A random adapter that changes its weights by about a tenth of their size."""
+    """Make a random adapter that changes its weights by about a tenth of their size."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = {}
     for info in ModelDirectory.open(base).tensors.values():
@@ -128,7 +129,7 @@ def merge_inputs(directory: Path, base: str) -> MergeInputs:
 
 
 def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
-    """One step, in this process: seconds, bytes written, and peak private memory."""
+    """Run one step in this process: seconds, bytes written, and peak private memory."""
     kind, _, base = step.partition("-")
     base = base or PLAIN
     output = directory / f"output-{step}"
@@ -166,14 +167,14 @@ def copy_files(source: Path, output: Path) -> None:
 
 
 class _NoChecks(Background):
-    """Drops what is checked next to the merge: the arithmetic alone is measured."""
+    """Drop what a merge checks besides: the arithmetic alone is measured."""
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
         """Nothing."""
 
 
 def arithmetic_seconds(plan: MergePlan) -> float:
-    """Of all tensors, each brought into memory before its time is taken."""
+    """Time the arithmetic of all tensors, each brought into memory before its time is taken."""
     total = 0.0
     for tensor in plan.tensors:
         read_tensor(tensor.source).view(torch.uint8).reshape(-1)[::4096].sum()
@@ -185,7 +186,7 @@ def arithmetic_seconds(plan: MergePlan) -> float:
 
 
 def compare_streamed(directory: Path, output: Path) -> float:
-    """KL of the model merged from the plain base and of base + adapter, both streamed."""
+    """Compute the KL of the model merged from the plain base and of base + adapter, both streamed."""
     inputs = merge_inputs(directory, PLAIN)
     weights = trained_weights(inputs.base, inputs.fingerprint)
     trained = load_streamed_model(inputs.base, CPU, weights)
@@ -217,14 +218,12 @@ def forget_pages(files: Iterable[Path]) -> None:
 
 
 def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The step in a process of its own; why it was left out, where memory is short."""
+    """Run the step in a process of its own; say why it was left out, where memory is short."""
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
     free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
-        reported = (
-            f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        )
-        return {"left_out": reported}
+        reason = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return {"left_out": reason}
     command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
     done = subprocess.run(
         [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True
@@ -234,7 +233,7 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What was measured, for people."""
+    """Write what was measured, for people."""
     lines = [f"{'':26}{'seconds':>9}{'private peak':>14}{'written':>11}{'files':>7}{'goal':>8}{'of goal':>9}"]
     for step, found in results.items():
         if "left_out" in found:
@@ -250,7 +249,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def goal_seconds(step: str, results: dict[str, dict[str, Any]]) -> float | None:
-    """Twice the copy, and the arithmetic; None for what has no such goal."""
+    """Compute the goal: twice the copy, and the arithmetic; None for what has no such goal."""
     kind, _, base = step.partition("-")
     parts = results.get("copy"), results.get(f"arithmetic-{base}")
     if kind != "ours" or None in parts:

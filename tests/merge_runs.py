@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
-from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.fold import MergeReport, merge
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
@@ -61,7 +62,7 @@ def train(directory: Path, bias: BiasMode = "none") -> Run:
     config = AdapterFileConfig(
         r=8, lora_alpha=16.0, target_modules="all-linear", bias=bias, fan_in_fan_out=stored_transposed
     )
-    adapter = Adapter(config, adapter_state_dict(base.model))
+    adapter = StoredAdapter(config, adapter_state_dict(base.model))
     return Run(MergeInputs.from_adapter(base.directory, base.fingerprint, adapter), base.model)
 
 

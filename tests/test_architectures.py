@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from merge_runs import merge_to
 from safetensors.torch import load_file
 from torch import nn
@@ -61,7 +62,7 @@ def linear_layers(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "fused_parts"),
-    [*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()],
+    slow_but([*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()], ("llama", {}), ("mixtral", {})),
     ids=[*DENSE, *EXPERTS, *(f"{family}_in_parts" for family in FUSED)],
 )
 def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers_alike(
@@ -108,7 +109,7 @@ def plain_model(directory: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", DENSE + EXPERTS)
+@pytest.mark.parametrize("family", slow_but(DENSE + EXPERTS, "falcon_grouped", "gemma2", "qwen3_moe"))
 def test_the_plan_of_a_family_counts_what_a_run_has(family: str, tiny_config: Config, tiny_models: Models) -> None:
     config = config_of(tiny_config, tiny_models(family))
     plan = plan_memory(ModelDirectory.open(tiny_models(family)), config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer.cli.demo_run import packaged_model
@@ -49,7 +50,7 @@ def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "file"),
-    [("alpaca_en_demo", "alpaca_en_demo.json"), ("fastchat_dummy", "dummy_conversation.json")],
+    [slow(("alpaca_en_demo", "alpaca_en_demo.json")), ("fastchat_dummy", "dummy_conversation.json")],
 )
 def test_two_hundred_real_rows_from_start_to_merged_model(
     folder: str, file: str, shared_data: Callable[[str], Path], tiny_config: Callable[..., RunConfig], tmp_path: Path

@@ -1,4 +1,4 @@
-"""The first part: versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
+"""Report versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
 
 Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, and a line is
 printed where it works; first_gpu.sh looks for the lines and goes on without what has none. Managed memory is tried as
@@ -19,14 +19,14 @@ from benchmarks.first_gpu.device import Device
 from benchmarks.first_gpu.kit import Kit, gib
 from qlora_kernels.torch_features import varlen_attention_arguments
 from qlora_trainer.planning.allocator import uses_expandable_segments
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "numpy", "datasets", "gguf")
 NO_CUDA = 4  # exit code
 
 
 def report_environment(kit: Kit, device: Device) -> int:
-    """Report this machine; 4 where it should have a card and torch sees none."""
+    """Report this machine; returns 4 where it should have a card and torch sees none."""
     versions = {name: _version(name) for name in PACKAGES}
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -39,18 +39,18 @@ def report_environment(kit: Kit, device: Device) -> int:
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "varlen_attention": sorted(varlen_attention_arguments()),
     }
-    reported = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    installed = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
     if not device.is_cuda:
         kit.result("env", **facts)
-        kit.verdict(f"env: no card, {reported}")
+        kit.verdict(f"env: no card, {installed}")
         return 0
     if not torch.cuda.is_available():
         kit.result("env", **facts)
-        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {reported}")
+        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {installed}")
         return NO_CUDA
     refusal = paging_refusal(torch.device("cuda", 0)) if kit.may_page else None
     properties = torch.cuda.get_device_properties(0)
-    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {reported}")
+    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {installed}")
     started = time.perf_counter()
     ones = torch.ones(2**26, device="cuda")
     assert float(ones.sum()) == 2**26

@@ -23,8 +23,9 @@ from qlora_trainer.common.errors import (
     first_line,
 )
 from qlora_trainer.common.progress import Progress
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging.logits import Logits, WholeLogits
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan
 from qlora_trainer.merging.stream_plan import StreamPlan, plan_stream

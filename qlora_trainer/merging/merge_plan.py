@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import Adapter
+from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.units import dtype_name
@@ -51,7 +51,7 @@ class MergeInputs:
     fan_in_fan_out: bool = False  # the checkpoint stores (I, O), as GPT-2's Conv1D does
 
     @classmethod
-    def from_adapter(cls, base: ModelDirectory, fingerprint: BaseFingerprint, adapter: Adapter) -> Self:
+    def from_adapter(cls, base: ModelDirectory, fingerprint: BaseFingerprint, adapter: StoredAdapter) -> Self:
         """Take scaling and layout from the adapter's own config.
 
         Args:

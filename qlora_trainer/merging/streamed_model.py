@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.head_rows import head_logits
+from qlora_kernels.torch_internals import without_torch_function
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.merging.stream_plan import MatrixSource, StreamPlan, is_plain_head, plan_stream
 from qlora_trainer.merging.trained_weights import TrainedWeight
@@ -61,7 +62,7 @@ class StreamedMatrix(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look an embedding up by rows, whatever its module makes of the tokens before; all else as usual."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if func is F.embedding and isinstance(args[1], StreamedMatrix):
                 ids, matrix = args[:2]
                 wanted, places = ids.unique(return_inverse=True)

@@ -34,9 +34,9 @@ from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_con
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
-from qlora_trainer.training.activations import choose_policy
 from qlora_trainer.training.determinism import set_up_cublas
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.activations import choose_policy
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_lowered, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -116,7 +116,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
         run.warnings.append(
-            f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
+            f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(model, config, run.state.policy, run.state.loader.micro_batch_tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
+from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, setting_differences
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
@@ -38,7 +38,7 @@ class TrainedAdapter:
 
     directory: Path
     config: RunConfig
-    adapter: Adapter
+    adapter: StoredAdapter
     source: str  # what the adapter was taken from, for people
     fingerprint: BaseFingerprint  # of the base as it was trained
     data_key: str | None  # of the rows it was trained on, where that is known

@@ -1,7 +1,7 @@
-"""What a model is worth on eval rows: its loss on their label tokens, and answers that match exactly.
+"""Measure a model on eval rows: its loss on their label tokens, and the share of answers that match exactly.
 
-The loss is taken by the training forward, without dropout and without gradients: what is measured is what was
-trained. Exact match is by real generation, since a low loss does not say that an answer comes out right.
+The loss is taken by the training forward, without dropout and without gradients: what is measured is what was trained.
+Exact match is by real generation, since a low loss does not say that an answer comes out right.
 """
 
 import dataclasses
@@ -40,6 +40,11 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
+        """Return True if the answer equals what was expected, blanks around it aside.
+
+        Returns:
+            Whether it does.
+        """
         return self.answer.strip() == self.expected.strip()
 
 
@@ -47,7 +52,18 @@ class Answer:
 def eval_loss(
     model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
 ) -> float:
-    """Mean cross entropy over all label tokens of `examples`; the model's training mode is restored."""
+    """Compute the mean cross entropy over all label tokens of `examples`; the model's training mode is restored.
+
+    Args:
+        model: with its adapters.
+        examples: of the eval set.
+        forward: how the model is run.
+        micro_batch_tokens: the most tokens of one forward pass.
+        progress: is called for each pack.
+
+    Returns:
+        The loss in nats a token; 0 where no token has a label.
+    """
     packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack)
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
@@ -60,7 +76,14 @@ def eval_loss(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Compute exp(loss), infinite where that overflows.
+
+    Args:
+        loss: in nats a token.
+
+    Returns:
+        The perplexity.
+    """
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -120,5 +143,12 @@ def answer_prompts(
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that equal what was expected, surrounding blanks aside."""
+    """Compute the share of answers that equal what was expected, blanks around them aside.
+
+    Args:
+        answers: as `answer_prompts` gives them.
+
+    Returns:
+        From 0 to 1; NaN without answers.
+    """
     return sum(answer.is_exact for answer in answers) / len(answers) if answers else math.nan

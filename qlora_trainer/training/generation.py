@@ -1,4 +1,4 @@
-"""Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
+"""Generate answers greedily, several prompts at a time, with transformers' own cache and decoding loop.
 
 Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
 mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
@@ -115,12 +115,16 @@ def stream_answer(
     thread.start()
     yield from streamer
     thread.join()
+    _raise_first(failures)
+
+
+def _raise_first(failures: "SimpleQueue[BaseException]") -> None:
     if not failures.empty():
         raise failures.get()
 
 
 def _rows_together(lengths: Sequence[int]) -> int:
-    """How many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
+    """Count how many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
     fitting = (rows for rows, width in enumerate(lengths, 1) if rows * width**2 <= MASK_BYTES)
     return max(fitting, default=1)
 

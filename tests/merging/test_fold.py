@@ -14,6 +14,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf_files import tiny_weights, write_gguf
+from marks import slow_but
 from merge_runs import LLAMA, Run, make_base, merge_to, on_base, stored, train
 from safetensors.torch import load_file, save_file
 from spying import noting
@@ -82,7 +83,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(make_base(tmp_path_factory.mktemp("llama"), config, shard="200KB"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", slow_but([True, False], False))
 def test_merged_fp16_is_the_fp32_sum_cast_once_bit_for_bit(tmp_path: Path, llama: Run, tied: bool) -> None:
     run = llama if tied else train(make_base(tmp_path / "base", LlamaConfig(**LLAMA, tie_word_embeddings=False)))
     report = merge_to(run.inputs, tmp_path / "merged")
@@ -410,7 +411,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("untied", [True, False])
+@pytest.mark.parametrize("untied", slow_but([True, False], True))
 def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untied: bool
 ) -> None:
@@ -509,7 +510,7 @@ def test_changed_block_scales_of_a_prequantized_base_are_refused(tmp_path: Path,
         merge_to(on_base(llama.inputs, directory), tmp_path / "again")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", slow_but([torch.float16, torch.bfloat16, torch.float32], torch.float32))
 def test_a_run_merges_from_either_copy_of_its_base_to_the_same_bits(
     tmp_path: Path, llama: Run, dtype: torch.dtype
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from merge_runs import LLAMA, Run, make_base, merge_to, stored, train
 from transformers import LlamaConfig
 
@@ -118,7 +119,7 @@ def test_a_file_that_may_grow_no_further_is_one_message_and_leaves_nothing(run: 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", slow_but(range(4), 2))
 def test_a_killed_merge_leaves_nothing_that_looks_whole_and_the_next_one_clears_up(
     run: Run,
     tmp_path: Path,

@@ -17,7 +17,8 @@ from benchmarks.merge_7b import (
 )
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.common.process_memory import private_bytes
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.model.forward import LossPath, loss_sum
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -42,6 +43,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(private_bytes() is None, reason="the system does not say what a process holds")
 @pytest.mark.parametrize("base", [PLAIN, FOUR_BIT])
 def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[int], Path], tmp_path: Path) -> None:

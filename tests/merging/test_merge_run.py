@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cards import pretend_free_memory
+from marks import slow_but
 from safetensors.torch import load_file, save_file
 from spying import noting
 from tiny_models import make_model_directory
@@ -24,8 +25,9 @@ from qlora_trainer.common.errors import (
     OutputExistsError,
 )
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging import measure as merge_measurement
 from qlora_trainer.merging import merge_plan, stream_plan, streamed_model
@@ -85,6 +87,7 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
     assert float((plain - expected).norm() / expected.norm()) < 3e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
     family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
@@ -140,6 +143,7 @@ def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: 
     assert record["base_choice"]["eval_loss"] == losses
 
 
+@pytest.mark.slow
 def test_the_original_base_is_verified_against_itself_and_its_difference_reported(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -151,6 +155,7 @@ def test_the_original_base_is_verified_against_itself_and_its_difference_reporte
     assert done.difference_from_trained.kl > 10 * done.report.verification.difference.kl
 
 
+@pytest.mark.slow
 def test_an_adapter_much_worse_on_the_original_base_is_not_merged_into_it(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +215,7 @@ def test_a_changed_embedding_is_refused_before_any_pass_over_the_weights(run_dir
         merge_run(run_dir, tmp_path / "merged", model=str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("where", ["merge", "verify_merge"])
+@pytest.mark.parametrize("where", slow_but(["merge", "verify_merge"], "merge"))
 def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     where: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +228,7 @@ def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_takes_absent_weights_is_measured_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +298,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     assert tried == ["cpu", "cpu", "cuda", "cuda", "cpu", "cpu"]
 
 
+@pytest.mark.slow
 def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
     tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -383,6 +390,7 @@ def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_on", ["original", "prequantized"])
 def test_another_copy_of_the_base_merges_to_the_same_bits(
     trained_on: str, tiny_config: Config, tiny_llama: Path, tmp_path: Path
@@ -418,6 +426,7 @@ def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: py
     assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_streamed_is_measured_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +439,7 @@ def test_a_model_that_cannot_be_streamed_is_measured_whole(
     assert whole.report.verification is not None
 
 
+@pytest.mark.slow
 def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -450,6 +460,7 @@ def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
     assert merged_tensors(tmp_path / "merged").keys() == merged_tensors(tmp_path / "moe").keys()
 
 
+@pytest.mark.slow
 def test_shards_are_of_the_size_asked_for(run_dir: Path, tmp_path: Path) -> None:
     merge_run(run_dir, tmp_path / "merged", base="dequantized", max_shard_bytes=100_000)
     held: dict[str, int] = {}

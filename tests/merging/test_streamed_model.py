@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cards import pretend_free_memory
+from marks import slow_but
 from safetensors.torch import load_file, save_file
 from spying import noting
 from tiny_models import make_model_directory
@@ -263,7 +264,9 @@ def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypa
         plan_stream(ModelDirectory.open(tiny_llama), CPU)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", slow_but(["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"], "llama_tied", "gpt2")
+)
 def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
     directory = tiny_models(family)
     base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))

@@ -106,7 +106,7 @@ def test_streaming_gives_the_same_answer(model: Any, tokenizer: Any) -> None:
     assert streamed(model, tokenizer, PROMPTS[2]) == answers(model, tokenizer, [PROMPTS[2]])[0]
 
 
-def test_settings_that_a_model_ships_do_not_bend_greedy_answers(model: Any, tokenizer: Any) -> None:
+def test_settings_that_a_model_ships_do_not_change_greedy_answers(model: Any, tokenizer: Any) -> None:
     expected = answers(model, tokenizer)
     own = model.generation_config
     hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3, do_sample=True, top_k=3)

@@ -11,7 +11,8 @@ import numpy as np
 
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.data.batching.mixing import Mixture, shuffled
-from qlora_trainer.data.batching.packing import Example, Pack, group_rows, make_packs
+from qlora_trainer.data.batching.packing import Pack, group_rows, laid_out_tokens, make_packs
+from qlora_trainer.data.types import Example
 
 
 class Examples(Protocol):
@@ -61,6 +62,10 @@ class StepLoader:
         order = epoch_order(self.epoch_rows, self.seed, epoch)
         return order if self.mixture is None else self.mixture.epoch_rows(self.seed, epoch)[order]
 
+    def rows_of_step(self, order: np.ndarray, step: int) -> np.ndarray:
+        """Return which of `examples` a step takes, (rows,) int64, from the `order` of its epoch."""
+        return order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+
     def next(self) -> list[Pack]:
         """The packs of one optimizer step; moves the cursor."""
         packs = self.peek()
@@ -69,7 +74,7 @@ class StepLoader:
 
     def peek(self) -> list[Pack]:
         """The packs of the step to come, under the present micro_batch_tokens; the cursor stays."""
-        return self._packs(self._rows(self._order, self.step), self.micro_batch_tokens)
+        return self._packs(self.rows_of_step(self._order, self.step), self.micro_batch_tokens)
 
     def advance(self) -> None:
         """Move the cursor to the step after."""
@@ -87,11 +92,10 @@ class StepLoader:
         largest, most = self._order[:0], 0
         epoch, step, order = self.epoch, self.step, self._order
         for _ in range(steps):
-            rows = self._rows(order, step)
+            rows = self.rows_of_step(order, step)
             row_lengths = lengths[rows].tolist()
             for group in group_rows(row_lengths, self.micro_batch_tokens, self.packing):
-                laid_out = [row_lengths[index] for index in group]
-                tokens = sum(laid_out) if self.packing else len(group) * max(laid_out)
+                tokens = laid_out_tokens([row_lengths[index] for index in group], self.packing)
                 if tokens > most:
                     largest, most = rows[group], tokens
             step += 1
@@ -135,9 +139,6 @@ class StepLoader:
                 f"{self.steps_per_epoch} steps."
             )
         self._move_to(state["epoch"], state["step"])
-
-    def _rows(self, order: np.ndarray, step: int) -> np.ndarray:
-        return order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
         return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)

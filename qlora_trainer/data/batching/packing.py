@@ -62,6 +62,11 @@ def group_rows(lengths: Sequence[int], micro_batch_tokens: int, packing: bool) -
     return group_for_packing(lengths, micro_batch_tokens) if packing else _group_padded(lengths, micro_batch_tokens)
 
 
+def laid_out_tokens(lengths: Sequence[int], packing: bool) -> int:
+    """Count the tokens that one pack of rows of these lengths has, padding included."""
+    return sum(lengths) if packing else len(lengths) * max(lengths)
+
+
 def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Indices of rows by group; each group's lengths sum to at most `limit`, or it is one longer row.
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.data.batching.loader import StepLoader
-from qlora_trainer.data.batching.packing import group_rows
-from qlora_trainer.data.preparation.prepare import Prepared
+from qlora_trainer.data.batching.packing import group_rows, laid_out_tokens
 from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
 
 MOST_BINS = 12
@@ -70,61 +69,37 @@ class Overview:
         return asdict(self)
 
 
-def overview_of(
-    prepared: Prepared,
-    *,
-    global_batch_size: int,
-    micro_batch_tokens: int,
-    packing: bool,
-    can_pack: bool | None,
-    seed: int,
-) -> Overview:
-    """The prepared rows of a run in numbers, its first epoch laid out as the run will.
-
-    Args:
-        packing: what the config asks for.
-        can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
-    """
-    loader = StepLoader(prepared.train, global_batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
-    return make_overview(
-        prepared.train.lengths,
-        prepared.eval.lengths,
-        loader.order(0),
-        global_batch_size=global_batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing,
-        can_pack=can_pack,
-    )
-
-
 def make_overview(
-    train_lengths: np.ndarray,  # (rows,) tokens of each training row
-    eval_lengths: np.ndarray,
-    order: np.ndarray,  # (rows of an epoch,) which training row each place of the first epoch has
-    *,
-    global_batch_size: int,
-    micro_batch_tokens: int,
-    packing: bool,
+    loader: StepLoader,
+    train_lengths: np.ndarray,  # (training rows,) tokens of each
+    eval_lengths: np.ndarray,  # (eval rows,)
     can_pack: bool | None = True,
 ) -> Overview:
-    """All of it, in some 50 microseconds a step laid out."""
-    steps = -(-len(order) // global_batch_size)
+    """Put a run's rows in numbers, its first epoch laid out as the run will; takes some 50 microseconds a step.
+
+    Args:
+        loader: Of the training rows.
+        train_lengths: Of the rows that `loader` takes from.
+        eval_lengths: Of the rows kept for evaluation.
+        can_pack: Whether the model's attention can keep packed rows apart; None where that is not known.
+
+    Returns:
+        Lengths, and what an epoch is.
+    """
+    order, steps = loader.order(0), loader.steps_per_epoch
     looked_at = min(steps, STEPS_LAID_OUT)
-    rows_of_steps = [
-        train_lengths[order[step * global_batch_size : (step + 1) * global_batch_size]].tolist()
-        for step in range(looked_at)
-    ]
+    rows_of_steps = [train_lengths[loader.rows_of_step(order, step)].tolist() for step in range(looked_at)]
     epoch = Epoch(
         rows=len(order),
-        global_batch_size=global_batch_size,
+        global_batch_size=loader.global_batch_size,
         steps=steps,
         tokens_per_step=float(train_lengths[order].sum()) / steps,
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing and can_pack is not False,
+        micro_batch_tokens=loader.micro_batch_tokens,
+        packing=loader.packing and can_pack is not False,
         can_pack=can_pack,
-        packed=_layout(rows_of_steps, micro_batch_tokens, packing=True),
-        padded=_layout(rows_of_steps, micro_batch_tokens, packing=False),
-        fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(len(rows) * max(rows) for rows in rows_of_steps),
+        packed=_layout(rows_of_steps, loader.micro_batch_tokens, packing=True),
+        padded=_layout(rows_of_steps, loader.micro_batch_tokens, packing=False),
+        fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(laid_out_tokens(r, False) for r in rows_of_steps),
         steps_laid_out=looked_at,
     )
     return Overview(count_lengths(train_lengths, eval_lengths), epoch)
@@ -137,7 +112,7 @@ def _layout(steps: Sequence[Sequence[int]], limit: int, packing: bool) -> Layout
             of_rows = [lengths[index] for index in group]
             micro_batches += 1
             tokens += sum(of_rows)
-            computed += sum(of_rows) if packing else len(group) * max(of_rows)
+            computed += laid_out_tokens(of_rows, packing)
     return Layout(micro_batches / len(steps), tokens / computed)
 
 

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.transformers_internals import compile_chat_template, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
@@ -68,7 +68,7 @@ class ChatTemplate:
         self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
         self._variables = dict(tokenizer.special_tokens_map)
         try:
-            self._program = _compile_jinja_template(PLAIN_TEMPLATE if source is None else source)
+            self._program = compile_chat_template(PLAIN_TEMPLATE if source is None else source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"The model's chat template cannot be read: {error}.") from error
         self.written_date = self._fix_date(date)
@@ -95,9 +95,7 @@ class ChatTemplate:
         if not self._has_blocks:
             return self.text(dialogue, where), []
         try:
-            return _render_with_assistant_indices(
-                self._program, dialogue.messages, dialogue.tools, None, False, **self._variables
-            )
+            return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
         except _REFUSALS as error:
             raise self._refusal(dialogue, error, where) from error
 

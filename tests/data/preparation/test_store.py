@@ -8,11 +8,10 @@ import pyarrow as arrow
 import pytest
 
 from qlora_trainer.common.errors import DiskError
-from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation import store_writer
 from qlora_trainer.data.preparation.store import EXAMPLES_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import make_block, new_store
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
+from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion, Row
 
 ROWS: list[Row] = [
     Document("a line\u2028 and\nanother"),

@@ -12,12 +12,11 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.formats.parse import parse_record
 from qlora_trainer.data.reading.files import read_records
 from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
+from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
 
@@ -387,6 +386,7 @@ def smollm2():
     return AutoTokenizer.from_pretrained(directory, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -421,6 +421,7 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
         assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
+@pytest.mark.slow
 def test_real_completions_are_learned_whole(smollm2, shared_data):
     for _, row in parsed(shared_data("e2e/train.jsonl"))[:100]:
         example = Renderer(smollm2).render(row)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
@@ -30,7 +31,7 @@ def records_of(run: Any) -> list[tuple[float, float, float]]:
     return records
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", slow_but([0.0, 0.1], 0.1))
 def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Config, dropout: float) -> None:
     settings = {"adapter": {"dropout": dropout}, "training": {"max_steps": 4}}
     device = start_run(tiny_config("device", **settings))
@@ -42,6 +43,7 @@ def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Conf
         assert torch.equal(ours.data, theirs.data)
 
 
+@pytest.mark.slow
 def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) -> None:
     whole = start_run(tiny_config("whole"))
     records = records_of(whole)
@@ -52,7 +54,7 @@ def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) ->
     assert records_of(resumed) == records[3:]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", slow_but(["llama", "qwen3", "phi3"], "llama"))
 def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str) -> None:
     directory = tiny_models(family)
     device = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)))
@@ -66,7 +68,7 @@ def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str
     assert host.bytes == device.bytes - weight.nbytes  # half of fp32
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama_tied"])
+@pytest.mark.parametrize("family", slow_but(["gemma2", "gemma3", "llama_tied"], "gemma3"))
 def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family: str) -> None:
     """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
     directory = tiny_models(family)
