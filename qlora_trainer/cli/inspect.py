@@ -23,7 +23,7 @@ def inspect(
     Trained tokens are in color, or in brackets if the terminal has no colors.
 
     The JSON has preparation's report on the rows (sources, train, eval, train_duplicates, eval_duplicates,
-    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows of edges[i] to edges[i+1]-1 tokens;
+    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows from edge i up to below edge i+1;
     epoch: {rows, global_batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
     fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
     attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
