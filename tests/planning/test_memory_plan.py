@@ -444,6 +444,7 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
     assert bytes_of == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plans_once")
 def test_a_cuda_run_is_refused_before_its_weights_are_read(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
