@@ -17,6 +17,7 @@ import torch
 import yaml
 from marks import slow_but
 from safetensors.torch import load_file, save_file
+from spying import opened_files
 from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
@@ -35,6 +36,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
+from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -80,6 +82,26 @@ def change_tensor(base: Path, name: str, factor: float) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors[name] = tensors[name] * factor
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_run_reads_the_config_of_its_base_once(tiny_config: Config, own_base: Path) -> None:
+    """From its start to its adapter, samples and report; once more where it is resumed, and where it is evaluated."""
+
+    def train(run: Run, stop_after: int | None = None) -> None:
+        run.answer_samples("before")
+        run.train(quiet, stop_after)
+        write_run_report(run)
+
+    config = tiny_config(model={"name": str(own_base)}, training={"max_steps": 2})
+    directory = Path(config.training.output_dir)
+    for part in (
+        lambda: train(start_run(config), stop_after=1),
+        lambda: train(resume_run(directory)),
+        lambda: evaluate_trained(open_trained(directory), answers=1),
+    ):
+        with opened_files() as paths:
+            part()
+        assert paths.count(str(own_base / "config.json")) == 1
 
 
 @pytest.mark.parametrize(
