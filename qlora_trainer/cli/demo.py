@@ -1,4 +1,4 @@
-"""`qlora demo`: the command; what it does is in demo_run.py, which imports torch."""
+"""Offer `qlora demo`. What it does is in demo_run.py, which imports torch."""
 
 from pathlib import Path
 from typing import Annotated
