@@ -1,4 +1,4 @@
-"""`qlora doctor`: print what doctor_checks.py finds, and exit 1 where something is wrong."""
+"""Declare `qlora doctor`: print what doctor_checks.py finds, and exit 1 if something is wrong."""
 
 import json
 
@@ -10,7 +10,7 @@ from qlora_trainer.cli.findings import Finding
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Examine this machine: versions, devices, whether 4-bit weights come out right. Exit 1 where something is wrong.
+    """Examine this machine: versions, devices, and that 4-bit weights are right. Exit 1 if something is wrong.
 
     The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
     """

@@ -1,4 +1,4 @@
-"""`qlora inspect`: prepare the data and show it as the model will see it; show_rows.py draws."""
+"""Declare `qlora inspect`: prepare the data and show it as the model will see it; show_rows.py prints it."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,12 @@ def inspect(
     eval_set: Annotated[bool, typer.Option("--eval", help="Show eval rows instead of training rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the data as the model will see it, what became of every row, and what an epoch is.
+    """Show the data as the model will see it, what became of every row, and the size of an epoch.
 
-    Trained tokens are in color, or in brackets where there are no colors.
+    Trained tokens are in color, or in brackets if the terminal has no colors.
 
-    The JSON has what preparation tells of the rows (sources, train, eval, train_duplicates, eval_duplicates,
-    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows of edges[i] to edges[i+1]-1 tokens;
+    The JSON has preparation's report on the rows (sources, train, eval, train_duplicates, eval_duplicates,
+    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows from edge i up to below edge i+1;
     epoch: {rows, global_batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
     fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
     attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the

@@ -14,7 +14,8 @@ import torch
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
-from qlora_trainer.data.rendering.renderer import Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.forward import ForwardPlan, loss_sum

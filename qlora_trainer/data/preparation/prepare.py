@@ -1,11 +1,12 @@
-"""Data files become a prepared set: read, rendered and tokenized once, kept on disk, accounted for row by row.
+"""Prepare data files: read, render and tokenize them once, keep the result on disk, and account for every row.
 
 The cache key is the content of the files, the tokenizer with its template, and the settings that change tokens; the
-eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
-read is used, or counted in the report with the reason, or skipped, counted and listed. Leaves out: how rows become
-examples (chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
+eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row read is
+used, or counted in the report with the reason, or skipped, counted and listed. Left out: how rows become examples
+(chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
@@ -52,9 +53,10 @@ RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version
 
 @dataclass(frozen=True)
 class Prepared:
-    """`key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs.
+    """The training and eval examples of a run, and what became of the rows.
 
-    `mixture` is None where an epoch takes every training row once.
+    `key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs. `mixture` is
+    None where an epoch takes every training row once.
     """
 
     train: ExampleSet
@@ -64,7 +66,11 @@ class Prepared:
     mixture: Mixture | None = None
 
     def write_skipped_rows(self, directory: Path) -> None:
-        """List the skipped rows, where there are any, in a file of this directory."""
+        """List the skipped rows, where there are any, in a file.
+
+        Args:
+            directory: gets the file.
+        """
         if self.report.skipped_rows:
             (directory / SKIPPED_NAME).write_bytes(Path(self.report.skipped_rows).read_bytes())
 
@@ -95,15 +101,20 @@ def prepare(
 ) -> Prepared:
     """Read, render and tokenize the data of a run, or take it from the cache.
 
+    A FileMissingError or DataError says that a file or row cannot be used, or that nothing is left to train on; a
+    DiskError, that the cache cannot be written.
+
     Args:
-        max_positions: the model's longest context, which caps `config.max_length`.
+        config: what is read, and how.
+        tokenizer: the model's.
+        max_positions: the model's longest context, which caps `config.max_length`; None: nothing does.
         seed: chooses the eval rows.
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
+        progress: is called with rows read.
 
-    Raises:
-        FileMissingError, DataError: a file or row cannot be used, or nothing is left to train on.
-        DiskError: the cache cannot be written.
+    Returns:
+        Both sets, and the report.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
     maker = ChunkMaker(config, tokenizer, max_length, vocab_size)
@@ -111,13 +122,13 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    store, warnings = existing_store(directory), _date_warnings(config, date)
-    cached = store is not None
-    if store is None:
-        with new_store(directory) as writer:
+    warnings = _date_warnings(config, date)
+    cached = True
+    while (store := existing_store(directory)) is None:
+        cached = False
+        with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
-        store = ExampleStore(directory)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
     _check_usable(sources, inputs, max_length)
     train, eval_set, mixture = _split(store, inputs, config.eval, seed)
@@ -227,7 +238,7 @@ def _check_unchanged(digests: FileDigests) -> None:
 
 
 def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
-    """A set needs rows; so does each source that is mixed."""
+    """Refuse a set without rows, and a mixed source without any."""
     groups = {
         name: [source for source, item in zip(sources, inputs, strict=True) if item.for_eval == for_eval]
         for for_eval, name in ((False, "train"), (True, "eval"))
@@ -249,7 +260,7 @@ def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max
 def _split(
     store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
-    """Training and eval examples, and how the former are mixed."""
+    """Choose training and eval examples, and how the former are mixed."""
     sources = store.column("source")
     parts = [item.part for item in inputs if item.part]
     is_eval = sources >= len(parts)
@@ -264,7 +275,7 @@ def _split(
 
 
 def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
-    """Which examples are kept for evaluation, (E,) bool.
+    """Choose the examples that are kept for evaluation, (E,) bool.
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
     """
@@ -272,9 +283,8 @@ def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: 
     numbers = store.column("row_number").astype(np.float64)
     for source in range(len(parts)):
         mine = np.flatnonzero(sources == source)
-        if (
-            len(mine) and numbers[mine[0]] == numbers[mine[-1]]
-        ):  # one row: its parts get numbers between it and the next
+        is_one_row = len(mine) > 0 and numbers[mine[0]] == numbers[mine[-1]]
+        if is_one_row:  # its parts get numbers between it and the next
             numbers[mine] = numbers[mine[0]] + np.arange(len(mine)) / len(mine)
     first = np.flatnonzero(np.diff(numbers, prepend=0))  # of each of R rows, which are in order; they count from 1
     row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(numbers)))

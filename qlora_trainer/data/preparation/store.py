@@ -35,10 +35,13 @@ SCHEMA = arrow.schema(
 class ExampleStore:
     """All prepared examples of a directory, read-only.
 
+    An OSError or pyarrow.ArrowException says that a file cannot be read.
+
+    Args:
+        directory: of the store.
+
     Raises:
-        ValueError: The files are damaged or do not fit together.
-        OSError: A file cannot be read.
-        pyarrow.ArrowException: The examples are damaged in another way.
+        ValueError: the files do not fit together.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,6 +55,11 @@ class ExampleStore:
         self._columns: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
+        """Count the examples.
+
+        Returns:
+            E.
+        """
         return len(self._table)
 
     @property
@@ -67,25 +75,51 @@ class ExampleStore:
         return self._columns["lengths"]
 
     def column(self, name: str) -> np.ndarray:
-        """Return a column of numbers, (E,), copied once from the file."""
+        """Return a column of numbers, copied once from the file.
+
+        Args:
+            name: in `SCHEMA`.
+
+        Returns:
+            (E,).
+        """
         if name not in self._columns:
             self._columns[name] = self._table[name].to_numpy()
         return self._columns[name]
 
     def example(self, index: int) -> Example:
-        """Return an example as lists of Python integers."""
+        """Return an example as lists of Python integers.
+
+        Args:
+            index: from 0.
+
+        Returns:
+            The example.
+        """
         input_ids = self._table["input_ids"][index].values.to_numpy()
         trained = self._table["trained"][index].values.to_numpy(zero_copy_only=False)
         return Example(input_ids.tolist(), np.where(trained, input_ids, IGNORED_LABEL).tolist())
 
     def row(self, index: int) -> tuple[str, Row]:
-        """Return where an example's row came from, and the row."""
+        """Return an example's row, with its place.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            Where it came from, and the row.
+        """
         value = json.loads(self._table["row"][index].as_py())
         return value["where"], row_from_json(value["row"])
 
 
 class ExampleSet:
-    """Some of the prepared examples: a list of Example, with the rows that they show."""
+    """Some of the prepared examples: a list of Example, with the rows that they show.
+
+    Args:
+        store: has them.
+        indices: which, (examples of this set,) int64.
+    """
 
     def __init__(self, store: ExampleStore, indices: np.ndarray) -> None:
         self._store = store
@@ -123,16 +157,37 @@ class ExampleSet:
         return self._store.column("source")[self._indices]
 
     def row(self, index: int) -> Row:
-        """Return the row as it was read; of a long document, the part that this example holds."""
+        """Return the row as it was read; of a long document, the part that this example holds.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            The row.
+        """
         return self._store.row(int(self._indices[index]))[1]
 
     def where(self, index: int) -> str:
-        """Return the file and line that an example came from."""
+        """Return the file and line that an example came from.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            Such as "rows.jsonl, line 12".
+        """
         return self._store.row(int(self._indices[index]))[0]
 
 
 def existing_store(directory: Path) -> ExampleStore | None:
-    """Return the store prepared before, or None where there is none or it is damaged: then it is to be made anew."""
+    """Open the store that was prepared before.
+
+    Args:
+        directory: of the store.
+
+    Returns:
+        The store, or None where there is none or it is damaged: then it is to be made anew.
+    """
     try:
         return ExampleStore(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, arrow.ArrowException):

@@ -1,16 +1,13 @@
 """Write a store of prepared examples: once, as a stream, in blocks that are made elsewhere.
 
-It is written under a temporary name of its own and renamed when complete: processes that prepare the same set at the
-same time do not meet. Left out: reading it (store.py), and what an example is made of.
+It is written under a temporary name and renamed when complete. Left out: reading it (store.py), and what an example is
+made of (rendering).
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import secrets
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +16,10 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as arrow
 
-from qlora_trainer.common.atomic import sync_tree
-from qlora_trainer.common.errors import DiskError, QLoRATrainerError
+from qlora_trainer.common.atomic import disk_errors, new_directory, remove_leftovers
+from qlora_trainer.common.errors import DiskError
 from qlora_trainer.data.preparation.store import EXAMPLES_NAME, SCHEMA, SKIPPED_NAME, SUMMARY_NAME, existing_store
 from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_to_json
-
-_ABANDONED_SECONDS = 7 * 86_400  # a preparation that has written nothing for so long was killed
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 # Blocks are joined up to this size: the fewer there are, the sooner a file is opened. A bound on memory, too.
 _JOINED_BYTES = 8 << 20
@@ -35,7 +29,7 @@ def make_block(examples: Sequence[tuple[int, str, Example, Row]]) -> arrow.Recor
     """Lay some examples out in the store's columns, their source not known yet.
 
     Args:
-        examples: Each with the number of its row in the chunk, its place, and the row that it shows.
+        examples: each with the number of its row in the chunk, its place, and the row that it shows.
 
     Returns:
         One row for each, `row_number` counting within the chunk.
@@ -71,7 +65,11 @@ def _prompt_hash(ids: np.ndarray, trained: np.ndarray) -> int:
 
 
 class StoreWriter:
-    """Appends examples to the files of a new store."""
+    """Appends examples to the files of a new store.
+
+    Args:
+        directory: gets the files.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -83,9 +81,9 @@ class StoreWriter:
         """Add a chunk's examples.
 
         Args:
-            block: From `make_block`.
-            source: Index of the source that they came from.
-            first_row: Number of the chunk's first row among all rows read.
+            block: from `make_block`.
+            source: index of the source that they came from.
+            first_row: number of the chunk's first row among all rows read.
         """
         numbers = block["row_number"].to_numpy() + first_row
         sources = np.full(len(block), source, dtype=np.int32)
@@ -95,14 +93,22 @@ class StoreWriter:
             self._write_blocks()
 
     def skip(self, rows: Sequence[tuple[str, str]]) -> None:
-        """List rows that were skipped, each (where, reason)."""
+        """List rows that were skipped.
+
+        Args:
+            rows: (where, reason) of each.
+        """
         if rows:
             with (self.directory / SKIPPED_NAME).open("a", encoding="utf-8") as file:
                 for where, reason in rows:
                     file.write(json.dumps({"where": where, "reason": reason}) + "\n")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write what there is to say of the whole, after the last example."""
+        """Write the summary, after the last example.
+
+        Args:
+            summary: JSON types.
+        """
         self._write_blocks()
         self._examples.close()
         (self.directory / SUMMARY_NAME).write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -123,67 +129,32 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def new_store(directory: Path) -> Iterator[StoreWriter]:
-    """A writer whose files appear at `directory` when the block ends well.
+    """Open a writer whose files appear at `directory` when the block ends well.
 
-    They take the place of a damaged store. A sound one that another process has put there meanwhile stays: its
-    name is a hash of all that decides the content. What processes killed long ago have left next to it is removed.
+    They take the place of a damaged store. What killed processes have left of their work on any store is removed. An
+    OutputExistsError says that another process was as quick: its store holds the same, as its name is a hash of all
+    that decides the content.
+
+    Args:
+        directory: of the store.
+
+    Yields:
+        The writer.
 
     Raises:
         DiskError: the disk is full, or the directory cannot be written.
     """
-    temporary = _aside(directory, "partial")
-    _remove_abandoned(directory.parent)
     try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise _disk_error(directory, error) from error
-    try:
-        with StoreWriter(temporary) as writer:
+        _clear(directory)
+        with new_directory(directory) as work, StoreWriter(work) as writer:
             yield writer
-        sync_tree(temporary)
-        _take_place(temporary, directory)
-    except OSError as error:
-        if isinstance(error, QLoRATrainerError) or error.errno not in _DISK_ERRORS:
-            raise
-        raise _disk_error(directory, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except DiskError as error:
+        raise DiskError(f"{error} Or set XDG_CACHE_HOME to another folder, for prepared data.") from error
 
 
-def _disk_error(directory: Path, error: OSError) -> DiskError:
-    return DiskError(
-        f"Prepared data cannot be written to {directory.parent}: {error.strerror or error}. Free some space, or set "
-        "XDG_CACHE_HOME to another folder, which can be written."
-    )
-
-
-def _take_place(fresh: Path, directory: Path) -> None:
-    while True:
-        try:
-            fresh.rename(directory)
-            return
-        except OSError:
-            if not directory.exists():
-                raise
-        if existing_store(directory):
-            return
-        damaged = _aside(directory, "damaged")
-        try:
-            directory.rename(damaged)
-        except FileNotFoundError:
-            continue  # another process was as quick
-        shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _aside(directory: Path, kind: str) -> Path:
-    return directory.with_name(f".{directory.name}.{kind}-{secrets.token_hex(4)}")
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove what killed preparations have left, which may be many gigabytes and is seen by nobody."""
-    for kind in ("partial", "damaged"):
-        for left in directory.glob(f".*.{kind}-*"):
-            with contextlib.suppress(OSError):  # another process was as quick
-                newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-                if newest < time.time() - _ABANDONED_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
+def _clear(directory: Path) -> None:
+    for left in directory.parent.glob(".*.partial-*"):
+        remove_leftovers(directory.with_name(left.name[1:].rpartition(".partial-")[0]))
+    with disk_errors(directory.parent):
+        if directory.is_dir() and existing_store(directory) is None:
+            shutil.rmtree(directory)

@@ -89,7 +89,7 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
 
 
 def report(**changes: Any) -> PreparationReport:
-    source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
+    source = SourceReport("rows.jsonl", 16, 9, {"nothing to train on": 2, "too long": 1}, {"no answer": 4}, 3, 1)
     source.train, source.eval, source.epoch = 8, 1, 20
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "eval": SetReport(1, 40, 10, 40, 40, 40)}
     counts = {"train_duplicates": 2, "eval_duplicates": 1, "train_other_answers": 3, "eval_other_answers": 0}
@@ -104,7 +104,7 @@ def test_every_reason_and_count_is_put_into_words() -> None:
     assert words == {
         "rows read": "16",
         "rows used, or parts of them": "9",
-        "dropped: nothing to learn": "2",
+        "dropped: nothing to train on": "2",
         "dropped: too long": "1",
         "skipped: no answer": "4",
         "cut to at most 64 tokens": "3",

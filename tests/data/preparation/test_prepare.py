@@ -99,6 +99,21 @@ def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatc
     assert second.report.to_json() | {"cached": False} == first.report.to_json()
 
 
+def test_two_processes_that_prepare_one_set_at_the_same_time_both_get_it(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    others: list[preparation.Prepared] = []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(run(tmp_path, path))
+
+    first = run(tmp_path, path, progress=meanwhile)
+    assert first.key == others[0].key
+    assert not first.report.cached
+    assert not others[0].report.cached
+    assert len(stores(tmp_path)) == 1
+
+
 def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
@@ -282,7 +297,7 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to learn.*1 longer than"
+        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to train on.*1 longer than"
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)

@@ -1,13 +1,12 @@
 import dataclasses
 import json
-import os
 
 import datasets
 import numpy as np
 import pyarrow as arrow
 import pytest
 
-from qlora_trainer.common.errors import DiskError
+from qlora_trainer.common.errors import DiskError, OutputExistsError
 from qlora_trainer.data.preparation import store_writer
 from qlora_trainer.data.preparation.store import EXAMPLES_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import make_block, new_store
@@ -92,23 +91,28 @@ def test_any_arrow_library_opens_the_examples(tmp_path):
     assert loaded["input_ids"][:] == [example.input_ids for example in EXAMPLES]
 
 
-def test_a_failed_preparation_leaves_nothing_and_spares_what_was_there(tmp_path):
-    write_store(tmp_path / "set", {"found": 0})
+def test_a_failed_preparation_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_store(tmp_path / "set"):
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sound_store_is_not_replaced(tmp_path):
+    write_store(tmp_path / "set", {"found": 0})
+    with pytest.raises(OutputExistsError):
+        write_store(tmp_path / "set", {"found": 1})
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
     assert ExampleStore(tmp_path / "set").summary == {"found": 0}
 
 
-def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
-    old, alive = tmp_path / ".other.partial-0123abcd", tmp_path / ".another.partial-4567cdef"
-    for directory in (old, alive):
-        directory.mkdir()
-        (directory / EXAMPLES_NAME).write_bytes(b"half")
-        os.utime(directory, (0, 0))
-    os.utime(old / EXAMPLES_NAME, (0, 0))
-    write_store(tmp_path / "set")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
+def test_what_killed_preparations_left_is_removed_and_the_work_of_living_ones_is_not(tmp_path):
+    left = tmp_path / ".other.partial-0123abcd"
+    left.mkdir()
+    (left / EXAMPLES_NAME).write_bytes(b"half")
+    with new_store(tmp_path / "another"):
+        (alive,) = tmp_path.glob(".another.partial-*")
+        write_store(tmp_path / "set")
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
 
 
 def test_a_cache_that_is_a_file_is_a_message(tmp_path):
@@ -124,16 +128,22 @@ def test_an_empty_store_is_readable(tmp_path):
     assert len(store) == len(store.lengths) == len(store.column("digest")) == 0
 
 
-def test_two_processes_that_write_one_store_do_not_meet(tmp_path):
-    """The second to end finds the first one's store, which holds the same, and leaves it to those who read it."""
-    with new_store(tmp_path / "set") as first:
-        first.finish({"made by": "first"})
-        write_store(tmp_path / "set", {"made by": "second"})
-        reading = ExampleSet(ExampleStore(tmp_path / "set"), np.arange(3))
+def test_of_two_processes_that_write_one_store_the_second_to_end_finds_the_first(tmp_path):
+    """The first one's store, which holds the same, is left to those who read it."""
+    readers = []
+
+    def write_meanwhile() -> None:
+        with new_store(tmp_path / "set") as writer:
+            writer.finish({"made by": "the second to end"})
+            write_store(tmp_path / "set", {"made by": "the first to end"})
+            readers.append(ExampleSet(ExampleStore(tmp_path / "set"), np.arange(3)))
+
+    with pytest.raises(OutputExistsError):
+        write_meanwhile()
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
-    assert ExampleStore(tmp_path / "set").summary == {"made by": "second"}
-    assert reading.row(2) == ROWS[2]
-    assert reading[1] == EXAMPLES[1]
+    assert ExampleStore(tmp_path / "set").summary == {"made by": "the first to end"}
+    assert readers[0].row(2) == ROWS[2]
+    assert readers[0][1] == EXAMPLES[1]
 
 
 def test_a_damaged_store_is_replaced(tmp_path):

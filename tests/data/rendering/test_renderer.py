@@ -12,10 +12,11 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.formats.parse import parse_record
+from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import read_records
-from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
+from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
@@ -35,7 +36,7 @@ def one(renderer: Renderer, row: Any) -> Rendered:
 
 def parsed(path) -> list[tuple[str, Any]]:
     records: list[tuple[str, Any]] = list(read_records(path))
-    return [(where, parse_record(record, "auto", {}, where)) for where, record in records]
+    return [(where, RecordReader("auto", {}, {}).read(record, where)) for where, record in records]
 
 
 def expected_answers(family: str, messages: tuple[Message, ...]) -> list[str]:
@@ -62,10 +63,10 @@ def test_trained_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind
 
 
 @pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
-def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
+def test_training_on_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
     tokenizer = tiny_tokenizer("llama3")
     completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
-    row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
+    row = RecordReader("auto", {}, {}).read({"prompt": prompt, "completion": completion}, "row 1")
     example = Renderer(tokenizer, train_on="all").render(row)
     start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
     assert example.labels[start:] == example.input_ids[start:]
@@ -150,7 +151,7 @@ def test_text_around_a_spelled_control_token_keeps_its_tokens(kind):
     assert ids[-4:] == plain[-4:]
 
 
-def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
+def test_qwen3_trains_the_last_turn_where_earlier_reasoning_is_dropped():
     tokenizer = tiny_tokenizer("qwen3")
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
     rendered = one(Renderer(tokenizer), row)
@@ -204,7 +205,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused_by_number():
 def test_excluded_turns_that_the_template_hides_are_refused():
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "two")
     row = Conversation((row.messages[0], Message("assistant", row.messages[1].content, learn=False), *row.messages[2:]))
-    with pytest.raises(DataError, match="excludes turns from learning"):
+    with pytest.raises(DataError, match="excludes turns from training"):
         Renderer(tiny_tokenizer("qwen3"), "all").render(row)
 
 
@@ -214,7 +215,7 @@ def test_roles_that_do_not_alternate_are_refused_in_the_templates_words():
         Renderer(tiny_tokenizer("mistral")).render(row)
 
 
-def test_learn_last_and_all_and_the_rows_own_wishes():
+def test_last_and_all_and_the_rows_own_wishes():
     tokenizer = tiny_tokenizer("smollm2")
     row = chat("a", "b", "c", "d")
     assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(row)) == ["d<|im_end|>"]
@@ -230,14 +231,14 @@ def test_learn_last_and_all_and_the_rows_own_wishes():
     assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
 
 
-def test_blank_answers_are_never_learned_and_a_row_of_them_is_dropped():
+def test_blank_answers_are_never_trained_and_a_row_of_them_is_dropped():
     tokenizer = tiny_tokenizer("smollm2")
     assert trained_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
     for row in (chat("a", ""), PromptCompletion("a", " \n"), Document("\n")):
         rendered = one(Renderer(tokenizer), row)
         assert rendered.examples == []
         assert rendered.dropped is not None
-        assert "nothing to learn" in rendered.dropped
+        assert "nothing to train on" in rendered.dropped
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -396,7 +397,7 @@ def smollm2():
         "gsm8k/test.jsonl",
     ],
 )
-def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
+def test_real_rows_train_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
     renderer = Renderer(smollm2, max_length=10**6)
     for where, row in parsed(shared_data(name))[:300]:
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
@@ -405,7 +406,7 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
-def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
+def test_real_rows_that_call_tools_train_their_calls_and_answers(shared_data, family):
     tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
     assert facts.call is not None
     renderer = Renderer(tokenizer, max_length=10**6)
@@ -422,7 +423,7 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
 
 
 @pytest.mark.slow
-def test_real_completions_are_learned_whole(smollm2, shared_data):
+def test_real_completions_are_trained_whole(smollm2, shared_data):
     for _, row in parsed(shared_data("e2e/train.jsonl"))[:100]:
         example = Renderer(smollm2).render(row)
         assert trained_texts(smollm2, example) == [row.completion + "<|im_end|>"]
