@@ -15,10 +15,10 @@ from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.evaluate import evaluate
 from qlora_trainer.cli.generate import generate
 from qlora_trainer.cli.inspect import inspect
-from qlora_trainer.cli.merge import merge
+from qlora_trainer.cli.merge import merge_command
 from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quantize import quantize
-from qlora_trainer.cli.train import resume, train
+from qlora_trainer.cli.train import resume, train_command
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 from qlora_trainer.common.machine import is_wsl
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
@@ -29,19 +29,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
-for command in (
-    train,
+for command in (  # as --help lists them; what the library has under the name of a command ends in _command here
+    train_command,
     resume,
     evaluate,
     generate,
-    merge,
+    merge_command,
     inspect,
     plan,
     quantize,
     doctor,
     demo,
-):  # as --help lists them
-    app.command()(command)
+):
+    app.command(command.__name__.removesuffix("_command"))(command)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class MergeBaseChoice(StrEnum):
     original = "original"
 
 
-def merge(
+def merge_command(
     run_dir: RunDirectory,
     output: Annotated[Path, typer.Option(help="A new or empty directory for the merged model.")],
     dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,

@@ -70,7 +70,7 @@ def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
 
 
 def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
-    """Print one row as the model sees it; `row_to_json` raises DataError if there is no such row.
+    """Print one row as the model sees it; `describe_row` raises DataError if there is no such row.
 
     Args:
         tokenizer: decodes the row's tokens.
@@ -78,7 +78,7 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
         index: of the row, from 0.
         name: of the set, for the header.
     """
-    row = row_to_json(tokenizer, examples, index, name)
+    row = describe_row(tokenizer, examples, index, name)
     header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
     console.rule(Text(_visible(header)), align="left")
     has_color = console.color_system is not None and not console.no_color
@@ -104,7 +104,7 @@ def legend() -> Text:
     return Text("⟦trained⟧ and read only" if _is_unicode() else "[[trained]] and read only")
 
 
-def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
+def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
     """Describe a row by its tokens, and by its text in spans that are trained or not.
 
     Args:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
 
 
-def train(
+def train_command(
     config: Annotated[Path, typer.Argument(help="A YAML config; configs/ has examples.")], overrides: Overrides = None
 ) -> None:
     """Fine-tune a model: load the base in 4 bits, train adapters, evaluate, save checkpoints, write the report."""

@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE_TENSORS = "trainer_state.safetensors"
 STATE_JSON = "trainer_state.json"
-MAX_JSON_BYTES = 64 * 2**20
+MAX_CHECKPOINT_JSON_BYTES = 64 * 2**20
 
 _STEP = re.compile(r"step-(\d+)(\.replaced)?")
 
@@ -228,8 +228,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object; CheckpointError if it is missing, too large or anything else."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read.")
+    if (size := path.stat().st_size) > MAX_CHECKPOINT_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_CHECKPOINT_JSON_BYTES} that are read.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8

@@ -29,7 +29,7 @@ from qlora_trainer.common.hashing import bytes_sha256
 from qlora_trainer.weights.reading import changed, read_tensor, unreadable
 from qlora_trainer.weights.tensors import TensorInfo, tensors_of_file
 
-ALIGNMENT = 4096  # of addresses and lengths, in files and memory: what any disk's blocks divide
+_ALIGNMENT = 4096  # of addresses and lengths, in files and memory: what any disk's blocks divide
 PIECE_BYTES = 2**22  # read and hashed at a time; a smaller tensor is mapped, and takes none of this module's memory
 LARGEST_KEPT = 2**27  # memory for a tensor larger than this is not kept for the next one
 
@@ -69,7 +69,7 @@ class DirectReader:
             self.__exit__()
             self._file = _File(info.file)
         self._file.check(info)
-        lead = info.offset % ALIGNMENT  # bytes before the tensor that are read with it
+        lead = info.offset % _ALIGNMENT  # bytes before the tensor that are read with it
         end = lead + info.nbytes
         memory = self._memory.take(_aligned(end))
         window = memory.numpy().data
@@ -115,7 +115,7 @@ class _File:
         try:
             while done < len(memory) and (count := self._read(memory[done:], offset + done)):
                 done += count
-                if self.is_direct and done % ALIGNMENT:
+                if self.is_direct and done % _ALIGNMENT:
                     if offset + done >= self.size:
                         break
                     self._read_through_the_cache()  # it gave less than a block, and cannot go on from there
@@ -174,4 +174,4 @@ def _new_block(size: int) -> mmap.mmap:
 
 
 def _aligned(size: int) -> int:
-    return -(size // -ALIGNMENT) * ALIGNMENT
+    return -(size // -_ALIGNMENT) * _ALIGNMENT

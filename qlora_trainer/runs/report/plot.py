@@ -19,7 +19,7 @@ MAX_DRAWN_POINTS = 600
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """Hold one curve. `style` is its class in the style sheet: first, faint (the unsmoothed curve), or second."""
 
     name: str
@@ -28,7 +28,7 @@ class Line:
     marks: bool = False  # a dot at each point, for curves of few points
 
 
-def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int = 560) -> str:
+def draw_plot(lines: Sequence[PlotLine], *, label: str, from_zero: bool, width: int = 560) -> str:
     """Draw curves over steps.
 
     Args:
@@ -219,7 +219,7 @@ def _vertical(tick: float, x: float) -> str:
 
 def _curve(
     points: Sequence[tuple[int, float | None]],
-    line: Line,
+    line: PlotLine,
     x_of: Callable[[float], float],
     y_of: Callable[[float], float],
 ) -> list[str]:

@@ -47,7 +47,7 @@ from qlora_trainer.weights.gguf.reader import (
     READ_ERRORS,
     ImportedTensor,
     StoredTensor,
-    examine,
+    examine_values,
 )
 
 FOLDER = (
@@ -205,7 +205,7 @@ def _examine_tensors(
         translation = translations[source.name]
         shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp lists the fastest dimension first
         stored = StoredTensor(source.name, source.tensor_type.name, shape, int(source.data_offset))
-        found = examine(stored, file, translation.convert)
+        found = examine_values(stored, file, translation.convert)
         if found.shape != translation.shape:
             raise ModelError(
                 f"Tensor {source.name} has shape {found.shape}, but the model's {translation.name} has "

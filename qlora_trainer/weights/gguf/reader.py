@@ -231,7 +231,7 @@ class Examined:
     highest: float
 
 
-def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
+def examine_values(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
     """Read every value of a tensor, and compare its layout with the checkpoint's, which `convert` makes.
 
     Embeddings and LM heads can be too large to convert whole, so only their first rows are converted: llama.cpp
