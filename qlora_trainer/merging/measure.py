@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     CheckpointError,
     DataError,
@@ -179,7 +180,7 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
         "model.lm_head": "dense",
         "model.embeddings": "device",
     }
-    loaded = load_base_model(run.directory, run.trained.config.replace(as_merged).model, progress)
+    loaded = load_base_model(run.directory, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model

@@ -35,7 +35,7 @@ from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.modules.nf4_linear import is_linear
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, read_tensor, same_values
+from qlora_trainer.weights.reading import read_rows, same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
 WORKING_BYTES = 2**30  # activations of a pass, roughly
@@ -72,7 +72,7 @@ class StreamedMatrix(nn.Parameter):
     ) -> Tensor:
         """Some of its rows, read from the checkpoint, of a matrix that was not 4-bit in training."""
         assert isinstance(self.source, TensorInfo), "embeddings and LM heads are dense"
-        read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
+        read = self.source.read(index) if isinstance(index, slice) else read_rows(self.source, index)
         return read.to(self.device).to(dtype)
 
     @contextlib.contextmanager
@@ -250,7 +250,7 @@ def _read(source: Source, device: torch.device) -> Tensor:
     """The whole tensor in fp32."""
     if isinstance(source, TrainedWeight):
         return source.dense(device)
-    return read_tensor(source).to(device).float()
+    return source.read().to(device).float()
 
 
 def _absent(shape: torch.Size, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from qlora_trainer.adapters.inject import (
     trainable_parameters,
 )
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
@@ -35,7 +36,7 @@ Models = Callable[[str], Path]
 
 
 def base_model(directory: Path) -> Any:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)), user_cache()).model
 
 
 def randomise(model: Any) -> None:

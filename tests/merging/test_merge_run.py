@@ -40,7 +40,6 @@ from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trai
 from qlora_trainer.training.evaluation import answer_questions, questions
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
 
@@ -351,7 +350,7 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
+    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 @pytest.mark.parametrize("trained_on", ["original", "prequantized"])
