@@ -1,1 +1,1 @@
-"""What the project claims, one command each, next to its peers in the same run."""
+"""Measure what the project claims, one command each, against its peers in the same run."""

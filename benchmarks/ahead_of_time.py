@@ -1,8 +1,9 @@
-"""The Triton kernels compiled for cards that are not here: registers, stack, spills, shared memory, instructions.
+"""Compile the Triton kernels for cards that are not here: registers, stack, spills, shared memory, instructions.
 
 Each case is a kernel as a launch would compile it: the dtypes of its pointers, integers that are multiples of 16 said
-to be so (else a compile shows spills that a launch would not have), the options of the launch. What the code promises
-next to its results is said with it: two roundings where bits are compared, tensor cores where there is a product.
+to be so (else a compile shows spills that a launch would not have), the options of the launch. With each case is
+reported what the code promises besides results: two roundings where bits are compared, tensor cores where there is a
+product.
 
 Needs triton, which brings NVIDIA's assembler, and no GPU. Must not share a process with Triton's interpreter.
 """
@@ -26,7 +27,7 @@ TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as one launch compiles it."""
+    """Hold a kernel as one launch compiles it."""
 
     kernel: Any
     signature: Mapping[str, str]  # argument -> "*fp32", "i64", ...
@@ -41,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of it."""
+    """Hold what the compiler made of it."""
 
     registers: int  # a thread
     stack: int  # bytes a thread
@@ -81,11 +82,11 @@ def compile_ahead(case: Case, architecture: int) -> Compiled:
         path = Path(directory) / "kernel.ptx"
         path.write_text(made.asm["ptx"])
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target}", str(path), "-o", os.devnull]
-        reported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stack, stores, loads = _numbers(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reported
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output
     )
-    (registers,) = _numbers(r"Used (\d+) registers", reported)
+    (registers,) = _numbers(r"Used (\d+) registers", output)
     return Compiled(registers, stack, stores + loads, made.metadata.shared, made.asm["ptx"])
 
 
@@ -96,7 +97,7 @@ def _numbers(pattern: str, text: str) -> list[int]:
 
 
 def cases() -> dict[str, Case]:
-    """Every kernel, as the largest layers of a 7B launch it, by name."""
+    """List every kernel, as the largest layers of a 7B launch it, by name."""
     return {**_dequantize(), **_multiply_few(), **_norm(), **_gated(), **_rotate()}
 
 

@@ -1,4 +1,4 @@
-"""What comparisons with peft + bitsandbytes share: the rows of our steps, and that peer's model and step.
+"""Share what comparisons with peft + bitsandbytes need: the rows of our steps, and that peer's model and step.
 
 The peer is what its documentation shows: transformers' 4-bit loading, prepare_model_for_kbit_training, an adapter,
 rows padded on the right with an attention mask, and the model's own loss: the mean over the label tokens of the batch.
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Tokens, and labels not shifted: -100 where nothing is trained."""
+    """Hold tokens, and labels not shifted: -100 where nothing is trained."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def rows_of_step(run: "Run", step: int) -> list[Row]:
-    """The rows that our loader gives the step of this 0-based index, in its order."""
+    """Return the rows that our loader gives the step of this 0-based index, in its order."""
     training = run.config.training
     epoch, within = divmod(step, run.state.loader.steps_per_epoch)
     chosen = run.state.loader.order(epoch)[
@@ -37,7 +37,7 @@ def rows_of_step(run: "Run", step: int) -> list[Row]:
 
 
 def plain_checkpoint(directory: Path, output: Path) -> Path:
-    """A model directory that transformers can open: `directory`, or, where that represents a GGUF file, a copy."""
+    """Return a model directory that transformers can open: `directory`, or a copy of it where that is a GGUF import."""
     from qlora_trainer.weights.gguf.reader import IMPORT_RECORD
     from qlora_trainer.weights.model_directory import ModelDirectory
     from qlora_trainer.weights.shard_writer import ShardWriter
@@ -63,7 +63,7 @@ def load_peer(
     device: str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A model directory in NF4 by transformers and bitsandbytes, quantized from `dtype`, and PEFT's adapter on it."""
+    """Load a base in NF4 by transformers and bitsandbytes, quantized from `dtype`, and PEFT's adapter on it."""
     from peft import PeftModel, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -95,7 +95,7 @@ def peer_step(
     max_grad_norm: float,
     device: str = "cpu",
 ) -> float:
-    """One optimizer step on `rows` as one padded batch; returns the loss."""
+    """Take one optimizer step on `rows` as one padded batch; returns the loss."""
     input_ids, labels, mask = (tensor.to(device) for tensor in padded(rows))
     with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
         loss = model(input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
@@ -109,7 +109,7 @@ def peer_step(
 
 
 def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Right-padded (B, T) token ids, labels and attention mask."""
+    """Pad on the right: (B, T) token ids, labels and attention mask."""
     width = longest(rows)
     ids = torch.zeros((len(rows), width), dtype=torch.int64)
     labels = torch.full_like(ids, -100)
@@ -123,5 +123,5 @@ def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def longest(rows: Iterable[Row]) -> int:
-    """Tokens of the longest row."""
+    """Count the tokens of the longest row."""
     return max(len(row.input_ids) for row in rows)

@@ -1,8 +1,8 @@
-"""The contenders of cpu_training.py and gpu.py, one a process: `python -m benchmarks.contenders NAME JOB RESULT`.
+"""Run a contender of cpu_training.py or gpu.py in a process: `python -m benchmarks.contenders NAME JOB RESULT`.
 
-`ours` goes first: it writes the rows of each step, tokenized, with the learning rate, and the adapter it starts from;
+`ours` runs first: it writes the rows of each step, tokenized, with the learning rate, and the adapter it starts from;
 the others read them. JOB and RESULT are JSON files. Peak memory is counted from the beginning of the first step, so
-that loading a model, which takes a moment's memory of its own, is left out; Linux tells it, and on a GPU torch, which
+that loading a model, which takes a moment's memory of its own, is left out; Linux reports it, and on a GPU torch, which
 does not see what an optimizer pages. The library of one contender is imported in its own function: in the process of
 another it would count as that one's memory.
 """
@@ -27,7 +27,7 @@ MAX_LENGTH = 1024  # tokens of a row: TRL's default
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all contenders do."""
+    """Hold what all contenders do."""
 
     model: str
     rows: str
@@ -40,7 +40,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What `ours` found out and the others need."""
+    """Hold what `ours` found and the others need."""
 
     model: str  # directory of safetensors
     adapter: str  # directory of the initial adapter in PEFT's format
@@ -52,7 +52,7 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a contender measured."""
+    """Hold what a contender measured."""
 
     losses: list[float]  # of each step
     seconds: list[float]  # of each step
@@ -64,7 +64,7 @@ class Result:
 
 
 class Meter:
-    """Losses and seconds of the steps, and the peak of memory in them. Make it when the model is loaded."""
+    """Record losses and seconds of the steps, and the peak of memory in them. Make it when the model is loaded."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -103,13 +103,13 @@ class Meter:
 
 
 def cpu_seconds() -> float:
-    """Of this process so far, user and system, over all threads."""
+    """Return this process's processor time so far, user and system, over all threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def ours(job: Job, activations: str) -> Result:
-    """A run of ours at its defaults, but for the model, rows, rank and steps; writes what the others need."""
+    """Train a run of ours at its defaults, but for the model, rows, rank and steps; writes what the others need."""
     from qlora_trainer.config.load import make_config
     from qlora_trainer.runs.checkpoint import newest_checkpoint
     from qlora_trainer.runs.start import start_run
@@ -147,7 +147,7 @@ def ours(job: Job, activations: str) -> Result:
 
 
 def hand_written_loop(job: Job) -> Result:
-    """peft + bitsandbytes in twenty lines: padded batches, gradient checkpointing, a paged optimizer."""
+    """Train by peft + bitsandbytes in twenty lines: padded batches, gradient checkpointing, a paged optimizer."""
     shared = _read_shared(job)
     source = getattr(torch, shared.source_dtype)
     where = {"device": job.device, "compute_dtype": getattr(torch, _dtype(job))}
@@ -157,7 +157,7 @@ def hand_written_loop(job: Job) -> Result:
 
 
 def unsloth(job: Job) -> Result:
-    """Unsloth as its documentation shows it, on our rows in our order, from an adapter of its own."""
+    """Train by Unsloth as its documentation shows it, on our rows in our order, from an adapter of its own."""
     from unsloth import FastLanguageModel
 
     shared = _read_shared(job)
@@ -185,7 +185,7 @@ def _padded_loop(model: Any, job: Job, shared: Shared, settings: str) -> Result:
 
 
 def trl(job: Job) -> Result:
-    """TRL's SFTTrainer at its defaults, given NF4 with double quantization, LoRA, and our rows in our order."""
+    """Train by TRL's SFTTrainer at its defaults, given NF4 with double quantization, LoRA, and our rows in order."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainerCallback

@@ -1,4 +1,4 @@
-"""What computes on a CPU, next to what it replaces: NF4 in elements a second, dense products in FLOP/s, in one run.
+"""Measure what computes on a CPU against what it replaces: NF4 in elements a second, dense products in FLOP/s.
 
     python -m benchmarks.cpu_kernels [--rows 4096] [--columns 14336] [--tokens 1024] [--repeats 7]
 
@@ -29,7 +29,7 @@ SHAPES = [(576, 1536), (4096, 4096), (4096, 11008), (4096, 16), (16, 4096)]  # i
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The median; the first call warms up."""
+    """Return the median time; the first call warms up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -77,8 +77,8 @@ def measure_nf4(rows: int, columns: int, repeats: int) -> bool:
         "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
         "ours, in its workspace": lambda: our_values(ours, out),
     }
-    for reported, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
-        print(f"NF4, {rows} x {columns}, {reported}: G elements a second")
+    for direction, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
+        print(f"NF4, {rows} x {columns}, {direction}: G elements a second")
         rates = {name: weight.numel() / seconds(function, repeats) / 1e9 for name, function in contenders.items()}
         for name, rate in rates.items():
             print(f"  {name:26}{rate:8.3f}{rate / rates['ours']:8.3f} times ours")

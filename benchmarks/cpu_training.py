@@ -1,4 +1,4 @@
-"""Useful tokens a second and peak private memory on a CPU: ours, a hand-written peft + bitsandbytes loop, and TRL.
+"""Measure trained tokens a second and peak private memory on a CPU: ours, a peft + bitsandbytes loop, and TRL.
 
     python -m benchmarks.cpu_training MODEL ROWS [--steps N] [--batch-size N] [--rank R] [--threads N]
                                       [--allocator returning|default] [--trl-python PYTHON] [--without NAME ...]
@@ -7,7 +7,7 @@ All three learn the same label tokens of the same rows in the same steps, on the
 linear layer, each in a process of its own. Ours and the loop compute in fp32 from the same adapter at the same learning
 rates, so their losses must agree: the command fails where they differ by more than 1e-3, relatively. TRL runs at its
 defaults, which compute in bf16 and train bf16 adapters at another rate; its losses are shown and not judged. TRL is no
-part of this project: `--trl-python` names an interpreter that has it next to the same torch, transformers, peft and
+part of this project: `--trl-python` names an interpreter that has it and the same torch, transformers, peft and
 bitsandbytes; where it is missing the command says so and goes on.
 
 Useful tokens are those of rows; padding is computed and not counted. Time is that of all steps but the first, which
@@ -52,7 +52,7 @@ def measure(name: str, job: Job, python: str, environment: Mapping[str, str]) ->
 
 
 def child_environment(threads: int, allocator: str) -> dict[str, str]:
-    """The environment of every contender."""
+    """Return the environment of every contender."""
     root = str(Path(__file__).resolve().parent.parent)  # for an interpreter in which this project is not installed
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return {
@@ -67,23 +67,23 @@ def child_environment(threads: int, allocator: str) -> dict[str, str]:
 
 
 def has_trl(python: str) -> bool:
-    """Whether that interpreter finds TRL."""
+    """Return True if that interpreter finds TRL."""
     command = [python, "-c", "import importlib.util, sys; sys.exit(importlib.util.find_spec('trl') is None)"]
     return subprocess.run(command).returncode == 0
 
 
 def rate(tokens: list[int], seconds: list[float]) -> float:
-    """Tokens a second, the first step left out."""
+    """Compute tokens a second, the first step left out."""
     return sum(tokens[1:]) / sum(seconds[1:])
 
 
 def largest_difference(result: Result, peer: Result) -> float:
-    """Of the steps' losses, relative to the peer's."""
+    """Compute the largest difference of the steps' losses, relative to the peer's."""
     return max(abs(one - other) / other for one, other in zip(result.losses, peer.losses, strict=True))
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """One line a contender, next to the hand-written loop where that was measured."""
+    """Write one line a contender, relative to the hand-written loop where that was measured."""
     cells = [
         ["", "useful", "times", "with", "useful per", "peak private", "times", "losses'"],
         ["", "tokens/s", "the loop", "padding", "core-second", "memory", "the loop", "difference"],

@@ -156,12 +156,13 @@ def cpu_seconds() -> float:
 def conversations(path: str) -> Iterator[list[dict[str, str]]]:
     """The real rows as chat messages."""
     from qlora_trainer.common.errors import DataError
-    from qlora_trainer.data.formats.parse import parse_record
+    from qlora_trainer.data.formats.parse import RecordReader
     from qlora_trainer.data.reading.files import open_source
     from qlora_trainer.data.types import Conversation
 
+    reader = RecordReader("auto", {}, {})
     for where, record in open_source(path).records():
-        row = record if isinstance(record, DataError) else parse_record(record, "auto", {}, where)
+        row = record if isinstance(record, DataError) else reader.read(record, where)
         if not isinstance(row, Conversation):
             raise SystemExit(f"{where} is no conversation; name a file of chat, ShareGPT or Alpaca rows.")
         yield [{"role": message.role, "content": message.content} for message in row.messages]

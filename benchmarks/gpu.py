@@ -1,4 +1,4 @@
-"""On a GPU: tokens a second and peak memory of ours and its peers, and our kernels next to what the card can do.
+"""Measure on a GPU: tokens a second and peak memory of ours and its peers, and our kernels against the card's best.
 
     python -m benchmarks.gpu [MODEL ROWS] [--steps N] [--batch-size N] [--rank R] [--without NAME ...] [--dry-run]
 
@@ -8,7 +8,7 @@ peft + bitsandbytes start from the same adapter; their losses are shown side by 
 Useful tokens leave padding out; the first step, which warms up, is left out. Peak memory is what torch reserved from
 the first step on; what an optimizer pages is not in it, for anyone.
 
-Always: each kernel on a layer's tensors of a 7B, next to what it replaces, in bytes a second of the card's own copying,
+Always: each kernel on a layer's tensors of a 7B, and what it replaces, in bytes a second of the card's own copying,
 and the projection over a 4-bit weight in FLOP/s of the card's own bf16 product. The kernels' bytes are counted
 (benchmarks.kernels). The time is the card's alone, by CUDA events: the card sleeps until all calls are launched, since
 launching one from Python takes longer than a fast kernel; and calls take copies of their inputs in turn, as many as no
@@ -34,9 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
 from benchmarks.contenders import MAX_LENGTH, ON_GPU, Job, Result
@@ -44,6 +42,7 @@ from benchmarks.cpu_training import child_environment, measure, rate
 from benchmarks.kernels import Work
 from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.torch_internals import FakeTensorMode, leaves, sleep_on_device
 
 ROUNDS, WARM_UP = 10, 3  # the first compile and warm up
 MOST_COPIES = 32  # the launches of a round must fit the queue of a card, about a thousand
@@ -54,7 +53,7 @@ ASSUMED = kernels.CARDS["RTX 4090"]  # of a dry run
 
 @dataclass(frozen=True)
 class Roofs:
-    """What a card does at best."""
+    """Hold what a card does at best."""
 
     name: str
     bandwidth: float  # bytes a second
@@ -63,7 +62,7 @@ class Roofs:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the kernels' table."""
+    """Hold one line of the kernels' table."""
 
     name: str
     seconds: float
@@ -71,12 +70,12 @@ class Line:
     flops: int = 0
 
     def share(self, roofs: Roofs) -> float:
-        """Of what the card does at best."""
+        """Compute the share of what the card does at best."""
         return max(self.bytes / roofs.bandwidth, self.flops / roofs.flops) / self.seconds
 
 
 def seconds_of(work: Work, device: str) -> float:
-    """The median time of a computation on random tensors, or of its backward, none of them in the card's cache."""
+    """Time a computation on random tensors, or its backward, none of them in the card's cache: the median."""
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in work.inputs)
     copies = [
         [_random(shape, dtype, device) for shape, dtype in work.inputs]
@@ -95,7 +94,7 @@ def seconds_of(work: Work, device: str) -> float:
             return [functools.partial(forward, tensors) for tensors in copies]
         calls = []
         for tensors in copies:
-            outputs = [tensor for tensor in tree_leaves(work.function(*tensors)) if tensor.requires_grad]
+            outputs = [tensor for tensor in leaves(work.function(*tensors)) if tensor.requires_grad]
             grads = [torch.ones_like(output) for output in outputs]
             for tensor in tensors:
                 tensor.grad = None
@@ -106,17 +105,17 @@ def seconds_of(work: Work, device: str) -> float:
 
 
 def card_cache() -> int:
-    """Bytes of the card's largest cache."""
+    """Return the bytes of the card's largest cache."""
     return torch.cuda.get_device_properties("cuda").L2_cache_size
 
 
 def copies_beyond(cache: int, size: int) -> int:
-    """Copies of inputs of `size` bytes, so many that between two uses of one the others fill the cache twice over."""
+    """Count copies of inputs of `size` bytes, so many that between two uses of one the others fill the cache twice."""
     return min(1 + math.ceil(2 * cache / size), MOST_COPIES)
 
 
 def median_seconds(prepared: Callable[[], Calls]) -> float:
-    """The median over rounds of the card's time for a call; each round makes its calls anew, so backward can be one."""
+    """Take the median over rounds of the card's time for a call; calls are made anew, so backward can be one."""
     for _ in range(WARM_UP):
         for call in prepared():
             call()
@@ -124,12 +123,12 @@ def median_seconds(prepared: Callable[[], Calls]) -> float:
 
 
 def _seconds_a_call(prepared: Callable[[], Calls]) -> float:
-    """The card's time for a round's calls, divided by their number. It sleeps while the processor launches them."""
+    """Divide the card's time for a round's calls by their number. It sleeps while the processor launches them."""
     for cycles in SLEEPS:
         calls = prepared()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        torch.cuda._sleep(cycles)
+        sleep_on_device(cycles)
         begin.record()
         for call in calls:
             call()
@@ -152,7 +151,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
 
 
 def works() -> dict[str, tuple[Work, int, int]]:
-    """By name: a computation, the bytes that it moves, its arithmetic. One of bytes and FLOPs is the bound."""
+    """List computations by name, with the bytes that each moves and its arithmetic. One of the two is the bound."""
     found = {}
     for name, operation in kernels.operations().items():
         for which, work in {"ours": operation.ours, **operation.others}.items():
@@ -172,7 +171,7 @@ def works() -> dict[str, tuple[Work, int, int]]:
 
 
 def roofs_here() -> Roofs:
-    """This card's own copying and its own product of large matrices."""
+    """Measure the card's own copying and its own product of large matrices."""
     copy = Work(torch.clone, [((2**28,), torch.bfloat16)])
     side = 8192
     product = Work(torch.matmul, [((side, side), torch.bfloat16)] * 2)
@@ -208,7 +207,7 @@ def print_kernels(roofs: Roofs, lines: list[Line]) -> None:
 
 
 def contenders(without: list[str]) -> list[str]:
-    """Whom to measure."""
+    """Choose whom to measure."""
     names = [name for name in ON_GPU if name not in without]
     if "Unsloth" in names and importlib.util.find_spec("unsloth") is None:
         print("Unsloth is left out: it is not installed here.")
@@ -217,7 +216,7 @@ def contenders(without: list[str]) -> list[str]:
 
 
 def train(job: Job, names: list[str]) -> dict[str, Result | None]:
-    """What each measured; None where it failed, which `measure` has reported."""
+    """Run each contender; None where it failed, which `measure` has reported."""
     environment = child_environment(torch.get_num_threads(), "default")
     results: dict[str, Result | None] = {}
     for name in names:
@@ -240,7 +239,7 @@ def print_training(results: Mapping[str, Result | None]) -> None:
 
 
 def planned(model: Path, rank: int) -> dict[str, int]:
-    """Bytes that a step of one row of MAX_LENGTH tokens reserves, by plan."""
+    """Plan the bytes that a step of one row of MAX_LENGTH tokens reserves."""
     from benchmarks.peer_memory import plan_peer
     from qlora_trainer.config.load import make_config
     from qlora_trainer.planning.memory_plan import plan_memory

@@ -1,4 +1,4 @@
-"""What our kernels take of a card, what they move, and what a step of a 7B can be at best: computed, not measured.
+"""Compute what our kernels take of a card, what they move, and what a step of a 7B can be at best.
 
     python -m benchmarks.kernels [matrix|bytes|roofline]
 
@@ -39,7 +39,7 @@ DEQUANTIZING, FEW_TOKENS = "NF4 -> bf16, 4,096 x 11,008", "the same times one to
 
 @dataclass(frozen=True)
 class Card:
-    """Published figures."""
+    """Hold published figures."""
 
     bandwidth: float  # bytes a second
     multiprocessors: int
@@ -66,7 +66,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Work:
-    """A computation: a function of tensors, or the backward that gives the first so many of them a gradient."""
+    """Hold a computation: a function of tensors, or the backward that gives the first so many of them a gradient."""
 
     function: Callable[..., Any]
     inputs: Inputs
@@ -78,7 +78,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Operation:
-    """Ours, and what others do for it; and how often a layer does it, forward or backward, between the products."""
+    """Hold ours, what others do for it, and how often a layer does it, forward or backward, between the products."""
 
     ours: Work
     others: dict[str, Work]
@@ -87,7 +87,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Row:
-    """What an operation moves."""
+    """Hold what an operation moves."""
 
     ours: Moved
     others: dict[str, Moved]
@@ -101,7 +101,7 @@ def nf4_inputs(out_features: int, in_features: int) -> Inputs:
 
 
 def theirs(*tables: Tensor, out_features: int = HIDDEN, in_features: int = INTERMEDIATE) -> Tensor:
-    """Dequantized by bitsandbytes."""
+    """Dequantize by bitsandbytes."""
     packed, absmax, nested_absmax, nested_code, offset = tables
     nested = bitsandbytes.functional.QuantState(nested_absmax, code=nested_code, blocksize=256, dtype=FP32)
     shape = torch.Size((out_features, in_features))
@@ -116,14 +116,14 @@ def ours(*tables: Tensor) -> NF4Weight:
 
 
 def library_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """transformers' LlamaRMSNorm."""
+    """Make transformers' LlamaRMSNorm."""
     wide = x.to(FP32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
     return weight * wide.to(x.dtype)
 
 
 def library_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers' apply_rotary_pos_emb."""
+    """Rotate heads by transformers' apply_rotary_pos_emb."""
 
     def rotate_half(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
@@ -134,12 +134,12 @@ def library_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def our_gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Any:
-    """With the product made again for the adapter's gradient, which autograd kept."""
+    """Compute the gradients, with the product made again for the adapter's gradient, which autograd kept."""
     return gated_product(gate, up, "silu"), gated_gradients(grad, gate, up, "silu")
 
 
 def operations() -> dict[str, Operation]:
-    """Every operation, on a layer's tensors for TOKENS tokens; few tokens are one."""
+    """List every operation, on a layer's tensors for TOKENS tokens; few tokens are one."""
     weight, few = nf4_inputs(HIDDEN, INTERMEDIATE), [((1, INTERMEDIATE), BF16)]
     norm: Inputs = [((TOKENS, HIDDEN), BF16), ((HIDDEN,), BF16)]
     mlp: Inputs = [((TOKENS, INTERMEDIATE), BF16)] * 2
@@ -195,7 +195,7 @@ def table() -> dict[str, Row]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step of TOKENS tokens with recomputation, at least; what is ours next to what replaces it."""
+    """Hold seconds of a step of TOKENS tokens with recomputation, at least; ours and what it replaces."""
 
     products: float
     attention: float

@@ -1,4 +1,4 @@
-"""A Llama-shaped checkpoint of random weights, made here: what the benchmarks of a large base load and merge.
+"""Make a Llama-shaped checkpoint of random weights, which the benchmarks of a large base load and merge.
 
 It is written as it streams, a few rows at a time, so that making one of 7.4 billion parameters takes the memory of a
 block, the time of drawing the numbers, and the disk of what it holds (14.8 GB in bf16). The weights are normal with the
@@ -27,7 +27,7 @@ POSITIONS = 4096
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a Llama with an LM head of its own."""
+    """Hold the sizes of a Llama with an LM head of its own."""
 
     hidden: int = 4096
     intermediate: int = 14336
@@ -37,7 +37,7 @@ class LlamaShape:
     vocabulary: int = 51200
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape by transformers' name, in the order it is written."""
+        """List every tensor's shape by transformers' name, in the order it is written."""
         values = self.hidden // self.heads * self.key_value_heads
         layer = {
             "input_layernorm": (self.hidden,),
@@ -56,7 +56,7 @@ class LlamaShape:
         return shapes | {"model.norm.weight": (self.hidden,), "lm_head.weight": (self.vocabulary, self.hidden)}
 
     def config(self, dtype: torch.dtype) -> dict[str, object]:
-        """What config.json holds."""
+        """Return what config.json holds."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -1,4 +1,4 @@
-"""Loading a large base on a small machine: time and private memory, next to transformers with bitsandbytes.
+"""Measure the loading of a large base on a small machine: time and private memory, against transformers.
 
     python -m benchmarks.load_7b [--size 7.4B] [--directory DIR] [--step [plain] [kept]] [--skip NAME ...] [--json]
 
@@ -14,7 +14,7 @@ a process of its own, one after the other:
 - with --step: one optimizer step of 512 tokens, rank 16 on all linear layers, layers recomputed, model.embeddings=cpu
   (in the checkpoint's dtype, with the same results), on the base from the 16-bit shards (plain) or from what was kept.
 
-The source is dropped from the page cache before each, as far as the system does that. Libraries are imported before the
+The source is dropped from the page cache before each, as far as the system does that. Libraries are imported before
 time is taken; private memory is what no file backs, at its peak, imports and all. The goals: a sixth of the peer's
 time, and a peak of the 4-bit model, its largest tensor and 1 GB. DIR keeps what is made, and is found there again; by
 default it is a temporary directory. Needs 1.3 times the checkpoint on the disk.
@@ -46,7 +46,7 @@ from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
 from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
-from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import build_state
 from qlora_trainer.training.step import train_step
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -68,7 +68,7 @@ STEP_PEAK = 7 * 10**9
 
 
 def measure_here(name: str, directory: Path) -> dict[str, Any]:
-    """One of LABELS, in this process: seconds, peak private bytes, and what else there is to say."""
+    """Measure one of LABELS in this process: seconds, peak private bytes, and what else there is to say."""
     kind, _, source = name.partition("-")
     forget_pages(directory)
     with PrivatePeak() as memory:
@@ -105,7 +105,7 @@ def quantize(directory: Path, source: str) -> dict[str, Any]:
 
 
 def take_step(directory: Path, source: str) -> dict[str, Any]:
-    """Load, train one step, and tell of the step alone; the peak is of all."""
+    """Load, train one step, and report the step alone; the peak is of all."""
     config = step_config(directory / source)
     base = open_base(directory / source, "cpu")
     return_freed_memory()  # as a run does with a large base
@@ -157,7 +157,7 @@ def forget_pages(directory: Path) -> None:
 
 
 def measure(name: str, directory: Path) -> dict[str, Any]:
-    """`measure_here` in a process of its own."""
+    """Call `measure_here` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.load_7b", "--run", name, "--directory", str(directory)]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as `qlora` sets it: threads that wait do not spin
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=env)
@@ -166,7 +166,7 @@ def measure(name: str, directory: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What was measured, for people."""
+    """Write what was measured, for people."""
     lines = [f"{'':30}{'seconds':>9}{'private peak':>15}{'goal':>11}{'before':>11}  "]
     for name, found in results.items():
         goal = f"{found['goal_peak'] / 1e9:.2f} GB" if "goal_peak" in found else ""

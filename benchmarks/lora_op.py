@@ -1,4 +1,4 @@
-"""What a decoder layer's projections keep for backward, and their time: our op next to the plain composition.
+"""Measure what a decoder layer's projections keep for backward, and their time: our op against plain autograd.
 
     python -m benchmarks.lora_op [--tokens N] [--rank R] [--dropout P] [--dtype float32|bfloat16] [--repeats N]
 
@@ -30,7 +30,7 @@ Apply = Callable[[LoRALinear, Tensor], Tensor]
 
 
 def plain(layer: LoRALinear, x: Tensor) -> Tensor:
-    """The formula as autograd sees it, operation by operation."""
+    """Compute the formula as autograd sees it, operation by operation."""
     return add_lora(layer.base(x), F.dropout(x, layer.dropout), layer.lora_A.weight, layer.lora_B.weight, layer.scaling)
 
 
@@ -39,7 +39,7 @@ def ours(layer: LoRALinear, x: Tensor) -> Tensor:
 
 
 def projections(shape: str, rank: int, dropout: float) -> list[list[LoRALinear]]:
-    """The layer's projections, those that share an input together."""
+    """List the layer's projections, those that share an input together."""
     hidden, key_value, intermediate = SHAPES[shape]
     sizes = [
         [(hidden, hidden), (hidden, key_value), (hidden, key_value)],
@@ -59,14 +59,14 @@ def projection(in_features: int, out_features: int, rank: int, dropout: float) -
 
 
 def run(groups: list[list[LoRALinear]], inputs: list[Tensor], apply: Apply) -> None:
-    """Forward and backward of every projection, one group at a time."""
+    """Run forward and backward of every projection, one group at a time."""
     for group, x in zip(groups, inputs, strict=True):
         outputs = [apply(layer, x) for layer in group]
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
 def saved_bytes(groups: list[list[LoRALinear]], inputs: list[Tensor], apply: Apply) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward of all projections."""
+    """Count the bytes of the distinct storages that autograd keeps for the backward of all projections."""
     parameters = {p.untyped_storage().data_ptr() for group in groups for layer in group for p in layer.parameters()}
     kept: dict[int, Tensor] = {}  # tensors, so that no storage is freed and its address used again
 
@@ -81,7 +81,7 @@ def saved_bytes(groups: list[list[LoRALinear]], inputs: list[Tensor], apply: App
 
 
 def peak_bytes(groups: list[list[LoRALinear]], inputs: list[Tensor], apply: Apply) -> int:
-    """Most bytes alive at once beyond what was there before, gradients of parameters and inputs included."""
+    """Count the most bytes alive at once beyond what was there before, gradients of parameters and inputs included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run(groups, inputs, apply)
     alive = most = 0

@@ -1,4 +1,4 @@
-"""What each memory-efficient option costs in eval loss, and what it saves on the device.
+"""Measure what each memory-efficient option costs in eval loss, and what it saves on the device.
 
     python -m benchmarks.memory_options [--steps N] [--model M] [--without-plan] [--only NAME …]
 
@@ -50,7 +50,7 @@ OPTIONS: dict[str, Sections] = {
 
 
 class Losses(NamedTuple):
-    """Eval losses at the end of a run."""
+    """Hold eval losses at the end of a run."""
 
     own: float
     with_original_head: float
@@ -69,13 +69,13 @@ def train(config: RunConfig) -> Losses:
     if config.model.lm_head == "dense":
         return Losses(losses[-1], losses[-1])
     exact = open_trained(run.directory, lm_head="dense", embeddings="device")
-    eval_set = prepare_data(config, exact.tokenizer, exact.base.directory).eval
+    eval_set = prepare_data(config, exact.renderer.tokenizer, exact.base.directory).eval
     model, tokens = exact.base.model, micro_batch_tokens(config)
     return Losses(losses[-1], eval_loss(model, eval_set, examine_forward(model), tokens))
 
 
 def planned(directory: ModelDirectory, raw: Sections) -> int:
-    """Bytes on a card that torch allocates, and paged state."""
+    """Plan the bytes on a card that torch allocates, and paged state."""
     plan = plan_memory(directory, make_config(raw))
     return plan.total - plan.components[SLACK]
 

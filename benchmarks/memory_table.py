@@ -1,4 +1,4 @@
-"""Memory of a training step of 7B and 8B models: ours next to peft + bitsandbytes with checkpointing.
+"""Compute the memory of a training step of 7B and 8B models: ours, and peft + bitsandbytes with checkpointing.
 
     python -m benchmarks.memory_table [--model NAME ...] [--only-peak | --only-context] [--layers N] [--json]
 
@@ -13,7 +13,7 @@ Context: the longest single row, rank 32, on cards of 8, 12, 16 and 24 GB (10^9 
 fits, and one longer by 1 %, or by 256 tokens where that is more, does not, or is beyond the model's positions. Counted
 are reserved bytes, the paged state, and the stated allowances for the CUDA context and cuBLAS' workspace. Reserved is
 with all that the simulated allocator wastes; a real one that meets its limit gives empty segments back and tries
-again, and so may hold a little more, for both alike. Host memory is what ours keeps there, next to the paged state.
+again, and so may hold a little more, for both alike. Host memory is what ours keeps there, besides the paged state.
 
 With --layers N models are cut to N layers: to try the command in seconds; those figures say nothing.
 The peer is described in peer_memory.py. Whole models take minutes; progress is on stderr.
@@ -35,7 +35,8 @@ from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.fit import GRAIN, LONGEST_SEARCHED
-from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, MemoryPlan, plan_memory
+from qlora_trainer.planning.memory_plan import CUBLAS, MemoryPlan, plan_memory
+from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 MODELS = Path(__file__).parent / "models"
@@ -63,7 +64,7 @@ PUBLISHED_MODEL = "llama-3.1-8b"
 
 @dataclass(frozen=True)
 class Figure:
-    """One plan, ours or the peer's; in bytes."""
+    """Hold one plan, ours or the peer's; in bytes."""
 
     model: str
     who: str
@@ -73,7 +74,7 @@ class Figure:
     allocated: int  # alive at the fullest moment, without either
     paged: int
     total: int  # with the allowances
-    host: int  # kept in host memory, next to the paged state
+    host: int  # kept in host memory, besides the paged state
     operation: str  # at which most is alive
 
 
@@ -121,7 +122,7 @@ def peer_figure(model: str, rank: int, who: str, plan: PeerPlan) -> Figure:
 
 
 def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figure]:
-    """The first table's figures of one model."""
+    """Plan the first table's figures of one model."""
     figures = []
     for memory_efficient in (False, True):
         plan = plan_memory(
@@ -137,7 +138,7 @@ def peaks(model: str, directory: Path, say: Callable[[str], None]) -> list[Figur
 
 
 def contexts(model: str, directory: Path, say: Callable[[str], None]) -> dict[str, dict[int, Figure | None]]:
-    """The second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
+    """Plan the second table's figures of one model: who -> card -> the longest row, None where not even GRAIN fits."""
 
     def ours(tokens: int, memory_efficient: bool) -> Figure:
         plan = plan_memory(
@@ -170,7 +171,7 @@ def longest(
     limit: int,
     budget: int,
 ) -> Figure | None:
-    """The longest row whose plan fits, where one longer by PRECISION, or by GRAIN, was found not to.
+    """Find the longest row whose plan fits, where one longer by PRECISION, or by GRAIN, was found not to.
 
     What a row needs is nearly a line, so the next length to plan is where the line meets the budget, or the shortest
     step from what is known.
@@ -224,7 +225,7 @@ def print_contexts(model: str, found: dict[str, dict[int, Figure | None]]) -> No
 
 
 def cut(directory: Path, layers: int, work: Path) -> Path:
-    """A directory with the same config but so many layers."""
+    """Make a directory with the same config but so many layers."""
     raw = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": layers}
     target = work / directory.name
     target.mkdir()

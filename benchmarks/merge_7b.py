@@ -1,4 +1,4 @@
-"""Merging a large base on a small machine: time, private memory and bytes, next to copying and next to peft.
+"""Measure the merge of a large base on a small machine: time, private memory and bytes, against a copy and peft.
 
     python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
 
@@ -11,7 +11,7 @@ the other:
 - arithmetic: what a merge computes, to quantize or read, dequantize, fold and cast, with the pages of the source in
   memory and nothing written;
 - ours: the merge into fp16 from the plain base, and from the prequantized copy, files read back from the disk;
-- answers: logits of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
+- logits: of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
 - peer: transformers loads the base in 16 bits on the CPU, peft merges and unloads, save_pretrained writes shards, which
   are flushed. It folds into the original weights, another function than the one trained, and reads nothing back.
 
@@ -39,7 +39,8 @@ import torch
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.hashing import values_sha256
@@ -48,10 +49,10 @@ from qlora_trainer.common.units import parse_bytes
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.merging.fold import merge, merged_blocks
 from qlora_trainer.merging.logits import compare_logits
-from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.merge_plan import MergeInputs, MergePlan, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.trained_weights import trained_weights
-from qlora_trainer.merging.verify import row_answers
+from qlora_trainer.merging.verify import row_logits
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
@@ -68,14 +69,14 @@ LABELS = {
     "arithmetic-4bit": "arithmetic, 4-bit base",
     "ours-plain": "ours, plain base",
     "ours-4bit": "ours, 4-bit base",
-    "answers": "answers compared",
+    "logits": "logits compared",
     "peer": "peft, 16 bits",
 }
 CPU = torch.device("cpu")
 
 
 def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
-    """The base, its prequantized copy, the fingerprint of both, and an adapter, where they are not there yet."""
+    """Make the base, its prequantized copy, the fingerprint of both, and an adapter, where they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / PLAIN).exists():
         make_checkpoint(directory / PLAIN, shape, seed)
@@ -88,7 +89,7 @@ def make_inputs(directory: Path, shape: LlamaShape, seed: int) -> None:
 
 
 def make_fingerprint(base: Path) -> BaseFingerprint:
-    """As loading the base makes it, without a model."""
+    """Make the fingerprint as loading the base makes it, without a model."""
     tensors, dense = {}, {}
     for name, info in ModelDirectory.open(base).tensors.items():
         if _is_linear(info):
@@ -105,7 +106,7 @@ def _is_linear(info: TensorInfo) -> bool:
 
 
 def make_adapter(base: Path, output: Path, seed: int) -> None:
-    """A random adapter that changes its weights by about a tenth of their size."""
+    """Make a random adapter that changes its weights by about a tenth of their size."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = {}
     for info in ModelDirectory.open(base).tensors.values():
@@ -121,11 +122,13 @@ def make_adapter(base: Path, output: Path, seed: int) -> None:
 
 def merge_inputs(directory: Path, base: str) -> MergeInputs:
     fingerprint = BaseFingerprint.from_json(json.loads((directory / FINGERPRINT).read_text()))
-    return MergeInputs.from_adapter(directory / base, fingerprint, read_adapter(directory / ADAPTER))
+    return MergeInputs.from_adapter(
+        ModelDirectory.open(directory / base), fingerprint, read_adapter(directory / ADAPTER)
+    )
 
 
 def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
-    """One step, in this process: seconds, bytes written, and peak private memory."""
+    """Run one step in this process: seconds, bytes written, and peak private memory."""
     kind, _, base = step.partition("-")
     base = base or PLAIN
     output = directory / f"output-{step}"
@@ -137,18 +140,18 @@ def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]
         if kind == "copy":
             copy_files(directory / PLAIN, output)
         elif kind == "ours":
-            merge(merge_inputs(directory, base), output, max_shard_bytes=max_shard_bytes)
+            merge(plan_merge(merge_inputs(directory, base), output), max_shard_bytes=max_shard_bytes)
         elif kind == "arithmetic":
-            measured["seconds"] = arithmetic_seconds(merge_inputs(directory, base))
-        elif kind == "answers":
-            measured["kl"] = compare_answers(directory, directory / "output-ours-plain")
+            measured["seconds"] = arithmetic_seconds(plan_merge(merge_inputs(directory, base), output))
+        elif kind == "logits":
+            measured["kl"] = compare_streamed(directory, directory / "output-ours-plain")
         else:
             merge_by_peft(directory, output, max_shard_bytes)
     measured = {"seconds": time.perf_counter() - started, "peak": memory.peak, "before": memory.before} | measured
     if output.exists():
         measured["bytes"] = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         measured["files"] = len(list(output.glob("*.safetensors")))
-    if kind != "ours" or base != PLAIN:  # whose output the answers are compared with
+    if kind != "ours" or base != PLAIN:  # whose output the logits are compared with
         shutil.rmtree(output, ignore_errors=True)
     return measured
 
@@ -163,34 +166,34 @@ def copy_files(source: Path, output: Path) -> None:
 
 
 class _NoChecks(Background):
-    """Drops what is checked next to the merge: the arithmetic alone is measured."""
+    """Drop what a merge checks besides: the arithmetic alone is measured."""
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
         """Nothing."""
 
 
-def arithmetic_seconds(inputs: MergeInputs) -> float:
-    """Of all tensors, each brought into memory before its time is taken."""
+def arithmetic_seconds(plan: MergePlan) -> float:
+    """Time the arithmetic of all tensors, each brought into memory before its time is taken."""
     total = 0.0
-    for plan in plan_merge(inputs, torch.float16, "dequantized"):
-        plan.source.read().view(torch.uint8).reshape(-1)[::4096].sum()
+    for tensor in plan.tensors:
+        tensor.source.read().view(torch.uint8).reshape(-1)[::4096].sum()
         started = time.perf_counter()
-        for block in merged_blocks(plan, inputs, "dequantized", _NoChecks()):
+        for block in merged_blocks(tensor, plan.inputs.scaling, "dequantized", CPU, _NoChecks()):
             block.to(torch.float16)
         total += time.perf_counter() - started
     return total
 
 
-def compare_answers(directory: Path, output: Path) -> float:
-    """KL of the model merged from the plain base and of base + adapter, both streamed."""
+def compare_streamed(directory: Path, output: Path) -> float:
+    """Compute the KL of the model merged from the plain base and of base + adapter, both streamed."""
     inputs = merge_inputs(directory, PLAIN)
-    weights = trained_weights(inputs.base, ModelDirectory.open(inputs.base).tensors, inputs.fingerprint)
+    weights = trained_weights(inputs.base, inputs.fingerprint)
     trained = load_streamed_model(inputs.base, CPU, weights)
     add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
     load_adapter_state(trained, dict(inputs.adapter))
-    reference = row_answers(trained.eval(), SAMPLE.tolist(), LossPath())
-    merged = load_streamed_model(output, CPU)
-    return compare_logits(reference, row_answers(merged, SAMPLE.tolist(), LossPath())).kl
+    reference = row_logits(trained.eval(), SAMPLE.tolist(), LossPath())
+    merged = load_streamed_model(ModelDirectory.open(output), CPU)
+    return compare_logits(reference, row_logits(merged, SAMPLE.tolist(), LossPath())).kl
 
 
 def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:
@@ -214,14 +217,12 @@ def forget_pages(files: Iterable[Path]) -> None:
 
 
 def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The step in a process of its own; why it was left out, where memory is short."""
+    """Run the step in a process of its own; say why it was left out, where memory is short."""
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
     free = host_memory().available
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
-        reported = (
-            f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-        )
-        return {"left_out": reported}
+        reason = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return {"left_out": reason}
     command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
     done = subprocess.run(
         [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True
@@ -231,7 +232,7 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """What was measured, for people."""
+    """Write what was measured, for people."""
     lines = [f"{'':26}{'seconds':>9}{'private peak':>14}{'written':>11}{'files':>7}{'goal':>8}{'of goal':>9}"]
     for step, found in results.items():
         if "left_out" in found:
@@ -247,7 +248,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def goal_seconds(step: str, results: dict[str, dict[str, Any]]) -> float | None:
-    """Twice the copy, and the arithmetic; None for what has no such goal."""
+    """Compute the goal: twice the copy, and the arithmetic; None for what has no such goal."""
     kind, _, base = step.partition("-")
     parts = results.get("copy"), results.get(f"arithmetic-{base}")
     if kind != "ours" or None in parts:

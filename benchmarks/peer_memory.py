@@ -1,11 +1,11 @@
-"""What a step of peft + bitsandbytes needs on a card, counted as ours is: on fake tensors, by the same tracker.
+"""Count what a step of peft + bitsandbytes needs on a card, as ours is counted: on fake tensors, by the same tracker.
 
 The peer is made of the real libraries: transformers' model with torch's attention, its linear layers but the head as
 bitsandbytes' Linear4bit (NF4, double quantization, bf16 compute), peft's LoRA in fp32 on all of them, non-reentrant
 gradient checkpointing over every layer, the loss that transformers computes from labels, gradients clipped, and paged
-AdamW with 32-bit state. What the libraries do beyond that in the the least memory way of using them: the base stays in
-bf16. `prepared=True` is what peft's documentation shows first, `prepare_model_for_kbit_training`, which casts
-embeddings, head and norms to fp32, under bf16 autocast as transformers' Trainer sets it.
+AdamW with 32-bit state. By default the libraries are used in the way that takes least memory: the base stays in bf16.
+`prepared=True` is what peft's documentation shows first, `prepare_model_for_kbit_training`, which casts embeddings,
+head and norms to fp32, under bf16 autocast as transformers' Trainer sets it.
 
 Where a library's kernel allocates inside, a formula says how much; it counts for the peer only where that is sure.
 """
@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_trainer.planning.allocator import CachingAllocator, uses_expandable_segments
+from qlora_trainer.planning.empty_run import card_here
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.live_bytes import LiveBytes, once_more
-from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, PAGED, PAGED_ELEMENTS, card_here
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES
+from qlora_trainer.planning.step_memory import PAGED, PAGED_ELEMENTS
 from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting, workspaces_on_cuda
+from qlora_trainer.weights.bitsandbytes_internals import make_state
 
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256  # bitsandbytes' defaults
 FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantizing (its backends/cuda/ops.py)
@@ -36,7 +39,7 @@ FUSED_TOKENS = 1536  # up to which bitsandbytes may multiply without dequantizin
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """What the peer needs, in bytes; the same allowances as in MemoryPlan, but next to `allocated` and `reserved`."""
+    """Hold what the peer needs, in bytes; allowances as in MemoryPlan, but not in `allocated` and `reserved`."""
 
     tokens: int
     operation: str  # at which most is alive
@@ -46,7 +49,7 @@ class PeerPlan:
 
     @property
     def resident(self) -> int:
-        """Reserved, and the paged state counted as resident."""
+        """Sum up what is reserved, and the paged state counted as resident."""
         return self.reserved + self.paged
 
     @property
@@ -55,14 +58,14 @@ class PeerPlan:
 
 
 def allowances() -> int:
-    """For the CUDA context and cuBLAS, in bytes; ours are the same."""
+    """Sum up the allowances for the CUDA context and cuBLAS, in bytes; ours are the same."""
     return CUDA_CONTEXT_BYTES + cublas_bytes(card_here(), cublas_setting(deterministic=False))
 
 
 def plan_peer(
     directory: Path, tokens: int, rank: int, *, layers: int | None = None, prepared: bool = False
 ) -> PeerPlan:
-    """An optimizer step on one row, played twice to the allocator.
+    """Plan an optimizer step on one row, played twice to the allocator.
 
     Args:
         directory: holds the base's config.json.
@@ -79,8 +82,8 @@ def plan_peer(
         live.watch([input_ids], "model")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = bitsandbytes.optim.PagedAdamW32bit(trained)
-        for parameter_index, parameter in enumerate(trained):
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, parameter_index)
+        make_state(optimizer)
+        for parameter in trained:
             pages = parameter.numel() >= PAGED_ELEMENTS
             moments = [optimizer.state[parameter][key] for key in ("state1", "state2")]
             blocks = live.watch(moments, PAGED if pages else "state")
@@ -144,27 +147,26 @@ def _fill(model: nn.Module) -> list[Tensor]:
     made: dict[int, Tensor] = {}
     filled: list[Tensor] = []
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:  # ties stay ties
-                    if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
-                        new, statistics = _packed_weight(module.out_features, module.in_features)
-                        module.quant_state = new.quant_state
-                        filled += statistics
-                    else:
-                        new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                        if tensors is module._parameters:
-                            new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = new
-                    filled.append(new)
-                tensors[name] = made[id(old)]  # type: ignore[assignment]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
+            if id(old) not in made:  # ties stay ties
+                if isinstance(module, bitsandbytes.nn.Linear4bit) and name == "weight":
+                    new, statistics = _packed_weight(module.out_features, module.in_features)
+                    module.quant_state = new.quant_state
+                    filled += statistics
+                else:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=old.requires_grad)
+                made[id(old)] = new
+                filled.append(new)
+            setattr(module, name, made[id(old)])
     return filled
 
 
 def _packed_weight(out_features: int, in_features: int) -> tuple[Any, list[Tensor]]:
-    """A quantized weight as bitsandbytes holds it, and its statistics. (A Params4bit cannot hold a fake tensor.)"""
+    """Make a quantized weight as bitsandbytes holds it, and its statistics; a Params4bit cannot hold a fake tensor."""
     blocks = -(-out_features * in_features // BLOCK_SIZE)
     code = torch.empty(16)
     nested = QuantState(
@@ -191,7 +193,7 @@ def _packed_weight(out_features: int, in_features: int) -> tuple[Any, list[Tenso
 
 
 def dequantized_bytes(arguments: tuple[Any, ...]) -> int:
-    """bitsandbytes' 4-bit product makes the weight whole in the input's dtype, but for few tokens."""
+    """Count the weight that bitsandbytes' 4-bit product makes whole in the input's dtype, but for few tokens."""
     x, shape = arguments[0], arguments[2]
     return math.prod(shape) * x.element_size() if x.numel() // x.shape[-1] > FUSED_TOKENS else 0
 
@@ -201,7 +203,7 @@ WORKSPACES = {torch.ops.bitsandbytes.gemm_4bit.default: dequantized_bytes}
 
 @contextmanager
 def _autocast() -> Iterator[None]:
-    """bf16 autocast on the CPU, which the fake tensors are on; peft asks whether it is on for CUDA."""
+    """Set bf16 autocast on the CPU, which the fake tensors are on; peft asks whether it is on for CUDA."""
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)
     try:

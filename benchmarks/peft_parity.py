@@ -1,4 +1,4 @@
-"""Losses of our trainer and of a plain peft + bitsandbytes loop, from the same adapters, on the same rows, in fp32.
+"""Compare losses of our trainer and of a plain peft + bitsandbytes loop, from the same adapters and rows, in fp32.
 
     python -m benchmarks.peft_parity MODEL_DIRECTORY ROWS.jsonl [steps] [rows a step]
 
@@ -23,7 +23,7 @@ RANK, ALPHA = 8, 16.0
 
 
 def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) -> list[tuple[float, float]]:
-    """(our loss, the peer's loss) of each step."""
+    """Return (our loss, the peer's loss) of each step."""
     config = make_config(
         {
             "model": {"name": str(model), "device": "cpu"},
@@ -52,7 +52,7 @@ def compare(model: Path, rows: Path, steps: int, batch_size: int, work: Path) ->
 
 
 def source_dtype(run: Run) -> torch.dtype:
-    """The dtype from which the run's base was quantized."""
+    """Return the dtype from which the run's base was quantized."""
     return getattr(torch, run.base.fingerprint.source_dtype)
 
 

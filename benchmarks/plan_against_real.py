@@ -1,4 +1,4 @@
-"""The memory plan against what really happens, on the CPU.
+"""Compare the memory plan with what really happens, on the CPU.
 
     python -m benchmarks.plan_against_real [--model DIRECTORY] [--json]
 
@@ -32,10 +32,12 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, Pack
+from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.data.types import Example
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.planning.memory_plan import empty_run, longest_pack, persistent_tensors, track_steps
-from qlora_trainer.training.activations import choose_policy
+from qlora_trainer.planning.empty_run import empty_run, longest_pack
+from qlora_trainer.planning.step_memory import persistent_tensors, track_steps
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.training.step import train_step
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -102,7 +104,7 @@ SETTINGS: list[tuple[str, Changes]] = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """Peak bytes of one setting."""
+    """Hold the peak bytes of one setting."""
 
     setting: str
     planned: int
@@ -112,7 +114,7 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """Of the plan, as a share of what the profiler saw."""
+        """Compute the plan's error, as a share of what the profiler saw."""
         return self.planned / self.profiled - 1
 
     @property
@@ -151,7 +153,7 @@ def config_for(directory: Path, changes: Changes) -> RunConfig:
 
 
 def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
-    """A run before its first step, from the weights on disk, and its longest micro-batch."""
+    """Build a run before its first step, from the weights on disk, and its longest micro-batch."""
     model = ModelDirectory.open(directory)
     base = load_base_model(model, config.model, user_cache())
     torch.manual_seed(0)
@@ -164,7 +166,7 @@ def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
 
 
 def profiled_peak(state: TrainState, pack: Pack) -> int:
-    """Most bytes alive in the second step: those before it, and the allocator's events in it."""
+    """Count the most bytes alive in the second step: those before it, and the allocator's events in it."""
     state.model.train()
     train_step(state, [pack])
     persistent = [tensor for tensors in persistent_tensors(state, on_cuda=False).values() for tensor in tensors]
@@ -185,7 +187,7 @@ def tensors_of(pack: Pack) -> list[torch.Tensor]:
 
 
 def make_model(directory: Path, family: str) -> Path:
-    """A model of the family with random weights; nothing is made twice."""
+    """Make a model of the family with random weights; nothing is made twice."""
     if not directory.exists():
         raw = {"model_type": family, **SHAPE, **FAMILIES[family]}
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The peak of a process's private memory while something runs: what no file backs, sampled in a thread.
+"""Measure the peak of a process's private memory while something runs: what no file backs, sampled in a thread.
 
 The system keeps a high-water mark of all that is resident only, mapped files included, and a merge maps its whole
 source. So the private part is read every few milliseconds; what lives shorter than that is not seen.
@@ -14,7 +14,7 @@ INTERVAL = 0.005  # seconds
 
 
 class PrivatePeak:
-    """A context manager; `before` is what was private when it was entered, `peak` the most since, in bytes."""
+    """Record private bytes in a block: `before` is what there was when it was entered, `peak` the most since."""
 
     def __enter__(self) -> Self:
         self.before = self.peak = private_bytes() or 0

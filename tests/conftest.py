@@ -1,5 +1,6 @@
 """Fixtures: tiny model directories and rows, a cache of its own for every test, and the shared real data."""
 
+import gc
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 WORDS = [
     "the",
@@ -64,6 +65,16 @@ hypothesis.settings.register_profile(
     derandomize="CI" in os.environ,
 )
 hypothesis.settings.load_profile("qlora")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of all that was imported out of garbage collection, which each load of a base does once."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

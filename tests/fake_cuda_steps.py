@@ -28,17 +28,18 @@ ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode, leaves  # noqa: E402
 from qlora_trainer.adapters.inject import add_adapters  # noqa: E402
 from qlora_trainer.config.load import make_config  # noqa: E402
-from qlora_trainer.data.batching.packing import Example, make_packs  # noqa: E402
-from qlora_trainer.planning.memory_plan import FakeRun, _as_fake  # noqa: E402
+from qlora_trainer.data.batching.packing import make_packs  # noqa: E402
+from qlora_trainer.data.types import Example  # noqa: E402
+from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
+from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
 
 # Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
-from qlora_trainer.training.activations import choose_policy  # noqa: E402
+from qlora_trainer.training.memory.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
 from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
@@ -106,8 +107,8 @@ class Seen(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
-        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in leaves):
+        found = leaves((args, kwargs, out))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in found):
             self.names.add(func.name())
         return out
 
@@ -150,7 +151,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
         assert state.device == device, state.device
         state.total_steps = 2
     state.model.train()
-    pack = _as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
+    pack = as_fake(make_packs([Example([1] * size, [1] * size) for size in (70, 58)], 128, packing=True)[0], fake.mode)
     with fake:
         with seen:
             for _ in range(2):

@@ -53,7 +53,7 @@ def version_taken() -> dict[str, Any]:
     from qlora_trainer.model.device import kernel_warnings
 
     try:
-        from_triton("rotary_triton", "rotate")()
+        from_triton("rotary_triton", "rotate_triton")()
         taken = "fast"
     except UnavailableError as reason:
         taken = str(reason)

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
-from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
-from qlora_trainer.merging.merge_plan import MergeInputs
+from qlora_trainer.merging.fold import MergeReport, merge
+from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -60,8 +62,18 @@ def train(directory: Path, bias: BiasMode = "none") -> Run:
     config = AdapterFileConfig(
         r=8, lora_alpha=16.0, target_modules="all-linear", bias=bias, fan_in_fan_out=stored_transposed
     )
-    adapter = Adapter(config, adapter_state_dict(base.model))
-    return Run(MergeInputs.from_adapter(directory, base.fingerprint, adapter), base.model)
+    adapter = StoredAdapter(config, adapter_state_dict(base.model))
+    return Run(MergeInputs.from_adapter(base.directory, base.fingerprint, adapter), base.model)
+
+
+def merge_to(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16, **options: Any) -> MergeReport:
+    """Plan a merge into a directory, and make it."""
+    return merge(plan_merge(inputs, output, dtype), **options)
+
+
+def on_base(inputs: MergeInputs, directory: Path) -> MergeInputs:
+    """The same adapter on another checkpoint."""
+    return dataclasses.replace(inputs, base=ModelDirectory.open(directory))
 
 
 def stored(directory: Path) -> dict[str, Tensor]:

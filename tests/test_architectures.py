@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
+from merge_runs import merge_to
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,8 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.merging.fold import merge
-from qlora_trainer.merging.logits import WholeAnswers, compare_logits
+from qlora_trainer.merging.logits import WholeLogits, compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.merging.verify import KL_BOUNDS, ROUTED_KL_BOUNDS
@@ -61,7 +62,7 @@ def linear_layers(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "fused_parts"),
-    [*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()],
+    slow_but([*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()], ("llama", {}), ("mixtral", {})),
     ids=[*DENSE, *EXPERTS, *(f"{family}_in_parts" for family in FUSED)],
 )
 def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers_alike(
@@ -84,8 +85,10 @@ def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers
     assert done.report.verification is not None
     bound = (ROUTED_KL_BOUNDS if family in EXPERTS else KL_BOUNDS)[torch.float16]
     assert done.report.verification.kl_bound == bound
-    inputs = MergeInputs.from_adapter(directory, whole.base.fingerprint, read_adapter(whole.directory / "adapter"))
-    merge(inputs, tmp_path / "float32", dtype=torch.float32)
+    inputs = MergeInputs.from_adapter(
+        whole.base.directory, whole.base.fingerprint, read_adapter(whole.directory / "adapter")
+    )
+    merge_to(inputs, tmp_path / "float32", dtype=torch.float32)
 
     trained, base = answers(whole.base.model.eval()), answers(plain_model(directory))
     assert compare_logits(trained, base).relative_error > 1e-2, "training and NF4 must matter"
@@ -95,8 +98,8 @@ def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers
 
 
 @torch.no_grad()
-def answers(model: Any) -> WholeAnswers:
-    return WholeAnswers.of_rows([model(input_ids=torch.tensor([row]), use_cache=False).logits for row in ROWS])
+def answers(model: Any) -> WholeLogits:
+    return WholeLogits.of_rows([model(input_ids=torch.tensor([row]), use_cache=False).logits for row in ROWS])
 
 
 def plain_model(directory: Path) -> Any:
@@ -106,7 +109,7 @@ def plain_model(directory: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", DENSE + EXPERTS)
+@pytest.mark.parametrize("family", slow_but(DENSE + EXPERTS, "falcon_grouped", "gemma2", "qwen3_moe"))
 def test_the_plan_of_a_family_counts_what_a_run_has(family: str, tiny_config: Config, tiny_models: Models) -> None:
     config = config_of(tiny_config, tiny_models(family))
     plan = plan_memory(ModelDirectory.open(tiny_models(family)), config)

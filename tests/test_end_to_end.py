@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer.cli.demo_run import packaged_model
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.evaluation import answer_questions, questions
+from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 
 
 def quiet(record: dict[str, Any]) -> None:
@@ -41,16 +41,16 @@ def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
 
     merged = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output)
-    asked = questions(Renderer(run.tokenizer), run.prepared.eval, 2)
-    theirs = answer_questions(merged, tokenizer, asked, max_new_tokens=8)
+    prompts = eval_prompts(run.renderer, run.prepared.eval, 2)
+    theirs = answer_prompts(merged, tokenizer, prompts, max_new_tokens=8)
     if done.choice.base == "dequantized":
-        ours = answer_questions(run.base.model, run.tokenizer, asked, max_new_tokens=8)
+        ours = answer_prompts(run.base.model, run.renderer.tokenizer, prompts, max_new_tokens=8)
         assert [answer.answer for answer in theirs] == [answer.answer for answer in ours]
 
 
 @pytest.mark.parametrize(
     ("folder", "file"),
-    [("alpaca_en_demo", "alpaca_en_demo.json"), ("fastchat_dummy", "dummy_conversation.json")],
+    [slow(("alpaca_en_demo", "alpaca_en_demo.json")), ("fastchat_dummy", "dummy_conversation.json")],
 )
 def test_two_hundred_real_rows_from_start_to_merged_model(
     folder: str, file: str, shared_data: Callable[[str], Path], tiny_config: Callable[..., RunConfig], tmp_path: Path

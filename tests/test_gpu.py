@@ -18,15 +18,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_model_directory
 
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.fit import with_policy
-from qlora_trainer.planning.memory_plan import CUBLAS, PAGED, plan_memory
+from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
+from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.activations import Policy
+from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 

@@ -42,10 +42,9 @@ EXEMPT = (
     "tests/chat_templates/",
     "tests/data/rows/",
     "benchmarks/models/",
-    "benchmarks/demo_rows.py",
+    "benchmarks/demo_",
     "qlora_trainer/cli/demo_rows/",
     "LICENSE",
-    "qlora_trainer/cli/demo_data.py",  # word lists
 )
 TEXT = (".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".cpp", ".txt")
 

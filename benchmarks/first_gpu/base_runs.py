@@ -1,4 +1,4 @@
-"""Runs one after another on a base that is loaded once: to load an 8B for each would take most of the time there is.
+"""Start runs one after another on a base that is loaded once: loading an 8B for each would take most of the time.
 
 A run starts as `qlora train` starts it, but for two things: the base is the one that is there, whatever an earlier run
 put on it taken off, and memory is not planned again, since plans.py planned it and the config names the policy.
@@ -35,7 +35,7 @@ RECOMPUTE: dict[str, Any] = {"activation_checkpointing": "full"}
 
 
 class BaseRuns:
-    """The base, and what starts and ends runs on it."""
+    """Hold the base, and start and end runs on it."""
 
     def __init__(self, kit: Kit, device: Device) -> None:
         self.kit = kit
@@ -91,7 +91,7 @@ class BaseRuns:
         return make_config(raw)
 
     def start(self, name: str, tokens: int, training: dict[str, Any], steps: int) -> Run:
-        """A new run of full rows; one of that name that was there before is gone."""
+        """Start a run of full rows; one of that name that was there before is gone."""
         shutil.rmtree(self.kit.runs / name, ignore_errors=True)
         config = self.config(name, tokens, training, steps)
         with self._on_this_base():
@@ -114,7 +114,7 @@ class BaseRuns:
         give_back_memory()
 
     def take_case(self, name: str) -> None:
-        """Train as cases.py says, under a limit of memory, and set what it took next to its plan."""
+        """Train as cases.py says, under a limit of memory, and report what it took relative to its plan."""
         case = next(case for case in CASES if case.name == name)
         if case.card is not None and self.device.is_cuda and self.device.total < case.card * 10**9:
             self.kit.verdict(f"train {name}: not tried, this card has {self.device.total / 1e9:.0f} GB")

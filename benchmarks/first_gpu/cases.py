@@ -1,4 +1,4 @@
-"""The runs of an 8B that are taken on the card: what plans.py plans and the steps of base_runs.py measure."""
+"""List the runs of an 8B that are taken on the card: what plans.py plans and the steps of base_runs.py measure."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ MEMORY_EFFICIENT: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run: rows of so many tokens, under the first of the policies that its plan says fits the card."""
+    """Hold a run: rows of so many tokens, under the first of the policies that its plan says fits the card."""
 
     name: str
     card: int | None  # GB that torch may take less what the plan counts for CUDA itself, or None for all
@@ -25,7 +25,7 @@ class Case:
 
     @property
     def policy(self) -> str:
-        """That which needs least: taken where there is no plan."""
+        """Return the policy that needs least: taken where there is no plan."""
         return self.policies[-1]
 
 
@@ -46,7 +46,7 @@ CASES = [
 def raw_config(
     model: str, rows: str, output: str, tokens: int, training: dict[str, Any], steps: int, is_memory_efficient: bool
 ) -> dict[str, dict[str, Any]]:
-    """Of a run of rows that are full, one a step. `training` names the policy, and whatever else of that section."""
+    """Return the config of a run of full rows, one a step. `training` has the policy and more of that section."""
     raw: dict[str, dict[str, Any]] = {
         "model": {"name": model, "compute_dtype": "bfloat16"},
         "adapter": {"rank": RANK, "alpha": 2 * RANK},

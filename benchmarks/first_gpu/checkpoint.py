@@ -1,4 +1,4 @@
-"""A checkpoint with Llama-3.1-8B's config and random bf16 weights, made on the card, and rows to train on.
+"""Make a checkpoint with Llama-3.1-8B's config and random bf16 weights on the card, and rows to train on.
 
 Drawn on the card and written by several threads, 16 GB take the time of writing them. The tokenizer is a tiny one of
 the tests: its ids are valid for the model, time and memory do not depend on which rows of the embedding are looked up,
@@ -29,9 +29,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def make_checkpoint(kit: Kit, device: str) -> None:
-    """The model's directory, which appears when it is whole, and rows."""
+    """Make the model's directory, which appears when it is whole, and rows."""
     if (kit.model / "config.json").is_file():
-        if not kit.rows.is_file():  # the model may lie in memory that outlives the folder of the rows
+        if not kit.rows.is_file():  # the model may be in memory that outlives the folder of the rows
             write_rows(kit, tiny_tokenizer("llama3_1"))
         size = sum(path.stat().st_size for path in kit.model.glob("*.safetensors"))
         kit.verdict(f"make: {size / 1e9:.1f} GB are there, {kit.model}")
@@ -65,7 +65,7 @@ def make_checkpoint(kit: Kit, device: str) -> None:
 
 
 def write_rows(kit: Kit, tokenizer: Any) -> None:
-    """Long text that is cut into rows of full length, and chat rows of uneven length."""
+    """Write long text that is cut into rows of full length, and chat rows of uneven length."""
     drawn = random.Random(0)
     longest = max(kit.tokens(case.tokens) for case in CASES)
     sample = _words(drawn, 2000)
@@ -83,7 +83,7 @@ def write_rows(kit: Kit, tokenizer: Any) -> None:
 
 
 def _shards(shapes: Shapes) -> list[list[str]]:
-    """The names of each file's tensors."""
+    """List the names of each file's tensors."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -96,7 +96,7 @@ def _shards(shapes: Shapes) -> list[list[str]]:
 
 
 def _write_shard(path: Path, shapes: Shapes, seeds: Mapping[str, int], device: str) -> None:
-    """A file of safetensors whose weights depend on their seeds alone."""
+    """Write a file of safetensors whose weights depend on their seeds alone."""
     header: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

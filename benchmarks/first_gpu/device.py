@@ -1,4 +1,4 @@
-"""The card as the parts of the script use it; in a dry run the CPU, of which nothing is measured but time."""
+"""Give the parts of the script the card; in a dry run the CPU, of which nothing is measured but time."""
 
 import contextlib
 import ctypes
@@ -9,12 +9,11 @@ import torch
 
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES
 
-CONCURRENT_MANAGED_ACCESS = 89  # cudaDevAttrConcurrentManagedAccess
 LAST_PREFETCH_LOCATION = 4  # cudaMemRangeAttributeLastPrefetchLocation
 
 
 class Device:
-    """A device by name, cuda or cpu; memory is 0 bytes on the CPU."""
+    """Measure a device by name, cuda or cpu; memory is 0 bytes on the CPU."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -42,7 +41,7 @@ class Device:
 
     @property
     def used(self) -> int:
-        """By all programs, and by CUDA itself."""
+        """Return the bytes used by all programs, and by CUDA itself."""
         free, total = torch.cuda.mem_get_info() if self.is_cuda else (0, 0)
         return total - free
 
@@ -52,7 +51,7 @@ class Device:
 
     @contextlib.contextmanager
     def limited_to(self, gigabytes: int | None) -> Iterator[None]:
-        """Within, torch may take what a card of that size leaves it next to what the plan counts for CUDA itself."""
+        """Let torch take in the block what a card of that size leaves it after the plan's share for CUDA itself."""
         if not self.is_cuda or gigabytes is None:
             yield
             return
@@ -64,7 +63,7 @@ class Device:
             torch.cuda.set_per_process_memory_fraction(1.0)
 
     def works(self) -> bool:
-        """Whether CUDA still computes: after some errors nothing does in the process that met them."""
+        """Return True if CUDA still computes: after some errors nothing does in the process that met them."""
         if not self.is_cuda:
             return True
         try:
@@ -75,7 +74,7 @@ class Device:
 
 
 def cuda_runtime() -> ctypes.CDLL:
-    """The CUDA runtime that torch has loaded."""
+    """Open the CUDA runtime that torch has loaded."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         path = line.split(maxsplit=5)[-1]
         if "libcudart.so" in path:
@@ -84,17 +83,10 @@ def cuda_runtime() -> ctypes.CDLL:
 
 
 def last_prefetched_to(tensor: torch.Tensor) -> int:
-    """The device that managed memory was last prefetched to; negative: the host, or none."""
+    """Return the device that managed memory was last prefetched to; negative: the host, or none."""
     found = ctypes.c_int(-99)
     where = ctypes.c_void_p(tensor.data_ptr())
     cuda_runtime().cudaMemRangeGetAttribute(
         ctypes.byref(found), ctypes.c_size_t(4), LAST_PREFETCH_LOCATION, where, ctypes.c_size_t(tensor.nbytes)
     )
     return found.value
-
-
-def has_concurrent_managed_access() -> bool:
-    """Whether the host may touch managed memory while the card works."""
-    found = ctypes.c_int()
-    cuda_runtime().cudaDeviceGetAttribute(ctypes.byref(found), CONCURRENT_MANAGED_ACCESS, 0)
-    return bool(found.value)

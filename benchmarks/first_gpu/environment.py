@@ -1,8 +1,8 @@
-"""The first part: versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
+"""Report versions, the card, and whether it allows what torch and bitsandbytes are going to ask of it.
 
-Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, in this order,
-and a line is printed where it works: bitsandbytes ends the process where CUDA refuses it, so first_gpu.sh looks for the
-lines and goes on without what has none.
+Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, and a line is
+printed where it works; first_gpu.sh looks for the lines and goes on without what has none. Managed memory is tried as
+every run tries it, in a process of its own (training/managed_memory.py), and before this one uses the card.
 """
 
 import importlib.metadata
@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.first_gpu.device import Device, has_concurrent_managed_access
+from benchmarks.first_gpu.device import Device
 from benchmarks.first_gpu.kit import Kit, gib
 from qlora_kernels.torch_features import varlen_attention_arguments
 from qlora_trainer.planning.allocator import uses_expandable_segments
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "numpy", "datasets", "gguf")
 NO_CUDA = 4  # exit code
 
 
 def report_environment(kit: Kit, device: Device) -> int:
-    """Report this machine; 4 where it should have a card and torch sees none."""
+    """Report this machine; returns 4 where it should have a card and torch sees none."""
     versions = {name: _version(name) for name in PACKAGES}
     facts: dict[str, Any] = {
         "python": platform.python_version(),
@@ -38,17 +39,18 @@ def report_environment(kit: Kit, device: Device) -> int:
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF"),
         "varlen_attention": sorted(varlen_attention_arguments()),
     }
-    reported = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    installed = f"python {facts['python']}, " + ", ".join(f"{name} {version}" for name, version in versions.items())
     if not device.is_cuda:
         kit.result("env", **facts)
-        kit.verdict(f"env: no card, {reported}")
+        kit.verdict(f"env: no card, {installed}")
         return 0
     if not torch.cuda.is_available():
         kit.result("env", **facts)
-        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {reported}")
+        kit.verdict(f"env: torch sees no CUDA device, and nothing else is worth the time; {installed}")
         return NO_CUDA
+    refusal = paging_refusal(torch.device("cuda", 0)) if kit.may_page else None
     properties = torch.cuda.get_device_properties(0)
-    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {reported}")
+    kit.verdict(f"env: {properties.name}, {gib(properties.total_memory)}, {installed}")
     started = time.perf_counter()
     ones = torch.ones(2**26, device="cuda")
     assert float(ones.sum()) == 2**26
@@ -69,24 +71,11 @@ def report_environment(kit: Kit, device: Device) -> int:
             f" context {facts['context'] / 2**20:.0f} MiB before any kernel of ours,"
             f" cache {properties.L2_cache_size / 2**20:.0f} MiB, {gib(facts['memory_disk_free'])} free in /dev/shm"
         )
-    if kit.may_page:
-        _try_managed_memory(kit)
+    if refusal == "":
+        kit.verdict("env: managed memory works")
+    elif refusal:
+        print(refusal)  # the last line, which first_gpu.sh repeats
     return 0
-
-
-def _try_managed_memory(kit: Kit) -> None:
-    import bitsandbytes.functional as F
-
-    elements = 2**20
-    buffer = F.get_paged(elements, dtype=torch.float32, device=torch.device("cuda", 0))
-    F.fill(buffer, 3)
-    torch.cuda.synchronize()
-    assert float(buffer.sum()) == 3 * elements
-    F.prefetch_tensor(buffer)
-    torch.cuda.synchronize()
-    is_concurrent = has_concurrent_managed_access()
-    kit.result("managed", is_concurrent=is_concurrent)
-    kit.verdict(f"env: managed memory works, 4 MiB tried, concurrent access {int(is_concurrent)}")
 
 
 def _version(package: str) -> str:

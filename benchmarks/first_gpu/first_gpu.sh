@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU, in the order of what they tell: bash benchmarks/first_gpu/first_gpu.sh [STAGE ...]
+# Measure the first minutes on a GPU, the most important first: bash benchmarks/first_gpu/first_gpu.sh [STAGE ...]
 #
 # Installs nothing: python3, or KIT_PYTHON, has the project's requirements and its extra `test`. As .gpu/kit/first_gpu.sh,
 # where .gpu traveled to a machine without a network, it installs the wheels of .gpu/whl into KIT_SITE first.
 #
-# Each stage has its own time limit, writes into $OUT/all.log as it goes, and says VERDICT lines, which also are in
+# Each stage has its own time limit, writes into $OUT/all.log as it goes, and prints VERDICT lines, which are kept in
 # $OUT/verdicts.txt. What was tried is marked in $KIT_WORK/done, so a second call goes on where the first ended; naming
-# stages runs those again. No stage begins that would outlast KIT_BUDGET seconds. KIT_DRY=1: all of it on a CPU, with a
-# tiny model; KIT_PATIENCE multiplies budget and limits there, for busy machines.
+# stages runs those again. No stage begins that would run longer than KIT_BUDGET seconds. KIT_DRY=1: all of it on a CPU,
+# with a tiny model; KIT_PATIENCE multiplies budget and limits there, for busy machines.
 set -u -o pipefail
 
 KIT=$(cd "$(dirname "$0")" && pwd)
@@ -32,7 +32,7 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8 # what Hopper takes anyway, and what dete
 export KIT_PLANS=${KIT_PLANS:-$KIT/plans.json}
 [ -f "$KIT_PLANS" ] || KIT_PLANS=$KIT_WORK/plans.json
 
-# Checkpoints record the project's version, which a checkout that is not installed has no metadata of.
+# Checkpoints record the project's version, for which a checkout that is not installed has no metadata.
 VERSION=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1)
 mkdir -p "$KIT_WORK/meta/qlora_trainer-$VERSION.dist-info"
 printf 'Metadata-Version: 2.1\nName: qlora-trainer\nVersion: %s\n' "$VERSION" \
@@ -45,9 +45,9 @@ say_verdicts() { { grep -a --line-buffered '^VERDICT ' || true; } | while IFS= r
 is_wanted() { case "$WANTED" in "  " | *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
 # stage NAME LIMIT LEAST COMMAND...: at most LIMIT seconds; not begun with less than LEAST left. Returns the command's
-# status, 99 where it was not run.
+# status; 99 where it was not run, 124 where it was out of time.
 stage() {
-  local name=$1 limit=$(($2 * PATIENCE)) least=$3 rc rest
+  local name=$1 limit=$(($2 * PATIENCE)) least=$3 rc rest begun taken
   shift 3
   is_wanted "$name" || return 99
   [ "$WANTED" = "  " ] && [ -e "$DONE/$name" ] && return 99
@@ -55,14 +55,19 @@ stage() {
   if [ "$rest" -lt "$least" ]; then say "$name: left out, $rest s left"; return 99; fi
   [ "$rest" -lt "$limit" ] && limit=$rest
   touch "$DONE/$name"
-  export KIT_DEADLINE=$(($(date +%s) + limit)) # no step begins that would outlast it
+  begun=$(date +%s)
+  export KIT_DEADLINE=$((begun + limit)) # no step begins that would outlast it
   printf '\n===== %s (at most %s s): %s\n' "$name" "$limit" "$*" >> "$OUT/all.log"
   : > "$LOGS/$name.log"
   timeout -k 5 "$limit" "$@" < /dev/null 2>&1 | tee -a "$OUT/all.log" "$LOGS/$name.log" | say_verdicts
   rc=${PIPESTATUS[0]}
+  taken=$(($(date +%s) - begun))
+  # A command that TERM does not end is killed too, 5 s after its limit.
+  [ "$rc" = 137 ] && [ "$taken" -ge "$limit" ] && rc=124
   case $rc in
     0 | 75) ;; # 75: CUDA broke, which its verdict says
-    124 | 137) say "$name: OUT OF TIME after $limit s" ;;
+    124) say "$name: OUT OF TIME after $limit s" ;;
+    137) say "$name: KILLED after $taken of $limit s, as the system does where memory runs out" ;;
     *) say "$name: exit $rc" ;;
   esac
   return "$rc"
@@ -98,7 +103,7 @@ big() { # LIMIT STEPS...: those not tried yet, or named; in one process, and in 
     stage big "$limit" 45 "$PY" "$KIT/gpu_run.py" big $todo
     rc=$?
     WANTED=$named
-    case $rc in 0 | 99 | 124 | 137) return ;; esac
+    case $rc in 0 | 99 | 124) return ;; esac
   done
 }
 
@@ -116,10 +121,10 @@ if [ "$KIT" = "$ROOT/.gpu/kit" ]; then
 fi
 [ "$KIT_DRY" = 1 ] || nvidia-smi >> "$OUT/all.log" 2>&1
 
-# Where the checkpoint and the runs lie: in memory if there is space for 16 GB and the merged model, else on the disk.
+# Where the checkpoint and the runs are: in memory if there is space for 16 GB and the merged model, else on the disk.
 if [ -z "${KIT_MODEL:-}" ] && [ "$KIT_DRY" != 1 ]; then
-  module=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
-  if [ "${module:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
+  free=$(df --output=avail -B1 /dev/shm 2> /dev/null | tail -1 | tr -d ' ')
+  if [ "${free:-0}" -gt 45000000000 ] || [ -e /dev/shm/kit/model ]; then
     mkdir -p /dev/shm/kit/runs
     export KIT_MODEL=/dev/shm/kit/model
     [ -e "$KIT_WORK/runs" ] || ln -s /dev/shm/kit/runs "$KIT_WORK/runs"
@@ -133,7 +138,7 @@ export KIT_MODEL=${KIT_MODEL:-$KIT_WORK/model}
 # --- stages -----------------------------------------------------------------------------------------------------------
 # Expandable segments and managed memory may be refused, by a virtual machine for one. What was tried and printed no line
 # was refused, and all goes on without.
-try_environment() { stage env 60 20 "$PY" "$KIT/gpu_run.py" env; }
+try_environment() { stage env 90 20 "$PY" "$KIT/gpu_run.py" env; }
 was_refused() { [ "$KIT_DRY" != 1 ] && ! grep -aq "^VERDICT env: $1" "$LOGS/env.log"; }
 try_environment
 rc=$?
@@ -167,7 +172,7 @@ if is_wanted make && { [ "$WANTED" != "  " ] || [ ! -e "$DONE/make" ]; }; then
 fi
 
 pytests tests-kernels 150 40 8 tests/kernels/test_operations.py tests/kernels/test_triton_kernels.py tests/kernels/test_varlen_attention.py \
-  tests/model/modules/test_nf4_linear.py tests/training/test_activations.py tests/runs/test_checkpoint.py tests/training/test_optimizer.py
+  tests/model/modules/test_nf4_linear.py tests/training/memory/test_activations.py tests/runs/test_checkpoint.py tests/training/test_optimizer.py
 
 if [ -n "$MAKING" ]; then
   wait "$MAKING"

@@ -1,7 +1,7 @@
-"""A part of the first-GPU script, in a process of its own: gpu_run.py env|make|peer|kernels, or gpu_run.py big STEP ...
+"""Run a part of the first-GPU script in a process: gpu_run.py env|make|peer|kernels, or gpu_run.py big STEP ...
 
 first_gpu.sh calls it; steps.py has the steps of `big`. KIT_DRY=1 walks through all of it on a CPU with a tiny model.
-The parts lie in benchmarks/first_gpu of the checkout, two folders above this file, wherever this file was copied to.
+The parts are in benchmarks/first_gpu of the checkout, two folders above this file, wherever this file was copied to.
 """
 
 import logging
@@ -23,7 +23,7 @@ from benchmarks.first_gpu.kit import Kit  # noqa: E402
 
 
 def run_part(kit: Kit, device: Device, part: str, names: list[str]) -> int:
-    """Returns the exit code."""
+    """Run a part; returns the exit code."""
     if part == "env":
         from benchmarks.first_gpu.environment import report_environment
 

@@ -1,4 +1,4 @@
-"""Our kernels' times: the table of benchmarks.gpu, and the product of few tokens next to bitsandbytes' own.
+"""Time our kernels: the table of benchmarks.gpu, and the product of few tokens, ours and bitsandbytes'.
 
 Timing is benchmarks.gpu's: launching hidden, and weights that no cache holds.
 """
@@ -22,16 +22,14 @@ TOKENS = (1, 4, 16)
 
 
 def measure_kernels(kit: Kit, device: Device) -> None:
-    """The table, and few tokens. A dry run computes the table for a card, and measures nothing."""
+    """Measure the table, and few tokens. A dry run computes the table for a card, and measures nothing."""
     roofs, lines = gpu.kernel_lines(kit.is_dry)
     gpu.print_kernels(roofs, lines)
     kit.result("roofs", bandwidth=roofs.bandwidth, flops=roofs.flops)
     for line in lines:
         kit.result("kernel", kernel=line.name, seconds=line.seconds, share=line.share(roofs))
-    reported = "; ".join(f"{line.name} {line.seconds * 1e6:.0f} us {line.share(roofs):.0%}" for line in lines)
-    kit.verdict(
-        f"kernels ({roofs.name}, {roofs.bandwidth / 1e9:,.0f} GB/s, {roofs.flops / 1e12:.0f} TFLOP/s): {reported}"
-    )
+    text = "; ".join(f"{line.name} {line.seconds * 1e6:.0f} us {line.share(roofs):.0%}" for line in lines)
+    kit.verdict(f"kernels ({roofs.name}, {roofs.bandwidth / 1e9:,.0f} GB/s, {roofs.flops / 1e12:.0f} TFLOP/s): {text}")
     for shape in SHAPES if device.is_cuda else ():
         _measure_few(kit, *shape)
 
@@ -58,11 +56,9 @@ def _measure_few(kit: Kit, out_features: int, in_features: int) -> None:
         wanted = first.pop("dequantized first")
         errors = {name: float((found - wanted).norm() / wanted.norm()) for name, found in first.items()}
         kit.result("few", shape=[out_features, in_features], tokens=tokens, seconds=seconds, relative_errors=errors)
-        reported = ", ".join(f"{name} {found * 1e6:.0f} us" for name, found in seconds.items())
+        text = ", ".join(f"{name} {found * 1e6:.0f} us" for name, found in seconds.items())
         apart = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
-        kit.verdict(
-            f"few tokens {out_features}x{in_features} x{tokens}: {reported}; next to dequantized first: {apart}"
-        )
+        kit.verdict(f"few tokens {out_features}x{in_features} x{tokens}: {text}; against dequantized first: {apart}")
 
 
 def _theirs(x: Tensor, packed: Tensor, state: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every part of the first-GPU script shares: where it reads and writes, and how it reports.
+"""Share what every part of the first-GPU script needs: where it reads and writes, and how it reports.
 
 first_gpu.sh sets the environment variables. A line that begins with VERDICT is what the script shows and keeps; all
 numbers go to results.jsonl.
@@ -18,7 +18,7 @@ DRY_TOKENS = {2048: 64, 16384: 128, 65536: 160}  # rows of a dry run, where the 
 
 @dataclass(frozen=True)
 class Kit:
-    """Where the script reads and writes, and whether it is dry: on a CPU, with a tiny model."""
+    """Hold where the script reads and writes, and whether it is dry: on a CPU, with a tiny model."""
 
     is_dry: bool
     out: Path  # for verdicts, results, profiles
@@ -47,7 +47,7 @@ class Kit:
 
     @property
     def rows(self) -> Path:
-        """Long text, cut into rows of full length."""
+        """Return long text, cut into rows of full length."""
         return self.work / "text.jsonl"
 
     @property
@@ -56,11 +56,11 @@ class Kit:
 
     @property
     def adapter(self) -> Path:
-        """That of a finished run, for the merge and the peer."""
+        """Return the adapter of a finished run, for the merge and the peer."""
         return self.runs / "merged-from" / "adapter"
 
     def tokens(self, tokens: int) -> int:
-        """Of a row, in place of those of the card where this is a dry run."""
+        """Return the tokens of a row, fewer where this is a dry run."""
         return DRY_TOKENS[tokens] if self.is_dry else tokens
 
     def verdict(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Steps that look at one part of a run: generation by either product, and the optimizer's paged state."""
+"""Measure one part of a run: generation by either product, and the optimizer's paged state."""
 
 import math
 import os
@@ -8,7 +8,9 @@ import torch
 
 from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
 from benchmarks.first_gpu.device import last_prefetched_to
+from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.training.generation import generate_answers
+from qlora_trainer.weights.bitsandbytes_internals import is_paged
 
 PAGE = 4096  # bytes that the host touches at once
 PROMPT_TOKENS = 32
@@ -16,9 +18,9 @@ KERNELS = "QLORA_KERNELS"
 
 
 def generate(runs: BaseRuns) -> None:
-    """Tokens a second with our product over four bits, and by dequantizing first."""
+    """Measure tokens a second with our product over four bits, and by dequantizing first."""
     run = runs.start("generate", 2048, RECOMPUTE, 2)
-    prompt = run.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
+    prompt = run.renderer.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
     new = 4 if runs.kit.is_dry else 64
     rates = {}
     before = os.environ.get(KERNELS)
@@ -27,45 +29,40 @@ def generate(runs: BaseRuns) -> None:
             os.environ[KERNELS] = choice
             for batch in (1, 8):
                 rates[f"{choice} x{batch}"] = (
-                    batch * new / _fastest(runs, run.base.model, run.tokenizer, prompt, batch, new)
+                    batch * new / _fastest(runs, run.base.model, run.renderer.tokenizer, prompt, batch, new)
                 )
     finally:
         os.environ.pop(KERNELS)
         if before is not None:
             os.environ[KERNELS] = before
     runs.kit.result("generate", **rates)
-    reported = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
-    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {reported}")
+    text = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
+    runs.kit.verdict(f"generate, tokens/s with adapter (x batch; {new} new): {text}")
     runs.drop(run)
 
 
 def _fastest(
     runs: BaseRuns, model: torch.nn.Module, tokenizer: object, prompt: list[int], batch: int, new: int
 ) -> float:
-    """Seconds of the faster of two tries."""
+    """Return the seconds of the faster of two tries."""
     best = math.inf
     for _ in range(2):
         runs.device.synchronize()
         started = time.perf_counter()
-        generate_answers(model, tokenizer, [prompt] * batch, stop_token_ids=[0], max_new_tokens=new)
+        generate_answers(model, tokenizer, [PromptTokens(prompt, [0])] * batch, max_new_tokens=new)
         runs.device.synchronize()
         best = min(best, time.perf_counter() - started)
     return best
 
 
 def paging(runs: BaseRuns) -> None:
-    """Whether optimizer state really leaves the card, and what an update costs when it has.
+    """Measure whether optimizer state really leaves the card, and what an update costs when it has.
 
     The host touches the pages, and the card is never filled: managed memory beyond a card's own can hang it.
     """
     run = runs.start("paging", 2048, RECOMPUTE, 2)
     optimizer = run.state.optimizer
-    paged = [
-        tensor
-        for state in optimizer.optimizer.state.values()
-        for tensor in state.values()
-        if getattr(tensor, "is_paged", False)
-    ]
+    paged = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if is_paged(tensor)]
     if not paged:
         runs.kit.verdict(f"paging: {optimizer.paged_bytes} bytes are paged here")
         runs.drop(run)

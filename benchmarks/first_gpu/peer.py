@@ -1,4 +1,4 @@
-"""peft + bitsandbytes, as benchmarks/common.py has it, on the same checkpoint, adapter and lengths."""
+"""Measure peft + bitsandbytes, as benchmarks/common.py has it, on the same checkpoint, adapter and lengths."""
 
 import contextlib
 import statistics
@@ -18,7 +18,7 @@ VOCABULARY = 700  # ids below that of the tiny tokenizer
 
 
 def measure_peer(kit: Kit, device: Device) -> None:
-    """Its load, a row of 2,048 and one of 16,384 tokens a step, and generation."""
+    """Measure its load, a row of 2,048 and one of 16,384 tokens a step, and generation."""
     assert kit.adapter.is_dir(), "there is no adapter: the step keep_adapter makes it"
     device.reset_peak()
     started = time.perf_counter()
@@ -68,7 +68,7 @@ def _seconds_of_steps(
 
 
 def _seconds_of_generation(model: Any, new: int, device: Device) -> float:
-    """Of so many new tokens after a prompt of 32, once warmed up."""
+    """Time so many new tokens after a prompt of 32, once warmed up."""
     model.eval()
     model.config.use_cache = True
     prompt = torch.arange(3, 35, device=device.name)[None]

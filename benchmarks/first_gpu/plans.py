@@ -1,8 +1,8 @@
-"""Plan the runs of cases.py, so that what they take on the card is set next to it: plans.py OUTPUT [COMMIT]
+"""Plan the runs of cases.py, so that what they take on the card is reported with its plan.
 
-    python -m benchmarks.first_gpu.plans /tmp/kit/plans.json
+    python -m benchmarks.first_gpu.plans /tmp/kit/plans.json [COMMIT]
 
-Needs no GPU; some minutes of one core. The commit is only recorded, for who asks which code a plan is of.
+Needs no GPU; some minutes of one core. The commit is only recorded: it says which code a plan is of.
 """
 
 import json
@@ -30,7 +30,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
 
 
 def plan(case: Case, model: Path, work: Path) -> tuple[MemoryPlan, bool]:
-    """The plan under the first policy that fits, or the last; and whether it fits."""
+    """Plan under the first policy that fits, or the last; returns the plan and whether it fits."""
     for policy in case.policies:
         training = {"activation_checkpointing": policy}
         raw = raw_config(

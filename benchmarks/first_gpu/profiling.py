@@ -1,4 +1,4 @@
-"""Where a step's time goes: how long the card is busy of it, and by which kernels.
+"""Profile a step: how long of it the card is busy, and by which kernels.
 
 If it is far below 90 % at 2,048 tokens, the processor is the bound there, and only longer rows say something of the
 kernels. A dry run profiles the processor.
@@ -17,7 +17,7 @@ MOST_LISTED = 40
 
 
 def profile_steps(runs: BaseRuns) -> None:
-    """A step of 2,048 and one of 16,384 tokens."""
+    """Profile a step of 2,048 and one of 16,384 tokens."""
     for tokens in (2048, 16384):
         _profile_step(runs, tokens)
 
@@ -37,11 +37,11 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.is_cuda else [])]) as profiler:
         take_step(run.state)
         device.synchronize()
-    tokens_reported = f"{kit.tokens(tokens):,} tokens"
+    length = f"{kit.tokens(tokens):,} tokens"
     key = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
     with (kit.out / "profile.txt").open("a") as file:
-        file.write(f"\n=== {tokens_reported}, recompute, {wall:.3f} s unprofiled\n{table}\n")
+        file.write(f"\n=== {length}, recompute, {wall:.3f} s unprofiled\n{table}\n")
     kind = torch.autograd.DeviceType.CUDA if device.is_cuda else torch.autograd.DeviceType.CPU
     shares: dict[str, float] = {}
     intervals = []
@@ -53,10 +53,10 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     total = max(sum(shares.values()), 1e-9)
     ranked = sorted(shares.items(), key=lambda item: -item[1])[:MOST_LISTED]
     kit.result(f"profile-{tokens}", wall=wall, busy=busy, seconds_by_name=ranked)
-    reported = ", ".join(f"{name[:44]} {seconds / total:.0%}" for name, seconds in ranked[:8])
+    shares_by_kernel = ", ".join(f"{name[:44]} {seconds / total:.0%}" for name, seconds in ranked[:8])
     kit.verdict(
-        f"profile {tokens_reported}: a step {wall:.3f} s, the {'card' if device.is_cuda else 'processor'} busy "
-        f"{busy:.3f} s of one profiled ({busy / wall:.0%}); {reported}"
+        f"profile {length}: a step {wall:.3f} s, the {'card' if device.is_cuda else 'processor'} busy "
+        f"{busy:.3f} s of one profiled ({busy / wall:.0%}); {shares_by_kernel}"
     )
     if tokens == 2048 and device.is_cuda:
         profiler.export_chrome_trace(str(kit.out / "trace-2048.json.gz"))
@@ -64,7 +64,7 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length that intervals cover together: what two streams do at once counts once."""
+    """Compute the length that intervals cover together: what two streams do at once counts once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

@@ -1,4 +1,4 @@
-"""Steps that are about whole runs: resumed, offloaded, merged; and a finished run to keep."""
+"""Take steps that are about whole runs: resumed, offloaded, merged; and finish a run to keep."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from qlora_trainer.runs.run import Run
 
 
 def resume(runs: BaseRuns) -> None:
-    """A run repeated, and one stopped and resumed, next to one that was not: by default, and deterministic."""
+    """Compare a run repeated, and one stopped and resumed, with one that was not: by default, and deterministic."""
     for is_deterministic in (False, True):
         training = {**RECOMPUTE, **({"deterministic": True} if is_deterministic else {})}
         losses: list[list[float]] = []
@@ -29,8 +29,8 @@ def resume(runs: BaseRuns) -> None:
         apart = {"repeated": _distance(repeated, whole), "resumed": _distance(resumed, whole)}
         how = "deterministic" if is_deterministic else "by default"
         runs.kit.result(f"resume-{how.replace(' ', '-')}", apart=apart, losses=losses, rates=rates)
-        reported = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
-        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(reported)}; {max(rates):,.0f} tokens/s")
+        outcomes = [f"{name} {'equal' if far == 0 else f'differs by {far:.1e}'}" for name, far in apart.items()]
+        runs.kit.verdict(f"resume, {how}: 4 steps {', '.join(outcomes)}; {max(rates):,.0f} tokens/s")
 
 
 def _trained(runs: BaseRuns, run: Run, losses: list[list[float]], rates: list[float]) -> dict[str, Tensor]:
@@ -44,13 +44,13 @@ def _trained(runs: BaseRuns, run: Run, losses: list[list[float]], rates: list[fl
 
 
 def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest difference of two adapters' numbers; infinite where one of them is not a number."""
+    """Compute the largest difference of two adapters' numbers; infinite where one of them is not a number."""
     worst = max(float((found[name].float() - tensor.float()).abs().max()) for name, tensor in wanted.items())
     return worst if worst == worst else float("inf")
 
 
 def offload(runs: BaseRuns) -> None:
-    """Inputs that went to pinned memory come back whole, and what that costs next to recomputing."""
+    """Check that inputs from pinned memory come back whole, and measure what that costs against recomputing."""
     losses, rates = {}, {}
     for level in ("full", "offload", "tiled"):
         run = runs.start(f"copy-{level}", 16384, {"activation_checkpointing": level}, 2)
@@ -66,13 +66,13 @@ def offload(runs: BaseRuns) -> None:
         for one, other in zip(losses[level], losses["full"], strict=True)
     )
     runs.kit.verdict(
-        f"offload and tile next to recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
+        f"offload and tile against recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
         + ", ".join(f"{level} {rate:,.0f}" for level, rate in rates.items())
     )
 
 
 def keep_adapter(runs: BaseRuns) -> None:
-    """A short finished run, for the merge and the peer."""
+    """Finish a short run, for the merge and the peer."""
     run = runs.start("merged-from", 2048, RECOMPUTE, 2)
     run.train(lambda record: None)
     runs.drop(run)
@@ -81,7 +81,7 @@ def keep_adapter(runs: BaseRuns) -> None:
 
 
 def merge(runs: BaseRuns) -> None:
-    """The merge, verified, in the memory that nothing else holds."""
+    """Merge and verify, in the memory that nothing else holds."""
     from qlora_trainer.merging.merge_run import merge_run
 
     kit, device = runs.kit, runs.device
@@ -125,5 +125,5 @@ def merge(runs: BaseRuns) -> None:
 
 
 def own_cache(work: Path) -> None:
-    """Runs keep prepared rows in this folder, not in the user's."""
+    """Have runs keep prepared rows in this folder, not in the user's."""
     os.environ.setdefault("XDG_CACHE_HOME", str(work / "cache-home"))

@@ -1,4 +1,4 @@
-"""The steps on a base that is loaded once, in the order of their value, and what takes them one after another.
+"""Take steps on a base that is loaded once, one after another, in the order of their value.
 
 Each is tried once, and marked before it begins: where one breaks CUDA for its process, or ends it as bitsandbytes does
 on an error, first_gpu.sh starts another process, which takes the rest.
@@ -23,7 +23,7 @@ CUDA_IS_BROKEN = 75  # exit code
 
 @dataclass(frozen=True)
 class Step:
-    """What a step does, the seconds that it may need, and the base that it wants to find loaded."""
+    """Hold what a step does, the seconds that it may need, and the base that it wants to find loaded."""
 
     take: Callable[[BaseRuns], None]
     seconds: int
@@ -57,7 +57,7 @@ STEPS = {
 
 
 def take_steps(kit: Kit, device: Device, names: Sequence[str]) -> int:
-    """Take those named; returns the exit code, 75 where another process should go on."""
+    """Take the named steps; returns the exit code, 75 where another process should go on."""
     own_cache(kit.work)
     tried = kit.work / "done"
     tried.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def take_steps(kit: Kit, device: Device, names: Sequence[str]) -> int:
 
 
 def _break_on_purpose(kit: Kit, name: str) -> None:
-    """In a dry run KIT_BREAK=STEP:CODE ends the process at a step, as bitsandbytes does where CUDA refuses it."""
+    """End the process at a step, as bitsandbytes does where CUDA refuses it: in a dry run, by KIT_BREAK=STEP:CODE."""
     step, _, code = os.environ.get("KIT_BREAK", "").partition(":")
     if kit.is_dry and step == name:
         os._exit(int(code))

@@ -1,16 +1,16 @@
-"""Causal attention in one document, a block of queries at a time, forward and again in backward.
+"""Compute causal attention in one document, a block of queries at a time, forward and again in backward.
 
 Fused attention has no soft cap, on a CPU no dropout, and takes a window as a mask over all pairs of tokens. Here a
-block of queries meets only the keys in its reach, so the scores that exist at once are one block's: with a window,
-time and memory grow with L x window, and without one memory still grows with L alone. Nothing is kept for backward
-but queries, keys and values; each block's scores are made again there (as FlashAttention does, Dao et al. 2022,
+block of queries meets only the keys it can see, so the scores that exist at once are one block's: with a window, time
+and memory grow with L x window, and without one memory still grows with L alone. Nothing is kept for backward but
+queries, keys and values; each block's scores are made again there (as FlashAttention does, Dao et al. 2022,
 arXiv:2205.14135, section 3.1), and dropout's mask is made again from a seed.
 
-Plain torch, so it runs on every device; an op of its own, so that a plan on fake tensors meets one operation instead
-of thousands, and takes what it uses inside from `workspace_bytes`. Left out: attention that is not causal, and
-gradients of gradients.
+It is plain torch, so it runs on every device. It is one operation to torch, so that a plan on fake tensors meets one
+operation instead of thousands, and adds what that uses inside by `blockwise_workspace_bytes`. Left out: attention that
+is not causal, and gradients of gradients.
 
-Legend: Hq query heads, Hkv key heads, G = Hq / Hkv, L tokens, D head size; of a block: N queries, S keys in reach.
+Legend: Hq query heads, Hkv key heads, G = Hq / Hkv, L tokens, D head size; of a block: N queries, S keys they see.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import draw_seed, keep_mask, visible
+from qlora_kernels.dropout import draw_seed, keep_mask
 from qlora_kernels.registry import define
+from qlora_kernels.saved_tensors import visible
 
 BLOCK_BYTES = 8 * 2**20
 """Of a block's scores in fp32, as far as FEWEST_QUERIES and MOST_QUERIES allow; backward holds up to five such."""
@@ -43,9 +44,21 @@ def blockwise_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:  # (1, L, Hq, D)
-    """dropout(softmax(softcap * tanh(scale * q @ k.T / softcap))) @ v, causal, the settings as in `varlen_attention`.
+    """Compute dropout(softmax(softcap * tanh(scale * q @ k.T / softcap))) @ v, causal.
 
     Products are in the query's dtype, all between them in fp32 (fp64 for fp64), and so are sums over blocks.
+
+    Args:
+        query: of one document.
+        key: of the same dtype.
+        value: of the same dtype.
+        scale: what products of queries and keys are multiplied by.
+        window: tokens that a token sees, its own among them; None: all before it.
+        softcap: bound of the scores; None: none.
+        dropout: share of the attention weights that are dropped.
+
+    Returns:
+        The output, heads last.
     """
     seed = draw_seed() if dropout else None
     return _Blockwise.apply(*visible(query, key, value), seed, scale, window, softcap, dropout)
@@ -84,7 +97,7 @@ def _attend(
             weights.mul_(block.kept)
         result = torch.bmm(weights.to(value.dtype), value[0, :, block.keys])
         by_key_head[:, :, block.queries] = result.unflatten(1, (by_key_head.shape[1], -1))
-        del block, weights  # or the next block's would be made next to them
+        del block, weights  # or they would still be there when the next block's are made
     return output
 
 
@@ -125,7 +138,7 @@ def _backward(
 
 @dataclass
 class _Block:
-    """What forward and backward both need of one block; the rows of the G heads of a key head lie one after another."""
+    """Hold what forward and backward both need of one block; the rows of a key head's G heads follow one another."""
 
     queries: slice
     keys: slice
@@ -174,13 +187,22 @@ def _blocks(
 
 
 def queries_of_a_block(heads: int, reach: int, on_cuda: bool) -> int:
-    """A multiple of 16: a block's scores have about BLOCK_BYTES, on CUDA CUDA_FACTOR times as many."""
+    """Choose how many queries form a block: a multiple of 16, so that its scores have about BLOCK_BYTES.
+
+    Args:
+        heads: query heads.
+        reach: keys that a query sees at most.
+        on_cuda: blocks have CUDA_FACTOR times as many bytes there.
+
+    Returns:
+        The number of queries.
+    """
     factor = CUDA_FACTOR if on_cuda else 1
     fitting = factor * BLOCK_BYTES // (4 * heads * reach) // FEWEST_QUERIES * FEWEST_QUERIES
     return max(min(fitting, factor * MOST_QUERIES), FEWEST_QUERIES)
 
 
-def workspace_bytes(
+def blockwise_workspace_bytes(
     query: Tensor,  # (1, Hq, L, D)
     key: Tensor,  # (1, Hkv, L, D)
     window: int | None,
@@ -190,7 +212,20 @@ def workspace_bytes(
     backward: bool,
     on_cuda: bool,
 ) -> int:
-    """What the op uses inside and frees again: a few blocks of scores, and in backward sums in fp32."""
+    """Compute what the operation uses inside and frees again: a few blocks of scores, and in backward sums in fp32.
+
+    Args:
+        query: as given to `blockwise_attention`.
+        key: as given to `blockwise_attention`.
+        window: as given to `blockwise_attention`.
+        softcap: as given to `blockwise_attention`.
+        dropout: as given to `blockwise_attention`.
+        backward: count backward instead of forward.
+        on_cuda: count blocks as large as on a CUDA device.
+
+    Returns:
+        Bytes, beyond inputs and results.
+    """
     _, heads, length, head_dim = query.shape
     is_half = query.element_size() == 2
     count = min(queries_of_a_block(heads, min(length, window or length), on_cuda), length)
@@ -198,7 +233,7 @@ def workspace_bytes(
     block = heads * pairs * (4 if is_half else query.element_size())
     rows = heads * count * head_dim * query.element_size()
     if not backward:
-        # Next to the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
+        # Besides the weights: what the mask over pairs is made of, then their cast, or what dropout's mask is made of.
         extra = max(6 * pairs, block // 2 if is_half else 0, block * 7 // 4 if dropout else 0)
         return block + extra + 2 * rows
     blocks = block * (3 + (softcap is not None) + (dropout > 0)) + 3 * rows
@@ -207,7 +242,7 @@ def workspace_bytes(
 
 
 def _hidden(queries: slice, keys: slice, window: int | None, device: torch.device) -> Tensor:
-    """(N, S) bool: the keys that a query does not see, which are those after it and those before its window."""
+    """Mark the keys that a query does not see, (N, S) bool: those after it and those before its window."""
     rows = torch.arange(queries.start, queries.stop, dtype=torch.int32, device=device)[:, None]
     ages = rows - torch.arange(keys.start, keys.stop, dtype=torch.int32, device=device)
     return ages < 0 if window is None else (ages < 0) | (ages >= window)

@@ -1,10 +1,10 @@
-"""C++ next to this package, compiled at its first use for the very processor, and kept.
+"""Compile the C++ of this package at its first use, for the very processor, and keep the library.
 
 The compiler is run directly and the library is opened with ctypes: such a file needs no header of torch, so it is
 compiled in two seconds and fits every version. (torch's own extension builder was measured first; see
-docs/decisions/0016.) A library is written under a temporary name and renamed, so processes may compile side by side
+docs/decisions/0016.) A library is written under a temporary name and renamed, so processes may compile at the same time
 and a kill leaves nothing behind that anyone waits for. It shares torch's pool of threads by linking to the OpenMP
-runtime that torch has loaded; two pools would fight for the processors. Left out: Windows.
+runtime that torch has loaded; two pools would compete for the processors. Left out: Windows.
 """
 
 import ctypes
@@ -28,7 +28,14 @@ MOST_SECONDS = 120
 
 @functools.cache
 def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The compiled library of a C++ file with C functions, made where it is not there yet.
+    """Open the compiled library of a C++ file with C functions, compiling it where that was not done yet.
+
+    Args:
+        source: the C++ file.
+        extra_flags: of the compiler, after FLAGS.
+
+    Returns:
+        The library.
 
     Raises:
         UnavailableError: there is no compiler, it fails, or the library cannot be kept or opened.
@@ -68,7 +75,7 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
 
 
 def _threads() -> list[str]:
-    """What makes the code share torch's threads; nothing, and one thread, where torch's OpenMP is not found."""
+    """Return the flags that make the code share torch's threads; none, and one thread, without torch's OpenMP."""
     maps = Path("/proc/self/maps")
     loaded = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
     paths = {line.split(maxsplit=5)[-1] for line in loaded if "omp" in line and ".so" in line}
@@ -80,6 +87,6 @@ def _threads() -> list[str]:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on: a folder may be shared between machines."""
-    reported = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
-    return os.linesep.join([platform.machine(), platform.processor(), *reported]).encode()
+    """Describe what -march=native depends on: several machines may share a folder."""
+    facts = [processor_fact(key) or "" for key in ("model name", "flags", "Features", "CPU part")]
+    return os.linesep.join([platform.machine(), platform.processor(), *facts]).encode()

@@ -1,8 +1,8 @@
-"""Gated experts over frozen NF4 weights: each token goes through the few experts that its router chose.
+"""Take each token through the few experts that its router chose, over frozen NF4 weights.
 
 output[t] = sum over slots s of routing[t, s] * down(activation(gate(x[t])) * up(x[t])), with the matrices of expert
-chosen[t, s] (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088). Experts take turns, each
-with all of its tokens at once, so that one dequantized matrix is alive at a time, in the weights' shared workspace.
+chosen[t, s] (Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, arXiv:2401.04088). Experts take turns, each with
+all of its tokens at once, so that one dequantized matrix is alive at a time, in the weights' shared workspace.
 
 For backward only the tokens are kept, once, with their routes: an expert's inputs are gathered and taken through gate
 and up again, which costs two of its three products once more and saves three tensors of the MLP's width for each slot.
@@ -18,24 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import (
-    Activation,
-    fetch,
-    gated_gradients,
-    gated_product,
-    input_gradient,
-    keep,
-    nf4_linear,
-    visible,
-)
+from qlora_kernels.gated import Activation, gated_gradients, gated_product
+from qlora_kernels.lora_linear import input_gradient, nf4_linear
 from qlora_kernels.nf4 import NF4Weight
+from qlora_kernels.saved_tensors import fetch, keep, visible
+from qlora_kernels.torch_internals import FakeTensor
 
 
 class Expert(NamedTuple):
-    """One expert's matrices."""
+    """Hold one expert's matrices."""
 
     gate: NF4Weight  # (I, H)
     up: NF4Weight  # (I, H)
@@ -49,9 +42,20 @@ def gated_experts(
     experts: Sequence[Expert],
     activation: Activation,
 ) -> Tensor:  # (N, H), dtype of x
-    """See above. Products are in x's dtype; a routing weight of a wider dtype multiplies in that one.
+    """Sum the outputs of each token's experts, weighted by its router.
 
-    On fake tensors, whose routes cannot be read, the first K experts take every token: no routing fills memory more.
+    Products are in x's dtype; a routing weight of a wider dtype multiplies in that one. On fake tensors, whose routes
+    cannot be read, the first K experts take every token: no routing needs more memory.
+
+    Args:
+        x: the tokens.
+        chosen: the experts of each token, each at most once.
+        routing: their weights.
+        experts: all E of them.
+        activation: of the gate.
+
+    Returns:
+        The sums.
     """
     return _GatedExperts.apply(*visible(x, routing), chosen, experts, activation)
 
@@ -102,7 +106,16 @@ class _GatedExperts(torch.autograd.Function):
 
 
 def expert_turns(order: Tensor, counts: Sequence[int], slots_of_token: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert that has tokens, with these and their slots, by what `expert_order` gave: (index, (n,), (n,))."""
+    """Go through the experts that have tokens.
+
+    Args:
+        order: slots, expert after expert, as `expert_order` gives them.
+        counts: slots of each expert.
+        slots_of_token: K.
+
+    Yields:
+        (index of the expert, its tokens (n,), their slots (n,)).
+    """
     for index, slots in enumerate(order.split(list(counts))):
         if len(slots):
             yield index, slots // slots_of_token, slots
@@ -112,7 +125,15 @@ def expert_order(
     chosen: Tensor,  # (N, K) int64
     experts: int,
 ) -> tuple[Tensor, list[int]]:
-    """All slots, numbered from 0 to N * K, expert after expert, and how many each expert has: ((N * K,), [E])."""
+    """Sort all slots, numbered from 0 to N * K, by their expert.
+
+    Args:
+        chosen: the experts of each token.
+        experts: E.
+
+    Returns:
+        The slots (N * K,), and how many each expert has [E].
+    """
     order = chosen.reshape(-1).argsort(stable=True)
     if isinstance(chosen, FakeTensor):
         tokens, slots = chosen.shape

@@ -1,7 +1,8 @@
-"""activation(gate) * up on CUDA, and its gradients: every value is read once and written once, fp32 between.
+"""Compute activation(gate) * up on CUDA, and its gradients: every value is read once and written once.
 
-The contract is gated.py's; where plain torch rounds the activated gate to 16 bits this does not, so it errs less. Gate
-and up may be the halves of one tensor, so rows may lie apart. Left out: fp64, which goes to plain torch.
+The contract is gated.py's; between, values are fp32. Where plain torch rounds the activated gate to 16 bits this does
+not, so it errs less. Gate and up may be the halves of one tensor, so rows may lie apart. Left out: fp64, which goes to
+plain torch.
 """
 
 import torch
@@ -17,8 +18,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(activation(x), its slope) of fp32; 0 silu, 1 gelu, 2 gelu by tanh (Hendrycks & Gimpel 2016)."""
+def activation_and_slope(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    # (activation(x), its slope) of fp32; 0 silu, 1 gelu, 2 gelu by tanh (Hendrycks & Gimpel 2016).
     if ACTIVATION == 0:
         share = tl.sigmoid(x)
         slope = share * (1.0 + x * (1.0 - share))
@@ -41,7 +42,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     inside = column < width
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    activated, _ = activate(gate, ACTIVATION)
+    activated, _ = activation_and_slope(gate, ACTIVATION)
     tl.store(out_ptr + row * width + column, (activated * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -63,13 +64,22 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
     grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    activated, slope = activate(gate, ACTIVATION)
+    activated, slope = activation_and_slope(gate, ACTIVATION)
     tl.store(grad_up_ptr + row * width + column, (grad * activated).to(grad_up_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_ptr + row * width + column, (grad * up * slope).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-def product(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
-    """As `gated.product_torch`."""
+def product_triton(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+    """Compute `gated.product_torch` in one pass.
+
+    Args:
+        gate: (..., W).
+        up: (..., W).
+        activation: by name.
+
+    Returns:
+        A new tensor (..., W).
+    """
     if gate.dtype == torch.float64:
         return gated.product_torch(gate, up, activation)
     gates, ups = _rows(gate), _rows(up)
@@ -82,8 +92,18 @@ def product(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     return out
 
 
-def gradients(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tensor:
-    """As `gated.gradients_torch`."""
+def gradients_triton(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tensor:
+    """Compute `gated.gradients_torch` in one pass.
+
+    Args:
+        grad: (..., W), overwritten by gate's gradient.
+        gate: (..., W).
+        up: (..., W).
+        activation: by name.
+
+    Returns:
+        The gradient of up (..., W).
+    """
     if gate.dtype == torch.float64 or not grad.is_contiguous():
         return gated.gradients_torch(grad, gate, up, activation)
     gates, ups = _rows(gate), _rows(up)
@@ -105,7 +125,7 @@ def gradients(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -> Tenso
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, W): rows that may lie apart, each in one piece."""
+    """Return (N, W): rows that may lie apart, each in one piece."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 

@@ -1,9 +1,9 @@
-"""The LM head as rows of the vocabulary, a block of them at a time.
+"""Multiply with the LM head and with its transpose, a block of rows of the vocabulary at a time.
 
-A head that is held in 4 or 8 bits is never whole in the dtype of computation: products with it, and with its transpose,
-go over blocks of at most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used as it lies.
+A head that is held in 4 or 8 bits is never whole in the dtype of computation: products with it go over blocks of at
+most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used as it is.
 
-fp32 logits of 16-bit products are widened where they lie, and their gradients narrowed, so that no second tensor of
+fp32 logits of 16-bit products are widened in place, and their gradients narrowed in place, so that no second tensor of
 their size exists.
 
 Legend: N tokens, H hidden size, V vocabulary.
@@ -27,19 +27,28 @@ FEWEST_BLOCKS = 16
 
 @runtime_checkable
 class HeadRows(Protocol):
-    """A frozen matrix (V, H), whatever it is held in."""
+    """Describe a frozen matrix (V, H), in whatever form it is held."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
-        """Rows of the matrix in `dtype`; a view where they are held so."""
+        """Return rows of the matrix, a view where they are held in `dtype`.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of the result.
+
+        Returns:
+            The rows.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class DenseRows:
-    """HeadRows of a plain tensor."""
+    """Give the rows of a plain tensor."""
 
     weight: Tensor  # (V, H)
 
@@ -51,12 +60,21 @@ class DenseRows:
         return self.weight[start:stop].to(dtype)
 
 
-def multiply(
+def multiply_by_head(
     hidden: Tensor,  # (N, H)
     head: HeadRows,
     dtype: torch.dtype,  # hidden's, or fp32 where that has 16 bits
 ) -> Tensor:  # (N, V) in `dtype`
-    """hidden @ head.T, multiplied in hidden's dtype, without a second tensor of the result's size."""
+    """Compute hidden @ head.T, multiplied in hidden's dtype, without a second tensor of the result's size.
+
+    Args:
+        hidden: in the dtype of computation.
+        head: the matrix.
+        dtype: of the result.
+
+    Returns:
+        The logits.
+    """
     vocabulary, _ = head.shape
     if _is_ready(head, hidden.dtype) and dtype == hidden.dtype:
         return linear(hidden, head.rows(0, vocabulary, dtype))
@@ -74,16 +92,27 @@ def multiply(
             torch.mm(hidden, rows.T, out=out[:, block])
         else:
             out[:, block] = hidden @ rows.T
-        del rows  # or the next block's would be made next to them
+        del rows  # or they would still be there when the next block's are made
     return out
 
 
-def multiply_transposed_(
+def multiply_by_head_transposed_(
     grad: Tensor,  # (N, V); its contents are lost
     head: HeadRows,
     dtype: torch.dtype,  # grad's, or one of 16 bits where that is fp32
 ) -> Tensor:  # (N, H) in `dtype`
-    """grad @ head, multiplied in `dtype`, without a second tensor of grad's size; blocks are summed in grad's own."""
+    """Compute grad @ head, multiplied in `dtype`, without a second tensor of grad's size.
+
+    Products of blocks are summed in grad's own dtype.
+
+    Args:
+        grad: of the logits.
+        head: the matrix.
+        dtype: of the result.
+
+    Returns:
+        The gradient of the hidden states.
+    """
     vocabulary, hidden_size = head.shape
     if _is_ready(head, dtype):
         low = grad.view(dtype)[:, :vocabulary]
@@ -102,7 +131,7 @@ def _is_ready(head: HeadRows, dtype: torch.dtype) -> bool:
 
 
 def _cut(vocabulary: int, hidden_size: int = 1) -> list[slice]:
-    """Blocks that cover the vocabulary."""
+    """Cut the vocabulary into blocks."""
     rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -FEWEST_BLOCKS)), 1)
     return [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
 
@@ -111,20 +140,28 @@ class _HeadLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: HeadRows) -> Tensor:
         ctx.head = head
-        return multiply(hidden, head, hidden.dtype)
+        return multiply_by_head(hidden, head, hidden.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Summed in fp32: this is for models whose own logits are trained on.
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        return multiply_transposed_(wide, ctx.head, grad.dtype), None
+        return multiply_by_head_transposed_(wide, ctx.head, grad.dtype), None
 
 
 def head_logits(
     hidden: Tensor,  # (..., H)
     head: HeadRows,
 ) -> Tensor:  # (..., V)
-    """hidden @ head.T in hidden's dtype; the gradient goes to hidden, and nothing is kept for it."""
+    """Compute hidden @ head.T in hidden's dtype; the gradient goes to hidden, and nothing is kept for it.
+
+    Args:
+        hidden: any number of tokens.
+        head: the matrix.
+
+    Returns:
+        The logits.
+    """
     logits = _HeadLogits.apply(hidden.reshape(-1, hidden.shape[-1]), head)
     return logits.view(*hidden.shape[:-1], head.shape[0])

@@ -1,12 +1,12 @@
-"""A frozen matrix in eight bits: each row is its largest magnitude over 127 times integers from -127 to 127.
+"""Quantize a frozen matrix to eight bits: in each row integers from -127 to 127 times its largest magnitude over 127.
 
-For matrices whose rows represent tokens, such as the LM head: a row has one scale, so any block of rows can be made
-again alone. The contract is in plain torch, on every device:
+For matrices whose rows represent tokens, such as the LM head: a row has one scale, so any block of rows can be
+dequantized alone. The contract is in plain torch, on every device:
 
     scale[o]    = max |weight[o]| / 127                         in fp32
     value[o, i] = codes[o, i] * scale[o]                        the fp32 product, cast once
 
-Left out: products in integers. The matrix is made again in the dtype of computation, a block of rows at a time.
+Left out: products in integers. The matrix is dequantized in the dtype of computation, a block of rows at a time.
 
 Legend: O rows, I columns.
 """
@@ -21,7 +21,7 @@ _CHUNK_ELEMENTS = 1 << 24  # converted at a time while quantizing
 
 @dataclass(frozen=True, eq=False)
 class Int8Weight:
-    """A quantized matrix (O, I)."""
+    """Hold a quantized matrix (O, I)."""
 
     codes: Tensor  # (O, I) int8
     scale: Tensor  # (O,) fp32
@@ -32,7 +32,14 @@ class Int8Weight:
 
 
 def quantize_int8(weight: Tensor) -> Int8Weight:
-    """Quantizes a finite (O, I) matrix of any floating dtype, to the nearest code; a row of zeros gets scale 0."""
+    """Quantize a finite matrix to the nearest codes; a row of zeros gets scale 0.
+
+    Args:
+        weight: (O, I), any floating dtype.
+
+    Returns:
+        The codes and scales, on the same device.
+    """
     assert weight.dim() == 2, "quantize_int8 takes one matrix"
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -48,7 +55,16 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
 
 
 def dequantize_int8(weight: Int8Weight, dtype: torch.dtype, *, rows: slice | None = None) -> Tensor:
-    """The matrix as (O, I), or its `rows` as (rows, I), in any floating dtype. The step of `rows` must be 1."""
+    """Dequantize the matrix, or some of its rows.
+
+    Args:
+        weight: as `quantize_int8` gives it.
+        dtype: any floating one.
+        rows: those wanted, with a step of 1; None: all.
+
+    Returns:
+        (O, I), or (rows, I).
+    """
     start, stop, step = (rows or slice(None)).indices(weight.codes.shape[0])
     assert step == 1, "rows must be a slice with step 1"
     # A code is exact in every floating dtype of 8 significant bits, and the product of fp32 is rounded once.

@@ -1,10 +1,10 @@
-"""Cross entropy straight from the hidden states, without ever holding the logits of all tokens.
+"""Compute cross entropy straight from the hidden states, without ever holding the logits of all tokens.
 
 For a large vocabulary the logits (tokens x vocabulary, fp32, and their gradient) are the peak of a training step. Here
 only tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
 probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one fp32 tensor of the chunk's
-logits, products of lower precision too (head_rows.py). What is kept for backward is a tensor
-of the hidden states' size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
+logits, products of lower precision too (head_rows.py). What is kept for backward is a tensor of the hidden states'
+size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
 
 Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply, multiply_transposed_
+from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_by_head, multiply_by_head_transposed_
 from qlora_kernels.registry import define
 
 IGNORED = -100
@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
 MOST_CHUNKS = 64
-"""Of one call: a long context, next to which a larger chunk is little, does not read the head more often."""
+"""Of one call: a long context takes larger chunks, which are little to it, and reads the head no more often."""
 
 
 def linear_cross_entropy(
@@ -40,12 +40,24 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,  # None: by the vocabulary
 ) -> Tensor:  # () fp32
-    """The cross entropy SUMMED over the tokens that have a label; 0 where none has.
+    """Compute the cross entropy summed over the tokens that have a label; 0 where none has.
 
     Logits are z = (hidden @ head.T + bias) * logit_scale, then softcap * tanh(z / softcap) where given. Products are in
     hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows without
     a label get zero and never enter the arithmetic. Backward can be called once. Memory beyond the hidden states and
-    their gradient: one (C, V) in fp32, and where the head or its products are not used as they lie, a block of them.
+    their gradient: one (C, V) in fp32, and where the head or its products are not used as they are, a block of them.
+
+    Args:
+        hidden: of any number of documents.
+        head: frozen.
+        labels: already shifted; IGNORED where there is none.
+        bias: of the head, frozen.
+        softcap: bound of the logits.
+        logit_scale: what the logits are multiplied by.
+        chunk_tokens: C; None: chosen by the vocabulary.
+
+    Returns:
+        The sum.
     """
     rows = DenseRows(head) if isinstance(head, Tensor) else head
     settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0], hidden.shape[0]))
@@ -57,7 +69,15 @@ def linear_cross_entropy(
 
 
 def tokens_of_a_chunk(vocabulary: int, tokens: int) -> int:
-    """A multiple of 64: of logits of about CHUNK_BYTES, or a MOST_CHUNKS-th of all tokens, whichever is more."""
+    """Choose how many tokens form a chunk, a multiple of FEWEST_TOKENS.
+
+    Args:
+        vocabulary: V.
+        tokens: T.
+
+    Returns:
+        The number whose logits have about CHUNK_BYTES, or a MOST_CHUNKS-th of all tokens, whichever is more.
+    """
     fitting = CHUNK_BYTES // (4 * vocabulary) // FEWEST_TOKENS * FEWEST_TOKENS
     share = -(-tokens // (MOST_CHUNKS * FEWEST_TOKENS)) * FEWEST_TOKENS
     return max(min(max(fitting, FEWEST_TOKENS), MOST_TOKENS), share)
@@ -94,7 +114,7 @@ def _loss_and_gradient(
     for rows in torch.ops.qlora_kernels.label_rows(labels).split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
-        logits = multiply(chunk, head, dtype)  # (C, V)
+        logits = multiply_by_head(chunk, head, dtype)  # (C, V)
         del chunk
         if bias is not None:
             logits += bias
@@ -115,9 +135,9 @@ def _loss_and_gradient(
                 _through_softcap_(probabilities, log_normalizer, targets, target_logits, softcap)
             if logit_scale != 1.0:
                 probabilities *= logit_scale
-            gradient.index_copy_(0, rows, multiply_transposed_(probabilities, head, hidden.dtype))
+            gradient.index_copy_(0, rows, multiply_by_head_transposed_(probabilities, head, hidden.dtype))
             del probabilities
-        del logits  # or the next chunk's would be made next to them
+        del logits  # or they would still be there when the next chunk's are made
     return loss, gradient
 
 
@@ -128,7 +148,7 @@ def _through_softcap_(
     target_logits: Tensor,  # (C, 1), capped
     softcap: float,
 ) -> None:
-    """(probabilities - one_hot) times the slope of softcap * tanh(z / softcap), which is 1 - (capped / softcap)^2.
+    """Multiply (probabilities - one_hot) by the slope of softcap * tanh(z / softcap), 1 - (capped / softcap)^2.
 
     The capped logits are read back from the probabilities, a few columns at a time, instead of being kept: where a
     probability is too small for that, so is its product. The target's own is exact.
@@ -141,7 +161,7 @@ def _through_softcap_(
 
 
 def _label_rows(labels: Tensor) -> Tensor:
-    """(K,) int64: the rows that have a label."""
+    """Return the rows that have a label, (K,) int64."""
     return (labels != IGNORED).nonzero().squeeze(1)
 
 

@@ -1,44 +1,39 @@
-"""Linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
+"""Compute linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
 
 The weight gets no gradient, so backward needs no dequantized copy of it: it dequantizes the four-bit weight again, into
 the same workspace, and multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the
 16-bit weight, is what QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else
-is kept: no cast of A or B, no dropped-out input, no mask. The adapter's part is added into the base's output where it
-lies, and so is its part of grad_x: neither is ever a second tensor of that size.
+is kept: no cast of A or B, no input after dropout, no mask. The adapter's part is added to the base's output in place,
+and so is its part of grad_x: neither is ever a second tensor of that size.
 
-In a gated MLP the last layer's input is a product, activation(gate) * up. `gated_nf4_linear` keeps gate and up and
-makes the product again: two tensors of the MLP's width instead of the four that plain autograd keeps.
-
-What is kept is kept before the large product is made. So where a layer is recomputed (torch's checkpointing stops once
-it has what backward needs) a layer's last product is not made again.
+Tensors are saved for backward before the large product is made. So where a layer is recomputed (torch's checkpointing
+stops once it has what backward needs) a layer's last product is not made again.
 
 `add_lora` is the adapter's formula (Hu et al. 2021, arXiv:2106.09685) in plain torch; the functions compute the same.
+Left out: gradients of gradients, autocast, and the end of a gated MLP (gated_linear.py).
 
-Left out: gradients of gradients, and autocast. Legend: N tokens, I in features, O out features, R rank.
+Legend: N tokens, I in features, O out features, R rank.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels import gated
+from qlora_kernels.dropout import keep_mask
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.products import linear
-from qlora_kernels.registry import define
-
-Activation = Callable[[Tensor], Tensor] | gated.Name
-"""A name takes the register's operations; what has none, elementwise and into a new tensor, is left to autograd."""
+from qlora_kernels.saved_tensors import fetch, keep, visible
+from qlora_kernels.torch_internals import reshaped_without_view
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """LoRA next to a linear layer: scaling * dropout(x) A^T B^T."""
+    """Hold LoRA on a linear layer: scaling * dropout(x) A^T B^T."""
 
     lora_A: Tensor  # (R, I)
     lora_B: Tensor  # (O, R)
@@ -47,18 +42,40 @@ class Adapter:
     dropout_seed: Tensor | None = None  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
     casts: tuple[Tensor, Tensor] | None = None  # A and B in the dtype of x, where somebody has cast them already
 
+    def __post_init__(self) -> None:
+        assert not self.dropout or self.dropout_seed is not None, "dropout needs a seed"
+
     def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(A, B) in a dtype."""
+        """Return A and B in a dtype, from `casts` where they are of that one.
+
+        Args:
+            dtype: of the product.
+
+        Returns:
+            (A, B).
+        """
         if self.casts is not None and self.casts[0].dtype == dtype:
             return self.casts
         return self.lora_A.to(dtype), self.lora_B.to(dtype)
 
     @property
     def factor(self) -> float:
-        """Dropout's own factor goes where the tensor is small."""
+        """Return the scaling and dropout's own factor together, to be applied where the tensor is small.
+
+        Returns:
+            scaling / (1 - dropout).
+        """
         return self.scaling / (1.0 - self.dropout)
 
     def keep_mask(self, like: Tensor) -> Tensor | None:  # (N, I), or None without dropout
+        """Make dropout's mask for tokens.
+
+        Args:
+            like: gives N, dtype and device.
+
+        Returns:
+            The mask; None without dropout.
+        """
         return keep_mask(like, self.lora_A.shape[1], self.dropout, self.dropout_seed) if self.dropout else None
 
 
@@ -68,30 +85,24 @@ def nf4_linear(
     bias: Tensor | None,  # (O,)
     adapter: Adapter | None = None,
 ) -> Tensor:  # (..., O)
-    """x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype: the weight is dequantized to it, the others cast.
+    """Compute x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype.
 
-    Gradients go to x, A, B and the bias, each in its own dtype. For backward x itself is saved, so that layers with the
-    same input keep it once, and x A^T (N, R); of these only what the gradients asked for need. The dropout mask is a
-    function of the seed and the number of elements: backward makes it again. Works under checkpointing, where x is
-    recomputed, and on fake tensors.
+    The weight is dequantized to that dtype, the others are cast. Gradients go to x, A, B and the bias, each in its own
+    dtype. For backward x itself is saved, so that layers with the same input keep it once, and x A^T (N, R); of these
+    only what the gradients asked for need. Dropout's mask is a function of the seed and the number of elements:
+    backward makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
+
+    Args:
+        x: the input.
+        weight: frozen.
+        bias: of the layer, or None.
+        adapter: LoRA on the layer, or None.
+
+    Returns:
+        The output.
     """
-    _check(adapter)
     A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
     return _NF4Linear.apply(*visible(x, bias, A, B), weight, adapter)
-
-
-def gated_nf4_linear(
-    gate: Tensor,  # (..., I)
-    up: Tensor,  # (..., I)
-    activation: Activation,
-    weight: NF4Weight,  # (O, I)
-    bias: Tensor | None,  # (O,)
-    adapter: Adapter | None = None,
-) -> Tensor:  # (..., O)
-    """nf4_linear(activation(gate) * up, ...), keeping gate and up instead of the product: the end of a gated MLP."""
-    _check(adapter)
-    A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
-    return _GatedNF4Linear.apply(*visible(gate, up, bias, A, B), activation, weight, adapter)
 
 
 def add_lora(
@@ -101,70 +112,20 @@ def add_lora(
     lora_B: Tensor,  # (O, R)
     scaling: float,
 ) -> Tensor:  # (..., O)
-    """base_output + scaling * x A^T B^T, multiplied in x's dtype: the adapter next to any linear layer."""
+    """Compute base_output + scaling * x A^T B^T, multiplied in x's dtype: an adapter on any linear layer.
+
+    Args:
+        base_output: of the layer without its adapter.
+        x: the layer's input, after dropout.
+        lora_A: of any floating dtype.
+        lora_B: of any floating dtype.
+        scaling: of the adapter.
+
+    Returns:
+        The output.
+    """
     low_rank = F.linear(x, lora_A.to(x.dtype))  # (..., R)
     return base_output + F.linear(low_rank * scaling, lora_B.to(x.dtype))
-
-
-def draw_seed() -> Tensor:  # () int64, on the CPU
-    """A seed from torch's global CPU generator: restoring its state, as recomputation and resuming do, repeats it.
-
-    A tensor, not an int, so that nothing is read from it on fake tensors.
-    """
-    return torch.randint(2**63 - 1, (), device="cpu")
-
-
-def keep_mask(
-    like: Tensor,  # (N, any)
-    in_features: int,
-    dropout: float,  # a probability below 1, rounded to a multiple of 1/65,536
-    seed: Tensor | None,  # () int64 on the CPU
-) -> Tensor:  # (N, I), dtype and device of `like`: 1 where kept, 0 where dropped
-    """Dropout's mask, not scaled. The same seed, N and I give the same mask, in every dtype."""
-    return torch.ops.qlora_kernels.keep_mask(like.detach(), in_features, dropout, seed)
-
-
-def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors as a function may show them to autograd: where no gradient is asked for, as if none required one.
-
-    Without this a function under no_grad would be reported that its parameters need a gradient, and `none` for it.
-    """
-    if torch.is_grad_enabled():
-        return tensors
-    return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-
-
-class Kept(NamedTuple):
-    """What `none` saved: the node's output, as up to torch 2.11 the node ends with it and lets go of what it saved."""
-
-    output: Tensor  # (0,)
-
-
-def keep(*tensors: Tensor | None) -> Kept:
-    """Save tensors for backward now, inside a function's forward, instead of when it ends; `fetch` gives them back."""
-    with torch.enable_grad():
-        return Kept(_Saved.apply(torch.empty(0, requires_grad=True), *tensors))
-
-
-def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
-    """What `none` saved; freed from there, unless the graph is to be used again."""
-    node: Any = kept.output.grad_fn
-    tensors = node.saved_tensors
-    node.maybe_clear_saved_tensors()
-    return tensors
-
-
-def _check(adapter: Adapter | None) -> None:
-    assert adapter is None or not adapter.dropout or adapter.dropout_seed is not None, "dropout needs a seed"
-
-
-class _Saved(torch.autograd.Function):
-    """Never a part of the graph: a node that holds saved tensors, seen by whoever hooks saved tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -179,93 +140,36 @@ class _NF4Linear(torch.autograd.Function):
         adapter: Adapter | None,
     ) -> Tensor:
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        low_rank = None if adapter is None else _low_rank(x, adapter)
+        low_rank = None if adapter is None else low_rank_of(x, adapter)
         if needs_A or needs_B:
             ctx.kept = keep(x if needs_A else None, low_rank if needs_B else None)
-        # Handles, not saved tensors: hooks that offload or recompute saved tensors pass weight and adapter by.
+        # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+        return output_of(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         x, low_rank = fetch(ctx.kept) if needs_A or needs_B else (None, None)
-        adapter = _AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
+        adapter = AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
         grad_A = adapter.grad_A(x) if adapter and needs_A and x is not None else None
         del x
         grad_x = input_gradient(grad, ctx.weight, adapter) if needs_x else None
-        grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
+        grad_bias = bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
         return grad_x, grad_bias, grad_A, grad_B, None, None
 
 
-class _GatedNF4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        activation: Activation,
-        weight: NF4Weight,
-        adapter: Adapter | None,
-    ) -> Tensor:
-        product = gated_product(gate, up, activation)
-        low_rank = None if adapter is None else _low_rank(product, adapter)
-        if any(ctx.needs_input_grad):
-            ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
-        ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _output(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+class AdapterBackward:
+    """Compute the adapter's gradients from one output gradient, in the order in which memory is least.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
-        needs_gate, needs_up, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        gate, up, low_rank = fetch(ctx.kept)
-        assert gate is not None
-        assert up is not None
-        adapter = _AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
-        grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
-        del low_rank
-        grad_bias = _bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        grad_A = adapter.grad_A(gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
-        grad_gate = grad_up = None
-        if needs_gate or needs_up:
-            grad_product = input_gradient(grad, ctx.weight, adapter)
-            grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
-        return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
-
-
-def gated_product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # (..., I)
-    """activation(gate) * up."""
-    return gated.gated_product(gate, up, activation) if isinstance(activation, str) else activation(gate).mul_(up)
-
-
-def gated_gradients(
-    grad: Tensor,  # (..., I) of the product; its contents are lost
-    gate: Tensor,
-    up: Tensor,
-    activation: Activation,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up."""
-    if isinstance(activation, str):
-        return gated.gated_gradients(grad, gate, up, activation)
-    with torch.enable_grad():
-        input = gate.detach().requires_grad_()
-        activated = activation(input)
-    grad_up = grad * activated.detach()
-    (grad_gate,) = torch.autograd.grad(activated, input, grad.mul_(up))
-    return grad_gate, grad_up
-
-
-class _AdapterBackward:
-    """The adapter's gradients from one output gradient, made in the order in which memory is least."""
+    Args:
+        grad: (..., O), of the layer's output.
+        adapter: as given to forward.
+    """
 
     def __init__(self, grad: Tensor, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -275,22 +179,47 @@ class _AdapterBackward:
         self.mask = adapter.keep_mask(self.tokens_grad)
 
     def grad_B(self, low_rank: Tensor) -> Tensor:
+        """Compute the gradient of B.
+
+        Args:
+            low_rank: x A^T (N, R), as forward had it.
+
+        Returns:
+            (O, R), in the dtype of B.
+        """
         product = linear(low_rank.T, self.tokens_grad.T)  # (R, O)
         return product.T.to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
 
     def grad_A(self, x: Tensor) -> Tensor:
+        """Compute the gradient of A.
+
+        Args:
+            x: (..., I), the layer's input.
+
+        Returns:
+            (R, I), in the dtype of A.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         dropped = tokens if self.mask is None else self.mask * tokens
         return linear(self.low_rank_grad.T, dropped.T).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
 
 
-def _low_rank(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+def low_rank_of(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+    """Compute dropout(x) A^T, not scaled.
+
+    Args:
+        x: (..., I), the layer's input.
+        adapter: on the layer.
+
+    Returns:
+        The product.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     mask = adapter.keep_mask(tokens)
     return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(x.dtype)[0])
 
 
-def _output(
+def output_of(
     x: Tensor,
     weight: NF4Weight,
     bias: Tensor | None,
@@ -299,21 +228,43 @@ def _output(
     *,
     is_inference: bool,
 ) -> Tensor:  # (..., O), a new tensor, contiguous
+    """Compute a layer's output, the adapter's part added in place.
+
+    Args:
+        x: (..., I), the layer's input.
+        weight: (O, I).
+        bias: (O,), or None.
+        adapter: on the layer, or None.
+        low_rank: as `low_rank_of` gives it; None without an adapter.
+        is_inference: take the product for few tokens where there are few.
+
+    Returns:
+        The output, contiguous, and no view of another tensor.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     product = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
     output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
     # No view of a tensor made in here: autograd forbids models (Falcon) to add into one.
-    return torch.ops.aten._unsafe_view(output, [*x.shape[:-1], weight.shape[0]])
+    return reshaped_without_view(output, [*x.shape[:-1], weight.shape[0]])
 
 
 def input_gradient(
     grad: Tensor,  # (..., O)
     weight: NF4Weight,  # (O, I)
-    adapter: _AdapterBackward | None = None,
+    adapter: AdapterBackward | None = None,
 ) -> Tensor:  # (..., I)
-    """grad W, and the adapter's part."""
+    """Compute the gradient of a layer's input: grad W, and the adapter's part.
+
+    Args:
+        grad: of the output.
+        weight: frozen.
+        adapter: None without an adapter; its mask is used up.
+
+    Returns:
+        The gradient.
+    """
     tokens_grad = grad.reshape(-1, grad.shape[-1])
     grad_x = None
     if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
@@ -328,23 +279,14 @@ def input_gradient(
     return grad_x.view(*grad.shape[:-1], weight.shape[1])
 
 
-def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)
+def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)
+    """Sum the output's gradient over tokens.
+
+    Args:
+        grad: (..., O).
+        dtype: of the bias.
+
+    Returns:
+        The gradient of the bias.
+    """
     return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
-
-
-def _keep_mask(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
-    """Four elements from each 64-bit draw: several times faster on a CPU than a draw for each, as bernoulli_ makes."""
-    elements = like.shape[0] * in_features
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    draws = torch.empty(-(elements // -4), dtype=torch.int64, device=like.device)
-    lanes = draws.random_(-(2**63), None, generator=generator).view(torch.int16)[:elements]
-    threshold = min(round(dropout * 65536), 65535) - 32768
-    return (lanes >= threshold).view(like.shape[0], in_features).to(like.dtype)
-
-
-def _keep_mask_fake(like: Tensor, in_features: int, dropout: float, seed: Tensor) -> Tensor:
-    return like.new_empty((like.shape[0], in_features))
-
-
-# An op, so that on fake tensors, whose seed cannot be read, nothing is drawn.
-define("keep_mask(Tensor like, SymInt in_features, float dropout, Tensor seed) -> Tensor", _keep_mask, _keep_mask_fake)

@@ -1,15 +1,16 @@
-"""NF4 with double quantization: four bits a weight, and eight a block of 64 for its scale.
+"""Quantize to NF4 with double quantization and back: four bits a weight, and eight a block of 64 for its scale.
 
-The format is that of QLoRA (https://arxiv.org/abs/2305.14314) as bitsandbytes lays it out, so its weights are read and
-made here bit for bit. Two formulas are the whole contract, in fp32, each operation rounded (no fused multiply-add):
+The format is that of QLoRA (Dettmers et al. 2023, arXiv:2305.14314) as bitsandbytes lays it out, so its weights are
+read and made here bit for bit. Two formulas are the whole contract, in fp32, each operation rounded (no fused
+multiply-add):
 
     scale[block] = nested_code[absmax[block]] * nested_absmax[block // 256] + offset
     value[i]     = NF4_CODE[code i] * scale[i // 64]                  then one cast to the dtype asked for
 
-nf4_reference.py is that contract in plain torch. The registered ops take a CPU's tensors to compiled code (`nf4_cpu`),
-a GPU's to Triton (`nf4_triton`), but for quantizing on a GPU, which is plain torch: bitsandbytes' kernel there divides
-approximately, and gives about one fp32 weight in a million another code than a CPU does. Left out: other block formats
-(fp4).
+nf4_reference.py is that contract in plain torch. The registered operations take a CPU's tensors to compiled code
+(`nf4_cpu`), a GPU's to Triton (`nf4_triton`), but for quantizing on a GPU, which is plain torch: bitsandbytes' kernel
+there divides approximately, and gives about one fp32 weight in a million another code than a CPU does. Left out: other
+block formats (fp4).
 """
 
 import functools
@@ -26,7 +27,7 @@ from qlora_kernels.registry import define, from_triton
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """A quantized weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
+    """Hold a quantized weight (O out, I in), row by row in blocks of `block_size` that may cross rows."""
 
     packed: Tensor  # (ceil(O*I/2),) uint8, two codes a byte, the first element in the high nibble
     # Of each block the largest magnitude, less the offset, as an index into nested_code:
@@ -42,13 +43,19 @@ class NF4Weight:
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
-    """Quantizes a finite (O, I) weight of any floating dtype to the codes that bitsandbytes gives on a CPU.
+    """Quantize a finite weight to the codes that bitsandbytes gives on a CPU.
+
+    Blocks hold 64 elements; every value is divided by its block's largest magnitude and takes the nearest of the 16
+    codes, a tie the lower one. The block maxima, less their mean, are quantized in turn (see `_quantize_maxima`).
 
     The packed codes are the same on every device, on a CPU all other bits too. A GPU sums the block maxima in another
     order; their mean may differ in its last bit, and with it how the maxima are quantized.
 
-    Blocks hold 64 elements; every value is divided by its block's largest magnitude and takes the nearest of the 16
-    codes, a tie the lower one. The block maxima, less their mean, are quantized in turn (see `_quantize_maxima`).
+    Args:
+        weight: (O, I), any floating dtype.
+
+    Returns:
+        The quantized weight, on the same device.
     """
     assert weight.dim() == 2, "quantize_nf4 takes one matrix"
     flat, elements = weight.detach().reshape(-1), weight.numel()
@@ -62,10 +69,11 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
 
 
 def _quantize_maxima(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 (blocks,) -> indices into the dynamic code (blocks,) uint8, and the scale of each 256 of them, fp32.
+    """Quantize block maxima, fp32 (blocks,), to indices of the dynamic code, uint8, and an fp32 scale for each 256.
 
-    As bitsandbytes rounds here: a value over its scale, in [-1, 1], is first rounded to a grid of 65,536 points, and
-    takes the code nearest to that point. Where all 256 values are zero, the index is 0: it is multiplied by zero.
+    They are rounded as bitsandbytes rounds: a value over its scale, in [-1, 1], is first rounded to a grid of 65,536
+    points, and takes the code nearest to that point. Where all 256 values are zero, the index is 0: it is multiplied by
+    zero.
     """
     count = values.numel()
     blocks = F.pad(values, (0, -count % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
@@ -79,10 +87,13 @@ def _quantize_maxima(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def dynamic_code() -> Tensor:
-    """(256,) fp32, sorted: bitsandbytes' signed 8-bit dynamic map (https://arxiv.org/abs/1511.04561).
+    """Make bitsandbytes' signed 8-bit dynamic map (Dettmers 2015, arXiv:1511.04561), (256,) fp32, sorted.
 
-    Seven decades, each with twice the steps of the one below it: the midpoints of 2**k equal parts of [0.1, 1], times
-    10**(k - 6), with both signs; then zero and one.
+    It has seven decades, each with twice the steps of the one below it: the midpoints of 2**k equal parts of [0.1, 1],
+    times 10**(k - 6), with both signs; then zero and one.
+
+    Returns:
+        The map, on the CPU; the same tensor each time.
     """
     decades = []
     for k in range(7):
@@ -94,16 +105,24 @@ def dynamic_code() -> Tensor:
 
 @functools.cache
 def _nearest_dynamic_code() -> Tensor:
-    """(65536,) uint8: the dynamic code nearest to each point of the even grid over [-1, 1]."""
+    """Find the dynamic code nearest to each point of the even grid over [-1, 1], (65536,) uint8."""
     code = dynamic_code()
     grid = torch.arange(65536, dtype=torch.float32, device="cpu") / 65535.0 * 2.0 - 1.0
     return torch.bucketize(grid, (code[1:] + code[:-1]) / 2.0).to(torch.uint8)
 
 
 def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, rows: slice | None = None) -> Tensor:
-    """The weight as (O, I), or its `rows` as (rows, I), in any floating dtype: the fp32 value, cast once.
+    """Dequantize the weight, or some of its rows: the fp32 value, cast once.
 
-    Rows need not begin at a block; they have the same bits as the slice of the whole. The step of `rows` must be 1.
+    Rows need not begin at a block; they have the same bits as the slice of the whole.
+
+    Args:
+        weight: quantized.
+        dtype: any floating one.
+        rows: those wanted, with a step of 1; None: all.
+
+    Returns:
+        (O, I), or (rows, I).
     """
     out_features, in_features = weight.shape
     start, stop, step = (rows or slice(None)).indices(out_features)
@@ -114,10 +133,17 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, rows: slice | None 
 
 
 def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their values (rows, I)) from the first row to the last, as few blocks as the weight's workspace allows.
+    """Dequantize from the first row to the last, in as few blocks of rows as the weight's workspace allows.
 
     With a workspace of this dtype each block overwrites the one before it: use it at once. Without one the whole weight
     is one new tensor.
+
+    Args:
+        weight: quantized.
+        dtype: any floating one.
+
+    Yields:
+        (rows, their values (rows, I)).
     """
     workspace, (out_features, in_features) = weight.workspace, weight.shape
     if workspace is None or workspace.dtype != dtype or workspace.numel() < in_features:
@@ -171,5 +197,5 @@ define(
     dequantize_torch,
     lambda *arguments: None,
     cpu=_dequantize_on_cpu,
-    cuda=from_triton("nf4_triton", "dequantize"),
+    cuda=from_triton("nf4_triton", "dequantize_triton"),
 )

@@ -1,7 +1,7 @@
-"""NF4 on a CPU by compiled code (nf4_cpu.cpp): the contract of nf4_reference.py, bit for bit, at the speed of memory.
+"""Quantize to NF4 and back on a CPU by compiled code (nf4_cpu.cpp), at the speed of memory.
 
-Plain torch makes and reads back several full-size tensors; this makes one pass. Dtypes other than fp32, fp16 and bf16
-go to plain torch.
+The contract is nf4_reference.py's, bit for bit. Plain torch makes and reads back several full-size tensors; this makes
+one pass. Dtypes other than fp32, fp16 and bf16 go to plain torch.
 """
 
 import ctypes
@@ -20,10 +20,13 @@ _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 def quantizer(*flags: str) -> Callable[..., None]:
-    """The compiled `nf4_reference.quantize_torch`; `flags` are the compiler's, after our own.
+    """Compile `nf4_reference.quantize_torch`.
 
-    Raises:
-        UnavailableError: it cannot be compiled here.
+    Args:
+        *flags: of the compiler, after our own.
+
+    Returns:
+        The function.
     """
     function = load_library(SOURCE, flags).quantize_nf4
     function.argtypes = [_POINTER, _COUNT, _INT, *[_POINTER] * 3, _INT]
@@ -57,10 +60,13 @@ def quantizer(*flags: str) -> Callable[..., None]:
 
 
 def dequantizer(*flags: str) -> Callable[..., None]:
-    """The compiled `nf4_reference.dequantize_torch`; `flags` are the compiler's, after our own.
+    """Compile `nf4_reference.dequantize_torch`.
 
-    Raises:
-        UnavailableError: it cannot be compiled here.
+    Args:
+        *flags: of the compiler, after our own.
+
+    Returns:
+        The function.
     """
     function = load_library(SOURCE, flags).dequantize_nf4
     function.argtypes = [*[_POINTER] * 5, *[_COUNT] * 4, *[_POINTER] * 2, _INT, _INT]
@@ -83,7 +89,7 @@ def dequantizer(*flags: str) -> Callable[..., None]:
                 packed, absmax, nested_absmax, nested_code, offset, start, block_size, nested_block_size, out
             )
         assert out.is_contiguous()
-        # The compiled code goes by these, and reads next to tables that are smaller.
+        # The compiled code relies on these: it would read past the end of smaller tables.
         stop = start + out.numel()
         blocks = -(stop // -block_size)
         assert (packed.dtype, absmax.dtype) == (torch.uint8, torch.uint8)

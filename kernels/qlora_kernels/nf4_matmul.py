@@ -1,9 +1,9 @@
-"""Products with an NF4 weight: x W^T + bias, the weight dequantized to x's dtype.
+"""Multiply with an NF4 weight: x W^T + bias, the weight dequantized to x's dtype.
 
 `multiply` takes any number of tokens: it dequantizes into the weight's workspace, and multiplies as `products` does.
 `multiply_few` is for generation, where one to sixteen tokens meet each weight: there reading the weight is all the
 cost, and the fast version (`nf4_matmul_triton`) reads the four bits and nothing else, where dequantizing first writes
-and reads back two bytes a weight next to them. Both give the same products summed in another order.
+and reads back two bytes a weight besides. Both give the same products summed in another order.
 
 Legend: N tokens, I in features, O out features.
 """
@@ -26,7 +26,16 @@ def multiply(
     weight: NF4Weight,  # (O, I)
     bias: Tensor | None,  # (O,) of x's dtype
 ) -> Tensor:  # (N, O), a new tensor, contiguous
-    """x W^T + bias, a block of the weight's rows at a time where its workspace is smaller than the weight."""
+    """Compute x W^T + bias, a block of the weight's rows at a time where its workspace is smaller than the weight.
+
+    Args:
+        x: the tokens.
+        weight: quantized.
+        bias: or None.
+
+    Returns:
+        The product.
+    """
     output, out_features = None, weight.shape[0]
     for rows, values in dequantized_blocks(weight, x.dtype):
         if len(values) == out_features:
@@ -44,7 +53,16 @@ def multiply_few(
     weight: NF4Weight,  # (O, I)
     bias: Tensor | None,  # (O,) of x's dtype
 ) -> Tensor:  # (N, O), a new tensor, contiguous
-    """`multiply` for few tokens, without gradients: the sum in fp32 (fp64 for fp64), rounded once to x's dtype."""
+    """Compute `multiply` for few tokens, without gradients: the sum in fp32 (fp64 for fp64), rounded once to x's dtype.
+
+    Args:
+        x: the tokens.
+        weight: quantized.
+        bias: or None.
+
+    Returns:
+        The product.
+    """
     assert len(x) <= MOST_FEW, f"multiply_few takes {MOST_FEW} tokens at most"
     tables = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset)
     return torch.ops.qlora_kernels.nf4_matmul_few(
@@ -65,7 +83,24 @@ def multiply_few_torch(
     block_size: int,
     nested_block_size: int,
 ) -> Tensor:  # (N, O)
-    """The contract: dequantize to x's dtype, then multiply."""
+    """Define `multiply_few` in plain torch: dequantize to x's dtype, then multiply.
+
+    Args:
+        x: the tokens.
+        packed: of the weight.
+        absmax: of the weight.
+        nested_absmax: of the weight.
+        nested_code: of the weight.
+        offset: of the weight.
+        bias: or None.
+        workspace: of the weight, or None.
+        out_features: O.
+        block_size: of the format.
+        nested_block_size: of the format.
+
+    Returns:
+        The product.
+    """
     shape = (out_features, x.shape[1])
     tables = (packed, absmax, nested_absmax, nested_code, offset)
     weight = NF4Weight(*tables, shape, block_size, nested_block_size)
@@ -79,5 +114,5 @@ define(
     " Tensor? bias, Tensor(a!)? workspace, SymInt out_features, int block_size, int nested_block_size) -> Tensor",
     multiply_few_torch,
     lambda x, *others: x.new_empty(x.shape[0], others[-3]),
-    cuda=from_triton("nf4_matmul_triton", "multiply_few"),
+    cuda=from_triton("nf4_matmul_triton", "multiply_few_triton"),
 )

@@ -1,9 +1,9 @@
-"""A few tokens times an NF4 weight on CUDA: the weight goes from its four bits into the product, and never to memory.
+"""Multiply a few tokens with an NF4 weight on CUDA: its values are never written to memory.
 
-Each program takes some rows of the weight and all tokens, a span of the in features at a time. The weight's values
-have the very bits of `nf4_reference.dequantize_torch`, cast to x's dtype; products of 16 bits run on tensor cores and
-are summed in fp32, products of fp32 are not shortened to TF32. The high halves of the bytes are the even in features
-and the low halves the odd ones, so each meets its half of x, and nothing is interleaved. Left out: splitting the in
+Each program takes some rows of the weight and all tokens, a span of the in features at a time. The weight's values have
+the very bits of `nf4_reference.dequantize_torch`, cast to x's dtype; products of 16 bits run on tensor cores and are
+summed in fp32, products of fp32 are not shortened to TF32. The high halves of the bytes are the even in features and
+the low halves the odd ones, so each meets its half of x, and nothing is interleaved. Left out: splitting the in
 features over programs, which would fill a large card better for the smallest layers, at the price of a second pass.
 
 Legend: N tokens, I in features, O out features.
@@ -77,7 +77,7 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=wanted)
 
 
-def multiply_few(
+def multiply_few_triton(
     x: Tensor,  # (N, I)
     packed: Tensor,
     absmax: Tensor,
@@ -90,10 +90,26 @@ def multiply_few(
     block_size: int,
     nested_block_size: int,
 ) -> Tensor:  # (N, O)
-    """As `nf4_matmul.multiply_few_torch`, to which is left what this does not fit.
+    """Compute `nf4_matmul.multiply_few_torch` in one pass over the four bits.
 
-    That is rows that begin inside a block of the format, fp64, and 16 bits on cards before Ampere: Triton has no tensor
-    cores there, and multiplies by additions that take more registers than there are.
+    Left to plain torch: rows that begin inside a block of the format, fp64, and 16 bits on cards before Ampere, where
+    Triton has no tensor cores and multiplies by additions that take more registers than there are.
+
+    Args:
+        x: the tokens.
+        packed: of the weight, as the tables that follow.
+        absmax: uint8.
+        nested_absmax: fp32.
+        nested_code: fp32.
+        offset: fp32.
+        bias: (O,), or None.
+        workspace: for plain torch.
+        out_features: O.
+        block_size: of the format.
+        nested_block_size: of the format.
+
+    Returns:
+        The product.
     """
     tokens, in_features = x.shape
     tables = (packed, absmax, nested_absmax, nested_code, offset)
@@ -126,5 +142,5 @@ def multiply_few(
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """True for cards whose tensor cores Triton uses, and for a CPU, where the interpreter runs."""
+    """Return True for cards whose tensor cores Triton uses, and for a CPU, where the interpreter runs."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,7 +1,7 @@
-"""NF4 in plain torch: the contract that every faster version is compared with, bit for bit.
+"""Define NF4 in plain torch: the contract that every faster version is compared with, bit for bit.
 
-The format and its formulas are in nf4.py, whose operations these functions define; apart from it so that the versions
-for a CPU and for CUDA can import the contract without a circle.
+The format and its formulas are in nf4.py, whose operations these functions define; they are apart from it so that the
+versions for a CPU and for CUDA can import the contract without a circle.
 """
 
 import functools
@@ -38,7 +38,7 @@ MIDPOINTS = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 # Elements handled at a time. On a CPU a chunk should stay in the cache; on a GPU each chunk costs a few launches, and
-# quantizing makes 14 bytes an element next to the weight.
+# quantizing makes 14 bytes an element besides the weight.
 _CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 _QUANTIZED_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 21}
 
@@ -48,7 +48,13 @@ def quantize_torch(
     packed: Tensor,  # (ceil(elements/2),) uint8, filled
     maxima: Tensor,  # (blocks,) fp32, filled: not finite where the block holds such a value
 ) -> None:
-    """The contract of the codes in plain torch, in chunks; an odd last byte has the code of zero in its low half."""
+    """Quantize values to codes, in chunks; an odd last byte has the code of zero in its low half.
+
+    Args:
+        values: to be quantized.
+        packed: takes the codes.
+        maxima: takes the largest magnitude of each block.
+    """
     chunk = _QUANTIZED_AT_ONCE.get(values.device.type, 1 << 21)
     for begin in range(0, values.numel(), chunk):
         codes, maximum = _nearest_codes(values[begin : begin + chunk].float())
@@ -57,7 +63,7 @@ def quantize_torch(
 
 
 def _nearest_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 values -> their codes (n rounded up to even,) uint8 and the maximum magnitude of each block, fp32."""
+    """Return the codes of fp32 values, (n rounded up to even,) uint8, and the maximum magnitude of each block, fp32."""
     whole = values.numel() // BLOCK_SIZE * BLOCK_SIZE
     blocks, rest = values[:whole].view(-1, BLOCK_SIZE), values[whole:]
     maxima = blocks.abs().amax(dim=1)
@@ -85,7 +91,19 @@ def dequantize_torch(
     nested_block_size: int,
     out: Tensor,  # contiguous, filled
 ) -> None:
-    """The contract in plain torch: fills `out` with the elements from `start` on. Chunks keep fp32 in the cache."""
+    """Fill `out` with the elements from `start` on, in chunks that keep fp32 in the cache.
+
+    Args:
+        packed: codes.
+        absmax: indices into nested_code.
+        nested_absmax: scale of each nested block.
+        nested_code: the dynamic code.
+        offset: added to each scale.
+        start: the first element wanted.
+        block_size: elements of a block.
+        nested_block_size: blocks of a nested block.
+        out: any floating dtype.
+    """
     assert block_size % 2 == 0, "a block must begin at a byte"
     packed, out, count = packed.view(-1), out.view(-1), out.numel()
     if count == 0:
@@ -109,7 +127,7 @@ def dequantize_torch(
 
 
 def _decode(packed: Tensor, scale: Tensor, block_size: int, out: Tensor) -> None:
-    """Every packed byte's two values, in chunks; fp32 is made in place, for another dtype aside and cast once."""
+    """Decode every packed byte's two values, in chunks; fp32 in place, another dtype aside and cast once."""
     pairs = _pair_table(packed.device)
     chunk_blocks = max(_CHUNK_ELEMENTS.get(packed.device.type, 1 << 24) // block_size, 1)
     for block in range(0, scale.numel(), chunk_blocks):
@@ -123,7 +141,7 @@ def _decode(packed: Tensor, scale: Tensor, block_size: int, out: Tensor) -> None
 
 
 def _multiply_blocks_(values: Tensor, scale: Tensor, block_size: int) -> Tensor:
-    """Each block of `values` times its scale, in place; the last block may be short."""
+    """Multiply each block of `values` by its scale, in place; the last block may be short."""
     whole = values.numel() // block_size
     values[: whole * block_size].view(whole, block_size).mul_(scale[:whole, None])
     if values.numel() > whole * block_size:
@@ -133,6 +151,6 @@ def _multiply_blocks_(values: Tensor, scale: Tensor, block_size: int) -> Tensor:
 
 @functools.cache
 def _pair_table(device: torch.device) -> Tensor:
-    """(256,) int64: for each packed byte its two fp32 values as one 8-byte word, so that one lookup fetches both."""
+    """Make a table (256,) int64: for each packed byte its two fp32 values as one 8-byte word, to look up both."""
     byte = torch.arange(256, device="cpu")
     return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1).view(torch.int64).view(256).to(device)

@@ -1,8 +1,8 @@
-"""Dequantizing NF4 on CUDA: one pass, four bits and a share of a scale in, the value in the wanted dtype out.
+"""Dequantize NF4 on CUDA in one pass: four bits and a share of a scale in, the value in the wanted dtype out.
 
-The same contract as `nf4_reference.dequantize_torch`, bit for bit: every product and the sum of the scale are rounded
-by themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory; plain
-torch would make and read back several full-size tensors. The product with few tokens, where fusing it gains, is
+The contract is that of `nf4_reference.dequantize_torch`, bit for bit: every product and the sum of the scale are
+rounded by themselves, so the kernel is launched without fusing multiplications into additions. It is bound by memory;
+plain torch would make and read back several full-size tensors. The product with few tokens, where fusing it gains, is
 `nf4_matmul_triton`.
 """
 
@@ -23,7 +23,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 def load_scale(  # type: ignore[no-untyped-def]
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, inside, NESTED_BLOCK_SIZE: tl.constexpr
 ):
-    """The scale of each block; of those outside, the offset. Two roundings: launch without floating-point fusion."""
+    # The scale of each block; of those outside, the offset. It is rounded twice: launch without floating-point fusion.
     absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
     nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
     return tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
@@ -60,7 +60,7 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + element, values, mask=(element >= 0) & (element < count))
 
 
-def dequantize(
+def dequantize_triton(
     packed: Tensor,  # (bytes,) uint8
     absmax: Tensor,  # (blocks,) uint8
     nested_absmax: Tensor,  # (nested blocks,) fp32
@@ -71,7 +71,19 @@ def dequantize(
     nested_block_size: int,
     out: Tensor,  # contiguous, filled
 ) -> None:
-    """Fills `out` with the elements from `start` on, as `nf4_reference.dequantize_torch` does."""
+    """Fill `out` with the elements from `start` on, as `nf4_reference.dequantize_torch` does.
+
+    Args:
+        packed: codes.
+        absmax: indices into nested_code.
+        nested_absmax: scale of each nested block.
+        nested_code: the dynamic code.
+        offset: added to each scale.
+        start: the first element wanted.
+        block_size: elements of a block.
+        nested_block_size: blocks of a nested block.
+        out: any floating dtype.
+    """
     assert block_size % 2 == 0, "a block must begin at a byte"
     count, odd = out.numel(), start % 2
     if count == 0:
@@ -94,4 +106,12 @@ def dequantize(
 
 @functools.cache
 def code_on(device: torch.device) -> Tensor:
+    """Return the sixteen values of NF4 on a device, copied once.
+
+    Args:
+        device: of a kernel's tensors.
+
+    Returns:
+        (16,) fp32.
+    """
     return NF4_CODE.to(device)

@@ -31,7 +31,11 @@ def _nothing(number):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def why_unavailable() -> str:
-    """Return "" where Triton compiles and launches on the current card, else what is missing and what brings it."""
+    """Try to compile and launch a kernel that does nothing.
+
+    Returns:
+        "" where Triton compiles and launches on the current card, else what is missing and what brings it.
+    """
     try:
         cache = Path(knobs.cache.dir)
         cache.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def why_unavailable() -> str:
 
 
 def _reason(error: Exception) -> str:
-    reported = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     package = f"python{sysconfig.get_python_version()}-dev"
     install = f"install gcc (Debian, Ubuntu: apt install gcc {package})"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -78,11 +82,11 @@ def _reason(error: Exception) -> str:
         return f"Triton needs a C compiler, and CC names {compiler}, which cannot be run: unset CC, and {install}"
     if isinstance(error, OSError | ImportError):
         return (
-            f"Triton cannot keep or open what it compiles ({type(error).__name__}: {reported}): set TRITON_CACHE_DIR "
+            f"Triton cannot keep or open what it compiles ({type(error).__name__}: {first_line}): set TRITON_CACHE_DIR "
             "and TMPDIR to folders on a disk with space, where programs may run"
         )
     return (
-        f"Triton cannot compile for this card or not launch there ({type(error).__name__}: {reported}): install the "
+        f"Triton cannot compile for this card or not launch there ({type(error).__name__}: {first_line}): install the "
         "torch and triton that fit the card and its driver (pytorch.org, 'Get started')"
     )
 

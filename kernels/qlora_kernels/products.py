@@ -1,8 +1,8 @@
-"""Products of dense matrices: torch's own, but of fp32 on a CPU by the library that uses the processor whole.
+"""Multiply dense matrices: by torch, but fp32 on a CPU by the library that uses the whole processor.
 
 torch multiplies fp32 matrices on x86 with MKL. On an AVX-512 processor that Intel did not make, oneDNN, which torch
 carries for other dtypes, can be twice as fast at the same precision: on two cores of an EPYC of Zen 5 about 430 GFLOP/s
-next to 190 (`python -m benchmarks.cpu_kernels`). Both round each sum to fp32; its order differs. The choice goes by the
+against 190 (`python -m benchmarks.cpu_kernels`). Both round each sum to fp32; its order differs. The choice goes by the
 processor's maker and never by a measurement, so that the same machine computes the same bits again, as long as memory
 does not run out.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qlora_kernels.processor import processor_fact
 from qlora_kernels.registry import UnavailableError, define, kernel_choice
+from qlora_kernels.torch_internals import has_onednn_linear, onednn_linear
 
 STEP = 64
 """oneDNN makes code for each shape it meets, up to a megabyte, whose memory is badly used again. Tokens come in any
@@ -30,7 +31,16 @@ def linear(
     weight: Tensor,  # (O, I) of x's dtype, in any layout: of a transpose, linear(x, w.T) is x @ w
     bias: Tensor | None = None,  # (O,) of x's dtype
 ) -> Tensor:  # (N, O), a new tensor
-    """x W^T + bias, without gradients."""
+    """Compute x W^T + bias, without gradients.
+
+    Args:
+        x: the tokens.
+        weight: the matrix.
+        bias: or None.
+
+    Returns:
+        The product.
+    """
     return torch.ops.qlora_kernels.linear(x, weight, bias)
 
 
@@ -39,9 +49,20 @@ def by_onednn(
     weight: Tensor,  # (O, I)
     bias: Tensor | None,  # (O,)
 ) -> Tensor:  # (N, O)
-    """`linear` by oneDNN, for what it is faster at.
+    """Compute `linear` by oneDNN, for what it is faster at.
 
     Sums over a number of terms in between two steps are made in two parts, rows in between are filled up with zeros.
+
+    Args:
+        x: the tokens.
+        weight: the matrix.
+        bias: or None.
+
+    Returns:
+        The product.
+
+    Raises:
+        RuntimeError: of torch's, other than that memory for oneDNN's code has run out.
     """
     rows, terms = x.shape
     suits = rows >= STEP or rows % FEW_STEP == 0
@@ -52,23 +73,31 @@ def by_onednn(
     # A weight's own width is always the same; the terms of a gradient are tokens.
     rest = terms % step_of(terms) if terms > STEP and not weight.is_contiguous() else 0
     whole = terms - rest
+    bias = None if bias is None else bias.contiguous()  # it is read as if it were
     try:
-        output = _multiply(_filled_up(x[:, :whole]), weight[:, :whole], bias)[:rows]
+        output = onednn_linear(_filled_up(x[:, :whole]), weight[:, :whole], bias)[:rows]
     except RuntimeError as error:
         if "could not create" not in str(error):
             raise
-        # Memory has run out for its code. torch's own product needs less, and tells where that fails too.
+        # Memory has run out for its code. torch's own product needs less, and raises where that fails too.
         return F.linear(x, weight, bias)
     return output.addmm_(x[:, whole:], weight[:, whole:].T) if rest else output
 
 
 def step_of(number: int) -> int:
-    """The steps in which numbers near this one are taken."""
+    """Return the steps in which numbers near this one are taken.
+
+    Args:
+        number: of rows, or of terms.
+
+    Returns:
+        A multiple of STEP.
+    """
     return max(STEP, 1 << max(number.bit_length() - 5, 0))
 
 
 def _filled_up(x: Tensor) -> Tensor:  # (N, I) -> (N to the next step, I)
-    """With rows of zeros; x itself where it is few, or at a step."""
+    """Fill x up with rows of zeros to the next step; return x itself where its rows are few, or at a step."""
     rows, step = len(x), step_of(len(x))
     if rows < STEP or rows % step == 0:
         return x
@@ -78,27 +107,32 @@ def _filled_up(x: Tensor) -> Tensor:  # (N, I) -> (N to the next step, I)
     return filled
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By the op that torch's compiler puts in the place of F.linear. It reads a bias as if it were contiguous."""
-    bias = None if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 def library() -> str:
-    """Which library makes fp32 products on this machine's CPU: its bits are its own."""
+    """Name the library that makes fp32 products on this machine's CPU: its bits are its own.
+
+    Returns:
+        "oneDNN" or "torch's own".
+    """
     takes_onednn = kernel_choice() != "reference" and _LINEAR.fast_version("cpu") is by_onednn
     return "oneDNN" if takes_onednn else "torch's own"
 
 
 def fastest_on_cpu() -> Callable[..., Tensor]:
-    """What multiplies on this processor; UnavailableError where torch lacks it."""
+    """Choose what multiplies on this processor.
+
+    Returns:
+        `F.linear` or `by_onednn`.
+
+    Raises:
+        UnavailableError: torch lacks oneDNN, where it would be the faster one.
+    """
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     is_wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if not (is_x86 and is_wide and torch.backends.mkl.is_available()):
         return F.linear
     if processor_fact("vendor_id") in (None, "GenuineIntel"):
         return F.linear
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn_linear():
         raise UnavailableError("this torch has no oneDNN, which is twice as fast here: install torch from pytorch.org")
     return by_onednn
 

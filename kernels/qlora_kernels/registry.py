@@ -1,9 +1,9 @@
-"""The register of operations: each is a torch op with a plain-torch reference and perhaps faster versions.
+"""Register operations: each is a torch op with a plain-torch reference and perhaps faster versions.
 
 torch's dispatcher chooses by the device of the arguments, so callers hold no `if cuda`, and a fake implementation lets
 a step be planned on tensors without memory. A faster version is made at its first use; where it cannot be (no Triton,
-no compiler) the reference does the work, and `implementations` says why. The environment variable QLORA_KERNELS is
-read here and nowhere else.
+no compiler) the reference does the work, and `implementations` says why. The environment variable QLORA_KERNELS is read
+here and nowhere else.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ _DEVICES = {"cpu": "CPU", "cuda": "CUDA"}  # torch's dispatch keys
 
 
 class UnavailableError(Exception):
-    """A faster version cannot be had here; its text says why, and what would bring it."""
+    """Say why a faster version cannot be had here, and what would bring it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """An operation: what it computes, and what computes it faster on which device."""
+    """Hold an operation: what it computes, and what computes it faster on which device."""
 
     name: str
     reference: Callable[..., Any]
@@ -39,7 +39,14 @@ class Op:
         return {}
 
     def fast_version(self, device_type: str) -> Callable[..., Any] | str:
-        """The faster version for a device, made once; or why there is none."""
+        """Return the faster version for a device, made once, or why there is none.
+
+        Args:
+            device_type: such as "cuda".
+
+        Returns:
+            The function, or the reason as text.
+        """
         if device_type not in self._made:
             try:
                 self._made[device_type] = self.fast[device_type]()
@@ -63,10 +70,13 @@ _OPS: dict[str, Op] = {}
 
 
 def kernel_choice() -> str:
-    """What the environment variable QLORA_KERNELS asks for.
+    """Read what the environment variable QLORA_KERNELS asks for.
 
     `auto` (default): the fast version where device and installation have one, else the reference. `reference`: plain
     torch everywhere. `fast`: as auto, but an operation whose fast version cannot be had here is an error.
+
+    Returns:
+        The word.
 
     Raises:
         ValueError: the variable holds another word.
@@ -86,10 +96,14 @@ def define(
     """Make torch.ops.qlora_kernels.<name>.
 
     Args:
+        schema: name, arguments and results, as torch.library takes them.
         reference: plain torch, for any device: the contract.
         fake: gives results of the right shape and dtype without reading values.
-        fast: by device type (cpu, cuda), a function that gives the faster version or raises UnavailableError. Called
+        **fast: by device type (cpu, cuda), a function that gives the faster version or raises UnavailableError. Called
             at the first use, once.
+
+    Returns:
+        The operation.
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
@@ -103,9 +117,16 @@ def define(
 
 
 def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
-    """What `define` takes for cuda: a function of a module of this package that needs Triton, imported at first use.
+    """Return what `define` takes for cuda: it imports a module of this package that needs Triton at the first use.
 
-    It is unavailable where Triton cannot compile and launch, which is tried once a process.
+    The version is unavailable where Triton cannot compile and launch, which is tried once a process.
+
+    Args:
+        module: name of the module.
+        function: name of the faster version in it.
+
+    Returns:
+        A function that returns the faster version, or raises UnavailableError.
     """
 
     def load() -> Callable[..., Any]:
@@ -114,10 +135,10 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
             why = importlib.import_module(f"{NAMESPACE}.probe_triton").why_unavailable()
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
-            reported = (
+            reason = (
                 "Triton is not installed: pip install triton" if missing else f"{module} cannot be imported: {error}"
             )
-            raise UnavailableError(reported) from error
+            raise UnavailableError(reason) from error
         if why:
             raise UnavailableError(why)
         return version
@@ -126,9 +147,15 @@ def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:
 
 
 def implementations(device_type: str) -> dict[str, str]:
-    """By operation of this package, what a tensor on this kind of device takes: "fast", or "reference" and why.
+    """Say by operation of this package what a tensor on this kind of device takes.
 
-    Makes the fast versions that are not made yet.
+    It makes the fast versions that are not made yet.
+
+    Args:
+        device_type: such as "cuda".
+
+    Returns:
+        By operation "fast", or "reference" and why.
     """
     package = importlib.import_module(NAMESPACE)
     for limit in pkgutil.iter_modules(package.__path__):

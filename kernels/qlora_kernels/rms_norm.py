@@ -1,11 +1,12 @@
-"""RMS normalization (Zhang & Sennrich 2019, arXiv:1910.07467) that keeps its input and one number a row for backward.
+"""Normalize by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467), keeping little for backward.
 
 Written in plain torch operations, autograd keeps two or three fp32 tensors of the input's size for each norm; here the
-input alone is kept, which the residual next to it keeps anyway, and the rest is made again. Three forms are in use,
-`Form` names them: they differ in where they round, and in what the weight is. It is frozen and gets no gradient.
+input alone is kept, which the residual keeps anyway, with one number a row, and the rest is made again. Three forms are
+in use, `Form` names them: they differ in where they round, and in what the weight is. It is frozen and gets no
+gradient.
 
-Forward and backward are ops of the register: in plain torch, rows a chunk at a time, so that fp32 values of a long
-input never exist whole; on CUDA one kernel each (rms_norm_triton.py), which reads and writes 16-bit values once.
+Forward and backward are operations of the register: in plain torch, rows a chunk at a time, so that fp32 values of a
+long input never exist whole; on CUDA one kernel each (rms_norm_triton.py), which reads and writes 16-bit values once.
 
 Legend: N rows, H features.
 """
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import fetch, keep, visible
 from qlora_kernels.registry import define, from_triton
+from qlora_kernels.saved_tensors import fetch, keep, visible
 
 Form = Literal["scale_after_cast", "scale_before_cast", "weight_before_cast"]
 """weight * x_hat.to(dtype), as Llama has it; (x_hat * (1 + weight.float())).to(dtype), as Gemma has it; or
 (x_hat * weight.float()).to(dtype), as OLMo 2 has it."""
 
-CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than MOST_CHUNKS chunks
-MOST_CHUNKS = 16
+NORM_CHUNK_ELEMENTS = 1 << 22  # but of a long input no more than NORM_MOST_CHUNKS chunks
+NORM_MOST_CHUNKS = 16
 
 
 def rms_norm(
@@ -33,7 +34,17 @@ def rms_norm(
     eps: float,
     form: Form,
 ) -> Tensor:  # (..., H)
-    """x_hat = x / sqrt(mean(x^2) + eps) in fp32 (fp64 for fp64 input), scaled by the weight as the form says."""
+    """Compute x_hat = x / sqrt(mean(x^2) + eps) in fp32 (fp64 for fp64 input), scaled by the weight as the form says.
+
+    Args:
+        x: the input.
+        weight: the scale.
+        eps: added to the mean square.
+        form: where to round, and what the weight is.
+
+    Returns:
+        The output, in x's dtype.
+    """
     assert not weight.requires_grad, "rms_norm gives its weight no gradient: freeze it"
     assert weight.dtype == x.dtype, "rms_norm takes a weight of its input's dtype"
     return _RMSNorm.apply(*visible(x), weight, eps, form)
@@ -64,7 +75,17 @@ def normalize_torch(
     eps: float,
     form: Form,
 ) -> tuple[Tensor, Tensor]:  # (N, H), and (N, 1): one over each row's root mean square, fp32 or wider
-    """The contract of forward."""
+    """Define the forward pass in plain torch.
+
+    Args:
+        rows: the input.
+        weight: the scale.
+        eps: added to the mean square.
+        form: where to round.
+
+    Returns:
+        The output, and one over each row's root mean square.
+    """
     output = torch.empty_like(rows, memory_format=torch.contiguous_format)
     inverse = rows.new_empty(len(rows), 1, dtype=_wide(rows))
     for part in _chunks(rows):
@@ -80,7 +101,18 @@ def backward_torch(
     weight: Tensor,  # (H,)
     form: Form,
 ) -> Tensor:  # (N, H)
-    """The contract of backward: the gradient of the rows."""
+    """Define the backward pass in plain torch.
+
+    Args:
+        grads: of the output.
+        rows: the input.
+        inverse: as forward gives it.
+        weight: the scale.
+        form: where to round.
+
+    Returns:
+        The gradient of the rows.
+    """
     grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
     for part in _chunks(rows):
         x_hat = rows[part] * inverse[part]
@@ -90,15 +122,23 @@ def backward_torch(
     return grad_x
 
 
-def workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
-    """What plain torch uses inside and frees again: two fp32 tensors of a chunk of rows, in backward three."""
+def norm_workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
+    """Compute what plain torch uses inside and frees again: two fp32 tensors of a chunk of rows, in backward three.
+
+    Args:
+        rows: (N, H), the input.
+        backward: count backward instead of forward.
+
+    Returns:
+        Bytes, beyond inputs and results.
+    """
     chunk = max((part.stop - part.start for part in _chunks(rows)), default=0)
     elements = min(chunk, len(rows)) * rows.shape[-1]
     return (3 if backward else 2) * elements * _wide(rows).itemsize
 
 
 def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
-    """x_hat, fp32 or wider, times the weight."""
+    """Multiply x_hat, fp32 or wider, by the weight."""
     if form == "scale_after_cast":
         return weight * x_hat.to(weight.dtype)
     factor = weight.to(x_hat.dtype)
@@ -106,7 +146,7 @@ def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
 
 
 def _scaled_gradient(grad: Tensor, weight: Tensor, form: Form) -> Tensor:
-    """The gradient of x_hat, fp32 or wider, from that of the output."""
+    """Compute the gradient of x_hat, fp32 or wider, from that of the output."""
     if form == "scale_after_cast":
         return (grad * weight).to(_wide(grad))
     factor = weight.to(_wide(grad))
@@ -118,7 +158,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _chunks(rows: Tensor) -> list[slice]:
-    size = max(CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // MOST_CHUNKS), 1)
+    size = max(NORM_CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // NORM_MOST_CHUNKS), 1)
     return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
@@ -130,11 +170,11 @@ define(
     "rms_norm(Tensor rows, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
     normalize_torch,
     _normalize_fake,
-    cuda=from_triton("rms_norm_triton", "normalize"),
+    cuda=from_triton("rms_norm_triton", "normalize_triton"),
 )
 define(
     "rms_norm_backward(Tensor grads, Tensor rows, Tensor inverse, Tensor weight, str form) -> Tensor",
     backward_torch,
     lambda grads, rows, *others: rows.new_empty(rows.shape),
-    cuda=from_triton("rms_norm_triton", "backward"),
+    cuda=from_triton("rms_norm_triton", "backward_triton"),
 )

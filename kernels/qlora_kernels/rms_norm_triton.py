@@ -1,4 +1,4 @@
-"""RMS normalization on CUDA: forward and backward each read their 16-bit rows once and write them once.
+"""Normalize by the root mean square on CUDA: forward and backward each read their rows once and write them once.
 
 The contract is rms_norm.py's: fp32 within a row, rounded where the form says. Plain torch makes half a dozen fp32
 tensors of the rows' size instead. Sums run in another order, so the last bits may differ; the weight is frozen, so
@@ -81,14 +81,31 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def tile(features: int) -> dict[str, Any]:
-    """How rows of so many features are launched."""
+    """Choose how rows of so many features are launched.
+
+    Args:
+        features: H.
+
+    Returns:
+        The kernels' constants ROWS and FEATURES, and num_warps.
+    """
     padded = triton.next_power_of_2(features)
     rows = max(ELEMENTS_PER_PROGRAM // padded, 1)
     return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
 
 
-def normalize(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
-    """As `rms_norm.normalize_torch`."""
+def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+    """Compute `rms_norm.normalize_torch` in one pass.
+
+    Args:
+        rows: (N, H).
+        weight: (H,).
+        eps: added to the mean square.
+        form: where to round.
+
+    Returns:
+        The output (N, H), and one over each row's root mean square (N, 1), fp32.
+    """
     count, features = rows.shape
     if features > MOST_FEATURES or rows.dtype == torch.float64:
         return rms_norm.normalize_torch(rows, weight, eps, form)
@@ -114,8 +131,19 @@ def normalize(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Ten
     return output, inverse
 
 
-def backward(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
-    """As `rms_norm.backward_torch`."""
+def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
+    """Compute `rms_norm.backward_torch` in one pass.
+
+    Args:
+        grads: (N, H).
+        rows: (N, H).
+        inverse: (N, 1).
+        weight: (H,).
+        form: where to round.
+
+    Returns:
+        The gradient of the rows (N, H).
+    """
     count, features = rows.shape
     if features > MOST_FEATURES or rows.dtype == torch.float64:
         return rms_norm.backward_torch(grads, rows, inverse, weight, form)
@@ -143,5 +171,5 @@ def backward(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form:
 
 
 def _dense(rows: Tensor) -> Tensor:
-    """Rows that may lie apart, each in one piece."""
+    """Return the rows with each of them in one piece; they may lie apart."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,7 +1,7 @@
-"""Rotary position embedding on CUDA: a head's values are read once and written once, fp32 between, one rounding.
+"""Rotate heads by their position on CUDA: values are read once and written once, fp32 between, one rounding.
 
-The contract is rotary.py's. Heads of a token lie side by side in memory, so a program takes a few of them, of one token
-or of neighbors. Left out: fp64, which goes to plain torch.
+The contract is rotary.py's. Heads of a token are neighbors in memory, so a program takes a few of them, of one token or
+of neighbors. Left out: fp64, which goes to plain torch.
 
 Legend: B rows, H heads, T tokens, D head size.
 """
@@ -52,18 +52,28 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     sin_first = tl.load(sin_ptr + table_at, mask=inside, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + table_at + half, mask=inside, other=0.0).to(tl.float32)
     if TRANSPOSED:
-        turned_first = first * cos_first + second * sin_second
-        turned_second = second * cos_second - first * sin_first
+        rotated_first = first * cos_first + second * sin_second
+        rotated_second = second * cos_second - first * sin_first
     else:
-        turned_first = first * cos_first - second * sin_first
-        turned_second = second * cos_second + first * sin_second
+        rotated_first = first * cos_first - second * sin_first
+        rotated_second = second * cos_second + first * sin_second
     out_at = out_ptr + row * out_row + (token * out_token + head * out_head)[:, None] + column
-    tl.store(out_at, turned_first.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(out_at + half, turned_second.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at, rotated_first.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at + half, rotated_second.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
-    """As `rotary.rotate_torch`."""
+def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    """Compute `rotary.rotate_torch` in one pass.
+
+    Args:
+        x: (B, H, T, D).
+        cos: (1 or B, T, D).
+        sin: (1 or B, T, D).
+        transposed: rotate a gradient.
+
+    Returns:
+        (B, H, T, D), in memory as x.
+    """
     rows, heads, tokens, size = x.shape
     if x.dtype == torch.float64:
         return rotate_torch(x, cos, sin, transposed)

@@ -1,13 +1,13 @@
-"""A function of each token by itself, taken a tile of tokens at a time, forward and backward.
+"""Apply a function of each token by itself to a tile of tokens at a time, forward and backward.
 
 What it computes inside, and what backward needs of that, then exists for one tile only: of an MLP, which is three to
-four times as wide as the model, that is most of the memory of a long context. Backward runs each tile forward again
-(as "tiled MLP" of Arctic Long Sequence Training, arXiv:2506.13996, does). Parameters inside get their gradients where
-they lie, in `.grad`, tile by tile.
+four times as wide as the model, that is most of the memory of a long context. Backward runs each tile forward again (as
+"tiled MLP" of Arctic Long Sequence Training, arXiv:2506.13996, does). Parameters inside get their gradients in `.grad`,
+tile by tile.
 
 The same values come out, up to the last bits in which matrix products of other sizes differ. Random numbers are drawn
-tile by tile, and again in backward from the state that forward began with, so a dropout mask is the same both times
-but not that of one draw for all tokens.
+tile by tile, and again in backward from the state that forward began with, so a dropout mask is the same both times but
+not that of one draw for all tokens.
 
 Left out: choosing the size.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.lora_linear import fetch, keep
 from qlora_kernels.random_state import RandomState
+from qlora_kernels.saved_tensors import fetch, keep
 
 
 def tiled(
@@ -28,7 +28,16 @@ def tiled(
     x: Tensor,  # (..., I)
     tile_tokens: int,
 ) -> Tensor:  # (..., O)
-    """function(x), with what lies between x and the result only for `tile_tokens` rows at a time."""
+    """Compute function(x), with what lies between x and the result only for `tile_tokens` rows at a time.
+
+    Args:
+        function: of each row by itself.
+        x: the tokens.
+        tile_tokens: rows of a tile.
+
+    Returns:
+        The result.
+    """
     return _Tiled.apply(torch.empty(0, requires_grad=True), x, function, tile_tokens)
 
 
@@ -76,5 +85,5 @@ class _Tiled(torch.autograd.Function):
 
 
 def _tiles(rows: Tensor, tile_tokens: int) -> list[slice]:
-    """At least one, so that an empty input goes through the function too."""
+    """Cut the rows into tiles; at least one, so that an empty input goes through the function too."""
     return [slice(start, start + tile_tokens) for start in range(0, max(len(rows), 1), tile_tokens)]

@@ -1,4 +1,4 @@
-"""Causal attention over documents laid end to end, each seeing only itself, without a mask over all tokens.
+"""Compute causal attention over documents laid end to end, each seeing only itself, without a mask over all tokens.
 
 Packing puts many rows into one sequence without padding. A mask that keeps them apart would cost tokens x tokens; here
 each document is attended to by itself, so the cost is the sum of the squares of the lengths, and nothing can leak from
@@ -6,118 +6,26 @@ one document into another. On CUDA in 16-bit, torch's variable-length flash atte
 no fused attention can do it without a matrix of scores or a mask (a window, a soft cap, dropout on a CPU), it goes by
 blocks of queries (blockwise_attention.py), so a long document costs no square in memory either. Left out: attention
 that is not causal, and key/value caches (generation goes through transformers' own attention).
+
+Legend: Hq query heads, Hkv key heads, T tokens of all documents, L of one, D head size, N documents.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kernels.blockwise_attention import blockwise_attention
-from qlora_kernels.registry import kernel_choice
+from qlora_kernels.card import card_of
 from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_kernels.torch_internals import efficient_attention
 
 MOST_BACKWARD_BYTES = 2**28
 """Of memory inside flash attention's backward: where all heads at once would take more, they go a few at a time."""
-
-HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What decides how attention goes on a CUDA card and what it takes there; a plan has one without the card."""
-
-    capability: tuple[int, int]  # compute capability: major, minor
-    processors: int  # streaming multiprocessors
-    has_cuda: bool = True  # torch is built for CUDA, not for ROCm
-    is_deterministic: bool = False  # torch is asked for deterministic algorithms, by an error where there are none
-
-    @classmethod
-    def of(cls, device: torch.device) -> Self:
-        """The card that a device is, under torch's present settings."""
-        return cls(
-            torch.cuda.get_device_capability(device),
-            torch.cuda.get_device_properties(device).multi_processor_count,
-            torch.version.cuda is not None,
-            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-
-    def flash_refusal(self, dtype: torch.dtype, head_dim: int) -> str | None:
-        """`flash_refusal` on this card, with the torch and the choice of kernels here."""
-        offered, choice = varlen_attention_arguments(), kernel_choice()
-        return flash_refusal(self.capability, dtype, head_dim, offered, choice, has_cuda=self.has_cuda)
-
-    def processors_summed_over(self, dtype: torch.dtype) -> int:
-        """Multiprocessors that flash attention's backward gives sums of their own, to add them up in order; or 0."""
-        return self.processors if self.is_deterministic and self.capability >= (8, 0) and dtype in HALVES else 0
-
-
-def flash_refusal(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    head_dim: int,
-    offered: frozenset[str],  # arguments of torch's variable-length attention
-    choice: str,  # of kernels, as QLORA_KERNELS says it
-    *,
-    has_cuda: bool = True,
-) -> str | None:
-    """Say why packed documents do not go through flash attention, and what would change that; None: they do.
-
-    Its limits on card, dtype and head size hold for its backward too.
-    """
-    if choice == "reference":
-        return "QLORA_KERNELS=reference asks for plain torch; unset it"
-    if not has_cuda:
-        return "this torch is not built for CUDA"
-    if not offered >= {"scale", "window_size"}:
-        return "this torch's variable-length attention takes no scale and no window; install a newer torch"
-    if capability < (8, 0):
-        major, minor = capability
-        return f"it needs a card of compute capability 8.0 (Ampere) or higher, and this one has {major}.{minor}"
-    if dtype not in HALVES:
-        return f"it computes in 16 bits, and this is {str(dtype).removeprefix('torch.')}; take bfloat16"
-    if head_dim % 8 or (head_dim > 192 and head_dim != 256):
-        return f"it takes heads of 256 numbers or a multiple of 8 up to 192, and these have {head_dim}"
-    return None
-
-
-def attention_in_words(
-    card: Card | None,  # None: a CPU
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> str:
-    """Say how packed documents are attended to, and why not by flash attention."""
-    if softcap is not None:
-        return "by blocks of queries: no fused attention has this model's soft cap"
-    if card is None:
-        return "one document after another, with a window by blocks of queries"
-    refusal = "it has no dropout" if dropout else card.flash_refusal(dtype, head_dim)
-    if refusal is None:
-        return "flash attention over packed documents"
-    return f"one document after another, with a window by blocks of queries; no flash attention over packs: {refusal}"
-
-
-_PLANNED_FOR: ContextVar[Card | None] = ContextVar("planned_for", default=None)
-
-
-@contextmanager
-def planned_for(card: Card | None) -> Iterator[None]:
-    """Within, attention treats tensors that are on no card as it would on `card`: a plan's, which hold no values."""
-    token = _PLANNED_FOR.set(card)
-    try:
-        yield
-    finally:
-        _PLANNED_FOR.reset(token)
 
 
 def varlen_attention(
@@ -131,17 +39,27 @@ def varlen_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:  # (1, T, Hq, D)
-    """softmax(scale * q @ k.T) @ v within each document, causal; Hq is a multiple of Hkv (grouped queries).
+    """Compute softmax(scale * q @ k.T) @ v within each document, causal; Hq is a multiple of Hkv (grouped queries).
 
-    `window`: token i sees tokens j with i - window < j <= i. `softcap`: scores become softcap * tanh(score / softcap).
-    `dropout`: the share of attention weights dropped. Pass cu_seqlens as a list where the caller has one: a CUDA tensor
-    is copied to the host at each call.
+    Args:
+        query: of all documents.
+        key: of all documents.
+        value: of all documents.
+        cu_seqlens: the documents' bounds. Pass a list where there is one: a CUDA tensor is copied to the host at each
+            call.
+        scale: what products of queries and keys are multiplied by.
+        window: token i sees tokens j with i - window < j <= i; None: all before it.
+        softcap: scores become softcap * tanh(score / softcap); None: they stay.
+        dropout: the share of attention weights dropped.
+
+    Returns:
+        The output, heads after tokens.
     """
     bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     covers = bounds[0] == 0 and bounds[-1] == query.shape[2] and min(lengths) > 0
     assert covers, "cu_seqlens must rise from 0 to the number of tokens"
-    card = Card.of(query.device) if query.is_cuda else _PLANNED_FOR.get()
+    card = card_of(query)
     is_plain = softcap is None and dropout == 0.0
     takes_flash = card is not None and is_plain and card.flash_refusal(query.dtype, query.shape[3]) is None
     processors = card.processors_summed_over(query.dtype) if card else 0
@@ -169,10 +87,17 @@ def key_heads_at_a_time(
     documents: int = 1,
     processors: int = 0,
 ) -> int:
-    """How many key heads, with the query heads they serve, attention takes at once.
+    """Choose how many key heads, with the query heads they serve, attention takes at once.
 
-    The most whose backward keeps to MOST_BACKWARD_BYTES inside. Where not even one does, one; or, where sums are kept
-    apart for `processors` and fewer heads have more such sums each, the number that takes least.
+    Args:
+        query: of all documents.
+        key: of all documents.
+        documents: their number.
+        processors: those with sums of their own, as Card.processors_summed_over gives them.
+
+    Returns:
+        The most whose backward keeps to MOST_BACKWARD_BYTES inside. Where not even one does, one; or, where sums are
+        kept apart for `processors` and fewer heads have more such sums each, the number that takes least.
     """
     _, heads, tokens, head_dim = query.shape
     key_heads, size = key.shape[1], query.element_size()
@@ -195,11 +120,23 @@ def flash_backward_bytes(
     documents: int = 1,
     processors: int = 0,  # those with sums of their own, as Card.processors_summed_over gives them
 ) -> int:
-    """What CUDA's flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
+    """Compute what CUDA's flash attention allocates inside its backward (flash_api.cpp, mha_varlen_bwd).
 
-    The gradient of the queries in fp32 and one number a query, over tokens padded by 128 a document; in a
+    That is the gradient of the queries in fp32 and one number a query, over tokens padded by 128 a document; in a
     deterministic backward that gradient as often as there are processors for each head of each document; for grouped
     queries also the keys' and values' gradients of every query head.
+
+    Args:
+        tokens: of all documents.
+        query_heads: Hq.
+        key_heads: Hkv.
+        head_dim: D.
+        element_size: bytes of an element.
+        documents: N.
+        processors: those with sums of their own, as Card.processors_summed_over gives them.
+
+    Returns:
+        Bytes.
     """
     rounding = 32 if head_dim <= 128 else 64
     rounded_dim = -(-head_dim // rounding) * rounding
@@ -221,7 +158,7 @@ def _attend(
     *,
     is_on_card: bool,  # these tensors, or those they represent
 ) -> Tensor:  # (1, L, Hq, D)
-    """Causal attention in one document: torch's fused one where that makes no scores over all pairs of tokens."""
+    """Compute causal attention in one document, by torch's fused one where that makes no scores over all pairs."""
     _, heads, length, _ = query.shape
     is_windowed = window is not None and length > window
     if is_windowed or softcap is not None or (dropout and not is_on_card):
@@ -230,9 +167,8 @@ def _attend(
     if is_on_card and group > 1:  # there only flash attention takes grouped heads, and it was left aside above
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     if is_on_card and not query.is_cuda:  # what torch takes there; it would choose by where these tensors are
-        attend = torch.ops.aten._scaled_dot_product_efficient_attention
         for_backward = any(tensor.requires_grad for tensor in (query, key, value))
-        output, *_ = attend(query, key, value, None, for_backward, dropout, True, scale=scale)
+        output = efficient_attention(query, key, value, scale=scale, dropout=dropout, for_backward=for_backward)
         return output.transpose(1, 2)
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, dropout_p=dropout, scale=scale, enable_gqa=group > 1
@@ -274,5 +210,5 @@ def _flash_varlen(
 
 @functools.lru_cache(maxsize=4)
 def _bounds_on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied once for all layers of a forward and backward, which ask for the same bounds."""
+    """Copy bounds once for all layers of a forward and backward, which ask for the same ones."""
     return torch.tensor(bounds, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""The formulas of an adapter, pure, each once: training's scaling, the weight delta, and the fold of a merge.
+"""Define the formulas of an adapter, pure, each once: training's scaling, the weight delta, and the fold of a merge.
 
 LoRA: W' = W + s B A with s = alpha / R (Hu et al. 2021, arXiv:2106.09685), or s = alpha / sqrt(R) for rsLoRA
 (Kalajdzievski 2023, arXiv:2312.03732).
@@ -16,7 +16,16 @@ from torch import Tensor
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
-    """The factor s of the adapter's output."""
+    """Compute the factor s of the adapter's output.
+
+    Args:
+        rank: R.
+        alpha: of the adapter.
+        use_rslora: divide by the root of the rank.
+
+    Returns:
+        s.
+    """
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
@@ -25,7 +34,16 @@ def lora_delta(
     lora_B: Tensor,  # (O, R)
     scaling: float,
 ) -> Tensor:  # (O, I) fp32
-    """What the adapter adds to the weight."""
+    """Compute what the adapter adds to the weight.
+
+    Args:
+        lora_A: any floating dtype.
+        lora_B: any floating dtype.
+        scaling: s.
+
+    Returns:
+        s B A.
+    """
     return (lora_B.float() @ lora_A.float()).mul_(scaling)
 
 
@@ -35,7 +53,17 @@ def fold_lora(
     lora_B: Tensor,  # (O, R)
     scaling: float,
 ) -> Tensor:  # (O, I) fp32
-    """The weight with the adapter folded in, in fp32: cast the result once, not the parts."""
+    """Fold the adapter into the weight, in fp32: cast the result once, not the parts.
+
+    Args:
+        weight: of the base.
+        lora_A: any floating dtype.
+        lora_B: any floating dtype.
+        scaling: s.
+
+    Returns:
+        W + s B A.
+    """
     assert weight.dtype == torch.float32
     return lora_delta(lora_A, lora_B, scaling).add_(weight)
 
@@ -45,7 +73,16 @@ def with_zero_blocks(
     parts: Sequence[slice],  # of the O rows
     out_features: int,
 ) -> Tensor:  # (O, P * R)
-    """B as one adapter of the summed rank has it: each part's block in its rows and its columns, zero elsewhere."""
+    """Make B as one adapter of the summed rank has it: each part's block in its rows and its columns, zero elsewhere.
+
+    Args:
+        lora_B: of the parts.
+        parts: their rows.
+        out_features: O.
+
+    Returns:
+        The whole B.
+    """
     rank = lora_B.shape[1]
     whole = lora_B.new_zeros(out_features, rank * len(parts))
     blocks = lora_B.split([part.stop - part.start for part in parts])
@@ -58,7 +95,15 @@ def without_zero_blocks(
     whole: Tensor,  # (O, P * R)
     parts: Sequence[slice],  # of the O rows
 ) -> Tensor | None:  # (S, R)
-    """What `with_zero_blocks` took; None where a value outside of the blocks is not zero."""
+    """Take the parts' blocks out of a whole B: the inverse of `with_zero_blocks`.
+
+    Args:
+        whole: of one adapter of the summed rank.
+        parts: their rows.
+
+    Returns:
+        B of the parts; None where a value outside of the blocks is not zero.
+    """
     columns = whole.split(whole.shape[1] // len(parts), dim=1)
     blocks = torch.cat([column[part] for column, part in zip(columns, parts, strict=True)])
     return blocks if torch.equal(with_zero_blocks(blocks, parts, len(whole)), whole) else None

@@ -1,4 +1,4 @@
-"""Parts of a fused projection: adapters on the query and value rows of GPT-2's c_attn, and on no others.
+"""Adapt parts of a fused projection alone, such as the query and value rows of GPT-2's c_attn.
 
 A fused layer computes several projections at once, one below the other in its weight: the query's rows first, then the
 key's, then the value's. Adapting some parts alone, each with an A and a B of its own, is what loralib's MergedLinear
@@ -6,7 +6,7 @@ does (Hu et al. 2021, arXiv:2106.09685). Together the parts' factors are one ord
 stacked, B in blocks, zero where a part's rows meet another part's columns. So PEFT and a merge need to know nothing of
 parts. In training the zero blocks are no parameters (LoRALinear), so nothing can move them.
 
-Where a part's rows lie is the model's own convention, which no shape tells, so it is listed here, family by family.
+Which rows are a part's is the model's own convention, which no shape shows, so it is listed here, family by family.
 Left out: layouts that go head by head (GPT-NeoX, Falcon); those are refused by name.
 """
 
@@ -20,19 +20,19 @@ from qlora_trainer.adapters.layers import linear_facts
 from qlora_trainer.common.errors import AdapterError
 
 
-class Layout(NamedTuple):
-    """The parts of a fused layer from its first row on."""
+class FusedLayout(NamedTuple):
+    """Name the parts of a fused layer from its first row on."""
 
     parts: tuple[str, ...]
     grouped: bool = False  # key and value have the rows of config.num_key_value_heads; else all parts have as many
 
 
 QUERY_KEY_VALUE = ("query", "key", "value")
-LAYOUTS: dict[str, dict[str, Layout]] = {  # by model type and the layer's name
-    "gpt2": {"c_attn": Layout(QUERY_KEY_VALUE)},
-    "phi3": {"qkv_proj": Layout(QUERY_KEY_VALUE, grouped=True), "gate_up_proj": Layout(("gate", "up"))},
+LAYOUTS: dict[str, dict[str, FusedLayout]] = {  # by model type and the layer's name
+    "gpt2": {"c_attn": FusedLayout(QUERY_KEY_VALUE)},
+    "phi3": {"qkv_proj": FusedLayout(QUERY_KEY_VALUE, grouped=True), "gate_up_proj": FusedLayout(("gate", "up"))},
 }
-# Query, key and value lie together head by head here, or group of heads by group.
+# Query, key and value are together head by head here, or group of heads by group.
 INTERLEAVED = {
     "bloom": "query_key_value",
     "codegen": "qkv_proj",
@@ -46,15 +46,19 @@ INTERLEAVED = {
 def trained_rows(
     model: nn.Module, paths: Sequence[str], fused_parts: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[slice, ...]]:
-    """The rows of each adapted layer that its parts are, by path, in the layer's order; whole layers have no entry.
+    """Find the rows of each adapted layer that its parts are, by path, in the layer's order.
 
     Args:
+        model: with the layers.
         paths: of the adapted layers.
         fused_parts: names of parts by the name of a layer, the end of its path.
 
+    Returns:
+        Rows by path; whole layers have no entry.
+
     Raises:
-        AdapterError: a name that no adapted layer has, a part that the layer does not have, or a layout that is not
-            known or lies head by head.
+        AdapterError: a name that no adapted layer has, or a part that the layer does not have. (A layout that is not
+            known, or goes head by head, is refused too.)
     """
     found: dict[str, tuple[slice, ...]] = {}
     for name, wanted in fused_parts.items():
@@ -76,7 +80,7 @@ def trained_rows(
 
 
 def _layout(model: nn.Module, path: str) -> dict[str, slice]:
-    """The rows of a fused layer by part."""
+    """Return the rows of a fused layer by part."""
     name = path.rsplit(".", 1)[-1]
     config: Any = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", type(model).__name__))

@@ -1,4 +1,4 @@
-"""A linear layer with a LoRA adapter next to it: y = base(x) + s (dropout(x) A^T) B^T.
+"""Put a LoRA adapter on a linear layer: y = base(x) + s (dropout(x) A^T) B^T.
 
 The base is frozen (NF4Linear, or a plain layer that stayed 16-bit) and knows nothing of the adapter. Over an NF4Linear
 both are one autograd function, which keeps the input and a rank-sized product for backward; over a plain layer it is
@@ -6,8 +6,8 @@ the formula in plain torch. A and B are fp32 parameters; they are cast to the ac
 multiplied, so their gradients and updates are fp32. lora_B starts at zero: before the first step the layer gives the
 base's own output, bit for bit.
 
-Of a fused layer some parts may be adapted alone, each with an A and a B of rank R: the A's lie stacked, the B's below
-each other, and B's zero blocks, which make it one adapter of the summed rank, are put between them at each use.
+Of a fused layer some parts may be adapted alone, each with an A and a B of rank R: the A's are stacked, so are the B's,
+and B's zero blocks, which make it one adapter of the summed rank, are put between them at each use.
 
 Legend: O out features, I in features, R rank, P parts of a fused layer, S rows of these parts together.
 """
@@ -20,13 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, nf4_linear
+from qlora_kernels.dropout import draw_seed
+from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
 class LoRALinear(nn.Module):
-    """See above. `base` is what `is_linear` says; the adapter lies on its device, on the CPU for a meta base."""
+    """Add an adapter's output to that of a linear layer.
+
+    The adapter is on the base's device, on the CPU for a meta base.
+
+    Args:
+        base: as `is_linear` finds it.
+        rank: R.
+        alpha: of the scaling.
+        dropout: probability, of the adapter's input.
+        use_rslora: divide alpha by the root of the rank.
+        parts: the rows to adapt, of each part of a fused layer; none: all, as one.
+    """
 
     def __init__(
         self,
@@ -60,7 +72,20 @@ class LoRALinear(nn.Module):
         generator: torch.Generator,
         parts: Sequence[slice] = (),
     ) -> Self:
-        """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it (Kaiming-uniform), and B zero."""
+        """Wrap `base`, with A drawn as PEFT and the LoRA authors draw it (Kaiming-uniform), and B zero.
+
+        Args:
+            base: as `is_linear` finds it.
+            rank: R.
+            alpha: of the scaling.
+            dropout: probability, of the adapter's input.
+            use_rslora: divide alpha by the root of the rank.
+            generator: of the CPU; A is drawn from it.
+            parts: the rows to adapt, of each part of a fused layer; none: all, as one.
+
+        Returns:
+            The layer.
+        """
         layer = cls(base, rank, alpha, dropout, use_rslora, parts)
         bound = math.sqrt(1.0 / layer.lora_A.in_features)  # kaiming_uniform with a = sqrt(5)
         drawn = torch.empty(layer.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
@@ -83,11 +108,22 @@ class LoRALinear(nn.Module):
         self,
         lora_B: Tensor,  # (S, R) where parts are adapted
     ) -> Tensor:  # (O, R), or (O, P * R)
-        """B as one adapter of the layer has it; itself, where the layer is adapted whole."""
+        """Return B as one adapter of the layer has it; itself, where the layer is adapted whole.
+
+        Args:
+            lora_B: of the parts.
+
+        Returns:
+            The whole B.
+        """
         return with_zero_blocks(lora_B, self.parts, self.out_features) if self.parts else lora_B
 
     def adapter(self) -> Adapter:
-        """The adapter as the kernels take it, for one call: with dropout on, it draws the seed of that call."""
+        """Return the adapter as the kernels take it, for one call: with dropout on, it draws the seed of that call.
+
+        Returns:
+            The adapter.
+        """
         dropout = self.dropout if self.training else 0.0
         seed = draw_seed() if dropout else None
         casts = None if self.casts is None else (self.casts[0], self.whole_B(self.casts[1]))
@@ -98,9 +134,12 @@ class LoRALinear(nn.Module):
 
 
 class TrainableBias(nn.Module):
-    """A module whose bias trains in fp32 next to weights of 16 bits: the bias is cast where the module runs.
+    """Run a module whose bias trains in fp32 while its weights have 16 bits: the bias is cast where the module runs.
 
     A layer norm, for one, takes weight and bias of one dtype only, and a bias that trains in bf16 loses its updates.
+
+    Args:
+        base: the module.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -114,7 +153,14 @@ class TrainableBias(nn.Module):
 
 
 def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:
-    """(I, O, device of the adapter) of a linear layer."""
+    """Return the sizes of a linear layer, and where its adapter goes.
+
+    Args:
+        base: as `is_linear` finds it.
+
+    Returns:
+        (I, O, device of the adapter).
+    """
     if isinstance(base, NF4Linear):
         return base.in_features, base.out_features, base.packed.device
     weight = base.get_parameter("weight")
@@ -123,7 +169,7 @@ def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:
 
 
 def _uninitialized(in_features: int, out_features: int, device: torch.device) -> nn.Linear:
-    """An fp32 Linear without bias that draws no random numbers. (torch's skip_init cannot make fake tensors.)"""
+    """Make an fp32 Linear without bias that draws no random numbers; torch's skip_init cannot make fake tensors."""
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32, device=device))
     return layer

@@ -21,7 +21,7 @@ from qlora_trainer.cli.quantize import quantize
 from qlora_trainer.cli.train import resume, train
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 from qlora_trainer.common.machine import is_wsl
-from qlora_trainer.planning.allocator import SETTINGS
+from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,5 +87,5 @@ def prefer_expandable_segments() -> None:
 
     Not under WSL: some cards and drivers refuse the first allocation there (pytorch#192330).
     """
-    if not any(name in os.environ for name in SETTINGS) and not is_wsl():
-        os.environ[SETTINGS[0]] = "expandable_segments:True"
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES) and not is_wsl():
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

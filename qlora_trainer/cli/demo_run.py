@@ -18,7 +18,6 @@ from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.units import gibibytes
 from qlora_trainer.config.load import make_config
-from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.merging.merge_run import Deployment, merge_run
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.directory import write_samples
@@ -26,7 +25,7 @@ from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
 from qlora_trainer.runs.report.summary import summarize, write_run_report
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.evaluation import Answer, answer_questions, exact_match, questions
+from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts, exact_match
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 SAMPLES_SHOWN = 6
@@ -131,11 +130,8 @@ def packaged_model() -> str:
 
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:
-    renderer = Renderer(run.tokenizer, template_date=run.config.data.template_date)
-    asked = questions(renderer, run.prepared.eval)
-    return answer_questions(
-        model, run.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress
-    )
+    prompts, tokenizer = eval_prompts(run.renderer, run.prepared.eval), run.renderer.tokenizer
+    return answer_prompts(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=80, progress=progress)
 
 
 def _measured(

@@ -13,7 +13,7 @@ from qlora_trainer.common.atomic import nearest_existing, unwritable
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.machine import host_memory, is_wsl
 from qlora_trainer.model.device import card_name, missing_card, unusable
-from qlora_trainer.training.managed_memory import paging_refusal_here
+from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
 GIB = 2**30
 SMALL_HOST_BYTES = 8 * GIB

@@ -80,9 +80,9 @@ def compute_dtype() -> Finding:
 def bitsandbytes_library() -> Finding:
     advice = "pip install --force-reinstall bitsandbytes; `python -m bitsandbytes` says more."
     try:
-        from qlora_trainer.weights.nf4 import bitsandbytes
+        from qlora_trainer.weights.bitsandbytes_internals import native_library
 
-        library = bitsandbytes.cextension.lib
+        library = native_library()
     except FAILURES as error:
         return Finding("bitsandbytes' library", "problem", first_line(error), advice)
     kind = type(library).__name__
@@ -121,7 +121,7 @@ def attention(kind: str) -> Finding:
     """How packed documents are attended to, in the dtype taken here and by heads of 128 numbers, as most are."""
     name = f"Attention on {kind}"
     try:
-        from qlora_kernels.varlen_attention import Card, attention_in_words
+        from qlora_kernels.card import Card, attention_in_words
         from qlora_trainer.model.device import choose_compute_dtype
 
         device = torch.device(kind)

@@ -21,7 +21,6 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Answer a prompt with a run's adapter, or chat in the terminal (an empty line or Ctrl-D ends)."""
-    from qlora_trainer.data.rendering.renderer import Renderer
     from qlora_trainer.data.types import Message
     from qlora_trainer.runs.trained import open_trained, trained_on_plain_text
     from qlora_trainer.training.generation import stream_answer
@@ -29,7 +28,7 @@ def generate(
     with ProgressBars() as progress:
         trained = open_trained(run_dir, progress=progress)
         as_text = trained_on_plain_text(trained, progress) if raw is None else raw
-    renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
+    model, renderer = trained.base.model, trained.renderer
     conversation = [Message("system", system)] if system else []
     while True:
         text = prompt if prompt is not None else _read_line()
@@ -37,11 +36,8 @@ def generate(
             return
         conversation.append(Message("user", text))
         answer = ""
-        ids = renderer.render_prompt(text if as_text else conversation)
-        ends = [renderer.eos_id] if as_text else renderer.stop_token_ids
-        for piece in stream_answer(
-            trained.base.model, trained.tokenizer, ids, max_new_tokens=max_new_tokens, stop_token_ids=ends
-        ):
+        tokens = renderer.render_prompt(text if as_text else conversation)
+        for piece in stream_answer(model, renderer.tokenizer, tokens, max_new_tokens=max_new_tokens):
             write_out(piece)
             answer += piece
         write_out("\n")

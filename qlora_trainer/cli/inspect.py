@@ -33,9 +33,10 @@ def inspect(
     from qlora_trainer.cli.show_rows import legend, row_to_json, show_report, show_row
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.config.load import load_config
-    from qlora_trainer.data.preparation.overview import overview_of
+    from qlora_trainer.data.batching.loader import StepLoader
+    from qlora_trainer.data.preparation.overview import make_overview
     from qlora_trainer.model.source import TOKENIZER_FILES, load_tokenizer, resolve_model
-    from qlora_trainer.planning.memory_plan import keeps_apart
+    from qlora_trainer.planning.empty_run import keeps_apart
     from qlora_trainer.runs.directory import prepare_data
     from qlora_trainer.training.state import micro_batch_tokens
 
@@ -46,14 +47,15 @@ def inspect(
         )
         tokenizer = load_tokenizer(directory)
         prepared = prepare_data(settings, tokenizer, directory, progress)
-    overview = overview_of(
-        prepared,
-        global_batch_size=settings.training.global_batch_size,
-        micro_batch_tokens=micro_batch_tokens(settings),
-        packing=settings.data.packing,
-        can_pack=keeps_apart(directory),
-        seed=settings.training.seed,
+    loader = StepLoader(
+        prepared.train,
+        settings.training.global_batch_size,
+        micro_batch_tokens(settings),
+        settings.data.packing,
+        settings.training.seed,
+        prepared.mixture,
     )
+    overview = make_overview(loader, prepared.train.lengths, prepared.eval.lengths, keeps_apart(directory))
     name, examples = ("eval", prepared.eval) if eval_set else ("training", prepared.train)
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}

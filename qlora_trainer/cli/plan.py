@@ -50,7 +50,7 @@ def plan(
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
-    from qlora_trainer.training.activations import spare_host_memory
+    from qlora_trainer.training.memory.activations import spare_host_memory
 
     settings = load_config(config, overrides or [])
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
@@ -64,7 +64,7 @@ def plan(
         progress("planning memory", 0, None)
         if budget and settings.training.activation_checkpointing == "auto":
             planned = fitting.fastest_plan(directory, settings, budget, progress)
-        planned = planned or plan_memory(directory, fitting.least_memory(settings) if budget else settings)
+        planned = planned or plan_memory(directory, fitting.with_least_memory(settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from qlora_trainer.cli.console import console, print_table, print_warnings
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.batching.packing import IGNORED_LABEL
 from qlora_trainer.data.preparation.overview import (
     Lengths,
     Overview,
@@ -23,6 +22,7 @@ from qlora_trainer.data.preparation.overview import (
 )
 from qlora_trainer.data.preparation.reports import PreparationReport
 from qlora_trainer.data.preparation.store import ExampleSet
+from qlora_trainer.data.types import IGNORED_LABEL
 
 TRAINED, READ = "bold green", "dim"
 BAR_WIDTH = 40

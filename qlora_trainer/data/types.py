@@ -1,4 +1,4 @@
-"""What a row of any format becomes: a conversation, a prompt with its completion, or a document; and that as JSON.
+"""Define what a row of any format becomes: a conversation, a prompt with its completion, or a document; and its JSON.
 
 A Message has the parts that today's chat templates know: text, reasoning before it, calls of tools, and which call a
 tool's result answers. Left out: reading records into rows (formats/parse.py), and templates (rendering).
@@ -24,7 +24,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `learn` overrides the run's setting for this turn; None leaves it to that."""
+    """One turn of a conversation.
+
+    `learn` overrides the run's setting of what is trained for this turn; None leaves it to that.
+    """
 
     role: str  # one of ROLES
     content: str  # empty where an assistant only calls tools
@@ -37,13 +40,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
+    """Turns, and the tools that the assistant may call in them."""
+
     messages: tuple[Message, ...]
     tools: tuple[str, ...] = ()  # the functions that the assistant may call, each a JSON object as text
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Plain text, no chat template: the completion is trained, and that the text ends after it."""
+    """Plain text without a chat template: the completion is trained, and that the text ends after it."""
 
     prompt: str
     completion: str
@@ -60,12 +65,27 @@ Row = Conversation | PromptCompletion | Document
 
 
 def row_to_json(row: Row | Message | ToolCall) -> dict[str, Any]:
-    """A row as plain JSON, without what is at its default; `row_from_json` is its inverse."""
+    """Write a row as plain JSON, without what is at its default; `row_from_json` is the inverse.
+
+    Args:
+        row: a row, or a part of one.
+
+    Returns:
+        JSON types only.
+    """
     values = [(field, getattr(row, field.name)) for field in fields(row)]
     return {field.name: _plain(value) for field, value in values if field.default is MISSING or value != field.default}
 
 
 def row_from_json(value: Mapping[str, Any]) -> Row:
+    """Read a row from what `row_to_json` wrote.
+
+    Args:
+        value: a row's JSON.
+
+    Returns:
+        The row.
+    """
     if "text" in value:
         return Document(value["text"])
     if "prompt" in value:
@@ -86,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens. labels[i] is input_ids[i] where it is trained, else -100: not shifted yet."""
+    """One row as tokens: labels[i] is input_ids[i] where that is trained, else -100. Labels are not shifted yet."""
 
     input_ids: list[int]
     labels: list[int]
@@ -95,3 +115,11 @@ class Example:
     def trained_tokens(self) -> int:
         """Labels that carry loss. The first token has nothing before it to be predicted from."""
         return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens before an answer, and which tokens end the answer."""
+
+    input_ids: list[int]
+    stop_token_ids: list[int]  # rising

@@ -1,9 +1,9 @@
-"""The merge: fold an adapter into its base and write a plain dense checkpoint, tensor by tensor, without a model.
+"""Fold an adapter into its base and write a plain dense checkpoint, tensor by tensor, without a model.
 
-The adapter was trained next to the base *as NF4 gave it back*, so by default each weight is taken through NF4 once
-more, exactly as in training: cast to the recorded dtype, quantized, compared with the recorded fingerprint, and
-dequantized. `base="original"` folds into the checkpoint's own weights instead, which is another function than the one
-trained, sometimes a better one: callers measure both (`choose_base` in verify.py).
+The adapter was trained on the base *as NF4 gave it back*, so by default each weight is taken through NF4 once more,
+exactly as in training: cast to the recorded dtype, quantized, compared with the recorded fingerprint, and dequantized.
+`base="original"` folds into the checkpoint's own weights instead, which is another function than the one trained,
+sometimes a better one: callers measure both (`choose_base` in verify.py).
 
 All arithmetic is fp32, with a single cast to the output dtype: dequantizing in bf16 and adding there would cost about
 25 times the error. NF4 is no output dtype, since rounding to the same grid again would erase the adapter. The source
@@ -12,7 +12,7 @@ What goes where is decided beforehand, in merge_plan.py.
 
 The source is mapped, and values exist a few rows at a time, so the memory taken is that of one 4-bit weight, and does
 not grow with the vocabulary; only weights stored (I, O), as GPT-2's, are gathered whole. Rows are computed while those
-before them are written, and the base is compared with its fingerprint in a thread next to. What was written is read
+before them are written, and another thread compares the base with its fingerprint meanwhile. What was written is read
 back from the disk in the end.
 
 Legend: O out features, I in features, R rank.
@@ -31,18 +31,18 @@ from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.adapters.formulas import fold_lora
-from qlora_trainer.common.atomic import new_directory, refuse_existing, remove_leftovers, write_text
+from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
-from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, TensorPlan, plan_merge
+from qlora_trainer.merging.merge_plan import MergeBase, MergePlan, TensorPlan
 from qlora_trainer.merging.verify import Verification
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.read_back import verify_files
 from qlora_trainer.weights.reading import read_blocks, row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from qlora_trainer.weights.side_files import copy_files, files_to_copy, refuse_full_disk
+from qlora_trainer.weights.side_files import copy_files
 
 PROVENANCE_NAME = "qlora_merge.json"
 
@@ -62,111 +62,124 @@ class MergeReport:
 
 
 def merge(
-    inputs: MergeInputs,
-    output: Path,
+    plan: MergePlan,
     *,
-    dtype: torch.dtype = torch.float16,
     base: MergeBase = "dequantized",
+    device: torch.device | str = "cpu",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    verify: Callable[[Path], Verification] | None = None,
+    verify: Callable[[ModelDirectory], Verification] | None = None,
     provenance: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> MergeReport:
-    """Write the merged model to `output`, a new or empty directory that appears only when all has been verified.
+    """Write the merged model, to a directory that appears only when all of it has been verified.
 
-    `verify` is called with the directory while it still has its temporary name, after every file has been checked;
-    when it raises, nothing is left. `provenance`, JSON values, is kept in qlora_merge.json next to the report. What a
-    merge to the same place left when it was killed is removed first.
+    Args:
+        plan: of `plan_merge`.
+        base: what to fold into: the weights as training had them, or the checkpoint's own.
+        device: of the arithmetic; the kind of device trained on gives the very codes of training.
+        max_shard_bytes: of a file of weights; a larger tensor has a file of its own.
+        verify: is called with the directory while it still has its temporary name, after every file has been checked;
+            when it raises, nothing is left.
+        provenance: JSON values to keep in qlora_merge.json next to the report.
+        progress: is called as weights are written and checked.
+
+    Returns:
+        What was done, which is also in qlora_merge.json.
 
     Raises:
         CheckpointError: the base is not the one trained.
-        MergeError: the adapter does not fit, a value overflows the dtype, or the verification failed.
-        OutputExistsError, DiskError: nothing is left, nothing was overwritten.
+        MergeError: a value overflows the dtype, the original base is not there, or the verification failed.
+        OutputExistsError: something has been put there since the plan was made; it is not overwritten.
+        DiskError: the files could not be written; nothing is left.
     """
-    plans, copied = prepare_merge(inputs, output, dtype, base)
-    with new_directory(output) as work:
-        flushed, checksums = _write_tensors(plans, inputs, base, work, max_shard_bytes, progress)
-        copy_files(inputs.base, copied, work)
-        _write_config(inputs.base, work, dtype)
-        verify_files(work, [plan.output for plan in plans], checksums, progress)
+    if base == "original":
+        plan.refuse_missing_original()
+    with new_directory(plan.output) as work:
+        flushed, checksums = _write_tensors(plan, base, device, work, max_shard_bytes, progress)
+        copy_files(plan.inputs.base.path, plan.copied, work)
+        _write_config(plan, work)
+        verify_files(work, [each.output for each in plan.tensors], checksums, progress)
         report = MergeReport(
             base=base,
-            dtype=dtype_name(dtype),
-            tensors=len(plans),
-            bytes=sum(plan.output.nbytes for plan in plans),
-            folded=sum(plan.lora is not None for plan in plans),
-            dequantized=sum(plan.trained_as is not None for plan in plans) if base == "dequantized" else 0,
+            dtype=dtype_name(plan.dtype),
+            tensors=len(plan.tensors),
+            bytes=sum(each.output.nbytes for each in plan.tensors),
+            folded=sum(each.lora is not None for each in plan.tensors),
+            dequantized=len(plan.trained) if base == "dequantized" else 0,
             flushed_to_zero=flushed,
-            verification=verify(work) if verify else None,
+            verification=verify(ModelDirectory.open(work)) if verify else None,
         )
         record = dataclasses.asdict(report) | dict(provenance or {})
         write_text(work / PROVENANCE_NAME, json.dumps(record, indent=2) + "\n")
     return report
 
 
-def prepare_merge(
-    inputs: MergeInputs, output: Path, dtype: torch.dtype, base: MergeBase
-) -> tuple[list[TensorPlan], list[Path]]:
-    """The plan of a merge and the files to copy, before a value is read; raises as `merge` where it cannot be made."""
-    refuse_existing(output)
-    plans = plan_merge(inputs, dtype, base)
-    copied = files_to_copy(inputs.base)
-    remove_leftovers(output)
-    needed = sum(plan.output.nbytes for plan in plans) + sum(path.stat().st_size for path in copied)
-    refuse_full_disk(output, needed, "The merged model")
-    return plans, copied
-
-
 def _write_tensors(
-    plans: list[TensorPlan],
-    inputs: MergeInputs,
+    plan: MergePlan,
     base: MergeBase,
+    device: torch.device | str,
     work: Path,
     max_shard_bytes: int,
     progress: Progress,
 ) -> tuple[int, dict[str, int]]:
     """Write every tensor; returns how many elements the output dtype flushed to zero, and each tensor's CRC-32."""
-    total = sum(plan.output.nbytes for plan in plans)
+    outputs = [each.output for each in plan.tensors]
+    total = sum(output.nbytes for output in outputs)
     done = flushed = 0
-    with Background() as checks, ShardWriter(work, [plan.output for plan in plans], max_shard_bytes) as writer:
-        for plan in plans:
-            if plan.recorded:
-                checks.submit(plan.recorded.check)
-            for block in merged_blocks(plan, inputs, base, checks):
-                cast = block.to(plan.output.dtype).cpu()
+    with Background() as checks, ShardWriter(work, outputs, max_shard_bytes) as writer:
+        for each in plan.tensors:
+            if each.recorded:
+                checks.submit(each.recorded.check)
+            for block in merged_blocks(each, plan.inputs.scaling, base, device, checks):
+                cast = block.to(each.output.dtype).cpu()
                 if cast.is_floating_point():
-                    _check_finite(plan.source.name, block, cast.dtype)
+                    _check_finite(each.source.name, block, cast.dtype)
                     flushed += _count_flushed(block, cast)
-                writer.write(plan.output.name, cast)
+                writer.write(each.output.name, cast)
                 done += cast.nbytes
                 progress("merging", done, total)
     return flushed, writer.checksums
 
 
-def merged_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
-    """The merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating."""
+def merged_blocks(
+    plan: TensorPlan, scaling: float, base: MergeBase, device: torch.device | str, checks: Background
+) -> Iterator[Tensor]:
+    """Yield a merged tensor by rows, as they lie in the file: fp32, or as in the source where it is not floating.
+
+    Args:
+        plan: of the tensor.
+        scaling: of the adapter.
+        base: what to fold into.
+        device: of the arithmetic, and of what is yielded but integers and trained biases.
+        checks: compares the weight with the one of training meanwhile.
+
+    Yields:
+        (rows, ...) of the tensor, all rows in order.
+    """
     if plan.replacement is not None:
         yield plan.replacement.float()
     elif not plan.output.dtype.is_floating_point:
         for _, block in read_blocks(plan.source):
             yield block
     elif plan.transposed:  # the rows of the file are columns here: gather the whole, which Conv1D models can bear
-        yield torch.cat(list(_weight_blocks(plan, inputs, base, checks))).T
+        yield torch.cat(list(_weight_blocks(plan, scaling, base, device, checks))).T
     else:
-        yield from _weight_blocks(plan, inputs, base, checks)
+        yield from _weight_blocks(plan, scaling, base, device, checks)
 
 
-def _weight_blocks(plan: TensorPlan, inputs: MergeInputs, base: MergeBase, checks: Background) -> Iterator[Tensor]:
+def _weight_blocks(
+    plan: TensorPlan, scaling: float, base: MergeBase, device: torch.device | str, checks: Background
+) -> Iterator[Tensor]:
     """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
     quantized = None
     if plan.trained_as:
-        weight = plan.trained_as.read(inputs.device)
+        weight = plan.trained_as.read(device)
         checks.submit(plan.trained_as.check, weight)
         quantized = plan.trained_as.as_trained(weight) if base == "dequantized" else None
-    lora = [factor.to(inputs.device) for factor in plan.lora or ()]
+    lora = [factor.to(device) for factor in plan.lora or ()]
     for rows, values in _base_blocks(plan, quantized):
-        block = values.to(inputs.device).float()  # cast there: it goes over in its own dtype
-        yield fold_lora(block, lora[0], lora[1][rows], inputs.scaling) if lora else block
+        block = values.to(device).float()  # cast there: it goes over in its own dtype
+        yield fold_lora(block, lora[0], lora[1][rows], scaling) if lora else block
 
 
 def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tuple[slice | None, Tensor]]:
@@ -209,9 +222,9 @@ def _count_flushed(
     return int(torch.count_nonzero(block)) - int(np.count_nonzero(bits.add(bits).numpy()))
 
 
-def _write_config(directory: Path, work: Path, dtype: torch.dtype) -> None:
+def _write_config(plan: MergePlan, work: Path) -> None:
     """config.json as it was, but for the quantization, gone, and the dtype, under its new name and its old one."""
-    config = dict(ModelDirectory.open(directory).config_json)
+    config = dict(plan.inputs.base.config_json)
     config.pop("quantization_config", None)
-    config |= {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
+    config |= {"dtype": dtype_name(plan.dtype), "torch_dtype": dtype_name(plan.dtype)}
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""How the logits of two models differ, over a block of the vocabulary at a time.
+"""Compare the logits of two models, over a block of the vocabulary at a time.
 
-With a large vocabulary the logits of a few hundred tokens take a gigabyte. So what is kept of a model's answers is what
-its LM head takes, and logits are made again from that, a block of columns after the other; norms, softmax and the
-first choice are gathered as the blocks go by. Sums are in fp64.
+With a large vocabulary the logits of a few hundred tokens take a gigabyte. So what is kept of a model is the hidden
+states that its LM head takes, and logits are made again from these, a block of columns after the other; norms, softmax
+and the first choice are gathered as the blocks go by. Sums are in fp64.
 
 Legend: N tokens, H hidden size, V vocabulary.
 """
@@ -30,21 +30,21 @@ class LogitDifference:
     tokens: int
 
 
-class Answers(Protocol):
+class Logits(Protocol):
     """A model's logits at some tokens."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, V)"""
+        """Return (N, V)."""
         ...
 
-    def logits(self, columns: slice) -> Tensor:  # (N, columns), on the CPU
-        """Those of some of the vocabulary."""
+    def columns(self, vocabulary: slice) -> Tensor:  # (N, columns), on the CPU
+        """Return the logits of a part of the vocabulary."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class HeadAnswers:
+class HeadLogits:
     """Logits = softcap(scale * (hidden @ head^T + bias)), made when they are asked for."""
 
     hidden: Tensor  # (N, H), on the head's device
@@ -55,17 +55,20 @@ class HeadAnswers:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return (N, V)."""
         return self.hidden.shape[0], self.head.shape[0]
 
-    def logits(self, columns: slice) -> Tensor:
-        found = self.hidden.new_empty((self.hidden.shape[0], columns.stop - columns.start))
+    def columns(self, vocabulary: slice) -> Tensor:
+        """Make the logits of a part of the vocabulary, (N, columns), on the CPU."""
+        first, last = vocabulary.start, vocabulary.stop
+        found = self.hidden.new_empty((self.hidden.shape[0], last - first))
         step = max(BLOCK_ELEMENTS // self.head.shape[1], 1)  # rows of the head that are made at a time
-        for start in range(columns.start, columns.stop, step):
-            stop = min(start + step, columns.stop)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
             rows = self.head.rows(start, stop, self.hidden.dtype)
-            torch.mm(self.hidden, rows.T, out=found[:, start - columns.start : stop - columns.start])
+            torch.mm(self.hidden, rows.T, out=found[:, start - first : stop - first])
         if self.bias is not None:
-            found += self.bias[columns]
+            found += self.bias[vocabulary]
         if self.logit_scale != 1.0:
             found *= self.logit_scale
         if self.softcap is not None:
@@ -74,21 +77,24 @@ class HeadAnswers:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeAnswers:
+class WholeLogits:
     """Logits that a model gave whole; they take N x V."""
 
     values: Tensor  # (N, V), on the CPU
 
     @classmethod
     def of_rows(cls, rows: Sequence[Tensor]) -> Self:  # each (1, T, V) or (T, V)
+        """Join the logits of several rows."""
         return cls(torch.cat([row.reshape(-1, row.shape[-1]).cpu() for row in rows]))
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return (N, V)."""
         return self.values.shape[0], self.values.shape[1]
 
-    def logits(self, columns: slice) -> Tensor:
-        return self.values[:, columns]
+    def columns(self, vocabulary: slice) -> Tensor:
+        """Return the logits of a part of the vocabulary, (N, columns)."""
+        return self.values[:, vocabulary]
 
 
 class _Softmax:
@@ -119,8 +125,16 @@ class _Softmax:
 
 
 @torch.no_grad()
-def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
-    """Difference over all tokens, in the memory of BLOCK_LOGITS logits and of a few of the heads' rows."""
+def compare_logits(reference: Logits, merged: Logits) -> LogitDifference:
+    """Compare over all tokens, in the memory of BLOCK_LOGITS logits and of a few of the heads' rows.
+
+    Args:
+        reference: what is right, (N, V).
+        merged: what is compared with it, (N, V).
+
+    Returns:
+        The difference; not finite where a logit is not.
+    """
     assert reference.shape == merged.shape, f"{reference.shape} against {merged.shape}"
     tokens, vocabulary = reference.shape
     expected_softmax, found_softmax = _Softmax(tokens), _Softmax(tokens)
@@ -128,8 +142,8 @@ def compare_logits(reference: Answers, merged: Answers) -> LogitDifference:
     excess = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(expected - its largest) * (expected - found)
     width = max(BLOCK_LOGITS // tokens, 1)
     for start in range(0, vocabulary, width):
-        columns = slice(start, min(start + width, vocabulary))
-        expected, found = reference.logits(columns).double(), merged.logits(columns).double()
+        part = slice(start, min(start + width, vocabulary))
+        expected, found = reference.columns(part).double(), merged.columns(part).double()
         difference = expected - found
         squared_error += float(difference.square().sum())
         squared_norm += float(expected.square().sum())

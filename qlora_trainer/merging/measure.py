@@ -1,11 +1,12 @@
-"""What a merge is measured by: a run's answers on sample rows and its eval loss, on either base, in fp32.
+"""Measure what is merged: a run's logits on sample rows and its eval loss, on either base, in fp32.
 
 No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
-there are few passes, of many tokens. What is kept of a model's answers is what its LM head takes. So memory is that of
+there are few passes, of many tokens. What is kept of a model's logits is what its LM head takes. So memory is that of
 the largest matrix in fp32, twice, and of the activations of a pass, whatever the number of layers and the size of the
-vocabulary. Models whose tensors transformers renames or fuses while loading are the exception, and those whose code
-takes weights without calling their modules: they are loaded whole, where there is space. Where the GPU is too small,
-all is measured on the CPU.
+vocabulary. One model of the base is made, empty, and measured on both bases; another of its first layers says how the
+forward goes, for which all weights would be read several times. Models whose tensors transformers renames or fuses
+while loading are the exception, and those whose code takes weights without calling their modules: they are loaded
+whole, where there is space. Where the GPU is too small, all is measured on the CPU.
 """
 
 import dataclasses
@@ -23,13 +24,19 @@ from qlora_trainer.common.errors import (
     first_line,
 )
 from qlora_trainer.common.progress import Progress
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
-from qlora_trainer.merging.logits import Answers, WholeAnswers
-from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs
-from qlora_trainer.merging.streamed_model import gives_answers, load_streamed_model
-from qlora_trainer.merging.trained_weights import TrainedWeight
-from qlora_trainer.merging.verify import head_answers, row_answers
+from qlora_trainer.data.types import Example
+from qlora_trainer.merging.logits import Logits, WholeLogits
+from qlora_trainer.merging.merge_plan import MergeBase, MergePlan
+from qlora_trainer.merging.stream_plan import StreamPlan, plan_stream
+from qlora_trainer.merging.streamed_model import (
+    fill_model,
+    has_finite_logits,
+    load_streamed_model,
+    read_original_weights,
+)
+from qlora_trainer.merging.verify import logits_of_hidden, row_logits
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
 from qlora_trainer.model.load import load_base_model, load_dense_model
@@ -54,22 +61,20 @@ ON_CPU = "The GPU has too little memory for measuring in fp32, so the merge ran 
 
 @dataclasses.dataclass
 class MergeRun:
-    """A trained adapter, and the base it is merged into."""
+    """A trained adapter, and the plan of its merge."""
 
     trained: TrainedAdapter
     model: str  # what the base is called
-    directory: ModelDirectory
+    plan: MergePlan
     tokenizer: Any
-    weights: dict[str, TrainedWeight]  # that were 4-bit, by the checkpoint's names
     device: torch.device
-    streams: bool  # its passes read the weights as they go; else the model is loaded whole
+    stream: StreamPlan | None  # of the base, whose passes read its weights; None: it is loaded whole
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     @property
-    def inputs(self) -> MergeInputs:
-        return MergeInputs.from_adapter(
-            self.directory.path, self.trained.fingerprint, self.trained.adapter, self.device
-        )
+    def base(self) -> ModelDirectory:
+        """Return the checkpoint to merge from."""
+        return self.plan.inputs.base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,24 +88,47 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's answers at every token of the sample rows, its eval loss, and whether it has experts."""
+    """A model's logits at every token of the sample rows, its eval loss, and whether it has experts."""
 
-    answers: Answers
+    logits: Logits
     loss: float | None
     is_routed: bool
 
 
+def plan_streaming(run: MergeRun, device: torch.device) -> None:
+    """Take a device with enough memory for measuring the run, and plan its base to be streamed where it can be.
+
+    Args:
+        run: gets the device, the plan and, where a GPU has too little memory, a warning.
+        device: to measure on, where it has enough memory.
+    """
+    found = plan_stream(run.base, device, run.plan.trained)
+    run.device = found.device
+    run.stream = found if found.sources is not None else None
+    if found.device != device:
+        run.warnings.append(ON_CPU)
+
+
 def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
-    """What to measure on, and the trained function's answers; on the CPU where a GPU turns out to be too small."""
+    """Measure the trained function; on the CPU where a GPU turns out to be too small.
+
+    Args:
+        run: what is merged; its streamed base has its adapter afterwards.
+        progress: is called as rows are measured.
+
+    Returns:
+        What was measured on, and the measurement.
+    """
     reported = len(run.warnings)
     try:
         return _measure_trained_here(run, progress)
     except (torch.OutOfMemoryError, InsufficientMemoryError):
         if run.device.type == "cpu":
             raise
+    run.stream = None
     give_back_memory()
-    run.device = torch.device("cpu")
     run.warnings[reported:] = [ON_CPU]  # what was reported since will be reported again
+    plan_streaming(run, torch.device("cpu"))
     return _measure_trained_here(run, progress)
 
 
@@ -112,11 +140,27 @@ def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Me
 
 
 def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
-    """Original weights + adapter, or None where there are no originals, or nothing to choose by."""
+    """Measure the original weights + adapter, after `measure_trained`.
+
+    Args:
+        run: what is merged.
+        sample: what to measure on.
+        base: what was asked for: auto, dequantized or original.
+        progress: is called as rows are measured.
+
+    Returns:
+        The measurement, or None where there are no originals, or nothing to choose by.
+
+    Raises:
+        InsufficientMemoryError: memory ran out, and the original base was asked for.
+    """
     required = base == "original"
-    if base == "dequantized" or run.directory.facts.is_prequantized or (sample.eval is None and not required):
+    if base == "dequantized" or not run.plan.has_original or (sample.eval is None and not required):
         return None
     try:
+        if run.stream is not None:
+            read_original_weights(run.stream.model)
+            return _measure(run.stream.model, run, sample, progress)
         return _measure(_with_adapter(run, "original", progress), run, sample, progress)
     except torch.OutOfMemoryError as error:
         if required:
@@ -134,7 +178,7 @@ def _sample(run: MergeRun, progress: Progress) -> Sample:
     """Eval rows to measure on; token rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
     try:
-        prepared, reported = prepare_trained(run.trained, run.tokenizer, run.directory, progress)
+        prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
     except (DataError, FileMissingError) as error:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
         return Sample([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
@@ -148,31 +192,29 @@ def _sample(run: MergeRun, progress: Progress) -> Sample:
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
-    """By the first layers of each kind, which tell as much of packing and of the logits as all would."""
-    kinds = run.directory.facts.layer_kinds
-    layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+    """By the first layers of each kind, which say as much of packing and of the logits as all would."""
     progress("examining the model", 0, None)
-    model = _load(run, "dequantized", progress, layers)
-    if run.streams and not gives_answers(model):
-        run.streams = False
-        model = _load(run, "dequantized", progress)
-    return examine_forward(model)
+    if run.stream is not None:
+        kinds = run.base.facts.layer_kinds
+        layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+        model = load_streamed_model(run.base, run.device, run.plan.trained, layers=layers)
+        if has_finite_logits(model):
+            return examine_forward(model)
+        run.stream = None
+    return examine_forward(_load_whole(run, "dequantized", progress))
 
 
 def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
-    model = _load(run, base, progress)
+    model = _load_whole(run, base, progress) if run.stream is None else fill_model(run.stream)
     add_adapters(model, run.trained.config.adapter, run.trained.config.training.seed)
     load_adapter_state(model, run.trained.adapter.tensors)
     return model.eval()
 
 
-def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None = None) -> Any:
-    """The base in fp32, as it was trained or as its checkpoint has it; `layers` of it, where it can be streamed."""
-    if run.streams:
-        weights = run.weights if base == "dequantized" else None
-        return load_streamed_model(run.directory.path, run.device, weights, layers=layers)
+def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
+    """The base in fp32, as it was trained or as its checkpoint has it."""
     if base == "original":
-        return load_dense_model(run.directory, run.device)
+        return load_dense_model(run.base, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
     as_merged = {
         "model.device": run.device.type,
@@ -180,7 +222,7 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
         "model.lm_head": "dense",
         "model.embeddings": "device",
     }
-    loaded = load_base_model(run.directory, run.trained.config.replace(as_merged).model, user_cache(), progress)
+    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model
@@ -189,24 +231,24 @@ def _load(run: MergeRun, base: MergeBase, progress: Progress, layers: int | None
 @torch.no_grad()
 def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> Measured:
     """In one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
-    progress("measuring answers", 0, None)
-    answers, is_routed = _answers(model, sample), has_experts(model)
+    progress("measuring logits", 0, None)
+    found, is_routed = _sample_logits(model, sample), has_experts(model)
     if sample.eval is None:
-        return Measured(answers, None, is_routed)
+        return Measured(found, None, is_routed)
     # Whole logits of a large pack would take more memory than the weights.
     least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
     most_tokens = max(micro_batch_tokens(run.trained.config), least)
     loss = eval_loss(model, sample.eval, sample.forward, most_tokens, progress)
-    return Measured(answers, loss, is_routed)
+    return Measured(found, loss, is_routed)
 
 
-def _answers(model: Any, sample: Sample) -> Answers:
+def _sample_logits(model: Any, sample: Sample) -> Logits:
     loss_path = sample.forward.loss_path
     if not sample.forward.can_pack:
-        return row_answers(model, sample.rows, loss_path)
+        return row_logits(model, sample.rows, loss_path)
     examples = [Example(row, row) for row in sample.rows]
     (pack,) = make_packs(examples, sum(map(len, sample.rows)), packing=True)
     pack = pack.to(next(model.parameters()).device)
     if loss_path.own_logits:
-        return WholeAnswers.of_rows([logits(model, pack).float()])
-    return head_answers(model, hidden_states(model, pack)[0], loss_path)
+        return WholeLogits.of_rows([logits(model, pack).float()])
+    return logits_of_hidden(model, hidden_states(model, pack)[0], loss_path)

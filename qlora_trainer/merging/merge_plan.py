@@ -1,4 +1,4 @@
-"""What a merge will do to each tensor: source checkpoint, fingerprint and adapter matched by name and shape.
+"""Plan a merge: match source checkpoint, fingerprint and adapter by name and shape, for each tensor.
 
 All of it is known before a byte is written, so everything that cannot fit is refused first. The source checkpoint's
 names and order drive the plan; the model's module paths, which fingerprint and adapter use, are mapped to them exactly
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import Adapter
+from qlora_trainer.adapters.peft_format import StoredAdapter
+from qlora_trainer.common.atomic import refuse_existing, remove_leftovers
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.trained_weights import (
-    DenseTensor,
+    RecordedTensor,
     TrainedWeight,
     dense_tensors,
     name_of,
@@ -30,6 +31,7 @@ from qlora_trainer.merging.trained_weights import (
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
 
 MergeBase = Literal["dequantized", "original"]
@@ -42,18 +44,24 @@ _ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+?)\.(?:(?P<factor>lora
 class MergeInputs:
     """What was trained, and on what."""
 
-    base: Path  # the checkpoint's directory
+    base: ModelDirectory  # the checkpoint to merge from
     fingerprint: BaseFingerprint  # of the base as trained
     adapter: Mapping[str, Tensor]  # by PEFT's names: lora_A (R, I), lora_B (O, R), and biases where they were trained
     scaling: float  # lora_scaling(rank, alpha, use_rslora)
     fan_in_fan_out: bool = False  # the checkpoint stores (I, O), as GPT-2's Conv1D does
-    device: torch.device | str = "cpu"  # of the arithmetic; the kind of device trained on gives its very codes
 
     @classmethod
-    def from_adapter(
-        cls, base: Path, fingerprint: BaseFingerprint, adapter: Adapter, device: torch.device | str = "cpu"
-    ) -> Self:
-        """With the scaling and layout that the adapter's own config says."""
+    def from_adapter(cls, base: ModelDirectory, fingerprint: BaseFingerprint, adapter: StoredAdapter) -> Self:
+        """Take scaling and layout from the adapter's own config.
+
+        Args:
+            base: the checkpoint to merge from.
+            fingerprint: of the base as it was trained.
+            adapter: as it was read from its directory.
+
+        Returns:
+            The inputs of `plan_merge`.
+        """
         config = adapter.config
         return cls(
             base=base,
@@ -61,7 +69,6 @@ class MergeInputs:
             adapter=adapter.tensors,
             scaling=lora_scaling(config.r, config.lora_alpha, config.use_rslora),
             fan_in_fan_out=config.fan_in_fan_out,
-            device=device,
         )
 
 
@@ -72,46 +79,92 @@ class TensorPlan:
     source: TensorInfo
     output: TensorSpec
     trained_as: TrainedWeight | None = None  # it was NF4 in training
-    recorded: DenseTensor | None = None  # it was not, and the fingerprint knows it
+    recorded: RecordedTensor | None = None  # it was not, and the fingerprint knows it
     lora: tuple[Tensor, Tensor] | None = None  # A (R, I), B (O, R)
     replacement: Tensor | None = None  # a trained bias
     transposed: bool = False  # stored (I, O)
 
 
-def plan_merge(inputs: MergeInputs, dtype: torch.dtype, base: MergeBase) -> list[TensorPlan]:
-    """Match the checkpoint, the fingerprint and the adapter by names and shapes, before anything is written.
+@dataclass(frozen=True)
+class MergePlan:
+    """All that a merge will do, but for which of the two bases it folds into; made once, by `plan_merge`."""
+
+    inputs: MergeInputs
+    output: Path
+    dtype: torch.dtype  # of the merged weights
+    tensors: list[TensorPlan]  # in the order of the source checkpoint
+    copied: list[Path]  # files of the base that go along as they are
+    has_original: bool  # the checkpoint holds the weights as they were before they were quantized
+
+    @property
+    def trained(self) -> dict[str, TrainedWeight]:
+        """Return the weights that were 4-bit in training, by the checkpoint's names."""
+        return {plan.source.name: plan.trained_as for plan in self.tensors if plan.trained_as}
+
+    def refuse_missing_original(self) -> None:
+        """Check that there is an original base to fold into.
+
+        Raises:
+            MergeError: the checkpoint is prequantized.
+        """
+        if not self.has_original:
+            raise MergeError(
+                f"{self.inputs.base} is prequantized: it holds no original weights to merge into. Merge into the "
+                "dequantized base (--base dequantized), which is the function that was trained, or name the 16-bit "
+                "checkpoint with --model."
+            )
+
+
+def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16) -> MergePlan:
+    """Decide what becomes of each tensor, and refuse a merge that cannot be made; no weight is read for it.
+
+    What a merge to the same place left when it was killed is removed.
+
+    Args:
+        inputs: what was trained, and on what; matched by names and shapes.
+        output: a new or empty directory for the merged model.
+        dtype: of the merged weights.
+
+    Returns:
+        The plan, for `merge`.
 
     Raises:
-        MergeError: they do not match, or the output asked for cannot be made.
-        ModelError, FileMissingError: the base cannot be read.
+        MergeError: the inputs do not match, or weights of this dtype cannot be written.
     """
+    refuse_existing(output)
     if dtype not in OUTPUT_DTYPES:
         raise MergeError(
             f"A merged model cannot be written as {dtype_name(dtype)}; choose float16, bfloat16 or float32. (Rounding "
             "it to the same 4 bits again would erase the adapter.)"
         )
-    directory = ModelDirectory.open(inputs.base)
-    tensors, statistics = directory.tensors, directory.quant_states
-    if statistics and base == "original":
-        raise MergeError(
-            f"{inputs.base} holds 4-bit weights only, so there is no original base to fold into. Use --base "
-            "dequantized, or give the 16-bit checkpoint."
-        )
-    trained = trained_weights(inputs.base, tensors, inputs.fingerprint, inputs.fan_in_fan_out)
-    dense = dense_tensors(tensors, inputs.fingerprint)
-    loras, biases = _sort_adapter(inputs.adapter, tensors, inputs.fingerprint.stored_as)
-    _refuse_tied(directory, loras)
+    base = inputs.base
+    tensors = _plan_tensors(inputs, dtype)
+    copied = files_to_copy(base.path)
+    remove_leftovers(output)
+    needed = sum(plan.output.nbytes for plan in tensors) + sum(path.stat().st_size for path in copied)
+    refuse_full_disk(output, needed, "The merged model")
+    has_original = not (base.quant_states or base.facts.is_prequantized)
+    return MergePlan(inputs, output, dtype, tensors, copied, has_original)
 
-    belongs_to_weight = {info.name for keys in statistics.values() for info in keys.values()}
+
+def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
+    """Match the checkpoint, the fingerprint and the adapter."""
+    base = inputs.base
+    trained = trained_weights(base, inputs.fingerprint, inputs.fan_in_fan_out)
+    recorded = dense_tensors(base, inputs.fingerprint)
+    loras, biases = _sort_adapter(inputs.adapter, base.tensors, inputs.fingerprint.stored_as)
+    _refuse_tied(base, loras)
+
+    belongs_to_weight = {info.name for keys in base.quant_states.values() for info in keys.values()}
     plans = []
-    for name, info in tensors.items():
+    for name, info in base.tensors.items():
         if name in belongs_to_weight:
             continue
         plan = TensorPlan(
             source=info,
             output=info,
             trained_as=trained.get(name),
-            recorded=dense.get(name),
+            recorded=recorded.get(name),
             lora=loras.get(name),
             replacement=biases.get(name),
             transposed=inputs.fan_in_fan_out and (name in trained or name in loras),
@@ -144,11 +197,11 @@ def _sort_adapter(
     return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}, biases
 
 
-def _refuse_tied(directory: ModelDirectory, loras: Mapping[str, object]) -> None:
+def _refuse_tied(base: ModelDirectory, loras: Mapping[str, object]) -> None:
     """An adapter on one of two tied weights would, once folded, be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
     touched = [name for name in loras if name.split(".")[-2] in embeddings]
-    if touched and directory.config_json.get("tie_word_embeddings", True):
+    if touched and base.config_json.get("tie_word_embeddings", True):
         raise MergeError(
             f"The adapter changes {touched[0]}, which this model ties to another tensor: merged, both would change. "
             "Use the adapter next to its base instead."

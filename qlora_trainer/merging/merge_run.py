@@ -1,10 +1,10 @@
-"""From a run directory to a merged, verified model: choose the base, merge, and compare answers.
+"""Merge a run directory into a verified model: plan, measure, choose the base, fold, and compare logits.
 
 The trained function, in fp32, gives the reference: logits on sample rows, and the eval loss. Then what was written
 is run by plain transformers and must give the same. On the dequantized base the merged model is the trained function,
 so the bound is tight. The original base makes another function: its merge is held to the same bound against original
 weights + adapter, and how far that is from what was trained is reported, with the eval losses of both; where it is
-clearly worse it is refused.
+clearly worse it is refused. The plan is made once, before a weight is read, and handed on.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import torch
 
 from qlora_trainer.common.atomic import refuse_existing
 from qlora_trainer.common.cache import user_cache
-from qlora_trainer.common.errors import CheckpointError, MergeError, memory_errors
+from qlora_trainer.common.errors import CheckpointError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.merging.fold import MergeReport, merge, prepare_merge
+from qlora_trainer.merging.fold import MergeReport, merge
 from qlora_trainer.merging.logits import LogitDifference, compare_logits
-from qlora_trainer.merging.measure import ON_CPU, MergeRun, measure_original, measure_trained
-from qlora_trainer.merging.streamed_model import can_stream, load_streamed_model, streaming_device
-from qlora_trainer.merging.trained_weights import trained_weights
+from qlora_trainer.merging.measure import Measured, MergeRun, measure_original, measure_trained, plan_streaming
+from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import (
     KL_BOUNDS,
     ROUTED_KL_BOUNDS,
@@ -38,6 +38,8 @@ from qlora_trainer.runs.trained import read_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
 
+Wanted = Literal["auto", "dequantized", "original"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
@@ -49,6 +51,7 @@ class Deployment:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain JSON values."""
         return dataclasses.asdict(self)
 
 
@@ -57,72 +60,63 @@ def merge_run(
     output: Path,
     *,
     dtype: torch.dtype = torch.float16,
-    base: Literal["auto", "dequantized", "original"] = "auto",
+    base: Wanted = "auto",
     model: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress = silent,
 ) -> Deployment:
-    """Merge a run's adapter into its base, verify it, and write it to `output`, a new or empty directory.
+    """Merge a run's adapter into its base, verify it, and write it to `output`.
 
     Args:
+        run_dir: the run directory.
+        output: a new or empty directory for the merged model.
+        dtype: of the merged weights.
+        base: what to fold into; auto measures both and takes the better.
         model: another copy of the run's base, such as a prequantized one, to merge from; by default the run's own.
         max_shard_bytes: of a file of weights; a larger tensor has one of its own.
+        progress: is called as the merge proceeds.
+
+    Returns:
+        What was done and measured.
 
     Raises:
-        CheckpointError: there is no adapter, or the base is not the one it was trained on.
-        MergeError: the merge or its verification failed, or the original base was asked for and is clearly worse;
-            nothing was left.
-        OutputExistsError, DiskError, InsufficientMemoryError: as named.
+        QLoRATrainerError: there is no adapter or another base than it was trained on, the merge or its verification
+            failed, or the original base was asked for and is clearly worse; nothing was left.
     """
     refuse_existing(output)
-    run = _open_run(run_dir, model, progress)
+    run = _open_run(run_dir, output, dtype, model, progress)
     with memory_errors(f"Merging {run_dir}", "Free memory and merge again; nothing was written."):
-        return _merge_run(run, output, dtype, base, max_shard_bytes, progress)
+        return _merge_run(run, base, max_shard_bytes, progress)
 
 
-def _merge_run(
-    run: MergeRun,
-    output: Path,
-    dtype: torch.dtype,
-    base: Literal["auto", "dequantized", "original"],
-    max_shard_bytes: int,
-    progress: Progress,
-) -> Deployment:
-    if base == "original" and run.directory.facts.is_prequantized:
-        raise MergeError(
-            f"{run.directory} is prequantized: it holds no original weights to merge into. Merge into the dequantized "
-            "base (--base dequantized), which is the function that was trained."
-        )
-    _refuse_early(run, output, dtype, base, progress)
+def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Progress) -> Deployment:
+    if base == "original":
+        run.plan.refuse_missing_original()
+    _check_recorded(run, progress)
+    plan_streaming(run, run.device)
     sample, as_trained = measure_trained(run, progress)
     on_original = measure_original(run, sample, base, progress)
-    original_loss = on_original.loss if on_original else None
-    if base == "auto":
-        choice = choose_base(as_trained.loss, original_loss)
-    else:
-        losses = {"dequantized": as_trained.loss, "original": original_loss}
-        choice = BaseChoice(base, {k: v for k, v in losses.items() if v is not None}, "it was asked for")
+    choice = _choose(base, as_trained, on_original)
     reference = as_trained
     difference = None
     if choice.base == "original":
         assert on_original is not None
         check_original(as_trained.loss, on_original.loss)
         reference = on_original
-        difference = compare_logits(as_trained.answers, on_original.answers)
+        difference = compare_logits(as_trained.logits, on_original.logits)
 
     report = merge(
-        run.inputs,
-        output,
-        dtype=dtype,
+        run.plan,
         base=choice.base,
+        device=run.device,
         max_shard_bytes=max_shard_bytes,
-        verify=lambda directory: verify_merge(
-            directory,
+        verify=lambda written: verify_merge(
+            written,
             sample.rows,
-            reference.answers,
-            lambda path: _load_written(path, run),
+            reference.logits,
+            lambda directory: _load_written(directory, run),
             sample.forward.loss_path,
-            (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[dtype],
+            (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[run.plan.dtype],
             progress,
         ),
         provenance={
@@ -136,44 +130,36 @@ def _merge_run(
     return Deployment(report, choice, difference, run.warnings)
 
 
-def _open_run(run_dir: Path, model: str | None, progress: Progress) -> MergeRun:
-    """The run's adapter, and what can be said of the base without reading its weights."""
+def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
+    """The run's adapter and the plan of its merge: what can be said of the base without reading its weights."""
     trained = read_trained(run_dir)
     settings = trained.config.model
-    directory = resolve_model(model or settings.name, None if model else settings.revision, user_cache(), progress)
+    name = model or settings.name
+    directory = resolve_model(name, None if model else settings.revision, user_cache(), progress)
     config = config_identity(directory.config_json)
     if difference := trained.fingerprint.difference(dataclasses.replace(trained.fingerprint, config=config)):
-        raise CheckpointError(
-            f"The base {model or settings.name} is not the one this adapter was trained on: {difference}."
-        )
-    wanted = choose_device(settings.device)
-    run = MergeRun(
-        trained=trained,
-        model=model or settings.name,
-        directory=directory,
-        tokenizer=load_tokenizer(directory),
-        weights=trained_weights(
-            directory.path, directory.tensors, trained.fingerprint, trained.adapter.config.fan_in_fan_out
-        ),
-        device=streaming_device(directory.path, wanted),
-        streams=can_stream(directory.path),
-    )
-    if run.device != wanted:
-        run.warnings.append(ON_CPU)
-    return run
+        raise CheckpointError(f"The base {name} is not the one this adapter was trained on: {difference}.")
+    plan = plan_merge(MergeInputs.from_adapter(directory, trained.fingerprint, trained.adapter), output, dtype)
+    return MergeRun(trained, name, plan, load_tokenizer(directory), choose_device(settings.device), stream=None)
 
 
-def _load_written(path: Path, run: MergeRun) -> Any:
-    """Load what was merged, in fp32, as the base was loaded."""
-    if run.streams:
-        return load_streamed_model(path, run.device)
-    return load_dense_model(ModelDirectory.open(path), run.device)
-
-
-def _refuse_early(run: MergeRun, output: Path, dtype: torch.dtype, base: str, progress: Progress) -> None:
-    """What can be refused without a pass over all weights: a merge that cannot be made, or another base's embedding."""
-    plans = prepare_merge(run.inputs, output, dtype, "original" if base == "original" else "dequantized")[0]
-    recorded = [plan.recorded for plan in plans if plan.recorded]
+def _check_recorded(run: MergeRun, progress: Progress) -> None:
+    """Refuse another base by its dense tensors, such as the embedding, before the passes over all weights."""
+    recorded = [tensor.recorded for tensor in run.plan.tensors if tensor.recorded]
     for done, tensor in enumerate(recorded):
         progress("checking the base", done, len(recorded))
         tensor.check()
+
+
+def _choose(base: Wanted, as_trained: Measured, on_original: Measured | None) -> BaseChoice:
+    original_loss = on_original.loss if on_original else None
+    if base == "auto":
+        return choose_base(as_trained.loss, original_loss)
+    losses = {"dequantized": as_trained.loss, "original": original_loss}
+    return BaseChoice(base, {k: v for k, v in losses.items() if v is not None}, "it was asked for")
+
+
+def _load_written(directory: ModelDirectory, run: MergeRun) -> Any:
+    """Load what was merged, in fp32, as the base was loaded."""
+    load = load_dense_model if run.stream is None else load_streamed_model
+    return load(directory, run.device)

@@ -10,7 +10,6 @@ Legend: O out features, I in features.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ from qlora_trainer.common.errors import CheckpointError, MergeError
 from qlora_trainer.common.hashing import blocks_sha256
 from qlora_trainer.model.fingerprint import BaseFingerprint, TensorFingerprint, is_same, tensor_fingerprint
 from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
-from qlora_trainer.weights.listing import checkpoint_name, weight_statistics
+from qlora_trainer.weights.listing import checkpoint_name
+from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
 from qlora_trainer.weights.reading import read_blocks
 from qlora_trainer.weights.tensors import TensorInfo
@@ -78,7 +78,7 @@ class TrainedWeight:
 
 
 @dataclass(frozen=True)
-class DenseTensor:
+class RecordedTensor:
     """A tensor that was not 4-bit in training, and its recorded hash."""
 
     source: TensorInfo
@@ -104,18 +104,23 @@ class DenseTensor:
 
 
 def trained_weights(
-    directory: Path, tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint, fan_in_fan_out: bool = False
+    base: ModelDirectory, fingerprint: BaseFingerprint, fan_in_fan_out: bool = False
 ) -> dict[str, TrainedWeight]:
-    """The weights that were 4-bit in training, by the names of the checkpoint in `directory`, which holds `tensors`.
+    """Find the weights that were 4-bit in training in a checkpoint of the base.
 
     Args:
+        base: the checkpoint to merge from.
+        fingerprint: of the base as it was trained.
         fan_in_fan_out: the checkpoint stores (I, O), as GPT-2's Conv1D does.
+
+    Returns:
+        The weights by the checkpoint's names.
 
     Raises:
         MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
         QuantizationError: one is prequantized otherwise than this trainer keeps its base.
     """
-    statistics = weight_statistics(tensors)
+    tensors, statistics = base.tensors, base.quant_states
     source_dtype = getattr(torch, fingerprint.source_dtype)
     weights = {}
     for path, recorded in fingerprint.tensors.items():
@@ -123,32 +128,40 @@ def trained_weights(
         source, found = tensors[name], statistics.get(name, {})
         shape = _prequantized(source, found, "cpu").shape if found else source.shape
         if len(shape) != 2:
-            raise MergeError(f"{name} in {directory} has shape {shape}, and was a matrix in training.")
+            raise MergeError(f"{name} in {base} has shape {shape}, and was a matrix in training.")
         transposed = fan_in_fan_out
         out_in = (shape[1], shape[0]) if transposed and not found else (shape[0], shape[1])
         weights[name] = TrainedWeight(source, found, recorded, source_dtype, out_in, transposed)
     if unknown := statistics.keys() - weights.keys():
-        raise MergeError(f"{min(unknown)} is 4-bit in {directory}, but was not in training: this is another base.")
+        raise MergeError(f"{min(unknown)} is 4-bit in {base}, but was not in training: this is another base.")
     return weights
 
 
-def dense_tensors(tensors: Mapping[str, TensorInfo], fingerprint: BaseFingerprint) -> dict[str, DenseTensor]:
-    """What the fingerprint says of other tensors, by the checkpoint's names; those it stores otherwise are left out.
+def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[str, RecordedTensor]:
+    """Find the tensors that were not 4-bit in training in a checkpoint of the base; some are stored otherwise there.
+
+    Args:
+        base: the checkpoint to merge from.
+        fingerprint: of the base as it was trained.
+
+    Returns:
+        Those that the checkpoint stores as one tensor, by its names.
 
     Raises:
         MergeError: the checkpoint lacks one, and has no tensor that could be it under another name.
     """
+    tensors = base.tensors
     source_dtype = getattr(torch, fingerprint.source_dtype)
     stored_as = fingerprint.stored_as
     names = {name: checkpoint_name(stored_as.get(name, name), tensors) for name in fingerprint.dense}
     weights = (f"{path}.weight" for path in fingerprint.tensors)
     known = {checkpoint_name(stored_as.get(name, name), tensors) for name in weights} | set(names.values())
-    known |= {info.name for keys in weight_statistics(tensors).values() for info in keys.values()}
+    known |= {info.name for keys in base.quant_states.values() for info in keys.values()}
     if tensors.keys() <= known:
         for name in names:
             name_of(name, tensors, stored_as, "was in the base in training")
     found = {stored: fingerprint.dense[name] for name, stored in names.items() if stored}
-    return {name: DenseTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items()}
+    return {name: RecordedTensor(tensors[name], sha256, source_dtype) for name, sha256 in found.items()}
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:

@@ -1,9 +1,7 @@
-"""Is the merged model the one that was trained? Its files are checked tensor by tensor, and its answers compared.
+"""Verify that the merged model is the one that was trained, by its logits, and choose the base to merge into.
 
-Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
-dtype of what was written is read back, and every byte, against the checksum it had when it was computed and found
-finite. Then the merged model's logits on sample rows are compared with those of base + adapter through the training
-forward: the one check that sees a wrong value in a sound file.
+The merged model's logits on sample rows are compared with those of base + adapter through the training forward: the one
+check that sees a wrong value in a sound file. The files themselves are read back before (weights/read_back.py).
 
 Both forwards compute in fp32, and so does the comparison (sums in fp64): bf16 arithmetic alone differs by more than
 the bound allows.
@@ -15,7 +13,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,9 +21,10 @@ from torch import Tensor
 from qlora_kernels.head_rows import DenseRows
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.merging.logits import Answers, HeadAnswers, LogitDifference, WholeAnswers, compare_logits
+from qlora_trainer.merging.logits import HeadLogits, LogitDifference, Logits, WholeLogits, compare_logits
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.modules.lm_head import head_weight
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 # Rounding the merged weights of SmolLM2-135M cost a KL of 2e-6 in fp16 and 1e-4 in bf16 (60 tokens, random adapter).
 KL_BOUNDS = {torch.float16: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-3}
@@ -58,65 +56,83 @@ class BaseChoice:
 
 
 def verify_merge(
-    directory: Path,
+    directory: ModelDirectory,
     sample_rows: Sequence[Sequence[int]],
-    reference: Answers,
-    load_merged: Callable[[Path], Any],
+    reference: Logits,
+    load_merged: Callable[[ModelDirectory], Any],
     loss_path: LossPath,
     kl_bound: float | None = KL_BOUNDS[torch.float16],
     progress: Progress = silent,
 ) -> Verification:
     """Compare the merged model's logits with those of base + adapter on token rows.
 
-    `reference` has the logits of all tokens of the rows, one row after the other. `load_merged` gives a transformers
-    model of the directory, in fp32; `loss_path` is how such a model's hidden states become logits.
+    Args:
+        directory: of the merged model.
+        sample_rows: token ids of each row.
+        reference: the logits of base + adapter at all tokens of the rows, one row after the other.
+        load_merged: loads the transformers model of the directory, in fp32.
+        loss_path: how such a model's hidden states become logits.
+        kl_bound: largest KL in nats that passes; None: any finite one.
+        progress: is called when the comparison begins.
+
+    Returns:
+        What was compared.
 
     Raises:
         MergeError: the KL is above the bound, or a logit is not finite.
     """
     assert sample_rows, "no rows to compare on"
-    progress("comparing answers", 0, None)
-    difference = compare_logits(reference, row_answers(load_merged(directory), sample_rows, loss_path))
+    progress("comparing logits", 0, None)
+    difference = compare_logits(reference, row_logits(load_merged(directory), sample_rows, loss_path))
     limit = math.inf if kl_bound is None else kl_bound
     if not math.isfinite(difference.kl) or difference.kl > limit:
         raise MergeError(
-            f"The merged model does not answer as the trained one: KL {difference.kl:.2e} (at most {limit:.0e}), "
-            f"relative error {difference.relative_error:.2e}, same first choice for {difference.top1_agreement:.1%} of "
-            f"{difference.tokens} tokens. Nothing was kept. Please report it with the output of `qlora doctor`."
+            f"The merged model's logits are not those of the trained one: KL {difference.kl:.2e} (at most "
+            f"{limit:.0e}), relative error {difference.relative_error:.2e}, same first choice for "
+            f"{difference.top1_agreement:.1%} of {difference.tokens} tokens. Nothing was kept. Please report it "
+            "with the output of `qlora doctor`."
         )
     return Verification(rows=len(sample_rows), difference=difference, kl_bound=kl_bound)
 
 
 @torch.no_grad()
-def row_answers(model: Any, rows: Sequence[Sequence[int]], loss_path: LossPath) -> Answers:
-    """A transformers model's logits at every token of some rows, one row after the other, from one forward pass.
+def row_logits(model: Any, rows: Sequence[Sequence[int]], loss_path: LossPath) -> Logits:
+    """Take a transformers model's logits at every token of some rows, from one forward pass.
 
     Rows are padded on the right and not masked: the tokens of a causal model do not see what is behind them. The
     model's own logits are taken for the last of each padded row, and must be those that `loss_path` makes of its
     hidden states; else it gives all its logits, which takes tokens x vocabulary of memory, in another pass.
+
+    Args:
+        model: in fp32.
+        rows: token ids of each row.
+        loss_path: how the model's hidden states become logits.
+
+    Returns:
+        The logits, one row after the other.
     """
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64, device=next(model.parameters()).device)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
     if not loss_path.own_logits:
         hidden, last = _last_logits(model, ids)
-        made = head_answers(model, hidden[:, -1], loss_path)
-        if compare_logits(WholeAnswers(last), made).relative_error <= _MOST_OFF:
-            return head_answers(model, torch.cat([hidden[i, : len(row)] for i, row in enumerate(rows)]), loss_path)
+        made = logits_of_hidden(model, hidden[:, -1], loss_path)
+        if compare_logits(WholeLogits(last), made).relative_error <= _MOST_OFF:
+            return logits_of_hidden(model, torch.cat([hidden[i, : len(row)] for i, row in enumerate(rows)]), loss_path)
     found = model(input_ids=ids, use_cache=False).logits.float()
-    return WholeAnswers.of_rows([found[index, : len(row)] for index, row in enumerate(rows)])
+    return WholeLogits.of_rows([found[index, : len(row)] for index, row in enumerate(rows)])
 
 
-def head_answers(
+def logits_of_hidden(
     model: Any,
     hidden: Tensor,  # (N, H)
     loss_path: LossPath,
-) -> HeadAnswers:
-    """The logits that a model's LM head makes of hidden states."""
+) -> HeadLogits:
+    """Hold hidden states with the model's LM head, which makes their logits when they are asked for."""
     head = model.get_output_embeddings()
     weight = head_weight(head)
     rows = DenseRows(weight) if isinstance(weight, Tensor) else weight
-    return HeadAnswers(hidden, rows, head.bias, loss_path.logit_scale, loss_path.softcap)
+    return HeadLogits(hidden, rows, head.bias, loss_path.logit_scale, loss_path.softcap)
 
 
 def _last_logits(
@@ -135,7 +151,15 @@ def _last_logits(
 
 
 def choose_base(dequantized_loss: float | None, original_loss: float | None) -> BaseChoice:
-    """What `--base auto` takes: the lower eval loss; the base trained on where they tie or were not measured."""
+    """Take the base of the lower eval loss, or the one trained on where they tie or were not both measured.
+
+    Args:
+        dequantized_loss: nats a token on the dequantized base; None: not measured.
+        original_loss: nats a token on the original base; None: not measured.
+
+    Returns:
+        The base with the losses and the reason.
+    """
     losses = {
         name: loss
         for name, loss in (("dequantized", dequantized_loss), ("original", original_loss))
@@ -150,9 +174,16 @@ def choose_base(dequantized_loss: float | None, original_loss: float | None) -> 
 
 
 def check_original(dequantized_loss: float | None, original_loss: float | None) -> None:
-    """MergeError where the adapter answers clearly worse on the original base than on the one it was trained on.
+    """Refuse a merge into the original base where the adapter is clearly worse on it than on the one trained on.
 
-    The comparison of logits cannot say so: a merge into the original base is compared with original + adapter.
+    The comparison of logits cannot show that: a merge into the original base is compared with original + adapter.
+
+    Args:
+        dequantized_loss: nats a token on the dequantized base; None: not measured.
+        original_loss: nats a token on the original base; None: not measured.
+
+    Raises:
+        MergeError: it is worse by more than MOST_WORSE_RELATIVE and MOST_WORSE_NATS.
     """
     if dequantized_loss is None or original_loss is None:
         return

@@ -69,11 +69,12 @@ def recompute_buffers(model: Any, directory: ModelDirectory, dtype: torch.dtype,
     """
     config = config or directory.config()
     vars(config).pop("quantization_config", None)
-    for path, module in empty_model(directory, config, dtype).named_modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers[name]) is not None:
-                buffers = model.get_submodule(path)._buffers
-                buffers[name] = buffer.to(buffers[name].device)
+    fresh = empty_model(directory, config, dtype)
+    stored = fresh.state_dict().keys()
+    for name, buffer in fresh.named_buffers(remove_duplicate=False):
+        if name not in stored:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, buffer.to(model.get_buffer(name).device))
 
 
 def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:

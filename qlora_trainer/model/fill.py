@@ -157,13 +157,13 @@ class _Filling:
             module = self.model.get_submodule(path)
             if isinstance(module, QuantizedHead) and leaf == "weight":
                 module.take(arrival.values.to(self.device, dense.dtype))
-            elif leaf in module._buffers:
-                module._buffers[leaf] = self._own_copy(arrival, dense.dtype, dense.dtype)
+            elif leaf in dict(module.named_buffers(recurse=False)):
+                setattr(module, leaf, self._own_copy(arrival, dense.dtype, dense.dtype))
             else:
                 if parameter is None:
                     values = self._own_copy(arrival, dense.dtype, module.get_parameter(leaf).dtype)
                     parameter = nn.Parameter(values, requires_grad=False)
-                module._parameters[leaf] = parameter
+                setattr(module, leaf, parameter)
         if self.known is None and arrival.info.nbytes > LARGEST_KEPT:
             self.dense[dense.names[0]].result()  # or several of the largest tensors could wait for it side by side
 
@@ -184,10 +184,9 @@ class _Filling:
     def move_buffers(self) -> None:
         """Put the buffers that no checkpoint has, such as rotary frequencies, where the model computes."""
         for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    assert buffer.device.type != "meta", f"{name} of {type(module).__name__} was not filled"
-                    module._buffers[name] = buffer.to(self.device)
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                assert buffer.device.type != "meta", f"{name} of {type(module).__name__} was not filled"
+                setattr(module, name, buffer.to(self.device))
 
     def found(self) -> HashedBase:
         """Return what has been loaded; waits for the hashes."""

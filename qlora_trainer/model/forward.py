@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.model.modules.packed_attention import (
     DEVICE_FAILURES,
@@ -95,20 +96,17 @@ def find_loss_path(model: Any) -> LossPath:
     ids = torch.randint(0, config.vocab_size, (1, 9), generator=generator).to(next(model.parameters()).device)
     positions = torch.arange(8, device=ids.device)[None]
     pack = Pack(ids[:, :8], ids[:, 1:], positions, cu_seqlens=None, tokens=8, label_tokens=8)
-    was_training = model.training
-    model.eval()
     try:
-        with refusals_as_model_error(model):
-            theirs = loss_sum(model, pack, LossPath(own_logits=True))
-        ours = loss_sum(model, pack, path)
+        with evaluation_mode(model):
+            with refusals_as_model_error(model):
+                theirs = loss_sum(model, pack, LossPath(own_logits=True))
+            ours = loss_sum(model, pack, path)
     except DEVICE_FAILURES:
         raise
     except (AttributeError, RuntimeError, TypeError) as error:
         if is_out_of_host_memory(error):
             raise
         return LossPath(own_logits=True)  # its hidden states are not what the head takes
-    finally:
-        model.train(was_training)
     tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
 

@@ -9,7 +9,7 @@ Left out: tensors that transformers merges or splits while loading. They are lis
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.transformers_internals import patterns_of_extra, patterns_of_missing, tied_weight_names
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
@@ -224,20 +225,20 @@ def _untie(model: Any, names: Sequence[str]) -> None:
         path, _, leaf = name.rpartition(".")
         shared = model.get_parameter(name)
         setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(shared), requires_grad=False))
-        model.all_tied_weights_keys.pop(name, None)
+        tied_weight_names(model).pop(name, None)
 
 
 def _may_be_missing(model: Any, name: str) -> bool:
     """Whether the model brings this buffer itself, and says so."""
     is_buffer = name not in dict(model.named_parameters())
-    return is_buffer and _matches(model._keys_to_ignore_on_load_missing, name)
+    return is_buffer and _matches(patterns_of_missing(model), name)
 
 
 def _is_expected_extra(model: Any, name: str) -> bool:
     """Whether the model knows such tensors from older checkpoints, which stored what is computed now."""
     computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-    return _matches({*(model._keys_to_ignore_on_load_unexpected or ()), *computed}, name)
+    return _matches({*patterns_of_extra(model), *computed}, name)
 
 
-def _matches(patterns: Any, name: str) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns or ())
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -9,10 +9,8 @@ the model has a parameter for each tensor (model/modules/experts.py).
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
 from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.transformers_internals import conversion_mapping, renamed
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
@@ -33,9 +31,7 @@ def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
     Raises:
         ModelError: one parameter is stored under two names, such as with and without the model's prefix.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings, converters = conversion_mapping(model)
     state, prefix = model.state_dict(), model.base_model_prefix
     statistics = {info.name for found in directory.quant_states.values() for info in found.values()}
 
@@ -43,20 +39,20 @@ def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
     for name in directory.tensors:
         if name in statistics:
             continue
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if renamed not in state:  # what would be merged has a place of its own
-            renamed, pattern = rename_source_key(name, renamings, [], prefix, state)
-        if renamed not in state and name in state:  # a rule that was meant for older checkpoints
-            renamed, pattern = name, None
-        if renamed in match.found:
+        new_name, pattern = renamed(name, renamings, converters, prefix, state)
+        if new_name not in state:  # what would be merged has a place of its own
+            new_name, pattern = renamed(name, renamings, [], prefix, state)
+        if new_name not in state and name in state:  # a rule that was meant for older checkpoints
+            new_name, pattern = name, None
+        if new_name in match.found:
             raise ModelError(
-                f"{directory} stores {renamed} twice, as {match.found[renamed]} and as {name}; which "
+                f"{directory} stores {new_name} twice, as {match.found[new_name]} and as {name}; which "
                 "one counts is left to chance. Fetch the checkpoint again, or remove the stale tensor."
             )
-        if renamed not in state:
+        if new_name not in state:
             match.unused.append(name)
         elif pattern is not None:
-            match.converted[name] = renamed
+            match.converted[name] = new_name
         else:
-            match.found[renamed] = name
+            match.found[new_name] = name
     return match

@@ -1,9 +1,9 @@
-"""What torch's CUDA allocator would reserve for a trace of allocations and frees.
+"""Compute what torch's CUDA allocator would reserve for a trace of allocations and frees.
 
 It rounds, splits and keeps blocks, and so reserves more than is alive. By default it takes segments from the driver
 that can never be joined, and a long context, whose tensors are large and of many sizes, leaves a tenth of a card in
 pieces. With expandable segments it has one segment that grows, where neighbors always join: the command line asks for
-that (`prefer_expandable_segments`), and the plan counts as the settings of its process say.
+that (`prefer_expandable_segments`), and the plan counts as the environment of its process says.
 
 Left out: several streams, and giving memory back to the driver, as torch does when it meets its limit.
 """
@@ -16,26 +16,30 @@ from typing import Self
 
 MIB = 2**20
 PAGES = {True: 2 * MIB, False: 20 * MIB}  # what a segment begins with or grows by, for small blocks and for others
-SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names for them, the first one first
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # of the environment; torch reads the first set
 
 
 @dataclass(frozen=True)
 class Event:
-    """A block was allocated, or freed where `bytes` is negative; `block` is its number."""
+    """Record that a block was allocated, or freed where `bytes` is negative; `block` is its number."""
 
     block: int
     bytes: int
 
 
 def uses_expandable_segments() -> bool:
-    """Whether the allocator of this process is asked for them."""
-    settings = next((os.environ[name] for name in SETTINGS if name in os.environ), "")
+    """Return True if the environment asks this process's allocator for expandable segments.
+
+    Returns:
+        Whether it does.
+    """
+    settings = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
     return "expandable_segments:true" in settings.replace(" ", "").lower()
 
 
 @dataclass(eq=False)
 class _Block:
-    """A piece of a segment; neighbors of one segment are linked, so that free ones can be joined."""
+    """Hold a piece of a segment; neighbors of one segment are linked, so that free ones can be joined."""
 
     segment: int
     offset: int
@@ -51,12 +55,15 @@ class _Block:
 
 
 class CachingAllocator:
-    """torch's CUDA allocator on one stream (c10/cuda/CUDACachingAllocator.cpp).
+    """Simulate torch's CUDA allocator on one stream (c10/cuda/CUDACachingAllocator.cpp).
 
     Sizes are rounded to 512 bytes. The smallest free block that holds the request is taken and split; freed neighbors
     are joined. Requests of up to 1 MiB come from segments of 2 MiB, larger ones from segments of 20 MiB, and from 10
     MiB on from a segment of their own, rounded to 2 MiB. Or, with expandable segments, each of the two kinds has one
     segment, which grows at its end, by 2 MiB or 20 MiB at a time; its last block, as it can still grow, is taken last.
+
+    Args:
+        is_expandable: with expandable segments.
     """
 
     ROUNDING = 512
@@ -72,7 +79,15 @@ class CachingAllocator:
         self._last: dict[bool, _Block] = {}  # by small or not: the last block of the segment that grows
 
     def play(self, trace: Iterable[Event], without: Iterable[int] = ()) -> Self:
-        """Allocate and free as the trace says, but for the blocks that live elsewhere."""
+        """Allocate and free as the trace says.
+
+        Args:
+            trace: in the order of time.
+            without: numbers of blocks that are elsewhere, not in this allocator's memory.
+
+        Returns:
+            The allocator.
+        """
         elsewhere = set(without)
         for event in trace:
             if event.block not in elsewhere:
@@ -121,7 +136,7 @@ class CachingAllocator:
         return self._free_blocks.pop(pool.pop(place))
 
     def _grown(self, size: int, is_small: bool) -> _Block:
-        """A block of at least `size` from memory that is new."""
+        """Return a block of at least `size` from memory that is new."""
         if not self.is_expandable:
             total = PAGES[is_small] if is_small or size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
             self._segments += 1

@@ -1,11 +1,10 @@
-"""What a whole plan would say, from plans of a few layers; and the largest size that fits, found by such estimates.
+"""Estimate a whole plan from plans of a few layers, and find the largest size that fits by such estimates.
 
-Like layers take like memory: live bytes are linear in their number (a test shows it), and what the allocator wastes
-hardly depends on it. An 8B's rows of 2,048 to 131,072 tokens waste the same in 3 layers as in 32, to 2 MiB, or where
-segments are expandable to a page of 20 MiB. So an estimate is worth a plan to about a page, for a sixth of the time.
+Similar layers take similar memory: live bytes are linear in their number (a test shows it), and what the allocator
+wastes hardly depends on it. An 8B's rows of 2,048 to 131,072 tokens waste the same in 3 layers as in 32, to 2 MiB, or
+where segments are expandable to a page of 20 MiB. So an estimate is right to about a page, for a sixth of the time.
 
-Left out: what an estimate decides. What is found is planned whole before it is said; that no larger size fits is said
-by estimate.
+What is found is planned whole before it is reported; that no larger size fits is an estimate.
 """
 
 import functools
@@ -18,10 +17,17 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 
 def estimate(directory: ModelDirectory, config: RunConfig) -> int:
-    """The total that `plan_memory` would give, in bytes, from two models of a few layers, or of as many as there are.
+    """Estimate the total that `plan_memory` would give, from two models of a few layers, or of as many as there are.
 
-    Two more say what a layer adds whose activations are all kept; the first of them adds little, since as much is
-    alive while a layer is recomputed.
+    Two more say what a layer adds whose activations are all kept; the first of them adds little, since as much is alive
+    while a layer is recomputed.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+
+    Returns:
+        Bytes.
     """
     layers, period, few = _few_layers(directory, config)
     kept = min(config.training.uncheckpointed_layers, layers)
@@ -37,7 +43,15 @@ def estimate(directory: ModelDirectory, config: RunConfig) -> int:
 
 
 def bytes_of_a_layer(directory: ModelDirectory, config: RunConfig) -> int:
-    """What one more layer takes, of models of a few layers."""
+    """Compute what one more layer takes, from models of a few layers.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+
+    Returns:
+        Bytes.
+    """
     _, period, few = _few_layers(directory, config)
     fewer, more = (plan_memory(directory, config, count) for count in (few, few + period))
     return (_live(more) - _live(fewer)) // period
@@ -49,9 +63,18 @@ def largest_that_fits(
     sized: Callable[[int], RunConfig],
     budget: int,
 ) -> MemoryPlan | None:
-    """The plan of the largest size that fits, whole; the next size does not fit by estimate. None where none fits.
+    """Plan the largest size that fits; that the next size does not fit is an estimate.
 
-    Estimates say what to plan; what its plan says more or less than that corrects those that follow.
+    Estimates say what to plan; by how much a plan differs from its estimate corrects the estimates that follow.
+
+    Args:
+        directory: holds the base's config.json.
+        sizes: to choose from.
+        sized: gives the config of a size.
+        budget: bytes.
+
+    Returns:
+        The plan; None where no size fits.
     """
     estimated = functools.cache(lambda index: estimate(directory, sized(sizes[index])))
     correction, best = 0, None
@@ -71,9 +94,9 @@ def largest_that_fits(
 
 
 def _last_within(estimated: Callable[[int], int], low: int, high: int, budget: int) -> int | None:
-    """The last index of low..high-1 whose estimate is within the budget, as estimates rise; None: not even the first.
+    """Find the last index of low..high-1 whose estimate is within the budget; None: not even the first is.
 
-    They rise nearly along a line, so the next index to try is where the line between two meets the budget.
+    Estimates rise nearly along a line, so the next index to try is where the line between two meets the budget.
     """
     fits, fails = low, high - 1
     if estimated(fails) <= budget:
@@ -91,9 +114,10 @@ def _last_within(estimated: Callable[[int], int], low: int, high: int, budget: i
 
 
 def _few_layers(directory: ModelDirectory, config: RunConfig) -> tuple[int, int, int]:
-    """(layers of the model, after how many they repeat, few: a multiple of those, so many that one more is like them).
+    """Return (layers of the model, after how many they repeat, few).
 
-    Two at least, as a first layer and a last one may differ; with inputs made again from every n-th layer's, n more.
+    `few` is a multiple of the period with so many layers that one more is like them: two at least, as a first layer and
+    a last one may differ; with inputs made again from every n-th layer's, n more.
     """
     kinds = directory.facts.layer_kinds
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])

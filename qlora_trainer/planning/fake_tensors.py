@@ -1,12 +1,12 @@
-"""Tensors without memory, on which a training step runs as it is, and fast.
+"""Run a training step as it is on tensors without memory, and fast.
 
 A fake tensor has a shape, a dtype, a storage and a lifetime, but no memory. torch works out what an operation makes of
 such tensors in Python, in a tenth of a millisecond and more. The step of a long row has half a million operations but
-only some thousand different ones: layers are alike, and so are the tiles of a row. So what an operation gave is kept
-by the shapes, strides and dtypes of its arguments, and the next time made from that.
+only some thousand different ones: layers are alike, and so are the tiles of a row. So what an operation gave is kept by
+the shapes, strides and dtypes of its arguments, and the next time made from that.
 
-Left out: operations that give several tensors, or change the shape of what they are given; those torch works out
-each time.
+Left out: operations that give several tensors, or change the shape of what they are given; torch works those out each
+time.
 """
 
 import contextlib
@@ -16,11 +16,17 @@ from types import NoneType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora_kernels.varlen_attention import Card, planned_for
-from qlora_trainer.model.modules.packed_attention import masks_as_for_real_tensors
+from qlora_kernels.card import Card, planned_for
+from qlora_kernels.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    default_device,
+    is_reading_of_a_number,
+    without_dispatch,
+)
+from qlora_trainer.common.transformers_internals import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 """What an argument can be, next to a tensor, for an operation to be known again: compared by value, holding nothing."""
@@ -29,7 +35,7 @@ Again = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # an operation's argu
 
 
 class FakeRun:
-    """Within, tensors are made without memory, and a number read from one is 1.
+    """Make tensors without memory in the block; a number read from one is 1.
 
     Training reads a loss, a norm, and whether it is finite; to a plan, all is well.
 
@@ -54,7 +60,11 @@ class FakeRun:
 
 
 class _Remembering(TorchDispatchMode):
-    """Wrap a FakeTensorMode and asks it only what it has not reported before."""
+    """Wrap a FakeTensorMode, and ask it only for what it has not given before.
+
+    Args:
+        mode: to wrap.
+    """
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -65,7 +75,7 @@ class _Remembering(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if is_reading_of_a_number(func) and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         key = _key(func, args, kwargs)
@@ -107,7 +117,7 @@ class _Remembering(TorchDispatchMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> FakeTensor:
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         return FakeTensor(self.mode, tensor, device)
 
@@ -122,15 +132,15 @@ class _Remembering(TorchDispatchMode):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> FakeTensor:
-        with torch._C._DisableTorchDispatch():
+        with without_dispatch():
             tensor = torch.empty(0, dtype=dtype, device="meta")
             tensor.set_(args[place].untyped_storage(), offset, shape, stride)
         return FakeTensor(self.mode, tensor, device)
 
 
 def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """All that the result of an operation depends on; None where an argument cannot be identified by its value."""
-    parts = [func, torch.get_default_dtype(), torch._C._get_default_device(), torch.is_inference_mode_enabled()]
+    """Return all that an operation's result depends on; None where an argument cannot be identified by its value."""
+    parts = [func, torch.get_default_dtype(), default_device(), torch.is_inference_mode_enabled()]
     if not _describe(args, parts):
         return None
     if kwargs:
@@ -141,7 +151,7 @@ def _key(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any
 
 
 def _describe(arguments: Iterable[Any], parts: list[Any]) -> bool:
-    """Append what tells the arguments to `parts`; False where one cannot be determined."""
+    """Append what distinguishes the arguments to `parts`; return False where one cannot be described."""
     for argument in arguments:
         kind = type(argument)
         if kind in PLAIN:

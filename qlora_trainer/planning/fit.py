@@ -1,4 +1,4 @@
-"""What fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
+"""Find what fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
 
 What is found is planned whole, and fits. That the next size does not is an estimate from models of a few layers
 (estimate.py), which is off by a page of 20 MiB, the memory of about one more step of 256 tokens of an 8B's row. A run
@@ -15,9 +15,11 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import choose_device
+from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
-from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, longest_row, plan_memory
-from qlora_trainer.training.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
+from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -29,31 +31,48 @@ LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes that a run may take."""
+    """Hold the bytes that a run may take."""
 
     card: int  # or, for a run on a CPU, host memory
     host: int  # for what is offloaded to it
 
     def holds(self, plan: MemoryPlan) -> bool:
+        """Return True if a plan fits.
+
+        Args:
+            plan: of a run.
+
+        Returns:
+            Whether it does.
+        """
         return plan.total <= self.card and plan.host <= self.host
 
 
 def fastest_plan(
     directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan under the fastest policy that fits, for a config that leaves it open; None where none fits.
+    """Plan a run under the fastest policy that fits, for a config that leaves it open.
 
-    What fits is kept; else all is recomputed but for as many of the last layers as fit; else inputs are offloaded; else
-    MLPs are taken in tiles.
+    If all activations fit, all are kept; else all layers are recomputed but for as many of the last as fit; else inputs
+    are offloaded; else MLPs are taken in tiles.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: that it may take.
+        progress: is called for each plan.
+
+    Returns:
+        The plan; None where no policy fits.
     """
     progress("planning memory", 0, None)
-    if config.model.device == "cpu":  # where nearly all runs keep all, and planning takes from them
-        keep = _plan(directory, config, Policy("none"))
-        if budget.holds(keep):
-            return keep
-    recompute = _plan(directory, config, Policy("full"))
-    if recompute.total <= budget.card:
-        return _keep_what_fits(directory, config, recompute, budget.card, progress)
+    if config.model.device == "cpu":  # where nearly all runs keep everything, and planning takes time from them
+        all_kept = _plan(directory, config, Policy("none"))
+        if budget.holds(all_kept):
+            return all_kept
+    none_kept = _plan(directory, config, Policy("full"))
+    if none_kept.total <= budget.card:
+        return _keep_some_layers(directory, config, none_kept, budget.card, progress)
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)
         for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
@@ -68,34 +87,61 @@ def fastest_plan(
 def longest_context(
     directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the longest row that fits `budget` bytes, alone in its micro-batch; None where not even GRAIN does.
+    """Plan the longest row that fits, alone in its micro-batch.
 
-    Under the policy of the config, or the the least memory where that is left open. One GRAIN more does not fit by
-    estimate.
+    It is planned under the policy of the config, or the one that needs least of the card where that is left open. That
+    a row longer by GRAIN does not fit is an estimate.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: bytes of the card.
+        progress: is called once.
+
+    Returns:
+        The plan; None where not even a row of GRAIN tokens fits.
     """
     limit = directory.facts.positions or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_length(least_memory(config), size), budget)
+    return largest_that_fits(directory, sizes, lambda size: with_length(with_least_memory(config), size), budget)
 
 
 def largest_micro_batch(
     directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """The plan of the most rows of full length of a step that fit in one micro-batch; None where not one does.
+    """Plan the most rows of full length of a step that fit in one micro-batch.
 
-    Under the policy of the config, or the the least memory where that is left open. One row more does not fit by
-    estimate.
+    They are planned under the policy of the config, or the one that needs least of the card where that is left open.
+    That one row more does not fit is an estimate.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: bytes of the card.
+        progress: is called once.
+
+    Returns:
+        The plan; None where not one row fits.
     """
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    config = least_memory(config)
+    config = with_least_memory(config)
     return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
 def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
-    """`check_fits` for the card that the run will use, or for host memory; None for a small base on a CPU."""
+    """Call `check_fits` for the card that the run will use, or for host memory.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        progress: is called for each plan.
+
+    Returns:
+        The plan; None for a small base on a CPU, which is not planned.
+    """
     device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
@@ -110,7 +156,16 @@ def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Prog
 
 
 def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
-    """The plan of a run that fits, under the policy that the config names or the fastest that does.
+    """Plan a run under the policy that the config names, or the fastest that fits.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        budget: that it may take.
+        progress: is called for each plan.
+
+    Returns:
+        A plan that fits.
 
     Raises:
         InsufficientMemoryError: it does not fit; the message says what would.
@@ -146,26 +201,53 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
 
 
 def memory_here(config: RunConfig) -> int | None:
-    """Bytes of the CUDA card here, None where there is none; of host memory where the config says model.device=cpu,
-    as far as this process may use it."""
+    """Return the bytes of the CUDA card here, or for model.device=cpu of the host memory that this process may use.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Bytes; None where there is no card.
+    """
     if config.model.device == "cpu":
         return host_memory().total
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    if config.optimizer.name != "adamw":
+        paging_refusal_here()  # first: asking for memory makes a CUDA context; a card may allow only one
+    return torch.cuda.mem_get_info()[1]
 
 
 def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
 
 
-def least_memory(config: RunConfig) -> RunConfig:
-    """The config with its policy, or the one that needs least of the card where that is left open."""
+def with_least_memory(config: RunConfig) -> RunConfig:
+    """Return the config with its policy, or the one that needs least of the card where that is left open.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The config.
+    """
     return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
 
 
 def plan_as_lowered(
     directory: ModelDirectory, config: RunConfig, policy: Policy, micro_batch_tokens: int
 ) -> MemoryPlan:
-    """The plan of a run on the device here, under what an earlier part of it came down to."""
+    """Plan a run on the device here, under what an earlier part of it was lowered to.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+        policy: of the earlier part.
+        micro_batch_tokens: of the earlier part.
+
+    Returns:
+        The plan.
+    """
     config = config.replace({"model.device": choose_device(config.model.device).type})
     lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
     return plan_memory(directory, with_policy(lowered, policy))
@@ -175,17 +257,17 @@ def with_length(config: RunConfig, max_length: int) -> RunConfig:
     return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
-def _keep_what_fits(
-    directory: ModelDirectory, config: RunConfig, recompute: MemoryPlan, budget: int, progress: Progress
+def _keep_some_layers(
+    directory: ModelDirectory, config: RunConfig, none_kept: MemoryPlan, budget: int, progress: Progress
 ) -> MemoryPlan:
-    """The plan that keeps the activations of as many layers as fit; `full` fits, and keeps none."""
+    """Plan to keep the activations of as many layers as fit; `none_kept`, which keeps none, fits."""
     layers = len(directory.facts.layer_kinds)
     keeping, recomputing = (
         bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
     )
     kept_bytes = keeping - recomputing
     # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
-    kept = min((budget - recompute.total) // kept_bytes + 1, layers)
+    kept = min((budget - none_kept.total) // kept_bytes + 1, layers)
     while kept > 0:
         progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
         plan = _plan(
@@ -194,7 +276,7 @@ def _keep_what_fits(
         if plan.total <= budget:
             return plan
         kept -= -(-(plan.total - budget) // kept_bytes)
-    return recompute
+    return none_kept
 
 
 def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> MemoryPlan:
@@ -206,6 +288,6 @@ def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
 
 
 def _as_overrides(policy: Policy, config: RunConfig) -> str:
-    """What to write on the command line to have a policy instead of the config's."""
+    """Return what to write on the command line to have a policy instead of the config's."""
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)

@@ -1,4 +1,4 @@
-"""Counting bytes: what is alive at each moment of a computation.
+"""Count what is alive at each moment of a computation, in bytes.
 
 `LiveBytes` watches every operation and follows the storages that they make until they are freed, on real tensors and
 fake ones alike, so the same step can be counted with and without its memory. It writes a trace of allocations and
@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from qlora_kernels.torch_internals import FakeTensor, OpOverload, TorchDispatchMode, leaves, storage_address
 from qlora_trainer.planning.allocator import Event
 
 Workspace = Callable[[tuple[Any, ...]], int]  # an operation's arguments -> bytes it uses inside and frees
@@ -27,7 +25,7 @@ Workspace = Callable[[tuple[Any, ...]], int]  # an operation's arguments -> byte
 
 @dataclass(frozen=True)
 class Peak:
-    """The fullest moment: bytes alive, by kind, and the operation that reached it."""
+    """Hold the fullest moment: bytes alive, by kind, and the operation that reached it."""
 
     bytes: int = 0
     by_kind: Mapping[str, int] = field(default_factory=dict)
@@ -35,18 +33,24 @@ class Peak:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within, counts the bytes of live storages. Around fake tensors: `with FakeTensorMode(), LiveBytes() as live:`.
+    """Count the bytes of live storages in the block.
 
-    What an operation makes is of the kind that `kinds` gives for it, else of `other`; what `workspaces` says that it
-    uses inside is of the kind `inside`. Tensors that exist already are counted once they are handed to `watch`. What is
-    of the kind `host` is counted apart, and is in no peak and no trace; what an operation makes there is rounded by
-    `host_rounding`.
+    Around fake tensors: `with FakeTensorMode(), LiveBytes() as live:`. Tensors that exist already are counted once they
+    are handed to `watch`. What is of the kind `host` is counted apart, and is in no peak and no trace.
+
+    Args:
+        kinds: of what an operation makes, by operation; others make what is of the kind `other`.
+        workspaces: by operation, what it uses inside.
+        other: name of a kind.
+        inside: kind of what operations use inside.
+        host: kind of what is in host memory.
+        host_rounding: what the host's allocator makes of a size.
     """
 
     def __init__(
         self,
-        kinds: Mapping[torch._ops.OpOverload, str] | None = None,
-        workspaces: Mapping[torch._ops.OpOverload, Workspace] | None = None,
+        kinds: Mapping[OpOverload, str] | None = None,
+        workspaces: Mapping[OpOverload, Workspace] | None = None,
         *,
         other: str = "other",
         inside: str = "inside an operation",
@@ -66,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self._kinds = kinds or {}
         self._workspaces = workspaces or {}
         self._by_kind: Counter[str] = Counter()
-        # Storage address -> its number, bytes and kind, and the reference that tells when it is freed.
+        # Storage address -> its number, bytes and kind, and the reference that reports when it is freed.
         self._blocks: dict[int, tuple[int, int, str, weakref.ref[UntypedStorage]]] = {}
         self._count = 0
 
@@ -77,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
             return args[0].fake_device  # a fake tensor is asked for it at every turn, and asks all modes
         out = func(*args, **(kwargs or {}))
         kind = self._kinds.get(func, self.other)
-        for tensor in tree_leaves(out):
+        for tensor in leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 size = storage.nbytes() if kind != self.host else self._host_rounding(storage.nbytes())
@@ -87,7 +91,15 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def watch(self, tensors: Iterable[Tensor], kind: str) -> list[int]:
-        """Count tensors that exist already; returns the numbers of the blocks that were not yet known."""
+        """Count tensors that exist already.
+
+        Args:
+            tensors: to follow until they are freed.
+            kind: of all of them.
+
+        Returns:
+            Numbers of the blocks that were not yet known.
+        """
         first = self._count + 1
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -102,7 +114,7 @@ class LiveBytes(TorchDispatchMode):
         self._note_peak("between steps")
 
     def _see(self, storage: UntypedStorage, size: int, kind: str, operation: object) -> None:
-        address = storage._cdata
+        address = storage_address(storage)
         if size == 0 or address in self._blocks:
             return
         self._count += 1
@@ -141,7 +153,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def once_more(trace: Sequence[Event], start: int) -> list[Event]:
-    """What happened from `start` on, as if it happened again after the trace; what outlived it is not made twice."""
+    """Repeat what happened from `start` on, as if after the trace; what outlived it is not made twice.
+
+    Args:
+        trace: of LiveBytes.
+        start: index of an event.
+
+    Returns:
+        The repetition alone.
+    """
     later = trace[start:]
     freed = {event.block for event in later if event.bytes < 0}
     passing = freed & {event.block for event in later if event.bytes > 0}

@@ -1,4 +1,4 @@
-"""A model without weights: what `load_base_model` gives, made from config.json alone, for planning on fake tensors.
+"""Make a model without weights from config.json alone, as `load_base_model` gives it, for planning on fake tensors.
 
 Left out: the checkpoint. Whether its weights are there, finite and of the config's shapes, loading says.
 """
@@ -19,14 +19,17 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 def build_skeleton(
     directory: ModelDirectory, layers: int | None = None, compute_dtype: torch.dtype | None = None
 ) -> Any:
-    """The model of a directory's config.json, dense, without memory for its weights.
+    """Build the model of a directory's config.json, dense, without memory for its weights.
+
+    What is not a causal language model that transformers knows is refused by a ModelError.
 
     Args:
+        directory: holds config.json.
         layers: build only so many of the decoder's layers.
         compute_dtype: that buffers which no checkpoint holds are made in; by default the checkpoint's.
 
-    Raises:
-        ModelError: not a causal language model that transformers knows.
+    Returns:
+        The model.
     """
     config = directory.config()
     refuse_multi_modal(config, directory)
@@ -42,8 +45,12 @@ def build_skeleton(
 def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype) -> None:
     """Make a skeleton what `load_base_model` gives, its memory uninitialized; called where tensors are fake.
 
-    Raises:
-        ModelError: too little becomes 4-bit, or the embedding is asked to the host and the LM head needs it.
+    If too little becomes 4-bit, or the embedding is to be on the CPU and the LM head needs it, ModelError is raised.
+
+    Args:
+        model: as `build_skeleton` gives it.
+        settings: the config's section `model`.
+        compute_dtype: of what stays dense.
     """
     make_empty(model)
     empty_nf4(model)
@@ -55,14 +62,17 @@ def fill_skeleton(model: Any, settings: ModelConfig, compute_dtype: torch.dtype)
 
 
 def make_empty(model: nn.Module) -> None:
-    """Put uninitialized tensors in the place of all parameters and buffers; ties stay ties."""
+    """Put uninitialized tensors in the place of all parameters and buffers; ties stay ties.
+
+    Args:
+        model: on the meta device.
+    """
     made: dict[int, Any] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    made[id(old)] = nn.Parameter(new, requires_grad=False) if tensors is module._parameters else new
-                tensors[name] = made[id(old)]
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
+            if id(old) not in made:
+                new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                made[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[id(old)])

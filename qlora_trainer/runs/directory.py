@@ -17,6 +17,7 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
+from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -49,6 +50,11 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
 def write_run_config(config: RunConfig, directory: Path) -> None:
     """Write config.yaml at once, so that a kill leaves the old one or the new one."""
     write_text(directory / CONFIG_NAME, dump_config(config))
+
+
+def run_renderer(config: RunConfig, tokenizer: Any) -> Renderer:
+    """Make what renders the prompts of a run as its rows were rendered, and says which tokens end an answer."""
+    return Renderer(tokenizer, template_date=config.data.template_date)
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progress: Progress = silent) -> Prepared:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.adapters.inject import find_targets
-from qlora_trainer.adapters.peft_format import Adapter, setting_differences
+from qlora_trainer.adapters.peft_format import StoredAdapter, setting_differences
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.empty import empty_model
@@ -18,7 +18,7 @@ from qlora_trainer.runs.directory import read_base_record
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def check_settings(initial: Adapter, config: RunConfig, directory: ModelDirectory) -> None:
+def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDirectory) -> None:
     """Compare rank, alpha, scaling rule, bias mode and layers; takes seconds, as an empty model has the same layers.
 
     Raises:
@@ -37,7 +37,7 @@ def check_settings(initial: Adapter, config: RunConfig, directory: ModelDirector
         )
 
 
-def check_base(initial: Adapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
+def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
     """Compare the base an adapter was trained on with the run's; returns warnings.
 
     Raises:

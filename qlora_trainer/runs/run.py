@@ -14,7 +14,8 @@ import torch
 
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
-from qlora_trainer.adapters.peft_format import AdapterFileConfig, stored_ranks, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
 from qlora_trainer.common.atomic import replaced_directory
 from qlora_trainer.common.errors import (
     DiskError,
@@ -31,7 +32,7 @@ from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.load import Base
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
-from qlora_trainer.planning.allocator import SETTINGS
+from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 from qlora_trainer.planning.memory_plan import MemoryPlan
 from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
 from qlora_trainer.runs.directory import BaseRecord, read_samples, write_base_record, write_samples
@@ -39,7 +40,7 @@ from qlora_trainer.runs.initial_adapter import target_names
 from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.training.determinism import deterministic_algorithms
-from qlora_trainer.training.evaluation import Answer, answer_questions, questions
+from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
@@ -51,7 +52,7 @@ class Run:
 
     directory: Path
     config: RunConfig
-    tokenizer: Any
+    renderer: Renderer  # of prompts, as the rows were rendered
     prepared: Prepared
     base: Base
     adapted: list[str]  # paths of the adapted layers
@@ -117,7 +118,7 @@ class Run:
         return (
             f"Memory ran out on {self.base.device}, and after that torch's allocator failed for good, as it can with "
             f"expandable segments ({reason}). A new process without them goes on after step {saved}: "
-            f"{SETTINGS[0]}=expandable_segments:False qlora resume {self.directory}"
+            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False qlora resume {self.directory}"
         )
 
     def save(self, directory: Path | None = None) -> Path:
@@ -145,16 +146,15 @@ class Run:
         cache for generation may be more than a step takes, there are no answers but a warning.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
-        renderer = Renderer(self.tokenizer, template_date=self.config.data.template_date)
-        asked = questions(renderer, examples, self.config.evaluation.samples)
-        if not asked:
+        prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)
+        if not prompts:
             return
         reason, is_broken = "", False
         try:
-            answers = answer_questions(
+            answers = answer_prompts(
                 self.base.model,
-                self.tokenizer,
-                asked,
+                self.renderer.tokenizer,
+                prompts,
                 max_new_tokens=self.config.evaluation.max_new_tokens,
                 progress=progress,
             )

@@ -22,7 +22,6 @@ from qlora_trainer.common.process_memory import private_bytes, return_freed_memo
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import choose_device, kernel_warnings, missing_card_warnings
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
@@ -31,13 +30,13 @@ from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
-from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, write_run_config
+from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
-from qlora_trainer.training.activations import choose_policy
 from qlora_trainer.training.determinism import set_up_cublas
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.activations import choose_policy
+from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.training.state import as_lowered, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -117,7 +116,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
         run.warnings.append(
-            f"The run goes on with activations {run.state.policy}, as its checkpoint was made with, where "
+            f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(model, config, run.state.policy, run.state.loader.micro_batch_tokens)
@@ -163,7 +162,8 @@ def _assemble(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
         )
-    return Run(directory, config, tokenizer, prepared, base, adapted, state, warnings, plan, program_bytes)
+    renderer = run_renderer(config, tokenizer)
+    return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 
 
 def _unpaged_warnings(config: RunConfig, progress: Progress) -> list[str]:
@@ -196,5 +196,5 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
 
 def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
     """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
-    day = Renderer(tokenizer, template_date=config.data.template_date).template_date
+    day = run_renderer(config, tokenizer).template_date
     return config.replace({"data.template_date": day}) if day else config

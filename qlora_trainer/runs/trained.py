@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
-from qlora_trainer.adapters.peft_format import Adapter, read_adapter, setting_differences
+from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, setting_differences
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
@@ -19,8 +19,15 @@ from qlora_trainer.model.load import Base
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.checkpoint import newest_checkpoint
-from qlora_trainer.runs.directory import CONFIG_NAME, BaseRecord, prepare_data, read_base_record, read_run_config
-from qlora_trainer.training.evaluation import answer_questions, eval_loss, exact_match, perplexity, questions
+from qlora_trainer.runs.directory import (
+    CONFIG_NAME,
+    BaseRecord,
+    prepare_data,
+    read_base_record,
+    read_run_config,
+    run_renderer,
+)
+from qlora_trainer.training.evaluation import answer_prompts, eval_loss, eval_prompts, exact_match, perplexity
 from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -31,7 +38,7 @@ class TrainedAdapter:
 
     directory: Path
     config: RunConfig
-    adapter: Adapter
+    adapter: StoredAdapter
     source: str  # what the adapter was taken from, for people
     fingerprint: BaseFingerprint  # of the base as it was trained
     data_key: str | None  # of the rows it was trained on, where that is known
@@ -41,7 +48,7 @@ class TrainedAdapter:
 class Trained(TrainedAdapter):
     """A run's base and its adapter, for evaluation and generation."""
 
-    tokenizer: Any
+    renderer: Renderer  # of prompts, as the rows were rendered
     base: Base
     warnings: list[str] = dataclasses.field(default_factory=list)
 
@@ -90,7 +97,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     add_adapters(base.model, run.config.adapter, run.config.training.seed)
     load_adapter_state(base.model, run.adapter.tensors)
     base.model.eval()
-    return Trained(**vars(run), tokenizer=tokenizer, base=base)
+    return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer), base=base)
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
@@ -135,7 +142,7 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
     Raises:
         DataError: the run has no eval rows.
     """
-    prepared, reported = prepare_trained(trained, trained.tokenizer, trained.base.directory, progress)
+    prepared, reported = prepare_trained(trained, trained.renderer.tokenizer, trained.base.directory, progress)
     trained.warnings += [warning for warning in reported if warning not in trained.warnings]
     eval_set: ExampleSet = prepared.eval
     if not len(eval_set):
@@ -149,10 +156,9 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
         "label_tokens": int(eval_set.trained_counts.sum()),
     }
     if answers:
-        renderer = Renderer(trained.tokenizer, template_date=trained.config.data.template_date)
-        asked = questions(renderer, eval_set, None if answers < 0 else answers)
-        limit = trained.config.evaluation.max_new_tokens
-        given = answer_questions(model, trained.tokenizer, asked, max_new_tokens=limit, progress=progress)
+        prompts = eval_prompts(trained.renderer, eval_set, None if answers < 0 else answers)
+        limit, tokenizer = trained.config.evaluation.max_new_tokens, trained.renderer.tokenizer
+        given = answer_prompts(model, tokenizer, prompts, max_new_tokens=limit, progress=progress)
         result |= {"exact_match": exact_match(given), "answered": len(given)}
     return result
 
@@ -160,7 +166,7 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
 def trained_on_plain_text(trained: Trained, progress: Progress = silent) -> bool:
     """Whether the run trained to continue plain text rather than to answer in turns; no, where its data is gone."""
     try:
-        prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory, progress)
+        prepared = prepare_data(trained.config, trained.renderer.tokenizer, trained.base.directory, progress)
     except (DataError, FileMissingError):
         return False
     return not isinstance(prepared.train.row(0), Conversation)

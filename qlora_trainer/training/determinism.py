@@ -1,10 +1,10 @@
-"""Training that repeats bit for bit on CUDA, where a run asks for it (training.deterministic).
+"""Make training on CUDA repeat bit for bit, where a run asks for it (training.deterministic).
 
 On a CPU a run repeats anyway. On CUDA torch's attention sums the gradients of the queries, and operations that add at
 indices their sums, in whatever order the threads come; torch has an ordered version of each, taken while deterministic
-algorithms are asked for. cuBLAS repeats itself only under one of two sizes of its workspace, which it reads from the
-environment when it is first used. docs/decisions/0024 says what was looked at. Left out: runs on another card, or under
-other versions, which add in other orders.
+algorithms are asked for. cuBLAS repeats its results only under one of two sizes of its workspace, which it reads from
+the environment when it is first used. docs/decisions/0024 says what was examined. Left out: runs on another card, or
+under other versions, which add in other orders.
 """
 
 import os
@@ -52,13 +52,20 @@ def set_up_cublas(device: str) -> None:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Within, torch takes deterministic algorithms; afterwards what it took before. Unwanted: nothing changes.
+    """Have torch take deterministic algorithms in the block, and afterwards what it took before.
 
     Memory that a tensor begins with is not filled, as torch would do besides: no operation here reads what nothing has
     written (a test fills it with NaN and compares), and filling costs time at every allocation.
 
+    Args:
+        wanted: False: nothing changes.
+
+    Yields:
+        None.
+
     Raises:
         TrainingError: the model has an operation that has no deterministic version.
+        RuntimeError: another one of torch's, as it was raised in the block.
     """
     if not wanted:
         yield

@@ -1,7 +1,7 @@
-"""What a model is worth on eval rows: its loss on their label tokens, and answers that match exactly.
+"""Measure a model on eval rows: its loss on their label tokens, and the share of answers that match exactly.
 
-The loss is taken by the training forward, without dropout and without gradients: what is measured is what was
-trained. Exact match is by real generation, since a low loss does not say that an answer comes out right.
+The loss is taken by the training forward, without dropout and without gradients: what is measured is what was trained.
+Exact match is by real generation, since a low loss does not say that an answer comes out right.
 """
 
 import dataclasses
@@ -14,24 +14,26 @@ import torch
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
-from qlora_trainer.data.rendering.renderer import Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.targets import reference_answer
+from qlora_trainer.data.types import PromptTokens
+from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.forward import ForwardPlan, loss_sum
 from qlora_trainer.training.generation import generate_answers
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """A row to be answered: what is asked, as text and as the tokens before an answer, and what is expected."""
+class EvalPrompt:
+    """The prompt of a row, as text and as tokens, and the answer that is expected."""
 
     request: str
-    prompt_ids: list[int]
+    tokens: PromptTokens
     expected: str
-    stop_token_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A eval request, what was expected, and what the model said."""
+    """The request of an eval row, the answer that was expected, and the one that the model gave."""
 
     request: str
     expected: str
@@ -39,6 +41,11 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
+        """Return True if the answer equals what was expected, blanks around it aside.
+
+        Returns:
+            Whether it does.
+        """
         return self.answer.strip() == self.expected.strip()
 
 
@@ -46,65 +53,103 @@ class Answer:
 def eval_loss(
     model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
 ) -> float:
-    """Mean cross entropy over all label tokens of `examples`; the model's training mode is restored."""
+    """Compute the mean cross entropy over all label tokens of `examples`; the model's training mode is restored.
+
+    Args:
+        model: with its adapters.
+        examples: of the eval set.
+        forward: how the model is run.
+        micro_batch_tokens: the most tokens of one forward pass.
+        progress: is called for each pack.
+
+    Returns:
+        The loss in nats a token; 0 where no token has a label.
+    """
     packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    try:
+    with evaluation_mode(model):
         for done, pack in enumerate(packs):
             progress("eval loss", done, len(packs))
             total += loss_sum(model, pack.to(device), forward.loss_path).double().cpu()
-    finally:
-        model.train(was_training)
     progress("eval loss", len(packs), len(packs))
     return float(total) / max(sum(pack.label_tokens for pack in packs), 1)
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Compute exp(loss), infinite where that overflows.
+
+    Args:
+        loss: in nats a token.
+
+    Returns:
+        The perplexity.
+    """
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def questions(renderer: Renderer, examples: ExampleSet, most: int | None = None) -> list[Question]:
-    """The first `most` examples that have an answer to ask for, rendered as in training."""
-    found: list[Question] = []
+def eval_prompts(renderer: Renderer, examples: ExampleSet, most: int | None = None) -> list[EvalPrompt]:
+    """Render the prompts of the rows that have an answer to compare with, as in training.
+
+    Args:
+        renderer: of the run.
+        examples: rows to take prompts from.
+        most: stop after so many prompts; None: all rows.
+
+    Returns:
+        The prompts in the order of the rows.
+    """
+    found: list[EvalPrompt] = []
     for index in range(len(examples)):
         if most is not None and len(found) == most:
             break
         if reference := reference_answer(examples.row(index)):
             prompt, expected = reference
-            is_text = isinstance(prompt, str)
-            ends = [renderer.eos_id] if is_text else renderer.stop_token_ids
             request = prompt if isinstance(prompt, str) else prompt.messages[-1].content
-            ids = renderer.render_prompt(prompt, examples.where(index))
-            found.append(Question(request, ids, expected, tuple(ends)))
+            found.append(EvalPrompt(request, renderer.render_prompt(prompt, examples.where(index)), expected))
     return found
 
 
-def answer_questions(
+def answer_prompts(
     model: Any,
     tokenizer: Any,
-    asked: Sequence[Question],
+    prompts: Sequence[EvalPrompt],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> list[Answer]:
-    """Generate an answer to each question, in order."""
+    """Generate an answer to each prompt, in order.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: turns what it generates into text.
+        prompts: of `eval_prompts`.
+        max_new_tokens: length of the longest answer, in tokens.
+        batch_size: most prompts that are answered together.
+        progress: is called as answers come.
+
+    Returns:
+        The answers in the order of the prompts.
+    """
     texts = generate_answers(
         model,
         tokenizer,
-        [question.prompt_ids for question in asked],
-        stop_token_ids=sorted({token for question in asked for token in question.stop_token_ids}),
+        [prompt.tokens for prompt in prompts],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )
-    return [Answer(q.request, q.expected, text) for q, text in zip(asked, texts, strict=True)]
+    return [Answer(p.request, p.expected, text) for p, text in zip(prompts, texts, strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that equal what was expected, surrounding blanks aside."""
+    """Compute the share of answers that equal what was expected, blanks around them aside.
+
+    Args:
+        answers: as `answer_prompts` gives them.
+
+    Returns:
+        From 0 to 1; NaN without answers.
+    """
     return sum(answer.is_exact for answer in answers) / len(answers) if answers else math.nan

@@ -1,10 +1,10 @@
-"""Adapters of one group live in one flat buffer, and so do their gradients.
+"""Hold the adapters of one group in one flat buffer, and their gradients in another.
 
 Why: an adapter is hundreds of small tensors. As one flat parameter they take one optimizer launch, one all-reduce and
-one norm, and optimizer state large enough to be paged (bitsandbytes pages tensors of 100,000 elements or more, which
-a single rank-16 adapter rarely reaches). Every nn.Parameter keeps its identity and shape: its `.data` and `.grad`
-become views. Autograd accumulates in place into a gradient that exists, so after backward the flat gradient is full,
-as long as gradients are zeroed in place and never set to None.
+one norm, and optimizer state large enough to be paged (bitsandbytes pages tensors of 100,000 elements or more, which a
+single rank-16 adapter rarely reaches). Every nn.Parameter keeps its identity and shape: its `.data` and `.grad` become
+views. Autograd accumulates in place into a gradient that exists, so after backward the flat gradient is full, as long
+as gradients are zeroed in place and never set to None.
 
 Each parameter starts at a multiple of 16 bytes; the padding between is zero and stays zero, since its gradient and so
 its moments are zero. Left out: anything about what the parameters mean (inject.py), and saving them.
@@ -18,24 +18,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.inject import _lora_layers
+from qlora_trainer.adapters.inject import lora_layers
 
 ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters that share a flat buffer and a weight decay. Build it with `flatten_parameters`."""
+    """Hold parameters that share a flat buffer and a weight decay. Build it with `flatten_parameters`."""
 
     name: str
     data: nn.Parameter  # (N,) fp32 or bf16; .grad is the flat gradient (N,) of the same dtype, never None
     weight_decay: float
     parameters: dict[str, nn.Parameter]  # in the order of the buffer
-    slices: dict[str, slice]  # where each parameter lies in the buffer
+    slices: dict[str, slice]  # where each parameter is in the buffer
 
     @property
     def grad(self) -> Tensor:
-        """The flat gradient, (N,)."""
+        """Return the flat gradient.
+
+        Returns:
+            (N,).
+        """
         assert self.data.grad is not None
         return self.data.grad
 
@@ -44,14 +48,18 @@ class FlatGroup:
         self.grad.zero_()
 
     def layout(self) -> list[dict[str, object]]:
-        """Names and shapes in the order of the buffer, for JSON; with ALIGNMENT and dtype they give every offset."""
+        """List names and shapes in the order of the buffer; with ALIGNMENT and dtype they give every offset.
+
+        Returns:
+            JSON.
+        """
         return [{"name": name, "shape": list(parameter.shape)} for name, parameter in self.parameters.items()]
 
     def check_views(self) -> None:
         """Assert that every parameter and gradient is still a view of the flat buffers.
 
-        `module.to(...)`, `zero_grad(set_to_none=True)` or an assignment to `.data` would detach one silently: it
-        would no longer train.
+        `module.to(...)`, `zero_grad(set_to_none=True)` or an assignment to `.data` would detach one silently: it would
+        no longer train.
         """
         for name, parameter in self.parameters.items():
             offset = self.slices[name].start
@@ -70,7 +78,13 @@ def flatten_parameters(
 ) -> FlatGroup:
     """Move parameters into one flat buffer, keeping their values; gradients start at zero.
 
-    All parameters are trainable, on one device, and all fp32 or all bf16. Their order is the order given.
+    Args:
+        named: trainable parameters by name, on one device, all fp32 or all bf16; their order stays.
+        name: of the group.
+        weight_decay: of the group.
+
+    Returns:
+        The group.
     """
     parameters = dict(named)
     assert parameters, f"the group {name} has no parameters"
@@ -102,15 +116,25 @@ def flatten_parameters(
 
 
 def grad_norm(groups: Sequence[FlatGroup]) -> Tensor:  # () fp32
-    """L2 norm of all gradients together, summed in fp32; NaN or infinite where any gradient is."""
+    """Compute the L2 norm of all gradients together, summed in fp32; NaN or infinite where any gradient is.
+
+    Args:
+        groups: all that train.
+
+    Returns:
+        The norm.
+    """
     norms = [torch.linalg.vector_norm(group.grad, dtype=torch.float32) for group in groups]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_(groups: Sequence[FlatGroup], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients in place so that their norm is at most `max_norm`; `norm` is what `grad_norm` gave.
+    """Scale gradients in place so that their norm is at most `max_norm`.
 
-    The caller has checked that `norm` is finite: scaling by NaN would poison every gradient.
+    Args:
+        groups: all that train.
+        max_norm: the bound.
+        norm: as `grad_norm` gave it, finite: scaling by NaN would poison every gradient.
     """
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch.nn.utils.clip_grad_norm_ does the same
     for group in groups:
@@ -123,11 +147,16 @@ def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
 
 @contextmanager
 def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
-    """Within, the adapters exist in `dtype` too, cast a whole group at once, instead of each at each use.
+    """Hold the adapters in `dtype` too in the block, cast a whole group at once, instead of each at each use.
 
     For a training step's forward and backward passes: the adapters must not change inside.
+
+    Args:
+        model: with adapters.
+        groups: that hold them.
+        dtype: of computation.
     """
-    layers = [layer for layer in _lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
+    layers = [layer for layer in lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
     casts: dict[int, Tensor] = {}
     trained = {id(layer.lora_A.weight) for layer in layers}
     for group in groups:

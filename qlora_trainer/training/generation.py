@@ -1,4 +1,4 @@
-"""Answers by greedy generation, several prompts at a time, with transformers' own cache and decoding loop.
+"""Generate answers greedily, several prompts at a time, with transformers' own cache and decoding loop.
 
 Prompts are padded on the left, where a mask hides the padding; the model attends as it was loaded, not packed. That
 mask has a byte for each pair of tokens of each prompt, so long prompts share no batch: one alone is not padded, and
@@ -15,6 +15,8 @@ import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.data.types import PromptTokens
+from qlora_trainer.model.evaluation_mode import evaluation_mode
 
 # Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
 MASK_BYTES = 2**26
@@ -24,30 +26,39 @@ MASK_BYTES = 2**26
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[list[int]],  # token ids, rendered with the generation prompt
+    prompts: Sequence[PromptTokens],
     *,
-    stop_token_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> list[str]:
-    """The greedy answer to each prompt as text, without the end-of-turn token, in the order given.
+    """Answer each prompt greedily, as text without the token that ends the answer; the model's mode is restored.
 
-    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow. The model's training
-    mode is restored.
+    Prompts of like length share a batch of up to `batch_size`, or of as many as MASK_BYTES allow.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: turns what it generates into text.
+        prompts: of `Renderer.render_prompt`; what ends an answer to one of them ends each.
+        max_new_tokens: length of the longest answer, in tokens.
+        batch_size: most prompts that are answered together.
+        progress: is called before each batch.
+
+    Returns:
+        The answers in the order of the prompts.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    ids = [prompt.input_ids for prompt in prompts]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    stop_token_ids = sorted({token for prompt in prompts for token in prompt.stop_token_ids})
     answers = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        start = 0
+    start = 0
+    with evaluation_mode(model):
         while start < len(order):
             progress("answering", start, len(order))
-            lengths = [len(prompts[index]) for index in order[start : start + batch_size]]
+            lengths = [len(ids[index]) for index in order[start : start + batch_size]]
             chosen = order[start : start + _rows_together(lengths)]
             start += len(chosen)
-            input_ids, attention_mask = _left_padded([prompts[index] for index in chosen], _device(model))
+            input_ids, attention_mask = _left_padded([ids[index] for index in chosen], _device(model))
             with _no_hidden_settings(model):
                 output = model.generate(
                     input_ids=input_ids,
@@ -57,17 +68,31 @@ def generate_answers(
             texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = text
-    finally:
-        model.train(was_training)
     progress("answering", len(order), len(order))
     return answers
 
 
 def stream_answer(
-    model: Any, tokenizer: Any, prompt: list[int], *, stop_token_ids: Sequence[int], max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompt: PromptTokens,
+    *,
+    max_new_tokens: int,
 ) -> Iterator[str]:
-    """Yield pieces of the greedy answer to one prompt as they come."""
-    input_ids, attention_mask = _left_padded([prompt], _device(model))
+    """Answer one prompt greedily, a piece of text at a time as it comes; leaves the model in evaluation mode.
+
+    What generation raises in its thread is raised here.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: turns what it generates into text.
+        prompt: of `Renderer.render_prompt`.
+        max_new_tokens: length of the longest answer, in tokens.
+
+    Yields:
+        The pieces of the answer.
+    """
+    input_ids, attention_mask = _left_padded([prompt.input_ids], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: SimpleQueue[BaseException] = SimpleQueue()
 
@@ -77,7 +102,7 @@ def stream_answer(
                 model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    generation_config=_greedy(stop_token_ids, max_new_tokens),
+                    generation_config=_greedy(prompt.stop_token_ids, max_new_tokens),
                     streamer=streamer,
                 )
         except BaseException as error:
@@ -89,12 +114,16 @@ def stream_answer(
     thread.start()
     yield from streamer
     thread.join()
+    _raise_first(failures)
+
+
+def _raise_first(failures: "SimpleQueue[BaseException]") -> None:
     if not failures.empty():
         raise failures.get()
 
 
 def _rows_together(lengths: Sequence[int]) -> int:
-    """How many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
+    """Count how many of the first prompts, of these lengths in rising order, may share a batch; at least one."""
     fitting = (rows for rows, width in enumerate(lengths, 1) if rows * width**2 <= MASK_BYTES)
     return max(fitting, default=1)
 

@@ -32,16 +32,20 @@ def train(
     save: Callable[[], object],
     stop_after: int | None = None,
 ) -> bool:
-    """Train to the end, or until asked to stop; returns whether the end was reached.
-
-    `on_step` gets each step's metrics; `save` writes a checkpoint. Either way a checkpoint of the last step is saved.
+    """Train to the end, or until asked to stop; either way a checkpoint of the last step is saved.
 
     Args:
+        state: all that training changes.
+        eval_set: measured every `training.evaluate_every` steps; may be empty.
         take_step: takes the loader's next step and moves its cursor on; recovery.take_step.
+        on_step: gets each step's metrics.
+        save: writes a checkpoint.
         stop_after: stop at this step, as an interruption would.
 
+    Returns:
+        True if the end was reached.
+
     Raises:
-        TrainingError: the gradient was not finite in several steps in a row.
         InsufficientMemoryError: a step does not fit; a checkpoint of the one before is saved.
     """
     training = state.config.training
@@ -55,7 +59,7 @@ def train(
                 save()
                 raise
             seconds = time.perf_counter() - started
-            check_finite(state, metrics)
+            check_skipped_steps(state, metrics)
             record = {
                 "step": state.step,
                 "epoch": state.step / state.loader.steps_per_epoch,
@@ -81,12 +85,28 @@ def train(
 
 
 def measure_eval(state: TrainState, eval_set: ExampleSet) -> float:
-    """Mean loss of the eval label tokens, by the training forward without dropout."""
+    """Compute the mean loss of the eval label tokens, by the training forward without dropout.
+
+    Args:
+        state: of the run.
+        eval_set: its rows.
+
+    Returns:
+        The loss in nats a token.
+    """
     return eval_loss(state.model, eval_set, state.forward, state.loader.micro_batch_tokens)
 
 
-def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
-    """TrainingError after several steps in a row without a finite gradient."""
+def check_skipped_steps(state: TrainState, metrics: dict[str, float]) -> None:
+    """Stop the run after several steps in a row without a finite gradient.
+
+    Args:
+        state: after a step.
+        metrics: of that step.
+
+    Raises:
+        TrainingError: so many steps were skipped.
+    """
     most = MOST_SKIPPED_WITH_SCALING if state.grad_scale.enabled else MOST_SKIPPED_IN_A_ROW
     if state.skipped_in_a_row >= most:
         raise TrainingError(
@@ -97,7 +117,14 @@ def check_finite(state: TrainState, metrics: dict[str, float]) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of torch's allocator on CUDA; on a CPU the process's peak resident set."""
+    """Measure the peak of torch's allocator on CUDA; on a CPU the process's peak resident set.
+
+    Args:
+        device: of the run.
+
+    Returns:
+        Bytes.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()
@@ -105,7 +132,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within, the first SIGINT or SIGTERM is only noted, for the next step boundary; the second acts at once."""
+    """Note the first SIGINT or SIGTERM in the block, for the next step boundary; the second acts at once.
+
+    Yields:
+        A function that returns True once a signal has come.
+    """
     requested = False
     previous: dict[int, Any] = {}
 

@@ -10,11 +10,16 @@ from qlora_trainer.training.flat import FlatGroup
 
 
 class GradScale:
-    """Loss scaling for fp16 compute, by the rule of torch.amp.GradScaler, in plain Python.
+    """Scale the loss for fp16 compute, by the rule of torch.amp.GradScaler, in plain Python.
 
-    The loss is multiplied by a power of two before backward so that small fp16 gradients do not flush to zero, and
-    the gradients are divided by it before the norm. A step with a non-finite norm is skipped and halves the scale;
-    `growth_interval` good steps in a row double it. Where it is not `enabled` everything is the identity.
+    The loss is multiplied by a power of two before backward so that small fp16 gradients do not flush to zero, and the
+    gradients are divided by it before the norm. A step with a non-finite norm is skipped and halves the scale;
+    `growth_interval` good steps in a row double it.
+
+    Args:
+        enabled: False: every method is the identity.
+        value: of the scale at first, a power of two.
+        growth_interval: good steps in a row that double it.
     """
 
     def __init__(self, enabled: bool, value: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -27,13 +32,21 @@ class GradScale:
         return loss * self.value if self.enabled else loss
 
     def unscale_(self, groups: Sequence[FlatGroup]) -> None:
-        """Divide the gradients in place; exact, as the scale is a power of two."""
+        """Divide the gradients in place; exact, as the scale is a power of two.
+
+        Args:
+            groups: all that train.
+        """
         if self.enabled:
             for group in groups:
                 group.grad.mul_(1.0 / self.value)
 
     def update(self, found_non_finite: bool) -> None:
-        """Call once after each step, taken or skipped."""
+        """Adapt the scale; called once after each step, taken or skipped.
+
+        Args:
+            found_non_finite: the step was skipped for that.
+        """
         if not self.enabled:
             return
         if found_non_finite:
@@ -49,7 +62,14 @@ class GradScale:
         return {"enabled": self.enabled, "value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where the checkpoint scaled its loss and this run does not, or the reverse."""
+        """Restore what `state_dict` gave.
+
+        Args:
+            state: of a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint scaled its loss and this run does not, or the reverse.
+        """
         if state["enabled"] != self.enabled:
             raise CheckpointError(
                 f"The checkpoint was trained {'with' if state['enabled'] else 'without'} fp16 loss scaling and this "

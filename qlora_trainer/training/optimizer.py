@@ -1,12 +1,12 @@
 """Update the adapters: paged AdamW over flat groups.
 
 bitsandbytes' optimizers are used as they are, but for two things. Their `load_state_dict` aliases what it is given,
-accepts state of other widths, and brings paged state back as ordinary GPU tensors; so state is saved by group name
-with the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself.
-And those buffers are made when the optimizer is built, so that memory runs out before training rather than in it,
-and the bytes really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one
-optimizer and keep it. Where the card cannot page (managed_memory.py), its optimizer that does not takes the place of
-the one that does: the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
+accepts state of other widths, and brings paged state back as ordinary GPU tensors; so state is saved by group name with
+the layout it belongs to, checked exactly, and copied in place into the buffers that bitsandbytes made itself. And those
+buffers are made when the optimizer is built, so that memory runs out before training rather than in it, and the bytes
+really paged are known. bitsandbytes keeps paged buffers for the life of the process: build one optimizer and keep it.
+Where the card cannot page (memory/managed_memory.py), its optimizer that does not takes the place of the one that does:
+the same arithmetic and the same state, so that a checkpoint of either resumes as the other.
 
 Left out: the loop, and what happens after a non-finite norm (loop.py).
 """
@@ -21,7 +21,8 @@ from torch import Tensor
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
-from qlora_trainer.training.managed_memory import paging_refusal
+from qlora_trainer.training.memory.managed_memory import paging_refusal
+from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
@@ -29,7 +30,13 @@ STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """AdamW over flat groups. Build it with `build_optimizer`."""
+    """Update flat groups by AdamW. Build it with `build_optimizer`.
+
+    Args:
+        optimizer: of torch or bitsandbytes, one parameter group a flat group.
+        groups: all that train.
+        bits: of a number of state.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: Sequence[FlatGroup], bits: int) -> None:
         self.optimizer = optimizer
@@ -38,7 +45,11 @@ class Optimizer:
         self._make_state()
 
     def step(self, learning_rate: float) -> None:
-        """Update every parameter from the flat gradients."""
+        """Update every parameter from the flat gradients.
+
+        Args:
+            learning_rate: of this step.
+        """
         for group in self.groups:
             group.check_views()  # an update of a buffer that the model no longer reads would go unnoticed
         for settings in self.optimizer.param_groups:
@@ -50,33 +61,51 @@ class Optimizer:
             group.zero_grad()
 
     def release(self) -> None:
-        """Take this optimizer's paged buffers off bitsandbytes' list, which would hold them for ever."""
-        manager = bitsandbytes.functional.GlobalPageManager.get_instance()
-        ours = {id(tensor) for tensor in self._tensors().values()}
-        manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in ours]
+        """Take this optimizer's paged buffers off bitsandbytes' list, which would hold them until the process ends."""
+        forget_paged(self._tensors().values())
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state, paged or not."""
+        """Count the bytes of optimizer state, paged or not.
+
+        Returns:
+            Bytes.
+        """
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     @property
     def paged_bytes(self) -> int:
-        """Bytes of state that bitsandbytes really pages: none on a CPU, none of a group under 100,000 elements."""
-        return sum(tensor.nbytes for tensor in self._tensors().values() if getattr(tensor, "is_paged", False))
+        """Count the bytes of state really paged: none on a CPU, none of a group under 100,000 elements.
+
+        Returns:
+            Bytes.
+        """
+        return sum(tensor.nbytes for tensor in self._tensors().values() if is_paged(tensor))
 
     @property
     def steps(self) -> set[int]:
-        """How many updates the groups have had; one number, but for an update that failed between them."""
+        """Return how many updates the groups have had.
+
+        Returns:
+            One number, but for an update that failed between them.
+        """
         return {int(self.optimizer.state[group.data]["step"]) for group in self.groups}
 
     @property
     def is_paged(self) -> bool:
-        """Whether state is asked for that pages where the device can."""
-        return bool(getattr(self.optimizer, "is_paged", False))
+        """Return True if state is asked for that pages where the device can.
+
+        Returns:
+            Whether it is.
+        """
+        return is_paged(self.optimizer)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the CPU of all state by "<group>.<key>", and the JSON that says what they belong to."""
+        """Copy all state to the CPU, by "<group>.<key>".
+
+        Returns:
+            The copies, and the JSON that says what they belong to.
+        """
         self._wait_for_device()
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
         return tensors, self._description()
@@ -84,8 +113,12 @@ class Optimizer:
     def load_state_dict(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
         """Copy saved state into this optimizer's own buffers, so that paged state stays paged.
 
-        Raises:
-            CheckpointError: state of another optimizer, width, settings, or set of parameters; nothing was changed.
+        State of another optimizer, width, settings, or set of parameters is refused by a CheckpointError; nothing is
+        changed then.
+
+        Args:
+            tensors: as `state_dict` gave them.
+            description: as `state_dict` gave it.
         """
         self._check(tensors, description)
         steps = {group["name"]: group["step"] for group in description["groups"]}
@@ -100,17 +133,16 @@ class Optimizer:
             buffer.copy_(tensors[name])
 
     def _make_state(self) -> None:
-        if not isinstance(self.optimizer, bitsandbytes.optim.optimizer.Optimizer8bit):
+        if not makes_state_early(self.optimizer):
             self._make_torch_state()
             return
         with warnings.catch_warnings():
-            # Said by `paged_bytes` instead.
+            # `paged_bytes` says it instead.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            for index, settings in enumerate(self.optimizer.param_groups):
-                self.optimizer.init_state(settings, settings["params"][0], index, 0)
+            make_state(self.optimizer)
 
     def _make_torch_state(self) -> None:
-        """Zero moments at step 0, as torch's AdamW would make at its first step."""
+        """Make zero moments at step 0, as torch's AdamW would at its first step."""
         zeros = {
             index: {
                 "step": torch.tensor(0.0),
@@ -122,12 +154,12 @@ class Optimizer:
         self.optimizer.load_state_dict({"state": zeros, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def _wait_for_device(self) -> None:
-        """Host and device share paged memory; on some systems the host may touch it only while the device is idle."""
+        """Wait until the device is idle: on some systems the host may touch paged memory only then."""
         if self.groups[0].data.is_cuda:
             torch.cuda.synchronize(self.groups[0].data.device)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The live state. bitsandbytes' code books (qmap1, qmap2) are constants, not state."""
+        """Return the live state. bitsandbytes' code books (qmap1, qmap2) are constants, not state."""
         return {
             f"{group.name}.{key}": self.optimizer.state[group.data][key]
             for group in self.groups
@@ -180,9 +212,16 @@ class Optimizer:
 
 
 def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Optimizer:
-    """The optimizer that `config.name` names, one parameter group a flat group. Its state exists at once.
+    """Build the optimizer that `config.name` names, one parameter group a flat group. Its state exists at once.
 
     A paged one where the card refuses to page is the same without paging.
+
+    Args:
+        config: the config's section `optimizer`.
+        groups: all that train.
+
+    Returns:
+        The optimizer.
     """
     params = [{"params": [group.data], "weight_decay": group.weight_decay} for group in groups]
     common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
@@ -196,12 +235,12 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Opt
 
 
 def _update_rule(name: Any) -> Any:
-    """An optimizer's class, paged or not."""
+    """Return the name of an optimizer's class, the same paged or not."""
     return name.removeprefix(PAGED) if isinstance(name, str) else name
 
 
 def _layout_problems(saved: Any, ours: list[dict[str, Any]]) -> list[str]:
-    """Differences in the groups' names, weight decay, and parameters in the order of the buffers."""
+    """List differences in the groups' names, weight decay, and parameters in the order of the buffers."""
     names = [group["name"] for group in ours]
     if not isinstance(saved, list) or [group.get("name") for group in saved] != names:
         found = [group.get("name") for group in saved] if isinstance(saved, list) else saved

@@ -1,15 +1,13 @@
-"""Modules that keep less and move less than their library's code: gated MLPs, norms and rotary embedding.
+"""Replace the forward of a model's gated MLPs, norms and rotary embedding by one that keeps and moves less.
 
-A model's own modules stay where they are, with their names and weights; only their `forward` is replaced. Which are, is
-decided by trying: a copy of the module with small weights is run next to the memory-efficient formula, on values from
-tiny to huge, and where the results differ in one bit, or it cannot be run so, the module stays as it is. So there is no
-list of models, and no module that only looks like another is taken for it. Rotary embedding is found the same way
-(rotary.py).
+A model's own modules stay, with their names and weights; only their `forward` is replaced. Which are, is decided by
+trying: a copy of the module with small weights is run, and the formula of qlora_kernels on the same values, from tiny
+to huge. Where the results differ in one bit, or the module cannot be run so, it stays as it is. So there is no list of
+models, and no module that only looks like another is taken for it. Rotary embedding is found the same way (rotary.py).
 
-Left out: the formulas (qlora_kernels), and what is kept of a whole layer (activations.py).
+Left out: the formulas (qlora_kernels), and what is kept of a whole layer (memory/activations.py).
 """
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -18,16 +16,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_kernels.lora_linear import Activation, gated_nf4_linear
+from qlora_kernels.gated import Activation
+from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
+from qlora_kernels.torch_internals import copy_with, with_real_tensors
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
 from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
-from qlora_trainer.training.rotary import turn_in_one_pass
+from qlora_trainer.training.rotary import patch_rotary
 
 Split = Callable[[Tensor], tuple[Tensor, Tensor]]
 FEWEST_TILE_TOKENS, MOST_TILE_TOKENS = 256, 2048  # each tile dequantizes the weights again: a tenth of 2,048's time
@@ -36,7 +35,7 @@ MOST_TILES = 32  # of a row so long that it would have more, tiles are larger
 
 @dataclasses.dataclass(frozen=True)
 class PatchReport:
-    """How many modules of each kind keep little for backward, and how many there are: (memory-efficient, all)."""
+    """Count the modules that keep little for backward, by kind, and all modules of that kind: (those that do, all)."""
 
     projections: tuple[int, int]
     mlps: tuple[int, int]
@@ -50,7 +49,13 @@ class PatchReport:
 
 
 class GatedMLP:
-    """The forward of a gated MLP, down(activation(gate(x)) * up(x)), which keeps gate and up and not their product."""
+    """Run a gated MLP, down(activation(gate(x)) * up(x)), keeping gate and up and not their product.
+
+    Args:
+        gate_and_up: x -> (gate, up).
+        activation: of the gate.
+        down: the last projection.
+    """
 
     def __init__(self, gate_and_up: Split, activation: Activation, down: NF4Linear | LoRALinear) -> None:
         self.gate_and_up = gate_and_up
@@ -64,6 +69,14 @@ class GatedMLP:
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
+        """Run the MLP on tokens, all at once.
+
+        Args:
+            x: (..., hidden size).
+
+        Returns:
+            (..., hidden size).
+        """
         gate, up = self.gate_and_up(x)
         base, adapter = (
             (self.down.base, self.down.adapter()) if isinstance(self.down, LoRALinear) else (self.down, None)
@@ -81,9 +94,15 @@ def patch_model(model: nn.Module) -> PatchReport:
     """Replace the forward of every gated MLP, norm and attention with rotary embedding that is recognized.
 
     Call it once adapters are in place.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        What keeps little for backward now.
     """
     modules = list(model.modules())
-    turn_in_one_pass(modules)
+    patch_rotary(modules)
     linear = [module for module in modules if isinstance(module, LoRALinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]
@@ -108,23 +127,35 @@ def patch_model(model: nn.Module) -> PatchReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Take the tokens of every memory-efficient MLP in so many parts, or in more where those would be large; 1:
-    whole."""
+    """Have every replaced MLP take the tokens in parts.
+
+    Args:
+        model: patched.
+        tiles: parts, or more where those would be large; 1: whole.
+    """
     for module in model.modules():
         if isinstance(module.forward, GatedMLP):
             module.forward.tiles = tiles
 
 
 def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
-    """(eps, form) where the module is RMS normalization in a form that `rms_norm` has; else None."""
-    weight = norm._parameters.get("weight")
+    """Find the form of `rms_norm` that a module computes.
+
+    Args:
+        norm: any module.
+
+    Returns:
+        (eps, form); None where it computes something else.
+    """
+    own = dict(norm.named_parameters(recurse=False))
+    weight = own.get("weight")
     eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
     if (
         weight is None
         or weight.requires_grad
         or not isinstance(eps, float)
-        or norm._buffers
-        or len(norm._parameters) != 1
+        or next(norm.buffers(recurse=False), None) is not None
+        or len(own) != 1
     ):
         return None
     forms: tuple[Form, ...] = ("scale_after_cast", "scale_before_cast", "weight_before_cast")
@@ -136,21 +167,26 @@ def rms_norm_form(norm: nn.Module) -> tuple[float, Form] | None:
 
 
 def _normalizes(norm: nn.Module, eps: float, form: Form, width: int) -> bool:
-    """Whether the module, given a random weight of this width, is RMS normalization over all of it in this form."""
+    """Return True if the module, given a random weight of this width, is RMS normalization in this form."""
     dtype = norm.get_parameter("weight").dtype
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(width, generator=generator).to(dtype)
         x = (torch.randn(32, width, generator=generator) * SIZES[:, None]).to(dtype)
-        small = _copy_of(norm)
-        small._parameters = {"weight": nn.Parameter(probe, requires_grad=False)}
+        small = copy_with(norm, parameters={"weight": nn.Parameter(probe, requires_grad=False)})
         return agree(lambda: small(x), lambda: rms_norm(x, probe, eps, form))
 
 
 def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
-    """The memory-efficient forward where the module is a gated MLP over a 4-bit down projection; else None.
+    """Make the forward that keeps little, where the module is a gated MLP over a 4-bit down projection.
 
     Its children are a gate and an up projection, or one that holds both, a down projection, and an activation.
+
+    Args:
+        mlp: any module.
+
+    Returns:
+        The forward; None where the module is something else.
     """
     linear = {name: child for name, child in mlp.named_children() if _is_projection(child)}
     others = [child for name, child in mlp.named_children() if name not in linear]
@@ -169,16 +205,15 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
 
 
 def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module) -> bool:
-    """Whether the module computes down(activation(gate(x)) * up(x)) with the children of these names, down last."""
+    """Return True if the module computes down(activation(gate(x)) * up(x)) with these children, down last."""
     hidden, width = 4, 6
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         sizes = [(2 * width, hidden)] if len(names) == 2 else [(width, hidden)] * 2
         weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in [*sizes, (hidden, width)]]
         stubs = [_stub(weight) for weight in weights]
         x = torch.randn(32, hidden, generator=generator, dtype=torch.float64) * SIZES[:, None]
-        small = _copy_of(mlp)
-        small._modules = {**mlp._modules, **dict(zip(names, stubs, strict=True))}
+        small = copy_with(mlp, children=dict(zip(names, stubs, strict=True)))
 
         def expected() -> Tensor:
             gate, up = _split(stubs[:-1])(x)
@@ -188,7 +223,7 @@ def _computes_gated(mlp: nn.Module, names: Sequence[str], activation: nn.Module)
 
 
 def _split(projections: Sequence[nn.Module]) -> Split:
-    """x -> (gate, up), by two projections or the halves of one."""
+    """Make x -> (gate, up) of two projections, or of the halves of one."""
     if len(projections) == 1:
         return lambda x: projections[0](x).chunk(2, dim=-1)
     gate, up = projections
@@ -196,16 +231,8 @@ def _split(projections: Sequence[nn.Module]) -> Split:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    """Whether the module can be called with its input alone: a second argument would be lost on the memory-efficient
-    form."""
+    """Return True if the module can be called with its input alone: the replaced forward takes no second argument."""
     return len(inspect.signature(type(module).forward).parameters) == 2
-
-
-def _copy_of(module: nn.Module) -> nn.Module:
-    """The module as its library made it. It shares all with the original: give it tables of its own to change them."""
-    copied = copy.copy(module)
-    copied.__dict__.pop("forward", None)
-    return copied
 
 
 def _stub(weight: Tensor) -> nn.Module:
@@ -223,12 +250,12 @@ def _is_projection(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """At least two projections and something without weights that is no attention: an activation."""
+    """Return True for at least two projections and something without weights that is no attention: an activation."""
     if isinstance(module, LoRALinear) or "attention" in type(module).__name__.lower():
         return False
     children = list(module.children())

@@ -13,9 +13,10 @@ from torch import Tensor
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of the global generators of torch (CPU and each CUDA device), Python and numpy.
+    """Read the state of the global generators of torch (CPU and each CUDA device), Python and numpy.
 
-    Returns (uint8 tensors by name, JSON), for `restore_rng`.
+    Returns:
+        uint8 tensors by name, and JSON, for `restore_rng`.
     """
     tensors = {"rng.torch.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -34,9 +35,11 @@ def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` returned; other tensors in `tensors` are ignored.
+    """Put back what `rng_state` returned, on the CUDA devices that exist here.
 
-    CUDA generators are restored on the devices that exist here.
+    Args:
+        tensors: of `rng_state`; others among them are ignored.
+        state: its JSON.
     """
     torch.set_rng_state(tensors["rng.torch.cpu"])
     for index in range(torch.cuda.device_count()):

@@ -1,8 +1,9 @@
-"""Rotary embedding in one pass, where a model's attention turns its heads as `qlora_kernels.rotary` does.
+"""Rotate heads in one pass where a model's attention does it as `qlora_kernels.rotary` does.
 
 transformers' attention modules call a function of their file by name. It is tried alone, on random numbers; where it
 gives our bits, the `forward` of this model's modules finds ours under that name. The library's own functions and every
-other model stay as they are. Attention that calls it otherwise, or turns heads otherwise (in pairs, in part), does too.
+other model stay as they are, and so does attention that calls it otherwise, or rotates heads otherwise (in pairs, in
+part).
 """
 
 import functools
@@ -12,26 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qlora_kernels.rotary import rotate
+from qlora_kernels.torch_internals import with_real_tensors
 from qlora_trainer.model.modules.same_bits import agree
 
-NAME = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
+ROTARY_FUNCTION = "apply_rotary_pos_emb"  # called as (q, k, cos, sin), with q (B, H, T, D) and the tables (B, T, D)
 
 
-def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
-    """Let attention modules call our rotary embedding where theirs computes the same; returns how many do."""
+def patch_rotary(modules: Iterable[nn.Module]) -> int:
+    """Let attention modules call our rotary embedding where theirs computes the same.
+
+    Args:
+        modules: of one model.
+
+    Returns:
+        How many of them do.
+    """
     memory_efficient: dict[types.CodeType, types.FunctionType | None] = {}
     count = 0
     for module in modules:
         method = type(module).forward
-        if not isinstance(method, types.FunctionType) or NAME not in method.__code__.co_names:
+        if not isinstance(method, types.FunctionType) or ROTARY_FUNCTION not in method.__code__.co_names:
             continue
         if method.__code__ not in memory_efficient:
-            theirs = method.__globals__.get(NAME)
+            theirs = method.__globals__.get(ROTARY_FUNCTION)
             memory_efficient[method.__code__] = (
-                _calling(method, _rotation(theirs)) if theirs and _turns_halves(theirs) else None
+                _calling(method, _rotation(theirs)) if theirs and _rotates_halves(theirs) else None
             )
         if (function := memory_efficient[method.__code__]) is not None:
             module.forward = types.MethodType(function, module)
@@ -40,8 +48,8 @@ def turn_in_one_pass(modules: Iterable[nn.Module]) -> int:
 
 
 def _calling(function: types.FunctionType, rotation: Callable[..., Any]) -> types.FunctionType:
-    """The function as it is, but for what it finds under NAME."""
-    scope = {**function.__globals__, NAME: rotation}
+    """Copy the function as it is, but for what it finds under ROTARY_FUNCTION."""
+    scope = {**function.__globals__, ROTARY_FUNCTION: rotation}
     copied = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )
@@ -50,7 +58,7 @@ def _calling(function: types.FunctionType, rotation: Callable[..., Any]) -> type
 
 
 def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """Their function, computed by ours where the arguments are such as were tried."""
+    """Make their function, computed by ours where the arguments are such as were tried."""
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
         alike = cos.shape == sin.shape and q.dtype == k.dtype == cos.dtype == sin.dtype
@@ -62,17 +70,17 @@ def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return apply_rotary_pos_emb
 
 
-def _turns_halves(theirs: Callable[..., Any]) -> bool:
-    """Whether the function turns each head's halves together, as `rotate` does, given nothing but q, k, cos and sin."""
-    with unset_fake_temporarily(), torch.no_grad():
+def _rotates_halves(theirs: Callable[..., Any]) -> bool:
+    """Return True if the function, given q, k, cos and sin, rotates each head's halves together as `rotate` does."""
+    with with_real_tensors(), torch.no_grad():
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(0)
             shapes = [(2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)]
             q, k, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
             def both(q: Tensor = q, k: Tensor = k, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
-                turned = theirs(q, k, cos, sin)
-                return torch.cat(turned, dim=1)
+                rotated = theirs(q, k, cos, sin)
+                return torch.cat(rotated, dim=1)
 
             def ours(q: Tensor = q, k: Tensor = k, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
                 return torch.cat([rotate(q, cos, sin), rotate(k, cos, sin)], dim=1)

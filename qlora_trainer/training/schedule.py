@@ -6,11 +6,19 @@ from qlora_trainer.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The learning rate of the optimizer step with this 0-based index, of `total_steps`.
+    """Compute the learning rate of a step.
 
     Over the first W = ceil(warmup_ratio * total_steps) steps it rises linearly, from peak/W at step 0 to the peak at
     step W-1. Then it starts at the peak again and falls to 0 as a half cosine or a line, or stays; 0 would be reached
     at step `total_steps`, one after the last, so that no step is wasted.
+
+    Args:
+        config: the config's section `optimizer`.
+        step: 0-based index of the optimizer step.
+        total_steps: of the run.
+
+    Returns:
+        The learning rate.
     """
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
     warmup = math.ceil(config.warmup_ratio * total_steps - 1e-9)  # 0.07 * 100 is 7.000000000000001

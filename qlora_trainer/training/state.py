@@ -16,9 +16,9 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
-from qlora_trainer.training.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
+from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
 from qlora_trainer.training.patches import PatchReport, patch_model
 from qlora_trainer.training.rng import restore_rng, rng_state
@@ -28,7 +28,7 @@ POLICY_SETTINGS = ("activation_checkpointing", "uncheckpointed_layers", "offload
 
 @dataclasses.dataclass
 class TrainState:
-    """All that changes while training, and what the step needs to change it."""
+    """Hold all that changes while training, and what the step needs to change it."""
 
     model: Any
     groups: list[FlatGroup]
@@ -53,15 +53,22 @@ class TrainState:
     def set_memory(self, micro_batch_tokens: int, policy: Policy) -> None:
         """Take other micro-batches and another policy from here on.
 
-        Raises:
-            ModelError: the model cannot train under the policy; nothing was changed.
+        Where the model cannot train under the policy, ModelError is raised and nothing was changed.
+
+        Args:
+            micro_batch_tokens: the most tokens of one forward pass.
+            policy: what backward keeps.
         """
         if policy != self.policy:
             apply_policy(self.model, policy)
         self.loader.micro_batch_tokens, self.policy = micro_batch_tokens, policy
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimizer, loss scale, data cursor and random state: (tensors, JSON). Adapters are saved apart."""
+        """Return optimizer, loss scale, data cursor and random state. Adapters are saved apart.
+
+        Returns:
+            Tensors by name, and JSON.
+        """
         tensors, optimizer = self.optimizer.state_dict()
         random_tensors, random_json = rng_state()
         return {**{f"optimizer.{k}": v for k, v in tensors.items()}, **random_tensors}, {
@@ -81,7 +88,14 @@ class TrainState:
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; the random state last. CheckpointError where it belongs to another run."""
+        """Restore what `state_dict` gave, the random state last.
+
+        State of another run is refused by a CheckpointError.
+
+        Args:
+            tensors: of a checkpoint.
+            state: its JSON.
+        """
         prefix = "optimizer."
         optimizer_tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         self.optimizer.load_state_dict(optimizer_tensors, state["optimizer"])
@@ -95,7 +109,7 @@ class TrainState:
         restore_rng(tensors, state["random"])
 
     def _load_memory(self, saved: dict[str, Any]) -> None:
-        """What was lowered when memory ran out stays lowered, but for a setting that the user has changed since."""
+        """Keep lowered what was lowered when memory ran out, but for a setting that the user has changed since."""
         limit, policy = self.loader.micro_batch_tokens, self.policy
         same_limit, same_policy = _unchanged(self.config, saved)
         if same_limit:
@@ -114,7 +128,19 @@ def build_state(
     policy: Policy,
     mixture: Mixture | None = None,
 ) -> TrainState:
-    """Adapters into flat groups, an optimizer over them, and the order of the rows. `model` has its adapters."""
+    """Build a run's state before its first step: flat groups of adapters, their optimizer, the order of the rows.
+
+    Args:
+        model: with its adapters; it is patched, and the policy is set on it.
+        config: of the run.
+        train: the training rows.
+        compute_dtype: fp16 has its loss scaled.
+        policy: what backward keeps.
+        mixture: of several sources, or None.
+
+    Returns:
+        The state.
+    """
     patches = patch_model(model)
     apply_policy(model, policy)
     forward = examine_forward(model, config.data.max_length)
@@ -147,31 +173,49 @@ def build_state(
 
 
 def micro_batch_tokens(config: RunConfig) -> int:
-    """Most tokens of one forward pass; auto is the longest row allowed."""
+    """Return the most tokens of one forward pass; auto is the longest row allowed.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Tokens.
+    """
     limit = config.training.micro_batch_tokens
     return config.data.max_length if limit == "auto" else limit
 
 
 def memory_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings, as the user wrote them, that decide a micro-batch's memory."""
+    """Return the settings, as the user wrote them, that decide a micro-batch's memory.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Values by the names of fields of TrainingConfig.
+    """
     return {name: getattr(config.training, name) for name in ("micro_batch_tokens", *POLICY_SETTINGS)}
 
 
 def _unchanged(config: RunConfig, saved: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether the micro-batch and the policy are as the user wrote them when a checkpoint was made."""
+    """Say if micro-batch and policy are as the user wrote them when a checkpoint was made: (bool, bool)."""
     then, now = saved["settings"], memory_settings(config)
     same_policy = all(then[name] == now[name] for name in POLICY_SETTINGS)
     return then["micro_batch_tokens"] == now["micro_batch_tokens"], same_policy
 
 
 def as_lowered(config: RunConfig, saved: Mapping[str, Any], longest_row: int) -> RunConfig:
-    """The config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
+    """Return the config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
 
     Where the policy is left open (auto), it stays so.
 
     Args:
+        config: of the run.
         saved: `memory` of the checkpoint's `TrainState.state_dict`.
         longest_row: tokens of the longest row that the run can meet.
+
+    Returns:
+        The config.
     """
     same_limit, same_policy = _unchanged(config, saved)
     if same_policy and config.training.activation_checkpointing != "auto":
@@ -184,8 +228,12 @@ def with_micro_batch(config: RunConfig, tokens: int, longest_row: int) -> RunCon
     """Limit micro-batches to so many tokens, or to the longest row where that is longer, as it is a micro-batch alone.
 
     Args:
+        config: of the run.
         tokens: of one micro-batch.
         longest_row: tokens of the longest row that the run can meet: data.max_length, or the model's positions.
+
+    Returns:
+        The config.
     """
     tokens = max(tokens, longest_row)
     longest = min(config.data.max_length, tokens)  # a config's micro-batch holds a row of data.max_length

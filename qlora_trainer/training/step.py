@@ -16,12 +16,18 @@ from qlora_trainer.training.state import TrainState
 
 
 def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
-    """Forward and backward over the micro-batches of one optimizer step, then clip and update.
+    """Run forward and backward over the micro-batches of one optimizer step, then clip and update.
 
     A step whose gradient is not finite, or that has no label tokens, updates nothing and does not advance the schedule.
+    Where memory runs out, MicroBatchError is raised, and all but the gradients and the random state is as before the
+    step.
 
-    Raises:
-        MicroBatchError: memory ran out; all but the gradients and the random state is as before the step.
+    Args:
+        state: of the run.
+        packs: the micro-batches.
+
+    Returns:
+        The step's metrics: loss and grad_norm, learning_rate, tokens and label_tokens.
     """
     label_tokens = sum(pack.label_tokens for pack in packs)
     rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
@@ -44,7 +50,15 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
 
 
 def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, Tensor]:
-    """The loss of all packs together and the norm of its gradient, which is left in the groups: ((), ())."""
+    """Add up the gradients of all packs, and leave them in the groups.
+
+    Args:
+        state: of the run.
+        packs: the micro-batches of a step.
+
+    Returns:
+        The loss of all packs together and the norm of its gradient: ((), ()).
+    """
     label_tokens = sum(pack.label_tokens for pack in packs)
     state.optimizer.zero_grad()
     loss = torch.zeros((), device=state.device)
@@ -58,10 +72,20 @@ def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, 
 
 
 def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
-    """Forward and backward of one micro-batch; returns its part of the loss, ().
+    """Run forward and backward of one micro-batch.
+
+    Args:
+        state: of the run.
+        pack: the micro-batch.
+        label_tokens: of the whole step.
+
+    Returns:
+        Its part of the loss, ().
 
     Raises:
         MicroBatchError: memory ran out.
+        MemoryError: any other, passed on.
+        RuntimeError: any other, passed on.
     """
     try:
         on_device = pack.to(state.device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow, slow_but
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -13,14 +14,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 from qlora_kernels.nf4 import dequantize_nf4
 from qlora_trainer.adapters.formulas import with_zero_blocks, without_zero_blocks
 from qlora_trainer.adapters.fused_parts import LAYOUTS, trained_rows
-from qlora_trainer.adapters.inject import (
-    adapter_state_dict,
-    add_adapters,
-    find_targets,
-    load_adapter_state,
-    trainable_parameters,
-)
+from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError, ConfigError
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import AdapterConfig, RunConfig
@@ -125,6 +121,7 @@ def test_rank_4_on_query_and_value_of_gpt2_small_is_147_456_numbers() -> None:
     assert sum(parameter.numel() for _, parameter in trainable_parameters(model)) == 147_456
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["c_attn"], "all-linear"])
 def test_zero_blocks_stay_zero_in_training_and_a_resumed_run_equals_an_uninterrupted_one(
     targets: Any, tiny_config: Config, tiny_models: Models, tmp_path: Path
@@ -158,8 +155,8 @@ def test_zero_blocks_stay_zero_in_training_and_a_resumed_run_equals_an_uninterru
     assert not torch.equal(merged[128:], base[128:])
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize(("targets", "ranks"), [(["c_attn"], {8}), ("all-linear", {4, 8})])
+@pytest.mark.parametrize("use_rslora", slow_but([False, True], False))
+@pytest.mark.parametrize(("targets", "ranks"), [(["c_attn"], {8}), slow(("all-linear", {4, 8}))])
 def test_peft_gives_our_logits(
     targets: Any, ranks: set[int], use_rslora: bool, tiny_config: Config, tiny_models: Models, tmp_path: Path
 ) -> None:
@@ -186,6 +183,7 @@ def test_peft_gives_our_logits(
         assert (ours.eval()(input_ids=ids).logits - expected).norm() < 1e-6 * expected.norm()
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_parts_alone(tiny_config: Config, tiny_models: Models) -> None:
     config = config_of(tiny_config, tiny_models("gpt2"), target_modules=["c_attn"], fused_parts=QUERY_AND_VALUE)
     assert plan_memory(ModelDirectory.open(tiny_models("gpt2")), config).adapter_parameters == 2 * (
@@ -207,6 +205,7 @@ def test_an_adapter_of_the_whole_layer_is_not_taken_for_one_of_its_parts(tiny_mo
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(parts).items())
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapter_of_parts(tiny_config: Config, tiny_models: Models) -> None:
     settings = {"target_modules": ["c_attn"], "fused_parts": QUERY_AND_VALUE}
     first = start_run(config_of(tiny_config, tiny_models("gpt2"), "first", **settings))

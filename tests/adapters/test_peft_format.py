@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import qlora_trainer.model.modules.nf4_linear  # noqa: F401  # guards the import of bitsandbytes, which PEFT repeats
 from qlora_trainer.adapters import peft_format
 from qlora_trainer.adapters.formulas import lora_scaling
-from qlora_trainer.adapters.peft_format import Adapter, AdapterFileConfig, read_adapter, write_adapter
+from qlora_trainer.adapters.peft_config import AdapterFileConfig
+from qlora_trainer.adapters.peft_format import StoredAdapter, read_adapter, write_adapter
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
 
 RANK = 4
@@ -137,7 +138,7 @@ def test_we_read_exactly_what_peft_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_biases_travel_between_peft_and_us(tmp_path: Path, bias: Any) -> None:
+def test_biases_go_from_peft_to_us_and_back(tmp_path: Path, bias: Any) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     settings = LoraConfig(r=RANK, target_modules=["c_attn"], bias=bias, fan_in_fan_out=True, task_type="CAUSAL_LM")
@@ -177,7 +178,7 @@ def test_written_files_are_plain_files_of_the_known_shape(tmp_path: Path) -> Non
     assert content["target_modules"] == ["q_proj", "v_proj"]
     assert (content["lora_alpha"], type(content["lora_alpha"])) == (8, int)
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == small_adapter().keys()
-    assert isinstance(read_adapter(tmp_path), Adapter)
+    assert isinstance(read_adapter(tmp_path), StoredAdapter)
 
 
 @pytest.mark.parametrize(

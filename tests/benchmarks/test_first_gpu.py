@@ -43,12 +43,12 @@ FIGURES = {
     "peer, 16,384": rf"peer 128 tokens: {NUMBER} tokens/s, {NUMBER} GiB reserved",
     "peer, generation": rf"peer generates {NUMBER} tokens/s",
     "kernels": rf"kernels \(RTX 4090, computed, {NUMBER} GB/s, \d+ TFLOP/s\): .*: ours {NUMBER} us \d+%",
-    "hostcopy": rf"offload and tile next to .*: losses within {NUMBER}e[+-]\d+; tokens/s recompute {NUMBER}, offload",
+    "hostcopy": rf"offload and tile against .*: losses within {NUMBER}e[+-]\d+; tokens/s recompute {NUMBER}, offload",
     "merge": rf"merge: {NUMBER} GB in {NUMBER} s, KL {NUMBER}e[+-]\d+, relative error {NUMBER}e[+-]\d+, .* {NUMBER}%",
     "load memory-efficient": rf"load memory-efficient: {NUMBER} s to NF4",
     "contenders": rf"hand-written loop +{NUMBER}",
 }
-BAD = re.compile(r"exit|OUT OF TIME|FAILED|left out|REFUSED|broken")
+BAD = re.compile(r"exit|OUT OF TIME|KILLED|FAILED|left out|REFUSED|broken")
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,25 @@ def test_a_stage_that_outlasts_its_limit_says_so_and_what_has_no_time_left_is_le
     lines = [line[6:] for line in script("doctor", "peer", folder="late", KIT_PYTHON=python, KIT_BUDGET="3")]
     assert lines[0].startswith("doctor: OUT OF TIME after ")
     assert any(line.startswith("peer: left out, ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "budget", "wanted"),
+    [
+        ("kill -9 $$", "60", r"doctor: KILLED after \d+ of \d+ s"),
+        pytest.param("trap '' TERM; sleep 60", "22", r"doctor: OUT OF TIME after 2[012] s", marks=pytest.mark.campaign),
+    ],
+)
+def test_a_stage_that_is_killed_for_memory_is_not_reported_as_out_of_time(
+    tmp_path: Path, line: str, budget: str, wanted: str
+) -> None:
+    """Both end with exit code 137, the second as the kill that follows a TERM without effect."""
+    python = interpreter_that(tmp_path, f'case "$*" in *doctor*) {line} ;; esac')
+    variables = {"KIT_DRY": "1", "KIT_PYTHON": python, "KIT_BUDGET": budget, "KIT_WORK": str(tmp_path / "work")}
+    command = ["bash", str(ROOT / "benchmarks/first_gpu/first_gpu.sh"), "doctor"]
+    environment = {**os.environ, **variables, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.match(wanted, done.stdout[6:]), done.stdout + done.stderr
 
 
 def interpreter_that(directory: Path, line: str) -> str:

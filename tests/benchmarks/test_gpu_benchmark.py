@@ -12,17 +12,18 @@ from benchmarks import gpu, kernels
 from benchmarks.contenders import ON_GPU, Result
 
 
+@pytest.mark.slow
 def test_dry_run_tells_every_kernel_and_plans_whom_it_can(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu", str(tiny_llama), "--dry-run"])
     assert gpu.main() == 0
-    reported = capsys.readouterr().out
-    assert reported.startswith("Dry run: nothing below was measured.")
+    output = capsys.readouterr().out
+    assert output.startswith("Dry run: nothing below was measured.")
     for name in gpu.works():
-        assert name in reported
+        assert name in output
     for name in ("ours", "hand-written loop"):
-        assert f"\n{name} " in reported.partition("planned")[2]
+        assert f"\n{name} " in output.partition("planned")[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.memory_table import MODELS, PRECISION, Figure, longest
 from benchmarks.peer_memory import WORKSPACES, plan_peer
+from qlora_trainer.planning.empty_run import card_here
 from qlora_trainer.planning.fit import GRAIN
 from qlora_trainer.planning.live_bytes import LiveBytes
-from qlora_trainer.planning.memory_plan import card_here
 from qlora_trainer.planning.workspaces import workspaces_on_cuda
 
 TOKENS, RANK = 128, 64

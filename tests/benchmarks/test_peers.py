@@ -22,6 +22,7 @@ def quiet(record: dict[str, Any]) -> None:
     """A display that shows nothing."""
 
 
+@pytest.mark.slow
 def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
     pairs = compare(tiny_llama, rows, steps=20, batch_size=3, work=tmp_path)
     assert len(pairs) == 20
@@ -30,6 +31,7 @@ def test_losses_equal_those_of_peft_and_bitsandbytes(tiny_llama: Path, rows: Pat
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_contenders_of_the_cpu_benchmark_learn_the_same_from_the_same_rows(
     tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +87,7 @@ def test_a_run_starts_from_pefts_adapter(
     assert mine.scaling == other.scaling["default"]
 
 
+@pytest.mark.slow
 def test_an_adapter_made_with_other_settings_is_refused_with_the_settings_it_needs(
     tiny_config: Callable[..., RunConfig],
 ) -> None:

@@ -12,6 +12,7 @@ SETTINGS: list[tuple[str, Changes]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "changes"), SETTINGS, ids=str)
 def test_the_plan_agrees_with_the_allocators_events(tmp_path: Path, family: str, changes: Changes) -> None:
     found = compare(make_model(tmp_path / family, family), family, changes)

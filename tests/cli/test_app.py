@@ -262,6 +262,7 @@ def test_running_out_of_memory_is_a_message(
     assert "training.activation_checkpointing=full" in reported
 
 
+@pytest.mark.slow
 def test_a_row_that_fits_no_memory_is_a_message(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_row_that_fits_no_memory_is_a_message(
     assert "Traceback" not in reported
 
 
+@pytest.mark.slow
 def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None:
     code = (
         "import sys; from qlora_trainer.cli import app; from qlora_trainer.config import load\n"

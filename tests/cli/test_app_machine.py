@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from cards import a_card_is_here
+from marks import slow_but
 
 
-@pytest.mark.parametrize("home", ["/dev/null", "/proc/1/no-such"])  # which root cannot write either
+@pytest.mark.parametrize(
+    "home", slow_but(["/dev/null", "/proc/1/no-such"], "/dev/null")
+)  # which root cannot write either
 def test_home_that_cannot_be_written_is_named_and_training_says_what_to_set(
     home: str, qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_card_that_another_program_holds_is_a_problem_and_no_traceback(monkeypat
     assert "nvidia-smi" in finding.advice
 
 
+@pytest.mark.slow
 def test_card_on_which_nothing_works_ends_no_check_in_a_traceback() -> None:
     """In a process of its own: Triton and torch remember what they found."""
     code = (

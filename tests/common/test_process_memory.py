@@ -29,6 +29,7 @@ print(asked, taken, private_bytes() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(private_bytes() is None, reason="needs Linux's /proc")
 def test_freed_blocks_go_back_to_the_system_where_that_is_asked_for() -> None:
     def run(how: str) -> tuple[str, int, int]:

@@ -151,7 +151,7 @@ def bytes_inside(
         else:
             outputs = (module._attend(query, key, value, seed, 0.4, window, softcap, dropout),)
     inside = live.peak.bytes - before - sum(tensor.nbytes for tensor in outputs)
-    formula = module.workspace_bytes(query, key, window, softcap, dropout, backward=backward, on_cuda=False)
+    formula = module.blockwise_workspace_bytes(query, key, window, softcap, dropout, backward=backward, on_cuda=False)
     return inside, formula
 
 
@@ -177,7 +177,7 @@ def test_memory_inside_doubles_with_the_length_at_most(options: dict[str, Any], 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", ALL_OPTIONS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_plan_is_reported_what_is_used_inside(options: dict[str, Any], backward: bool, dtype: torch.dtype) -> None:
+def test_a_plan_counts_what_is_used_inside(options: dict[str, Any], backward: bool, dtype: torch.dtype) -> None:
     """Dropout's mask is an op in the op, whose inside is not seen here and is in the formula."""
     inside, formula = bytes_inside(1024, dtype, backward=backward, **options)
     assert 0.95 * inside <= formula <= (1.5 if "dropout" in options else 1.15) * inside
@@ -201,7 +201,7 @@ def test_the_op_gives_fake_tensors_what_it_gives_real_ones() -> None:
 
 @pytest.mark.parametrize("window", [4, 64, 1000])
 def test_time_grows_with_length_times_window(window: int) -> None:
-    """Multiplications, counted: each query meets its window, and no more than a block next to it."""
+    """Multiplications, counted: each query meets its window, and no more than a block besides."""
     from torch.utils.flop_counter import FlopCounterMode
 
     query, key, value = (tensor.detach() for tensor in leaves(2048, dtype=torch.float32))

@@ -116,15 +116,13 @@ def test_a_damaged_library_is_reported(source: Path, monkeypatch: pytest.MonkeyP
 @needs_compiler
 def test_a_killed_compilation_is_waited_for_by_nobody(source: Path, own_folder: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nsleep 60\n")
+    slow.write_text("#!/bin/sh\nsleep 3600\n")
     slow.chmod(0o755)
     program = "import sys, pathlib, qlora_kernels.compiled as c; c.load_library(pathlib.Path(sys.argv[1]))"
     environment = os.environ | {"CXX": str(slow)}
     process = subprocess.Popen([sys.executable, "-c", program, source], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 60
     while not own_folder.is_dir() or not list(own_folder.iterdir()):
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -30,7 +30,7 @@ def test_product_and_gradients_are_autograds_to_the_last_bit(
     assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
 
 
-def test_halves_of_one_tensor_are_taken_as_they_lie() -> None:
+def test_halves_of_one_tensor_are_taken_as_they_are() -> None:
     both = normal(5, 16)
     gate, up = both.chunk(2, dim=-1)
     assert torch.equal(gated_product(gate, up, "silu"), F.silu(gate) * up)

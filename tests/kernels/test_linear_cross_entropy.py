@@ -6,14 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels import head_rows
 from qlora_kernels.head_rows import HeadRows, head_logits
 from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 TOKENS, WIDTH, VOCABULARY = 37, 20, 101
@@ -242,14 +241,14 @@ def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_are_widened_and_gradients_narrowed_where_they_lie(dtype: torch.dtype) -> None:
+def test_products_are_widened_and_gradients_narrowed_in_place(dtype: torch.dtype) -> None:
     """To the bit what a second tensor would give, though each overwrites what it is read from."""
     hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
-    product = head_rows.multiply(hidden, head_rows.DenseRows(weight), torch.float32)
+    product = head_rows.multiply_by_head(hidden, head_rows.DenseRows(weight), torch.float32)
     assert torch.equal(product, (hidden @ weight.T).float())
     grad = normal(96, 9001, seed=2, dtype=torch.float32)
     expected = grad.to(dtype) @ weight
-    assert torch.equal(head_rows.multiply_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
+    assert torch.equal(head_rows.multiply_by_head_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
 
 
 def test_a_chunks_logits_take_about_32_mib() -> None:
@@ -257,7 +256,7 @@ def test_a_chunks_logits_take_about_32_mib() -> None:
     assert [tokens_of_a_chunk(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
 
 
-def test_backward_scales_the_gradient_where_it_lies_and_so_only_once() -> None:
+def test_backward_scales_the_gradient_in_place_and_so_only_once() -> None:
     hidden, head, labels, _ = problem()
     with LiveBytes() as live:
         loss = linear_cross_entropy(hidden, head, labels)

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from spying import noting, unchanged
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels import gated as gated_space
-from qlora_kernels import lora_linear
-from qlora_kernels.lora_linear import Adapter, add_lora, draw_seed, gated_nf4_linear, keep_mask, nf4_linear
+from qlora_kernels import gated_linear, lora_linear
+from qlora_kernels.dropout import draw_seed, keep_mask
+from qlora_kernels.gated_linear import gated_nf4_linear
+from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 
@@ -501,8 +502,9 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
         outputs += 1
         return original(*arguments, **settings)
 
-    original = lora_linear._output
-    monkeypatch.setattr(lora_linear, "_output", counting)
+    original = lora_linear.output_of
+    for module in (lora_linear, gated_linear):
+        monkeypatch.setattr(module, "output_of", counting)
 
     def block(gate: Tensor, up: Tensor, *others: Tensor) -> Tensor:
         first = F.pad(nf4_linear(gate, weight, None), (0, 38))

@@ -12,12 +12,12 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels import nf4_cpu, registry
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
 from qlora_kernels.nf4_reference import NF4_CODE
 from qlora_kernels.registry import UnavailableError
+from qlora_kernels.torch_internals import FakeTensorMode
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 # Whole blocks; rows that share blocks; a short last block; an odd number of elements; more than one chunk of either.
@@ -198,6 +198,7 @@ def test_a_transposed_weight_is_read_in_its_own_order() -> None:
     assert_same_bits(quantize_nf4(weight.T), quantize_nf4(weight.T.contiguous()))
 
 
+@pytest.mark.slow
 def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
     program = "import sys; sys.modules.update(triton=None, bitsandbytes=None); from qlora_kernels import lora_linear"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -216,7 +217,7 @@ def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
     ],
     ids=str,
 )
-def test_compiled_code_is_given_no_table_that_it_would_read_next_to(table: dict[str, Tensor]) -> None:
+def test_compiled_code_is_given_no_table_that_it_would_read_past(table: dict[str, Tensor]) -> None:
     dequantize = compiled_for()["dequantize_nf4"]
     weight = quantize_nf4(normal((3, 64)))
     tables = {name: getattr(weight, name) for name in TABLES}

@@ -14,11 +14,9 @@ from qlora_kernels import products
 from qlora_kernels.processor import processor_fact
 from qlora_kernels.products import STEP, by_onednn, library, linear, step_of
 from qlora_kernels.registry import Op, UnavailableError
+from qlora_kernels.torch_internals import has_onednn_linear
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-    reason="needs torch's oneDNN",
-)
+pytestmark = pytest.mark.skipif(not has_onednn_linear(), reason="needs torch's oneDNN")
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,7 +62,7 @@ def test_gradients_of_any_number_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("tokens", [16, 200])
-def test_a_bias_and_a_weight_may_lie_in_any_way(tokens: int) -> None:
+def test_a_bias_and_a_weight_may_have_any_layout(tokens: int) -> None:
     x, wide = normal(tokens, 40), normal(24, 100, seed=1)
     for weight in (wide[:, 20:60], wide[:, :80:2], normal(24, seed=2)[:, None].expand(24, 40)):
         for bias in (normal(48, seed=3)[::2], normal(1, seed=4).expand(24)):
@@ -94,6 +92,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_every_number_of_tokens() -> None:
     """Code for each of 600 numbers of rows would take some 200 MiB."""
@@ -102,16 +101,16 @@ def test_memory_does_not_grow_with_every_number_of_tokens() -> None:
 
 
 def test_what_fails_for_want_of_memory_is_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(reported: str) -> Callable[..., Tensor]:
+    def failing(message: str) -> Callable[..., Tensor]:
         def multiply(*arguments: Any) -> Tensor:
-            raise RuntimeError(reported)
+            raise RuntimeError(message)
 
         return multiply
 
     x, weight = normal(100, 40), normal(24, 40, seed=1)
-    monkeypatch.setattr(products, "_multiply", failing("could not create a primitive"))
+    monkeypatch.setattr(products, "onednn_linear", failing("could not create a primitive"))
     assert torch.equal(by_onednn(x, weight, None), torch.nn.functional.linear(x, weight))
-    monkeypatch.setattr(products, "_multiply", failing("could not execute a primitive"))
+    monkeypatch.setattr(products, "onednn_linear", failing("could not execute a primitive"))
     with pytest.raises(RuntimeError, match="could not execute"):
         by_onednn(x, weight, None)
 
@@ -174,10 +173,10 @@ def test_the_library_goes_by_the_processors_maker(
         assert products.fastest_on_cpu() is torch.nn.functional.linear
 
 
-def test_the_maker_is_read_where_linux_tells_it(tmp_path: Path) -> None:
-    reported = tmp_path / "cpuinfo"
-    reported.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
-    assert processor_fact("vendor_id", reported) == "AuthenticAMD"
-    reported.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
-    assert processor_fact("vendor_id", reported) is None
+def test_the_maker_is_read_where_linux_says_it(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some: CPU\n\nvendor_id\t: Other\n")
+    assert processor_fact("vendor_id", cpuinfo) == "AuthenticAMD"
+    cpuinfo.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert processor_fact("vendor_id", cpuinfo) is None
     assert processor_fact("vendor_id", tmp_path / "none") is None

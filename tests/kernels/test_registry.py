@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kernels import registry
 from qlora_kernels.registry import UnavailableError, define, implementations, kernel_choice
+from qlora_kernels.torch_internals import FakeTensorMode
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reported"),
+    ("error", "reason"),
     [
         (ModuleNotFoundError("No module named 'triton'", name="triton"), "Triton is not installed: pip install triton"),
         (
@@ -94,11 +94,11 @@ def test_a_wrong_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_why_a_triton_kernel_cannot_be_had_is_reported_as_it_is(
-    error: ImportError, reported: str, monkeypatch: pytest.MonkeyPatch
+    error: ImportError, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str) -> None:
         raise error
 
     monkeypatch.setattr(registry.importlib, "import_module", refuse)
-    with pytest.raises(UnavailableError, match=reported):
-        registry.from_triton("gated_triton", "product")()
+    with pytest.raises(UnavailableError, match=reason):
+        registry.from_triton("gated_triton", "product_triton")()

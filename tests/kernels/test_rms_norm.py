@@ -1,4 +1,4 @@
-"""RMS normalization: the library's own numbers, exact gradients, and next to nothing kept."""
+"""RMS normalization: the library's own numbers, exact gradients, and almost nothing kept."""
 
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +82,7 @@ def test_gradient_errs_no_more_than_autograds_of_the_librarys(form: Form, dtype:
 def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = normal(96, seed=1), normal(70, 96).requires_grad_()
     whole = output_and_gradient(lambda x: rms_norm(x, weight, EPS, "scale_after_cast"), x)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 96 * 32)
+    monkeypatch.setattr(module, "NORM_CHUNK_ELEMENTS", 96 * 32)
     parts = output_and_gradient(lambda x: rms_norm(x, weight, EPS, "scale_after_cast"), x)
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
@@ -127,4 +127,4 @@ def test_what_it_uses_inside_is_little_more_than_the_formula_says(form: Form, dt
             else:
                 module.normalize_torch(rows, weight, EPS, form)
         inside = live.peak.bytes - known - rows.nbytes  # the output
-        assert 0.8 * inside <= module.workspace_bytes(rows, backward=backward) <= 1.25 * inside
+        assert 0.8 * inside <= module.norm_workspace_bytes(rows, backward=backward) <= 1.25 * inside

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels.lora_linear import Adapter, gated_nf4_linear, nf4_linear
+from qlora_kernels.gated_linear import gated_nf4_linear
+from qlora_kernels.lora_linear import Adapter, nf4_linear
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.tiling import tiled
 from qlora_trainer.planning.live_bytes import LiveBytes

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import varlen
 
 from qlora_kernels import torch_features
-from qlora_kernels.lora_linear import fetch, keep
+from qlora_kernels.saved_tensors import fetch, keep
 from qlora_kernels.varlen_attention import _flash_varlen
 from qlora_trainer.model import device
 

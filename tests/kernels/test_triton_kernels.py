@@ -1,6 +1,6 @@
 """The Triton kernels: interpreted in a process of their own, compiled for seven architectures, and run on a GPU.
 
-The interpreter's tests lie in tests/kernels/interpreted; its bf16 is repaired there. How each kernel is launched,
+The interpreter's tests are in tests/kernels/interpreted; its bf16 is repaired there. How each kernel is launched,
 and what its code promises, is said in benchmarks/ahead_of_time.py, which prints the same as a table.
 """
 
@@ -32,6 +32,7 @@ except ImportError:  # Triton is there for Linux only
     COMPILED = []
 
 
+@pytest.mark.slow
 def test_every_kernel_holds_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "QLORA_KERNELS": "auto"}

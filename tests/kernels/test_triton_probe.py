@@ -1,4 +1,4 @@
-"""What Triton needs next to its package is found missing before an operation counts on it, and what brings it is said.
+"""What Triton needs besides its package is found missing before it is needed, and what brings it is reported.
 
 Each case runs in a process of its own, with a libcuda.so.1 that does nothing: Triton compiles, assembles and launches
 as it does with a card.

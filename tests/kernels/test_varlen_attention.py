@@ -1,6 +1,5 @@
 """Attention over packed documents: the dense mask's values, no leak between documents, no mask over all tokens."""
 
-import re
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
@@ -9,11 +8,11 @@ import pytest
 import torch
 from spying import noting
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_kernels import blockwise_attention
 from qlora_kernels import varlen_attention as module
+from qlora_kernels.card import Card, planned_for
+from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
 from qlora_kernels.varlen_attention import varlen_attention
 
 BOUNDS = [0, 1, 8, 9, 29, 41]  # lengths 1, 7, 1, 20, 12
@@ -210,7 +209,7 @@ def test_cuda_errs_little_more_than_the_dense_mask(
     exact_leaves = three(leaf.detach().cpu().double().requires_grad_() for leaf in leaves)
     dense_leaves = three(leaf.detach().cpu().requires_grad_() for leaf in leaves)
     if "softcap" not in options and torch.cuda.get_device_capability() >= (8, 0):
-        assert module.Card.of(leaves[0].device).flash_refusal(dtype, head_dim) is None, "flash should be taken here"
+        assert Card.of(leaves[0].device).flash_refusal(dtype, head_dim) is None, "flash should be taken here"
     output = varlen_attention(*leaves, BOUNDS, scale=scale, **options)
     exact = dense_attention(*exact_leaves, BOUNDS, scale=scale, **options)
     dense = dense_attention(*dense_leaves, BOUNDS, scale=scale, **options)
@@ -257,38 +256,6 @@ def test_attention_takes_as_many_heads_as_its_backward_has_space_for_inside(toke
     assert (count == 8) == (tokens == 2_048)
 
 
-NEW = frozenset({"scale", "window_size", "enable_gqa"})
-REFUSALS: list[tuple[tuple[int, int], torch.dtype, int, frozenset[str], str, bool, str | None]] = [
-    ((8, 0), torch.bfloat16, 128, NEW, "auto", True, None),
-    ((12, 0), torch.float16, 64, NEW, "fast", True, None),
-    ((9, 0), torch.bfloat16, 256, NEW - {"enable_gqa"}, "auto", True, None),
-    ((7, 5), torch.float16, 128, NEW, "auto", True, "compute capability 8.0 .Ampere. or higher, and this one has 7.5"),
-    ((8, 6), torch.float32, 128, NEW, "auto", True, "this is float32; take bfloat16"),
-    ((8, 6), torch.bfloat16, 100, NEW, "auto", True, "these have 100"),
-    ((8, 6), torch.bfloat16, 200, NEW, "auto", True, "these have 200"),
-    ((8, 6), torch.bfloat16, 128, frozenset({"scale"}), "auto", True, "no window; install a newer torch"),
-    ((8, 6), torch.bfloat16, 128, frozenset(), "auto", True, "no window; install a newer torch"),
-    ((8, 6), torch.bfloat16, 128, NEW, "reference", True, "QLORA_KERNELS=reference .* unset it"),
-    ((9, 4), torch.bfloat16, 128, NEW, "auto", False, "not built for CUDA"),
-]
-
-
-@pytest.mark.parametrize(("capability", "dtype", "head_dim", "offered", "choice", "has_cuda", "reason"), REFUSALS)
-def test_why_flash_attention_is_not_taken_is_reported_with_what_would_change_it(
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    head_dim: int,
-    offered: frozenset[str],
-    choice: str,
-    has_cuda: bool,
-    reason: str | None,
-) -> None:
-    found = module.flash_refusal(capability, dtype, head_dim, offered, choice, has_cuda=has_cuda)
-    assert (found is None) == (reason is None)
-    if found and reason:
-        assert re.search(reason, found)
-
-
 class Seen(TorchDispatchMode):
     """The names of operations; the documents of flash attention, the key heads of the one for other cards."""
 
@@ -315,27 +282,27 @@ CPU = {f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("",
 @pytest.mark.parametrize(
     ("card", "dtype", "options", "taken"),
     [
-        (module.Card((8, 0), 128), torch.bfloat16, {}, FLASH),
-        (module.Card((8, 0), 128), torch.bfloat16, {"window": 5}, FLASH),
-        (module.Card((8, 0), 128), torch.bfloat16, {"softcap": 3.0}, BLOCKWISE),
-        (module.Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1}, EFFICIENT),
-        (module.Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1, "window": 5}, BLOCKWISE | EFFICIENT),
-        (module.Card((7, 5), 40), torch.float16, {}, EFFICIENT),
-        (module.Card((7, 5), 40), torch.float16, {"window": 5}, BLOCKWISE | EFFICIENT),
-        (module.Card((8, 0), 128), torch.float32, {}, EFFICIENT),
+        (Card((8, 0), 128), torch.bfloat16, {}, FLASH),
+        (Card((8, 0), 128), torch.bfloat16, {"window": 5}, FLASH),
+        (Card((8, 0), 128), torch.bfloat16, {"softcap": 3.0}, BLOCKWISE),
+        (Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1}, EFFICIENT),
+        (Card((8, 0), 128), torch.bfloat16, {"dropout": 0.1, "window": 5}, BLOCKWISE | EFFICIENT),
+        (Card((7, 5), 40), torch.float16, {}, EFFICIENT),
+        (Card((7, 5), 40), torch.float16, {"window": 5}, BLOCKWISE | EFFICIENT),
+        (Card((8, 0), 128), torch.float32, {}, EFFICIENT),
         (None, torch.bfloat16, {}, CPU),
     ],
 )
 def test_tensors_without_memory_are_attended_to_as_on_the_card_they_are_planned_for(
     monkeypatch: pytest.MonkeyPatch,
-    card: module.Card | None,
+    card: Card | None,
     dtype: torch.dtype,
     options: dict[str, Any],
     taken: set[str],
 ) -> None:
     """Each branch of a real card's, by the operations: the tests of fake tensors of device cuda walk those."""
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    with FakeTensorMode(), module.planned_for(card):
+    with FakeTensorMode(), planned_for(card):
         leaves = three(torch.empty(1, count, TOKENS, 16, dtype=dtype, requires_grad=True) for count in (4, 2, 2))
         with Seen() as seen:
             output = varlen_attention(*leaves, BOUNDS, scale=0.3, **options)
@@ -360,7 +327,7 @@ def test_flash_attention_takes_fewer_heads_at_a_time_of_many_documents(
         return whole(query, *arguments)
 
     monkeypatch.setattr(module, "_flash_varlen", noting)
-    with FakeTensorMode(), module.planned_for(module.Card((8, 0), 128)):
+    with FakeTensorMode(), planned_for(Card((8, 0), 128)):
         tensors = three(torch.empty(1, count, 4096, 128, dtype=torch.bfloat16) for count in (32, 8, 8))
         varlen_attention(*tensors, list(range(0, 4097, 4096 // documents)), scale=0.3)
     assert calls == heads
@@ -369,26 +336,9 @@ def test_flash_attention_takes_fewer_heads_at_a_time_of_many_documents(
 def test_a_plan_for_a_card_leaves_attention_on_a_cpu_as_it_is() -> None:
     inputs = heads()
     before = varlen_attention(*inputs, BOUNDS, scale=0.3)
-    with module.planned_for(module.Card((8, 0), 128)):
+    with planned_for(Card((8, 0), 128)):
         pass
     assert torch.equal(varlen_attention(*inputs, BOUNDS, scale=0.3), before)
-
-
-@pytest.mark.parametrize(
-    ("card", "dtype", "options", "words"),
-    [
-        (module.Card((8, 9), 128), torch.bfloat16, {}, "^flash attention over packed documents$"),
-        (module.Card((7, 5), 40), torch.float16, {}, "^one document after another.*by blocks.*this one has 7.5$"),
-        (module.Card((8, 9), 128), torch.bfloat16, {"dropout": 0.1}, "it has no dropout$"),
-        (module.Card((8, 9), 128), torch.bfloat16, {"softcap": 50.0}, "^by blocks of queries: no fused .* soft cap$"),
-        (None, torch.float32, {}, "^one document after another, with a window by blocks of queries$"),
-    ],
-)
-def test_attention_is_reported_in_words(
-    monkeypatch: pytest.MonkeyPatch, card: module.Card | None, dtype: torch.dtype, options: Any, words: str
-) -> None:
-    monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    assert re.search(words, module.attention_in_words(card, dtype, 128, **options))
 
 
 @pytest.mark.gpu
@@ -398,7 +348,7 @@ def test_attention_is_reported_in_words(
 def test_flash_attentions_backward_allocates_what_its_formula_says(documents: int, deterministic: bool) -> None:
     """Next to the three gradients that it returns, of 2,048 tokens, 16 query and 4 key heads."""
     tokens, device = 2048, torch.device("cuda")
-    card = module.Card.of(device)
+    card = Card.of(device)
     if card.flash_refusal(torch.bfloat16, 128) is not None:
         pytest.skip("this card has no flash attention")
     # As projections lay them out, token by token; of others, attention's backward copies what it is given.

@@ -14,7 +14,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from gguf_files import tiny_weights, write_gguf
-from merge_runs import LLAMA, Run, make_base, stored, train
+from marks import slow_but
+from merge_runs import LLAMA, Run, make_base, merge_to, on_base, stored, train
 from safetensors.torch import load_file, save_file
 from spying import noting
 from torch import Tensor
@@ -32,8 +33,7 @@ from transformers import (
 from qlora_trainer.common.errors import CheckpointError, DiskError, MergeError, ModelError, OutputExistsError
 from qlora_trainer.common.progress import silent
 from qlora_trainer.merging import fold as merging
-from qlora_trainer.merging.fold import merge, prepare_merge
-from qlora_trainer.merging.logits import WholeAnswers, compare_logits
+from qlora_trainer.merging.logits import WholeLogits, compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import KL_BOUNDS, Verification, choose_base, verify_merge
@@ -83,11 +83,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(make_base(tmp_path_factory.mktemp("llama"), config, shard="200KB"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", slow_but([True, False], False))
 def test_merged_fp16_is_the_fp32_sum_cast_once_bit_for_bit(tmp_path: Path, llama: Run, tied: bool) -> None:
     run = llama if tied else train(make_base(tmp_path / "base", LlamaConfig(**LLAMA, tie_word_embeddings=False)))
-    report = merge(run.inputs, tmp_path / "merged")
-    source, merged = stored(run.inputs.base), stored(tmp_path / "merged")
+    report = merge_to(run.inputs, tmp_path / "merged")
+    source, merged = stored(run.inputs.base.path), stored(tmp_path / "merged")
     assert merged.keys() == source.keys()
     assert ("lm_head.weight" in merged) is not tied
     for name, tensor in merged.items():
@@ -99,12 +99,12 @@ def test_merged_fp16_is_the_fp32_sum_cast_once_bit_for_bit(tmp_path: Path, llama
 def test_blocks_of_rows_give_the_bits_of_whole_tensors(
     tmp_path: Path, llama: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(llama.inputs, tmp_path / "whole", dtype=torch.float32)
+    merge_to(llama.inputs, tmp_path / "whole", dtype=torch.float32)
     blocks = functools.partial(merging.row_blocks, block_elements=1)
     assert len(blocks((640, 64))) == 2
     for module in (merging, reading):
         monkeypatch.setattr(module, "row_blocks", blocks)
-    merge(llama.inputs, tmp_path / "blocks", dtype=torch.float32)
+    merge_to(llama.inputs, tmp_path / "blocks", dtype=torch.float32)
     whole, by_blocks = stored(tmp_path / "whole"), stored(tmp_path / "blocks")
     assert all(torch.equal(whole[name], by_blocks[name]) for name in whole)
 
@@ -117,12 +117,12 @@ def test_a_gpt2_saved_without_its_prefix_is_mapped_and_transposed(tmp_path: Path
     assert "h.0.attn.c_attn.weight" in ModelDirectory.open(tmp_path / "base").tensors
     run = train(tmp_path / "base")
     assert run.inputs.fan_in_fan_out
-    merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
+    merge_to(run.inputs, tmp_path / "merged", dtype=torch.float32)
     check_logits(run, tmp_path / "merged", kl=1e-10)
 
 
-def reference(run: Run) -> WholeAnswers:
-    return WholeAnswers.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
+def reference(run: Run) -> WholeLogits:
+    return WholeLogits.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
 
 
 def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any:
@@ -130,7 +130,7 @@ def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any
         verify_merge,
         sample_rows=ROWS,
         reference=reference(run),
-        load_merged=load_plain,
+        load_merged=lambda merged: load_plain(merged.path),
         loss_path=LossPath(),
         kl_bound=kl_bound,
     )
@@ -139,7 +139,7 @@ def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any
 def check_logits(run: Run, directory: Path, kl: float) -> None:
     model = load_plain(directory)
     with torch.no_grad():
-        merged = WholeAnswers.of_rows([model(input_ids=torch.tensor([row])).logits for row in ROWS])
+        merged = WholeLogits.of_rows([model(input_ids=torch.tensor([row])).logits for row in ROWS])
     difference = compare_logits(reference(run), merged)
     assert difference.kl < kl
     assert difference.top1_agreement == 1.0
@@ -158,48 +158,48 @@ def test_plain_transformers_loads_the_merge_and_gives_the_trained_logits(
     tmp_path: Path, config: PretrainedConfig
 ) -> None:
     run = train(make_base(tmp_path / "base", config))
-    merge(run.inputs, tmp_path / "exact", dtype=torch.float32)
+    merge_to(run.inputs, tmp_path / "exact", dtype=torch.float32)
     check_logits(run, tmp_path / "exact", kl=1e-10)
-    report = merge(run.inputs, tmp_path / "merged", verify=verifier(run))
+    report = merge_to(run.inputs, tmp_path / "merged", verify=verifier(run))
     assert report.verification is not None
     assert report.verification.difference.kl < 1e-5
 
 
 def test_a_prequantized_base_merges_without_its_16_bit_copy(tmp_path: Path, llama: Run) -> None:
-    run = train(prequantized(llama.inputs.base, tmp_path / "base"))
-    merge(run.inputs, tmp_path / "merged", verify=verifier(run))
-    merge(llama.inputs, tmp_path / "from_plain")
+    run = train(prequantized(llama.inputs.base.path, tmp_path / "base"))
+    merge_to(run.inputs, tmp_path / "merged", verify=verifier(run))
+    merge_to(llama.inputs, tmp_path / "from_plain")
     merged, from_plain = stored(tmp_path / "merged"), stored(tmp_path / "from_plain")
     assert merged.keys() == from_plain.keys()
     assert all(torch.equal(merged[name], from_plain[name]) for name in merged)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    with pytest.raises(MergeError, match="no original base"):
-        merge(run.inputs, tmp_path / "original", base="original")
+    with pytest.raises(MergeError, match="no original weights"):
+        merge_to(run.inputs, tmp_path / "original", base="original")
 
 
 def test_the_original_base_is_the_checkpoints_own_weights_plus_the_adapter(tmp_path: Path, llama: Run) -> None:
-    report = merge(llama.inputs, tmp_path / "merged", base="original", verify=verifier(llama, kl_bound=None))
+    report = merge_to(llama.inputs, tmp_path / "merged", base="original", verify=verifier(llama, kl_bound=None))
     assert report.verification is not None
     assert report.verification.difference.kl > 1e-3  # another function: said, not refused
     name = "model.layers.1.mlp.down_proj"
     lora_A, lora_B = (llama.inputs.adapter[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
-    source = stored(llama.inputs.base)[f"{name}.weight"].float()
+    source = stored(llama.inputs.base.path)[f"{name}.weight"].float()
     assert torch.equal(stored(tmp_path / "merged")[f"{name}.weight"], (source + 2.0 * (lora_B @ lora_A)).half())
 
 
 def test_trained_biases_replace_those_of_the_base(tmp_path: Path) -> None:
     run = train(make_base(tmp_path / "base", Qwen2Config(**LLAMA)), bias="all")
     assert sum(name.endswith(".bias") for name in run.inputs.adapter) == 6
-    merge(run.inputs, tmp_path / "merged", verify=verifier(run))
+    merge_to(run.inputs, tmp_path / "merged", verify=verifier(run))
     path = "model.layers.0.self_attn.q_proj"
-    merged, source = stored(tmp_path / "merged")[f"{path}.bias"], stored(run.inputs.base)[f"{path}.bias"]
+    merged, source = stored(tmp_path / "merged")[f"{path}.bias"], stored(run.inputs.base.path)[f"{path}.bias"]
     assert torch.equal(merged, run.inputs.adapter[f"base_model.model.{path}.base_layer.bias"].half())
     assert not torch.equal(merged, source.half())
 
 
 def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run) -> None:
     other = tmp_path / "other"
-    shutil.copytree(llama.inputs.base, other)
+    shutil.copytree(llama.inputs.base.path, other)
     name = "model.layers.0.mlp.up_proj.weight"
     file = ModelDirectory.open(other).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
@@ -207,7 +207,7 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
     save_file(tensors, file, metadata={"format": "pt"})
     for base in ("dequantized", "original"):
         with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
-            merge(dataclasses.replace(llama.inputs, base=other), tmp_path / "merged", base=base)
+            merge_to(on_base(llama.inputs, other), tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
 
     fingerprint = llama.inputs.fingerprint
@@ -219,10 +219,10 @@ def test_a_base_other_than_the_one_trained_is_refused(tmp_path: Path, llama: Run
         return dataclasses.replace(llama.inputs, fingerprint=dataclasses.replace(fingerprint, tensors=tensors))
 
     with pytest.raises(CheckpointError, match="offset"):
-        merge(with_offset(1.00001), tmp_path / "merged")
-    merge(with_offset(1.0000004), tmp_path / "merged", dtype=torch.float32)  # as summed in another order
+        merge_to(with_offset(1.00001), tmp_path / "merged")
+    merge_to(with_offset(1.0000004), tmp_path / "merged", dtype=torch.float32)  # as summed in another order
     found = stored(tmp_path / "merged")[f"{path}.weight"]
-    expected = by_hand(llama, f"{path}.weight", stored(llama.inputs.base)[f"{path}.weight"])
+    expected = by_hand(llama, f"{path}.weight", stored(llama.inputs.base.path)[f"{path}.weight"])
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
     assert not torch.equal(found, expected)  # the recorded offset was used
 
@@ -253,7 +253,7 @@ def test_a_spoiled_file_fails_the_verification(
     spoiling = noting(merging.verify_files, lambda work, *_: spoil(work, change))
     monkeypatch.setattr(merging, "verify_files", spoiling)
     with pytest.raises(MergeError, match=message):
-        merge(llama.inputs, tmp_path / "merged")
+        merge_to(llama.inputs, tmp_path / "merged")
     assert not any(tmp_path.iterdir())
 
 
@@ -267,23 +267,23 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
         )
         tensors[LAST] -= (2.0 * (lora_B @ lora_A)).half()
 
-    def verify(work: Path) -> Verification:
-        spoil(work, lose_an_adapter)
-        return verifier(llama)(work)
+    def verify(written: ModelDirectory) -> Verification:
+        spoil(written.path, lose_an_adapter)
+        return verifier(llama)(written)
 
-    with pytest.raises(MergeError, match=r"does not answer as the trained one: KL .* \(at most 1e-05\)"):
-        merge(llama.inputs, tmp_path / "merged", verify=verify)
+    with pytest.raises(MergeError, match=r"logits are not those of the trained one: KL .* \(at most 1e-05\)"):
+        merge_to(llama.inputs, tmp_path / "merged", verify=verify)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_logit_that_is_nan_never_passes(tmp_path: Path, llama: Run) -> None:
-    merge(llama.inputs, tmp_path / "merged")
+    merge_to(llama.inputs, tmp_path / "merged")
     made = reference(llama)
-    check = functools.partial(verify_merge, tmp_path / "merged", ROWS, made, load_plain, LossPath())
+    check = functools.partial(verifier(llama), ModelDirectory.open(tmp_path / "merged"), reference=made)
     assert check().difference.kl < 1e-5
     made.values[60, 3] = math.nan
     for bound in (1e-5, None):
-        with pytest.raises(MergeError, match="does not answer"):
+        with pytest.raises(MergeError, match="logits are not those"):
             check(kl_bound=bound)
 
 
@@ -306,7 +306,7 @@ def test_overflow_is_refused_by_name_and_flushes_are_counted(tmp_path: Path) -> 
     tensors["model.norm.weight"][:3] = torch.tensor([1e-9, -1e-9, 0.0])
     save_file(tensors, file, metadata={"format": "pt"})
     run = train(directory)
-    without_embedding = merge(run.inputs, tmp_path / "small").flushed_to_zero
+    without_embedding = merge_to(run.inputs, tmp_path / "small").flushed_to_zero
     expected = sum(
         int(((weight := by_hand(run, name, tensor)) != 0).sum()) - int((weight.half() != 0).sum())
         for name, tensor in tensors.items()
@@ -317,21 +317,21 @@ def test_overflow_is_refused_by_name_and_flushes_are_counted(tmp_path: Path) -> 
     save_file(tensors, file, metadata={"format": "pt"})
     run = train(directory)
     with pytest.raises(MergeError, match=r"model\.norm\.weight has a value of 70144, .*bfloat16"):
-        merge(run.inputs, tmp_path / "merged")
+        merge_to(run.inputs, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    merge(run.inputs, tmp_path / "merged", dtype=torch.bfloat16)
+    merge_to(run.inputs, tmp_path / "merged", dtype=torch.bfloat16)
     assert stored(tmp_path / "merged")["model.norm.weight"][5] == 70144.0
 
 
 def test_tensors_that_are_no_floats_stay_as_they_are(tmp_path: Path, llama: Run) -> None:
     directory = tmp_path / "base"
-    shutil.copytree(llama.inputs.base, directory)
+    shutil.copytree(llama.inputs.base.path, directory)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     extra = {"steps": torch.tensor(12345678901), "mask": torch.tensor([True, False, True])}
     save_file(extra, directory / "extra.safetensors")
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
+    merge_to(on_base(llama.inputs, directory), tmp_path / "merged")
     merged = stored(tmp_path / "merged")
     assert all(
         merged[name].dtype == tensor.dtype and torch.equal(merged[name], tensor) for name, tensor in extra.items()
@@ -340,7 +340,7 @@ def test_tensors_that_are_no_floats_stay_as_they_are(tmp_path: Path, llama: Run)
 
 def test_files_next_to_the_weights_are_copied_and_the_config_barely_touched(tmp_path: Path, llama: Run) -> None:
     directory = tmp_path / "base"
-    shutil.copytree(llama.inputs.base, directory)
+    shutil.copytree(llama.inputs.base.path, directory)
     kept = {
         "tokenizer.json": b'{"b":1,  "a": "\xc3\xa9"}\r\n',
         "tokenizer_config.json": b"{}",
@@ -358,8 +358,8 @@ def test_files_next_to_the_weights_are_copied_and_the_config_barely_touched(tmp_
     config = {"z_first": 1, "quantization_config": {"quant_method": "stale"}} | config | {"größe": 0.1}
     (directory / "config.json").write_text(json.dumps(config))
 
-    inputs = dataclasses.replace(llama.inputs, base=directory)
-    merge(inputs, tmp_path / "merged", provenance={"run": "r1"})
+    inputs = on_base(llama.inputs, directory)
+    merge_to(inputs, tmp_path / "merged", provenance={"run": "r1"})
     for name, content in kept.items():
         assert (tmp_path / "merged" / name).read_bytes() == content
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -398,20 +398,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     }
     for message, changes in cases.items():
         with pytest.raises(MergeError, match=message):
-            merge(altered(inputs, changes), tmp_path / "merged")
+            merge_to(altered(inputs, changes), tmp_path / "merged")
     for dtype in (torch.uint8, torch.float8_e4m3fn, torch.float64):
         with pytest.raises(MergeError, match="cannot be written as"):
-            merge(inputs, tmp_path / "merged", dtype=dtype)
+            merge_to(inputs, tmp_path / "merged", dtype=dtype)
     tensors = inputs.fingerprint.tensors | {
         "model.layers.0.mlp.experts": next(iter(inputs.fingerprint.tensors.values()))
     }
     fused = dataclasses.replace(inputs.fingerprint, tensors=tensors)
     with pytest.raises(MergeError, match=r"experts\.weight was 4-bit in training, but .* transformers fuses"):
-        merge(dataclasses.replace(inputs, fingerprint=fused), tmp_path / "merged")
+        merge_to(dataclasses.replace(inputs, fingerprint=fused), tmp_path / "merged")
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("untied", [True, False])
+@pytest.mark.parametrize("untied", slow_but([True, False], True))
 def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untied: bool
 ) -> None:
@@ -430,11 +430,12 @@ def test_of_a_gguf_base_neither_embedding_nor_head_is_ever_decoded_whole(
         return found
 
     monkeypatch.setattr(GGUFWeights, "read", count)
-    streamed = load_streamed_model(directory, torch.device("cpu"))
+    inputs = on_base(run.inputs, directory)  # opened where reading is counted
+    streamed = load_streamed_model(inputs.base, torch.device("cpu"))
     with torch.no_grad():
         streamed(input_ids=torch.tensor(ROWS[:1]))
-    merge(run.inputs, tmp_path / "merged", dtype=torch.float32)
-    merge(run.inputs, tmp_path / "original", dtype=torch.float32, base="original")
+    merge_to(inputs, tmp_path / "merged", dtype=torch.float32)
+    merge_to(inputs, tmp_path / "original", dtype=torch.float32, base="original")
     by_tokens = [name for name, info in ModelDirectory.open(directory).tensors.items() if info.shape[0] == vocabulary]
     assert len(by_tokens) == 1 + untied
     assert all(0 < read_most[name] < 0.5 * vocabulary for name in by_tokens)
@@ -445,7 +446,7 @@ def test_a_tensor_of_training_that_the_checkpoint_lacks_is_refused(tmp_path: Pat
     dense = llama.inputs.fingerprint.dense | {"model.extra.weight": "0" * 64}
     fingerprint = dataclasses.replace(llama.inputs.fingerprint, dense=dense)
     with pytest.raises(MergeError, match=r"model\.extra\.weight was in the base in training, but"):
-        merge(dataclasses.replace(llama.inputs, fingerprint=fingerprint), tmp_path / "merged")
+        merge_to(dataclasses.replace(llama.inputs, fingerprint=fingerprint), tmp_path / "merged")
 
 
 def test_a_place_in_the_users_home_is_known_by_its_full_path(
@@ -455,10 +456,10 @@ def test_a_place_in_the_users_home_is_known_by_its_full_path(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")
     with pytest.raises(OutputExistsError, match="full exists"):
-        prepare_merge(llama.inputs, Path("~/full"), torch.float16, "dequantized")
+        plan_merge(llama.inputs, Path("~/full"))
     asked: list[Path] = []
     monkeypatch.setattr(shutil, "disk_usage", noting(lambda path: SimpleNamespace(free=2**40), asked.append))
-    prepare_merge(llama.inputs, Path("~/merged"), torch.float16, "dequantized")
+    plan_merge(llama.inputs, Path("~/merged"))
     assert asked == [tmp_path]
 
 
@@ -468,57 +469,58 @@ def test_output_needs_an_empty_place_and_space_on_the_disk(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "adapter_config.json").write_text("{}")  # loaders would apply the adapter a second time
     with pytest.raises(OutputExistsError, match="not empty"):
-        merge(llama.inputs, tmp_path / "full")
+        merge_to(llama.inputs, tmp_path / "full")
     adapted = tmp_path / "adapted"
-    shutil.copytree(llama.inputs.base, adapted)
+    shutil.copytree(llama.inputs.base.path, adapted)
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="adapter_config"):
-        merge(dataclasses.replace(llama.inputs, base=adapted), tmp_path / "merged")
+        merge_to(on_base(llama.inputs, adapted), tmp_path / "merged")
+    planned = plan_merge(llama.inputs, tmp_path / "deep" / "merged").tensors
+    assert len(planned) == len(stored(llama.inputs.base.path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
     with pytest.raises(DiskError, match="GB free"):
-        merge(llama.inputs, tmp_path / "deep" / "merged")
+        plan_merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
-    assert len(plan_merge(llama.inputs, torch.float16, "dequantized")) == len(stored(llama.inputs.base))
 
 
 def test_a_changed_tensor_that_is_not_4_bit_is_refused_by_name(tmp_path: Path, llama: Run) -> None:
     for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
         other = tmp_path / name
-        shutil.copytree(llama.inputs.base, other)
+        shutil.copytree(llama.inputs.base.path, other)
         file = ModelDirectory.open(other).tensors[name].file
         tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
         tensors[name].view(-1)[5] += 0.5
         save_file(tensors, file, metadata={"format": "pt"})
         for base in ("dequantized", "original"):
             with pytest.raises(CheckpointError, match=f"{name} in .* holds other values than in training"):
-                merge(dataclasses.replace(llama.inputs, base=other), tmp_path / "merged", base=base)
+                merge_to(on_base(llama.inputs, other), tmp_path / "merged", base=base)
         assert not (tmp_path / "merged").exists()
 
 
 def test_changed_block_scales_of_a_prequantized_base_are_refused(tmp_path: Path, llama: Run) -> None:
     """The packed codes and the mean are those of training, but every other block has its neighbor's scale."""
-    directory = prequantized(llama.inputs.base, tmp_path / "base")
-    merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "merged")
+    directory = prequantized(llama.inputs.base.path, tmp_path / "base")
+    merge_to(on_base(llama.inputs, directory), tmp_path / "merged")
     name = "model.layers.0.mlp.up_proj.weight.absmax"
     file = ModelDirectory.open(directory).tensors[name].file
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     tensors[name] = tensors[name].flip(0)
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"up_proj\.weight in .* does not give the 4-bit weights"):
-        merge(dataclasses.replace(llama.inputs, base=directory), tmp_path / "again")
+        merge_to(on_base(llama.inputs, directory), tmp_path / "again")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", slow_but([torch.float16, torch.bfloat16, torch.float32], torch.float32))
 def test_a_run_merges_from_either_copy_of_its_base_to_the_same_bits(
     tmp_path: Path, llama: Run, dtype: torch.dtype
 ) -> None:
-    copy = prequantized(llama.inputs.base, tmp_path / "copy")
+    copy = prequantized(llama.inputs.base.path, tmp_path / "copy")
     on_copy = train(copy).inputs
     merged = []
     for trained, inputs in (("original", llama.inputs), ("copy", on_copy)):
-        for directory in (llama.inputs.base, copy):
+        for directory in (llama.inputs.base.path, copy):
             output = tmp_path / f"{trained}-{directory.name}"
-            merge(dataclasses.replace(inputs, base=directory), output, dtype=dtype, max_shard_bytes=100_000)
+            merge_to(on_base(inputs, directory), output, dtype=dtype, max_shard_bytes=100_000)
             merged.append(stored(output))
     assert len(merged) == 4
     for tensors in merged[1:]:
@@ -534,7 +536,7 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path: Path, llama: Run) -> No
         spoiled[-1, 0] = value
         for dtype in (torch.float16, torch.float32):
             with pytest.raises(MergeError, match=r"layers\.1\.mlp\.gate_proj\.weight holds values that are not finite"):
-                merge(altered(llama.inputs, {key: spoiled}), tmp_path / "merged", dtype=dtype)
+                merge_to(altered(llama.inputs, {key: spoiled}), tmp_path / "merged", dtype=dtype)
     assert not any(tmp_path.iterdir())
 
 
@@ -553,8 +555,8 @@ def test_flushed_elements_are_counted_about_the_smallest_numbers(dtype: torch.dt
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_merges_to_the_same_weights(tmp_path: Path, llama: Run) -> None:
     """NF4 to the bit, the adapter's product to fp32's rounding."""
-    merge(llama.inputs, tmp_path / "cpu", dtype=torch.float32)
-    report = merge(dataclasses.replace(llama.inputs, device="cuda"), tmp_path / "cuda", dtype=torch.float32)
+    merge_to(llama.inputs, tmp_path / "cpu", dtype=torch.float32)
+    report = merge_to(llama.inputs, tmp_path / "cuda", dtype=torch.float32, device="cuda")
     assert report.folded == 14
     on_cpu, on_cuda = stored(tmp_path / "cpu"), stored(tmp_path / "cuda")
     assert all(torch.allclose(on_cuda[name], tensor, rtol=0.0, atol=1e-6) for name, tensor in on_cpu.items())

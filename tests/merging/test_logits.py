@@ -10,15 +10,15 @@ from torch import Tensor
 
 from qlora_kernels.head_rows import DenseRows
 from qlora_trainer.merging import logits as logit_comparison
-from qlora_trainer.merging.logits import HeadAnswers, WholeAnswers, compare_logits
-from qlora_trainer.merging.verify import row_answers
+from qlora_trainer.merging.logits import HeadLogits, WholeLogits, compare_logits
+from qlora_trainer.merging.verify import row_logits
 from qlora_trainer.model.forward import LossPath, find_loss_path
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
-def whole(values: Tensor) -> WholeAnswers:
-    return WholeAnswers(values)
+def whole(values: Tensor) -> WholeLogits:
+    return WholeLogits(values)
 
 
 def test_logit_difference_is_what_it_says() -> None:
@@ -66,13 +66,13 @@ def test_a_logit_that_is_not_finite_gives_no_finite_difference(
         assert not math.isfinite(compare_logits(*map(whole, pair)).kl)
 
 
-def test_head_answers_are_the_formula() -> None:
+def test_logits_of_hidden_are_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head, bias = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (30, 8), (30,)))
-    answers = HeadAnswers(hidden, DenseRows(head), bias, logit_scale=0.25, softcap=2.0)
+    made = HeadLogits(hidden, DenseRows(head), bias, logit_scale=0.25, softcap=2.0)
     expected = 2.0 * torch.tanh(0.25 * (hidden @ head.T + bias) / 2.0)
-    assert answers.shape == (5, 30)
-    found = torch.cat([answers.logits(slice(start, start + 10)) for start in (0, 10, 20)], dim=1)
+    assert made.shape == (5, 30)
+    found = torch.cat([made.columns(slice(start, start + 10)) for start in (0, 10, 20)], dim=1)
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -89,9 +89,9 @@ def test_of_a_large_head_few_rows_are_made_at_a_time(monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(0)
     for hidden_size in (8, 80):
         hidden, head = torch.randn(3, hidden_size, generator=generator), torch.randn(777, hidden_size)
-        answers = HeadAnswers(hidden, Counted(head))
-        assert torch.allclose(answers.logits(slice(5, 777)), hidden @ head[5:].T, rtol=1e-5, atol=1e-5)
-        assert compare_logits(whole(hidden @ head.T), answers).relative_error < 1e-6
+        found = HeadLogits(hidden, Counted(head))
+        assert torch.allclose(found.columns(slice(5, 777)), hidden @ head[5:].T, rtol=1e-5, atol=1e-5)
+        assert compare_logits(whole(hidden @ head.T), found).relative_error < 1e-6
         assert max(made) == 800 // hidden_size
         assert sum(made) == 772 + 777
         made.clear()
@@ -102,7 +102,7 @@ ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("known", [True, False])
-def test_row_answers_are_the_models_own_logits(family: str, known: bool, tiny_models: Callable[[str], Path]) -> None:
+def test_row_logits_are_the_models_own_logits(family: str, known: bool, tiny_models: Callable[[str], Path]) -> None:
     """By the formula where it is the model's, and by the model itself where it says so, or the formula is wrong."""
     model = load_dense_model(ModelDirectory.open(tiny_models(family)), torch.device("cpu"))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_row_answers_are_the_models_own_logits(family: str, known: bool, tiny_mo
     assert not path.own_logits
     wrong = LossPath(logit_scale=2.0)
     for used in [path] if known else [wrong, LossPath(own_logits=True)]:
-        answers = row_answers(model, ROWS, used)
-        assert isinstance(answers, HeadAnswers) == known
-        found = answers.logits(slice(0, answers.shape[1]))
+        made = row_logits(model, ROWS, used)
+        assert isinstance(made, HeadLogits) == known
+        found = made.columns(slice(0, made.shape[1]))
         assert float((found - expected).norm() / expected.norm()) < 1e-6

@@ -5,21 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from merge_runs import merge_to
 
 from benchmarks.llama_checkpoint import LlamaShape
 from benchmarks.merge_7b import (
     FOUR_BIT,
     PLAIN,
-    compare_answers,
+    compare_streamed,
     make_inputs,
     merge_inputs,
 )
 from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.common.process_memory import private_bytes
-from qlora_trainer.data.batching.packing import Example, make_packs
-from qlora_trainer.merging.fold import merge
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.model.forward import LossPath, loss_sum
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 SMALL = LlamaShape(hidden=256, intermediate=512, layers=1, heads=4, key_value_heads=2, vocabulary=600)
 VOCABULARY = 120_000
@@ -41,6 +43,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(private_bytes() is None, reason="the system does not say what a process holds")
 @pytest.mark.parametrize("base", [PLAIN, FOUR_BIT])
 def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[int], Path], tmp_path: Path) -> None:
@@ -50,10 +53,10 @@ def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[in
         directory = bases(vocabulary)
         output = tmp_path / f"merged-{vocabulary}"
         with PrivatePeak() as memory:
-            merge(merge_inputs(directory, base), output, max_shard_bytes=10**9)
+            merge_to(merge_inputs(directory, base), output, max_shard_bytes=10**9)
             if base == PLAIN:
-                compare_answers(directory, output)
-                model = load_streamed_model(output, torch.device("cpu"))
+                compare_streamed(directory, output)
+                model = load_streamed_model(ModelDirectory.open(output), torch.device("cpu"))
                 (pack,) = make_packs([Example(list(range(64)), list(range(64)))], 64, packing=True)
                 with torch.no_grad():
                     loss_sum(model, pack, LossPath())

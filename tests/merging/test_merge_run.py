@@ -1,8 +1,8 @@
 """Promises of the merge command: the base is chosen by measurement, and what is written answers as trained."""
 
-import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cards import pretend_free_memory
+from marks import slow_but
 from safetensors.torch import load_file, save_file
+from spying import noting
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
@@ -23,21 +25,23 @@ from qlora_trainer.common.errors import (
     OutputExistsError,
 )
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.types import Example
 from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging import measure as merge_measurement
+from qlora_trainer.merging import merge_plan, stream_plan, streamed_model
 from qlora_trainer.merging import merge_run as deployment
-from qlora_trainer.merging import streamed_model
-from qlora_trainer.merging.merge_plan import MergeBase
 from qlora_trainer.merging.merge_run import merge_run
+from qlora_trainer.merging.stream_plan import StreamPlan
 from qlora_trainer.merging.verify import check_original
 from qlora_trainer.model.forward import logits
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained, read_trained
-from qlora_trainer.training.evaluation import answer_questions, questions
+from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
+from qlora_trainer.weights import model_directory
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -68,10 +72,11 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    prepared = prepare_data(trained.config, trained.tokenizer, trained.base.directory)
-    asked = questions(Renderer(trained.tokenizer), prepared.eval)
-    theirs = answer_questions(model, tokenizer, asked, max_new_tokens=12)
-    ours = answer_questions(trained.base.model, trained.tokenizer, asked, max_new_tokens=12)
+    own = trained.renderer.tokenizer
+    prepared = prepare_data(trained.config, own, trained.base.directory)
+    prompts = eval_prompts(Renderer(own), prepared.eval)
+    theirs = answer_prompts(model, tokenizer, prompts, max_new_tokens=12)
+    ours = answer_prompts(trained.base.model, own, prompts, max_new_tokens=12)
     assert [a.answer for a in theirs] == [a.answer for a in ours]
     row = prepared.eval[0].input_ids
     with torch.no_grad():
@@ -81,6 +86,7 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
     assert float((plain - expected).norm() / expected.norm()) < 3e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
     family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
@@ -100,6 +106,31 @@ def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
+def test_a_merge_lists_its_base_once_and_makes_three_empty_models(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base, measured on both bases; its first layers, on which short forwards are tried without reading all
+    weights; and what was written, as its own config.json describes it."""
+    base = Path(read_trained(run_dir).config.model.name)
+    seen: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, what: Callable[..., str]) -> None:
+        noted = noting(getattr(owner, name), lambda *args, **named: seen.update([what(*args)]))
+        monkeypatch.setattr(owner, name, noted)
+
+    count(model_directory, "list_tensors", lambda path, config: "listed" if path == base else "listed output")
+    count(model_directory, "read_json_object", lambda path: "read" if path.parent == base else "read output")
+    count(merge_plan, "trained_weights", lambda *args: "trained weights")
+    count(AutoModelForCausalLM, "from_config", lambda *args: "empty models")
+    assert merge_run(run_dir, tmp_path / "merged").choice.eval_loss.keys() == {"dequantized", "original"}
+    assert {name: seen[name] for name in ("listed", "read", "trained weights")} == {
+        "listed": 1,
+        "read": 1,
+        "trained weights": 1,
+    }
+    assert seen["empty models"] == 3
+
+
 def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: Path) -> None:
     done = merge_run(run_dir, tmp_path / "merged")
     losses = done.choice.eval_loss
@@ -111,6 +142,7 @@ def test_auto_measures_both_bases_and_takes_the_better(run_dir: Path, tmp_path: 
     assert record["base_choice"]["eval_loss"] == losses
 
 
+@pytest.mark.slow
 def test_the_original_base_is_verified_against_itself_and_its_difference_reported(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -122,6 +154,7 @@ def test_the_original_base_is_verified_against_itself_and_its_difference_reporte
     assert done.difference_from_trained.kl > 10 * done.report.verification.difference.kl
 
 
+@pytest.mark.slow
 def test_an_adapter_much_worse_on_the_original_base_is_not_merged_into_it(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +183,7 @@ def test_too_little_memory_to_verify_is_reported_before_anything_is_written(
 ) -> None:
     pretend_free_memory(monkeypatch, lambda device: 2**29)
     monkeypatch.setattr(deployment, "merge", lambda *args, **kwargs: pytest.fail("the merge was begun"))
-    with pytest.raises(InsufficientMemoryError, match="Comparing answers"):
+    with pytest.raises(InsufficientMemoryError, match="Comparing logits"):
         merge_run(run_dir, tmp_path / "merged", base="dequantized")
     assert not (tmp_path / "merged").exists()
 
@@ -181,7 +214,7 @@ def test_a_changed_embedding_is_refused_before_any_pass_over_the_weights(run_dir
         merge_run(run_dir, tmp_path / "merged", model=str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("where", ["merge", "verify_merge"])
+@pytest.mark.parametrize("where", slow_but(["merge", "verify_merge"], "merge"))
 def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     where: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,11 +227,12 @@ def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_takes_absent_weights_is_measured_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed = merge_run(run_dir, tmp_path / "streamed")
-    monkeypatch.setattr(merge_measurement, "gives_answers", lambda model: False)
+    monkeypatch.setattr(merge_measurement, "has_finite_logits", lambda model: False)
     monkeypatch.setattr(merge_measurement, "load_streamed_model", once(merge_measurement.load_streamed_model))
     whole = merge_run(run_dir, tmp_path / "whole")
     assert whole.choice.eval_loss == pytest.approx(streamed.choice.eval_loss, rel=1e-5)
@@ -218,14 +252,10 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_original_base_that_cannot_be_measured_is_passed_over_or_reported(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = merge_measurement._with_adapter
+    def full(model: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def full(run: Any, base: MergeBase, progress: Any) -> Any:
-        if base == "original":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(run, base, progress)
-
-    monkeypatch.setattr(merge_measurement, "_with_adapter", full)
+    monkeypatch.setattr(merge_measurement, "read_original_weights", full)
     done = merge_run(run_dir, tmp_path / "merged")
     assert done.choice.base == "dequantized"
     assert "not measured: OutOfMemoryError: CUDA out of memory" in done.warnings[0]
@@ -237,18 +267,23 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    load, prepare = merge_measurement._load, merge_measurement.prepare_trained
+    fill, load, prepare = (
+        getattr(merge_measurement, name) for name in ("fill_model", "load_streamed_model", "prepare_trained")
+    )
     monkeypatch.setattr(merge_measurement, "prepare_trained", lambda *args: (prepare(*args)[0], ["reported once"]))
 
-    def load_on(run: Any, base: MergeBase, progress: Any, layers: int | None = None) -> Any:
-        tried.append(run.device.type)
-        if layers:
-            return load(dataclasses.replace(run, device=torch.device("cpu")), base, progress, layers)
-        if run.device.type == "cuda":
-            raise torch.OutOfMemoryError("too small")
-        return load(run, base, progress)
+    def load_first_layers(base: ModelDirectory, device: torch.device, *args: Any, **named: Any) -> Any:
+        tried.append(device.type)
+        return load(base, torch.device("cpu"), *args, **named)
 
-    monkeypatch.setattr(merge_measurement, "_load", load_on)
+    def fill_on(plan: StreamPlan) -> Any:
+        tried.append(plan.device.type)
+        if plan.device.type == "cuda":
+            raise torch.OutOfMemoryError("too small")
+        return fill(plan)
+
+    monkeypatch.setattr(merge_measurement, "load_streamed_model", load_first_layers)
+    monkeypatch.setattr(merge_measurement, "fill_model", fill_on)
     monkeypatch.setattr(deployment, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setattr(merge_measurement, "give_back_memory", lambda: None)
     free = {"cpu": 2**40}
@@ -262,6 +297,7 @@ def test_where_the_gpu_is_too_small_the_merge_runs_on_the_cpu(
     assert tried == ["cpu", "cpu", "cuda", "cuda", "cpu", "cpu"]
 
 
+@pytest.mark.slow
 def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
     tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -292,7 +328,7 @@ def test_a_merge_works_where_the_data_is_gone(run_dir: Path, rows: Path, tmp_pat
 def test_one_spoilt_tensor_is_caught_and_nothing_is_left(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The value is spoilt when the files have been checked: only the comparison of answers can see it."""
+    """The value is spoilt when the files have been checked: only the comparison of logits can see it."""
     right = merging.verify_files
 
     def spoil(directory: Path, *args: Any) -> None:
@@ -304,7 +340,7 @@ def test_one_spoilt_tensor_is_caught_and_nothing_is_left(
         save_file(tensors, path, metadata={"format": "pt"})
 
     monkeypatch.setattr(merging, "verify_files", spoil)
-    with pytest.raises(MergeError, match="does not answer as the trained one"):
+    with pytest.raises(MergeError, match="logits are not those of the trained one"):
         merge_run(run_dir, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
 
@@ -353,6 +389,7 @@ def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_on", ["original", "prequantized"])
 def test_another_copy_of_the_base_merges_to_the_same_bits(
     trained_on: str, tiny_config: Config, tiny_llama: Path, tmp_path: Path
@@ -388,19 +425,20 @@ def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: py
     assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_streamed_is_measured_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same outcome."""
     streamed = merge_run(run_dir, tmp_path / "streamed")
-    monkeypatch.setattr(deployment, "can_stream", lambda directory: False)
-    monkeypatch.setattr(streamed_model, "_sources", lambda *args: None)
+    monkeypatch.setattr(stream_plan, "_sources", lambda *args: None)
     whole = merge_run(run_dir, tmp_path / "whole")
     assert whole.choice.eval_loss == pytest.approx(streamed.choice.eval_loss, rel=1e-5)
     assert whole.choice.base == streamed.choice.base
     assert whole.report.verification is not None
 
 
+@pytest.mark.slow
 def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -421,6 +459,7 @@ def test_a_mixture_whose_experts_are_renamed_is_merged_and_measured_whole(
     assert merged_tensors(tmp_path / "merged").keys() == merged_tensors(tmp_path / "moe").keys()
 
 
+@pytest.mark.slow
 def test_shards_are_of_the_size_asked_for(run_dir: Path, tmp_path: Path) -> None:
     merge_run(run_dir, tmp_path / "merged", base="dequantized", max_shard_bytes=100_000)
     held: dict[str, int] = {}

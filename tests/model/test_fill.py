@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from cards import pretend_free_memory
+from marks import slow, slow_but
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def assert_same_tensors(ours: nn.Module, theirs: nn.Module) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gemma3", "gpt2", "phi3"))
 def test_every_tensor_is_as_transformers_loads_it(family: str, tiny_models: Callable[[str], Path]) -> None:
     """Parameters, stored buffers and computed ones, packed codes and their statistics, to the last bit."""
     ours = load(tiny_models(family), compute_dtype="bfloat16")  # the checkpoint's, in which theirs computes its buffers
@@ -149,9 +150,9 @@ def head_stored_alone(tensors: dict[str, Tensor]) -> None:
     [
         ("gpt2", saved_without_prefix),
         ("llama", norms_in_fp32),
-        ("llama_tied", head_stored_too),
+        slow(("llama_tied", head_stored_too)),
         ("llama_tied", head_stored_otherwise),
-        ("llama_tied", head_stored_alone),
+        slow(("llama_tied", head_stored_alone)),
     ],
 )
 def test_checkpoints_of_every_habit_load_as_transformers_loads_them(
@@ -240,7 +241,7 @@ def test_a_dense_tensor_that_is_not_finite_is_refused_by_name_and_file(
         load(directory)
 
 
-@pytest.mark.parametrize("settings", [{"lm_head": "4bit"}, {"lm_head": "8bit"}])
+@pytest.mark.parametrize("settings", slow_but([{"lm_head": "4bit"}, {"lm_head": "8bit"}], {"lm_head": "4bit"}))
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_a_quantized_head_is_made_of_the_checkpoints_values(
     family: str, settings: Any, tiny_models: Callable[[str], Path]
@@ -312,6 +313,7 @@ for directory in others:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(private_bytes() is None, reason="needs Linux's /proc")
 def test_private_memory_is_the_4bit_model_and_little_more(tiny_llama: Path, tmp_path: Path) -> None:
     """Neither all of the 16-bit weights nor two copies of what is made of them; of a copy kept in 4 bits, nothing."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cards import pretend_free_memory
 from gguf_files import tiny_weights, write_gguf
+from marks import slow_but
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig
@@ -50,7 +51,7 @@ def quantize(directory: Path, output: Path, **options: Any) -> Path:
     return output
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "llama", "gpt2"))
 def test_the_copy_is_the_same_base(family: str, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     """To the last bit: config, packed codes, statistics, what is dense, and even what the original's bytes were."""
     ours, kept = load(tiny_models(family)), load(quantize(tiny_models(family), tmp_path / "nf4"))
@@ -60,7 +61,7 @@ def test_the_copy_is_the_same_base(family: str, tiny_models: Callable[[str], Pat
     assert torch.equal(ours.model(ids).logits, kept.model(ids).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "phi3"))
 def test_plain_transformers_loads_the_copy_to_the_same_logits(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def test_a_copy_stays_in_its_file_on_a_cpu_and_nothing_writes_there(tiny_llama: 
     assert (kept / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", ["another", "damaged"])
+@pytest.mark.parametrize("damage", slow_but(["another", "damaged"], "damaged"))
 def test_a_difference_from_the_original_is_explained(damage: str, tiny_llama: Path, tmp_path: Path) -> None:
     """By what lay on disk: the bytes of another checkpoint, or of the same, quantized in another way."""
     if damage == "another":
@@ -175,6 +176,7 @@ def test_a_kept_copy_is_made_once_and_anew_where_the_base_changed(
     assert len(kept_copies(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_imported_files_of_one_name_and_config_have_copies_of_their_own(tmp_path: Path) -> None:
     """A directory that represents a GGUF file holds no weights; the file it names does."""
     (tmp_path / "files").mkdir()
@@ -254,6 +256,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_kept_base_resumes_and_merges(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Its losses are those of the run that keeps nothing, resumed with the copy or without, and so is the merge."""
     steps = {"training": {"max_steps": 2}, "optimizer": {"learning_rate": 2e-2}}

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from qlora_trainer.cli.app import prefer_expandable_segments
-from qlora_trainer.planning.allocator import MIB, SETTINGS, CachingAllocator, Event, uses_expandable_segments
+from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES, MIB, CachingAllocator, Event, uses_expandable_segments
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_the_end_of_an_expandable_segment_is_taken_last() -> None:
 
 
 def test_expandable_segments_are_asked_for_unless_the_user_has_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in SETTINGS:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert not uses_expandable_segments()
     prefer_expandable_segments()
     assert uses_expandable_segments()
-    for name in SETTINGS:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "max_split_size_mb:128")
         prefer_expandable_segments()
@@ -128,11 +128,11 @@ def test_under_wsl_expandable_segments_are_taken_only_where_the_user_asks_for_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On some cards and drivers the first allocation fails with them there."""
-    for name in SETTINGS:
+    for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(platform, "release", lambda: "5.15.153.1-microsoft-standard-WSL2")
     prefer_expandable_segments()
-    assert not any(name in os.environ for name in SETTINGS)
+    assert not any(name in os.environ for name in ALLOCATOR_VARIABLES)
     assert not uses_expandable_segments()
-    monkeypatch.setenv(SETTINGS[0], "expandable_segments:True")
+    monkeypatch.setenv(ALLOCATOR_VARIABLES[0], "expandable_segments:True")
     assert uses_expandable_segments(), "torch takes the user's word, and so does the plan"

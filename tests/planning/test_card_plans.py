@@ -9,15 +9,18 @@ import pytest
 import torch
 from cards import a_card_is_here
 
-from qlora_kernels import lora_linear, varlen_attention
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels import card, dropout, varlen_attention
+from qlora_kernels.card import Card
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import memory_plan as planning
 from qlora_trainer.planning import workspaces
+from qlora_trainer.planning.empty_run import empty_run, planned_card, planned_dtype
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.planning.step_memory import PAGED
+from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
@@ -47,7 +50,7 @@ def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:
         {
             "model": {"name": str(directory)},
             "data": {"train": "rows.jsonl", "max_length": tokens},
-            "optimizer": {"name": "adamw"},  # whose state lies on the card, whether or not that pages
+            "optimizer": {"name": "adamw"},  # whose state is on the card, whether or not that pages
             "training": {"global_batch_size": 1, "activation_checkpointing": "none", **training},
         }
     )
@@ -58,6 +61,7 @@ def bytes_of_a_layer(directory: Path, config: RunConfig) -> int:
     return more - fewer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["Turing", "reference", "no window"])
 def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_query_head(
     llama_8b: Path, monkeypatch: pytest.MonkeyPatch, refused: str
@@ -69,19 +73,19 @@ def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_
     elif refused == "reference":
         monkeypatch.setenv("QLORA_KERNELS", "reference")
     else:
-        monkeypatch.setattr(varlen_attention, "varlen_attention_arguments", lambda: frozenset({"scale"}))
+        monkeypatch.setattr(card, "varlen_attention_arguments", lambda: frozenset({"scale"}))
     loop = bytes_of_a_layer(llama_8b, config_of(llama_8b))
     assert 2 * (32 - 8) * 128 * 2 == 12_288
     assert abs(loop - flash - TOKENS * 12_288) <= 64, "but for bounds and random states"
 
 
 def test_a_card_older_than_ampere_is_planned_in_float16(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert planning.compute_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
+    assert planned_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
     a_card_is_here(monkeypatch, (7, 5))
     config = config_of(llama_8b)
-    card = planning.planned_card(config)
+    card = planned_card(config)
     assert card == Card((7, 5), 40)
-    assert planning.compute_dtype(config, card) == torch.float16
+    assert planned_dtype(config, card) == torch.float16
     plan = plan_memory(ModelDirectory.open(llama_8b), config, layers=1)
     assert "8.0 (Ampere) or higher, and this one has 7.5" in plan.attention
     assert plan.card == "compute capability 7.5, 40 multiprocessors"
@@ -145,7 +149,7 @@ def test_deterministic_attention_takes_fewest_sums_where_its_bound_cannot_be_kep
         return varlen_attention.key_heads_at_a_time(query, key, 1, 128)
 
     assert heads_at_a_time(2_048) == 8
-    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, next to 2.4 of all heads at once"
+    assert heads_at_a_time(32_768) == 1, "of which each has 32 sums: 2.0 GiB, where all heads at once have 2.4"
 
 
 @pytest.mark.parametrize(("global_batch_size", "documents"), [(1, 1), (3, 3), (16, 16)])
@@ -155,12 +159,13 @@ def test_a_plan_is_for_as_many_documents_as_a_step_has_rows(
     """Short rows pack into a micro-batch as full as one long row, and flash attention pads each."""
     config = tiny_config(model={"compute_dtype": "bfloat16"}, training={"global_batch_size": global_batch_size})
     card = Card((8, 0), 128)
-    policy = planning.choose_policy(config.training, torch.device("cuda"))
-    _, pack, _ = planning.empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, policy, card=card)
+    policy = choose_policy(config.training, torch.device("cuda"))
+    _, pack, _ = empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, policy, card=card)
     assert pack.tokens == 128
     assert len(pack.row_lengths) == documents
 
 
+@pytest.mark.slow
 def test_a_deterministic_plan_counts_the_sums_that_its_processors_keep_apart(llama_8b: Path) -> None:
     """Beyond that, nothing: 4 x 32 heads' sums for 128 multiprocessors, in an attention that is the fullest moment."""
     plain, ordered = (
@@ -202,6 +207,7 @@ def test_cublas_has_a_workspace_for_each_of_two_threads(
     assert workspaces.cublas_bytes(Card(capability, 100), setting) == 2 * kibibytes * 1024
 
 
+@pytest.mark.slow
 def test_cublas_workspaces_are_part_of_what_torch_reserves(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +217,7 @@ def test_cublas_workspaces_are_part_of_what_torch_reserves(
     more = 2 * (32_768 - 8_320) * 1024
     for name in ("allocated", "reserved", "total"):
         assert getattr(large, name) - getattr(small, name) == more, name
-    assert large.total == large.reserved + large.components[planning.PAGED] + planning.CUDA_CONTEXT_BYTES
+    assert large.total == large.reserved + large.components[PAGED] + planning.CUDA_CONTEXT_BYTES
 
 
 @pytest.mark.parametrize(("rows", "features"), [(64, 48), (7, 33)])
@@ -219,7 +225,7 @@ def test_cublas_workspaces_are_part_of_what_torch_reserves(
 def test_what_dropouts_mask_is_made_of_is_counted(rows: int, features: int, dtype: torch.dtype) -> None:
     like, seed = torch.empty(rows, 5, dtype=dtype), torch.tensor(7)
     with LiveBytes() as live:
-        mask = lora_linear._keep_mask(like, features, 0.1, seed)
+        mask = dropout._keep_mask(like, features, 0.1, seed)
     inside = workspaces.keep_mask_bytes((like, features, 0.1, seed))
     assert abs(live.peak.bytes - mask.nbytes - inside) <= 8, "but for a number or two"
     for by_operation in (workspaces.workspaces_on_cpu(), workspaces.workspaces_on_cuda(Card((8, 0), 128))):

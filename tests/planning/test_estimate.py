@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from marks import slow
 
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
@@ -24,11 +25,11 @@ WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-
 @pytest.mark.parametrize(
     ("layers", "training"),
     [
-        (5, {"activation_checkpointing": "none"}),
+        slow((5, {"activation_checkpointing": "none"})),
         (5, {"activation_checkpointing": "full"}),
-        (6, {"activation_checkpointing": "full", "uncheckpointed_layers": 4}),
-        pytest.param(12, {"activation_checkpointing": "offload", "offload_every_n_layers": 3}, marks=pytest.mark.slow),
-        (5, {"activation_checkpointing": "tiled"}),
+        slow((6, {"activation_checkpointing": "full", "uncheckpointed_layers": 4})),
+        slow((12, {"activation_checkpointing": "offload", "offload_every_n_layers": 3})),
+        slow((5, {"activation_checkpointing": "tiled"})),
     ],
     ids=str,
 )

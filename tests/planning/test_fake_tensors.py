@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import qlora_kernels.nf4  # noqa: F401  registers its ops
+from qlora_kernels.torch_internals import FakeTensor, FakeTensorMode
 from qlora_trainer.planning.fake_tensors import FakeRun
 
 Work = Callable[[Tensor], Tensor | None]

@@ -1,8 +1,8 @@
 """Counting bytes: every storage once, from its making to its end."""
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.allocator import CachingAllocator
 from qlora_trainer.planning.live_bytes import LiveBytes
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 from cards import a_card_is_here
+from marks import slow, slow_but
 from transformers import FalconConfig
 
 from qlora_trainer.cli.plan import describe
@@ -24,6 +25,7 @@ from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning import memory_plan as planning
+from qlora_trainer.planning.empty_run import empty_run, keeps_apart, longest_pack, longest_row
 from qlora_trainer.planning.fit import (
     GRAIN,
     Budget,
@@ -33,20 +35,25 @@ from qlora_trainer.planning.fit import (
     longest_context,
     with_length,
 )
-from qlora_trainer.planning.memory_plan import (
-    MemoryPlan,
-    empty_run,
-    keeps_apart,
-    longest_pack,
-    longest_row,
-    plan_memory,
+from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.step_memory import (
+    ACTIVATIONS,
+    ADAPTERS,
+    BASE,
+    DENSE,
+    GRADIENTS,
+    HEAD,
+    PAGED,
+    PAGED_ELEMENTS,
+    STATE,
+    persistent_tensors,
     track_steps,
 )
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import step
-from qlora_trainer.training.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.memory.activations import Level, Policy, choose_policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.state import with_micro_batch
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -104,7 +111,9 @@ def llama_8b(tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("family", "changes"), COMPARED, ids=str)
+@pytest.mark.parametrize(
+    ("family", "changes"), slow_but(COMPARED, ("llama", SETTINGS[1]), ("gemma3", SETTINGS[-1])), ids=str
+)
 def test_fake_and_real_steps_take_the_same_bytes(
     tiny_config: Config, tiny_models: Callable[[str], Path], family: str, changes: dict[str, Any]
 ) -> None:
@@ -164,9 +173,10 @@ def test_a_change_of_the_step_changes_the_plan(
     with_live_tensor(monkeypatch, numel=10_000)
     after = plan_memory(ModelDirectory.open(tiny_llama), tiny_config())
     assert after.allocated - before.allocated == 40_000
-    assert after.components[planning.ACTIVATIONS] - before.components[planning.ACTIVATIONS] == 40_000
+    assert after.components[ACTIVATIONS] - before.components[ACTIVATIONS] == 40_000
 
 
+@pytest.mark.slow
 def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     """Flash attention takes it there, in the memory it takes without."""
     windowed = tiny_models("mistral")
@@ -182,18 +192,19 @@ def test_a_window_costs_a_card_nothing(tiny_config: Config, tiny_models: Callabl
 def test_components_sum_to_what_the_card_must_hold(tiny_config: Config, tiny_llama: Path) -> None:
     plan = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}))
     parts = plan.components
-    assert plan.total == plan.reserved + parts[planning.PAGED] + parts[planning.CONTEXT]
+    assert plan.total == plan.reserved + parts[PAGED] + parts[planning.CONTEXT]
     assert plan.reserved == plan.allocated + parts[planning.SLACK]
     run = start_run(tiny_config(adapter={"rank": 64}, model={"compute_dtype": "bfloat16"}))
-    assert parts[planning.BASE] + parts[planning.HEAD] + parts[planning.DENSE] == run.base.bytes
+    assert parts[BASE] + parts[HEAD] + parts[DENSE] == run.base.bytes
     (group,) = run.state.groups
-    assert parts[planning.ADAPTERS] == parts[planning.GRADIENTS] == group.data.nbytes
+    assert parts[ADAPTERS] == parts[GRADIENTS] == group.data.nbytes
     # Of the same bytes the moments page, as the group has over 100,000 numbers.
-    assert group.data.numel() > planning.PAGED_ELEMENTS
-    assert parts[planning.PAGED] == run.state.optimizer.state_bytes
-    assert parts[planning.STATE] == 0
+    assert group.data.numel() > PAGED_ELEMENTS
+    assert parts[PAGED] == run.state.optimizer.state_bytes
+    assert parts[STATE] == 0
 
 
+@pytest.mark.slow
 def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path) -> None:
     """Of the dense embeddings and head, bf16 each, one goes to the host, and the other becomes codes and scales."""
 
@@ -201,27 +212,28 @@ def test_memory_options_take_what_they_say(tiny_config: Config, tiny_llama: Path
         return plan_memory(ModelDirectory.open(tiny_llama), tiny_config(**changes))
 
     plain, host = planned(), planned(model={"embeddings": "cpu"})
-    dense = plain.components[planning.HEAD] // 2
-    assert (host.host, host.components[planning.HEAD]) == (dense, dense)
+    dense = plain.components[HEAD] // 2
+    assert (host.host, host.components[HEAD]) == (dense, dense)
     assert host.base_parameters == plain.base_parameters
     numbers = dense // 2
     eight, four = planned(model={"lm_head": "8bit"}), planned(model={"lm_head": "4bit"})
-    assert eight.components[planning.HEAD] == dense + numbers + 4 * (numbers // 64)
-    assert dense + 0.5 * numbers < four.components[planning.HEAD] < dense + 0.55 * numbers + 4 * 256
+    assert eight.components[HEAD] == dense + numbers + 4 * (numbers // 64)
+    assert dense + 0.5 * numbers < four.components[HEAD] < dense + 0.55 * numbers + 4 * 256
     assert eight.base_parameters == four.base_parameters == plain.base_parameters
     halved = planned(adapter={"dtype": "bfloat16", "rank": 64})
     whole = planned(adapter={"rank": 64})
-    for part in (planning.ADAPTERS, planning.GRADIENTS):
+    for part in (ADAPTERS, GRADIENTS):
         assert 2 * halved.components[part] == whole.components[part]
-    assert halved.components[planning.PAGED] == whole.components[planning.PAGED], "Adam's moments stay fp32"
+    assert halved.components[PAGED] == whole.components[PAGED], "Adam's moments stay fp32"
 
 
+@pytest.mark.slow
 def test_small_state_and_plain_adamw_do_not_page(tiny_config: Config, tiny_llama: Path) -> None:
     small = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 2}))
     plain = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(adapter={"rank": 64}, optimizer={"name": "adamw"}))
     for plan in (small, plain):
-        assert plan.components[planning.PAGED] == 0
-        assert plan.components[planning.STATE] >= 2 * plan.components[planning.ADAPTERS]
+        assert plan.components[PAGED] == 0
+        assert plan.components[STATE] >= 2 * plan.components[ADAPTERS]
 
 
 @pytest.mark.slow
@@ -233,6 +245,7 @@ def test_the_config_for_the_smallest_card_fits_it(llama_8b: Path) -> None:
     assert plan.micro_batch_tokens == settings.data.max_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [12, 16, 24])
 def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
@@ -244,6 +257,7 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     assert fewer.micro_batch_tokens == settings.data.max_length
 
 
+@pytest.mark.slow
 def test_live_bytes_are_linear_in_like_layers(llama_8b: Path) -> None:
     config = make_config({"model": {"name": str(llama_8b)}, "data": {"train": "rows.jsonl", "max_length": 1024}})
     two, three, seven = (plan_memory(ModelDirectory.open(llama_8b), config, layers).allocated for layers in (2, 3, 7))
@@ -326,6 +340,7 @@ def test_auto_takes_the_fastest_policy_that_fits(narrow_8b: Path) -> None:
     assert [plan.policy.level for plan in found if plan not in recomputing] == ["none", "offload", "tiled"]
 
 
+@pytest.mark.slow
 def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Path) -> None:
     whole = plan_memory(ModelDirectory.open(narrow_8b), named(narrow_8b, activation_checkpointing="tiled"))
     assert whole.host == 4 * 2048 * 1024 * 2
@@ -338,6 +353,7 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
         ) == every  # a third of four layers' inputs: two are needed
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
     keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
     kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
@@ -355,8 +371,9 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
 
 
+@pytest.mark.slow
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
-    """A kept layer that the config asks for would be kept under a with less memory level too."""
+    """A kept layer that the config asks for would be kept under a level with less memory too."""
     keeping = tiny_config(
         data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
     )
@@ -377,8 +394,8 @@ def test_the_largest_micro_batch_fills_its_limit(
     assert longest_pack(ModelDirectory.open(tiny_llama), config, packing=False).tokens == whole
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-@pytest.mark.parametrize("level", ["offload", "tiled", "full"])
+@pytest.mark.parametrize("every", slow_but([1, 2, 3], 2))
+@pytest.mark.parametrize("level", slow_but(["offload", "tiled", "full"], "offload"))
 def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     tiny_config: Config, tiny_llama: Path, level: str, every: int
 ) -> None:
@@ -391,13 +408,14 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
     assert offloaded_bytes(model, plan.policy, plan.micro_batch_tokens) == plan.host
 
 
+@pytest.mark.slow
 def test_too_little_host_memory_is_reported(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
         check_fits(ModelDirectory.open(tiny_llama), offloading, Budget(2**40, 0))
 
 
-@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("works", slow_but([True, False], False))
 def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
     tiny_config: Config,
     tiny_llama: Path,
@@ -407,15 +425,15 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 ) -> None:
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)" if works else "ctypes.CDLL(None).exit(1)")
     config = tiny_config(adapter={"rank": 64})
-    state, *_ = planning.empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, Policy("none"))
+    state, *_ = empty_run(ModelDirectory.open(tiny_llama), config, torch.bfloat16, Policy("none"))
     size = state.groups[0].data.numel()
-    assert size > planning.PAGED_ELEMENTS
+    assert size > PAGED_ELEMENTS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    kinds = planning.persistent_tensors(state, on_cuda=True)
-    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (planning.STATE, planning.PAGED)}
+    kinds = persistent_tensors(state, on_cuda=True)
+    bytes_of = {kind: sum(tensor.nbytes for tensor in kinds[kind]) for kind in (STATE, PAGED)}
     moments = 2 * 4 * size
-    expected = {planning.STATE: 0, planning.PAGED: moments} if works else {planning.STATE: moments, planning.PAGED: 0}
+    expected = {STATE: 0, PAGED: moments} if works else {STATE: moments, PAGED: 0}
     assert bytes_of == expected
 
 
@@ -446,7 +464,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
@@ -457,7 +475,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))
@@ -466,7 +484,7 @@ def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     free["available"] = 2**20
     monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     with pytest.raises(InsufficientMemoryError, match="GiB of memory under"):
-        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-none"}))
+        start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-refused"}))
 
 
 @pytest.fixture(params=["version 1", "version 2"])
@@ -496,24 +514,25 @@ def test_what_is_offloaded_has_the_space_that_a_container_is_allowed(container: 
     assert (before, spare_host_memory()) == (3 * 2**38, 6 * 2**30), "three quarters of what is free"
 
 
+@pytest.mark.slow
 def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, container: Callable[..., None]
 ) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, less_memory = (
+    kept, checkpointed = (
         plan_memory(
             ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
         ).total
         for level in ("none", "full")
     )
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (less_memory, "full")]
+    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for free, level in fitting_in:
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
         assert plan is not None
         assert plan.policy == Policy(level)
-    assert fitting.memory_here(config) == 2**30 + less_memory
+    assert fitting.memory_here(config) == 2**30 + checkpointed
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
         fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
@@ -539,6 +558,7 @@ def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monk
     assert f"planned {gib(run.plan.total + run.program_bytes)}" in page
 
 
+@pytest.mark.slow
 def test_the_report_sets_the_peak_next_to_the_plan(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -552,7 +572,7 @@ def test_the_report_sets_the_peak_next_to_the_plan(
     assert f"planned {gib(run.plan.allocated)}" in page
 
 
-@pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), ("auto", ["none", "full"])])
+@pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), slow(("auto", ["none", "full"]))])
 def test_a_resumed_run_is_planned_as_it_goes_on(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, activations: str, planned: list[str]
 ) -> None:
@@ -573,6 +593,24 @@ def test_a_resumed_run_is_planned_as_it_goes_on(
     assert resumed.plan.policy == resumed.state.policy == Policy("full")
     assert asked == planned
     assert any("would fit" in warning for warning in resumed.warnings) == (activations == "auto")
+
+
+@pytest.mark.parametrize(("optimizer", "order"), [("paged_adamw_32bit", ["trial", "memory"]), ("adamw", ["memory"])])
+def test_paging_is_tried_before_the_cards_memory_is_asked_for(
+    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str, order: list[str]
+) -> None:
+    """Asking makes a CUDA context, and a card in exclusive mode has one at a time."""
+    asked: list[str] = []
+
+    def mem_get_info() -> tuple[int, int]:
+        asked.append("memory")
+        return 2**30, 24 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fitting, "paging_refusal_here", lambda: asked.append("trial"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert fitting.memory_here(tiny_config(optimizer={"name": optimizer})) == 24 * 2**30
+    assert asked == order
 
 
 @pytest.mark.parametrize(("max_length", "lowered", "planned"), [(64, 48, 64), (64, 96, 96), (10**6, 1.5, 1.5)])

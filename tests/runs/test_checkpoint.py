@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow_but
 from safetensors.torch import save_file
 
 from qlora_trainer.common.errors import CheckpointError, DiskError
@@ -262,7 +263,7 @@ def fill_disk(descriptor: int | None) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and reads /proc")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("step", [2, 1], ids=["of the next step", "in place of the same step"])
+@pytest.mark.parametrize("step", slow_but([2, 1], 1), ids=["of the next step", "in place of the same step"])
 @pytest.mark.parametrize("act", [kill, fill_disk])
 def test_a_save_that_dies_at_any_write_leaves_a_whole_checkpoint(
     tmp_path: Path, step: int, act: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch

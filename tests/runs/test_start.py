@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from marks import slow_but
 from safetensors.torch import load_file, save_file
+from spying import opened_files
 from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
@@ -34,6 +36,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
+from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -81,7 +84,29 @@ def change_tensor(base: Path, name: str, factor: float) -> None:
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_run_reads_the_config_of_its_base_once(tiny_config: Config, own_base: Path) -> None:
+    """From its start to its adapter, samples and report; once more where it is resumed, and where it is evaluated."""
+
+    def train(run: Run, stop_after: int | None = None) -> None:
+        run.answer_samples("before")
+        run.train(quiet, stop_after)
+        write_run_report(run)
+
+    config = tiny_config(model={"name": str(own_base)}, training={"max_steps": 2})
+    directory = Path(config.training.output_dir)
+    for part in (
+        lambda: train(start_run(config), stop_after=1),
+        lambda: train(resume_run(directory)),
+        lambda: evaluate_trained(open_trained(directory), answers=1),
+    ):
+        with opened_files() as paths:
+            part()
+        assert paths.count(str(own_base / "config.json")) == 1
+
+
+@pytest.mark.parametrize(
+    "name", slow_but(["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight")
+)
 def test_a_base_with_another_dense_tensor_is_refused_on_resume(tiny_config: Config, own_base: Path, name: str) -> None:
     run = start_run(tiny_config(model={"name": str(own_base)}))
     change_tensor(own_base, name, 1.5)
@@ -209,6 +234,7 @@ def test_a_setting_that_would_make_another_run_is_refused_on_resume(
         resume_run(run.directory)
 
 
+@pytest.mark.slow
 def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny_config: Config) -> None:
     whole = start_run(tiny_config("whole", adapter={"dropout": 0.2}))
     assert whole.train(quiet)
@@ -231,7 +257,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
-@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", slow_but(["paged_adamw_32bit", "paged_adamw_8bit"], "paged_adamw_32bit"))
 def test_bf16_adapters_resume_bit_for_bit(tiny_config: Config, optimizer: str) -> None:
     settings = {"adapter": {"dtype": "bfloat16", "rank": 16}, "optimizer": {"name": optimizer, "learning_rate": 5e-3}}
     whole = start_run(tiny_config("whole", **settings))
@@ -261,6 +287,7 @@ def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_confi
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
     tiny_config: Config, tiny_llama: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -321,7 +348,7 @@ def test_a_refused_override_leaves_the_config_as_it_was(tiny_config: Config) -> 
     assert (run.directory / "config.yaml").read_bytes() == before
 
 
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("bias", slow_but(["lora_only", "all"], "all"))
 def test_a_bias_mode_that_differs_between_save_and_load_is_refused_by_name(finished: Path, bias: str) -> None:
     edit_config(finished, "adapter", bias=bias)
     with pytest.raises(CheckpointError, match=rf"adapter\.bias is {bias} in config\.yaml and none there"):
@@ -330,6 +357,7 @@ def test_a_bias_mode_that_differs_between_save_and_load_is_refused_by_name(finis
         resume_run(finished)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_in_its_first_step_resumes_as_if_it_had_not(tiny_config: Config) -> None:
     whole = start_run(tiny_config("whole", adapter={"dropout": 0.2}))
     whole.answer_samples("before")
@@ -364,7 +392,7 @@ def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(
     assert [path for path in directory.parent.iterdir() if directory.name in path.name] == []
 
 
-@pytest.mark.parametrize("has_ended", [True, False])
+@pytest.mark.parametrize("has_ended", slow_but([True, False], False))
 def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Config, has_ended: bool) -> None:
     """Rows kept for evaluation now may have been trained on."""
     run = start_run(tiny_config("own", training={"max_steps": 2}))
@@ -389,6 +417,7 @@ def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
     assert evaluate_trained(trained) == expected
 
 
+@pytest.mark.slow
 def test_the_adapter_with_more_steps_is_opened(tiny_config: Config, finished: Path) -> None:
     longer = start_run(tiny_config("longer", training={"max_steps": 4}))
     longer.train(quiet, stop_after=3)
@@ -449,6 +478,7 @@ def test_a_checkpoint_records_what_its_last_bits_depend_on(monkeypatch: pytest.M
     assert cpu_name(tmp_path / "cpuinfo") == "Some CPU @ 3: fast"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_a_compiler_says_that_its_kernels_changed(
     tiny_config: Config, request: pytest.FixtureRequest
 ) -> None:
@@ -490,7 +520,7 @@ def test_a_run_that_goes_on_under_another_triton_says_so(
     assert environment(torch.device("cpu"), torch.float32)["triton"] is None, "a CPU's bits do not depend on it"
 
 
-@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("samples", slow_but([1, 3], 1))
 def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_config: Config, samples: int) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
     run.answer_samples("before")
@@ -505,7 +535,7 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert write_run_report(resumed).is_file()
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", slow_but([True, False], True))
 def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
     tiny_config: Config, rows: Path, packing: bool
 ) -> None:
@@ -582,7 +612,7 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
 
 
 @pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
+@pytest.mark.parametrize("name", slow_but(["paged_adamw_32bit", "paged_adamw_8bit", "adamw"], "paged_adamw_32bit"))
 def test_a_run_on_a_card_that_refuses_to_page_says_so_with_what_it_said(
     run_as_on_a_card: Callable[..., list[str]],
     bitsandbytes_of_the_child: Callable[..., Path],

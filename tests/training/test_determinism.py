@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from safetensors.torch import load_file
 
 from qlora_trainer.common.errors import ConfigError, TrainingError
@@ -57,6 +58,7 @@ def config_of(tiny_config: Config, output: str, level: str = "full", *, determin
     return tiny_config(output, adapter={"dropout": 0.1}, training=training)
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_resumes_to_the_same_bits_and_leaves_torch_as_it_was(tiny_config: Config) -> None:
     before, seen = settings_of_torch(), set()
     whole = start_run(config_of(tiny_config, "whole"))
@@ -73,7 +75,7 @@ def test_a_deterministic_run_resumes_to_the_same_bits_and_leaves_torch_as_it_was
     assert_same(second, whole)
 
 
-@pytest.mark.parametrize("level", ["none", "full", "offload", "tiled"])
+@pytest.mark.parametrize("level", slow_but(["none", "full", "offload", "tiled"], "tiled"))
 def test_no_operation_reads_memory_that_nothing_has_written(tiny_config: Config, level: str) -> None:
     """With all memory that a tensor begins with filled by NaN, a run has the same bits: filling is not needed."""
     plain = start_run(config_of(tiny_config, "plain", level, deterministic=False))

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.model.source import load_tokenizer
 from qlora_trainer.training import generation
@@ -30,9 +31,17 @@ def tokenizer(tiny_llama: Path) -> Any:
     return load_tokenizer(ModelDirectory.open(tiny_llama))
 
 
-def answers(model: Any, tokenizer: Any, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[str]:
-    settings = {"stop_token_ids": [tokenizer.eos_token_id], "max_new_tokens": 12, **options}
-    return generate_answers(model, tokenizer, prompts, **settings)
+def answers(
+    model: Any, tokenizer: Any, prompts: list[list[int]] = PROMPTS, stop: list[int] | None = None, **options: Any
+) -> list[str]:
+    stop = [tokenizer.eos_token_id] if stop is None else stop
+    tokens = [PromptTokens(ids, stop) for ids in prompts]
+    return generate_answers(model, tokenizer, tokens, **{"max_new_tokens": 12, **options})
+
+
+def streamed(model: Any, tokenizer: Any, prompt: list[int]) -> str:
+    tokens = PromptTokens(prompt, [tokenizer.eos_token_id])
+    return "".join(stream_answer(model, tokenizer, tokens, max_new_tokens=12))
 
 
 def test_each_step_takes_the_most_likely_token(model: Any, tokenizer: Any) -> None:
@@ -95,22 +104,17 @@ def test_a_prompt_makes_logits_of_its_last_token_alone(model: Any, tokenizer: An
 
 
 def test_streaming_gives_the_same_answer(model: Any, tokenizer: Any) -> None:
-    stop = [tokenizer.eos_token_id]
-    streamed = "".join(stream_answer(model, tokenizer, PROMPTS[2], max_new_tokens=12, stop_token_ids=stop))
-    assert streamed == answers(model, tokenizer, [PROMPTS[2]])[0]
+    assert streamed(model, tokenizer, PROMPTS[2]) == answers(model, tokenizer, [PROMPTS[2]])[0]
 
 
-def test_settings_that_a_model_ships_do_not_bend_greedy_answers(model: Any, tokenizer: Any) -> None:
+def test_settings_that_a_model_ships_do_not_change_greedy_answers(model: Any, tokenizer: Any) -> None:
     expected = answers(model, tokenizer)
     own = model.generation_config
     hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, num_beams=3, do_sample=True, top_k=3)
     model.generation_config = hostile
     try:
         assert answers(model, tokenizer) == expected
-        stop = [tokenizer.eos_token_id]
-        assert (
-            "".join(stream_answer(model, tokenizer, PROMPTS[0], max_new_tokens=12, stop_token_ids=stop)) == expected[0]
-        )
+        assert streamed(model, tokenizer, PROMPTS[0]) == expected[0]
         assert model.generation_config is hostile
     finally:
         model.generation_config = own
@@ -127,13 +131,13 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(model: Any, tokenizer
     (whole,) = answers(model, tokenizer, [PROMPTS[0]])
     with torch.no_grad():
         first = int(model(torch.tensor([PROMPTS[0]]), use_cache=False).logits[0, -1].argmax())
-    (stopped,) = answers(model, tokenizer, [PROMPTS[0]], stop_token_ids=[first])
+    (stopped,) = answers(model, tokenizer, [PROMPTS[0]], stop=[first])
     assert len(stopped) < len(whole)
 
 
 def test_a_failure_while_streaming_is_raised_where_it_is_read(model: Any, tokenizer: Any) -> None:
     with pytest.raises(Exception, match="index out of range"):
-        list(stream_answer(model, tokenizer, [10**6], max_new_tokens=3, stop_token_ids=[2]))
+        list(stream_answer(model, tokenizer, PromptTokens([10**6], [2]), max_new_tokens=3))
 
 
 def test_exact_match_leaves_surrounding_blanks_aside() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -99,8 +100,8 @@ def adapter_and_state(directory: Path) -> dict[str, Tensor]:
     return load_file(newest / "adapter_model.safetensors") | load_file(newest / "trainer_state.safetensors")
 
 
-@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"])
-@pytest.mark.parametrize("stop_at", [3, 5])
+@pytest.mark.parametrize("optimizer", slow_but(["paged_adamw_32bit", "paged_adamw_8bit", "adamw"], "paged_adamw_32bit"))
+@pytest.mark.parametrize("stop_at", slow_but([3, 5], 5))
 def test_resumed_run_equals_uninterrupted_run(tiny_config: Config, optimizer: str, stop_at: int) -> None:
     """With several micro-batches a step, dropout, and an epoch's end between: 16 rows are 6 steps of 3."""
     changes = {
@@ -206,6 +207,7 @@ def test_the_frozen_base_does_not_change(tiny_config: Config) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+@pytest.mark.slow
 def test_loss_falls(tiny_config: Config) -> None:
     run = start_run(tiny_config(training={"max_steps": 30, "global_batch_size": 16}, optimizer={"learning_rate": 1e-2}))
     losses: list[float] = []
@@ -234,7 +236,7 @@ def test_another_base_is_refused_on_resume(tiny_config: Config, tiny_models: Any
         resume_run(run.directory)
 
 
-def test_a_checkpoint_of_another_machine_is_resumed_with_a_word(tiny_config: Config) -> None:
+def test_a_checkpoint_of_another_machine_is_resumed_with_a_warning(tiny_config: Config) -> None:
     from qlora_trainer.runs.resume_rules import environment_differences
 
     here = {"threads": 2, "torch": "2.13.0"}

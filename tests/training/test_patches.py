@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cards import a_card_is_here
+from marks import slow_but
 from spying import noting
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +33,8 @@ LISTED = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", LISTED)
+@pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], "float32"))
+@pytest.mark.parametrize("family", slow_but(LISTED, "gemma3", "llama", "phi3"))
 def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits(
     tiny_models: Callable[[str], Path], family: str, dtype: str
 ) -> None:

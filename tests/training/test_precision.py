@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
@@ -43,9 +45,9 @@ def fp32_records() -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize("activations", ["none", "full"])
+@pytest.mark.parametrize("activations", slow_but(["none", "full"], "full"))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma2", "qwen2"], "gemma2"))
 def test_training_in_16_bits_follows_fp32(
     tiny_config: Config, tiny_models: Models, fp32_records: dict, family: str, dtype: str, activations: str
 ) -> None:
@@ -66,6 +68,7 @@ def test_training_in_16_bits_follows_fp32(
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_resumed_fp16_run_equals_the_uninterrupted_one(tiny_config: Config, tiny_llama: Path) -> None:
     """With dropout, and a loss scale that is not the one a run begins with."""
 
@@ -129,7 +132,7 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
 
 def test_rows_without_labels_next_to_others_change_nothing(tiny_config: Config, tiny_llama: Path) -> None:
     gradients: list[Tensor] = []
-    for name, extra in (("alone", 0), ("next to", 2)):
+    for name, extra in (("alone", 0), ("with others", 2)):
         state = run_in(tiny_config, tiny_llama, "float32", name).state
         state.model.train()
         packs = state.loader.next() + make_packs([Example([5, 6, 7], [-100] * 3)] * extra, 64, packing=False)

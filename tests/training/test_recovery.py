@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow, slow_but
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,8 +28,8 @@ from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training import loop as training
 from qlora_trainer.training import recovery, step
-from qlora_trainer.training.activations import Policy, offloaded_bytes
 from qlora_trainer.training.loop import measure_eval
+from qlora_trainer.training.memory.activations import Policy, offloaded_bytes
 from qlora_trainer.training.recovery import lower, probe, take_step
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import train_step
@@ -109,8 +110,10 @@ def differences(one: tuple[dict[str, Tensor], dict], other: tuple[dict[str, Tens
     return tensors + [name for name in one[1] if one[1][name] != other[1][name]]
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize(("where", "activations"), [("forward", "none"), ("backward", "none"), ("backward", "full")])
+@pytest.mark.parametrize("packing", slow_but([True, False], True), ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    ("where", "activations"), [slow(("forward", "none")), slow(("backward", "none")), ("backward", "full")]
+)
 def test_a_step_that_ran_out_of_memory_is_taken_again_with_the_same_gradient(
     wide_config: Config, scarcity: Scarcity, where: str, activations: str, packing: bool
 ) -> None:
@@ -161,6 +164,7 @@ def test_a_failure_after_good_micro_batches_leaves_nothing_of_them(wide_config: 
     assert differences(everything(run.state), everything(small.state)) == []
 
 
+@pytest.mark.slow
 def test_rows_are_split_before_the_policy_needs_less_memory(wide_config: Config, scarcity: Scarcity) -> None:
     run = started(wide_config(training={"micro_batch_tokens": 900}))
     tried: list[tuple[int, str]] = []
@@ -181,6 +185,7 @@ def test_rows_are_split_before_the_policy_needs_less_memory(wide_config: Config,
     assert run.state.policy == Policy("tiled")
 
 
+@pytest.mark.slow
 def test_a_row_that_fits_under_no_policy_is_named_and_nothing_is_lost(wide_config: Config, scarcity: Scarcity) -> None:
     changes = {"training": {"global_batch_size": 3, "micro_batch_tokens": 128, "max_steps": 4, "save_every": 100}}
     whole = start_run(wide_config("whole", **changes))
@@ -218,7 +223,7 @@ def same_end(one: Run, other: Run) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("stop_at", [2, 4], ids=["stopped before", "stopped after"])
+@pytest.mark.parametrize("stop_at", slow_but([2, 4], 4), ids=["stopped before", "stopped after"])
 def test_a_run_that_recovered_resumes_bit_for_bit(wide_config: Config, scarcity: Scarcity, stop_at: int) -> None:
     """Memory runs out at the third step of both; a run that goes on from the fifth does not run out once more."""
 
@@ -252,6 +257,7 @@ def test_a_run_that_recovered_resumes_bit_for_bit(wide_config: Config, scarcity:
         assert [record.get(key) for record in whole] == [record.get(key) for record in parts], key
 
 
+@pytest.mark.slow
 def test_on_resume_a_setting_that_the_user_changed_is_the_users(wide_config: Config) -> None:
     run = start_run(wide_config())
     run.state.set_memory(50, Policy("full"))
@@ -303,7 +309,7 @@ def test_a_probed_run_equals_one_that_was_not(wide_config: Config) -> None:
     assert same_end(plain, probed)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("packing", slow_but([True, False], True), ids=["packed", "padded"])
 def test_the_probe_takes_the_longest_micro_batch_of_the_run(
     wide_config: Config, scarcity: Scarcity, packing: bool
 ) -> None:
@@ -340,11 +346,11 @@ def test_recovery_is_said_once_and_recorded(wide_config: Config, scarcity: Scarc
     with console.capture() as captured:
         run.train(TrainingBar(run.state.total_steps))
     records = read_metrics(run.directory / "metrics.jsonl")
-    (reported,) = (record for record in records if "recovered" in record)
+    (recovered,) = (record for record in records if "recovered" in record)
     limit = run.state.loader.micro_batch_tokens
-    assert reported["step"] == 3
-    assert "Memory ran out in step 3, on " in reported["recovered"]
-    assert f"micro-batches of at most {limit} tokens (before: 400), which" in reported["recovered"]
+    assert recovered["step"] == 3
+    assert "Memory ran out in step 3, on " in recovered["recovered"]
+    assert f"micro-batches of at most {limit} tokens (before: 400), which" in recovered["recovered"]
     assert [record["micro_batch_tokens"] for record in records] == [400, 400] + [limit] * 3
     assert {record["activation_checkpointing"] for record in records} == {"none"}
     printed = " ".join(captured.get().split())
@@ -410,11 +416,12 @@ def test_a_lack_of_memory_is_known_however_it_is_reported(error: Exception, expe
     assert is_out_of_memory(error) is expected
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_recompute_has_no_smaller_policy(wide_config: Config, scarcity: Scarcity) -> None:
     run = started(wide_config())
     run.state.model.supports_gradient_checkpointing = False
     scarcity.limit = lambda: 0
-    with pytest.raises(InsufficientMemoryError, match="even with activations keep") as raised:
+    with pytest.raises(InsufficientMemoryError, match="even with activation checkpointing none") as raised:
         take_step(run.state)
     assert not isinstance(raised.value, MicroBatchError)
 
@@ -455,6 +462,7 @@ assert run.train(lambda record: None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and limits a process's address space")
 def test_a_host_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) -> None:
     """A real allocation fails: the process may take 60 MiB more than it has before its step, which takes some 300."""
@@ -503,6 +511,7 @@ class BrokenAllocator:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
+@pytest.mark.slow
 def test_a_run_whose_allocator_broke_is_saved_and_goes_on_bit_for_bit(wide_config: Config) -> None:
     """As the run where memory ran out at the same step, and whose allocator lived."""
     whole = start_run(wide_config("whole"))
@@ -586,7 +595,7 @@ def test_a_failed_check_of_the_allocator_is_no_lack_of_memory_where_none_ran_out
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) -> None:
-    """A real allocation fails: torch may take no more than half of what the first step took next to the weights."""
+    """A real allocation fails: torch may take no more than half of what the first step took besides the weights."""
     whole_step = 256 * 256
     config = {
         "data": {"train": str(long_rows(tmp_path / "long.jsonl", 300)), "eval": 0.1, "max_length": 256},

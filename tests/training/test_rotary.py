@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereAttention
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from qlora_kernels.rotary import rotate, rotate_torch, workspace_bytes
+from qlora_kernels.rotary import rotary_workspace_bytes, rotate, rotate_torch
+from qlora_kernels.torch_internals import TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
-from qlora_trainer.training.rotary import turn_in_one_pass
+from qlora_trainer.training.rotary import patch_rotary
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,12 +50,12 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), heads(torch.float64).requires_grad_())
 
 
-def test_for_a_rotation_the_gradient_is_turned_back() -> None:
+def test_for_a_rotation_the_gradient_is_rotated_back() -> None:
     angles = normal(1, 5, 4, seed=3, dtype=torch.float64).repeat(1, 1, 2)
     x = heads(torch.float64).requires_grad_()
     (grad,) = torch.autograd.grad(rotate(x, angles.cos(), angles.sin()), x, normal(2, 3, 5, 8, dtype=torch.float64))
-    turned = rotate(normal(2, 3, 5, 8, dtype=torch.float64), angles.cos(), -angles.sin())
-    torch.testing.assert_close(grad, turned, rtol=1e-14, atol=1e-14)
+    rotated = rotate(normal(2, 3, 5, 8, dtype=torch.float64), angles.cos(), -angles.sin())
+    torch.testing.assert_close(grad, rotated, rtol=1e-14, atol=1e-14)
 
 
 def test_empty_input_has_an_empty_output() -> None:
@@ -69,7 +69,7 @@ def test_what_it_uses_inside_is_what_the_formula_says() -> None:
     known = live.bytes
     with live:
         rotate_torch(x, table, table, False)
-    assert live.peak.bytes - known - x.nbytes == workspace_bytes(x)  # next to the output
+    assert live.peak.bytes - known - x.nbytes == rotary_workspace_bytes(x)  # next to the output
 
 
 class Names(TorchDispatchMode):
@@ -94,25 +94,25 @@ def test_a_listed_familys_attention_takes_it_and_gives_the_same_bits(
     model = AutoModelForCausalLM.from_pretrained(tiny_models(family), dtype=torch.bfloat16)
     ids = torch.arange(3, 23)[None]
     before = model(ids).logits
-    assert turn_in_one_pass(model.modules()) == model.config.num_hidden_layers
+    assert patch_rotary(model.modules()) == model.config.num_hidden_layers
     with Names() as seen:
         after = model(ids).logits
     assert torch.equal(after, before)
-    turned = [name for name in seen.names if name == "qlora_kernels::rotate"]
+    rotated = [name for name in seen.names if name == "qlora_kernels::rotate"]
     without = model.config.no_rope_layers.count(0) if family == "smollm3" else 0
-    assert len(turned) == 2 * (model.config.num_hidden_layers - without)
+    assert len(rotated) == 2 * (model.config.num_hidden_layers - without)
 
 
 def test_the_library_stays_as_it_is(tiny_models: Callable[[str], Path]) -> None:
     function, forward = modeling_llama.apply_rotary_pos_emb, LlamaAttention.forward
-    turn_in_one_pass(AutoModelForCausalLM.from_pretrained(tiny_models("llama")).modules())
+    patch_rotary(AutoModelForCausalLM.from_pretrained(tiny_models("llama")).modules())
     assert modeling_llama.apply_rotary_pos_emb is function
     assert LlamaAttention.forward is forward
 
 
-def test_attention_that_turns_pairs_keeps_its_own() -> None:
-    """Cohere's heads are turned in neighboring pairs, and in fp32."""
+def test_attention_that_rotates_pairs_keeps_its_own() -> None:
+    """Cohere's heads are rotated in neighboring pairs, and in fp32."""
     module = CohereAttention.__new__(CohereAttention)
     torch.nn.Module.__init__(module)
-    assert turn_in_one_pass([module]) == 0
+    assert patch_rotary([module]) == 0
     assert "forward" not in vars(module)

@@ -1,7 +1,7 @@
-"""The rows of each optimizer step, in an order that is a pure function of (seed, epoch), so a run resumes exactly.
+"""Take the rows of each optimizer step in an order that depends on (seed, epoch) alone, so that a run resumes exactly.
 
-A step is a set of `global_batch_size` rows, the last of an epoch maybe fewer; micro-batches are made from the step's
-rows afterwards, so no choice of memory changes what a step learns from. The cursor is two integers.
+A step is a set of `global_batch_size` rows, the last of an epoch perhaps fewer; micro-batches are made from the step's
+rows afterwards, so no choice of memory changes what a step trains on. The position is two integers.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ import numpy as np
 
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.data.batching.mixing import Mixture, shuffled
-from qlora_trainer.data.batching.packing import Example, Pack, group_rows, make_packs
+from qlora_trainer.data.batching.packing import Pack, group_rows, laid_out_tokens, make_packs
+from qlora_trainer.data.types import Example
 
 
 class Examples(Protocol):
@@ -26,8 +27,18 @@ class StepLoader:
     """Endless steps over `examples`: after an epoch's last step comes the next epoch's first.
 
     `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch. `micro_batch_tokens` may be set
-    anew at any time, and holds from the next packs on: it changes no step's rows. With a `mixture` an epoch takes from
-    each source what that says, otherwise every row once.
+    anew at any time, and holds from the next packs on: it changes no step's rows.
+
+    Args:
+        examples: the training rows.
+        global_batch_size: rows of a step.
+        micro_batch_tokens: the most tokens of a pack, padding counted.
+        packing: lay rows end to end; else pad them.
+        seed: chooses the order of every epoch.
+        mixture: what an epoch takes of each source; None: every row once.
+
+    Raises:
+        DataError: there are no rows.
     """
 
     def __init__(
@@ -54,44 +65,75 @@ class StepLoader:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
         return -(-self.epoch_rows // self.global_batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Which of `examples` each place of an epoch has, (epoch_rows,) int64."""
+        """Order an epoch.
+
+        Args:
+            epoch: from 0.
+
+        Returns:
+            Which of `examples` each place of the epoch has, (epoch_rows,) int64.
+        """
         order = epoch_order(self.epoch_rows, self.seed, epoch)
         return order if self.mixture is None else self.mixture.epoch_rows(self.seed, epoch)[order]
 
+    def rows_of_step(self, order: np.ndarray, step: int) -> np.ndarray:
+        """Cut a step out of its epoch.
+
+        Args:
+            order: of the epoch, (epoch_rows,).
+            step: within the epoch, from 0.
+
+        Returns:
+            Which of `examples` the step takes, (rows,) int64.
+        """
+        return order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+
     def next(self) -> list[Pack]:
-        """The packs of one optimizer step; moves the cursor."""
+        """Make the packs of one optimizer step, and move to the step after.
+
+        Returns:
+            One pack for each forward pass.
+        """
         packs = self.peek()
         self.advance()
         return packs
 
     def peek(self) -> list[Pack]:
-        """The packs of the step to come, under the present micro_batch_tokens; the cursor stays."""
-        return self._packs(self._rows(self._order, self.step), self.micro_batch_tokens)
+        """Make the packs of the step to come, under the present `micro_batch_tokens`, without moving.
+
+        Returns:
+            One pack for each forward pass.
+        """
+        return self._packs(self.rows_of_step(self._order, self.step), self.micro_batch_tokens)
 
     def advance(self) -> None:
-        """Move the cursor to the step after."""
+        """Move to the step after."""
         self.step += 1
         if self.step == self.steps_per_epoch:
             self._move_to(self.epoch + 1, 0)
 
     def largest_pack(self, lengths: np.ndarray, steps: int) -> Pack:
-        """The pack that lays out the most tokens, padding counted, of the next `steps` steps; the cursor stays.
+        """Make the pack that has the most tokens, padding counted, in the steps to come, without moving.
 
         Args:
-            lengths: tokens of each row of `examples`, (rows,): every step is laid out by these alone, which takes
-                some 30 microseconds.
+            lengths: tokens of each row of `examples`, (rows,): every step is laid out by these alone, which takes some
+                30 microseconds.
+            steps: how many steps to look at.
+
+        Returns:
+            The largest of all their packs.
         """
         largest, most = self._order[:0], 0
         epoch, step, order = self.epoch, self.step, self._order
         for _ in range(steps):
-            rows = self._rows(order, step)
+            rows = self.rows_of_step(order, step)
             row_lengths = lengths[rows].tolist()
             for group in group_rows(row_lengths, self.micro_batch_tokens, self.packing):
-                laid_out = [row_lengths[index] for index in group]
-                tokens = sum(laid_out) if self.packing else len(group) * max(laid_out)
+                tokens = laid_out_tokens([row_lengths[index] for index in group], self.packing)
                 if tokens > most:
                     largest, most = rows[group], tokens
             step += 1
@@ -102,6 +144,11 @@ class StepLoader:
         return pack
 
     def state_dict(self) -> dict[str, int]:
+        """Return the position, and what it depends on.
+
+        Returns:
+            Integers by name.
+        """
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -112,6 +159,9 @@ class StepLoader:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go to where `state` was taken.
+
+        Args:
+            state: from `state_dict`.
 
         Raises:
             CheckpointError: the rows, batch size or seed are others now, so the order would be another too.
@@ -136,9 +186,6 @@ class StepLoader:
             )
         self._move_to(state["epoch"], state["step"])
 
-    def _rows(self, order: np.ndarray, step: int) -> np.ndarray:
-        return order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
-
     def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
         return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)
 
@@ -148,5 +195,14 @@ class StepLoader:
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch's rows, (rows,) int64."""
+    """Shuffle an epoch.
+
+    Args:
+        rows: how many rows an epoch has.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        A permutation, (rows,) int64.
+    """
     return shuffled(rows, [seed, epoch])

@@ -1,9 +1,9 @@
-"""How many rows each source gives to an epoch, which rows those are, and how many of its rows are kept for evaluation.
+"""Decide how many rows each source gives to an epoch, which rows those are, and how many are kept for evaluation.
 
 Rows an epoch: all of a source; or `count`, repeating it in whole passes and a part of one more; or by `weight`, where
 the source that is scarcest for its weight is used once and sets the scale, so that no source is repeated. Where a
 source has more rows than an epoch takes, epoch after epoch goes on through one shuffled circle of them: rows not seen
-come before rows seen. All of it is a pure function of seed and epoch, so a run resumes exactly.
+come before rows seen. All of it depends on seed and epoch alone, so a run resumes exactly.
 
 S sources, n rows of one source, K rows of an epoch.
 """
@@ -32,11 +32,23 @@ class Mixture:
     quotas: tuple[int, ...]  # S; their sum is K
 
     def __len__(self) -> int:
-        """Rows of an epoch, the same for every one."""
+        """Count the rows of an epoch, the same for every one.
+
+        Returns:
+            K.
+        """
         return sum(self.quotas)
 
     def epoch_rows(self, seed: int, epoch: int) -> np.ndarray:
-        """The examples of an epoch, source after source, (K,) int64; what is repeated appears several times."""
+        """Take the examples of an epoch.
+
+        Args:
+            seed: of the run.
+            epoch: from 0.
+
+        Returns:
+            Indices of examples, source after source, (K,) int64; what is repeated appears several times.
+        """
         taken = []
         for source, (rows, quota) in enumerate(zip(self.rows, self.quotas, strict=True)):
             passes, rest = divmod(quota, len(rows))
@@ -47,25 +59,42 @@ class Mixture:
 
 
 def shuffled(count: int, seed: Sequence[int]) -> np.ndarray:
-    """A permutation, (count,) int64.
+    """Make a permutation.
 
-    Sorted raw random bits: numpy promises that these stay the same from version to version, which it does not promise
-    of its own `permutation`, nor torch of `randperm`.
+    Raw random bits are sorted: numpy promises that these stay the same from version to version, which it does not
+    promise of its own `permutation`, nor torch of `randperm`.
+
+    Args:
+        count: how long it is.
+        seed: integers; equal ones give equal permutations.
+
+    Returns:
+        (count,) int64.
     """
     return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")
 
 
 def is_mixed(parts: Sequence[Part]) -> bool:
-    """Whether an epoch is anything but every row once."""
+    """Return True unless an epoch is every row once.
+
+    Args:
+        parts: one for each source.
+
+    Returns:
+        Whether any source has a weight or a count.
+    """
     return any(part.weight is not None or part.count is not None for part in parts)
 
 
 def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
-    """Rows of each source in an epoch, (S,); at least one of each.
+    """Count the rows of each source in an epoch.
 
     Args:
         available: rows that each source has, all at least 1.
         parts: all with a weight, or none.
+
+    Returns:
+        (S,); at least one of each source.
     """
     weights = [part.weight for part in parts]
     if all(weight is None for weight in weights):
@@ -76,10 +105,18 @@ def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
 
 
 def eval_counts(available: Sequence[int], parts: Sequence[Part], share: float) -> list[int]:
-    """Rows to hold out of each source, (S,): `share` of an epoch's rows, from each source as an epoch takes from it.
+    """Count the rows to keep for evaluation of each source: a share of an epoch's, from each as an epoch takes from it.
 
     So the eval loss measures the mixture that is trained. At least one row in all is kept for evaluation and at least
     one is left, and of several sources that are mixed at least one each.
+
+    Args:
+        available: rows that each source has.
+        parts: what an epoch takes of each.
+        share: of an epoch's rows, between 0 and 1.
+
+    Returns:
+        (S,).
     """
     usual = [min(quota, count) for quota, count in zip(epoch_quotas(available, parts), available, strict=True)]
     most = [count - 1 if is_mixed(parts) else count for count in available]

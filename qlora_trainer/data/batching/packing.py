@@ -1,8 +1,8 @@
-"""Rows of tokens become packs: the tensors of one forward pass, labels shifted here and nowhere else.
+"""Lay rows of tokens out as packs: the tensors of one forward pass. Labels are shifted here and nowhere else.
 
 With packing, rows are laid end to end without any padding and `cu_seqlens` says where each begins, so that attention
 keeps them apart. Without it, rows of like length are padded on the right. Both hold the same labels, so a step's
-summed loss is the same either way. Which rows make a step is the loader's business; attention is the model's.
+summed loss is the same either way. Left out: which rows make a step (loader.py), and attention.
 
 B rows of the batch, T tokens, N documents.
 """
@@ -32,13 +32,20 @@ class Pack:
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of each row as it is laid out: a padded row is as long as the longest next to it."""
+        """Tokens of each row as it is laid out: a padded row is as long as the longest of its pack."""
         if self.cu_seqlens is None:
             return [self.input_ids.shape[1]] * self.input_ids.shape[0]
         return self.cu_seqlens.diff().tolist()
 
     def to(self, device: torch.device) -> "Pack":
-        """The pack with its tensors on `device`; document bounds stay on the host, where they are read."""
+        """Move the pack's tensors to a device; document bounds stay on the host, where they are read.
+
+        Args:
+            device: where to.
+
+        Returns:
+            Another pack.
+        """
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -48,9 +55,15 @@ class Pack:
 
 
 def make_packs(examples: Sequence[Example], micro_batch_tokens: int, packing: bool) -> list[Pack]:
-    """Lay rows out in as few packs of at most `micro_batch_tokens` tokens as are found, balanced.
+    """Lay rows out in as few packs as are found, balanced. The result depends on the arguments alone.
 
-    A row longer than that gets a pack of its own. The result depends on nothing but the arguments.
+    Args:
+        examples: the rows.
+        micro_batch_tokens: the most tokens of a pack, padding counted; a longer row gets a pack of its own.
+        packing: lay rows end to end; else pad them.
+
+    Returns:
+        The packs.
     """
     lay_out = _packed if packing else _padded
     groups = group_rows([len(example.input_ids) for example in examples], micro_batch_tokens, packing)
@@ -58,16 +71,45 @@ def make_packs(examples: Sequence[Example], micro_batch_tokens: int, packing: bo
 
 
 def group_rows(lengths: Sequence[int], micro_batch_tokens: int, packing: bool) -> list[list[int]]:
-    """Indices of rows by pack, as `make_packs` lays them out."""
+    """Choose which rows make a pack, as `make_packs` lays them out.
+
+    Args:
+        lengths: tokens of each row.
+        micro_batch_tokens: the most tokens of a pack, padding counted.
+        packing: lay rows end to end; else pad them.
+
+    Returns:
+        Indices of rows by pack.
+    """
     return group_for_packing(lengths, micro_batch_tokens) if packing else _group_padded(lengths, micro_batch_tokens)
 
 
+def laid_out_tokens(lengths: Sequence[int], packing: bool) -> int:
+    """Count the tokens of one pack, padding included.
+
+    Args:
+        lengths: tokens of each of its rows.
+        packing: rows lie end to end; else they are padded to the longest.
+
+    Returns:
+        Tokens.
+    """
+    return sum(lengths) if packing else len(lengths) * max(lengths)
+
+
 def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of rows by group; each group's lengths sum to at most `limit`, or it is one longer row.
+    """Group rows so that each group's lengths sum to at most `limit`, or it is one longer row.
 
     Starts from the fewest groups that could hold the tokens. The longest row next goes to the emptiest group, which
     balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits and is
     balanced afterwards. Longer rows left out, no group exceeds the emptiest by more than its own shortest row.
+
+    Args:
+        lengths: tokens of each row.
+        limit: the most tokens of a group.
+
+    Returns:
+        Indices of rows by group, in order.
     """
     oversized = [[index] for index, length in enumerate(lengths) if length > limit]
     order = sorted((index for index, length in enumerate(lengths) if length <= limit), key=lambda i: (-lengths[i], i))
@@ -107,7 +149,7 @@ def _emptiest_first(order: Sequence[int], lengths: Sequence[int], count: int) ->
 
 
 def _balanced(groups: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows go to the emptiest group as long as that leaves it less full than the group that one comes from was.
+    """Move rows to the emptiest group as long as that leaves it less full than the group that the row comes from was.
 
     It ends, because each move lowers the sum of the squares, and overflows nothing.
     """
@@ -130,7 +172,7 @@ def _balanced(groups: list[list[int]], lengths: Sequence[int]) -> list[list[int]
 
 
 def _group_padded(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Groups of like length, so that rows * longest is at most `limit`; the longest rows come first."""
+    """Group rows of like length, so that rows * longest is at most `limit`; the longest rows come first."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= limit:
@@ -162,7 +204,7 @@ def _packed(examples: Sequence[Example]) -> Pack:
 
 
 def _padded(examples: Sequence[Example]) -> Pack:
-    """Padded on the right with token 0, whose label is -100: what is padding goes by place, never by id."""
+    """Pad rows on the right with token 0, whose label is -100: what is padding goes by place, never by id."""
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
     input_ids = torch.zeros(shape, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""Any columns become ours: data.columns takes values from paths into a row, data.template writes text around them.
+"""Make our columns of others: data.columns takes values from paths into a row, data.template writes text around them.
 
 A path is a column's name, or names and list positions with dots between them, such as instances.0.input. Every path
 must be there in every row, unless it ends in a question mark, as in context?: a typing error would otherwise train on
-rows that lack half of their text. Left out: which columns of ours there are, and what they mean (recognition).
+rows that lack half of their text. Left out: which columns of ours there are, and what they mean (detect.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,18 @@ Record = Mapping[str, Any]
 
 
 def mapped(record: Record, columns: Mapping[str, str], template: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The record with our columns in place of those they are made from.
+    """Put our columns in place of those they are made from.
+
+    A DataError says that a path is not in the row, or a field of a template is null there.
 
     Args:
+        record: a row's columns.
         columns: {our column: path}.
         template: {our column: text with {path} fields}; {{ and }} are braces.
+        where: file and line, for errors.
 
-    Raises:
-        DataError: a path is not in the row, or a field of a template is null there.
+    Returns:
+        The record, changed.
     """
     if not columns and not template:
         return dict(record)
@@ -34,13 +38,28 @@ def mapped(record: Record, columns: Mapping[str, str], template: Mapping[str, st
 
 
 def source_columns(record: Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
-    """The columns of the record that our columns are made from, whole or in part."""
+    """Find the columns of a record that ours are made from, whole or in part.
+
+    Args:
+        record: a row's columns.
+        columns: {our column: path}.
+        template: {our column: text with {path} fields}.
+
+    Returns:
+        Names of columns.
+    """
     paths = [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
     return {_first_name(record, path) for path in paths}
 
 
 def parts(template: str) -> list[tuple[str, str | None]]:
-    """A template as texts, each with the path of the field that follows it, or None at the end.
+    """Cut a template into texts, each with the path of the field that follows it.
+
+    Args:
+        template: text with {path} fields.
+
+    Returns:
+        (text, path) pairs; the path is None at the end.
 
     Raises:
         ValueError: a brace is open or alone, a field is empty, or has more than a path.
@@ -54,10 +73,19 @@ def parts(template: str) -> list[tuple[str, str | None]]:
 
 
 def look_up(record: Record, path: str, what: str, where: str) -> Any:
-    """The value at a path; None where something on the way is null, or the path ends in ? and is not there.
+    """Take the value at a path.
+
+    Args:
+        record: a row's columns.
+        path: names and list positions with dots between them; may end in a question mark.
+        what: who wants the value, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The value; None where something on the way is null, or the path ends in ? and is not there.
 
     Raises:
-        DataError: the path is not there; the error message says how far it leads and what is there.
+        DataError: the path is not there; the message says how far it leads and what is there.
     """
     if path in record:
         return record[path]
@@ -77,7 +105,7 @@ def look_up(record: Record, path: str, what: str, where: str) -> Any:
 
 
 def _first_name(record: Record, path: str) -> str:
-    """The column that a path begins in: names may hold dots themselves."""
+    """Return the column that a path begins in: names may hold dots themselves."""
     for whole in (path, path.removesuffix("?")):
         if whole in record:
             return whole
@@ -120,7 +148,7 @@ def _filled(record: Record, template: str, what: str, where: str) -> str:
 
 
 def _written(value: Any, what: str, where: str) -> str:
-    """Text as it is; numbers, lists and objects as JSON; dates and decimals of a table as they print."""
+    """Write text as it is; numbers, lists and objects as JSON; dates and decimals of a table as they print."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bytes):

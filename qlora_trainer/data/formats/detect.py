@@ -1,7 +1,7 @@
-"""Which format a row has: by the columns it holds, or as the config names it; and characters where that fails.
+"""Recognize which format a row has, by its columns or as the config names it, and say what is wrong where none fits.
 
 A source has one format. Whoever reads it asks for the first row's and holds the others to it, so that a file in which
-formats are mixed is an error at the first row that differs. Left out: reading the row (formats).
+formats are mixed is an error at the first row that differs. Left out: reading the row (parse.py).
 """
 
 from collections.abc import Collection, Mapping
@@ -39,7 +39,14 @@ KNOWN = (
 
 
 def detect_format(columns: Collection[str]) -> DataFormat | None:
-    """The format that rows with these columns have, or None."""
+    """Find the format that rows with these columns have.
+
+    Args:
+        columns: names.
+
+    Returns:
+        The first format whose columns are all there, or None.
+    """
     for name, (required, _) in COLUMNS.items():
         if all(column in columns for column in required):
             return name
@@ -47,7 +54,14 @@ def detect_format(columns: Collection[str]) -> DataFormat | None:
 
 
 def known_columns(format: DataFormat) -> frozenset[str]:
-    """The columns that rows of a format are read from; what else a row holds is not used."""
+    """List the columns that rows of a format are read from; what else a row holds is not used.
+
+    Args:
+        format: not "auto".
+
+    Returns:
+        Names of columns.
+    """
     required, optional = COLUMNS[format]
     return frozenset(required + optional)
 
@@ -59,10 +73,21 @@ def resolve_format(
     where: str,
     template: Mapping[str, str] | None = None,
 ) -> DataFormat:
-    """The format of a record: the one named, or for "auto" the one its columns show, those made by the config first.
+    """Find the format of a record: the one named, or the one that its columns show, those made by the config first.
+
+    A ConfigError says that the config makes columns that no format has, or one of them twice.
+
+    Args:
+        record: a row's columns.
+        format: a format's name, or "auto".
+        columns: {our column: path}.
+        where: file and line, for errors.
+        template: {our column: text with {path} fields}.
+
+    Returns:
+        A format other than "auto".
 
     Raises:
-        ConfigError: the config makes columns that no format has, or one of them twice.
         DataError: no format fits, or the record is of a kind that supervised training cannot use.
     """
     made = _made(tuple(columns), tuple((template or {}).items()))
@@ -81,7 +106,16 @@ def resolve_format(
 
 
 def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -> DataError | None:
-    """The error message for a row that lacks what its format needs."""
+    """Make the error for a row that lacks what its format needs.
+
+    Args:
+        record: our columns.
+        format: of the source.
+        where: file and line.
+
+    Returns:
+        The error; None where nothing is missing.
+    """
     required, _ = COLUMNS[format]
     missing = [column for column in required if record.get(column) is None]
     if not missing:
@@ -100,7 +134,7 @@ def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -
 
 @lru_cache(maxsize=64)
 def _made(columns: tuple[str, ...], template: tuple[tuple[str, str], ...]) -> frozenset[str]:
-    """The columns that the config makes, checked."""
+    """Check the columns that the config makes, and return them."""
     known = {column for required, optional in COLUMNS.values() for column in required + optional}
     for key, names in (("data.columns", columns), ("data.template", tuple(name for name, _ in template))):
         if unknown := [name for name in names if name not in known]:
@@ -125,23 +159,21 @@ def _refuse_preferences(record: Mapping[str, Any], found: Collection[str], where
             pair = f"{{{ours[0]}: {prompt}, {ours[1]}: {chosen}}}"
             columns = f"{{messages: {chosen}}}" if whole else pair
             raise DataError(
-                f"{where}: columns {chosen} and {rejected} hold preferences, and this trains on answers. To learn the "
-                f"{chosen} ones: data.columns {columns}."
+                f"{where}: columns {chosen} and {rejected} hold preferences, and this trains on answers. To train on "
+                f"the {chosen} ones: data.columns {columns}."
             )
     if "messages" in found and isinstance(record.get("label"), bool):
         raise DataError(
             f"{where}: messages with a label of true or false look like preferences, some rows of which are answers "
-            "to avoid. Keep the good rows only; to learn from every row all the same, set data.format to chat."
+            "to avoid. Keep the good rows only; to train on every row all the same, set data.format to chat."
         )
 
 
 def _hint(record: Mapping[str, Any]) -> str:
-    """What a row of no known format most likely is, and the way out."""
+    """Say what a row of no known format most likely is, and the way out."""
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
-            return (
-                f" {name} holds what one side says: without answers there is nothing to learn. Add them, as messages."
-            )
+            return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
         if len(record) == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             return f" If the rows are in {name}, take them out: jq -c '.{name}[]' FILE > rows.jsonl."
     for required, optional in COLUMNS.values():
@@ -163,7 +195,7 @@ def _hint(record: Mapping[str, Any]) -> str:
 
 
 def _paths(name: str, value: Any) -> list[str]:
-    """Where text may be in a column: the path of each field of an object, or of the first item of a list."""
+    """List where text may be in a column: the path of each field of an object, or of the first item of a list."""
     if isinstance(value, list) and value:
         return _paths(f"{name}.0", value[0])
     return [f"{name}.{key}" for key in value] if isinstance(value, Mapping) else [name]

@@ -1,8 +1,8 @@
-"""A record of any known format becomes one Row: a conversation, a prompt with its completion, or a document.
+"""Read a record of any known format as one Row: a conversation, a prompt with its completion, or a document.
 
 Everything that is to be answered in turns becomes messages, whatever the file calls them; what the tokenizer's template
-makes of them is rendering's business. Left out: which format a record has (recognition), making columns out of others
-(mapping), one turn (turns).
+makes of them is rendering's business. Left out: which format a record has (detect.py), making columns out of others
+(columns.py), one turn (turns.py).
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from typing import Any
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataFormat
+from qlora_trainer.data.formats.calls import read_tools
 from qlora_trainer.data.formats.columns import mapped, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (
     check_no_media,
     has_unread_call,
-    read_tools,
     read_turn,
     read_turns,
     turns_in_text,
@@ -32,40 +32,15 @@ CALL_IS_TEXT = (
     "a function_call turn holds no JSON of name and arguments, and is trained as the text that it is, not as a call"
 )
 TEXT_IS_TURNS = (
-    "prompt or completion is the JSON text of turns, and is read as these; to learn it as text: data.template "
+    "prompt or completion is the JSON text of turns, and is read as these; to train on it as text: data.template "
     '{prompt: "{prompt}", completion: "{completion}"}'
 )
-
-
-def parse_record(
-    record: Mapping[str, Any],
-    format: DataFormat,
-    columns: Mapping[str, str],
-    where: str,
-    template: Mapping[str, str] | None = None,
-) -> Row:
-    """Read one record.
-
-    Args:
-        record: column name to value.
-        format: a format's name, or "auto".
-        columns: {our column: path in the record}, see mapping.
-        where: file and line, for errors.
-        template: {our column: text with {path} fields}, see mapping.
-
-    Raises:
-        ConfigError: columns or template make what no format has.
-        DataError: a column is missing or of the wrong type, a role is unknown, or nothing is to be trained.
-    """
-    format = resolve_format(record, format, columns, where, template)
-    ours = _ours(record, format, columns, template or {}, where)
-    return _row(_with_turns(ours, format, template or {}, where), format, where)
 
 
 def _ours(
     record: Mapping[str, Any], format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str], where: str
 ) -> dict[str, Any]:
-    """A record with our columns, those that its format needs among them."""
+    """Make our columns of a record, those that its format needs among them."""
     ours = mapped(record, columns, template, where)
     if message := missing_columns(ours, format, where):
         raise message
@@ -74,7 +49,7 @@ def _ours(
 
 
 def _with_turns(ours: Mapping[str, Any], format: DataFormat, template: Mapping[str, str], where: str) -> dict[str, Any]:
-    """Turns that are given as JSON text, as tables hold them, parsed. What a template writes as a prompt is text."""
+    """Parse turns that are given as JSON text, as tables hold them. What a template writes as a prompt is text."""
     parsed = dict(ours)
     for column in _TURNS & known_columns(format):
         if column in ("messages", "conversations"):
@@ -112,7 +87,12 @@ class RecordReader:
     """Reads the records of one source: all in one format, that of the first where none is named.
 
     `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read, and
-    `warnings` the rows that are read in a way worth telling.
+    `warnings` the rows that are read in a way worth reporting.
+
+    Args:
+        format: a format's name, or "auto".
+        columns: {our column: path in the record}, see columns.py.
+        template: {our column: text with {path} fields}, see columns.py.
     """
 
     def __init__(self, format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str]) -> None:
@@ -121,7 +101,19 @@ class RecordReader:
         self.warnings: Counter[str] = Counter()
 
     def read(self, record: Mapping[str, Any], where: str) -> Row:
-        """One row; what `parse_record` raises, also where a row is of another format than those before it."""
+        """Read one record.
+
+        A ConfigError says that columns or template make what no format has; a DataError, that a column is missing or of
+        the wrong type, a role is unknown, nothing is to be trained, or the row is of another format than those before
+        it.
+
+        Args:
+            record: column name to value.
+            where: file and line, for errors.
+
+        Returns:
+            The row.
+        """
         format = resolve_format(record, self.format, self.columns, where, self.template)
         if self.format == "auto":
             self.format = format
@@ -133,7 +125,7 @@ class RecordReader:
         return row
 
     def _unused(self, record: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> set[str]:
-        """What of a record is not used and not null: columns, and keys of turns as messages[].id."""
+        """Find what of a record is not used and not null: columns, and keys of turns as messages[].id."""
         is_plain = format == "prompt_completion" and _is_plain(parsed)
         used = {"prompt", "completion"} if is_plain else known_columns(format)
         used = used | source_columns(record, self.columns, self.template)
@@ -156,7 +148,7 @@ def _is_plain(record: Mapping[str, Any]) -> bool:
 
 
 def _asked(record: Mapping[str, Any], instruction: str, context: str, answer: str, where: str) -> list[Message]:
-    """One question, with its context a blank line below, and its answer."""
+    """Make turns of one question, with its context a blank line below, and its answer."""
     given = [text(record[instruction], instruction, where), optional_text(record.get(context), context, where)]
     asked = "\n\n".join(part for part in given if part)
     return [Message("user", asked), Message("assistant", text(record[answer], answer, where))]
@@ -177,14 +169,14 @@ def _history(pairs: Any, where: str) -> list[Message]:
 
 
 def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
-    """A prompt of turns or text, and what answers it. Answers inside the prompt are context, which is not trained."""
+    """Read a prompt of turns or text, and what answers it. Answers inside the prompt are not trained."""
     context = _turns_or_text(record["prompt"], "prompt", "user", where)
     answer = _turns_or_text(record["completion"], "completion", "assistant", where)
     if answer and answer[0].role in ("system", "user"):
         raise DataError(
-            f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To learn "
-            "the whole conversation's answers: data.columns {messages: NAME of that column}. To learn it as text: "
-            'data.template {completion: "{completion}"}.'
+            f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To train "
+            "on the whole conversation's answers: data.columns {messages: NAME of that column}. To train on it as "
+            'text: data.template {completion: "{completion}"}.'
         )
     return [_as_context(message) for message in context] + answer
 
@@ -222,5 +214,5 @@ def _conversation(messages: Sequence[Message], tools: tuple[str, ...], where: st
         raise DataError(f"{where}: the conversation is empty. Every row needs at least one assistant turn.")
     if not any(message.role == "assistant" for message in messages):
         roles = listed(message.role for message in messages)
-        raise DataError(f"{where}: there is no assistant turn to learn from, only {roles}.")
+        raise DataError(f"{where}: there is no assistant turn to train on, only {roles}.")
     return Conversation(tuple(messages), tools)

@@ -1,4 +1,4 @@
-"""One turn of a conversation becomes a Message, whatever its file calls things.
+"""Read one turn of a conversation as a Message, whatever its file calls things.
 
 Read are role/content and from/value, content as text or as a list of parts, reasoning under its several names, tool
 calls as OpenAI writes them and as ShareGPT writes them into the text, and what a turn says of being trained. Left out:
@@ -6,12 +6,13 @@ images and other parts that are no text; a row with them is refused by name, nev
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.formats.calls import read_calls, written_calls
 from qlora_trainer.data.reading.values import from_json_text, json_text, kind, listed, optional_text, text
-from qlora_trainer.data.types import ROLES, Message, ToolCall
+from qlora_trainer.data.types import ROLES, Message
 
 ROLE_NAMES = {
     **{role: role for role in ROLES},
@@ -41,20 +42,48 @@ _KNOWN_KEYS = {"tool_calls", "function_call", "tool_call_id", "name", *_REASONIN
 
 
 def read_turns(turns: Any, column: str, where: str) -> list[Message]:
-    """A list of turns; DataError as `read_turn`, or that it is no list."""
+    """Read a list of turns, each as `read_turn` does.
+
+    Args:
+        turns: the value of a column.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The messages.
+
+    Raises:
+        DataError: it is no list.
+    """
     if not isinstance(turns, list):
         raise DataError(f"{where}: {column} should be a list of turns, and is {kind(turns)}.")
     return [read_turn(turn, f"{where}, {column}[{index}]") for index, turn in enumerate(turns)]
 
 
 def turns_of(value: Any, column: str, where: str) -> Any:
-    """The value of a column of turns, parsed where it is the text of a JSON list; DataError where it is none."""
+    """Parse a column of turns where it is the text of a JSON list; a DataError says that it is none.
+
+    Args:
+        value: of the column.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        What the text holds; any other value as it is.
+    """
     is_list = isinstance(value, str) and value.lstrip().startswith("[")
     return from_json_text(value, column, where) if is_list else value
 
 
 def turns_in_text(value: Any) -> Any:
-    """The turns that a text is the JSON of; any other value as it is, such as text of a column that may hold either."""
+    """Parse text that is the JSON of turns, in a column that may hold either.
+
+    Args:
+        value: of the column.
+
+    Returns:
+        The turns; any other value as it is.
+    """
     if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):
         return value
     try:
@@ -74,7 +103,14 @@ def _is_turn(value: Any) -> bool:
 
 
 def read_turn(turn: Any, where: str) -> Message:
-    """One turn, in either naming.
+    """Read one turn, in either naming.
+
+    Args:
+        turn: an object.
+        where: file, line and turn, for errors.
+
+    Returns:
+        The message.
 
     Raises:
         DataError: a role is unknown, a part is of a kind that cannot be trained from, a call is no call, or text is
@@ -90,8 +126,8 @@ def read_turn(turn: Any, where: str) -> Message:
     if role is None:
         raise DataError(f"{where}: unknown {speaker} {name!r}; known are {listed(ROLE_NAMES)}.")
     check_no_media(turn, where)
-    calls, said, of_parts = _calls(turn, where), "", ""
-    if not calls and _may_write_calls(name) and (written := _written_calls(turn.get(content))):
+    calls, said, of_parts = read_calls(turn, where), "", ""
+    if not calls and _may_write_calls(name) and (written := written_calls(turn.get(content))):
         calls = written
     elif turn.get(content) is not None:
         said, of_parts = _content(turn[content], role, content, where)
@@ -113,12 +149,19 @@ def read_turn(turn: Any, where: str) -> Message:
 
 
 def _naming(turn: Mapping[str, Any]) -> tuple[str, str]:
-    """The keys that say who speaks, and what."""
+    """Return the keys that say who speaks, and what."""
     return ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
 
 
 def unread_keys(turns: Any) -> set[str]:
-    """Keys with a value that a turn is not read from, such as timestamp."""
+    """Find the keys with a value that a turn is not read from, such as timestamp.
+
+    Args:
+        turns: the value of a column of turns.
+
+    Returns:
+        Keys of any of the turns.
+    """
     found: set[str] = set()
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, Mapping):
@@ -133,7 +176,14 @@ def _is_no_tool(turn: Mapping[str, Any]) -> bool:
 
 
 def has_unread_call(turns: Any) -> bool:
-    """Whether a turn that should write a call, as ShareGPT's function_call, says what is none and so stays text."""
+    """Find a turn that should write a call, as ShareGPT's function_call, but says what is none and so stays text.
+
+    Args:
+        turns: the value of a column of turns.
+
+    Returns:
+        Whether there is one.
+    """
     turns = turns if isinstance(turns, list) else []
     return any(isinstance(turn, Mapping) and _is_unread_call(turn) for turn in turns)
 
@@ -142,7 +192,7 @@ def _is_unread_call(turn: Mapping[str, Any]) -> bool:
     speaker, content = _naming(turn)
     said = turn.get(content)
     has_calls = turn.get("tool_calls") or turn.get("function_call")
-    return bool(_may_write_calls(turn.get(speaker)) and said and not has_calls and not _written_calls(said))
+    return bool(_may_write_calls(turn.get(speaker)) and said and not has_calls and not written_calls(said))
 
 
 def _may_write_calls(name: Any) -> bool:
@@ -150,7 +200,15 @@ def _may_write_calls(name: Any) -> bool:
 
 
 def check_no_media(holder: Mapping[str, Any], where: str) -> None:
-    """DataError where a row or turn comes with pictures or sound: its text alone would be trained wrongly."""
+    """Refuse a row or turn that comes with pictures or sound: its text alone would be trained wrongly.
+
+    Args:
+        holder: a row's columns, or a turn.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: it holds pictures or sound.
+    """
     if found := [name for name in MEDIA if holder.get(name)]:
         raise DataError(
             f"{where}: {listed(found)} cannot be trained from, only text. Take such rows out, or skip them: "
@@ -158,29 +216,8 @@ def check_no_media(holder: Mapping[str, Any], where: str) -> None:
         )
 
 
-def read_tools(value: Any, column: str, where: str) -> tuple[str, ...]:
-    """The functions an assistant may call, from a list, an object or JSON text: each as JSON text in OpenAI's shape,
-    {"type": "function", "function": {name, description, parameters}}; DataError if one has no name."""
-    if isinstance(value, str):
-        value = from_json_text(value, column, where) if value.strip() else []
-    given = [value] if isinstance(value, Mapping) else [] if value is None else value
-    if not isinstance(given, list):
-        raise DataError(f"{where}: {column} should be a list of functions, and is {kind(value)}.")
-    tools = []
-    for index, tool in enumerate(given):
-        place = f"{column}[{index}]"
-        if isinstance(tool, str):
-            tool = from_json_text(tool, place, where)
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{where}: {place} should be an object with name, description and parameters.")
-        whole = tool if "function" in tool else {"type": "function", "function": tool}
-        tools.append(json_text(whole, place, where))
-    return tuple(tools)
-
-
 def _content(content: Any, role: str, column: str, where: str) -> tuple[str, str]:
-    """Text, and the reasoning that is before it in parts of its own."""
+    """Read text, and the reasoning that is before it in parts of its own."""
     if role == "tool" and _is_data(content):
         return json_text(content, column, where), ""
     if not isinstance(content, list):
@@ -204,7 +241,7 @@ def _content(content: Any, role: str, column: str, where: str) -> tuple[str, str
 
 
 def _is_data(content: Any) -> bool:
-    """Whether a tool's result is JSON itself, and not text or parts."""
+    """Return True if a tool's result is JSON itself, and not text or parts."""
     parts = content if isinstance(content, list) else [content]
     return not any(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in parts)
 
@@ -217,67 +254,8 @@ def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
     return found.pop() if found else ""
 
 
-def _calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
-    given = turn.get("tool_calls") or []
-    if isinstance(given, str):
-        given = from_json_text(given, "tool_calls", where)
-    if not isinstance(given, list):
-        raise DataError(f"{where}: tool_calls should be a list, and is {kind(given)}.")
-    if turn.get("function_call"):  # OpenAI's older name, of a single call
-        given = [*given, turn["function_call"]]
-    calls = []
-    for index, call in enumerate(given):
-        place = f"{where}, tool_calls[{index}]"
-        if isinstance(call, Mapping) and call.get("type") not in (None, "function"):
-            raise DataError(f"{place}: is of type {call['type']!r}; only calls of functions can be trained from.")
-        function = call.get("function") or call if isinstance(call, Mapping) else {}
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{place}: should be an object with name and arguments, or with these in function.")
-        call_id = optional_text(call.get("id"), "id", place) or None
-        calls.append(ToolCall(text(function["name"], "name", place), _arguments(function, place), call_id))
-    return tuple(calls)
-
-
-def _arguments(function: Mapping[str, Any], where: str) -> str:
-    given = function.get("arguments", function.get("parameters"))
-    if given is None or given == "":
-        return "{}"
-    value = from_json_text(text(given, "arguments", where), "arguments", where) if isinstance(given, str) else given
-    written = json_text(value, "arguments", where)  # also of what was text: escapes may hide what is none
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: arguments should be a JSON object of names and values, and is {kind(value)}.")
-    return given if isinstance(given, str) else written
-
-
-def _written_calls(value: Any) -> tuple[ToolCall, ...]:
-    """The calls that a text is, as ShareGPT's function_call turns hold them; none where it is anything else."""
-    if isinstance(value, str):
-        try:
-            value = from_json_text(value, "value", "")
-        except DataError:
-            return ()
-    try:
-        return tuple(ToolCall(text(call["name"], "name", ""), _arguments(call, "")) for call in _as_calls(value))
-    except DataError:
-        return ()
-
-
-def _as_calls(value: Any) -> Sequence[Mapping[str, Any]]:
-    """The value as calls, if it is one or a list of nothing else."""
-    values = value if isinstance(value, list) else [value]
-    return values if all(_as_call(item) for item in values) else []
-
-
-def _as_call(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("name"), str)
-        and value.keys() in ({"name", "arguments"}, {"name", "parameters"})
-    )
-
-
 def _learn(turn: Mapping[str, Any], where: str) -> bool | None:
-    """What the row itself says of this turn: weight 0 or 1, or train or learn as a boolean."""
+    """Read what the row itself says of this turn: weight 0 or 1, or train or learn as a boolean."""
     given = {key: turn[key] for key in _LEARN_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):

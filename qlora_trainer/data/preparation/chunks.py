@@ -10,16 +10,18 @@ import hashlib
 import json
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as arrow
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
-from qlora_trainer.data.preparation.store_writer import Block, make_block
+from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.reading.json_rows import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
@@ -41,7 +43,7 @@ Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and s
 class Chunk:
     """What some rows became, in the order of the rows."""
 
-    block: Block
+    block: arrow.RecordBatch  # the examples
     rows: int = 0
     truncated: int = 0
     split: int = 0
@@ -64,8 +66,13 @@ class RenderedChunk:
 class ChunkMaker:
     """Makes chunks under one config: `render`, then `encode`, then `finish`.
 
-    Raises:
-        DataError: the tokenizer cannot be used.
+    A DataError says that the tokenizer cannot be used.
+
+    Args:
+        config: what is read, and how.
+        tokenizer: a fast one of transformers.
+        max_length: longest example, in tokens.
+        vocab_size: rows of the model's embedding; None: any token may be.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> None:
@@ -75,7 +82,15 @@ class ChunkMaker:
         self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
 
     def format_of(self, source: int, records: Records) -> DataFormat:
-        """Find how these rows of a source are read: as its settings say, or as the first recognizable row shows."""
+        """Find how these rows of a source are read: as its settings say, or as the first recognizable row shows.
+
+        Args:
+            source: index in `source_files`.
+            records: the source's first.
+
+        Returns:
+            A format; "auto" where no row can be recognized.
+        """
         named = self.sources[source]
         for where, record in records:
             if named.format != "auto":
@@ -89,9 +104,9 @@ class ChunkMaker:
         """Read records as rows, and write these as the tokenizer's template does.
 
         Args:
-            source: Index in `source_files`.
-            format: What `format_of` says of the source's first rows; "auto" where it cannot say.
-            records: Each with its place.
+            source: index in `source_files`.
+            format: what `format_of` says of the source's first rows.
+            records: each with its place.
 
         Returns:
             Rows and texts, with the error of a bad one in its place.
@@ -101,22 +116,28 @@ class ChunkMaker:
         return RenderedChunk(records, rows, self.renderer.texts(_sound(rows)), reader)
 
     def encode(self, rendered: RenderedChunk) -> list[Encoded | DataError]:
-        """Tokenize a chunk's texts; may be called in another thread than the others."""
+        """Tokenize a chunk's texts; may be called in another thread than the others.
+
+        Args:
+            rendered: from `render`.
+
+        Returns:
+            Tokens of each text that is no error.
+        """
         return self.renderer.encode(rendered.texts)
 
     def finish(self, rendered: RenderedChunk, encoded: Sequence[Encoded | DataError]) -> Chunk:
         """Make examples of a chunk's rows, and count what became of them.
 
+        A DataError is that of the first bad row, where bad rows are not skipped, or says that a token is beyond the
+        model's vocabulary.
+
         Args:
-            rendered: What `render` made.
-            encoded: What `encode` made of it.
+            rendered: from `render`.
+            encoded: what `encode` made of it.
 
         Returns:
             The examples and counts.
-
-        Raises:
-            DataError: A row is bad and is not to be skipped (the first such row's error), or a token is beyond the
-                model's vocabulary.
         """
         made = iter(self.renderer.examples(_sound(rendered.rows), rendered.texts, encoded))
         reader = rendered.reader
@@ -127,9 +148,7 @@ class ChunkMaker:
         for number, ((where, _), row) in enumerate(zip(rendered.records, rendered.rows, strict=True)):
             found = row if isinstance(row, DataError) else next(made)
             if isinstance(found, DataError):
-                if not self.skips_bad_rows:
-                    raise found
-                chunk.skipped.append((where, str(found)))
+                self._skip(chunk, where, found)
                 continue
             chunk.truncated += found.truncated
             chunk.split += len(found.examples) > 1
@@ -142,34 +161,42 @@ class ChunkMaker:
         chunk.block = make_block(examples)
         return chunk
 
+    def _skip(self, chunk: Chunk, where: str, error: DataError) -> None:
+        if not self.skips_bad_rows:
+            raise error
+        chunk.skipped.append((where, str(error)))
 
-def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job, Chunk]]:
+
+def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Generator[tuple[Job, Chunk], None, None]:
     """Make each job's chunk, in order, at most a few of them in memory.
 
+    A DataError is that of the first bad row, or says why there are no more jobs, once what was read before is made.
+
     Args:
-        jobs: Records in chunks.
-        maker: Its `render` and `finish` run in this thread, its `encode` in another.
+        jobs: records in chunks.
+        maker: its `render` and `finish` run in this thread, its `encode` in another.
 
     Yields:
         Each job with its chunk.
-
-    Raises:
-        DataError: Of the first bad row; or why there are no more jobs, when what was read before is made.
     """
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as other_thread:
+        yield from _in_order(jobs, maker, other_thread)
+
+
+def _in_order(jobs: Iterable[Job], maker: ChunkMaker, other_thread: ThreadPoolExecutor) -> Iterator[tuple[Job, Chunk]]:
     waiting: deque[tuple[Job, RenderedChunk, Future[list[Encoded | DataError]]]] = deque()
     failure: DataError | None = None
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizing") as other_thread:
-        for found in _until_failure(jobs, maker):
-            if isinstance(found, DataError):
-                failure = found
-                break
-            job, rendered = found
-            waiting.append((job, rendered, other_thread.submit(maker.encode, rendered)))
-            if len(waiting) > _CHUNKS_AHEAD:
-                job, rendered, encoded = waiting.popleft()
-                yield job, maker.finish(rendered, encoded.result())
-        for job, rendered, encoded in waiting:
+    for found in _until_failure(jobs, maker):
+        if isinstance(found, DataError):
+            failure = found
+            break
+        job, rendered = found
+        waiting.append((job, rendered, other_thread.submit(maker.encode, rendered)))
+        if len(waiting) > _CHUNKS_AHEAD:
+            job, rendered, encoded = waiting.popleft()
             yield job, maker.finish(rendered, encoded.result())
+    for job, rendered, encoded in waiting:
+        yield job, maker.finish(rendered, encoded.result())
     if failure:
         raise failure
 
@@ -188,7 +215,14 @@ def _sound(rows: Sequence[tuple[str, Row] | DataError]) -> list[tuple[str, Row]]
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
-    """A hash of what decides tokens: vocabulary, merges, added tokens, template."""
+    """Hash what decides tokens: vocabulary, merges, added tokens, template.
+
+    Args:
+        tokenizer: of the run.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
     tokenizer("a", padding=False, truncation=False)  # the definition also holds the last call's padding
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     others = [tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
@@ -197,8 +231,14 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
 
 
 def source_files(config: DataConfig) -> list[SourceFile]:
-    """All sources of a config, those of training, then those kept for evaluation; what one does not say, the config
-    says."""
+    """List all sources of a config: those of training, then those kept for evaluation.
+
+    Args:
+        config: gives what a source does not say itself.
+
+    Returns:
+        The sources, complete.
+    """
     files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
     if not isinstance(config.eval, float):
         files.append(SourceFile(path=config.eval) if isinstance(config.eval, str) else config.eval)
@@ -231,13 +271,13 @@ def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Rec
     """Collect records in chunks of bounded size: a bound on rows, and one on their text.
 
     Args:
-        records: Each with its place.
+        records: each with its place.
 
     Yields:
         Some records.
 
     Raises:
-        DataError: Reading failed. What was read before comes first, so that a bad row there is reported rather than
+        DataError: reading failed. What was read before comes first, so that a bad row there is reported rather than
             what follows.
     """
     chunk: list[tuple[str, Record | DataError]] = []
@@ -265,7 +305,12 @@ def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Rec
 
 
 def count_reasons(counts: Counter[str], skipped: Iterable[tuple[str, str]]) -> None:
-    """Count skipped rows by what is wrong, without what differs from row to row: place, numbers, what is quoted."""
+    """Count skipped rows by what is wrong, without what differs from row to row: place, numbers, what is quoted.
+
+    Args:
+        counts: added to, by reason.
+        skipped: (where, reason) of each row.
+    """
     for where, reason in skipped:
         text = reason.removeprefix(where)
         text = text.partition(": ")[2] if text[:1] in (",", ":") else text
@@ -290,12 +335,3 @@ def _characters(value: Any, depth: int = 0) -> int:
     if isinstance(value, dict):
         return sum(_characters(inner, depth + 1) for inner in value.values())
     return sum(_characters(inner, depth + 1) for inner in value) if isinstance(value, list) else 0
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON gives back exactly this."""
-    if isinstance(value, dict):
-        return all(type(name) is str and _is_plain(inner) for name, inner in value.items())
-    if isinstance(value, list):
-        return all(_is_plain(inner) for inner in value)
-    return value is None or type(value) in (str, int, float, bool)

@@ -1,4 +1,4 @@
-"""The prepared data in numbers that a person wants before training: lengths, what an epoch is, what padding would cost.
+"""Put the prepared data in numbers that a person wants before training: lengths, what an epoch is, what padding costs.
 
 The counts of rows by reason come from preparation's own report; this module adds what follows from the lengths, and
 puts both into words for whoever shows them, the terminal and the report page alike. Left out: drawing.
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlora_trainer.data.batching.loader import StepLoader
-from qlora_trainer.data.batching.packing import group_rows
-from qlora_trainer.data.preparation.prepare import Prepared
+from qlora_trainer.data.batching.packing import group_rows, laid_out_tokens
 from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
 
 MOST_BINS = 12
@@ -45,6 +44,8 @@ class Layout:
 class Epoch:
     """One pass over the training rows. The layouts are of its first `steps_laid_out` steps.
 
+    `packing` says whether rows are packed: the config asks for it, and the model is not known to need padding.
+    `can_pack` says whether the model's attention keeps packed rows apart, None where that is not known.
     `fill_of_whole_steps` is what the fill would be if all rows of a step were padded to its longest, as is common.
     """
 
@@ -63,68 +64,51 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Overview:
+    """The lengths of all rows, and an epoch of them."""
+
     lengths: Lengths
     epoch: Epoch
 
     def to_json(self) -> dict[str, Any]:
+        """Write the overview as JSON types.
+
+        Returns:
+            Values by name.
+        """
         return asdict(self)
 
 
-def overview_of(
-    prepared: Prepared,
-    *,
-    global_batch_size: int,
-    micro_batch_tokens: int,
-    packing: bool,
-    can_pack: bool | None,
-    seed: int,
-) -> Overview:
-    """The prepared rows of a run in numbers, its first epoch laid out as the run will.
-
-    Args:
-        packing: what the config asks for.
-        can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
-    """
-    loader = StepLoader(prepared.train, global_batch_size, micro_batch_tokens, packing, seed, prepared.mixture)
-    return make_overview(
-        prepared.train.lengths,
-        prepared.eval.lengths,
-        loader.order(0),
-        global_batch_size=global_batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing,
-        can_pack=can_pack,
-    )
-
-
 def make_overview(
-    train_lengths: np.ndarray,  # (rows,) tokens of each training row
-    eval_lengths: np.ndarray,
-    order: np.ndarray,  # (rows of an epoch,) which training row each place of the first epoch has
-    *,
-    global_batch_size: int,
-    micro_batch_tokens: int,
-    packing: bool,
+    loader: StepLoader,
+    train_lengths: np.ndarray,  # (training rows,) tokens of each
+    eval_lengths: np.ndarray,  # (eval rows,)
     can_pack: bool | None = True,
 ) -> Overview:
-    """All of it, in some 50 microseconds a step laid out."""
-    steps = -(-len(order) // global_batch_size)
+    """Put a run's rows in numbers, its first epoch laid out as the run will; takes some 50 microseconds a step.
+
+    Args:
+        loader: of the training rows.
+        train_lengths: of the rows that `loader` takes from.
+        eval_lengths: of the rows kept for evaluation.
+        can_pack: whether the model's attention can keep packed rows apart; None where that is not known.
+
+    Returns:
+        Lengths, and what an epoch is.
+    """
+    order, steps = loader.order(0), loader.steps_per_epoch
     looked_at = min(steps, STEPS_LAID_OUT)
-    rows_of_steps = [
-        train_lengths[order[step * global_batch_size : (step + 1) * global_batch_size]].tolist()
-        for step in range(looked_at)
-    ]
+    rows_of_steps = [train_lengths[loader.rows_of_step(order, step)].tolist() for step in range(looked_at)]
     epoch = Epoch(
         rows=len(order),
-        global_batch_size=global_batch_size,
+        global_batch_size=loader.global_batch_size,
         steps=steps,
         tokens_per_step=float(train_lengths[order].sum()) / steps,
-        micro_batch_tokens=micro_batch_tokens,
-        packing=packing and can_pack is not False,
+        micro_batch_tokens=loader.micro_batch_tokens,
+        packing=loader.packing and can_pack is not False,
         can_pack=can_pack,
-        packed=_layout(rows_of_steps, micro_batch_tokens, packing=True),
-        padded=_layout(rows_of_steps, micro_batch_tokens, packing=False),
-        fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(len(rows) * max(rows) for rows in rows_of_steps),
+        packed=_layout(rows_of_steps, loader.micro_batch_tokens, packing=True),
+        padded=_layout(rows_of_steps, loader.micro_batch_tokens, packing=False),
+        fill_of_whole_steps=sum(map(sum, rows_of_steps)) / sum(laid_out_tokens(r, False) for r in rows_of_steps),
         steps_laid_out=looked_at,
     )
     return Overview(count_lengths(train_lengths, eval_lengths), epoch)
@@ -137,12 +121,20 @@ def _layout(steps: Sequence[Sequence[int]], limit: int, packing: bool) -> Layout
             of_rows = [lengths[index] for index in group]
             micro_batches += 1
             tokens += sum(of_rows)
-            computed += sum(of_rows) if packing else len(group) * max(of_rows)
+            computed += laid_out_tokens(of_rows, packing)
     return Layout(micro_batches / len(steps), tokens / computed)
 
 
 def count_lengths(train: np.ndarray, eval_set: np.ndarray) -> Lengths:
-    """Bins of one round size, in which all rows are counted; the last takes the longest few, however long."""
+    """Count rows in bins of one round size; the last takes the longest few, however long.
+
+    Args:
+        train: tokens of each training row, (rows,).
+        eval_set: tokens of each eval row, (rows,).
+
+    Returns:
+        Bins in which all rows are counted.
+    """
     both = np.concatenate([train, eval_set])
     shortest, longest = int(both.min()), int(both.max())
     usual = int(np.percentile(both, 100 - TAIL_PERCENT, method="higher"))
@@ -154,18 +146,33 @@ def count_lengths(train: np.ndarray, eval_set: np.ndarray) -> Lengths:
 
 
 def _round_size(raw: float) -> int:
-    """1, 2, 5, 10, 20, 50, ...: the next from `raw` on."""
+    """Return the next of 1, 2, 5, 10, 20, 50, ... from `raw` on."""
     magnitude = 10 ** max(0, math.floor(math.log10(max(raw, 1))))
     return next(int(multiple * magnitude) for multiple in (1, 2, 5, 10) if multiple * magnitude >= raw)
 
 
 def bin_labels(lengths: Lengths) -> list[str]:
-    """A name for each bin: 50-99, or one number."""
+    """Name each bin: 50-99, or one number.
+
+    Args:
+        lengths: the bins.
+
+    Returns:
+        One name a bin.
+    """
     return [f"{begin:,}" if end - begin == 1 else f"{begin:,}-{end - 1:,}" for begin, end in pairwise(lengths.edges)]
 
 
 def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
-    """What became of a source's rows."""
+    """Put into words what became of a source's rows.
+
+    Args:
+        source: the report.
+        max_length: longest example, in tokens.
+
+    Returns:
+        Facts in the order to show them.
+    """
     facts = [("rows read", f"{source.rows:,}"), ("rows used, or parts of them", f"{source.examples:,}")]
     facts += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
     facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in source.skipped.items()]
@@ -179,7 +186,15 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
 
 
 def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
-    """The training rows, how many of them repeat others, and what an epoch of them is."""
+    """Put the training rows into words, how many of them repeat others, and what an epoch of them is.
+
+    Args:
+        report: of preparation.
+        epoch: from `make_overview`.
+
+    Returns:
+        Facts in the order to show them.
+    """
     repeated = [("repeat an earlier row", report.train_duplicates)]
     if report.train_other_answers:
         repeated.append(("have an earlier row's prompt, with another answer", report.train_other_answers))
@@ -212,7 +227,14 @@ def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
 
 
 def eval_facts(report: PreparationReport) -> list[Fact]:
-    """The eval rows, and how many of them training has too."""
+    """Put the eval rows into words, and how many of them training has too.
+
+    Args:
+        report: of preparation.
+
+    Returns:
+        Facts in the order to show them.
+    """
     if report.eval.examples == 0:
         return [("rows", "none")]
     repeated = [("also in training", report.eval_duplicates)]

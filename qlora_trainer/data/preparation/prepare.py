@@ -1,11 +1,12 @@
-"""Data files become a prepared set: read, rendered and tokenized once, kept on disk, accounted for row by row.
+"""Prepare data files: read, render and tokenize them once, keep the result on disk, and account for every row.
 
 The cache key is the content of the files, the tokenizer with its template, and the settings that change tokens; the
-eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row
-read is used, or counted in the report with the reason, or skipped, counted and listed. Leaves out: how rows become
-examples (chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
+eval share, the mixture and the seed only choose among prepared rows, so changing them costs nothing. Every row read is
+used, or counted in the report with the reason, or skipped, counted and listed. Left out: how rows become examples
+(chunks.py), which rows an epoch takes (batching/mixing.py), and clearing the cache.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
@@ -46,15 +47,16 @@ from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
-PREPARATION_VERSION = 5  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 6  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """`key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs.
+    """The training and eval examples of a run, and what became of the rows.
 
-    `mixture` is None where an epoch takes every training row once.
+    `key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs. `mixture` is
+    None where an epoch takes every training row once.
     """
 
     train: ExampleSet
@@ -64,7 +66,11 @@ class Prepared:
     mixture: Mixture | None = None
 
     def write_skipped_rows(self, directory: Path) -> None:
-        """List the skipped rows, where there are any, in a file of this directory."""
+        """List the skipped rows, where there are any, in a file.
+
+        Args:
+            directory: gets the file.
+        """
         if self.report.skipped_rows:
             (directory / SKIPPED_NAME).write_bytes(Path(self.report.skipped_rows).read_bytes())
 
@@ -95,15 +101,20 @@ def prepare(
 ) -> Prepared:
     """Read, render and tokenize the data of a run, or take it from the cache.
 
+    A FileMissingError or DataError says that a file or row cannot be used, or that nothing is left to train on; a
+    DiskError, that the cache cannot be written.
+
     Args:
-        max_positions: the model's longest context, which caps `config.max_length`.
+        config: what is read, and how.
+        tokenizer: the model's.
+        max_positions: the model's longest context, which caps `config.max_length`; None: nothing does.
         seed: chooses the eval rows.
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
+        progress: is called with rows read.
 
-    Raises:
-        FileMissingError, DataError: a file or row cannot be used, or nothing is left to train on.
-        DiskError: the cache cannot be written.
+    Returns:
+        Both sets, and the report.
     """
     max_length = min(config.max_length, max_positions or config.max_length)
     maker = ChunkMaker(config, tokenizer, max_length, vocab_size)
@@ -111,13 +122,13 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    store, warnings = existing_store(directory), _date_warnings(config, date)
-    cached = store is not None
-    if store is None:
-        with new_store(directory) as writer:
+    warnings = _date_warnings(config, date)
+    cached = True
+    while (store := existing_store(directory)) is None:
+        cached = False
+        with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
-        store = ExampleStore(directory)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
     _check_usable(sources, inputs, max_length)
     train, eval_set, mixture = _split(store, inputs, config.eval, seed)
@@ -182,16 +193,16 @@ def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
 def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
     counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
-    unit = 1
+    first_row = 1
     for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
         report, counted = reports[index], counts[index]
-        writer.append(chunk.block, source=index, first_unit=unit)
+        writer.append(chunk.block, source=index, first_row=first_row)
         writer.skip(chunk.skipped)
-        unit += chunk.rows
+        first_row += chunk.rows
         report.rows += chunk.rows
         report.truncated += chunk.truncated
         report.split += chunk.split
-        report.examples += len(chunk.block.lengths)
+        report.examples += len(chunk.block)
         for name in ("dropped", "unused_columns", "warnings"):
             counted[name].update(getattr(chunk, name))
         count_reasons(counted["skipped"], chunk.skipped)
@@ -227,7 +238,7 @@ def _check_unchanged(digests: FileDigests) -> None:
 
 
 def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
-    """A set needs rows; so does each source that is mixed."""
+    """Refuse a set without rows, and a mixed source without any."""
     groups = {
         name: [source for source, item in zip(sources, inputs, strict=True) if item.for_eval == for_eval]
         for for_eval, name in ((False, "train"), (True, "eval"))
@@ -249,8 +260,8 @@ def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max
 def _split(
     store: ExampleStore, inputs: Sequence[_Input], eval_set: object, seed: int
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
-    """Training and eval examples, and how the former are mixed."""
-    sources = np.asarray(store.arrays["sources"])
+    """Choose training and eval examples, and how the former are mixed."""
+    sources = store.column("source")
     parts = [item.part for item in inputs if item.part]
     is_eval = sources >= len(parts)
     if isinstance(eval_set, float) and eval_set > 0:
@@ -264,20 +275,21 @@ def _split(
 
 
 def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
-    """Which examples are kept for evaluation, (E,) bool.
+    """Choose the examples that are kept for evaluation, (E,) bool.
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
     """
-    sources = np.asarray(store.arrays["sources"])
-    units = np.array(store.arrays["units"], dtype=np.float64)
+    sources = store.column("source")
+    numbers = store.column("row_number").astype(np.float64)
     for source in range(len(parts)):
         mine = np.flatnonzero(sources == source)
-        if len(mine) and units[mine[0]] == units[mine[-1]]:  # one row: its parts get numbers between it and the next
-            units[mine] = units[mine[0]] + np.arange(len(mine)) / len(mine)
-    first = np.flatnonzero(np.diff(units, prepend=0))  # of each of R rows, which are in order; they count from 1
-    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(units)))
+        is_one_row = len(mine) > 0 and numbers[mine[0]] == numbers[mine[-1]]
+        if is_one_row:  # its parts get numbers between it and the next
+            numbers[mine] = numbers[mine[0]] + np.arange(len(mine)) / len(mine)
+    first = np.flatnonzero(np.diff(numbers, prepend=0))  # of each of R rows, which are in order; they count from 1
+    row_of = np.repeat(np.arange(len(first)), np.diff(first, append=len(numbers)))
     if len(first) < 2:
-        return np.zeros(len(units), dtype=np.bool_)
+        return np.zeros(len(numbers), dtype=np.bool_)
     source_of = sources[first]
     available = np.bincount(source_of, minlength=len(parts)).tolist()
     order = shuffled(len(first), [seed, len(first)])

@@ -1,7 +1,6 @@
-"""What became of the rows, in numbers: by source, by set, and what is found twice.
+"""Count what became of the rows: by source, by set, and what is found twice.
 
-Every row read is in one of these counts. Leaves out: showing them (inspection), and counting while rows are read
-(preparation).
+Every row read is in one of these counts. Left out: showing them (cli), and counting while rows are read (prepare.py).
 """
 
 from collections import Counter
@@ -18,8 +17,8 @@ from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 class SourceReport:
     """What became of one source's rows. Rows read are those used, dropped and skipped.
 
-    `examples` are in both sets; `train` and `eval_set` say how many are where, and `epoch` how many training examples
-    an epoch takes, which is more than `train` where the source is repeated.
+    `examples` are in both sets; `train` and `eval` say how many are where, and `epoch` how many training examples an
+    epoch takes, which is more than `train` where the source is repeated.
     """
 
     name: str
@@ -50,11 +49,11 @@ class SetReport:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """All that preparation has to tell, JSON-able with `to_json`.
+    """All that preparation has to report.
 
-    `train_duplicates` counts examples that repeat an earlier one of training, `eval_duplicates` eval examples
-    that training also has, token for token. `train_other_answers` and `eval_other_answers` count, of the rest, those
-    whose prompt (all that is before the last answer) training has with another answer.
+    `train_duplicates` counts examples that repeat an earlier one of training, `eval_duplicates` eval examples that
+    training also has, token for token. `train_other_answers` and `eval_other_answers` count, of the rest, those whose
+    prompt (all that is before the last answer) training has with another answer.
     """
 
     sources: list[SourceReport]
@@ -71,10 +70,23 @@ class PreparationReport:
     cached: bool
 
     def to_json(self) -> dict[str, Any]:
+        """Write the report as JSON types.
+
+        Returns:
+            Values by name.
+        """
         return asdict(self)
 
 
 def set_report(examples: ExampleSet) -> SetReport:
+    """Count a set's examples and tokens.
+
+    Args:
+        examples: the set.
+
+    Returns:
+        Zeros for an empty one.
+    """
     if len(examples) == 0:
         return SetReport(0, 0, 0, 0, 0, 0)
     lengths = examples.lengths
@@ -89,37 +101,45 @@ def set_report(examples: ExampleSet) -> SetReport:
 
 
 def train_repeats(train: ExampleSet) -> tuple[int, int]:
-    """How many examples repeat an earlier one, and how many others have an earlier one's prompt."""
-    is_first = _is_first(train.duplicates)
-    prompts = train.prompt_duplicates[is_first]
-    prompts = prompts[prompts >= 0]
-    return len(train) - int(is_first.sum()), len(prompts) - int(_is_first(prompts).sum())
+    """Count the examples that repeat an earlier one, and the others that have an earlier one's prompt.
+
+    Args:
+        train: the training set.
+
+    Returns:
+        Both counts.
+    """
+    digests, prompts = train.digests, train.prompt_digests
+    different = len(np.unique(digests[prompts != 0]))  # equal examples have equal prompts
+    return len(train) - len(np.unique(digests)), different - len(np.unique(prompts[prompts != 0]))
 
 
 def eval_repeats(eval_set: ExampleSet, train: ExampleSet) -> tuple[int, int]:
-    """How many eval examples training also has, and how many others have a prompt that training has."""
-    also = _is_among(eval_set.duplicates, train.duplicates)
-    prompts, known = eval_set.prompt_duplicates[~also], train.prompt_duplicates
-    return int(also.sum()), int(_is_among(prompts[prompts >= 0], known[known >= 0]).sum())
+    """Count the eval examples that training also has, and the others that have a prompt that training has.
 
+    Args:
+        eval_set: the eval set.
+        train: the training set.
 
-def _is_first(numbers: np.ndarray) -> np.ndarray:
-    """Which of (n,) small numbers appear for the first time, (n,) bool. No sorting: a million take milliseconds."""
-    places = np.arange(len(numbers))
-    first = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
-    first[numbers[::-1]] = places[::-1]  # the last one written stays
-    return first[numbers] == places
-
-
-def _is_among(numbers: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of (n,) small numbers are among others, (n,) bool."""
-    table = np.zeros(max(numbers.max(initial=-1), known.max(initial=-1)) + 1, dtype=np.bool_)
-    table[known] = True
-    return table[numbers]
+    Returns:
+        Both counts.
+    """
+    also = np.isin(eval_set.digests, train.digests)
+    prompts = eval_set.prompt_digests[~also]
+    return int(also.sum()), int(np.isin(prompts[prompts != 0], train.prompt_digests).sum())
 
 
 def repeat_warnings(train_repeats: int, eval_repeats: int, eval_examples: int) -> list[str]:
-    """Exact repeats, in words. Other answers to a known prompt are common and often meant: the report has them."""
+    """Put exact repeats into words. Other answers to a known prompt are common and often meant: the report has them.
+
+    Args:
+        train_repeats: how many training rows repeat an earlier one.
+        eval_repeats: how many eval rows training also has.
+        eval_examples: how many there are.
+
+    Returns:
+        Sentences, none where nothing repeats.
+    """
     lines = []
     if eval_repeats:
         lines.append(
@@ -132,7 +152,14 @@ def repeat_warnings(train_repeats: int, eval_repeats: int, eval_examples: int) -
 
 
 def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
-    """What a source's rows gave to tell, in words."""
+    """Put into words what is worth knowing of each source's rows.
+
+    Args:
+        sources: the reports.
+
+    Returns:
+        Sentences.
+    """
     lines = []
     for source in sources:
         lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.warnings.items()]
@@ -144,7 +171,14 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
 
 
 def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
-    """That rows were skipped, in one sentence."""
+    """Say in one sentence that rows were skipped.
+
+    Args:
+        sources: the reports.
+
+    Returns:
+        The sentence, or none.
+    """
     reasons = sum((Counter(source.skipped) for source in sources), Counter[str]())
     if not reasons:
         return []

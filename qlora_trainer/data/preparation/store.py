@@ -1,7 +1,7 @@
-"""Prepared examples on disk, memory-mapped, so a million rows need little memory: what is there, and reading it.
+"""Read prepared examples from disk: one memory-mapped Arrow file, so that a million rows need little memory.
 
-A directory of flat .npy arrays, the rows themselves as JSON lines, and the rows that were skipped. Left out: writing
-one (store_writer.py). E examples, N tokens of all examples end to end.
+A directory with examples.arrow (Arrow's file format, which any Arrow library opens), summary.json, and the list of
+skipped rows where there are any. Left out: writing one (store_writer.py). E examples, L tokens of one.
 """
 
 import json
@@ -9,79 +9,117 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as arrow
+import pyarrow.compute as compute
 
 from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_from_json
 
+EXAMPLES_NAME = "examples.arrow"
+SUMMARY_NAME = "summary.json"
 SKIPPED_NAME = "skipped_rows.jsonl"
 
-ARRAYS: dict[str, type] = {
-    "tokens": np.int32,  # (N,)
-    "trained": np.bool_,  # (N,)
-    "bounds": np.int64,  # (E + 1,) where each example begins in tokens, and the last ends
-    "trained_counts": np.int64,  # (E,) labels that carry loss
-    "digests": np.uint64,  # (E,) of the token ids and labels, to find duplicates
-    "prompts": np.uint64,  # (E,) of the token ids before the last trained span; 0 where there are none
-    "units": np.int64,  # (E,) which row of the files it came from; a document gives several examples
-    "sources": np.int32,  # (E,) which source it came from
-    "row_bounds": np.int64,  # (E + 1,) bytes in rows.jsonl
-    "duplicates": np.int64,  # (E,) the first example with the same tokens and labels, maybe itself
-    "prompt_duplicates": np.int64,  # (E,) the first one with the same prompt; -1 where there is none
-}
-# Found when all is written, so that a later start need not sort a million hashes again.
-DUPLICATES = {"duplicates": "digests", "prompt_duplicates": "prompts"}
+SCHEMA = arrow.schema(
+    [
+        ("input_ids", arrow.large_list(arrow.int32())),  # (L,)
+        ("trained", arrow.large_list(arrow.bool_())),  # (L,) which tokens carry loss, one bit each
+        ("trained_count", arrow.int64()),  # labels that carry loss
+        ("digest", arrow.uint64()),  # of the token ids and of which are trained, to find repeats
+        ("prompt_digest", arrow.uint64()),  # of the token ids before the last trained span; 0 where there are none
+        ("row_number", arrow.int64()),  # which row of all files it came from; a document gives several examples
+        ("source", arrow.int32()),  # index of the source it came from
+        ("row", arrow.large_binary()),  # the row with its place, as JSON
+    ]
+)
 
 
 class ExampleStore:
-    """Everything prepared, read-only. Raises ValueError or OSError where files are missing or do not fit together."""
+    """All prepared examples of a directory, read-only.
+
+    An OSError or pyarrow.ArrowException says that a file cannot be read.
+
+    Args:
+        directory: of the store.
+
+    Raises:
+        ValueError: the files do not fit together.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        self.summary: dict[str, Any] = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        if not self._fits():
+        self.summary: dict[str, Any] = json.loads((directory / SUMMARY_NAME).read_text(encoding="utf-8"))
+        self._table = arrow.ipc.open_file(arrow.memory_map(str(directory / EXAMPLES_NAME))).read_all()
+        self._table.validate(full=True)  # bounds, not tokens: a bound beyond the file would end the process
+        skipped = sum(sum(source["skipped"].values()) for source in self.summary.get("sources", []))
+        if self._table.schema != SCHEMA or (skipped and not self.skipped_rows.is_file()):
             raise ValueError(f"{directory} is incomplete or damaged")
+        self._columns: dict[str, np.ndarray] = {}
 
-    def _fits(self) -> bool:
-        """What can be seen without reading all tokens: kinds, lengths, and bounds that rise from 0 to the end."""
-        if any(array.dtype != ARRAYS[name] or array.ndim != 1 for name, array in self.arrays.items()):
-            return False
-        count = len(self.arrays["units"])
-        ends = {"bounds": len(self.arrays["tokens"]), "row_bounds": (self.directory / "rows.jsonl").stat().st_size}
-        for name, end in ends.items():
-            bounds = self.arrays[name]
-            if len(bounds) != count + 1 or bounds[0] != 0 or bounds[-1] != end or np.any(bounds[1:] <= bounds[:-1]):
-                return False
-        each = ("trained_counts", "digests", "prompts", "sources", *DUPLICATES)
-        listed = sum(sum(source["skipped"].values()) for source in self.summary.get("sources", []))
-        return (
-            len(self.arrays["trained"]) == len(self.arrays["tokens"])
-            and all(len(self.arrays[name]) == count for name in each)
-            and all(np.all(self.arrays[name] < count) for name in DUPLICATES)
-            and (not listed or self.skipped_rows.is_file())
-        )
+    def __len__(self) -> int:
+        """Count the examples.
+
+        Returns:
+            E.
+        """
+        return len(self._table)
 
     @property
     def skipped_rows(self) -> Path:
         """The list of skipped rows, one JSON object a line with where and reason; no file where there are none."""
         return self.directory / SKIPPED_NAME
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (E,) int64."""
+        if "lengths" not in self._columns:
+            self._columns["lengths"] = compute.list_value_length(self._table["input_ids"]).to_numpy()
+        return self._columns["lengths"]
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of numbers, copied once from the file.
+
+        Args:
+            name: in `SCHEMA`.
+
+        Returns:
+            (E,).
+        """
+        if name not in self._columns:
+            self._columns[name] = self._table[name].to_numpy()
+        return self._columns[name]
+
     def example(self, index: int) -> Example:
-        begin, end = self.arrays["bounds"][index : index + 2]
-        tokens = np.asarray(self.arrays["tokens"][begin:end], dtype=np.int64)
-        labels = np.where(self.arrays["trained"][begin:end], tokens, IGNORED_LABEL)
-        return Example(tokens.tolist(), labels.tolist())
+        """Return an example as lists of Python integers.
+
+        Args:
+            index: from 0.
+
+        Returns:
+            The example.
+        """
+        input_ids = self._table["input_ids"][index].values.to_numpy()
+        trained = self._table["trained"][index].values.to_numpy(zero_copy_only=False)
+        return Example(input_ids.tolist(), np.where(trained, input_ids, IGNORED_LABEL).tolist())
 
     def row(self, index: int) -> tuple[str, Row]:
-        """Where the row came from, and the row."""
-        begin, end = self.arrays["row_bounds"][index : index + 2]
-        with (self.directory / "rows.jsonl").open("rb") as file:
-            file.seek(int(begin))
-            value = json.loads(file.read(int(end - begin)))
+        """Return an example's row, with its place.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            Where it came from, and the row.
+        """
+        value = json.loads(self._table["row"][index].as_py())
         return value["where"], row_from_json(value["row"])
 
 
 class ExampleSet:
-    """Some of the prepared examples: a list of Example, with the rows that they show."""
+    """Some of the prepared examples: a list of Example, with the rows that they show.
+
+    Args:
+        store: has them.
+        indices: which, (examples of this set,) int64.
+    """
 
     def __init__(self, store: ExampleStore, indices: np.ndarray) -> None:
         self._store = store
@@ -96,45 +134,61 @@ class ExampleSet:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, (len,) int64."""
-        return np.diff(self._store.arrays["bounds"])[self._indices]
+        return self._store.lengths[self._indices]
 
     @property
     def trained_counts(self) -> np.ndarray:
         """Labels that carry loss, of each example, (len,) int64."""
-        return self._store.arrays["trained_counts"][self._indices]
+        return self._store.column("trained_count")[self._indices]
 
     @property
     def digests(self) -> np.ndarray:
         """A hash of each example's tokens and labels, (len,) uint64."""
-        return self._store.arrays["digests"][self._indices]
+        return self._store.column("digest")[self._indices]
 
     @property
-    def duplicates(self) -> np.ndarray:
-        """Equal for examples of one store with the same tokens and labels, (len,) int64."""
-        return self._store.arrays["duplicates"][self._indices]
-
-    @property
-    def prompt_duplicates(self) -> np.ndarray:
-        """Equal for examples of one store that have the same prompt, (len,) int64; -1 where there is none."""
-        return self._store.arrays["prompt_duplicates"][self._indices]
+    def prompt_digests(self) -> np.ndarray:
+        """A hash of the tokens before each example's last trained span, (len,) uint64; 0 where there are none."""
+        return self._store.column("prompt_digest")[self._indices]
 
     @property
     def sources(self) -> np.ndarray:
         """The index of the source of each example, (len,) int32."""
-        return self._store.arrays["sources"][self._indices]
+        return self._store.column("source")[self._indices]
 
     def row(self, index: int) -> Row:
-        """The row as it was read; of a long document, the part that this example holds."""
+        """Return the row as it was read; of a long document, the part that this example holds.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            The row.
+        """
         return self._store.row(int(self._indices[index]))[1]
 
     def where(self, index: int) -> str:
-        """File and line that an example came from."""
+        """Return the file and line that an example came from.
+
+        Args:
+            index: of the example, from 0.
+
+        Returns:
+            Such as "rows.jsonl, line 12".
+        """
         return self._store.row(int(self._indices[index]))[0]
 
 
 def existing_store(directory: Path) -> ExampleStore | None:
-    """The store prepared before, or None where there is none or it is damaged: then it is to be made anew."""
+    """Open the store that was prepared before.
+
+    Args:
+        directory: of the store.
+
+    Returns:
+        The store, or None where there is none or it is damaged: then it is to be made anew.
+    """
     try:
         return ExampleStore(directory)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, arrow.ArrowException):
         return None

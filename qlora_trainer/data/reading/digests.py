@@ -1,4 +1,4 @@
-"""The digest of a data file's content, remembered, so that a file of many gigabytes is hashed once.
+"""Find the digest of a data file's content, and remember it, so that a file of many gigabytes is hashed once.
 
 When a remembered digest is believed again, common/file_identity.py says.
 """
@@ -19,15 +19,25 @@ class Content:
 
 
 class FileDigests:
-    """Digests of the files of one preparation, through a memory in `directory`."""
+    """Digests of the files of one preparation.
+
+    Args:
+        directory: remembers digests; made at need.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Remember digests in `directory`, which is made at need."""
         self.records = FileRecords(directory)
         self._taken: dict[Path, tuple[FileIdentity, Content]] = {}
 
     def content(self, path: Path) -> Content:
-        """Return what is in a file, from memory where the file is known to be the same."""
+        """Find what is in a file, from memory where the file is known to be the same.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Its digest and lines.
+        """
         path = path.expanduser().absolute()
         before = FileIdentity.of(path)
         identity, content = self._taken.get(path, (None, None))
@@ -42,7 +52,11 @@ class FileDigests:
         return content
 
     def changed(self) -> list[Path]:
-        """List the files that are no longer what they were when `content` was asked for them."""
+        """List the files that are no longer what they were when `content` was asked for them.
+
+        Returns:
+            Their absolute paths.
+        """
         return [path for path, (before, content) in self._taken.items() if not _is_same(path, before, content)]
 
 

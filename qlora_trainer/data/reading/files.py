@@ -1,8 +1,9 @@
-"""Data files become records, one at a time, each with the place it came from, for errors that can be acted on.
+"""Read data files as records, one at a time, each with the place it came from, for errors that can be acted on.
 
 JSONL, JSON, CSV, TSV, Parquet and plain text files, these compressed with gzip or zstandard, or a data set on the hub.
 Nothing is skipped here: a row that cannot be read comes as its error, so that the caller may stop or count it, and what
-is wrong with a file as a whole is raised. Left out: bytes and text (streams), the kinds of file (json_rows, tables).
+is wrong with a file as a whole is raised. Left out: bytes and text (streams.py), the kinds of file (json_rows.py,
+tables.py).
 """
 
 import difflib
@@ -45,14 +46,18 @@ def open_source(
     header: Sequence[str] = (),
     content_digest: Callable[[Path], str] | None = None,
 ) -> RecordSource:
-    """A local file, or where there is none and the name could be one, a data set on the hub.
+    """Open a local file, or where there is none and the name could be one, a data set on the hub.
 
     Args:
+        path: of the file, or the data set's name.
         split: of a hub data set.
         subset: of a hub data set that has several.
         encoding: of a text file, as Python names it; None for UTF-8.
         header: names of the columns of a CSV or TSV file without a line of them.
         content_digest: gives the digest of a local file's content, maybe from memory; None: it is read.
+
+    Returns:
+        The source, nothing of it read but its digest.
 
     Raises:
         FileMissingError: no such file; the message has near misses.
@@ -93,10 +98,19 @@ def _open_source(
 def read_records(
     path: Path, encoding: str | None = None, header: Sequence[str] = ()
 ) -> Iterator[tuple[str, Record | DataError]]:
-    """Records of a local file with their place, such as ("rows.jsonl, line 12", {...}), or a row's error in its place.
+    """Read the records of a local file.
+
+    A FileMissingError says that there is no such file.
+
+    Args:
+        path: the file.
+        encoding: of a text file, as Python names it; None for UTF-8.
+        header: names of the columns of a CSV or TSV file without a line of them.
+
+    Yields:
+        Each record with its place, such as ("rows.jsonl, line 12", {...}), or a row's error in its place.
 
     Raises:
-        FileMissingError: no such file.
         DataError: the file is empty, of an unknown kind, or broken from some place on.
     """
     _check_exists(path)
@@ -128,7 +142,7 @@ def _reader(path: Path, suffix: str, encoding: str | None, header: Sequence[str]
 
 
 def _read_text(path: Path, encoding: str | None) -> Iterator[Placed]:
-    """The whole file is one document; rendering cuts it into rows of full length."""
+    """Read the whole file as one document; rendering cuts it into rows of full length."""
     text = streams.whole(path, encoding)
     if text.strip():
         yield "line 1", {"text": text.replace("\r\n", "\n")}
@@ -154,7 +168,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
-    """A file is read whole, so one that is given as an eval split of itself would be trained on and measured."""
+    """Refuse a part of a file: it is read whole, so an eval split of itself would be trained on and measured."""
     given = [f"split {split}"] if split != "train" else []
     given += [f"subset {subset}"] if subset else []
     if given:
@@ -187,7 +201,7 @@ def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
 
 
 def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> Iterator[tuple[str, Record | DataError]]:
-    """The records; what the system says while they are read is reported of the file, not of where they are going."""
+    """Pass records on; an error of the system while they are read is one of the file, not of where they are going."""
     try:
         yield from records
     except FileMissingError:
@@ -200,7 +214,7 @@ def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> I
 
 
 def _hub_message(name: str, split: str, error: Exception) -> str:
-    """datasets' own errors name the splits and subsets there are, in lists."""
+    """Say what went wrong in our words: the errors of datasets name the splits and subsets there are, in lists."""
     said = str(error)
     if "Unknown split" in said:
         there = ", ".join(re.findall(r"'([^']+)'", said.partition("one of")[2]))

@@ -1,9 +1,9 @@
-"""Rows of JSONL and JSON files: one object a line, an array of objects, or objects one after another.
+"""Read rows of JSONL and JSON files: one object a line, an array of objects, or objects one after another.
 
 A .json file may be any of these, and is detected by how it begins. Arrays are read a piece at a time, so the memory is
 that of a row: the standard library's decoder, given a window that slides over the text, is as fast here as a streaming
 parser (about 300 MB/s) and needs none. A key that is there twice in one object is an error, as one of its values would
-be lost. Left out: what the columns mean (recognition, formats).
+be lost. Left out: what the columns mean (formats).
 """
 
 import itertools
@@ -25,10 +25,17 @@ _LONGEST_LITERAL = 16  # characters of -Infinity and some more: an error so near
 
 
 def read_jsonl(path: Path, encoding: str | None = None) -> Iterator[Placed]:
-    """One object a line; blank lines are passed over. A line that cannot be read is an error, and the next follows.
+    """Read one object a line; blank lines are passed over.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+
+    Yields:
+        Each row with its place, or the error of a line that cannot be read.
 
     Raises:
-        DataError: the file begins a JSON array, or what `streams.lines` raises.
+        DataError: the file begins a JSON array, or `streams.lines` fails.
     """
     decoder, first = RowDecoder(), True
     for line in streams.lines(path, encoding):
@@ -50,11 +57,18 @@ def read_jsonl(path: Path, encoding: str | None = None) -> Iterator[Placed]:
 
 
 def read_json(path: Path, encoding: str | None = None) -> Iterator[Placed]:
-    """An array of objects, one object, objects one after another, or JSONL under this name.
+    """Read an array of objects, one object, objects one after another, or JSONL under this name.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+
+    Yields:
+        Each row with its place, or the error of a row that is none.
 
     Raises:
-        DataError: it is not JSON (with row, line and column), holds neither objects nor an array, or what
-            `streams.blocks` raises.
+        DataError: it is not JSON (with row, line and column), holds neither objects nor an array, or `streams.blocks`
+            fails.
     """
     start = next(filter(None, (block.lstrip() for block in streams.blocks(path, encoding))), "")
     if start.startswith("{") and _is_jsonl(path, encoding):
@@ -68,8 +82,11 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Placed]:
 
 
 def _is_jsonl(path: Path, encoding: str | None) -> bool:
-    """Whether a row ends with its line. The second line of an object that goes on begins with a key or a brace's end,
-    so where it begins an object, the first line was one too, perhaps a broken one."""
+    """Return True if a row ends with its line.
+
+    The second line of an object that goes on begins with a key or a brace's end, so where it begins an object, the
+    first line was one too, perhaps a broken one.
+    """
     filled = (line.text.strip() for line in streams.lines(path, encoding) if line.text.strip())
     first, second = [*itertools.islice(filled, 2), "", ""][:2]
     if second == "{" or first.endswith(("{", "[")):  # as only objects over several lines begin
@@ -96,14 +113,35 @@ class RowDecoder:
         return made
 
     def value(self, text: str, begin: int) -> tuple[Any, int]:
-        """The value that begins at a character, and where it ends; json.JSONDecodeError, RecursionError, ValueError."""
+        """Decode the value that begins at a character.
+
+        A json.JSONDecodeError, RecursionError or ValueError says why it cannot be read.
+
+        Args:
+            text: JSON, and what comes after it.
+            begin: the character.
+
+        Returns:
+            The value, and where it ends.
+        """
         self._repeated.clear()
         value, end = self._decoder.raw_decode(text, begin)
         check_depth(value, text, begin, end)
         return value, end
 
     def checked(self, value: Any, where: str) -> Record:
-        """The value decoded last, if it is a row; DataError if it is not."""
+        """Return the value decoded last, if it is a row.
+
+        Args:
+            value: from `value`.
+            where: file and line, for errors.
+
+        Returns:
+            The same value.
+
+        Raises:
+            DataError: it is no object, or has a key twice.
+        """
         if self._repeated:
             raise DataError(
                 f"{where}: the key {self._repeated[0]} is there twice in one object, and one value of the two would be "
@@ -116,12 +154,21 @@ class RowDecoder:
         return value
 
     def row(self, text: str, where: str, start: int | None) -> Record:
-        """The row that a whole line holds; `start` is the byte where the line begins, where it is known."""
+        """Decode the row that a whole line holds.
+
+        Args:
+            text: the line.
+            where: file and line, for errors.
+            start: the byte where the line begins; None where it is not known.
+
+        Returns:
+            The row.
+
+        Raises:
+            DataError: it is no JSON, or no row.
+        """
         try:
-            begin = len(text) - len(text.lstrip(" \t\r"))
-            value, end = self.value(text, begin)
-            if rest := text[end:].lstrip():
-                raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+            value = self._only_value(text)
         except json.JSONDecodeError as error:
             byte = "" if start is None else f" (byte {start + len(text[: error.pos].encode('utf-8', 'replace'))})"
             near = text[max(0, error.pos - 20) : error.pos + 20]
@@ -131,6 +178,12 @@ class RowDecoder:
         except (RecursionError, ValueError) as error:
             raise DataError(f"{where}: cannot be read as JSON: {error}") from error
         return self.checked(value, where)
+
+    def _only_value(self, text: str) -> Any:
+        value, end = self.value(text, len(text) - len(text.lstrip(" \t\r")))
+        if rest := text[end:].lstrip():
+            raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+        return value
 
 
 def _way_out(line: str) -> str:
@@ -142,7 +195,12 @@ def _way_out(line: str) -> str:
 
 
 class _Window:
-    """The part of a long text that is in memory, with its place in the whole."""
+    """The part of a long text that is in memory, with its place in the whole.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+    """
 
     def __init__(self, path: Path, encoding: str | None) -> None:
         self._name, self._blocks = path.name, streams.blocks(path, encoding)
@@ -150,8 +208,11 @@ class _Window:
         self.text, self.position = "", 0
 
     def more(self) -> bool:
-        """Drop what is behind the position and read on, as much again as is kept, so that a long row is tried a few
-        times only; False, and nothing is moved, where the text ends."""
+        """Drop what is behind the position and read on, as much again as is kept: a long row is tried a few times.
+
+        Returns:
+            False where the text ends: then nothing is moved.
+        """
         parts, wanted = [], len(self.text) - self.position
         for block in self._blocks:
             parts.append(block)
@@ -168,7 +229,11 @@ class _Window:
         return True
 
     def next_character(self) -> str:
-        """The next character that is no white space, which becomes the position; empty at the end."""
+        """Move the position to the next character that is no white space.
+
+        Returns:
+            The character; empty at the end.
+        """
         while True:
             self.position = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]
             if self.position < len(self.text):
@@ -177,6 +242,16 @@ class _Window:
                 return ""
 
     def error(self, row: int, what: str, position: int) -> DataError:
+        """Make an error with the place of a character in the whole text.
+
+        Args:
+            row: its number.
+            what: went wrong.
+            position: of a character in the window.
+
+        Returns:
+            The error.
+        """
         before = self.text[:position]
         line = self._lines + before.count("\n") + 1
         column = position - before.rfind("\n") if "\n" in before else self._columns + position + 1
@@ -185,7 +260,7 @@ class _Window:
 
 
 def _read_objects(path: Path, encoding: str | None) -> Iterator[Placed]:
-    """Objects one after another, each over as many lines as it likes."""
+    """Read objects one after another, each over as many lines as it likes."""
     window, decoder = _Window(path, encoding), RowDecoder()
     for number in itertools.count(1):
         if not window.next_character():

@@ -1,11 +1,13 @@
-"""A data file as bytes and as text: unpacked, decoded, and in lines, with the byte where that fails.
+"""Read a data file as bytes and as text: unpacked, decoded, and in lines, with the byte where that fails.
 
 Text is UTF-8, with or without a byte-order mark, unless another encoding is named; nothing is guessed, as a wrong guess
 would train on wrong characters. Lines end at a newline character and nowhere else, so U+2028 inside a string stays.
-gzip and zstandard are known by their first bytes, whatever the name. Left out: what the text means (json_rows, tables).
+gzip and zstandard are known by their first bytes, whatever the name. Left out: what the text means (json_rows.py,
+tables.py).
 """
 
 import codecs
+import contextlib
 import gzip
 import io
 import re
@@ -37,7 +39,7 @@ _OTHER_KINDS = {
 
 
 class Line(NamedTuple):
-    """One line without its newline. With `error`, `text` has stand-ins where bytes are no text."""
+    """One line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
 
     number: int  # from 1
     start: int | None  # bytes before it in the unpacked file; None where the encoding hides that
@@ -46,21 +48,36 @@ class Line(NamedTuple):
 
 
 def content_suffix(path: Path) -> str:
-    """The ending that says what a file holds, a compression's left aside: .jsonl for rows.jsonl.gz."""
+    """Find the ending that says what a file holds, a compression's left aside: .jsonl for rows.jsonl.gz.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The ending in lower case, with its dot.
+    """
     if path.suffix.lower() in PACKED_SUFFIXES:
         path = path.with_suffix("")
     return path.suffix.lower()
 
 
 def open_bytes(path: Path, encoding: str | None = None) -> "io.BufferedReader[Any]":
-    """The bytes of a text file, unpacked.
+    """Open a text file as bytes, unpacked.
+
+    While they are read, a DataError says that compressed data is broken or cut off.
+
+    Args:
+        path: the file.
+        encoding: that its text should have; None for UTF-8.
+
+    Returns:
+        The unpacked bytes.
 
     Raises:
-        DataError: a git-lfs pointer, an archive, another encoding than the one named; and while reading, that the
-            compressed data is broken or ends too early.
+        DataError: a git-lfs pointer, an archive, or another encoding than the one named.
     """
-    file = path.open("rb")
-    try:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
         head = file.peek(len(_LFS_HEADER))
         _check_is_no_pointer(path, head)
         packing = next((name for mark, name in _PACKED.items() if head.startswith(mark)), None)
@@ -76,14 +93,16 @@ def open_bytes(path: Path, encoding: str | None = None) -> "io.BufferedReader[An
             if any(stream.peek(4).startswith(mark) for mark in _PACKED):
                 raise DataError(f"{path} is compressed twice; unpack it once.")
         _check_is_text(path, stream.peek(16), encoding)
-    except BaseException:
-        file.close()
-        raise
+        stack.pop_all()
     return stream
 
 
 def check_is_fetched(path: Path) -> None:
-    """DataError where the file is a git-lfs pointer, for readers of other than text."""
+    """Refuse a git-lfs pointer, for readers of other than text; it is a DataError.
+
+    Args:
+        path: the file.
+    """
     with path.open("rb") as file:
         _check_is_no_pointer(path, file.peek(len(_LFS_HEADER)))
 
@@ -101,12 +120,18 @@ def _check_is_text(path: Path, head: bytes, encoding: str | None) -> None:
 
 
 def _is_wide(encoding: str | None) -> bool:
-    """Whether a newline is more than its one byte, as in UTF-16."""
+    """Return True if a newline is more than its one byte, as in UTF-16."""
     return "\n".encode(encoding or "utf-8") != b"\n"
 
 
 class _Unpacking(io.RawIOBase):
-    """What comes out of a compressed file; the error where that fails says how far it went."""
+    """What comes out of a compressed file; the error where that fails says how far it went.
+
+    Args:
+        path: for errors.
+        file: the compressed bytes.
+        packing: gzip or zstandard.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, packing: str) -> None:
         self._path, self._file, self._packing = path, file, packing
@@ -120,9 +145,25 @@ class _Unpacking(io.RawIOBase):
             self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
     def readable(self) -> bool:
+        """Return True: this is how io finds that it may read.
+
+        Returns:
+            True.
+        """
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with unpacked bytes.
+
+        Args:
+            buffer: what to fill.
+
+        Returns:
+            How many bytes; 0 at the end.
+
+        Raises:
+            DataError: the compressed data is broken or cut off.
+        """
         try:
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
@@ -135,18 +176,25 @@ class _Unpacking(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        """Close the file too."""
         self._file.close()
         super().close()
 
 
 def lines(path: Path, encoding: str | None = None) -> Iterator[Line]:
-    """A file's lines; a carriage return at the end of one is white space to all readers.
+    """Read a file's lines; a carriage return at the end of one is white space to all readers.
 
-    A line that is not of the encoding comes with an error, and the next one follows; of an encoding in which a newline
-    is more than one byte, the file ends there.
+    Of an encoding in which a newline is more than one byte, the file ends where a line is not of the encoding.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+
+    Yields:
+        Each line; one that is not of the encoding with an error.
 
     Raises:
-        DataError: what `open_bytes` and `blocks` raise, or a line is longer than 64 MiB.
+        DataError: `open_bytes` or `blocks` fails, or a line is longer than 64 MiB.
     """
     if _is_wide(encoding):
         yield from _lines_of_blocks(path, encoding)
@@ -158,7 +206,7 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[Line]:
             if not raw:
                 return
             if len(raw) > MAX_LINE_BYTES:
-                raise _too_long(path, number)
+                raise DataError(_too_long(path, number))
             body = raw.removesuffix(b"\n")
             try:
                 text = body.decode(encoding or "utf-8")
@@ -166,8 +214,8 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[Line]:
                 mark = len(_UTF8_MARK) if without_mark != text else 0
                 yield Line(number, start + mark, without_mark)
             except UnicodeDecodeError as error:
-                wrong = not_text(path, f"line {number}", start + error.start, body[error.start], encoding)
-                yield Line(number, start, body.decode("ascii", "replace"), wrong)
+                wrong = _not_text(path, f"line {number}", start + error.start, body[error.start], encoding)
+                yield Line(number, start, body.decode("ascii", "replace"), DataError(wrong))
             start += len(raw)
 
 
@@ -179,16 +227,23 @@ def _lines_of_blocks(path: Path, encoding: str | None) -> Iterator[Line]:
             number += 1
             yield Line(number, None, line)
         if len(rest) > MAX_LINE_BYTES:
-            raise _too_long(path, number + 1)
+            raise DataError(_too_long(path, number + 1))
     if rest:
         yield Line(number + 1, None, rest)
 
 
 def blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
-    """A file's text in blocks of about a MiB, none empty, without a byte-order mark.
+    """Read a file's text in blocks of about a MiB, without a byte-order mark.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+
+    Yields:
+        Text that is not empty.
 
     Raises:
-        DataError: what `open_bytes` raises, or bytes that are not of the encoding, by line and byte.
+        DataError: `open_bytes` fails, or bytes are not of the encoding, with line and byte.
     """
     decoder = codecs.getincrementaldecoder(encoding or "utf-8")()
     first, line, done = True, 1, 0
@@ -201,7 +256,7 @@ def blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 line += error.object[: error.start].decode(encoding or "utf-8", "replace").count("\n")
                 at, byte = begin + error.start, error.object[error.start]
-                raise not_text(path, f"line {line}", at, byte, encoding) from error
+                raise DataError(_not_text(path, f"line {line}", at, byte, encoding)) from error
             except UnicodeError as error:  # utf-16 and utf-32 alone: nothing says which byte of a character is first
                 name = codecs.lookup(encoding or "utf-8").name
                 raise DataError(
@@ -220,7 +275,18 @@ def blocks(path: Path, encoding: str | None = None) -> Iterator[str]:
 
 
 def whole(path: Path, encoding: str | None = None) -> str:
-    """A file's text at once; DataError where it is longer than 4 GiB of text, or what `blocks` raises."""
+    """Read a file's text at once.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+
+    Returns:
+        All of it.
+
+    Raises:
+        DataError: it is longer than 4 GiB of text, or `blocks` fails.
+    """
     parts, size = [], 0
     for block in blocks(path, encoding):
         parts.append(block)
@@ -233,15 +299,15 @@ def whole(path: Path, encoding: str | None = None) -> str:
     return "".join(parts)
 
 
-def _too_long(path: Path, number: int) -> DataError:
-    return DataError(
+def _too_long(path: Path, number: int) -> str:
+    return (
         f"{path.name}, line {number}: longer than {MAX_LINE_BYTES // 2**20} MiB. One row is one line in this kind of "
         "file; is it a JSON array? Then call it .json."
     )
 
 
-def not_text(path: Path, place: str, offset: int, byte: int, encoding: str | None) -> DataError:
-    return DataError(
+def _not_text(path: Path, place: str, offset: int, byte: int, encoding: str | None) -> str:
+    return (
         f"{path.name}, {place}: byte {offset} (0x{byte:02x}) is not {encoding or 'UTF-8'} text. If the file has "
         "another encoding, name it, such as data.encoding cp1252, or convert the file: iconv -f CP1252 -t UTF-8"
     )

@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV and Parquet files.
+"""Read rows of CSV, TSV and Parquet files.
 
 CSV follows RFC 4180: a field with the delimiter, a quote or a newline inside has quotes around it. Many TSV files have
 no such rule and hold quotes as they are, so a TSV is read by it only where the whole file keeps to it and no quote
@@ -19,14 +19,19 @@ from qlora_trainer.data.reading.values import without_nulls
 
 
 def read_table(path: Path, delimiter: str, encoding: str | None = None, header: Sequence[str] = ()) -> Iterator[Placed]:
-    """Rows of a CSV or TSV file, every field as text, each with the line where it begins.
+    """Read the rows of a CSV or TSV file, every field as text.
 
     Args:
+        path: the file.
+        delimiter: a comma, or a tab.
+        encoding: as Python names it; None for UTF-8.
         header: the columns' names, where the first line does not hold them.
 
+    Yields:
+        Each row with the line where it begins, or an error: a wrong number of fields, or bytes that are no text.
+
     Raises:
-        DataError: the line of names is wrong, quotes swallow rows, or what `streams.lines` raises. A row with a wrong
-            number of fields, or bytes that are no text, comes as one instead, and the next follows.
+        DataError: the line of names is wrong, quotes swallow rows, or `streams.lines` fails.
     """
     names = list(header)
     if len(set(names)) < len(names):
@@ -36,9 +41,7 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None, header: 
     for place, fields, error in _field_rows(path, delimiter, encoding, len(names)):
         where = f"{path.name}, {place}"
         if not names:
-            if error:
-                raise error
-            names = _names(fields, where)
+            names = _names(fields, error, where)
         elif error:
             yield place, error
         elif len(fields) != len(names):
@@ -55,12 +58,14 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None, header: 
 
 
 def _delimiter_of(path: Path, encoding: str | None) -> str:
-    """Spreadsheets of many countries write semicolons under the name of CSV; the line of names shows it."""
+    """Find the delimiter in the line of names: spreadsheets of many countries write semicolons and call it CSV."""
     first = next((line.text for line in streams.lines(path, encoding) if line.text.strip()), "")
     return next((mark for mark in ",;\t" if mark in first), ",")
 
 
-def _names(fields: list[str], where: str) -> list[str]:
+def _names(fields: list[str], error: DataError | None, where: str) -> list[str]:
+    if error:
+        raise error
     names = [name.strip() for name in fields]
     if len(set(names)) < len(names):
         raise DataError(
@@ -73,7 +78,7 @@ def _names(fields: list[str], where: str) -> list[str]:
 def _field_rows(
     path: Path, delimiter: str, encoding: str | None, columns: int
 ) -> Iterator[tuple[str, list[str], DataError | None]]:
-    """The fields of each row with the line where it begins, and what is wrong with it; blank lines are passed over."""
+    """Read the fields of each row with the line where it begins, and what is wrong with it; skip blank lines."""
     csv.field_size_limit(streams.MAX_LINE_BYTES)
     lines = _Lines(path, encoding, delimiter)
     has_quotes = delimiter != "\t" or _keeps_to_quotes(path, encoding, columns)
@@ -120,13 +125,20 @@ def _keeps_to_quotes(path: Path, encoding: str | None, columns: int) -> bool:
 
 
 class _Lines:
-    """Lines with their ends, as a csv reader puts those of a quoted field together, and what the row has of them."""
+    """Lines with their ends, as a csv reader puts those of a quoted field together, and what the row has of them.
+
+    Args:
+        path: the file.
+        encoding: as Python names it; None for UTF-8.
+        delimiter: between fields.
+    """
 
     def __init__(self, path: Path, encoding: str | None, delimiter: str) -> None:
         self._lines, self._delimiter = streams.lines(path, encoding), delimiter
         self.begin_row()
 
     def begin_row(self) -> None:
+        """Forget the lines of the row before."""
         self.delimiters: list[int] = []  # in each line of the row
         self.error: DataError | None = None
 
@@ -140,12 +152,29 @@ class _Lines:
         return line.text + "\n"
 
     def are_rows_themselves(self, columns: int) -> bool:
-        """Whether a row of several lines would be as many rows, were it not for its quotes."""
+        """Find whether a row of several lines would be as many rows, were it not for its quotes.
+
+        Args:
+            columns: of the table.
+
+        Returns:
+            True if each line has as many fields.
+        """
         return len(self.delimiters) > 1 and columns > 1 and set(self.delimiters) == {columns - 1}
 
 
 def read_parquet(path: Path) -> Iterator[Placed]:
-    """Rows of a Parquet file with their nested columns as lists and objects; DataError where it cannot be read."""
+    """Read the rows of a Parquet file, with their nested columns as lists and objects.
+
+    Args:
+        path: the file.
+
+    Yields:
+        Each row with its place.
+
+    Raises:
+        DataError: the file cannot be read, or has two columns of one name.
+    """
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 

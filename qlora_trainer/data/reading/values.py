@@ -1,7 +1,7 @@
-"""Values of a row as a user sees them: text that must be text, JSON written as text, and words for what was found.
+"""Check values of a row as a user sees them: text that must be text, JSON written as text; and name what was found.
 
 Every error here is about one value of one row; `where` and the column's name come from the caller. Left out: which
-columns there are (recognition), and what a turn is (turns).
+columns there are (formats/detect.py), and what a turn is (formats/turns.py).
 """
 
 import json
@@ -15,7 +15,15 @@ MOST_LEVELS = 100  # of lists and objects in each other
 
 
 def text(value: Any, column: str, where: str) -> str:
-    """The value, which must be text of whole characters.
+    """Return a value that must be text of whole characters.
+
+    Args:
+        value: of a column.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The text.
 
     Raises:
         DataError: it is something else, or holds half of a surrogate pair, which no file can hold as text.
@@ -34,12 +42,33 @@ def text(value: Any, column: str, where: str) -> str:
 
 
 def optional_text(value: Any, column: str, where: str) -> str:
-    """Text that may be absent:"""
+    """Return text that may be absent; a DataError says that it is something else.
+
+    Args:
+        value: of a column.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The text; "" for None.
+    """
     return "" if value is None else text(value, column, where)
 
 
 def json_text(value: Any, column: str, where: str) -> str:
-    """A value as JSON text, not escaped beyond need; DataError for what JSON cannot hold."""
+    """Write a value as JSON text, not escaped beyond need.
+
+    Args:
+        value: of a column.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: JSON cannot hold it.
+    """
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -48,7 +77,19 @@ def json_text(value: Any, column: str, where: str) -> str:
 
 
 def from_json_text(value: str, column: str, where: str) -> Any:
-    """What a JSON text says; DataError with the place in it where it is none."""
+    """Read what a JSON text says.
+
+    Args:
+        value: the text.
+        column: its name, for errors.
+        where: file and line, for errors.
+
+    Returns:
+        The value.
+
+    Raises:
+        DataError: it is no JSON, with the place in it.
+    """
     try:
         found = json.loads(value)
         check_depth(found, value)
@@ -58,8 +99,19 @@ def from_json_text(value: str, column: str, where: str) -> Any:
 
 
 def check_depth(value: Any, text: str, begin: int = 0, end: int | None = None) -> None:
-    """RecursionError where the value that is in this part of a JSON text is nested too deeply to be walked through
-    by recursion, as templates do; brackets are counted first, since that is fast and settles most."""
+    """Refuse a value of a JSON text that is nested too deeply to be walked through by recursion, as templates do.
+
+    Brackets are counted first, since that is fast and settles most.
+
+    Args:
+        value: what the text holds.
+        text: JSON.
+        begin: the character where the value begins.
+        end: the character where it ends; None for the text's end.
+
+    Raises:
+        RecursionError: it is.
+    """
     brackets = text.count("[", begin, end) + text.count("{", begin, end)
     if brackets > MOST_LEVELS and _is_deeper(value, MOST_LEVELS):
         raise RecursionError(f"lists and objects are nested more than {MOST_LEVELS} deep")
@@ -72,14 +124,28 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """A nested value without null keys: a table gives every struct the keys of all, null where a row has none."""
+    """Leave out null keys: a table gives every struct the keys of all, null where a row has none.
+
+    Args:
+        value: nested lists and objects.
+
+    Returns:
+        The same without them.
+    """
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def kind(value: Any) -> str:
-    """What a value is, in a user's words."""
+    """Say what a value is, in a user's words.
+
+    Args:
+        value: of any type.
+
+    Returns:
+        Such as "a list", or "the int 5".
+    """
     if isinstance(value, float) and math.isnan(value):
         return "NaN"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
@@ -90,6 +156,14 @@ def kind(value: Any) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
+    """List names for an error message.
+
+    Args:
+        names: of columns, say.
+
+    Returns:
+        Commas between them; "nothing" where there are none.
+    """
     return ", ".join(str(name) for name in names) or "nothing"
 
 

@@ -1,9 +1,9 @@
-"""A conversation in the shape that chat templates are written for, with what its texts spell kept apart from control.
+"""Write a conversation in the shape that chat templates are written for, and keep its texts apart from control tokens.
 
 The shape is the one transformers documents: tools as JSON schemas under "function", tool calls with their arguments as
 an object, reasoning as `reasoning_content` (and `thinking`, which some templates read instead). Control tokens that a
 row's own texts spell are given other names here ("shields") before a template sees them, so that in the rendering each
-control token is one that the template wrote. Leaves out: the rendering (templates.py) and finding turns in it (spans).
+control token is one that the template wrote. Left out: the rendering (templates.py) and finding turns in it (spans.py).
 """
 
 import hashlib
@@ -29,15 +29,27 @@ class Dialogue:
     tools: list[dict[str, Any]] | None = None
 
     def beginning(self, count: int) -> "Dialogue":
-        """The first `count` turns."""
+        """Keep the first turns.
+
+        Args:
+            count: how many.
+
+        Returns:
+            A dialogue of these.
+        """
         return Dialogue(self.messages[:count], self.tools)
 
 
 def make_dialogue(conversation: Conversation, where: str, arguments_as_text: bool = False) -> Dialogue:
-    """A conversation as a template takes it.
+    """Write a conversation as a template takes it.
 
     Args:
+        conversation: a row.
+        where: file and line, for errors.
         arguments_as_text: for templates that want the arguments of a call as text, not as an object.
+
+    Returns:
+        The dialogue.
 
     Raises:
         DataError: a tool or the arguments of a call are no JSON object.
@@ -52,7 +64,14 @@ def make_dialogue(conversation: Conversation, where: str, arguments_as_text: boo
 
 
 def says_something(message: Message) -> bool:
-    """Whether a turn has anything to learn: a blank answer has not."""
+    """Return True if a turn has anything to train on: a blank answer has not.
+
+    Args:
+        message: the turn.
+
+    Returns:
+        Whether it has a call, or text or reasoning that is not blank.
+    """
     return bool(message.tool_calls or message.content.strip() or (message.reasoning or "").strip())
 
 
@@ -86,7 +105,7 @@ def _call(call: ToolCall, where: str, arguments_as_text: bool) -> dict[str, Any]
 
 @lru_cache(maxsize=256)
 def _tools(tools: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Parsed once for the many rows that share them; a bare function is put where templates look for it."""
+    """Parse tools once for the many rows that share them; a bare function is put where templates look for it."""
     parsed = []
     for text in tools:
         tool = json.loads(text)
@@ -114,7 +133,14 @@ def _name_results(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def with_numbered_ids(dialogue: Dialogue) -> Dialogue | None:
-    """The same calls under ids of nine digits, for templates that ask for such; None where nothing is called."""
+    """Put the same calls under ids of nine digits, for templates that ask for such.
+
+    Args:
+        dialogue: with calls, or results of tools.
+
+    Returns:
+        The dialogue with other ids; None where nothing is called.
+    """
     messages, numbers, unanswered = [], dict[str, str](), list[str]()
     count = 0
     for message in dialogue.messages:
@@ -139,7 +165,15 @@ def with_numbered_ids(dialogue: Dialogue) -> Dialogue | None:
 
 
 def shielded(dialogue: Dialogue, control: re.Pattern[str]) -> tuple[Dialogue, dict[str, str]]:
-    """Texts with the control tokens they spell under other names, and what each of these names represents."""
+    """Replace the control tokens that texts spell by other names.
+
+    Args:
+        dialogue: of a row.
+        control: matches the tokenizer's control tokens.
+
+    Returns:
+        The dialogue with these names, and the control token that each represents.
+    """
     if not any(control.search(text) for text in _texts([dialogue.messages, dialogue.tools])):
         return dialogue, {}
     nonce = nonce_for(dialogue)
@@ -154,7 +188,14 @@ def shielded(dialogue: Dialogue, control: re.Pattern[str]) -> tuple[Dialogue, di
 
 
 def text_parts(dialogue: Dialogue) -> dict[Part, str]:
-    """What each turn says, by (turn, part); blank parts are left out."""
+    """Collect what each turn says.
+
+    Args:
+        dialogue: of a row.
+
+    Returns:
+        Text by (turn, part); blank parts are left out.
+    """
     parts = {}
     for index, message in enumerate(dialogue.messages):
         if message.get("reasoning_content", "").strip():
@@ -167,7 +208,15 @@ def text_parts(dialogue: Dialogue) -> dict[Part, str]:
 
 
 def with_parts(dialogue: Dialogue, parts: dict[Part, str]) -> Dialogue:
-    """A dialogue with these parts in the place of its own."""
+    """Put parts in the place of a dialogue's own.
+
+    Args:
+        dialogue: of a row.
+        parts: text by (turn, part).
+
+    Returns:
+        The changed dialogue.
+    """
     messages = []
     for index, message in enumerate(dialogue.messages):
         changed = dict(message)
@@ -191,7 +240,14 @@ def with_parts(dialogue: Dialogue, parts: dict[Part, str]) -> Dialogue:
 
 
 def nonce_for(dialogue: Dialogue) -> str:
-    """A word that no text of it can hold: their own hash."""
+    """Make a word that no text of a dialogue can hold: their own hash.
+
+    Args:
+        dialogue: of a row.
+
+    Returns:
+        24 hexadecimal digits.
+    """
     return hashlib.sha256("\0".join(_texts([dialogue.messages, dialogue.tools])).encode()).hexdigest()[:24]
 
 
@@ -208,7 +264,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy with every text changed, names of arguments too."""
+    """Copy a value with every text changed, names of arguments too."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

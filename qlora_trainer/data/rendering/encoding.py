@@ -1,8 +1,8 @@
-"""Text becomes tokens once, as a whole, with a flag for each token that is trained.
+"""Tokenize a text once, as a whole, with a flag for each token that is trained.
 
-Pieces that are encoded apart tokenize differently from the whole, so trained spans are marked in the text and
-found again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
-"<|im_start|>", that stays text. Leaves out: tokenizers without offsets (slow ones), which are refused.
+Pieces that are encoded apart tokenize differently from the whole, so trained spans are marked in the text and found
+again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
+"<|im_start|>", that stays text. Left out: tokenizers without offsets (slow ones), which are refused.
 """
 
 import hashlib
@@ -64,6 +64,9 @@ class Encoder:
 
     `bos_ids` is what the tokenizer itself puts before a text (nothing, for many); chat templates write it themselves.
 
+    Args:
+        tokenizer: of transformers.
+
     Raises:
         DataError: the tokenizer is a slow one.
     """
@@ -84,9 +87,13 @@ class Encoder:
         self._escaping: _EscapingTokenizer | None = None
 
     def encode(self, texts: Sequence[Sequence[Span]]) -> list[Encoded | DataError]:
-        """Each text, given as its spans, in tokens; a token is trained if any of its characters is.
+        """Tokenize texts; a token is trained if any of its characters is.
 
-        In the place of a text in which a control token cannot be kept as text is an error.
+        Args:
+            texts: each given as its spans.
+
+        Returns:
+            Tokens of each; an error in the place of a text in which a control token cannot be kept as text.
         """
         plain = [index for index, text in enumerate(texts) if not any(span.ordinary for span in text)]
         results: dict[int, Encoded | DataError] = {}
@@ -109,7 +116,15 @@ class Encoder:
         return [results[index] for index in range(len(texts))]
 
     def as_spans(self, text: str, trained: bool) -> list[Span]:
-        """A row's own text, in which nothing is a control token."""
+        """Make spans of a row's own text, in which nothing is a control token.
+
+        Args:
+            text: of the row.
+            trained: whether it is.
+
+        Returns:
+            The same text in pieces.
+        """
         return list(_split(self.control_pattern, text, trained))
 
     def _leading_ids(self) -> list[int]:
@@ -134,6 +149,12 @@ class _EscapingTokenizer:
     """The same tokenizer with its control tokens under secret names, so that their usual spelling is plain text.
 
     The text is still encoded whole: splitting it at such places would change the tokens around them.
+
+    Args:
+        tokenizer: of transformers.
+        control_tokens: of the tokenizer.
+        pattern: matches them.
+        previous: a nonce that a text held, so that another is needed; "" at first.
     """
 
     def __init__(
@@ -156,6 +177,17 @@ class _EscapingTokenizer:
         self.control_ids.discard(tokenizer.unk_token_id)
 
     def encode(self, text: Sequence[Span]) -> Encoded:
+        """Tokenize one text.
+
+        Args:
+            text: as its spans.
+
+        Returns:
+            Its tokens, in the original tokenizer's ids.
+
+        Raises:
+            DataError: the tokenizer makes a control token of the row's own text.
+        """
         renamed = [
             span
             if span.ordinary
@@ -189,10 +221,19 @@ def trained_runs(
     offsets: Sequence[tuple[int, int]],  # (tokens,) characters of each
     control: Collection[int],
 ) -> list[tuple[int, int]]:
-    """The runs of tokens of which any character is trained; of a control token the first: some swallow blanks after.
+    """Find the runs of tokens of which any character is trained.
 
-    Whitespace that a tokenizer trims from its offsets counts to the token after it. Bounds are searched for, since rows
-    have few spans and many tokens.
+    Of a control token the first character counts: some swallow blanks after them. Whitespace that a tokenizer trims
+    from its offsets counts to the token after it. Bounds are searched for, since rows have few spans and many tokens.
+
+    Args:
+        text: as its spans.
+        ids: of its tokens.
+        offsets: where each token is in the text.
+        control: ids of control tokens.
+
+    Returns:
+        [begin, end) of each unbroken run, in order.
     """
     runs: list[tuple[int, int]] = []
     position = 0

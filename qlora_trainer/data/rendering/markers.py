@@ -1,4 +1,4 @@
-"""Where in a rendering each thing that is said is, found by experiment.
+"""Find where in a rendering each thing that is said is, by experiment.
 
 Unique markers in the place of what the turns say show the template's own text around each; then the true words put back
 between must give the true rendering, character by character, or nothing is claimed. Conversations of one shape share an
@@ -29,14 +29,27 @@ class Place:
 
 
 class Markers:
-    """Experiments with one template, each made once."""
+    """Experiments with one template, each made once.
+
+    Args:
+        template: to be tried.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._experiments: dict[object, list[str] | None] = {}  # by shape
 
     def places(self, dialogue: Dialogue, text: str, parts: Mapping[Part, str]) -> list[Place] | None:
-        """Every place in `text` where one of `parts` is; None where the template defeats markers."""
+        """Find every place in a rendering where a part is.
+
+        Args:
+            dialogue: that was rendered.
+            text: its rendering.
+            parts: text by (turn, part), to look for.
+
+        Returns:
+            The places in order; None where the template defeats markers.
+        """
         nonce = _NONCE if _NONCE not in text else nonce_for(dialogue)
         pieces = self._experiment(dialogue, parts, nonce)
         if pieces is None or not text.startswith(pieces[0]):
@@ -53,7 +66,7 @@ class Markers:
         return places if position == len(text) else None
 
     def _experiment(self, dialogue: Dialogue, parts: Mapping[Part, str], nonce: str) -> list[str] | None:
-        """The rendering with markers in the place of `parts`, cut at them: text, turn, part, text, turn, part, text."""
+        """Render markers in the place of `parts`, and cut at them: text, turn, part, text, turn, part, text."""
         shape = _shape(dialogue, parts) if nonce == _NONCE else None
         if shape is not None and shape in self._experiments:
             return self._experiments[shape]
@@ -70,7 +83,7 @@ class Markers:
 
 
 def _shape(dialogue: Dialogue, parts: Mapping[Part, str]) -> object | None:
-    """What a rendering with markers depends on, so that it can be used again; None where the row's own text does."""
+    """Return what a rendering with markers depends on, so that it can be used again; None if on the row's own text."""
     turns = []
     for index, message in enumerate(dialogue.messages):
         if "tool_calls" in message or "tool_call_id" in message or "name" in message:
@@ -83,7 +96,7 @@ def _shape(dialogue: Dialogue, parts: Mapping[Part, str]) -> object | None:
 
 
 def _match(text: str, start: int, words: str, after: str) -> int | None:
-    """The end of `words` at `start`, as written, as trimmed by the template or as JSON, where `after` comes next."""
+    """Find the end of `words` at `start`, as written, trimmed by the template or as JSON, where `after` comes next."""
     for candidate in _spellings(words):
         end = start + len(candidate)
         if text.startswith(candidate, start) and text.startswith(after, end):

@@ -1,7 +1,7 @@
-"""What a template leaves out of a conversation is found and reported, with the turn and the way out.
+"""Find what a template leaves out of a conversation, and refuse it with the turn and the way out.
 
-Templates skip without a word what they were not written for: tools, calls, reasoning, roles, the text next to a call.
-A row that says such things would be trained as another one, so it is refused. One omission is on purpose: reasoning of
+Templates skip without a word what they were not written for: tools, calls, reasoning, roles, the text next to a call. A
+row that says such things would be trained as another one, so it is refused. One omission is on purpose: reasoning of
 earlier turns, which some models never see again.
 """
 
@@ -14,7 +14,17 @@ from qlora_trainer.data.rendering.templates import ChatTemplate
 
 
 def check_tools(template: ChatTemplate, dialogue: Dialogue, text: str, where: str) -> None:
-    """Refuse a row whose tools are not all in its rendering."""
+    """Refuse a row whose tools are not all in its rendering.
+
+    Args:
+        template: that rendered it.
+        dialogue: that was rendered.
+        text: its rendering.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: a tool is left out.
+    """
     names = [tool["function"]["name"] for tool in dialogue.tools or ()]
     if not names:
         return
@@ -29,10 +39,19 @@ def check_tools(template: ChatTemplate, dialogue: Dialogue, text: str, where: st
 def turns_without_reasoning(
     dialogue: Dialogue, parts: Mapping[Part, str], seen: Collection[Part], where: str
 ) -> set[int]:
-    """The turns of which the template leaves out the reasoning.
+    """Find the turns of which the template leaves out the reasoning.
+
+    Args:
+        dialogue: that was rendered.
+        parts: text by (turn, part).
+        seen: the parts that are in the rendering.
+        where: file and line, for errors.
+
+    Returns:
+        Turns, counted from 0.
 
     Raises:
-        DataError: it leaves out anything else.
+        DataError: the template leaves out anything else.
     """
     unreasoned = set()
     for turn, part in sorted(parts.keys() - set(seen)):
@@ -50,7 +69,7 @@ def turns_without_reasoning(
                 "it writes the one or the other. Take the text out of the row, or put it into a turn of its own."
             )
         else:
-            raise _left_out_turn(where, turn, message["role"])
+            raise DataError(_left_out_turn(where, turn, message["role"]))
     return unreasoned
 
 
@@ -58,8 +77,13 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
     """Refuse a row that wants turns trained whose reasoning the template leaves out, unless those are earlier turns.
 
     Args:
-        unreasoned: turns to learn of which the template leaves out the reasoning.
+        template: that rendered it.
+        unreasoned: turns to train of which the template leaves out the reasoning.
         wanted: turns that the row itself names.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: the template knows no reasoning, or the row wants an earlier turn's.
     """
     if unreasoned and not template.knows_reasoning:
         raise DataError(
@@ -75,9 +99,17 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
 
 
 def check_nothing_left_out(dialogue: Dialogue, text: str, where: str) -> None:
-    """Where markers do not help: what each turn says is looked for by its longest plain word.
+    """Look for what each turn says by its longest plain word, where markers do not help.
 
     Of answers, a template may drop the reasoning on purpose.
+
+    Args:
+        dialogue: that was rendered.
+        text: its rendering.
+        where: file and line, for errors.
+
+    Raises:
+        DataError: a turn is left out.
     """
     contents = [message["content"] for message in dialogue.messages if message["role"] != "assistant"]
     for index, message in enumerate(dialogue.messages):
@@ -85,13 +117,13 @@ def check_nothing_left_out(dialogue: Dialogue, text: str, where: str) -> None:
         if message["role"] == "assistant":
             calls = message.get("tool_calls", ())
             if any(call["function"]["name"] not in text for call in calls):
-                raise _left_out_turn(where, index, "assistant with tool calls")
+                raise DataError(_left_out_turn(where, index, "assistant with tool calls"))
         elif word and text.count(word) < sum(content.count(word) for content in contents):
-            raise _left_out_turn(where, index, message["role"])
+            raise DataError(_left_out_turn(where, index, message["role"]))
 
 
-def _left_out_turn(where: str, index: int, role: str) -> DataError:
-    return DataError(
+def _left_out_turn(where: str, index: int, role: str) -> str:
+    return (
         f"{where}: the model's chat template leaves out turn {index + 1}, of role {role}: it has no "
         "place for such turns. Write its text into a user turn, or use a model whose template knows the role."
     )

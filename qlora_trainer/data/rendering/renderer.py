@@ -1,9 +1,9 @@
-"""Rows become examples: the token ids as the model sees them, and which of them are trained.
+"""Render rows as examples: the token ids as the model sees them, and which of them are trained.
 
 Conversations go through the tokenizer's own chat template; prompt and completion, and documents, are plain text that
 ends with the end-of-text token. A conversation that is too long loses whole turns from its end, and is rendered anew
 without them, as a model would meet it; nothing is cut before it is known what is trained, a row without a trained token
-is dropped, and all of it is reported to the caller, who counts. Leaves out: padding and the shift of labels (packing).
+is dropped, and all of it is reported to the caller, who counts. Left out: padding and the shift of labels (packing).
 """
 
 import datetime
@@ -13,20 +13,26 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.dialogue import says_something
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
+from qlora_trainer.data.rendering.targets import Prompt, TrainOn, chosen_turns
 from qlora_trainer.data.rendering.templates import ChatTemplate
-from qlora_trainer.data.types import IGNORED_LABEL, Conversation, Document, Example, Message, PromptCompletion, Row
+from qlora_trainer.data.types import (
+    IGNORED_LABEL,
+    Conversation,
+    Document,
+    Example,
+    Message,
+    PromptCompletion,
+    PromptTokens,
+    Row,
+)
 
-NOTHING_TRAINED = "nothing to learn: no turn is trained, or the answers are empty"
+NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
 COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
-
-Prompt = Conversation | str
-TrainOn = Literal["assistant", "last", "all"] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,8 @@ class Renderer:
     """Renders rows for one tokenizer and one choice of what is trained.
 
     Args:
-        train_on: "assistant" (all answers), "last" (the last one), a list of roles (all turns of these), or "all"
-            (every token). What a message says of itself (Message.learn) comes first; blank turns are never trained.
+        tokenizer: of transformers.
+        train_on: as of `chosen_turns`.
         max_length: longest example, in tokens.
         too_long: "truncate" (take turns off the end of a conversation, cut the end of a completion), "drop" or "error".
             Documents are split, whatever this says.
@@ -104,31 +110,60 @@ class Renderer:
         return [(), ("any",)] if isinstance(named, dict) and {"default", "tool_use"} <= named.keys() else [()]
 
     def render(self, row: Row, where: str = "the row") -> Example:
-        """One row; DataError where it is refused or would be dropped."""
+        """Render one row.
+
+        Args:
+            row: of any kind.
+            where: file and line, for errors.
+
+        Returns:
+            Its first example.
+
+        Raises:
+            DataError: it is refused, or would be dropped.
+        """
         rendered = self.render_batch([(where, row)])[0]
         if isinstance(rendered, DataError):
-            raise rendered
+            raise DataError(str(rendered)) from rendered
         if rendered.dropped:
             raise DataError(f"{where}: {rendered.dropped}.")
         return rendered.examples[0]
 
     def render_batch(self, rows: Sequence[tuple[str, Row]]) -> list[Rendered | DataError]:
-        """Many rows, each with its place for errors; tokenized together, which uses all cores.
+        """Render many rows, tokenized together, which uses all cores.
 
-        In the place of a row that its template refuses is the error, not raised.
+        A DataError says that the tokenizer or its template cannot be used, or that a row is too long and `too_long` is
+        "error".
 
-        Raises:
-            DataError: the tokenizer or its template cannot be used, or a row is too long and `too_long` is "error".
+        Args:
+            rows: each with its place for errors.
+
+        Returns:
+            What became of each; in the place of a row that its template refuses, the error.
         """
         texts = self.texts(rows)
         return self.examples(rows, texts, self.encode(texts))
 
     def texts(self, rows: Sequence[tuple[str, Row]]) -> list[Rendering | DataError]:
-        """Write rows as text, each with its place for errors: the first part of `render_batch`."""
+        """Write rows as text: the first part of `render_batch`.
+
+        Args:
+            rows: each with its place for errors.
+
+        Returns:
+            A text for each, or the error.
+        """
         return [self._text(row, where) for where, row in rows]
 
     def encode(self, texts: Sequence[Rendering | DataError]) -> list[Encoded | DataError]:
-        """Tokenize those texts that are no errors: the second part of `render_batch`, which may have its own thread."""
+        """Tokenize texts: the second part of `render_batch`, which may have its own thread.
+
+        Args:
+            texts: from `texts`.
+
+        Returns:
+            Tokens of each text that is no error.
+        """
         return self.encoder.encode([text.spans for text in texts if isinstance(text, Rendering)])
 
     def examples(
@@ -137,7 +172,16 @@ class Renderer:
         texts: Sequence[Rendering | DataError],
         encoded: Sequence[Encoded | DataError],
     ) -> list[Rendered | DataError]:
-        """Make examples of rows, their texts, and the tokens of these: the last part of `render_batch`."""
+        """Make examples of rows: the last part of `render_batch`.
+
+        Args:
+            rows: as given to `texts`.
+            texts: from `texts`.
+            encoded: from `encode`.
+
+        Returns:
+            What became of each row, or the error.
+        """
         tokens_of = iter(encoded)
         results: list[Rendered | DataError] = []
         for (where, row), text in zip(rows, texts, strict=True):
@@ -151,8 +195,19 @@ class Renderer:
                 results.append(self._finished(where, row, tokens, text.warnings))
         return results
 
-    def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> list[int]:
-        """The ids that are before an answer: exactly those that begin the row in training."""
+    def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> PromptTokens:
+        """Render what is before an answer: exactly the tokens that begin the row in training.
+
+        Args:
+            prompt: plain text to continue, or turns to answer.
+            where: names the prompt in an error message.
+
+        Returns:
+            The tokens, with those that end an answer: of plain text the end of text alone.
+
+        Raises:
+            DataError: the template refuses the turns, or a control token in a text cannot be kept as text.
+        """
         if isinstance(prompt, str):
             # As in training, spaces at the end belong to the first word of what follows.
             start, spans = self.encoder.bos_ids, self.encoder.as_spans(prompt.rstrip(" "), trained=False)
@@ -163,10 +218,10 @@ class Renderer:
         encoded = self.encoder.encode([spans])[0]
         if isinstance(encoded, DataError):
             raise DataError(f"{where}: {encoded}") from encoded
-        return start + encoded.ids
+        return PromptTokens(start + encoded.ids, [self.eos_id] if isinstance(prompt, str) else self.stop_token_ids)
 
     def _finder(self, tools: Sequence[str]) -> SpanFinder:
-        """By the template that transformers takes: of several named ones, "tool_use" where a row offers tools."""
+        """Find the template as transformers does: of several named ones, "tool_use" where a row offers tools."""
         source = None
         if self.tokenizer.chat_template is not None:
             try:
@@ -185,11 +240,11 @@ class Renderer:
             case PromptCompletion(prompt, completion):
                 context = prompt.rstrip(" ")
                 answer = prompt[len(context) :] + completion
-                learn_prompt, learn_answer = self.train_on == "all", bool(completion.strip())
-                spans = self.encoder.as_spans(context, learn_prompt and learn_answer)
-                return Rendering(spans + self.encoder.as_spans(answer, learn_answer))
+                trains_prompt, trains_answer = self.train_on == "all", bool(completion.strip())
+                spans = self.encoder.as_spans(context, trains_prompt and trains_answer)
+                return Rendering(spans + self.encoder.as_spans(answer, trains_answer))
             case Conversation():
-                return self._conversation(row, self._targets(row.messages), where)
+                return self._conversation(row, chosen_turns(row.messages, self.train_on), where)
 
     def _conversation(self, row: Conversation, targets: set[int], where: str) -> Rendering | DataError:
         finder = self._finder(row.tools)
@@ -208,16 +263,6 @@ class Renderer:
             name = "tool_use" if row.tools and "tool_use" in named else "default"
             return (f"of the tokenizer's chat templates ({', '.join(sorted(named))}), {name} is used",)
         return ()
-
-    def _targets(self, messages: Sequence[Message]) -> set[int]:
-        """The turns that are trained; with train_on="all", those that are not."""
-        if self.train_on == "all":
-            return {index for index, message in enumerate(messages) if message.learn is False}
-        roles = ("assistant",) if isinstance(self.train_on, str) else self.train_on
-        of_roles = [index for index, message in enumerate(messages) if message.role in roles]
-        chosen = set(of_roles[-1:] if self.train_on == "last" else of_roles)
-        chosen |= {index for index, message in enumerate(messages) if message.learn is True}
-        return {index for index in chosen if messages[index].learn is not False and says_something(messages[index])}
 
     def _finished(self, where: str, row: Row, tokens: Encoded, warnings: tuple[str, ...]) -> Rendered | DataError:
         if isinstance(row, Document):
@@ -258,12 +303,12 @@ class Renderer:
         return Example(ids, labels)
 
     def _shortened(self, row: Conversation, where: str) -> Rendered | DataError:
-        """The most turns from the beginning that fit and end with a trained one, as a conversation of their own.
+        """Keep the most turns from the beginning that fit and end with a trained one, as a conversation of their own.
 
         Which turns are trained is decided in the whole conversation. Where not even the first trained turn fits, the
         row is dropped: half an answer would teach to stop in mid-sentence, or never.
         """
-        targets = self._targets(row.messages)
+        targets = chosen_turns(row.messages, self.train_on)
         trained = [i for i, m in enumerate(row.messages) if (i in targets) != (self.train_on == "all")]
         if self.train_on == "all":
             trained = [index for index in trained if row.messages[index].role == "assistant"]
@@ -291,11 +336,11 @@ class Renderer:
         return found
 
     def _start(self, template: ChatTemplate) -> list[int]:
-        """A chat template writes its own beginning-of-text token; the plain one does not."""
+        """Return the beginning-of-text token where the template does not write its own: the plain one does not."""
         return self.encoder.bos_ids if template.is_plain else []
 
     def _windows(self, text: str, ids: list[int]) -> Rendered:
-        """A document in parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
+        """Cut a document into parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
         if not text.strip():
             return Rendered([], [], dropped=NOTHING_TRAINED, tokens=len(ids))
         count = -(-len(ids) // self.max_length)
@@ -303,20 +348,3 @@ class Renderer:
         parts = [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
         rows: list[Row] = [Document(text)] if count == 1 else [Document(self.tokenizer.decode(part)) for part in parts]
         return Rendered([Example(part, list(part)) for part in parts], rows, tokens=len(ids))
-
-
-def reference_answer(row: Row) -> tuple[Prompt, str] | None:
-    """A row's prompt and the text that should answer it, for evaluation by generation.
-
-    None where there is no such text: for a document, and where the last answer calls tools.
-    """
-    match row:
-        case PromptCompletion(prompt, completion):
-            return prompt, completion
-        case Conversation(messages, tools):
-            answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learn is not False]
-            if not answers or answers[-1] == 0 or messages[answers[-1]].tool_calls:
-                return None
-            return Conversation(messages[: answers[-1]], tools), messages[answers[-1]].content
-        case _:
-            return None

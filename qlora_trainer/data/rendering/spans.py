@@ -1,12 +1,12 @@
-"""Where in a rendering each turn is, so that the turns to be trained can be distinguished from the rest.
+"""Find where in a rendering each turn is, so that the turns to be trained can be distinguished from the rest.
 
-The place of a turn is found by experiment, in the rendering of the whole conversation: what the turns say
-is looked for with markers. Where a template defeats these, the blocks that it marks itself are taken, and else the last
-answer is found as what follows its prompt.
+The place of a turn is found by experiment, in the rendering of the whole conversation: what the turns say is looked for
+with markers. Where a template defeats these, the blocks that it marks itself are taken, and else the last answer is
+found as what follows its prompt.
 
 An answer's span is all that a model has to say after the generation prompt, be it text, reasoning or calls of tools, up
 to and with the token that ends a turn: Qwen3's empty reasoning before a last answer is in it. Another turn's span is
-its content, with the token that ends the turn. Leaves out: what a template does not write at all (omissions.py).
+its content, with the token that ends the turn. Left out: what a template does not write at all (omissions.py).
 """
 
 import re
@@ -43,7 +43,7 @@ LAST_TURN_ONLY = (
 END_ADDED = "the chat template ends no turn with a control token: the end-of-text token was added after the last answer"
 REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not trained"
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
-NO_BLOCK = "the chat template marks no text as generated in some of the turns to learn: those turns are not trained"
+NO_BLOCK = "the chat template marks no text as generated in some of the turns to train: those turns are not trained"
 
 PROMPT_DIFFERS = (
     "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
@@ -62,7 +62,11 @@ class Rendering:
 
 
 class SpanFinder:
-    """Renders conversations by one template, and finds their turns."""
+    """Renders conversations by one template, and finds their turns.
+
+    Args:
+        template: of the tokenizer.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
@@ -77,12 +81,20 @@ class SpanFinder:
         wanted: Collection[int] = (),
         where: str,
     ) -> Rendering:
-        """The whole conversation, trained at the turns whose indices are `targets`, or with `others` at all but those.
+        """Render the whole conversation, trained at the turns that are `targets`, or with `others` at all but those.
 
-        `wanted` are targets that the row itself names: they are trained, or the row is refused.
+        A DataError says that the template refuses the conversation, leaves a part of it out, or hides even its last
+        answer.
 
-        Raises:
-            DataError: the template refuses the conversation, leaves a part of it out, or hides even its last answer.
+        Args:
+            conversation: a row.
+            targets: indices of turns.
+            others: train all but the targets.
+            wanted: targets that the row itself names: they are trained, or the row is refused.
+            where: file and line, for errors.
+
+        Returns:
+            The text, in spans.
         """
         template = self.template
         dialogue, shields = self._dialogue(conversation, where)
@@ -127,7 +139,15 @@ class SpanFinder:
         return Rendering(_unshielded(pieces, shields), tuple(warnings))
 
     def render_prompt(self, conversation: Conversation, *, where: str) -> list[Span]:
-        """What is before an answer to the conversation: character by character as in training."""
+        """Render what is before an answer to the conversation: character by character as in training.
+
+        Args:
+            conversation: without the answer.
+            where: file and line, for errors.
+
+        Returns:
+            The text, in spans.
+        """
         dialogue, shields = self._dialogue(conversation, where)
         text, _, _ = self._accepted(dialogue, self._prompt, where)
         # A space at the end would become a token of its own, where in training it belongs to the answer's first word.
@@ -140,7 +160,7 @@ class SpanFinder:
     def _accepted(
         self, dialogue: Dialogue, run: Callable[[Dialogue, str], Result], where: str
     ) -> tuple[Result, Dialogue, list[str]]:
-        """What the template makes of a dialogue, of the one that it took: with its own ids of calls, or with others."""
+        """Run the template on a dialogue, with its own ids of calls or else with others; say which it took."""
         try:
             return run(dialogue, where), dialogue, []
         except DataError:
@@ -158,7 +178,7 @@ class SpanFinder:
     def _spans(
         self, dialogue: Dialogue, text: str, places: Sequence[Place], targets: Collection[int]
     ) -> dict[int, Blocks] | None:
-        """Each target's span; None where one cannot be determined."""
+        """Find each target's span; None where one cannot be determined."""
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         seen = set()
@@ -177,7 +197,7 @@ class SpanFinder:
         return spans
 
     def _start(self, dialogue: Dialogue, text: str, places: Sequence[Place], index: int) -> int | None:
-        """Where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""
+        """Find where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""
         place = places[index]
         begin = places[index - 1].end if index else 0
         before = text[begin : place.start]
@@ -201,7 +221,7 @@ class SpanFinder:
         return begin + len(prompt) if before.startswith(prompt) else None
 
     def _experiment_prompt(self, dialogue: Dialogue) -> str:
-        """What a generation prompt has after the last turn's words."""
+        """Return what a generation prompt has after the last turn's words."""
         marker = f"Q{nonce_for(dialogue)}Q"
         last = len(dialogue.messages) - 1
         marked = with_parts(dialogue, {(last, CONTENT): marker})
@@ -214,7 +234,7 @@ class SpanFinder:
         return not text.endswith(header, 0, spans[turn][0][0])
 
     def _end(self, message: Mapping[str, object], text: str, places: Sequence[Place], index: int) -> int | None:
-        """After the token that ends the turn; where a template has none, after what the turn says."""
+        """Find the end of the token that ends the turn; where a template has none, of what the turn says."""
         stop = places[index + 1].start if index + 1 < len(places) else len(text)
         for match in self.template.control_pattern.finditer(text, places[index].end, stop):
             if match[0] in self.template.ends:
@@ -230,7 +250,7 @@ class SpanFinder:
         wanted: set[int],
         warnings: list[str],
     ) -> dict[int, Blocks]:
-        """Of answers, what lies in the template's own blocks too; the token that ends a turn is trained in any case."""
+        """Keep of answers what lies in the template's own blocks too; the token that ends a turn is always trained."""
         agreed = {}
         for target, ((start, end),) in spans.items():
             inside = [(max(a, start), min(b, end)) for a, b in blocks if a < end and b > start]
@@ -251,7 +271,7 @@ class SpanFinder:
     def _spans_of_blocks(
         self, dialogue: Dialogue, text: str, blocks: Blocks, targets: Collection[int]
     ) -> dict[int, Blocks] | None:
-        """The template's own blocks, one for each answer, with the tokens that end turns; None where they are not."""
+        """Take the template's own blocks, one for each answer, with the tokens that end turns; None if they misfit."""
         answers = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
         if len(blocks) != len(answers) or not set(targets) <= set(answers):
             return None
@@ -269,10 +289,10 @@ class SpanFinder:
     def _last_turn_alone(
         self, dialogue: Dialogue, targets: Collection[int], wanted: set[int], others: bool, where: str
     ) -> tuple[str, dict[int, Blocks]]:
-        """The text up to the last answer, and that answer's span."""
+        """Render up to the last answer, and find that answer's span."""
         last = _last_answer(dialogue)
         if others or wanted - {last}:
-            says = "excludes turns from learning" if others else "names turns to learn"
+            says = "excludes turns from training" if others else "names turns to train"
             raise DataError(
                 f"{where}: the row {says}, and this model's chat template hides where they are. Set data.train_on to "
                 "assistant or last, and leave the choice out of the row."

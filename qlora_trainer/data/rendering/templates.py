@@ -1,9 +1,9 @@
-"""One chat template as a program: what it makes of a dialogue, and what experiments show of its habits.
+"""Run one chat template as a program, and find its habits by experiment.
 
 Templates trim, drop earlier reasoning, move the end of a turn, write today's date, or refuse. What they do is found by
 rendering small dialogues, never by reading their text. The program is run as transformers runs it (its compiler, its
 variables; a test compares), with one difference: the clock that `strftime_now` reads is a fixed date, so that a run's
-rows, its resumption and its answers all say the same day. Leaves out: where in a rendering each turn is (spans.py).
+rows, its resumption and its answers all say the same day. Left out: where in a rendering each turn is (spans.py).
 """
 
 import datetime
@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.transformers_internals import compile_chat_template, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
@@ -47,7 +47,9 @@ class ChatTemplate:
     control token after an answer, or None; `ends` are those that end a turn of any kind.
 
     Args:
+        tokenizer: of transformers.
         source: the template's text; None for the plain one.
+        control_pattern: matches the tokenizer's control tokens.
         date: what `strftime_now` reads; None for today.
 
     Raises:
@@ -68,7 +70,7 @@ class ChatTemplate:
         self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
         self._variables = dict(tokenizer.special_tokens_map)
         try:
-            self._program = _compile_jinja_template(PLAIN_TEMPLATE if source is None else source)
+            self._program = compile_chat_template(PLAIN_TEMPLATE if source is None else source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"The model's chat template cannot be read: {error}.") from error
         self.written_date = self._fix_date(date)
@@ -76,7 +78,15 @@ class ChatTemplate:
         self._probe()
 
     def text(self, dialogue: Dialogue, where: str, generation: bool = False) -> str:
-        """The template's text, with `generation` up to where an answer begins.
+        """Render a dialogue.
+
+        Args:
+            dialogue: of a row.
+            where: file and line, for errors.
+            generation: end where an answer begins.
+
+        Returns:
+            The template's text.
 
         Raises:
             DataError: the template refuses the dialogue.
@@ -84,10 +94,17 @@ class ChatTemplate:
         try:
             return self._run(dialogue, generation, self._variables)
         except _REFUSALS as error:
-            raise self._refusal(dialogue, error, where) from error
+            raise DataError(_refusal(dialogue, error, where)) from error
 
     def text_and_blocks(self, dialogue: Dialogue, where: str) -> tuple[str, Blocks]:
-        """The text, and the places that the template itself marks with {% generation %}.
+        """Render a dialogue, and find the places that the template itself marks with {% generation %}.
+
+        Args:
+            dialogue: of a row.
+            where: file and line, for errors.
+
+        Returns:
+            The text, and the places.
 
         Raises:
             DataError: the template refuses the dialogue.
@@ -95,21 +112,27 @@ class ChatTemplate:
         if not self._has_blocks:
             return self.text(dialogue, where), []
         try:
-            return _render_with_assistant_indices(
-                self._program, dialogue.messages, dialogue.tools, None, False, **self._variables
-            )
+            return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
         except _REFUSALS as error:
-            raise self._refusal(dialogue, error, where) from error
+            raise DataError(_refusal(dialogue, error, where)) from error
 
     @cached_property
     def knows_tools(self) -> bool:
-        """Whether it writes the tools that a row offers."""
+        """Find whether the template writes the tools that a row offers.
+
+        Returns:
+            True if it does.
+        """
         tool = {"type": "function", "function": {**_TOOL, "name": _MARKER}}
         return _MARKER in (self._try([_QUESTION, {"role": "assistant", "content": "answer"}], [tool]) or "")
 
     @cached_property
     def knows_reasoning(self) -> bool:
-        """Whether it writes the reasoning of the last answer."""
+        """Find whether the template writes the reasoning of the last answer.
+
+        Returns:
+            True if it does.
+        """
         answer = {"role": "assistant", "content": "answer", "reasoning_content": _MARKER, "thinking": _MARKER}
         return _MARKER in (self._try([_QUESTION, answer]) or "")
 
@@ -131,7 +154,7 @@ class ChatTemplate:
             return None
 
     def _fix_date(self, date: datetime.date | None) -> datetime.date | None:
-        """Set the date that the template reads; returns it where the template writes it.
+        """Set the date that the template reads, and return it where the template writes it.
 
         Some templates write a date of their own unless they are given `date_string`: they get one only by name.
         """
@@ -172,7 +195,15 @@ class ChatTemplate:
         self.ends = frozenset(end for end in ends if end)
 
     def common_prefix(self, one: str, other: str) -> int:
-        """How many characters two texts begin with in common, without a part of any token of the vocabulary's own."""
+        """Count the characters that two texts begin with in common, without a part of any token of the vocabulary.
+
+        Args:
+            one: text.
+            other: text.
+
+        Returns:
+            Characters.
+        """
         same = 0
         while same < min(len(one), len(other)) and one[same] == other[same]:
             same += 1
@@ -182,18 +213,18 @@ class ChatTemplate:
         return same
 
     def _added(self, before: str, prompt: str) -> str:
-        """What a generation prompt has beyond the same text without it."""
+        """Return what a generation prompt has beyond the same text without it."""
         return prompt[self.common_prefix(before, prompt) :]
 
     def _end_before_a_question(self, answered: Dialogue) -> str | None:
-        """The control token after an earlier answer, if it is not the one that opens the question after it."""
+        """Find the control token after an earlier answer, if it is not the one that opens the question after it."""
         text = self._try([*answered.messages, {"role": "user", "content": "Qm1Q"}]) or ""
         between = text.partition(_MARKER)[2].partition("Qm1Q")[0]
         tokens = list(self.control_pattern.finditer(between))
         return tokens[0][0] if len(tokens) > 1 and not between[: tokens[0].start()].strip() else None
 
     def _probe_calls(self) -> None:
-        """How calls are given to it, and the control token that ends a turn of calls."""
+        """Find how calls are given to the template, and the control token that ends a turn of calls."""
         self.arguments_as_text = False
         self.end_of_call: str | None = None
         for as_text in (False, True):
@@ -207,11 +238,11 @@ class ChatTemplate:
                     self.end_of_call = self.end_of_turn if self.end_of_turn in ends else ends[-1] if ends else None
                     return
 
-    def _refusal(self, dialogue: Dialogue, error: Exception, where: str) -> DataError:
-        roles = ", ".join(message["role"] for message in dialogue.messages)
-        is_of_system = "system" in roles and "system" in f"{error}".lower()
-        hint = " Put the system text into the first user turn." if is_of_system else ""
-        return DataError(
-            f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
-            f"It says: {error}.{hint}"
-        )
+
+def _refusal(dialogue: Dialogue, error: Exception, where: str) -> str:
+    roles = ", ".join(message["role"] for message in dialogue.messages)
+    is_of_system = "system" in roles and "system" in f"{error}".lower()
+    hint = " Put the system text into the first user turn." if is_of_system else ""
+    return (
+        f"{where}: the model's chat template cannot render a conversation of the roles {roles}. It says: {error}.{hint}"
+    )

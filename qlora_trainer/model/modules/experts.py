@@ -12,18 +12,16 @@ such layers in transformers' fused modules, so an adapter on them could not be u
 Legend: N tokens, K slots of each token, E experts, H hidden size, I the experts' width.
 """
 
-import copy
 from collections.abc import Collection, Iterable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers import Concatenate, MergeModulelist
 
 from qlora_kernels.experts import Expert, expert_order, expert_turns, gated_experts
+from qlora_kernels.torch_internals import copy_with, with_real_tensors
+from qlora_trainer.common.transformers_internals import conversion_mapping, eager_experts_config
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.modules.same_bits import agree, named_activation
 
@@ -96,7 +94,8 @@ def split_experts(model: Any, stored: Collection[str] = ()) -> list[str]:
     """
     split = []
     for path, module in list(model.named_modules()):
-        if module._parameters.keys() == FUSED and all(p is not None and p.ndim == 3 for p in module.parameters()):
+        own = dict(module.named_parameters(recurse=False))
+        if own.keys() == FUSED and all(p.ndim == 3 for p in module.parameters()):
             names = None if f"{path}.down_proj" in stored else _names(model, path)
             if names is not None and _computes_gated(module):
                 down = module.get_parameter("down_proj")
@@ -125,8 +124,9 @@ def _names(model: Any, path: str) -> ExpertNames | None:
     """What the checkpoint calls the matrices, by the mapping that fuses them; None where it does something else."""
     gate_up: list[str] = []
     down: list[str] = []
-    for entry in get_model_conversion_mapping(model):
-        if not isinstance(entry, WeightConverter) or len(entry.target_patterns) != 1:
+    _, converters = conversion_mapping(model)
+    for entry in converters:
+        if len(entry.target_patterns) != 1:
             continue
         target = entry.target_patterns[0]
         kinds = [type(operation) for operation in entry.operations]
@@ -155,18 +155,17 @@ def _computes_gated(fused: nn.Module) -> bool:
     activation = getattr(fused, "act_fn", None)
     if not isinstance(activation, nn.Module) or next(activation.parameters(), None) is not None:
         return False
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        small = copy.copy(fused)
         matrices = {"gate_up_proj": normal(experts, 2 * width, hidden), "down_proj": normal(experts, hidden, width)}
-        vars(small).update(
-            _parameters={name: nn.Parameter(matrix, requires_grad=False) for name, matrix in matrices.items()},
-            config=SimpleNamespace(_experts_implementation="eager"),
+        small = copy_with(
+            fused, parameters={name: nn.Parameter(matrix, requires_grad=False) for name, matrix in matrices.items()}
         )
+        vars(small)["config"] = eager_experts_config()
         names = ExpertNames("gate", "up", "down")
         split = SplitExperts(names, experts, hidden, width, activation, torch.float64)
         for index in range(experts):

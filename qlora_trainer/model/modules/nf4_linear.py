@@ -19,6 +19,7 @@ from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, tied_weight_names
 from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, bitsandbytes, empty_weight
 
@@ -118,9 +119,9 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    tied = getattr(model, "all_tied_weights_keys", {})
+    tied = tied_weight_names(model)
     tied_names = {*tied.keys(), *tied.values()}
-    in_fp32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    in_fp32 = modules_kept_in_fp32(model)
     return {
         path: layer
         for path, layer in model.named_modules()

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, masking_utils
+from transformers import AttentionInterface
 
-from qlora_kernels.varlen_attention import Card, attention_in_words, varlen_attention
+from qlora_kernels.card import Card, attention_in_words
+from qlora_kernels.varlen_attention import varlen_attention
 from qlora_trainer.common.errors import ModelError, QLoRATrainerError
+from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
+from qlora_trainer.model.evaluation_mode import evaluation_mode
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
@@ -53,26 +56,14 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
     """Within, the model's attention is `attention`, and every forward must pass `document_bounds`."""
     AttentionInterface.register(NAME, attention)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: attention_name(config) for key, config in configs.items()}
     for config in configs.values():
-        config._attn_implementation_internal = NAME
+        set_attention_name(config, NAME)
     try:
         yield
     finally:
         for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-@contextmanager
-def masks_as_for_real_tensors() -> Iterator[None]:
-    """Within, transformers takes no fake tensor for one being traced: for such a row, whose position ids it must not
-    read, it would build a mask of tokens x tokens that a real row of one document never gets."""
-    original = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda tensor=None: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = original
+            set_attention_name(config, before[key])
 
 
 @torch.no_grad()
@@ -94,9 +85,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
         windows.add(sliding_window)
         return packed_attention(*tensors, sliding_window=sliding_window, **settings)
 
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         with refusals_as_model_error(model):
             alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
         try:
@@ -104,10 +93,8 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
                 packed = _hidden(model, ids, positions, document_bounds=[0, first, first + second])
         except (TypeError, ValueError, KeyError, AttributeError):
             return (
-                False  # it hands our arguments to code that does not know them, or misses a mask that we make none of
+                False  # it gives our arguments to code that does not know them, or misses a mask that we make none of
             )
-    finally:
-        model.train(was_training)
     if _has_window(config) and windows <= {None}:
         return False  # its window acts through a mask alone, and a packed forward has none
     expected = torch.cat(alone, dim=1).float()

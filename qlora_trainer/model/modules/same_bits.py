@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qlora_kernels.gated import ACTIVATIONS, activate
-from qlora_kernels.lora_linear import Activation
+from qlora_kernels.gated import ACTIVATIONS, Activation, activate
+from qlora_kernels.torch_internals import with_real_tensors
 
 SIZES = torch.logspace(-4, 4, 32)
 """Of the values that modules are tried on: some clip only what is large."""
@@ -33,7 +32,7 @@ def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
 
 def named_activation(activation: nn.Module) -> Activation:
     """The name of an activation that qlora_kernels has operations for; else itself."""
-    with unset_fake_temporarily(), torch.no_grad():
+    with with_real_tensors(), torch.no_grad():
         sizes = torch.cat([SIZES, torch.linspace(0, 9, 129)])
         probes = [torch.cat([-sizes, sizes]).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
         for name in ACTIVATIONS:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels.varlen_attention import Card
+from qlora_kernels.card import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
 from qlora_trainer.common.units import gib
-from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, overview_of, source_facts, train_facts
+from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.model.modules.packed_attention import attention_taken
@@ -74,14 +74,9 @@ def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: 
 
 def _data_part(run: Run) -> DataPart:
     """The rows in numbers, as `qlora inspect` shows them."""
-    loader, report = run.state.loader, run.prepared.report
-    overview = overview_of(
-        run.prepared,
-        global_batch_size=loader.global_batch_size,
-        micro_batch_tokens=loader.micro_batch_tokens,
-        packing=loader.packing,
-        can_pack=run.state.forward.can_pack,
-        seed=loader.seed,
+    prepared, report = run.prepared, run.prepared.report
+    overview = make_overview(
+        run.state.loader, prepared.train.lengths, prepared.eval.lengths, run.state.forward.can_pack
     )
     tables = [(source.name, source_facts(source, report.max_length)) for source in report.sources]
     tables += [("training", train_facts(report, overview.epoch)), ("kept for evaluation", eval_facts(report))]

@@ -17,10 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.common.transformers_internals import (
+    gguf_conversion_architectures,
+    gguf_conversion_mapping,
+    gguf_table,
+    gguf_table_architectures,
+    renamed,
+    rope_frequencies,
+    tied_weight_names,
+)
 
 ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -47,7 +55,7 @@ def translate_tensors(
     architecture: str, names: list[str], model: PreTrainedModel, path: Path
 ) -> dict[str, Translation]:
     """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
-    if architecture in _newer_conversions():
+    if architecture in gguf_conversion_architectures():
         translations = _newer_translations(architecture, names, model)
     else:
         translations = _table_translations(architecture, names, model)
@@ -56,7 +64,7 @@ def translate_tensors(
             f"{path} holds a mixture of experts ({architecture}). Its experts cannot be taken from GGUF here; use the "
             "safetensors directory or hub name of the model."
         )
-    tied = set(model.all_tied_weights_keys)
+    tied = set(tied_weight_names(model))
     expected = {name for name in model.state_dict() if name not in tied}
     made = Counter(translation.name for translation in translations.values())
     if missing := sorted(expected - set(made)):
@@ -70,16 +78,11 @@ def translate_tensors(
 
 
 def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    name_map: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    process, name_map = gguf_table(architecture, model)
 
     def convert(values: np.ndarray, gguf_name: str) -> Tensor:
         side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
-        result = processor.process(
-            weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output
-        )
+        result = process(weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output)
         # One processor (GPT-2's, for its head) hands a tensor back by the side instead of returning it.
         return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
 
@@ -92,12 +95,7 @@ def _table_translations(architecture: str, names: list[str], model: PreTrainedMo
 
 
 def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.integrations.gguf import get_gguf_conversion_mapping
-
-    mapping = get_gguf_conversion_mapping(architecture, model.config)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings, converters = gguf_conversion_mapping(architecture, model.config)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     def convert(values: np.ndarray, operations: list[Any], name: str) -> Tensor:
@@ -109,7 +107,7 @@ def _newer_translations(architecture: str, names: list[str], model: PreTrainedMo
     shapes = _shapes(model)
     translations = {}
     for gguf_name in names:
-        name, pattern = rename_source_key(gguf_name, renamings, converters)
+        name, pattern = renamed(gguf_name, renamings, converters)
         operations = by_pattern[pattern].operations if pattern is not None else []
         if name in shapes:
             translations[gguf_name] = Translation(
@@ -143,7 +141,7 @@ def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
     }
     candidate = copy.deepcopy(config)
     candidate.rope_parameters = settings
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](candidate, torch.device("cpu"))
+    scaled = rope_frequencies("llama3", candidate, torch.device("cpu"))
     places = torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
     plain = settings["rope_theta"] ** -places
     if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
@@ -153,15 +151,5 @@ def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
 
 
 def readable_architectures() -> list[str]:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    return sorted((set(GGUF_SUPPORTED_ARCHITECTURES) | set(_newer_conversions())) - {"general", "tokenizer"})
-
-
-def _newer_conversions() -> dict[str, Callable]:
-    """Architectures that transformers reads by weight conversions rather than by its older tables."""
-    try:
-        from transformers.integrations.gguf import GGUF_ARCHS
-    except ImportError:  # before transformers 5.23
-        return {}
-    return dict(GGUF_ARCHS)
+    """List the architectures of GGUF files that transformers can translate."""
+    return sorted((gguf_table_architectures() | gguf_conversion_architectures()) - {"general", "tokenizer"})

@@ -5,8 +5,7 @@ from qlora_kernels.linear_cross_entropy import IGNORED
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.data.batching.loader import StepLoader, epoch_order
 from qlora_trainer.data.batching.mixing import Mixture
-from qlora_trainer.data.batching.packing import Example
-from qlora_trainer.data.types import IGNORED_LABEL
+from qlora_trainer.data.types import IGNORED_LABEL, Example
 
 ROWS = [Example([token, token + 100, token + 200], [-100, token + 100, token + 200]) for token in range(1, 12)]
 

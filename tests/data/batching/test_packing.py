@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.batching import packing
-from qlora_trainer.data.batching.packing import Example, group_for_packing, make_packs
+from qlora_trainer.data.batching.packing import group_for_packing, make_packs
+from qlora_trainer.data.types import Example
 
 LIMIT = 32
 FIRST_FIT_ONLY = [

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_trainer.common.errors import ConfigError, DataError
-from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS, RecordReader, parse_record
+from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS, RecordReader
 from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, ToolCall
 
@@ -14,7 +14,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def parse(record, format="auto", columns=None, template=None):
-    return parse_record(record, format, columns or {}, "rows.jsonl, line 3", template)
+    return RecordReader(format, columns or {}, template or {}).read(record, "rows.jsonl, line 3")
 
 
 USER = {"role": "user", "content": "q"}
@@ -116,7 +116,7 @@ def test_a_named_format_is_used_though_columns_suggest_another():
         ({"prompt": "p"}, "prompt_completion", r"completion is missing or null.*the row has prompt"),
         ({"question": "q", "answer": 72}, "auto", r"answer should be text, and is the int 72"),
         ({"messages": []}, "auto", r"conversation is empty"),
-        ({"messages": [USER]}, "auto", r"no assistant turn to learn from, only user"),
+        ({"messages": [USER]}, "auto", r"no assistant turn to train on, only user"),
         ({"messages": "hi"}, "auto", r"messages should be a list of turns, and is text"),
         ({"messages": [USER, "hi"]}, "auto", r"messages\[1\]: a turn should be an object"),
         ({"messages": [{"role": "robot", "content": "q"}, BOT]}, "auto", r"messages\[0\]: unknown role 'robot'; known"),
@@ -208,7 +208,7 @@ def reading(record, format="auto", columns=None, template=None):
     return reader.read(record, "line 1"), reader
 
 
-def test_a_call_turn_that_is_learned_as_text_is_counted():
+def test_a_call_turn_that_is_trained_as_text_is_counted():
     reader = RecordReader("auto", {}, {})
     good, broken, other = '{"name": "f", "arguments": {}}', '{"name": "f", "argum', '{"name": "f", "input": {}}'
     for said in ([good], [broken, other], [good, other]):
@@ -231,7 +231,9 @@ def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_repor
 
 def test_json_of_turns_stays_text_where_a_template_writes_it():
     given = {"prompt": "Write a dialogue.", "completion": json.dumps(TURNS)}
-    with pytest.raises(DataError, match=r"begins with a turn of user.*To learn it as text: data.template {completion"):
+    with pytest.raises(
+        DataError, match=r"begins with a turn of user.*To train on it as text: data.template {completion"
+    ):
         reading(given)
     row, reader = reading(given, template={"completion": "{completion}"})
     assert row == PromptCompletion("Write a dialogue.", json.dumps(TURNS))

@@ -155,7 +155,7 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
         ({"content": "q"}, r"role is missing or null"),
     ],
 )
-def test_a_turn_that_cannot_be_learned_from_says_where_and_why(keys, words):
+def test_a_turn_that_cannot_be_trained_from_says_where_and_why(keys, words):
     with pytest.raises(DataError, match=r"line 1, messages\[0\].*" + words):
         turn(**keys)
 

@@ -1,6 +1,7 @@
 """Promises of making chunks: tokenizing in another thread changes nothing but the time."""
 
 import threading
+from collections.abc import Generator
 
 import pytest
 from tiny_tokenizers import tiny_tokenizer
@@ -35,10 +36,7 @@ def one_after_another(records, maker: ChunkMaker) -> list[Chunk]:
 
 
 def as_lists(chunks: list[Chunk]) -> list[dict]:
-    blocks = [
-        {name: getattr(value, "tolist", lambda v=value: v)() for name, value in vars(c.block).items()} for c in chunks
-    ]
-    return [{**vars(chunk), "block": block} for chunk, block in zip(chunks, blocks, strict=True)]
+    return [{**vars(chunk), "block": chunk.block.to_pylist()} for chunk in chunks]
 
 
 @pytest.mark.parametrize("family", ["smollm2", "generation"])
@@ -55,9 +53,9 @@ def test_chunks_are_those_made_one_after_another(family):
 
 def test_the_next_chunk_is_rendered_while_one_is_tokenized(monkeypatch):
     """Neither goes on before the other has begun: done one after another they would wait for ever."""
-    maker, both = maker_of(), threading.Barrier(2, timeout=20)
+    maker, both = maker_of(), threading.Barrier(2, timeout=600)
     render, encode = maker.render, maker.encode
-    rendered = []
+    rendered: list[object] = []
 
     def meeting_render(*job):
         if len(rendered) == 1:
@@ -106,7 +104,7 @@ def test_what_was_read_before_a_file_is_cut_off_is_made_and_then_it_is_the_error
         yield from jobs_of(RECORDS)
         raise DataError("the file is cut off")
 
-    chunks = []
+    chunks: list[Chunk] = []
     with pytest.raises(DataError, match="the file is cut off"):
         chunks.extend(chunk for _, chunk in make_chunks(failing(), maker_of()))
     assert sum(chunk.rows for chunk in chunks) == len(RECORDS)
@@ -126,6 +124,7 @@ def test_a_fault_while_tokenizing_is_raised_and_ends_the_thread(monkeypatch):
 
 def test_stopping_early_ends_the_thread():
     chunks = make_chunks(jobs_of(RECORDS), maker_of())
+    assert isinstance(chunks, Generator)
     next(chunks)
     assert [thread for thread in threading.enumerate() if thread.name.startswith("tokenizing")]
     chunks.close()

@@ -14,19 +14,18 @@ from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
-from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.data.preparation.overview import (
     MOST_BINS,
     bin_labels,
     count_lengths,
     eval_facts,
     make_overview,
-    overview_of,
     source_facts,
     train_facts,
 )
 from qlora_trainer.data.preparation.prepare import prepare
 from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
+from qlora_trainer.data.types import Example
 
 LENGTHS = st.lists(st.integers(1, 5000), min_size=1, max_size=60)
 
@@ -61,18 +60,16 @@ def test_a_few_very_long_rows_do_not_flatten_the_plot() -> None:
     assert bin_labels(found)[-1] == "100-50,000"
 
 
-def lengths_and_order(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return generator.integers(3, 40, rows), generator.permutation(rows)
+def lengths_and_loader(rows: int, global_batch_size: int, packing: bool) -> tuple[np.ndarray, StepLoader]:
+    lengths = np.random.default_rng(0).integers(3, 40, rows)
+    examples = [Example([1] * n, [1] * n) for n in lengths.tolist()]
+    return lengths, StepLoader(examples, global_batch_size, 64, packing, seed=5)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> None:
-    lengths, _ = lengths_and_order(23)
-    loader = StepLoader([Example([1] * n, [1] * n) for n in lengths.tolist()], 4, 64, packing, seed=5)
-    overview = make_overview(
-        lengths, lengths[:0], loader.order(0), global_batch_size=4, micro_batch_tokens=64, packing=packing
-    ).epoch
+    lengths, loader = lengths_and_loader(23, 4, packing)
+    overview = make_overview(loader, lengths, lengths[:0]).epoch
     steps = [loader.next() for _ in range(loader.steps_per_epoch)]
     packs = [pack for step in steps for pack in step]
     layout = overview.packed if packing else overview.padded
@@ -83,8 +80,8 @@ def test_layouts_are_those_of_the_packs_that_the_run_makes(packing: bool) -> Non
 
 
 def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
-    lengths, order = lengths_and_order(100)
-    epoch = make_overview(lengths, lengths[:3], order, global_batch_size=8, micro_batch_tokens=64, packing=True).epoch
+    lengths, loader = lengths_and_loader(100, 8, packing=True)
+    epoch, order = make_overview(loader, lengths, lengths[:3]).epoch, loader.order(0)
     assert epoch.packed.fill == 1.0
     assert epoch.fill_of_whole_steps < epoch.padded.fill < 1.0
     computed = sum(len(part) * max(part) for part in (lengths[order[at : at + 8]].tolist() for at in range(0, 100, 8)))
@@ -92,7 +89,7 @@ def test_packing_fills_all_and_whole_steps_padded_the_least() -> None:
 
 
 def report(**changes: Any) -> PreparationReport:
-    source = SourceReport("rows.jsonl", 16, 9, {"nothing to learn": 2, "too long": 1}, {"no answer": 4}, 3, 1)
+    source = SourceReport("rows.jsonl", 16, 9, {"nothing to train on": 2, "too long": 1}, {"no answer": 4}, 3, 1)
     source.train, source.eval, source.epoch = 8, 1, 20
     sets = {"train": SetReport(8, 400, 100, 10, 50, 90), "eval": SetReport(1, 40, 10, 40, 40, 40)}
     counts = {"train_duplicates": 2, "eval_duplicates": 1, "train_other_answers": 3, "eval_other_answers": 0}
@@ -107,7 +104,7 @@ def test_every_reason_and_count_is_put_into_words() -> None:
     assert words == {
         "rows read": "16",
         "rows used, or parts of them": "9",
-        "dropped: nothing to learn": "2",
+        "dropped: nothing to train on": "2",
         "dropped: too long": "1",
         "skipped: no answer": "4",
         "cut to at most 64 tokens": "3",
@@ -118,10 +115,8 @@ def test_every_reason_and_count_is_put_into_words() -> None:
 
 @pytest.mark.parametrize(("packing", "words"), [(True, "100%, as rows are packed"), (False, "data.packing=true")])
 def test_sets_are_put_into_words(packing: bool, words: str) -> None:
-    lengths, order = lengths_and_order(8)
-    epoch = make_overview(
-        lengths, lengths[:1], order, global_batch_size=3, micro_batch_tokens=64, packing=packing
-    ).epoch
+    lengths, loader = lengths_and_loader(8, 3, packing)
+    epoch = make_overview(loader, lengths, lengths[:1]).epoch
     train = dict(train_facts(report(), epoch))
     assert train["repeat an earlier row"] == "2"
     assert train["have an earlier row's prompt, with another answer"] == "3"
@@ -142,9 +137,8 @@ def test_sets_are_put_into_words(packing: bool, words: str) -> None:
     ],
 )
 def test_fill_is_promised_only_for_models_that_can_be_packed(packing: bool, can_pack: bool | None, words: str) -> None:
-    lengths, order = lengths_and_order(8)
-    how: dict[str, Any] = {"global_batch_size": 3, "micro_batch_tokens": 64, "packing": packing, "can_pack": can_pack}
-    epoch = make_overview(lengths, lengths[:1], order, **how).epoch
+    lengths, loader = lengths_and_loader(8, 3, packing)
+    epoch = make_overview(loader, lengths, lengths[:1], can_pack).epoch
     assert re.search(words, dict(train_facts(report(), epoch))["fill"])
     assert (epoch.packing, epoch.can_pack) == (packing and can_pack is None, can_pack)
 
@@ -156,7 +150,7 @@ def test_an_epoch_of_mixed_sources_is_the_mixtures(tmp_path: Path) -> None:
     sources = [Source(path=str(tmp_path / "few.jsonl"), count=12), Source(path=str(tmp_path / "many.jsonl"))]
     config = DataConfig(train=sources, eval=0.0)
     prepared = prepare(config, tiny_tokenizer("smollm2"), max_positions=None, seed=0, cache_dir=tmp_path / "cache")
-    epoch = overview_of(prepared, global_batch_size=4, micro_batch_tokens=64, packing=True, can_pack=True, seed=0).epoch
-    assert (epoch.rows, epoch.steps) == (12 + 9, 6)
     loader = StepLoader(prepared.train, 4, 64, True, 0, prepared.mixture)
+    epoch = make_overview(loader, prepared.train.lengths, prepared.eval.lengths).epoch
+    assert (epoch.rows, epoch.steps) == (12 + 9, 6)
     assert epoch.tokens_per_step == pytest.approx(sum(pack.tokens for _ in range(6) for pack in loader.next()) / 6)

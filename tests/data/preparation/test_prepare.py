@@ -17,7 +17,6 @@ from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation
-from qlora_trainer.data.preparation import store
 from qlora_trainer.data.preparation.chunks import MAX_REASONS, count_reasons
 from qlora_trainer.data.preparation.prepare import prepare
 from qlora_trainer.data.reading import files
@@ -100,6 +99,21 @@ def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatc
     assert second.report.to_json() | {"cached": False} == first.report.to_json()
 
 
+def test_two_processes_that_prepare_one_set_at_the_same_time_both_get_it(tmp_path):
+    path = write(tmp_path, "x.jsonl", ROWS)
+    others: list[preparation.Prepared] = []
+
+    def meanwhile(*_):
+        if not others:
+            others.append(run(tmp_path, path))
+
+    first = run(tmp_path, path, progress=meanwhile)
+    assert first.key == others[0].key
+    assert not first.report.cached
+    assert not others[0].report.cached
+    assert len(stores(tmp_path)) == 1
+
+
 def test_anything_that_could_change_tokens_is_prepared_anew(tmp_path):
     path = write(tmp_path, "x.jsonl", ROWS)
     run(tmp_path, path)
@@ -177,9 +191,7 @@ def test_padding_left_on_by_another_caller_changes_nothing(tmp_path):
     assert as_lists(run(tmp_path / "fresh", path).train) == as_lists(first.train)
 
 
-@pytest.mark.parametrize(
-    "name", ["tokens.npy", "trained.npy", "units.npy", "prompts.npy", "rows.jsonl", "summary.json"]
-)
+@pytest.mark.parametrize("name", ["examples.arrow", "summary.json"])
 def test_a_damaged_cache_is_made_anew(tmp_path, name):
     path = write(tmp_path, "x.jsonl", ROWS)
     expected = as_lists(run(tmp_path, path).train)
@@ -285,7 +297,7 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to learn.*1 longer than"
+        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to train on.*1 longer than"
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)
@@ -507,11 +519,7 @@ def test_the_set_is_the_same_byte_by_byte_whatever_the_number_of_threads(tmp_pat
         (directory,) = stores(tmp_path / parallel)
         found.append({file.name: file.read_bytes() for file in directory.iterdir()})
     assert found[0] == found[1]
-    assert set(found[0]) == {f"{name}.npy" for name in store.ARRAYS} | {
-        "rows.jsonl",
-        "skipped_rows.jsonl",
-        "summary.json",
-    }
+    assert set(found[0]) == {"examples.arrow", "skipped_rows.jsonl", "summary.json"}
 
 
 @pytest.mark.parametrize(("name", "rows"), [("alpaca_en_demo/alpaca_en_demo.json", 999), ("e2e/train.jsonl", 547)])

@@ -1,17 +1,16 @@
 import dataclasses
 import json
-import os
 
+import datasets
 import numpy as np
+import pyarrow as arrow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qlora_trainer.common.errors import DiskError
-from qlora_trainer.data.batching.packing import Example
-from qlora_trainer.data.preparation.store import ExampleSet, ExampleStore, existing_store
-from qlora_trainer.data.preparation.store_writer import _first_equal, make_block, new_store
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
+from qlora_trainer.common.errors import DiskError, OutputExistsError
+from qlora_trainer.data.preparation import store_writer
+from qlora_trainer.data.preparation.store import EXAMPLES_NAME, ExampleSet, ExampleStore, existing_store
+from qlora_trainer.data.preparation.store_writer import make_block, new_store
+from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion, Row
 
 ROWS: list[Row] = [
     Document("a line\u2028 and\nanother"),
@@ -25,8 +24,8 @@ def write_store(directory, summary=None) -> None:
     """Three examples in two batches, of two sources; the second batch begins with a row that gives none."""
     items = [(f"x, line {n}", example, row) for n, (example, row) in enumerate(zip(EXAMPLES, ROWS, strict=True))]
     with new_store(directory) as writer:
-        writer.append(make_block([(0, *items[0])]), source=0, first_unit=1)
-        writer.append(make_block([(1, *items[1]), (2, *items[2])]), source=1, first_unit=2)
+        writer.append(make_block([(0, *items[0])]), source=0, first_row=1)
+        writer.append(make_block([(1, *items[1]), (2, *items[2])]), source=1, first_row=2)
         writer.skip([("x, line 3", "no\u2028text")])
         writer.skip([])
         writer.skip([("x, line 4", "no text")])
@@ -39,9 +38,10 @@ def test_examples_and_rows_come_back_as_they_were_written(tmp_path):
     assert [store.example(i) for i in range(3)] == EXAMPLES
     assert [store.row(i) for i in range(3)] == [(f"x, line {i}", row) for i, row in enumerate(ROWS)]
     assert store.summary == {"found": 3}
-    assert store.arrays["units"].tolist() == [1, 3, 4]
-    assert store.arrays["sources"].tolist() == [0, 1, 1]
-    assert store.arrays["trained_counts"].tolist() == [example.trained_tokens for example in EXAMPLES]
+    assert store.column("row_number").tolist() == [1, 3, 4]
+    assert store.column("source").tolist() == [0, 1, 1]
+    assert store.column("trained_count").tolist() == [example.trained_tokens for example in EXAMPLES]
+    assert store.lengths.tolist() == [len(example.input_ids) for example in EXAMPLES]
     lines = store.skipped_rows.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"where": "x, line 3", "reason": "no\u2028text"},
@@ -60,7 +60,7 @@ def test_equal_examples_have_equal_hashes_and_others_do_not():
         Example([1, 2, 3], [1, 2, 3]),
     ]
     block = make_block([(n, "", item, ROWS[0]) for n, item in enumerate(items)])
-    digests, prompts = block.digests.tolist(), block.prompts.tolist()
+    digests, prompts = block["digest"].to_pylist(), block["prompt_digest"].to_pylist()
     assert digests[0] == digests[1]
     assert len(set(digests)) == 5
     # A prompt is what is before the last answer; a text that is trained from its first token on has none.
@@ -69,29 +69,50 @@ def test_equal_examples_have_equal_hashes_and_others_do_not():
     assert prompts[5] == 0
 
 
-@given(st.lists(st.integers(0, 4), max_size=20))
-def test_duplicates_are_the_first_of_equals(hashes):
-    expected = [hashes.index(value) if value else -1 for value in hashes]
-    assert _first_equal(np.array(hashes, dtype=np.uint64)).tolist() == expected
+def test_blocks_are_joined_before_they_are_written_and_come_back_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_writer, "_JOINED_BYTES", 2_000)
+    examples = [Example(list(range(n, n + 50)), [-100] * 20 + list(range(n + 20, n + 50))) for n in range(100)]
+    with new_store(tmp_path / "set") as writer:
+        for n, example in enumerate(examples):
+            writer.append(make_block([(0, f"x, line {n}", example, Document(f"{n}"))]), source=n, first_row=n)
+        writer.finish({})
+    with arrow.OSFile(str(tmp_path / "set" / EXAMPLES_NAME)) as file:
+        assert 5 < arrow.ipc.open_file(file).num_record_batches < 50
+    store = ExampleStore(tmp_path / "set")
+    assert [store.example(n) for n in range(100)] == examples
+    assert [store.row(n) for n in range(100)] == [(f"x, line {n}", Document(f"{n}")) for n in range(100)]
+    assert store.column("source").tolist() == store.column("row_number").tolist() == list(range(100))
 
 
-def test_a_failed_preparation_leaves_nothing_and_spares_what_was_there(tmp_path):
-    write_store(tmp_path / "set", {"found": 0})
+def test_any_arrow_library_opens_the_examples(tmp_path):
+    write_store(tmp_path / "set")
+    path, cache = str(tmp_path / "set" / EXAMPLES_NAME), str(tmp_path / "cache")
+    loaded = datasets.load_dataset("arrow", data_files=path, split="train", cache_dir=cache)
+    assert loaded["input_ids"][:] == [example.input_ids for example in EXAMPLES]
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_store(tmp_path / "set"):
         raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sound_store_is_not_replaced(tmp_path):
+    write_store(tmp_path / "set", {"found": 0})
+    with pytest.raises(OutputExistsError):
+        write_store(tmp_path / "set", {"found": 1})
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
     assert ExampleStore(tmp_path / "set").summary == {"found": 0}
 
 
-def test_what_a_killed_preparation_left_is_removed_when_it_is_old(tmp_path):
-    old, alive = tmp_path / ".other.partial-0123abcd", tmp_path / ".another.partial-4567cdef"
-    for directory in (old, alive):
-        directory.mkdir()
-        (directory / "tokens.npy").write_bytes(b"half")
-        os.utime(directory, (0, 0))
-    os.utime(old / "tokens.npy", (0, 0))
-    write_store(tmp_path / "set")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
+def test_what_killed_preparations_left_is_removed_and_the_work_of_living_ones_is_not(tmp_path):
+    left = tmp_path / ".other.partial-0123abcd"
+    left.mkdir()
+    (left / EXAMPLES_NAME).write_bytes(b"half")
+    with new_store(tmp_path / "another"):
+        (alive,) = tmp_path.glob(".another.partial-*")
+        write_store(tmp_path / "set")
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
 
 
 def test_a_cache_that_is_a_file_is_a_message(tmp_path):
@@ -103,66 +124,79 @@ def test_a_cache_that_is_a_file_is_a_message(tmp_path):
 def test_an_empty_store_is_readable(tmp_path):
     with new_store(tmp_path / "set") as writer:
         writer.finish({})
-    assert len(ExampleStore(tmp_path / "set").arrays["units"]) == 0
+    store = ExampleStore(tmp_path / "set")
+    assert len(store) == len(store.lengths) == len(store.column("digest")) == 0
 
 
-def test_two_processes_that_write_one_store_do_not_meet(tmp_path):
-    """The second to end finds the first one's store, which holds the same, and leaves it to those who read it."""
-    with new_store(tmp_path / "set") as first:
-        first.finish({"made by": "first"})
-        write_store(tmp_path / "set", {"made by": "second"})
-        reading = ExampleSet(ExampleStore(tmp_path / "set"), np.arange(3))
+def test_of_two_processes_that_write_one_store_the_second_to_end_finds_the_first(tmp_path):
+    """The first one's store, which holds the same, is left to those who read it."""
+    readers = []
+
+    def write_meanwhile() -> None:
+        with new_store(tmp_path / "set") as writer:
+            writer.finish({"made by": "the second to end"})
+            write_store(tmp_path / "set", {"made by": "the first to end"})
+            readers.append(ExampleSet(ExampleStore(tmp_path / "set"), np.arange(3)))
+
+    with pytest.raises(OutputExistsError):
+        write_meanwhile()
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
-    assert ExampleStore(tmp_path / "set").summary == {"made by": "second"}
-    assert reading.row(2) == ROWS[2]
-    assert reading[1] == EXAMPLES[1]
+    assert ExampleStore(tmp_path / "set").summary == {"made by": "the first to end"}
+    assert readers[0].row(2) == ROWS[2]
+    assert readers[0][1] == EXAMPLES[1]
 
 
 def test_a_damaged_store_is_replaced(tmp_path):
     write_store(tmp_path / "set")
-    (tmp_path / "set" / "tokens.npy").unlink()
+    (tmp_path / "set" / EXAMPLES_NAME).unlink()
     write_store(tmp_path / "set")
     assert existing_store(tmp_path / "set")
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
 
 
-def rewrite(directory, name, change) -> None:
-    array = np.load(directory / f"{name}.npy")
-    np.save(directory / f"{name}.npy", change(array))
+def one_bound_is_beyond_the_tokens(table: arrow.Table) -> arrow.Table:
+    (chunk,) = table["input_ids"].chunks
+    bounds = np.array(chunk.offsets.to_numpy())
+    bounds[1] = 10**9
+    broken = arrow.Array.from_buffers(chunk.type, len(chunk), [None, arrow.py_buffer(bounds)], children=[chunk.values])
+    return table.set_column(0, "input_ids", broken)
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    "change",
     [
-        ("tokens", lambda array: array[:-1]),
-        ("tokens", lambda array: array.astype(np.int64)),
-        ("trained", lambda array: array[1:]),
-        ("bounds", lambda array: array[[0, 2, 1, 3]]),
-        ("bounds", lambda array: array - 1),
-        ("bounds", lambda array: array[:-1]),
-        ("row_bounds", lambda array: array * 2),
-        ("units", lambda array: array[:2]),
-        ("sources", lambda array: array[:2]),
-        ("prompts", lambda array: array[:2]),
-        ("duplicates", lambda array: array + 3),
-        ("prompt_duplicates", lambda array: array[:2]),
-        ("digests", lambda array: array[None]),
+        lambda table: table.drop_columns(["trained"]),
+        lambda table: table.rename_columns(["tokens", *table.column_names[1:]]),
+        lambda table: table.set_column(6, "source", table["source"].cast("int64")),
+        one_bound_is_beyond_the_tokens,
     ],
 )
-def test_arrays_that_do_not_fit_together_are_noticed(tmp_path, name, change):
+def test_examples_of_another_shape_are_refused(tmp_path, change):
     write_store(tmp_path / "set")
-    rewrite(tmp_path / "set", name, change)
+    path = tmp_path / "set" / EXAMPLES_NAME
+    with arrow.OSFile(str(path)) as file:
+        table = change(arrow.ipc.open_file(file).read_all())
+    with arrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    assert existing_store(tmp_path / "set") is None
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 200, -1, -8, -200])
+def test_cut_off_examples_are_refused(tmp_path, kept):
+    write_store(tmp_path / "set")
+    path = tmp_path / "set" / EXAMPLES_NAME
+    path.write_bytes(path.read_bytes()[:kept])
     assert existing_store(tmp_path / "set") is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"sources": [1]}', '{"sources": 3}'])
-def test_a_damaged_summary_is_noticed(tmp_path, content):
+def test_a_damaged_summary_is_refused(tmp_path, content):
     write_store(tmp_path / "set")
     (tmp_path / "set" / "summary.json").write_text(content)
     assert existing_store(tmp_path / "set") is None
 
 
-def test_a_lost_list_of_skipped_rows_is_noticed(tmp_path):
+def test_a_lost_list_of_skipped_rows_is_refused(tmp_path):
     write_store(tmp_path / "set", {"sources": [{"skipped": {"no text": 2}}]})
     assert existing_store(tmp_path / "set")
     (tmp_path / "set" / "skipped_rows.jsonl").unlink()

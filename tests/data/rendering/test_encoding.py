@@ -11,7 +11,7 @@ spans = st.lists(st.builds(Span, pieces, st.booleans()), min_size=1, max_size=8)
 
 @settings(max_examples=150)
 @given(text=spans, kind=st.sampled_from(["bytes", "metaspace"]))
-def test_a_token_is_learned_if_and_only_if_a_character_of_it_is(text, kind):
+def test_a_token_is_trained_if_and_only_if_a_character_of_it_is(text, kind):
     tokenizer = tiny_tokenizer("mistral" if kind == "metaspace" else "smollm2", kind)
     joined = "".join(span.text for span in text)
     encoding = tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
@@ -24,7 +24,7 @@ def test_a_token_is_learned_if_and_only_if_a_character_of_it_is(text, kind):
     assert found == expected
 
 
-def test_blanks_that_a_control_token_swallows_are_not_learned_with_what_follows():
+def test_blanks_that_a_control_token_swallows_are_not_trained_with_what_follows():
     text = [Span("<s>", False), Span("  a", True)]
     assert trained_runs(text, [7, 8], [(0, 5), (5, 6)], control={7}) == [(1, 2)]
     assert trained_runs([Span("<s>", True), Span("  a", False)], [7, 8], [(0, 5), (5, 6)], {7}) == [(0, 1)]

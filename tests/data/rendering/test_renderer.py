@@ -12,12 +12,12 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.batching.packing import Example
-from qlora_trainer.data.formats.parse import parse_record
+from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import read_records
-from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
-from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
+from qlora_trainer.data.rendering.targets import reference_answer
+from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
 
@@ -36,7 +36,7 @@ def one(renderer: Renderer, row: Any) -> Rendered:
 
 def parsed(path) -> list[tuple[str, Any]]:
     records: list[tuple[str, Any]] = list(read_records(path))
-    return [(where, parse_record(record, "auto", {}, where)) for where, record in records]
+    return [(where, RecordReader("auto", {}, {}).read(record, where)) for where, record in records]
 
 
 def expected_answers(family: str, messages: tuple[Message, ...]) -> list[str]:
@@ -63,10 +63,10 @@ def test_trained_tokens_are_the_answers_and_the_ends_of_their_turns(family, kind
 
 
 @pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
-def test_learning_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
+def test_training_on_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
     tokenizer = tiny_tokenizer("llama3")
     completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
-    row = parse_record({"prompt": prompt, "completion": completion}, "auto", {}, "row 1")
+    row = RecordReader("auto", {}, {}).read({"prompt": prompt, "completion": completion}, "row 1")
     example = Renderer(tokenizer, train_on="all").render(row)
     start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
     assert example.labels[start:] == example.input_ids[start:]
@@ -116,7 +116,7 @@ def test_the_prompt_of_generation_begins_the_row_in_training(family, kind):
     asked = reference_answer(row)
     assert asked is not None
     prompt, answer = asked
-    prompt_ids = renderer.render_prompt(prompt)
+    prompt_ids = renderer.render_prompt(prompt).input_ids
     assert answer == "It sleeps."
     assert ids[: len(prompt_ids)] == prompt_ids
     labels = renderer.render(row).labels
@@ -146,12 +146,12 @@ def test_text_around_a_spelled_control_token_keeps_its_tokens(kind):
     renderer = Renderer(tokenizer)
     ids = renderer.render(chat("The quick </s>", "brown fox")).input_ids
     plain = renderer.render(chat("The quick", "brown fox")).input_ids
-    start = len(renderer.render_prompt("")) + 4
+    start = len(renderer.render_prompt("").input_ids) + 4
     assert ids[:start] == plain[:start]
     assert ids[-4:] == plain[-4:]
 
 
-def test_qwen3_learns_the_last_turn_where_earlier_reasoning_is_dropped():
+def test_qwen3_trains_the_last_turn_where_earlier_reasoning_is_dropped():
     tokenizer = tiny_tokenizer("qwen3")
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
     rendered = one(Renderer(tokenizer), row)
@@ -205,7 +205,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused_by_number():
 def test_excluded_turns_that_the_template_hides_are_refused():
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "two")
     row = Conversation((row.messages[0], Message("assistant", row.messages[1].content, learn=False), *row.messages[2:]))
-    with pytest.raises(DataError, match="excludes turns from learning"):
+    with pytest.raises(DataError, match="excludes turns from training"):
         Renderer(tiny_tokenizer("qwen3"), "all").render(row)
 
 
@@ -215,7 +215,7 @@ def test_roles_that_do_not_alternate_are_refused_in_the_templates_words():
         Renderer(tiny_tokenizer("mistral")).render(row)
 
 
-def test_learn_last_and_all_and_the_rows_own_wishes():
+def test_last_and_all_and_the_rows_own_wishes():
     tokenizer = tiny_tokenizer("smollm2")
     row = chat("a", "b", "c", "d")
     assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(row)) == ["d<|im_end|>"]
@@ -231,14 +231,14 @@ def test_learn_last_and_all_and_the_rows_own_wishes():
     assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
 
 
-def test_blank_answers_are_never_learned_and_a_row_of_them_is_dropped():
+def test_blank_answers_are_never_trained_and_a_row_of_them_is_dropped():
     tokenizer = tiny_tokenizer("smollm2")
     assert trained_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
     for row in (chat("a", ""), PromptCompletion("a", " \n"), Document("\n")):
         rendered = one(Renderer(tokenizer), row)
         assert rendered.examples == []
         assert rendered.dropped is not None
-        assert "nothing to learn" in rendered.dropped
+        assert "nothing to train on" in rendered.dropped
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -261,7 +261,7 @@ def test_prompt_and_completion_are_tokenized_as_one_text():
     assert example.input_ids[:-1] == tokenizer("The quick brown fox").input_ids
     assert trained_texts(tokenizer, example) == [" brown fox<|im_end|>"]
     assert trained_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
-    prompt = renderer.render_prompt("The quick ")
+    prompt = renderer.render_prompt("The quick ").input_ids
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt) == "The quick"
 
@@ -307,7 +307,7 @@ def test_a_tokenizer_without_template_uses_the_plain_format():
     text = "\n\n".join([*turns, "### Response:\nd<|eot_id|>"])
     assert tokenizer.decode(example.input_ids) == "<|begin_of_text|>" + text
     assert trained_texts(tokenizer, example) == ["b<|eot_id|>", "d<|eot_id|>"]
-    prompt = renderer.render_prompt(row.messages[:-1])
+    prompt = renderer.render_prompt(row.messages[:-1]).input_ids
     assert example.input_ids[: len(prompt)] == prompt
 
 
@@ -362,6 +362,8 @@ def test_a_row_whose_answer_is_cut_away_is_dropped():
 def test_stop_tokens_are_the_end_of_turn_and_the_end_of_text():
     tokenizer = tiny_tokenizer("gemma")
     assert Renderer(tokenizer).stop_token_ids == sorted(tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
+    assert Renderer(tokenizer).render_prompt(chat("a")).stop_token_ids == Renderer(tokenizer).stop_token_ids
+    assert Renderer(tokenizer).render_prompt("a").stop_token_ids == [tokenizer.eos_token_id], "plain text has no turns"
 
 
 def test_a_slow_tokenizer_is_refused_by_name():
@@ -385,6 +387,7 @@ def smollm2():
     return AutoTokenizer.from_pretrained(directory, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -394,7 +397,7 @@ def smollm2():
         "gsm8k/test.jsonl",
     ],
 )
-def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
+def test_real_rows_train_exactly_their_answers_with_smollm2(smollm2, shared_data, name):
     renderer = Renderer(smollm2, max_length=10**6)
     for where, row in parsed(shared_data(name))[:300]:
         expected = [m.content + "<|im_end|>" for m in row.messages if m.role == "assistant" and m.content.strip()]
@@ -403,7 +406,7 @@ def test_real_rows_learn_exactly_their_answers_with_smollm2(smollm2, shared_data
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1"])
-def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, family):
+def test_real_rows_that_call_tools_train_their_calls_and_answers(shared_data, family):
     tokenizer, facts = tiny_tokenizer(family), FAMILIES[family]
     assert facts.call is not None
     renderer = Renderer(tokenizer, max_length=10**6)
@@ -419,7 +422,8 @@ def test_real_rows_that_call_tools_learn_their_calls_and_answers(shared_data, fa
         assert [text.lstrip() for text in found] == [text.lstrip() for text in expected], where
 
 
-def test_real_completions_are_learned_whole(smollm2, shared_data):
+@pytest.mark.slow
+def test_real_completions_are_trained_whole(smollm2, shared_data):
     for _, row in parsed(shared_data("e2e/train.jsonl"))[:100]:
         example = Renderer(smollm2).render(row)
         assert trained_texts(smollm2, example) == [row.completion + "<|im_end|>"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer, reference_answer
+from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import (
     IDS_NUMBERED,
     LAST_TURN_ONLY,
@@ -17,6 +17,7 @@ from qlora_trainer.data.rendering.spans import (
     PROMPT_DIFFERS,
     REASONING_LEFT_OUT,
 )
+from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Message, ToolCall
 
 TOOL = json.dumps({"name": "lookup", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}})
@@ -190,13 +191,13 @@ def test_what_a_turn_says_of_itself_is_honored_in_any_conversation(family, data)
     left = iter(wishes)
     messages = tuple(replace(m, learn=next(left)) if m.role == "assistant" else m for m in row.messages)
     last = len(said) - 1
-    for learn, default in (("assistant", lambda index: True), ("last", lambda index: index == last)):
+    for train_on, default in (("assistant", lambda index: True), ("last", lambda index: index == last)):
         expected = [
             text
             for index, (text, wish) in enumerate(zip(said, wishes, strict=True))
             if text is not None and (default(index) if wish is None else wish)
         ]
-        rendered = one(Renderer(tokenizer, learn, max_length=10**6), replace(row, messages=messages))
+        rendered = one(Renderer(tokenizer, train_on, max_length=10**6), replace(row, messages=messages))
         assert [t for e in rendered.examples for t in trained_texts(tokenizer, e)] == expected
 
 
@@ -205,7 +206,7 @@ def test_a_turn_of_calls_alone_begins_where_generation_begins_it(family):
     renderer = Renderer(tiny_tokenizer(family))
     prompt = Conversation((user("Where?"),), (TOOL,))
     example = renderer.render(replace(prompt, messages=(*prompt.messages, answer("", tool_calls=(call(),)))))
-    ids = renderer.render_prompt(prompt)
+    ids = renderer.render_prompt(prompt).input_ids
     assert example.input_ids[: len(ids)] == ids
     assert example.labels[: len(ids)] == [-100] * len(ids)
     assert example.labels[len(ids)] != -100
@@ -298,10 +299,10 @@ def test_reasoning_of_earlier_turns_is_left_out_unless_the_row_wants_it_trained(
 def test_turns_that_cannot_be_placed_and_that_the_row_names_are_refused():
     inline = answer("<think>\nhm\n</think>\n\none", learn=True)
     row = Conversation((user("a"), inline, user("b"), answer("c")))
-    assert "names turns to learn" in str(one(Renderer(tiny_tokenizer("qwen3")), row))
+    assert "names turns to train" in str(one(Renderer(tiny_tokenizer("qwen3")), row))
 
 
-def test_a_list_of_roles_is_learned_with_the_ends_of_their_turns():
+def test_a_list_of_roles_is_trained_with_the_ends_of_their_turns():
     tokenizer = tiny_tokenizer("qwen2_5")
     row = Conversation(
         (user("a"), answer("", tool_calls=(call(),)), Message("tool", "in Italy"), user("c"), answer("d")), (TOOL,)
@@ -314,7 +315,7 @@ def test_a_list_of_roles_is_learned_with_the_ends_of_their_turns():
     assert trained_texts(tokenizer, Renderer(tokenizer, ["user"]).render(row)) == ["a<|im_end|>", "c<|im_end|>"]
 
 
-def test_a_cut_keeps_to_the_turns_that_the_whole_row_learns():
+def test_a_cut_keeps_to_the_turns_that_the_whole_row_trains():
     tokenizer = tiny_tokenizer("smollm2")
     row = Conversation((user("a"), answer("b"), user("c"), answer("long " * 60)))
     rendered = one(Renderer(tokenizer, "last", max_length=64), row)
@@ -378,7 +379,7 @@ def blocks_of(body: str) -> str:
     ],
     ids=["whole", "end outside", "part of it", "more than it", "last only", "markers defeated"],
 )
-def test_what_a_template_marks_as_generated_is_learned_with_the_end_of_the_turn(body, trained, warnings):
+def test_what_a_template_marks_as_generated_is_trained_with_the_end_of_the_turn(body, trained, warnings):
     tokenizer = tiny_tokenizer("generation", template=blocks_of(body))
     rendered = one(Renderer(tokenizer), Conversation((user("a"), answer("b"), user("c"), answer("d"))))
     assert trained_texts(tokenizer, rendered.examples[0]) == trained

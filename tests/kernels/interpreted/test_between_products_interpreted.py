@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from triton_support import between_guards
 
-from qlora_kernels import gated, gated_triton, rms_norm, rms_norm_triton, rotary, rotary_triton
+from qlora_kernels import gated, rms_norm, rotary
+from qlora_kernels.gated_triton import gradients_triton, product_triton
+from qlora_kernels.rms_norm_triton import backward_triton, normalize_triton
+from qlora_kernels.rotary_triton import rotate_triton
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SLACK = {torch.float32: 2e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
@@ -41,14 +44,14 @@ ROWS = [(1, 1), (3, 65), (70, 64), (5, 5000)]
 def test_norm_and_its_gradient(rows: int, features: int, form: rms_norm.Form, dtype: torch.dtype) -> None:
     x, weight = 3.0 * normal(rows, features, dtype=dtype), normal(features, seed=1, dtype=dtype)
     assert_errs_no_more(
-        lambda x, weight: rms_norm_triton.normalize(x, weight, 1e-5, form),
+        lambda x, weight: normalize_triton(x, weight, 1e-5, form),
         lambda x, weight: rms_norm.normalize_torch(x, weight, 1e-5, form),
         x,
         weight,
     )
     _, inverse = rms_norm.normalize_torch(x, weight, 1e-5, form)
     assert_errs_no_more(
-        lambda grad, x, weight: [rms_norm_triton.backward(grad, x, inverse, weight, form)],
+        lambda grad, x, weight: [backward_triton(grad, x, inverse, weight, form)],
         lambda grad, x, weight: [rms_norm.backward_torch(grad, x, inverse.to(_wide(x)), weight, form)],
         normal(rows, features, seed=2, dtype=dtype),
         x,
@@ -63,13 +66,13 @@ def _wide(x: Tensor) -> torch.dtype:
 def test_norm_of_rows_that_lie_apart_or_of_none() -> None:
     x, weight = normal(7, 130)[:, :64], normal(64, seed=1)
     for rows in (x, x.T.contiguous().T, x[:0]):
-        apart = rms_norm_triton.normalize(rows, weight, 1e-5, "scale_after_cast")
-        together = rms_norm_triton.normalize(rows.clone(), weight, 1e-5, "scale_after_cast")
+        apart = normalize_triton(rows, weight, 1e-5, "scale_after_cast")
+        together = normalize_triton(rows.clone(), weight, 1e-5, "scale_after_cast")
         assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
-        again = rms_norm_triton.backward(rows, rows, apart[1], weight, "scale_after_cast")
+        again = backward_triton(rows, rows, apart[1], weight, "scale_after_cast")
         assert torch.equal(
             again,
-            rms_norm_triton.backward(rows.clone(), rows.clone(), apart[1], weight, "scale_after_cast"),
+            backward_triton(rows.clone(), rows.clone(), apart[1], weight, "scale_after_cast"),
         )
 
 
@@ -79,7 +82,7 @@ def test_norm_of_rows_that_lie_apart_or_of_none() -> None:
 def test_gated_product_and_its_gradients(shape: tuple[int, ...], activation: gated.Name, dtype: torch.dtype) -> None:
     gate, up = 3.0 * normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
     assert_errs_no_more(
-        lambda gate, up: [gated_triton.product(gate, up, activation)],
+        lambda gate, up: [product_triton(gate, up, activation)],
         lambda gate, up: [gated.product_torch(gate, up, activation)],
         gate,
         up,
@@ -93,14 +96,14 @@ def test_gated_product_and_its_gradients(shape: tuple[int, ...], activation: gat
         return gradients
 
     grad = normal(*shape, seed=2, dtype=dtype)
-    assert_errs_no_more(both(gated_triton.gradients), both(gated.gradients_torch), grad, gate, up)
+    assert_errs_no_more(both(gradients_triton), both(gated.gradients_torch), grad, gate, up)
 
 
 def test_gated_product_of_halves_of_one_tensor() -> None:
     gate, up = normal(3, 4, 90).chunk(2, dim=-1)
-    found = gated_triton.product(gate, up, "silu")
-    assert torch.equal(found, gated_triton.product(gate.contiguous(), up.contiguous(), "silu"))
-    grads = [gated_triton.gradients(torch.ones(3, 4, 45), *pair, "silu") for pair in ((gate, up), (gate.clone(), up))]
+    found = product_triton(gate, up, "silu")
+    assert torch.equal(found, product_triton(gate.contiguous(), up.contiguous(), "silu"))
+    grads = [gradients_triton(torch.ones(3, 4, 45), *pair, "silu") for pair in ((gate, up), (gate.clone(), up))]
     assert torch.equal(*grads)
 
 
@@ -112,7 +115,7 @@ def test_rotary_embedding_and_its_gradient(
 ) -> None:
     for tables in {1, rows}:
         assert_errs_no_more(
-            lambda x, cos, sin: [rotary_triton.rotate(x, cos, sin, transposed)],
+            lambda x, cos, sin: [rotate_triton(x, cos, sin, transposed)],
             lambda x, cos, sin: [rotary.rotate_torch(x, cos, sin, transposed)],
             normal(rows, tokens, heads, size, dtype=dtype).transpose(1, 2),  # as a projection lays heads out
             normal(tables, tokens, size, seed=1, dtype=dtype),
@@ -124,9 +127,9 @@ def test_rotary_embedding_of_heads_that_lie_apart_or_of_none() -> None:
     cos, sin = normal(1, 5, 16, seed=1), normal(1, 5, 16, seed=2)
     fused = normal(2, 5, 4, 16)[:, :, :3].transpose(1, 2)  # part of a fused projection
     for x in (fused, fused.contiguous(), fused[:, :0]):
-        assert torch.equal(rotary_triton.rotate(x, cos, sin, False), rotary_triton.rotate(x.clone(), cos, sin, False))
+        assert torch.equal(rotate_triton(x, cos, sin, False), rotate_triton(x.clone(), cos, sin, False))
     slow = cos.mT.contiguous().mT
-    assert torch.equal(rotary_triton.rotate(fused, slow, sin, True), rotary_triton.rotate(fused, cos, sin, True))
+    assert torch.equal(rotate_triton(fused, slow, sin, True), rotate_triton(fused, cos, sin, True))
 
 
 def test_rotary_embedding_reaches_heads_above_2_to_the_31_elements(tmp_path: Path) -> None:
@@ -139,4 +142,4 @@ def test_rotary_embedding_reaches_heads_above_2_to_the_31_elements(tmp_path: Pat
     near = normal(1, 3, tokens, size, dtype=torch.half)
     far.copy_(near)
     cos, sin = (normal(1, tokens, size, seed=seed, dtype=torch.half) for seed in (1, 2))
-    assert torch.equal(rotary_triton.rotate(far, cos, sin, False), rotary_triton.rotate(near, cos, sin, False))
+    assert torch.equal(rotate_triton(far, cos, sin, False), rotate_triton(near, cos, sin, False))

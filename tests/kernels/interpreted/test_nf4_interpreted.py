@@ -49,7 +49,7 @@ def test_dequantized_has_the_bits_of_plain_torch(case: str, dtype: torch.dtype) 
     first, count = start * shape[1], (stop - start) * shape[1]
     found = torch.full((count + 128,), -7.0, dtype=dtype)
     wanted = found.clone()
-    nf4_triton.dequantize(*tables_of(weight), first, 64, 256, found[64 : 64 + count])
+    nf4_triton.dequantize_triton(*tables_of(weight), first, 64, 256, found[64 : 64 + count])
     dequantize_torch(*tables_of(weight), first, 64, 256, wanted[64 : 64 + count])
     assert torch.equal(found, wanted)
 
@@ -69,13 +69,13 @@ def test_dequantizing_reaches_above_2_to_the_31_elements() -> None:
     huge.absmax[-10:] = torch.arange(10, dtype=torch.uint8) * 20
     tables = huge.packed, huge.absmax, huge.nested_absmax, huge.nested_code, huge.offset
     found, wanted = torch.empty(500), torch.empty(500)
-    nf4_triton.dequantize(*tables, elements - 500, 64, 256, found)
+    nf4_triton.dequantize_triton(*tables, elements - 500, 64, 256, found)
     dequantize_torch(*tables, elements - 500, 64, 256, wanted)
     assert torch.equal(found, wanted)
 
 
 def multiplied(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    return nf4_matmul_triton.multiply_few(x, *tables_of(weight), bias, None, weight.shape[0], 64, 256)
+    return nf4_matmul_triton.multiply_few_triton(x, *tables_of(weight), bias, None, weight.shape[0], 64, 256)
 
 
 # (tokens, out features, in features): all tokens of a tile or few; rows and spans that do not fill a program.

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.modules.cpu_embedding import HostEmbedding, host_tensors
 from qlora_trainer.model.source import load_tokenizer
@@ -34,7 +36,7 @@ def load(directory: Path, settings: dict[str, str]) -> Base:
     return load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate(settings), user_cache())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", slow_but([0.0, 0.1], 0.1))
 def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Config, dropout: float) -> None:
     settings = {"adapter": {"dropout": dropout}, "training": {"max_steps": 4}}
     device = start_run(tiny_config("device", **settings))
@@ -46,6 +48,7 @@ def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Conf
         assert torch.equal(ours.data, theirs.data)
 
 
+@pytest.mark.slow
 def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) -> None:
     whole = start_run(tiny_config("whole"))
     records = records_of(whole)
@@ -56,7 +59,7 @@ def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) ->
     assert records_of(resumed) == records[3:]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", slow_but(["llama", "qwen3", "phi3"], "llama"))
 def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str) -> None:
     directory = tiny_models(family)
     device = load(directory, {"name": str(directory)})
@@ -70,7 +73,7 @@ def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str
     assert host.bytes == device.bytes - weight.nbytes  # half of fp32
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama_tied"])
+@pytest.mark.parametrize("family", slow_but(["gemma2", "gemma3", "llama_tied"], "gemma3"))
 def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family: str) -> None:
     """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
     directory = tiny_models(family)
@@ -80,10 +83,8 @@ def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family:
     ids = torch.arange(30)[None]
     assert torch.equal(host.get_input_embeddings()(ids), device.get_input_embeddings()(ids))
     tokenizer = load_tokenizer(ModelDirectory.open(directory))
-    prompts = [[5, 9, 30], [7, 8]]
-    answers = [
-        generate_answers(model, tokenizer, prompts, stop_token_ids=[2], max_new_tokens=5) for model in (device, host)
-    ]
+    prompts = [PromptTokens([5, 9, 30], [2]), PromptTokens([7, 8], [2])]
+    answers = [generate_answers(model, tokenizer, prompts, max_new_tokens=5) for model in (device, host)]
     assert answers[0] == answers[1]
 
 
@@ -123,8 +124,6 @@ def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None
     assert found.device.type == host.device.type == "cuda"
     assert torch.equal(found, device.get_input_embeddings()(ids))
     tokenizer = load_tokenizer(ModelDirectory.open(directory))
-    answers = [
-        generate_answers(model, tokenizer, [[5, 9, 30], [7]], stop_token_ids=[2], max_new_tokens=5)
-        for model in (device, host)
-    ]
+    prompts = [PromptTokens([5, 9, 30], [2]), PromptTokens([7], [2])]
+    answers = [generate_answers(model, tokenizer, prompts, max_new_tokens=5) for model in (device, host)]
     assert answers[0] == answers[1]

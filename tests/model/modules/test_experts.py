@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow, slow_but
 from spying import noting, unchanged
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -16,8 +16,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from qlora_kernels.experts import Expert, gated_experts
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from qlora_trainer.adapters.inject import add_adapters, find_targets, load_adapter_state
+from qlora_kernels.torch_internals import FakeTensorMode
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError, ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
@@ -235,7 +237,7 @@ def test_experts_that_are_fused_on_disk_are_refused_with_their_share(
         load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"), user_cache())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", slow_but(["mixtral", "qwen3_moe"], "mixtral"))
 def test_a_mixture_kept_in_4_bits_is_the_same_base(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -252,6 +254,7 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
     assert any(".experts." in path for path in base.fingerprint.tensors)
 
 
+@pytest.mark.slow
 def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -268,7 +271,7 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     assert all(torch.equal(info.read(), from_copy[name].read()) for name, info in merged.items())
 
 
-@pytest.mark.parametrize(("family", "targets"), [("mixtral", "all-linear"), ("qwen3_moe", "attention")])
+@pytest.mark.parametrize(("family", "targets"), [slow(("mixtral", "all-linear")), ("qwen3_moe", "attention")])
 def test_peft_gives_our_logits_next_to_experts(
     family: str, targets: str, tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path]
 ) -> None:

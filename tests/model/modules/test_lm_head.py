@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from safetensors.torch import load_file
 from tiny_models import make_model_directory
 from torch import nn
 from torch.nn import functional as F
 
-from qlora_trainer.adapters.inject import find_targets
+from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError, CheckpointError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
@@ -42,7 +43,7 @@ def pack_of(tokens: int) -> Pack:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["llama", "gemma2", "llama_tied"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma2", "llama_tied"], "gemma2"))
 def test_the_patched_loss_is_that_of_the_models_own_logits(tiny_models: Models, family: str, kind: str) -> None:
     model = base(tiny_models(family), lm_head=kind).model
     assert isinstance(model.get_output_embeddings(), QuantizedHead)
@@ -127,6 +128,7 @@ def test_a_head_that_is_no_linear_layer_is_reported() -> None:
         quantize_head(Odd(), "8bit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(tiny_config: Config, kind: str) -> None:
     whole = start_run(tiny_config("whole", model={"lm_head": kind}))
@@ -146,6 +148,7 @@ def test_a_head_held_otherwise_is_another_run(tiny_config: Config) -> None:
         resume_run(run.directory, ["model.lm_head=dense"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
 def test_a_merge_is_verified_with_the_original_head(
     tiny_config: Config, tiny_models: Models, tmp_path: Path, family: str

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cards import pretend_free_memory
+from marks import slow_but
 from prequantized import prequantized
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
@@ -52,7 +53,7 @@ def load(directory: Path, **settings: object) -> Base:
     return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gpt2", "llama", "llama_tied"))
 def test_every_linear_but_the_lm_head_is_nf4_and_all_is_frozen(family: str, tiny_models: Callable[[str], Path]) -> None:
     base = load(tiny_models(family))
     head = base.model.get_output_embeddings()
@@ -363,6 +364,7 @@ def test_too_little_memory_is_reported_before_loading(tiny_llama: Path, monkeypa
         load(tiny_llama)
 
 
+@pytest.mark.slow
 def test_the_memory_a_base_needs_is_what_it_takes(
     tiny_models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,9 +399,8 @@ def test_names_that_transformers_translates_are_found_and_remembered_for_the_mer
     directory = tmp_path / "renamed"
     shutil.copytree(tiny_llama, directory)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(
-        checkpoint_names, "get_model_conversion_mapping", lambda model: [WeightRenaming(r"\.old\.", r"\.self_attn\.")]
-    )
+    renaming = WeightRenaming(r"\.old\.", r"\.self_attn\.")
+    monkeypatch.setattr(checkpoint_names, "conversion_mapping", lambda model: ([renaming], []))
     base, plain = load(directory), load(tiny_llama)
     assert base.fingerprint.difference(plain.fingerprint) is None
     assert plain.fingerprint.stored_as == {}

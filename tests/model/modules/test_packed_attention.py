@@ -12,7 +12,8 @@ from tiny_models import SHAPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.data.batching.packing import Example, make_packs
+from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.types import Example
 from qlora_trainer.model.forward import examine_forward, find_loss_path, logits, loss_sum
 from qlora_trainer.model.modules.packed_attention import attends_apart, packed_attention, packed_documents
 

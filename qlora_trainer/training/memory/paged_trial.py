@@ -16,7 +16,14 @@ CONCURRENT_MANAGED_ACCESS = 89  # CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS 
 
 
 def has_concurrent_access(index: int) -> bool:
-    """False where the driver says that host and device may not use managed memory at the same time."""
+    """Ask the driver whether host and device may use managed memory at the same time.
+
+    Args:
+        index: of the device.
+
+    Returns:
+        False if the driver says that they may not.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -30,8 +37,12 @@ def has_concurrent_access(index: int) -> bool:
     return bool(failed) or value.value != 0
 
 
-def main(index: int) -> None:
-    """Fill a paged buffer on the device and read it on the host; exits with a reason where that fails."""
+def try_paging(index: int) -> None:
+    """Fill a paged buffer on the device and read it on the host; exits with a reason where that fails.
+
+    Args:
+        index: of the device.
+    """
     if not has_concurrent_access(index):
         sys.exit("the card's concurrentManagedAccess is 0: host and card may not use managed memory at the same time")
     sys.modules["kernels"] = None  # type: ignore[assignment]  # through that package bitsandbytes would download
@@ -48,4 +59,4 @@ def main(index: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    try_paging(int(sys.argv[1]))

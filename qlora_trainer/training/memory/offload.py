@@ -19,7 +19,12 @@ from qlora_kernels.random_state import RandomState
 
 
 class RecomputedLayer:
-    """The forward of a decoder layer that keeps its input alone; the first argument is that input."""
+    """Run the forward of a decoder layer so that its input alone is kept; the first argument is that input.
+
+    Args:
+        layer: of the model.
+        inputs: keeps the inputs of all layers on the host; None: on the device.
+    """
 
     def __init__(self, layer: nn.Module, inputs: "OffloadedInputs | None") -> None:
         self.layer = layer
@@ -41,9 +46,13 @@ class RecomputedLayer:
 
 
 class OffloadedInputs:
-    """The layers' inputs of one forward pass after another: every n-th on the host, the others made from it again.
+    """Keep the layers' inputs of one forward pass after another: every n-th on the host, the others made from it again.
 
-    That is where a layer's input is the output of the layer before it; another input goes to the host itself.
+    The others are made again where a layer's input is the output of the layer before it; any other input is moved to
+    the host itself.
+
+    Args:
+        every: n.
     """
 
     def __init__(self, every: int) -> None:
@@ -51,7 +60,15 @@ class OffloadedInputs:
         self._last: weakref.ref[KeptInput] | None = None
 
     def put(self, hidden: Tensor, run: Callable[[Tensor], Any]) -> "KeptInput":
-        """Keep the input of the next layer, whose forward is `run`."""
+        """Keep the input of the next layer.
+
+        Args:
+            hidden: the input.
+            run: the layer's forward.
+
+        Returns:
+            The input, kept.
+        """
         last = None if self._last is None else self._last()
         if last is not None:
             last.release()
@@ -62,7 +79,14 @@ class OffloadedInputs:
 
 
 class KeptInput:
-    """One layer's input, in host memory or as the output of the layer before it."""
+    """Keep one layer's input, in host memory or as the output of the layer before it.
+
+    Args:
+        hidden: the input.
+        run: the layer's forward.
+        before: the input of the layer whose output this is; None where it is none's.
+        every: one input of so many is on the host.
+    """
 
     def __init__(self, hidden: Tensor, run: Callable[[Tensor], Any], before: "KeptInput | None", every: int) -> None:
         self.before = before
@@ -76,7 +100,14 @@ class KeptInput:
         self._again: Tensor | None = None  # made again, until this layer's backward takes it
 
     def gave(self, hidden: Tensor) -> bool:
-        """Whether `hidden` is this layer's own output, untouched."""
+        """Return True if `hidden` is this layer's own output, untouched.
+
+        Args:
+            hidden: input of another layer.
+
+        Returns:
+            Whether it is.
+        """
         return self._output is not None and self._output() is hidden
 
     def note_output(self, output: Any) -> None:
@@ -88,7 +119,14 @@ class KeptInput:
             self._copy.release()
 
     def pack(self, tensor: Tensor) -> "Tensor | KeptInput":
-        """For autograd: keep this object in the place of the layer's input, and other arguments as they are."""
+        """Give autograd this object in the place of the layer's input, and other arguments as they are.
+
+        Args:
+            tensor: to be saved for backward.
+
+        Returns:
+            What is saved.
+        """
         return self if tensor is self._input() else tensor
 
     def unpack(self, packed: "Tensor | KeptInput") -> Tensor:
@@ -104,7 +142,11 @@ class KeptInput:
         return hidden
 
     def value(self) -> Tensor:
-        """The input: from the host, or by running the layers from the nearest that is there."""
+        """Return the input: from the host, or by running the layers from the nearest whose input is there.
+
+        Returns:
+            The input, on the device.
+        """
         if self._copy is not None:
             return self._copy.take()
         if self._again is None:
@@ -120,5 +162,5 @@ class KeptInput:
 
 
 def _first(output: Any) -> Tensor:
-    """A layer's hidden states, which some layers give as the first of several."""
+    """Return a layer's hidden states, which some layers give as the first of several results."""
     return output[0] if isinstance(output, tuple) else output

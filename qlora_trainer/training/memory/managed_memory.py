@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.common.machine import is_wsl
-from qlora_trainer.training.paged_trial import SUCCESS
+from qlora_trainer.training.memory.paged_trial import SUCCESS
 
 TRIAL_SECONDS = 180  # the child imports torch and bitsandbytes, which a slow disk can make a minute
 
@@ -24,7 +24,14 @@ TRIAL_SECONDS = 180  # the child imports torch and bitsandbytes, which a slow di
 def paging_refusal(device: torch.device) -> str:
     """Say why optimizer state is not paged on this CUDA device, "" where it can be; tried once a process.
 
-    Call it before the process uses the device, where that can be: a card in exclusive mode takes one process at a time.
+    Call it before the process uses the device, where that is possible: a card in exclusive mode takes one process at a
+    time.
+
+    Args:
+        device: of type cuda.
+
+    Returns:
+        The reason.
     """
     if platform.system() == "Windows" or is_wsl():
         return (
@@ -51,13 +58,17 @@ def paging_refusal(device: torch.device) -> str:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode == 0 and SUCCESS in lines:  # what libraries say when they end comes after it
         return ""
-    code, reported = done.returncode, lines[-1] if lines else "it said nothing"
+    code, last_line = done.returncode, lines[-1] if lines else "it printed nothing"
     ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"a process that tried managed memory on cuda:{index} {ending}: {reported}"
+    return f"a process that tried managed memory on cuda:{index} {ending}: {last_line}"
 
 
 def paging_refusal_here() -> str:
-    """`paging_refusal` of the card that a run takes; "" where there is no card, as then nothing pages or is refused."""
+    """Call `paging_refusal` for the card that a run takes.
+
+    Returns:
+        The reason; "" where there is no card, as then nothing pages and nothing is refused.
+    """
     if not torch.cuda.is_available():
         return ""
     return paging_refusal(torch.device("cuda", torch.cuda.current_device()))

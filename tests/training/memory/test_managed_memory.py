@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_trainer.training import managed_memory
-from qlora_trainer.training.managed_memory import paging_refusal, paging_refusal_here
+from qlora_trainer.training.memory import managed_memory
+from qlora_trainer.training.memory.managed_memory import paging_refusal, paging_refusal_here
 
 pytestmark = pytest.mark.usefixtures("nothing_tried")
 CARD = torch.device("cuda", 1)
@@ -27,7 +27,7 @@ def test_managed_memory_that_works_is_not_refused_and_tried_once(
 
 
 @pytest.mark.parametrize(
-    ("get_paged", "reported"),
+    ("get_paged", "reason"),
     [
         (
             # As bitsandbytes: a line, and exit() of the C library. Nobody learns of it in Python.
@@ -42,12 +42,12 @@ def test_managed_memory_that_works_is_not_refused_and_tried_once(
     ids=["exits", "exits with 0", "dies", "raises"],
 )
 def test_a_child_that_ends_is_a_refusal_that_says_how(
-    bitsandbytes_of_the_child: Callable[..., Path], get_paged: str, reported: str
+    bitsandbytes_of_the_child: Callable[..., Path], get_paged: str, reason: str
 ) -> None:
     bitsandbytes_of_the_child(get_paged)
     refusal = paging_refusal(CARD)
     assert "a process that tried managed memory on cuda:1" in refusal
-    assert reported in refusal
+    assert reason in refusal
 
 
 def test_memory_that_reads_otherwise_than_it_was_filled_is_refused(
@@ -70,6 +70,7 @@ def test_a_child_that_cannot_be_started_is_a_refusal(monkeypatch: pytest.MonkeyP
     assert "could not be started" in paging_refusal(CARD)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
 def test_bitsandbytes_itself_is_refused_where_there_is_no_card() -> None:
     assert "ended with exit code 1" in paging_refusal(CARD)

@@ -1,12 +1,12 @@
-"""What backward keeps of each decoder layer: everything, or its input alone, on the device or on the host.
+"""Choose what backward keeps of each decoder layer: everything, or its input alone, on the device or on the host.
 
-`full` runs each layer's forward again in backward (gradient checkpointing, Chen et al. 2016): less arithmetic than
-keeping saves memory, which then hardly grows with depth (offload.py). `offload` moves each layer's input to host
-memory until then, or every second or third, from which those between are computed again. `tiled` also takes the MLPs a
-part of the tokens at a time, and dequantizes large weights in parts.
+`full` runs each layer's forward again in backward (gradient checkpointing, Chen et al. 2016, arXiv:1604.06174): for a
+third more arithmetic, memory hardly grows with depth (offload.py). `offload` moves each layer's input to host memory
+until then, or every second or third, from which those between are computed again. `tiled` also takes the MLPs a part of
+the tokens at a time, and dequantizes large weights in parts.
 
-Each level takes less of the device than the one before; the last layers may keep all under each of them. All give the
-same gradients: bit for bit, but for tiles, where matrix products have other sizes.
+Each level takes less of the device than the one before; under each of them the last layers may keep everything. All
+give the same gradients: bit for bit, but for tiles, where matrix products have other sizes.
 
 Left out: choosing a policy by what fits (planning/fit.py), and what single modules keep (patches.py).
 """
@@ -22,12 +22,12 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.config.schema import TrainingConfig
 from qlora_trainer.model.modules.nf4_linear import share_workspace
-from qlora_trainer.training.offload import OffloadedInputs, RecomputedLayer
+from qlora_trainer.training.memory.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
 
 Level = Literal["none", "full", "offload", "tiled"]
 LEVELS: tuple[Level, ...] = ("none", "full", "offload", "tiled")
-MOST_BETWEEN_OFFLOADED = 3  # layers whose input one on the host represents; more cost as much again in time
+MOST_BETWEEN_OFFLOADED = 3  # layers of which one has its input in host memory; more cost as much again in time
 HOST_SHARE = 0.75  # of the host memory that is free, for what is offloaded
 TILES = 8  # what one tile of an MLP takes is then less than what attention takes of the whole row
 TILED_WORKSPACE = 1 << 24  # elements of a weight dequantized at a time under `tiled`
@@ -35,21 +35,29 @@ TILED_WORKSPACE = 1 << 24  # elements of a weight dequantized at a time under `t
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What backward keeps; each level of LEVELS needs less memory on the device than the one before it."""
+    """Say what backward keeps; each level of LEVELS needs less memory on the device than the one before it."""
 
     level: Level
-    uncheckpointed_layers: int = 0  # of the last layers; they keep all under every level
-    offload_every_n_layers: int = 1  # offload and tile: the input of every so many layers is kept on the host
+    uncheckpointed_layers: int = 0  # of the last layers: all of theirs is kept, under every level
+    offload_every_n_layers: int = 1  # offload and tiled: of so many layers the input of one is in host memory
 
-    def less_memory(self) -> "Policy | None":
-        """The next policy with less on the device: first no layer keeps all, then a level further; None at the end."""
+    def with_less_memory(self) -> "Policy | None":
+        """Return the next policy with less on the device: first no layer keeps everything, then a level further.
+
+        Returns:
+            The policy; None at the end.
+        """
         if self.level != "none" and self.uncheckpointed_layers:
             return dataclasses.replace(self, uncheckpointed_layers=0)
         later = LEVELS[LEVELS.index(self.level) + 1 :]
         return Policy(later[0], offload_every_n_layers=self.offload_every_n_layers) if later else None
 
     def as_settings(self) -> dict[str, object]:
-        """The fields of TrainingConfig that name this policy."""
+        """Return the fields of TrainingConfig that name this policy.
+
+        Returns:
+            Values by the fields' names.
+        """
         return {
             "activation_checkpointing": self.level,
             "uncheckpointed_layers": self.uncheckpointed_layers,
@@ -59,21 +67,33 @@ class Policy:
     def __str__(self) -> str:
         parts: list[str] = [self.level]
         if self.level != "none" and self.uncheckpointed_layers:
-            parts.append(f"the last {self.uncheckpointed_layers} layers keep all")
+            parts.append(f"but for the last {self.uncheckpointed_layers} layers")
         if self.level in ("offload", "tiled") and self.offload_every_n_layers > 1:
-            parts.append(f"one layer's input of {self.offload_every_n_layers} on the host")
+            parts.append(f"the input of one layer in {self.offload_every_n_layers} in host memory")
         return ", ".join(parts)
 
 
 def choose_policy(settings: TrainingConfig, device: torch.device) -> Policy:
-    """The policy that the config names; for auto, where no plan has decided it: recompute on CUDA, keep on a CPU."""
+    """Return the policy that the config names; for auto, where no plan has chosen one, full on CUDA and none on a CPU.
+
+    Args:
+        settings: the config's section `training`.
+        device: that the run takes.
+
+    Returns:
+        The policy.
+    """
     if settings.activation_checkpointing == "auto":
         return Policy("full" if device.type == "cuda" else "none")
     return Policy(settings.activation_checkpointing, settings.uncheckpointed_layers, settings.offload_every_n_layers)
 
 
 def apply_policy(model: Any, policy: Policy) -> None:
-    """Set the policy on a transformers model, in the place of another; it holds in training mode.
+    """Set the policy on a model, in the place of another; it holds in training mode.
+
+    Args:
+        model: of transformers, patched.
+        policy: to set.
 
     Raises:
         ModelError: the model's layers cannot be recomputed; nothing was changed.
@@ -95,7 +115,16 @@ def apply_policy(model: Any, policy: Policy) -> None:
 
 
 def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
-    """Host memory that a policy takes for the layers' inputs of one micro-batch."""
+    """Compute the host memory that a policy takes for the layers' inputs of one micro-batch.
+
+    Args:
+        model: of transformers.
+        policy: to count for.
+        tokens: of the micro-batch.
+
+    Returns:
+        Bytes of pinned memory.
+    """
     if policy.level not in ("offload", "tiled"):
         return 0
     layers = len(decoder_layers(model)) - policy.uncheckpointed_layers
@@ -104,12 +133,23 @@ def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
 
 
 def spare_host_memory() -> int:
-    """Bytes of host memory that may be taken for what is offloaded."""
+    """Compute the host memory that may be taken for what is offloaded.
+
+    Returns:
+        Bytes.
+    """
     return int(host_memory().available * HOST_SHARE)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """A transformers model's decoder layers in order; empty where they are not one list of the config's length."""
+    """List a transformers model's decoder layers in order.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        The layers; none where they are not one list of the config's length.
+    """
     count = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     return list(lists[0]) if lists else []

@@ -1,0 +1,80 @@
+"""Gather every private name of bitsandbytes that this project uses, each behind a function of its own.
+
+Private is what bitsandbytes' documentation does not describe: it may change with any release. So it is used here and
+nowhere else, and tests/test_library_names.py has a test for each that fails by its name after an upgrade. One exception
+is training/memory/paged_trial.py, a program that imports bitsandbytes alone; what it calls is tested there too.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kernels.torch_internals import OpOverload
+from qlora_trainer.weights.nf4 import bitsandbytes
+
+
+def native_library() -> Any:
+    """Return bitsandbytes' compiled library.
+
+    Returns:
+        The library; a stand-in of another class where it could not be loaded.
+    """
+    return bitsandbytes.cextension.lib
+
+
+def makes_state_early(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True for bitsandbytes' optimizers, whose state `make_state` makes before the first step.
+
+    Args:
+        optimizer: of torch or bitsandbytes.
+
+    Returns:
+        Whether it is one.
+    """
+    return isinstance(optimizer, bitsandbytes.optim.optimizer.Optimizer8bit)
+
+
+def make_state(optimizer: Any) -> None:
+    """Make the state of every parameter, paged where the optimizer pages and the state is large.
+
+    Args:
+        optimizer: of bitsandbytes.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, index, place)
+
+
+def is_paged(optimizer_or_state: Any) -> bool:
+    """Return True for an optimizer that pages where the device can, and for a tensor of state that is paged.
+
+    Args:
+        optimizer_or_state: of bitsandbytes; others are not paged.
+
+    Returns:
+        Whether it is.
+    """
+    return bool(getattr(optimizer_or_state, "is_paged", False))
+
+
+def forget_paged(tensors: Iterable[Tensor]) -> None:
+    """Take tensors off the list of paged ones, which would hold them as long as the process lives.
+
+    Args:
+        tensors: of an optimizer's state.
+    """
+    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    gone = {id(tensor) for tensor in tensors}
+    manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in gone]
+
+
+def update_operations() -> tuple[OpOverload, OpOverload]:
+    """Return the operations that update a parameter, with state of 32 bits and of 8.
+
+    Returns:
+        Both; argument 2 of each is the parameter.
+    """
+    operations = torch.ops.bitsandbytes
+    return operations.optimizer_update_32bit.default, operations.optimizer_update_8bit_blockwise.default

@@ -1,0 +1,18 @@
+"""Choose which of a test's cases are quick: the others are marked slow, and only `make test-all` runs them."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Mark all of a test's cases slow but the quick ones; a tuple holds the values of several arguments."""
+    chosen = [value for value in values if value in quick]
+    assert len(chosen) == len(quick), f"of {quick} only {chosen} are cases of the test"
+    return [value if value in quick else slow(value) for value in values]
+
+
+def slow(value: Any) -> Any:
+    """Mark one case of a test slow."""
+    return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
