@@ -52,6 +52,7 @@ from qlora_trainer.training.step import train_step
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 PLAIN, KEPT = "plain", "kept"
+CACHE = "cache"  # of what is known of bases; dropped before what shall be hashed
 LABELS = {
     "ours": "ours, 16-bit shards",
     "peer": "transformers + bitsandbytes",
@@ -132,7 +133,7 @@ def open_base(directory: Path, embeddings: Literal["device", "cpu"] = "device") 
             print(f"\r{label}: {done / (total or 1):.0%}  ", end="", file=sys.stderr)
 
     settings = ModelConfig(name=str(directory), device="cpu", embeddings=embeddings)
-    return load_base_model(ModelDirectory.open(directory), settings, progress)
+    return load_base_model(ModelDirectory.open(directory), settings, directory.parent / CACHE, progress)
 
 
 def step_config(directory: Path) -> RunConfig:

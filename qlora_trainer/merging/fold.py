@@ -40,7 +40,7 @@ from qlora_trainer.merging.merge_plan import MergeBase, MergePlan, TensorPlan
 from qlora_trainer.merging.verify import Verification
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.read_back import verify_files
-from qlora_trainer.weights.reading import read_blocks, read_tensor, row_blocks
+from qlora_trainer.weights.reading import read_blocks, row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.weights.side_files import copy_files
 
@@ -188,7 +188,7 @@ def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tupl
         for rows in row_blocks(quantized.shape):
             yield rows, dequantize_nf4(quantized, torch.float32, rows=rows)
     elif plan.transposed:
-        weight = read_tensor(plan.source).T
+        weight = plan.source.read().T
         for rows in row_blocks(tuple(weight.shape)):
             yield rows, weight[rows]
     else:

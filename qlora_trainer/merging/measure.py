@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     CheckpointError,
     DataError,
@@ -221,7 +222,7 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
         "model.lm_head": "dense",
         "model.embeddings": "device",
     }
-    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, progress)
+    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model

@@ -33,7 +33,7 @@ from qlora_trainer.merging.stream_plan import MatrixSource, StreamPlan, is_plain
 from qlora_trainer.merging.trained_weights import TrainedWeight
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, read_tensor
+from qlora_trainer.weights.reading import read_rows
 from qlora_trainer.weights.tensors import TensorInfo
 
 
@@ -84,7 +84,7 @@ class StreamedMatrix(nn.Parameter):
             (rows, ...) on the matrix's device.
         """
         assert isinstance(self.source, TensorInfo), "embeddings and LM heads are dense"
-        read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
+        read = self.source.read(index) if isinstance(index, slice) else read_rows(self.source, index)
         return read.to(self.device).to(dtype)
 
     @contextlib.contextmanager
@@ -229,7 +229,7 @@ def _read(source: MatrixSource, device: torch.device) -> Tensor:
     """The whole tensor in fp32."""
     if isinstance(source, TrainedWeight):
         return source.dense(device)
-    return read_tensor(source).to(device).float()
+    return source.read().to(device).float()
 
 
 def _absent(shape: torch.Size, device: torch.device) -> Tensor:

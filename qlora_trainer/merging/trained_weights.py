@@ -22,7 +22,7 @@ from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
-from qlora_trainer.weights.reading import read_blocks, read_tensor, read_tensors
+from qlora_trainer.weights.reading import read_blocks
 from qlora_trainer.weights.tensors import TensorInfo
 
 
@@ -46,7 +46,7 @@ class TrainedWeight:
         """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
         if self.statistics:
             return _prequantized(self.source, self.statistics, device)
-        weight = read_tensor(self.source).to(device).to(self.source_dtype)
+        weight = self.source.read().to(device).to(self.source_dtype)
         return quantize_weight(weight.T if self.transposed else weight, self.source.name)
 
     def check(self, weight: NF4Weight) -> None:
@@ -176,5 +176,5 @@ def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mappin
 
 
 def _prequantized(source: TensorInfo, statistics: Mapping[str, TensorInfo], device: torch.device | str) -> NF4Weight:
-    packed, *values = (tensor.to(device) for tensor in read_tensors([source, *statistics.values()]))
+    packed, *values = (info.read().to(device) for info in (source, *statistics.values()))
     return weight_from_checkpoint(packed, dict(zip(statistics, values, strict=True)), source.name)

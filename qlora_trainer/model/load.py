@@ -10,7 +10,9 @@ checkpoint and bitsandbytes quantizes; such a model holds for a moment densely w
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from qlora_trainer.model.device import (
 from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers, refuse_multi_modal
 from qlora_trainer.model.fill import lay_out, load_tensors
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.known_bases import KnownBases
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
     host_tensors,
@@ -59,8 +62,22 @@ class Base:
         return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
 
 
-def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: Progress = silent) -> Base:
+def load_base_model(
+    directory: ModelDirectory,
+    settings: ModelConfig,
+    cache_dir: Path,
+    progress: Progress = silent,
+) -> Base:
     """Load and quantize a model directory; everything frozen, every linear layer in NF4, the LM head as asked for.
+
+    Args:
+        directory: of the model.
+        settings: what is wanted of it.
+        cache_dir: the user's, where it is remembered what the base's files were found to hold.
+        progress: is called as tensors are read.
+
+    Returns:
+        The base.
 
     Raises:
         ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, names that a
@@ -88,7 +105,7 @@ def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: 
         compute_in(model, compute_dtype, embedding_on_cpu=on_host)
     else:
         with memory_errors(f"Loading {directory} on {device}"):
-            fingerprint = load_tensors(model, plan, device=device, embedding_on_cpu=on_host, progress=progress)
+            fingerprint = _load_known(model, plan, settings, device, cache_dir, progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
     give_back_memory()  # what the tensors came through
@@ -103,6 +120,26 @@ def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: 
         device=device,
         warnings=plan.warnings,
     )
+
+
+def _load_known(
+    model: Any,
+    plan: LoadPlan,
+    settings: ModelConfig,
+    device: torch.device,
+    cache_dir: Path,
+    progress: Progress,
+) -> BaseFingerprint:
+    """Fill the model; its files are hashed where that was not done before, or model.verify_bytes asks for it."""
+    bases = KnownBases(cache_dir)
+    known = None if settings.verify_bytes else bases.find(plan)
+    began = time.time_ns()
+    on_host = settings.embeddings == "cpu"
+    base = load_tensors(model, plan, device=device, embedding_on_cpu=on_host, known=known, progress=progress)
+    if known is None:
+        bases.refuse_other_bytes(plan, base)
+        bases.keep(plan, base, began)
+    return base.fingerprint
 
 
 def plan_base(directory: ModelDirectory) -> tuple[LoadPlan, Any]:

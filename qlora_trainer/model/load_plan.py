@@ -22,7 +22,7 @@ from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor, same_values
+from qlora_trainer.weights.reading import same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
 RECORD_NAME = "qlora_quantize.json"  # next to a checkpoint that this trainer has kept in 4 bits
@@ -109,7 +109,7 @@ def widest_dtype(directory: ModelDirectory) -> torch.dtype:
     """
     found = set()
     for name, keys in directory.quant_states.items():
-        states = {key: read_tensor(info) for key, info in keys.items() if key.startswith("quant_state.")}
+        states = {key: info.read() for key, info in keys.items() if key.startswith("quant_state.")}
         found.add(source_dtype_of(states, name))
     of_weights = {info.name for keys in directory.quant_states.values() for info in keys.values()}
     found |= {

@@ -132,27 +132,27 @@ def load_base(
         QLoRATrainerError: as `load_base_model` and `quantize_checkpoint`.
     """
     if not settings.cache_quantized:
-        return load_base_model(directory, settings, progress)
-    plan, model = plan_base(directory)
-    if hindrance := _hindrance(plan, model):
-        base = load_base_model(directory, settings, progress)
-        warnings = [] if plan.statistics else [f"{hindrance} It was quantized while loading, as it will be each time."]
-        return dataclasses.replace(base, warnings=[*base.warnings, *warnings])
-    kept = ModelDirectory.open(_kept_copy(directory, settings, cache_dir, progress))
-    return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
-
-
-def _kept_copy(directory: ModelDirectory, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
+        return load_base_model(directory, settings, cache_dir, progress)
     kept = cache_dir / "quantized" / f"{Path(settings.name).name}-{_key(directory)[:16]}"
     if not (kept / RECORD_NAME).is_file():
-        refuse_unwritable(kept, "XDG_CACHE_HOME")
-        try:
-            quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
-        except OutputExistsError:
-            # Another process made the same copy meanwhile; only a whole one can be under this name.
-            if not (kept / RECORD_NAME).is_file():
-                raise
-    return kept
+        plan, model = plan_base(directory)
+        if hindrance := _hindrance(plan, model):
+            base = load_base_model(directory, settings, cache_dir, progress)
+            again = f"{hindrance} It was quantized while loading, as it will be each time."
+            return dataclasses.replace(base, warnings=[*base.warnings, *([] if plan.statistics else [again])])
+        _make_copy(directory, kept, settings, progress)
+    base = load_base_model(ModelDirectory.open(kept), settings, cache_dir, progress)
+    return dataclasses.replace(base, directory=directory)
+
+
+def _make_copy(directory: ModelDirectory, kept: Path, settings: ModelConfig, progress: Progress) -> None:
+    """Write the 4-bit copy, unless another process makes it meanwhile."""
+    refuse_unwritable(kept, "XDG_CACHE_HOME")
+    try:
+        quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
+    except OutputExistsError:
+        if not (kept / RECORD_NAME).is_file():  # only a whole one of the other process can be under this name
+            raise
 
 
 def _key(directory: ModelDirectory) -> str:

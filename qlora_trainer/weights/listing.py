@@ -5,7 +5,6 @@ its own directory; what a loader would guess at (two sets of weights side by sid
 model_directory.py, which lists a directory once.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.gguf.reader import open_weights
-from qlora_trainer.weights.tensors import TensorInfo, tensors_of_file
+from qlora_trainer.weights.tensors import TensorFile, TensorInfo
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -36,15 +35,14 @@ def list_tensors(
             or tensor that is missing, or a damaged shard.
     """
     if (imported := open_weights(directory, model_config)) is not None:
-        file, read = imported.file, imported.read
         return {
-            name: TensorInfo(name, tensor.dtype, tensor.shape, file, read=functools.partial(read, name))
+            name: TensorInfo(name, tensor.dtype, tensor.shape, imported, offset=None)
             for name, tensor in imported.tensors.items()
         }
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(directory)
     for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
-        for info in tensors_of_file(file_inside(directory, file_name)):
+        for info in TensorFile(file_inside(directory, file_name)).tensors.values():
             if info.name in tensors:
                 raise ModelError(
                     f"{directory}: tensor {info.name} is both in {tensors[info.name].file.name} and in {file_name}; "

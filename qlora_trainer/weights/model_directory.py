@@ -15,8 +15,7 @@ from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.weights.listing import list_tensors, read_json_object, weight_statistics
 from qlora_trainer.weights.model_config import ModelFacts, make_model_config, read_facts
-from qlora_trainer.weights.reading import read_tensor
-from qlora_trainer.weights.tensors import TensorInfo
+from qlora_trainer.weights.tensors import TensorInfo, changed
 
 CONFIG_NAME = "config.json"
 
@@ -93,23 +92,22 @@ class ModelDirectory:
         """Return what is stored next to each prequantized weight, as `weight_statistics` does."""
         return weight_statistics(self.tensors)
 
-    @functools.cached_property
+    @property
     def file_identity(self) -> tuple[FileIdentity, ...]:
-        """Return what identifies the files of weights, as they were when this was first asked for.
+        """Return what identifies the files of weights, as they were when the tensors were listed."""
+        found = {info.source.identity.path: info.source.identity for info in self.tensors.values()}
+        return tuple(found[path] for path in sorted(found))
 
-        Raises:
-            ModelError: the tensors cannot be listed, or a file is gone.
-        """
-        paths = sorted({info.file.resolve() for info in self.tensors.values()})
-        try:
-            return tuple(FileIdentity.of(path) for path in paths)
-        except OSError as error:
-            raise ModelError(f"{self} cannot be read: {error}") from error
+    def refuse_changed(self) -> None:
+        """Raise ModelError where a file of weights is no longer the one whose tensors were listed."""
+        for file in self.file_identity:
+            if not file.is_current():
+                raise changed(Path(file.path))
 
     def read(
         self,
         name: str,
         rows: slice | None = None,  # of the first dimension; step 1
     ) -> Tensor:
-        """Read a tensor, or some of its rows, as `read_tensor` does."""
-        return read_tensor(self.tensors[name], rows)
+        """Read a tensor, or some of its rows, as `TensorInfo.read` does."""
+        return self.tensors[name].read(rows)

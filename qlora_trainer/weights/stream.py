@@ -1,6 +1,6 @@
 """A checkpoint's tensors one after another, on the device where they are wanted, the next one read next to the work.
 
-A thread reads the files (direct_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
+A thread reads the files (file_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
 stream of their own. One tensor is read ahead and no more: where each is dropped before the next is taken, neither host
 nor device holds more than two. What shall stay in its file is mapped instead, and takes no memory of its own.
 """
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.reading import read_tensor
+from qlora_trainer.weights.file_reading import FileReader
 from qlora_trainer.weights.tensors import TensorInfo
 
 STAGING_BYTES = 2**26  # of each of the two pinned buffers
@@ -23,8 +22,8 @@ class Arrival(NamedTuple):
     """A tensor of the checkpoint."""
 
     info: TensorInfo
-    sha256: str | None  # of its bytes as a safetensors file holds them; None of what stays in its file
-    host: Tensor  # do not write into it: it may be the file's own pages
+    sha256: str | None  # of its bytes as a safetensors file holds them; None where it was not asked for
+    host: Tensor  # do not write into it: it may be the file's own pages, or memory that is used again
     values: Tensor  # the same where it was asked for; `host` itself where that is the host
 
 
@@ -34,6 +33,7 @@ def stream_tensors(
     *,
     stays_on_host: Callable[[TensorInfo], bool],  # not copied to the device
     stays_in_file: Callable[[TensorInfo], bool] = lambda info: False,  # mapped, and not hashed
+    hashes: bool = True,
 ) -> Generator[Arrival, None, None]:
     """Yield the tensors in order; drop each before taking the next, where memory counts.
 
@@ -43,14 +43,14 @@ def stream_tensors(
     uploader = _Uploader(device) if device.type == "cuda" else None
 
     def read(info: TensorInfo) -> tuple[Arrival, Any]:
-        host, sha256 = (read_tensor(info), None) if stays_in_file(info) else direct.read(info)
+        host, sha256 = (info.read(), None) if stays_in_file(info) else files.read(info)
         if uploader is None or stays_on_host(info):
             return Arrival(info, sha256, host, host), None
         values, copied = uploader.upload(host)
         return Arrival(info, sha256, host, values), copied
 
     try:
-        with DirectReader() as direct, ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        with FileReader(hashes) as files, ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
             ahead = reader.submit(read, infos[0]) if infos else None
             for index in range(len(infos)):
                 assert ahead is not None
