@@ -47,7 +47,7 @@ from qlora_trainer.common.hashing import values_sha256
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.units import parse_bytes
 from qlora_trainer.config.schema import AdapterConfig
-from qlora_trainer.merging.fold import merge, merged_blocks
+from qlora_trainer.merging.fold import fold, merged_blocks
 from qlora_trainer.merging.logits import compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, MergePlan, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
@@ -141,7 +141,7 @@ def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]
         if kind == "copy":
             copy_files(directory / PLAIN, output)
         elif kind == "ours":
-            merge(plan_merge(merge_inputs(directory, base), output), max_shard_bytes=max_shard_bytes)
+            fold(plan_merge(merge_inputs(directory, base), output), max_shard_bytes=max_shard_bytes)
         elif kind == "arithmetic":
             measured["seconds"] = arithmetic_seconds(plan_merge(merge_inputs(directory, base), output))
         elif kind == "logits":

@@ -12,7 +12,7 @@ from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adap
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
-from qlora_trainer.merging.fold import MergeReport, merge
+from qlora_trainer.merging.fold import MergeReport, fold
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -68,7 +68,7 @@ def train(directory: Path, bias: BiasMode = "none") -> Run:
 
 def merge_to(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16, **options: Any) -> MergeReport:
     """Plan a merge into a directory, and make it."""
-    return merge(plan_merge(inputs, output, dtype), **options)
+    return fold(plan_merge(inputs, output, dtype), **options)
 
 
 def on_base(inputs: MergeInputs, directory: Path) -> MergeInputs:

@@ -104,6 +104,34 @@ def test_which_torch_there_is_is_asked_in_one_file() -> None:
     assert asking.keys() == {"kernels/qlora_kernels/torch_features.py"}, asking
 
 
+def public_names(source: str) -> set[str]:
+    """The names without an underscore that a module defines at its top: functions, classes and constants."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+            case ast.Assign(targets=targets):
+                found = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+                names |= {each.id for each in found if isinstance(each.ctx, ast.Store)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_public_names_of_a_module_are_found() -> None:
+    source = "import os\nA = B, C = 1, 2\nD: int = 1\n_E = 2\ndef f(g): h = 1\nclass I:\n    J = 1\nx.y = 3"
+    assert public_names(source) >= {"A", "B", "C", "D", "f", "I"}
+    assert not public_names(source) & {"os", "_E", "g", "h", "J", "y"}
+
+
+def test_no_public_name_is_defined_in_two_files() -> None:
+    defined: dict[str, list[str]] = {}
+    for folder in ("qlora_trainer", "kernels"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for name in public_names(path.read_text()):
+                defined.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in defined.items() if len(paths) > 1} == {}
+
+
 def test_nothing_is_pickled_or_run_from_a_checkpoint() -> None:
     for path in [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import gated
-from qlora_kernels.gated import ACTIVATIONS, Name
+from qlora_kernels.gated import ACTIVATION_NAMES, Name
 
 BLOCK = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
+GATED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
@@ -87,7 +87,14 @@ def product_triton(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(gate):  # Triton launches on the current device
             product_kernel[_grid(gates)](
-                gates, ups, out, gates.shape[1], gates.stride(0), ups.stride(0), **_constants(activation), **OPTIONS
+                gates,
+                ups,
+                out,
+                gates.shape[1],
+                gates.stride(0),
+                ups.stride(0),
+                **_constants(activation),
+                **GATED_OPTIONS,
             )
     return out
 
@@ -119,7 +126,7 @@ def gradients_triton(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -
                 gates.stride(0),
                 ups.stride(0),
                 **_constants(activation),
-                **OPTIONS,
+                **GATED_OPTIONS,
             )
     return grad_up
 
@@ -135,4 +142,4 @@ def _grid(rows: Tensor) -> tuple[int, int]:
 
 
 def _constants(activation: Name) -> dict[str, int]:
-    return {"ACTIVATION": ACTIVATIONS.index(activation), "BLOCK": BLOCK}
+    return {"ACTIVATION": ACTIVATION_NAMES.index(activation), "BLOCK": BLOCK}

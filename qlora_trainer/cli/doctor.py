@@ -16,14 +16,17 @@ def doctor(as_json: AsJson = False) -> None:
     """
     from dataclasses import asdict
 
-    from qlora_trainer.cli.doctor_checks import examine
+    from qlora_trainer.cli.doctor_checks import examine_machine
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import DiskError
 
     try:
-        findings = examine(user_cache())
+        findings = examine_machine(user_cache())
     except DiskError as error:  # a user without a home
-        findings = [*examine(), Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder.")]
+        findings = [
+            *examine_machine(),
+            Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder."),
+        ]
     if as_json:
         write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:

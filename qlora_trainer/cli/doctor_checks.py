@@ -14,7 +14,7 @@ from qlora_trainer.cli import doctor_packages as packages
 from qlora_trainer.cli.findings import Finding
 
 
-def examine(cache_dir: Path | None = None) -> list[Finding]:
+def examine_machine(cache_dir: Path | None = None) -> list[Finding]:
     """Run every check. `cache_dir` is where prepared models and data are kept, if its disk should be looked at."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     paging = machine.paged_optimizer()  # first: a card in exclusive mode takes one process at a time

@@ -30,7 +30,7 @@ def inspect(
     share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, trained_tokens,
     spans, input_ids, trained}.
     """
-    from qlora_trainer.cli.show_rows import legend, row_to_json, show_report, show_row
+    from qlora_trainer.cli.show_rows import legend, show_report, show_row, tokens_to_json
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.config.load import load_config
     from qlora_trainer.data.batching.loader import StepLoader
@@ -60,7 +60,7 @@ def inspect(
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}
         if row is not None:
-            answer["row"] = row_to_json(tokenizer, examples, row, name)
+            answer["row"] = tokens_to_json(tokenizer, examples, row, name)
         write_out(json.dumps(answer) + "\n")
         return
     if row is None:

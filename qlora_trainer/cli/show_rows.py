@@ -57,7 +57,7 @@ def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
 
 def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
     """One row as the model sees it. DataError where there is no such row."""
-    row = row_to_json(tokenizer, examples, index, name)
+    row = tokens_to_json(tokenizer, examples, index, name)
     header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
     console.rule(Text(_visible(header)), align="left")
     has_color = console.color_system is not None and not console.no_color
@@ -79,7 +79,7 @@ def legend() -> Text:
     return Text("⟦trained⟧ and read only" if _is_unicode() else "[[trained]] and read only")
 
 
-def row_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
+def tokens_to_json(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
     """A row with its tokens, and its text in spans that are trained or not. DataError where there is none."""
     if not 0 <= index < len(examples):
         has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"

@@ -61,7 +61,7 @@ class MergeReport:
     verification: Verification | None
 
 
-def merge(
+def fold(
     plan: MergePlan,
     *,
     base: MergeBase = "dequantized",

@@ -126,7 +126,7 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
         dtype: of the merged weights.
 
     Returns:
-        The plan, for `merge`.
+        The plan, for `fold`.
 
     Raises:
         MergeError: the inputs do not match, or weights of this dtype cannot be written.

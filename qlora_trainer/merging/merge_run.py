@@ -17,7 +17,7 @@ from qlora_trainer.common.atomic import refuse_existing
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.merging.fold import MergeReport, merge
+from qlora_trainer.merging.fold import MergeReport, fold
 from qlora_trainer.merging.logits import LogitDifference, compare_logits
 from qlora_trainer.merging.measure import Measured, MergeRun, measure_original, measure_trained, plan_streaming
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
@@ -105,7 +105,7 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
         reference = on_original
         difference = compare_logits(as_trained.logits, on_original.logits)
 
-    report = merge(
+    report = fold(
         run.plan,
         base=choice.base,
         device=run.device,

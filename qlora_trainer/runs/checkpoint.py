@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE_TENSORS = "trainer_state.safetensors"
 STATE_JSON = "trainer_state.json"
-MAX_JSON_BYTES = 64 * 2**20
+MAX_STATE_BYTES = 64 * 2**20
 
 _STEP = re.compile(r"step-(\d+)(\.replaced)?")
 
@@ -205,8 +205,8 @@ def _verify(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read.")
+    if (size := path.stat().st_size) > MAX_STATE_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_STATE_BYTES} that are read.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8

@@ -22,7 +22,7 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-CONFIG_NAME = "config.yaml"
+RUN_CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
 MAX_BASE_BYTES = 64 * 2**20
 
@@ -41,15 +41,15 @@ def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig
 
     The output directory is where the run lies now, wherever it was started.
     """
-    if not (directory / CONFIG_NAME).is_file():
-        raise FileMissingError(f"{directory} is not a run directory: it has no {CONFIG_NAME}.")
-    config = load_config(directory / CONFIG_NAME, overrides)
+    if not (directory / RUN_CONFIG_NAME).is_file():
+        raise FileMissingError(f"{directory} is not a run directory: it has no {RUN_CONFIG_NAME}.")
+    config = load_config(directory / RUN_CONFIG_NAME, overrides)
     return config.replace({"training.output_dir": str(directory.absolute())})
 
 
 def write_run_config(config: RunConfig, directory: Path) -> None:
     """Write config.yaml at once, so that a kill leaves the old one or the new one."""
-    write_text(directory / CONFIG_NAME, dump_config(config))
+    write_text(directory / RUN_CONFIG_NAME, dump_config(config))
 
 
 def run_renderer(config: RunConfig, tokenizer: Any) -> Renderer:

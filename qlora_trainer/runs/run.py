@@ -41,7 +41,7 @@ from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.training.determinism import deterministic_algorithms
 from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
-from qlora_trainer.training.loop import train
+from qlora_trainer.training.loop import take_steps
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
 
@@ -96,7 +96,7 @@ class Run:
             on_step(metrics)
 
         try:
-            return train(
+            return take_steps(
                 self.state,
                 self.prepared.eval,
                 take_step=take_step,

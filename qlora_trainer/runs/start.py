@@ -30,7 +30,7 @@ from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
-from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
+from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
@@ -64,7 +64,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
-        save_config(config, work / CONFIG_NAME)
+        save_config(config, work / RUN_CONFIG_NAME)
         run.prepared.write_skipped_rows(work)
         run.save(work)
     return run
@@ -95,7 +95,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
             f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
-            f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
+            f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none

@@ -20,7 +20,7 @@ from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import (
-    CONFIG_NAME,
+    RUN_CONFIG_NAME,
     BaseRecord,
     prepare_data,
     read_base_record,
@@ -66,11 +66,11 @@ def read_trained(directory: Path) -> TrainedAdapter:
     adapter = read_adapter(source)
     if differences := setting_differences(adapter.config, config.adapter):
         changes = "; ".join(
-            f"{key} is {now} in {CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
+            f"{key} is {now} in {RUN_CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
         )
         raise CheckpointError(
-            f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
-            "adapter's values."
+            f"{directory / RUN_CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back "
+            "the adapter's values."
         )
     is_final = source == directory / "adapter"
     name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"

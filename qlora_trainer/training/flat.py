@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.adapters.inject import lora_layers
 
-ALIGNMENT = 16  # bytes
+PARAMETER_ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FlatGroup:
         self.grad.zero_()
 
     def layout(self) -> list[dict[str, object]]:
-        """List names and shapes in the order of the buffer; with ALIGNMENT and dtype they give every offset.
+        """List names and shapes in the order of the buffer; with PARAMETER_ALIGNMENT and dtype they give every offset.
 
         Returns:
             JSON.
@@ -92,7 +92,7 @@ def flatten_parameters(
     first = next(iter(parameters.values()))
     device, dtype = first.device, first.dtype
     assert dtype in (torch.float32, torch.bfloat16), f"adapters are {dtype}; they train in fp32 or bf16"
-    alignment = ALIGNMENT // dtype.itemsize  # elements
+    alignment = PARAMETER_ALIGNMENT // dtype.itemsize  # elements
     slices: dict[str, slice] = {}
     end = 0
     for key, parameter in parameters.items():

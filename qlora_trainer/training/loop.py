@@ -23,7 +23,7 @@ MOST_SKIPPED_IN_A_ROW = 5
 MOST_SKIPPED_WITH_SCALING = 16  # each halves the loss scale, which starts at 2^16
 
 
-def train(
+def take_steps(
     state: TrainState,
     eval_set: ExampleSet,
     *,

@@ -65,7 +65,7 @@ def test_doctor_prints_each_finding_with_its_advice_below(qlora: Callable, monke
     from qlora_trainer.cli.findings import Finding
 
     found = [Finding("Disk", "problem", "[bold]/x[/] is full", "Empty it."), Finding("Python", "ok", "3.11")]
-    monkeypatch.setattr(doctor_checks, "examine", lambda cache: found)
+    monkeypatch.setattr(doctor_checks, "examine_machine", lambda cache: found)
     assert qlora("doctor") == (1, "", "problem Disk [bold]/x[/] is full → Empty it. ok Python 3.11")
 
 

@@ -10,7 +10,7 @@ from cards import a_card_is_here
 
 from qlora_kernels import registry
 from qlora_trainer.cli import doctor_machine, doctor_packages
-from qlora_trainer.cli.doctor_checks import examine
+from qlora_trainer.cli.doctor_checks import examine_machine
 from qlora_trainer.cli.findings import Finding
 
 
@@ -19,7 +19,7 @@ def named(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_every_problem_comes_with_advice(tmp_path: Path) -> None:
-    findings = examine(tmp_path)
+    findings = examine_machine(tmp_path)
     assert len(named(findings)) == len(findings)
     for finding in findings:
         assert finding.detail
@@ -28,7 +28,7 @@ def test_every_problem_comes_with_advice(tmp_path: Path) -> None:
 
 
 def test_quantization_is_checked_to_the_bit() -> None:
-    assert named(examine())["NF4 to the bit on cpu"].status in ("ok", "note")
+    assert named(examine_machine())["NF4 to the bit on cpu"].status in ("ok", "note")
 
 
 def test_wrong_values_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +135,9 @@ def test_checkout_that_is_not_installed_asks_for_no_versions(monkeypatch: pytest
 
 
 def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("qlora_trainer.weights.nf4", "qlora_trainer.model.device"):
-        monkeypatch.setitem(sys.modules, module, None)
-    findings = named(examine())
+    for module in ("weights.bitsandbytes_internals", "weights.nf4", "model.device"):
+        monkeypatch.setitem(sys.modules, f"qlora_trainer.{module}", None)
+    findings = named(examine_machine())
     for name in ("bitsandbytes' library", "NF4 to the bit on cpu", "Compute dtype"):
         assert findings[name].status == "problem"
 
@@ -163,7 +163,7 @@ def test_disk_of_a_directory_that_is_yet_to_be_made_is_its_parents(tmp_path: Pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_is_described_and_ready() -> None:
-    findings = named(examine())
+    findings = named(examine_machine())
     assert findings["GPU 0"].status in ("ok", "note")
     assert torch.cuda.get_device_name(0) in findings["GPU 0"].detail
     assert findings["bitsandbytes' library"].detail == "loaded, for CUDA"

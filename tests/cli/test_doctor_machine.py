@@ -103,8 +103,8 @@ def test_card_on_which_nothing_works_ends_no_check_in_a_traceback() -> None:
     """In a process of its own: Triton and torch remember what they found."""
     code = (
         "import json, dataclasses, fake_libcuda; fake_libcuda.pretend_to_have_a_card(); "
-        "from qlora_trainer.cli.doctor_checks import examine; "
-        "print(json.dumps([dataclasses.asdict(f) for f in examine()]))"
+        "from qlora_trainer.cli.doctor_checks import examine_machine; "
+        "print(json.dumps([dataclasses.asdict(f) for f in examine_machine()]))"
     )
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from qlora_kernels.gated import ACTIVATIONS, Name, activate, gated_gradients, gated_product
+from qlora_kernels.gated import ACTIVATION_NAMES, Name, activate, gated_gradients, gated_product
 from qlora_trainer.model.modules.same_bits import named_activation
 
 
@@ -15,7 +15,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,)])
 def test_product_and_gradients_are_autograds_to_the_last_bit(
     activation: Name, dtype: torch.dtype, lead: tuple[int, ...]

@@ -183,7 +183,7 @@ def test_too_little_memory_to_verify_is_reported_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_free_memory(monkeypatch, lambda device: 2**29)
-    monkeypatch.setattr(deployment, "merge", lambda *args, **kwargs: pytest.fail("the merge was begun"))
+    monkeypatch.setattr(deployment, "fold", lambda *args, **kwargs: pytest.fail("the merge was begun"))
     with pytest.raises(InsufficientMemoryError, match="Comparing logits"):
         merge_run(run_dir, tmp_path / "merged", base="dequantized")
     assert not (tmp_path / "merged").exists()
@@ -215,7 +215,7 @@ def test_a_changed_embedding_is_refused_before_any_pass_over_the_weights(run_dir
         merge_run(run_dir, tmp_path / "merged", model=str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("where", slow_but(["merge", "verify_merge"], "merge"))
+@pytest.mark.parametrize("where", slow_but(["fold", "verify_merge"], "fold"))
 def test_memory_that_runs_out_in_a_merge_is_reported_as_such(
     where: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,7 +196,7 @@ def test_a_manifest_cannot_point_outside_its_directory(tmp_path: Path) -> None:
 
 def test_huge_json_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(checkpoint, "MAX_STATE_BYTES", 10)
     with pytest.raises(CheckpointError, match="more than the 10"):
         load_checkpoint(path)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.training.flat import ALIGNMENT, FlatGroup, clip_, flatten_parameters, grad_norm
+from qlora_trainer.training.flat import PARAMETER_ALIGNMENT, FlatGroup, clip_, flatten_parameters, grad_norm
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -40,7 +40,7 @@ def test_flattening_keeps_values_identity_and_order() -> None:
 def test_parameters_are_aligned_and_do_not_overlap(dtype: torch.dtype) -> None:
     named = {name: nn.Parameter(parameter.detach().to(dtype)) for name, parameter in parameters().items()}
     slices = list(flatten(named).slices.values())
-    assert all(piece.start * dtype.itemsize % ALIGNMENT == 0 for piece in slices)
+    assert all(piece.start * dtype.itemsize % PARAMETER_ALIGNMENT == 0 for piece in slices)
     assert all(left.stop <= right.start for left, right in itertools.pairwise(slices))
 
 

@@ -17,7 +17,7 @@ _STREAM = 0x6D6978  # keeps these draws apart from the order of an epoch, which 
 
 
 @dataclass(frozen=True)
-class Part:
+class EpochPart:
     """What the config says of one source: a weight, a count, or neither (all its rows)."""
 
     weight: float | None = None
@@ -55,12 +55,12 @@ def shuffled(count: int, seed: Sequence[int]) -> np.ndarray:
     return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")
 
 
-def is_mixed(parts: Sequence[Part]) -> bool:
+def is_mixed(parts: Sequence[EpochPart]) -> bool:
     """Whether an epoch is anything but every row once."""
     return any(part.weight is not None or part.count is not None for part in parts)
 
 
-def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
+def epoch_quotas(available: Sequence[int], parts: Sequence[EpochPart]) -> list[int]:
     """Rows of each source in an epoch, (S,); at least one of each.
 
     Args:
@@ -75,7 +75,7 @@ def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
     return [min(max(1, round(share)), count) for share, count in zip(shares, available, strict=True)]
 
 
-def eval_counts(available: Sequence[int], parts: Sequence[Part], share: float) -> list[int]:
+def eval_counts(available: Sequence[int], parts: Sequence[EpochPart], share: float) -> list[int]:
     """Rows to hold out of each source, (S,): `share` of an epoch's rows, from each source as an epoch takes from it.
 
     So the eval loss measures the mixture that is trained. At least one row in all is kept for evaluation and at least

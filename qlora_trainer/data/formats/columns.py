@@ -12,10 +12,10 @@ from typing import Any
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading.values import json_text, kind, listed
 
-Record = Mapping[str, Any]
 
-
-def mapped(record: Record, columns: Mapping[str, str], template: Mapping[str, str], where: str) -> dict[str, Any]:
+def mapped(
+    record: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str], where: str
+) -> dict[str, Any]:
     """The record with our columns in place of those they are made from.
 
     Args:
@@ -33,7 +33,7 @@ def mapped(record: Record, columns: Mapping[str, str], template: Mapping[str, st
     return {name: value for name, value in record.items() if name not in used} | made
 
 
-def source_columns(record: Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
+def source_columns(record: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
     """The columns of the record that our columns are made from, whole or in part."""
     paths = [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
     return {_first_name(record, path) for path in paths}
@@ -53,7 +53,7 @@ def parts(template: str) -> list[tuple[str, str | None]]:
     return found
 
 
-def look_up(record: Record, path: str, what: str, where: str) -> Any:
+def look_up(record: Mapping[str, Any], path: str, what: str, where: str) -> Any:
     """The value at a path; None where something on the way is null, or the path ends in ? and is not there.
 
     Raises:
@@ -76,7 +76,7 @@ def look_up(record: Record, path: str, what: str, where: str) -> Any:
     return value
 
 
-def _first_name(record: Record, path: str) -> str:
+def _first_name(record: Mapping[str, Any], path: str) -> str:
     """The column that a path begins in: names may hold dots themselves."""
     for whole in (path, path.removesuffix("?")):
         if whole in record:
@@ -93,7 +93,7 @@ def _step(value: Any, name: str) -> tuple[bool, Any]:
     return False, None
 
 
-def _message(record: Record, names: Sequence[str], depth: int, what: str, where: str) -> str:
+def _message(record: Mapping[str, Any], names: Sequence[str], depth: int, what: str, where: str) -> str:
     value: Any = record
     for name in names[:depth]:
         _, value = _step(value, name)
@@ -106,7 +106,7 @@ def _message(record: Record, names: Sequence[str], depth: int, what: str, where:
     return f"{where}: {what} wants {path}, but {place} has {there}. If some rows have none, write {path}? for it."
 
 
-def _filled(record: Record, template: str, what: str, where: str) -> str:
+def _filled(record: Mapping[str, Any], template: str, what: str, where: str) -> str:
     written = []
     for text, path in parts(template):
         written.append(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.atomic import write_text
-from qlora_trainer.runs.report.plot import Line, draw_bars, draw_plot, in_words, smooth
+from qlora_trainer.runs.report.plot import Curve, draw_bars, draw_plot, in_words, smooth
 from qlora_trainer.runs.report.style import SCRIPT, STYLE
 
 REPORT_NAME = "report.html"
@@ -101,11 +101,11 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     if not metrics:
         return '<p class="empty">No step has been taken yet.</p>'
     loss, eval_set = _series(metrics, "loss"), _series(metrics, "eval_loss")
-    lines = [Line("loss", loss, marks=len(loss) <= FEW_POINTS)]
+    lines = [Curve("loss", loss, marks=len(loss) <= FEW_POINTS)]
     if len(loss) >= 20:
-        lines = [Line("loss", loss, "faint"), Line("loss, smoothed", smooth(loss), "first")]
+        lines = [Curve("loss", loss, "faint"), Curve("loss, smoothed", smooth(loss), "first")]
     if eval_set:
-        lines.append(Line("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
+        lines.append(Curve("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
     figures = [_figure("Loss", "nats per label token", lines, wide=True)]
     memory = max(_finite(metrics, "peak_memory_bytes"), default=0.0)
     memory_unit, unit_bytes = ("GiB", 2.0**30) if memory >= 2.0**30 else ("MiB", 2.0**20)
@@ -117,7 +117,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     ):
         if points := _series(metrics, key, unit):
             figures.append(
-                _figure(name, note, [Line(name.lower(), points, marks=len(points) <= FEW_POINTS)], from_zero=True)
+                _figure(name, note, [Curve(name.lower(), points, marks=len(points) <= FEW_POINTS)], from_zero=True)
             )
     return (
         f'<div class="figures">{"".join(figures)}</div>'
@@ -128,7 +128,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
 def _figure(
     name: str,
     note: str,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     *,
     from_zero: bool = False,
     wide: bool = False,

@@ -19,7 +19,7 @@ MAX_DRAWN_POINTS = 600
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One curve. `style` is its class in the style sheet: first, faint (behind first), or second."""
 
     name: str
@@ -28,7 +28,7 @@ class Line:
     marks: bool = False  # a dot at each point, for curves of few points
 
 
-def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int = 560) -> str:
+def draw_plot(lines: Sequence[Curve], *, label: str, from_zero: bool, width: int = 560) -> str:
     """An svg element that `label` describes to those who cannot see it, and its points as JSON for the hover script."""
     finite = [(step, value) for line in lines for step, value in line.points if value is not None]
     if not finite:
@@ -167,7 +167,7 @@ def _vertical(tick: float, x: float) -> str:
 
 def _curve(
     points: Sequence[tuple[int, float | None]],
-    line: Line,
+    line: Curve,
     x_of: Callable[[float], float],
     y_of: Callable[[float], float],
 ) -> list[str]:
