@@ -212,7 +212,7 @@ def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 
 
 def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
-    """The base in fp32, as it was trained or as its checkpoint has it."""
+    """Load the base in fp32, as it was trained or as its checkpoint has it."""
     if base == "original":
         return load_dense_model(run.base, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
