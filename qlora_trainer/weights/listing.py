@@ -130,7 +130,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
         ValueError: only as a ModelError, for a file that is too large.
-        RecursionError: never; JSON that is nested too deeply raises ModelError.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
