@@ -108,7 +108,8 @@ def load_base_model(
             fingerprint = _load_known(model, plan, settings, device, cache_dir, progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
-    give_back_memory()  # what the tensors came through
+    if device.type == "cuda":
+        give_back_memory()  # what the tensors came through
     if on_host:
         keep_embeddings_on_cpu(model, device, compute_dtype)
     return Base(
