@@ -1,4 +1,4 @@
-"""`qlora doctor`: print what doctor_checks.py and doctor_base.py find, and exit 1 where something is wrong."""
+"""Declare `qlora doctor`: print what doctor_checks.py and doctor_base.py find, and exit 1 if something is wrong."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,8 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine this machine: versions, devices, whether 4-bit weights come out right. Exit 1 where something is wrong.
+    """Examine this machine: versions, devices, and that 4-bit weights are right. Exit 1 if something is wrong.
+
 
     With a run directory, its base is verified too, byte for byte; each start takes it as known while its files keep
     their size and times.

@@ -13,7 +13,9 @@ from typing import Any, Self
 
 
 class Background:
-    """Run submitted calls in one thread, as a context manager: its end waits for them; an exception drops them.
+    """Run submitted calls in one thread, as a context manager.
+
+    Its end waits for all calls; after an exception it drops those that have not begun.
 
     Args:
         most_waiting: calls that may be submitted and not finished.

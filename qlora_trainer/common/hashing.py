@@ -19,7 +19,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 2**22  # converted at a time
 _MOST_WORKERS = 4
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def bytes_sha256(tensor: Tensor) -> str:
@@ -66,7 +66,7 @@ class Hasher:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
+    def submit(self, function: Callable[..., _Result], *arguments: object) -> Future[_Result]:
         """Run `function`, such as `bytes_sha256`, on the arguments next to."""
         self._space.acquire()
         future = self._pool.submit(function, *arguments)

@@ -78,7 +78,7 @@ class MergeRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class SampleRows:
     """What models are measured on."""
 
     rows: list[list[int]]  # tokens to compare logits on
@@ -109,7 +109,7 @@ def plan_streaming(run: MergeRun, device: torch.device) -> None:
         run.warnings.append(ON_CPU)
 
 
-def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+def measure_trained(run: MergeRun, progress: Progress) -> tuple[SampleRows, Measured]:
     """Measure the trained function; on the CPU where a GPU turns out to be too small.
 
     Args:
@@ -132,14 +132,14 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured
     return _measure_trained_here(run, progress)
 
 
-def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[SampleRows, Measured]:
     sample = _sample(run, progress)
     measured = _measure(_with_adapter(run, "dequantized", progress), run, sample, progress)
     give_back_memory()
     return sample, measured
 
 
-def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
+def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Progress) -> Measured | None:
     """Measure the original weights + adapter, after `measure_trained`.
 
     Args:
@@ -174,21 +174,21 @@ def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progres
         give_back_memory()
 
 
-def _sample(run: MergeRun, progress: Progress) -> Sample:
+def _sample(run: MergeRun, progress: Progress) -> SampleRows:
     """Eval rows to measure on; token rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
     try:
         prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
     except (DataError, FileMissingError) as error:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
-        return Sample([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
+        return SampleRows([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
     run.warnings += reported
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):
         run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")
-        return Sample(rows, None, forward)
-    return Sample(rows, prepared.eval, forward)
+        return SampleRows(rows, None, forward)
+    return SampleRows(rows, prepared.eval, forward)
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
@@ -229,7 +229,7 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 
 
 @torch.no_grad()
-def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> Measured:
+def _measure(model: Any, run: MergeRun, sample: SampleRows, progress: Progress) -> Measured:
     """In one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring logits", 0, None)
     found, is_routed = _sample_logits(model, sample), has_experts(model)
@@ -242,7 +242,7 @@ def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> M
     return Measured(found, loss, is_routed)
 
 
-def _sample_logits(model: Any, sample: Sample) -> Logits:
+def _sample_logits(model: Any, sample: SampleRows) -> Logits:
     loss_path = sample.forward.loss_path
     if not sample.forward.can_pack:
         return row_logits(model, sample.rows, loss_path)

@@ -165,6 +165,7 @@ def test_a_new_run_from_our_adapter_is_refused_on_another_base(
         assert not Path(config.training.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_new_run_from_anothers_adapter_says_which_base_it_names(tiny_config: Config, finished: Path) -> None:
     foreign = finished / "adapter"
     (foreign / "base.json").unlink()
@@ -257,6 +258,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", slow_but(["paged_adamw_32bit", "paged_adamw_8bit"], "paged_adamw_32bit"))
 def test_bf16_adapters_resume_bit_for_bit(tiny_config: Config, optimizer: str) -> None:
     settings = {"adapter": {"dtype": "bfloat16", "rank": 16}, "optimizer": {"name": optimizer, "learning_rate": 5e-3}}
@@ -300,12 +302,14 @@ def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
     assert resume_run(run.directory, moved).train(quiet)
 
 
+@pytest.mark.slow
 def test_packing_changed_on_resume_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["data.packing=false"]).warnings
     assert "data.packing was True and is False" in warning
 
 
+@pytest.mark.slow
 def test_a_changed_micro_batch_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).warnings
@@ -321,6 +325,7 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
     assert [warning for warning in run.warnings if "1 bad rows were skipped" in warning]
 
 
+@pytest.mark.slow
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
@@ -371,6 +376,7 @@ def test_a_run_that_died_in_its_first_step_resumes_as_if_it_had_not(tiny_config:
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_is_deleted_like_any_other(tiny_config: Config) -> None:
     run = start_run(tiny_config(checkpoint={"keep": 2}))
     assert [path.name for path in (run.directory / "checkpoints").iterdir()] == ["step-000000"]
@@ -409,6 +415,7 @@ def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Con
     assert "changed since training" in warning
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
     expected = evaluate_trained(open_trained(finished))
     shutil.rmtree(finished / "checkpoints")
@@ -447,6 +454,7 @@ def test_the_final_adapter_is_replaced_whole_or_not_at_all(finished: Path) -> No
     assert read_adapter(final).paths
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_recorded_with_the_commit_it_was(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,6 +528,7 @@ def test_a_run_that_goes_on_under_another_triton_says_so(
     assert environment(torch.device("cpu"), torch.float32)["triton"] is None, "a CPU's bits do not depend on it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", slow_but([1, 3], 1))
 def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_config: Config, samples: int) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
@@ -535,6 +544,7 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert write_run_report(resumed).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", slow_but([True, False], True))
 def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
     tiny_config: Config, rows: Path, packing: bool

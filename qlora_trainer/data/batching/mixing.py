@@ -17,7 +17,7 @@ _STREAM = 0x6D6978  # keeps these draws apart from the order of an epoch, which 
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceAmount:
     """What the config says of one source: a weight, a count, or neither (all its rows)."""
 
     weight: float | None = None
@@ -74,7 +74,7 @@ def shuffled(count: int, seed: Sequence[int]) -> np.ndarray:
     return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")
 
 
-def is_mixed(parts: Sequence[Part]) -> bool:
+def is_mixed(parts: Sequence[SourceAmount]) -> bool:
     """Return True unless an epoch is every row once.
 
     Args:
@@ -86,7 +86,7 @@ def is_mixed(parts: Sequence[Part]) -> bool:
     return any(part.weight is not None or part.count is not None for part in parts)
 
 
-def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
+def epoch_quotas(available: Sequence[int], parts: Sequence[SourceAmount]) -> list[int]:
     """Count the rows of each source in an epoch.
 
     Args:
@@ -104,7 +104,7 @@ def epoch_quotas(available: Sequence[int], parts: Sequence[Part]) -> list[int]:
     return [min(max(1, round(share)), count) for share, count in zip(shares, available, strict=True)]
 
 
-def eval_counts(available: Sequence[int], parts: Sequence[Part], share: float) -> list[int]:
+def eval_counts(available: Sequence[int], parts: Sequence[SourceAmount], share: float) -> list[int]:
     """Count the rows to keep for evaluation of each source: a share of an epoch's, from each as an epoch takes from it.
 
     So the eval loss measures the mixture that is trained. At least one row in all is kept for evaluation and at least

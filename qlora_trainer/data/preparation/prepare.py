@@ -21,7 +21,7 @@ import numpy as np
 from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.data.batching.mixing import Mixture, Part, epoch_quotas, eval_counts, is_mixed, shuffled
+from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
@@ -81,7 +81,7 @@ class _Input:
 
     settings: SourceFile
     source: RecordSource
-    part: Part | None  # how much of it an epoch takes; None: it is kept for evaluation
+    part: SourceAmount | None  # how much of it an epoch takes; None: it is kept for evaluation
     lines: int | None  # of a file with one row a line
 
     @property
@@ -143,7 +143,11 @@ def prepare(
 def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
     if not config.train:
         raise DataError("data.train is an empty list: name at least one file.")
-    parts = [Part()] if isinstance(config.train, str) else [Part(file.weight, file.count) for file in config.train]
+    parts = (
+        [SourceAmount()]
+        if isinstance(config.train, str)
+        else [SourceAmount(file.weight, file.count) for file in config.train]
+    )
     inputs = []
     for index, file in enumerate(source_files(config)):
         source = open_source(
@@ -274,7 +278,7 @@ def _split(
     return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_eval)), mixture
 
 
-def _eval_share(store: ExampleStore, parts: Sequence[Part], share: float, seed: int) -> np.ndarray:
+def _eval_share(store: ExampleStore, parts: Sequence[SourceAmount], share: float, seed: int) -> np.ndarray:
     """Choose the examples that are kept for evaluation, (E,) bool.
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.

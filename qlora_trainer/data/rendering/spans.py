@@ -50,7 +50,7 @@ PROMPT_DIFFERS = (
     "it is trained after another prompt than it will be given"
 )
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class SpanFinder:
         return shielded(plain, self.template.control_pattern)
 
     def _accepted(
-        self, dialogue: Dialogue, run: Callable[[Dialogue, str], Result], where: str
-    ) -> tuple[Result, Dialogue, list[str]]:
+        self, dialogue: Dialogue, run: Callable[[Dialogue, str], _Result], where: str
+    ) -> tuple[_Result, Dialogue, list[str]]:
         """Run the template on a dialogue, with its own ids of calls or else with others; say which it took."""
         try:
             return run(dialogue, where), dialogue, []
