@@ -110,7 +110,8 @@ def load_base_model(
             fingerprint = _load_known(model, plan, settings, device, cache_dir, progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
-    give_back_memory()  # the buffers that the tensors were read into
+    if device.type == "cuda":
+        give_back_memory()  # the buffers that the tensors were read into
     if on_host:
         keep_embeddings_on_cpu(model, device, compute_dtype)
     return Base(

@@ -283,12 +283,12 @@ def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_mode
 def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m")
     base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
-    weights = trained_weights(base.directory, base.fingerprint)
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(directory / "model.safetensors")
     tensors[name][3, 5] *= -1.0
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    streamed = load_streamed_model(ModelDirectory.open(directory), CPU, weights)
+    changed = ModelDirectory.open(directory)
+    streamed = load_streamed_model(changed, CPU, trained_weights(changed, base.fingerprint))
     with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
         streamed(input_ids=IDS)
 
