@@ -51,7 +51,11 @@ class Deployment:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain JSON values."""
+        """Convert to plain JSON.
+
+        Returns:
+            All fields, as `qlora merge --json` prints them.
+        """
         return dataclasses.asdict(self)
 
 
@@ -67,6 +71,9 @@ def merge_run(
 ) -> Deployment:
     """Merge a run's adapter into its base, verify it, and write it to `output`.
 
+    Nothing is left of a merge that fails (QLoRATrainerError): there is no adapter, the base is another than it was
+    trained on, a weight or the verification is refused, or the original base was asked for and is clearly worse.
+
     Args:
         run_dir: the run directory.
         output: a new or empty directory for the merged model.
@@ -78,10 +85,6 @@ def merge_run(
 
     Returns:
         What was done and measured.
-
-    Raises:
-        QLoRATrainerError: there is no adapter or another base than it was trained on, the merge or its verification
-            failed, or the original base was asked for and is clearly worse; nothing was left.
     """
     refuse_existing(output)
     run = _open_run(run_dir, output, dtype, model, progress)
@@ -131,7 +134,7 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
-    """The run's adapter and the plan of its merge: what can be said of the base without reading its weights."""
+    """Read the run's adapter and plan its merge: all that needs no weight of the base."""
     trained = read_trained(run_dir)
     settings = trained.config.model
     name = model or settings.name

@@ -1,4 +1,4 @@
-"""A base's 4-bit weights as training had them, made again from its checkpoint, one at a time.
+"""Make a base's 4-bit weights again as training had them, from its checkpoint, one at a time.
 
 From a plain checkpoint a weight is cast to the recorded dtype and quantized, exactly as it was for training; from a
 prequantized one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
@@ -39,18 +39,32 @@ class TrainedWeight:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """As a dense checkpoint stores it."""
+        """Return the shape as a dense checkpoint stores the weight."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def read(self, device: torch.device | str) -> NF4Weight:
-        """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
+        """Make the weight as the checkpoint gives it; QuantizationError where it holds values that are not finite.
+
+        Args:
+            device: of the arithmetic, and of the weight.
+
+        Returns:
+            The 4-bit weight, (O, I).
+        """
         if self.statistics:
             return _prequantized(self.source, self.statistics, device)
         weight = self.source.read().to(device).to(self.source_dtype)
         return quantize_weight(weight.T if self.transposed else weight, self.source.name)
 
     def check(self, weight: NF4Weight) -> None:
-        """CheckpointError where `weight`, as read, is not the one of training."""
+        """Compare a weight with the one of training.
+
+        Args:
+            weight: as `read` gives it.
+
+        Raises:
+            CheckpointError: it is another.
+        """
         found = tensor_fingerprint(weight)
         if not is_same(found, self.recorded):
             raise CheckpointError(
@@ -62,17 +76,38 @@ class TrainedWeight:
             )
 
     def as_trained(self, weight: NF4Weight) -> NF4Weight:
-        """`weight`, as read, with the offset of training, whose last bits depend on the device that summed it."""
+        """Give a weight the offset of training, whose last bits depend on the device that summed it.
+
+        Args:
+            weight: as `read` gives it.
+
+        Returns:
+            The weight as it was in training, to the bit.
+        """
         return dataclasses.replace(weight, offset=torch.full_like(weight.offset, self.recorded.offset))
 
     def load(self, device: torch.device | str) -> NF4Weight:
-        """Read, checked, and as trained."""
+        """Read the weight, check it, and make it as it was in training.
+
+        Args:
+            device: of the arithmetic, and of the weight.
+
+        Returns:
+            The 4-bit weight, (O, I).
+        """
         weight = self.read(device)
         self.check(weight)
         return self.as_trained(weight)
 
     def dense(self, device: torch.device | str) -> Tensor:
-        """The weight in fp32 as it was multiplied with in training, in the checkpoint's layout."""
+        """Dequantize the weight as it was multiplied with in training.
+
+        Args:
+            device: of the arithmetic, and of the weight.
+
+        Returns:
+            fp32, in the checkpoint's layout.
+        """
         weight = dequantize_nf4(self.load(device), torch.float32)
         return weight.T if self.transposed else weight
 
@@ -86,10 +121,13 @@ class RecordedTensor:
     source_dtype: torch.dtype  # of the base when it was loaded
 
     def check(self) -> None:
-        """CheckpointError where the checkpoint's tensor is not the one of training.
+        """Compare the checkpoint's tensor with the one of training.
 
         Copies of one base may keep it in different dtypes, and models keep a few tensors in fp32, so it is compared in
         the dtype it was loaded in, its own, and fp32.
+
+        Raises:
+            CheckpointError: it is another.
         """
         own = self.source.dtype
         dtypes = [self.source_dtype, own, torch.float32] if own.is_floating_point else [own]
@@ -117,8 +155,7 @@ def trained_weights(
         The weights by the checkpoint's names.
 
     Raises:
-        MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
-        QuantizationError: one is prequantized otherwise than this trainer keeps its base.
+        MergeError: one of them is no matrix in the checkpoint, or another weight is 4-bit there.
     """
     tensors, statistics = base.tensors, base.quant_states
     source_dtype = getattr(torch, fingerprint.source_dtype)
@@ -140,15 +177,14 @@ def trained_weights(
 def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[str, RecordedTensor]:
     """Find the tensors that were not 4-bit in training in a checkpoint of the base; some are stored otherwise there.
 
+    A checkpoint that lacks one, and has no tensor that could be it under another name, is refused as `name_of` does.
+
     Args:
         base: the checkpoint to merge from.
         fingerprint: of the base as it was trained.
 
     Returns:
         Those that the checkpoint stores as one tensor, by its names.
-
-    Raises:
-        MergeError: the checkpoint lacks one, and has no tensor that could be it under another name.
     """
     tensors = base.tensors
     source_dtype = getattr(torch, fingerprint.source_dtype)
@@ -165,7 +201,20 @@ def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[st
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:
-    """The checkpoint's name of a parameter; MergeError where it has none, which says `what` the parameter is."""
+    """Find the checkpoint's name of a parameter.
+
+    Args:
+        parameter: its name in the model.
+        tensors: of the checkpoint.
+        stored_as: of the fingerprint: names that transformers changes while loading.
+        what: for the error message: what is known of the parameter, such as "has an adapter".
+
+    Returns:
+        The name in the checkpoint.
+
+    Raises:
+        MergeError: the checkpoint has no such tensor.
+    """
     if name := checkpoint_name(stored_as.get(parameter, parameter), tensors):
         return name
     raise MergeError(
