@@ -16,15 +16,14 @@ _NAME = "Base of the run"
 def verified_base(run_directory: Path, progress: Progress) -> Finding:
     """Load a run's base as `model.verify_bytes` does, and compare it with the fingerprint of the run's adapter.
 
+    A directory that is no run, or has no adapter that can be read, raises a QLoRATrainerError.
+
     Args:
         run_directory: of the run.
         progress: is called as the base is read.
 
     Returns:
         ok, or a problem with what differs or cannot be read.
-
-    Raises:
-        QLoRATrainerError: it is no run directory, or has no adapter that can be read.
     """
     run = read_trained(run_directory)
     settings = run.config.replace({"model.verify_bytes": True}).model

@@ -73,9 +73,6 @@ def merge(
 ) -> MergeReport:
     """Write the merged model, to a directory that appears only when all of it has been verified.
 
-    Nothing is left of a merge that fails: the base is not the one trained, a value overflows the dtype, the original
-    base is not there, a file cannot be written or is not what was written, or the verification failed.
-
     Args:
         plan: of `plan_merge`.
         base: what to fold into: the weights as training had them, or the checkpoint's own.
@@ -88,6 +85,12 @@ def merge(
 
     Returns:
         What was done, which is also in qlora_merge.json.
+
+    Raises:
+        CheckpointError: the base is not the one trained.
+        MergeError: a value overflows the dtype, the original base is not there, or the verification failed.
+        OutputExistsError: something has been put there since the plan was made; it is not overwritten.
+        DiskError: the files could not be written; nothing is left.
     """
     if base == "original":
         plan.refuse_missing_original()
@@ -180,7 +183,7 @@ def _weight_blocks(
 
 
 def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tuple[slice | None, Tensor]]:
-    """Yield the base's rows of a float tensor, as they were in training where that is given."""
+    """Yield the base's rows of a float tensor, as they were in training if that is given."""
     if quantized is not None:
         for rows in row_blocks(quantized.shape):
             yield rows, dequantize_nf4(quantized, torch.float32, rows=rows)
@@ -193,7 +196,7 @@ def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tupl
 
 
 def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a value of the fp32 block that is not finite in `dtype`; casting keeps order, so extremes show it."""
+    """MergeError where a value of the fp32 block is not finite in `dtype`; casting keeps order, so extremes tell."""
     if block.numel() == 0:
         return
     extremes = torch.stack(block.aminmax())  # NaN where there is one
@@ -211,7 +214,7 @@ def _count_flushed(
     block: Tensor,  # fp32
     cast: Tensor,  # the same in the output dtype, on the CPU
 ) -> int:
-    """Count the elements that became zero."""
+    """How many elements became zero."""
     if cast.dtype == torch.float32:
         return 0
     bits = cast.view(torch.int16)
@@ -220,7 +223,7 @@ def _count_flushed(
 
 
 def _write_config(plan: MergePlan, work: Path) -> None:
-    """Write config.json as it was, without the quantization, with the dtype under its new name and its old one."""
+    """config.json as it was, but for the quantization, gone, and the dtype, under its new name and its old one."""
     config = dict(plan.inputs.base.config_json)
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(plan.dtype), "torch_dtype": dtype_name(plan.dtype)}

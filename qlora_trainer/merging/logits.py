@@ -39,13 +39,13 @@ class Logits(Protocol):
         ...
 
     def columns(self, vocabulary: slice) -> Tensor:  # (N, columns), on the CPU
-        """Give the logits of a part of the vocabulary.
+        """Return the logits of a part of the vocabulary.
 
         Args:
-            vocabulary: from its start up to its stop; step 1.
+            vocabulary: which columns, with a start and a stop.
 
         Returns:
-            (N, columns) on the CPU.
+            (N, columns), on the CPU.
         """
         ...
 
@@ -66,13 +66,13 @@ class HeadLogits:
         return self.hidden.shape[0], self.head.shape[0]
 
     def columns(self, vocabulary: slice) -> Tensor:
-        """Make the logits of a part of the vocabulary.
+        """Make the logits of a part of the vocabulary, with few rows of the head at a time.
 
         Args:
-            vocabulary: from its start up to its stop; step 1.
+            vocabulary: which columns, with a start and a stop.
 
         Returns:
-            (N, columns) on the CPU, in the dtype of the hidden states.
+            (N, columns), on the CPU.
         """
         first, last = vocabulary.start, vocabulary.stop
         found = self.hidden.new_empty((self.hidden.shape[0], last - first))
@@ -101,10 +101,10 @@ class WholeLogits:
         """Join the logits of several rows.
 
         Args:
-            rows: of T tokens each.
+            rows: each (1, T, V) or (T, V).
 
         Returns:
-            The logits of all tokens, one row after the other.
+            The logits of all their tokens, on the CPU.
         """
         return cls(torch.cat([row.reshape(-1, row.shape[-1]).cpu() for row in rows]))
 
@@ -114,19 +114,19 @@ class WholeLogits:
         return self.values.shape[0], self.values.shape[1]
 
     def columns(self, vocabulary: slice) -> Tensor:
-        """Give the logits of a part of the vocabulary.
+        """Return the logits of a part of the vocabulary.
 
         Args:
-            vocabulary: from its start up to its stop; step 1.
+            vocabulary: which columns.
 
         Returns:
-            (N, columns) on the CPU.
+            (N, columns), a view.
         """
         return self.values[:, vocabulary]
 
 
 class _Softmax:
-    """The largest logit of each token so far, where it is, and the sum of exp(logit - largest).
+    """Keep the largest logit of each token so far, where it is, and the sum of exp(logit - largest).
 
     Args:
         tokens: N.
@@ -142,11 +142,11 @@ class _Softmax:
         logits: Tensor,  # (N, block) fp64
         first: int,  # column of the first
     ) -> tuple[Tensor, Tensor]:  # (N, block), (N,)
-        """Take in the logits of the next columns.
+        """Take the next block of the vocabulary.
 
         Args:
-            logits: of a block of columns.
-            first: number of the first of these columns.
+            logits: of the block.
+            first: number of its first column in the vocabulary.
 
         Returns:
             exp(logit - largest) of the block, and the factor that brings earlier sums to the new largest.
@@ -161,7 +161,6 @@ class _Softmax:
 
     @property
     def log_normalizer(self) -> Tensor:  # (N,)
-        """Return the logarithm of the sum of exp(logit) over the columns so far."""
         return self.largest + self.total.log()
 
 

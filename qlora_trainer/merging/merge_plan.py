@@ -116,10 +116,9 @@ class MergePlan:
 
 
 def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.float16) -> MergePlan:
-    """Decide what becomes of each tensor, and refuse a merge that cannot be made, before anything is written.
+    """Decide what becomes of each tensor, and refuse a merge that cannot be made; no weight is read for it.
 
-    What a merge to the same place left when it was killed is removed. Refused are also an output that exists, a disk
-    that is too small, and an adapter or a fingerprint of another base.
+    What a merge to the same place left when it was killed is removed.
 
     Args:
         inputs: what was trained, and on what; matched by names and shapes.
@@ -130,7 +129,7 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
         The plan, for `merge`.
 
     Raises:
-        MergeError: weights of this dtype cannot be written.
+        MergeError: the inputs do not match, or weights of this dtype cannot be written.
     """
     refuse_existing(output)
     if dtype not in OUTPUT_DTYPES:
@@ -178,7 +177,7 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
 def _sort_adapter(
     adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Find the LoRA factors (A, B), and the trained biases, by the checkpoint's names."""
+    """LoRA factors (A, B), and trained biases, by the checkpoint's names."""
     factors: dict[str, dict[str, Tensor]] = {}
     biases = {}
     for key, tensor in adapter.items():
@@ -199,7 +198,7 @@ def _sort_adapter(
 
 
 def _refuse_tied(base: ModelDirectory, loras: Mapping[str, object]) -> None:
-    """Refuse an adapter on one of two tied weights, which would, once folded, be read by both."""
+    """Refuse an adapter on one of two tied weights: once folded, it would be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
     touched = [name for name in loras if name.split(".")[-2] in embeddings]
     if touched and base.config_json.get("tie_word_embeddings", True):

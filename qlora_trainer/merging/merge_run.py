@@ -51,10 +51,10 @@ class Deployment:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to plain JSON.
+        """Describe the merge in plain JSON values.
 
         Returns:
-            All fields, as `qlora merge --json` prints them.
+            Every field by its name.
         """
         return dataclasses.asdict(self)
 
@@ -71,9 +71,6 @@ def merge_run(
 ) -> Deployment:
     """Merge a run's adapter into its base, verify it, and write it to `output`.
 
-    Nothing is left of a merge that fails (QLoRATrainerError): there is no adapter, the base is another than it was
-    trained on, a weight or the verification is refused, or the original base was asked for and is clearly worse.
-
     Args:
         run_dir: the run directory.
         output: a new or empty directory for the merged model.
@@ -85,6 +82,10 @@ def merge_run(
 
     Returns:
         What was done and measured.
+
+    Raises:
+        QLoRATrainerError: there is no adapter or another base than it was trained on, the merge or its verification
+            failed, or the original base was asked for and is clearly worse; nothing was left.
     """
     refuse_existing(output)
     run = _open_run(run_dir, output, dtype, model, progress)
@@ -134,7 +135,7 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
-    """Read the run's adapter and plan its merge: all that needs no weight of the base."""
+    """Read the run's adapter and plan its merge, without reading the base's weights."""
     trained = read_trained(run_dir)
     settings = trained.config.model
     name = model or settings.name

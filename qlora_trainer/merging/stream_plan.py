@@ -44,9 +44,6 @@ def plan_stream(
 ) -> StreamPlan:
     """Make the empty model of a directory, and find what its parameters are read from.
 
-    InsufficientMemoryError where no device has space for the largest matrix twice (it is made from another), or for
-    the whole model where its tensors are fused while loading.
-
     Args:
         directory: of the model.
         device: to run the model on; the CPU is taken where a GPU has too little memory.
@@ -55,6 +52,11 @@ def plan_stream(
 
     Returns:
         The plan, for `fill_model`.
+
+    Raises:
+        ModelError: the model cannot be made.
+        InsufficientMemoryError: no device has space for the largest matrix twice (it is made from another), or for the
+            whole model where its tensors are fused while loading.
     """
     config = directory.config()
     if layers is not None:
@@ -72,14 +74,14 @@ def plan_stream(
 
 
 def is_plain_head(module: nn.Module, model: Any) -> bool:
-    """Find out whether a module is the LM head of a model, and multiplies as a StreamedHead does.
+    """Return True for the LM head of a model, if it is a plain linear layer.
 
     Args:
-        module: of the model.
-        model: of transformers.
+        module: any of the model's modules.
+        model: a causal language model of transformers.
 
     Returns:
-        True for a plain linear layer that is the LM head.
+        False for every other module, and for a head of another class.
     """
     return module is model.get_output_embeddings() and type(module) is nn.Linear
 
@@ -87,7 +89,7 @@ def is_plain_head(module: nn.Module, model: Any) -> bool:
 def _sources(
     model: Any, directory: ModelDirectory, trained: Mapping[str, TrainedWeight]
 ) -> dict[str, MatrixSource] | None:
-    """Find what each parameter and stored buffer is read from, tied ones by all their names; None if one has none."""
+    """Find what each parameter and stored buffer is read from, tied ones by each name; None if one has no source."""
     tensors = directory.tensors
     stored_as = match_names(model, directory).found
     names: dict[nn.Parameter, list[str]] = {}
@@ -107,7 +109,7 @@ def _sources(
 
 
 def _resident(model: nn.Module) -> set[nn.Parameter]:
-    """Find the parameters that stay: vectors, and matrices that code around their module may take without calling it.
+    """Parameters that stay: vectors, and matrices that the code around their module may take without calling it.
 
     Those are small, such as the convolutions of state-space models. Stacks of experts are not, and are used by their
     own module alone.

@@ -65,12 +65,12 @@ class StreamedMatrix(nn.Parameter):
 
         Args:
             func: the function of torch that was called.
-            types: of its arguments that override it.
+            types: of its arguments; not used.
             args: its arguments.
-            kwargs: its arguments by name.
+            kwargs: its named arguments.
 
         Returns:
-            What it returns.
+            What the function gives.
         """
         with without_torch_function():
             if func is F.embedding and isinstance(args[1], StreamedMatrix):
@@ -116,7 +116,7 @@ class StreamedMatrix(nn.Parameter):
 
 
 class StreamedHead(nn.Module):
-    """A frozen LM head, logits = hidden W^T + b, whose W is read by rows; it is its own HeadRows.
+    """Compute logits = hidden W^T + b as a frozen LM head whose W is read by rows; it is its own HeadRows.
 
     Args:
         weight: (V, H).
@@ -134,11 +134,11 @@ class StreamedHead(nn.Module):
         return self.weight.shape[0], self.weight.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
-        """Read rows of the weight.
+        """Read some rows of the weight.
 
         Args:
-            start: number of the first row.
-            stop: number after the last row.
+            start: the first row.
+            stop: the row after the last.
             dtype: of what is returned.
 
         Returns:
@@ -153,10 +153,10 @@ class StreamedHead(nn.Module):
         """Multiply hidden states with the weight, a block of its rows at a time.
 
         Args:
-            hidden: of any tokens.
+            hidden: the states.
 
         Returns:
-            (..., V).
+            The logits.
         """
         logits = head_logits(hidden, self)
         return logits if self.bias is None else logits + self.bias

@@ -1,4 +1,4 @@
-"""Make a base's 4-bit weights again as training had them, from its checkpoint, one at a time.
+"""A base's 4-bit weights as training had them, made again from its checkpoint, one at a time.
 
 From a plain checkpoint a weight is cast to the recorded dtype and quantized, exactly as it was for training; from a
 prequantized one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
@@ -39,17 +39,20 @@ class TrainedWeight:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Return the shape as a dense checkpoint stores the weight."""
+        """As a dense checkpoint stores it."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def read(self, device: torch.device | str) -> NF4Weight:
-        """Make the weight as the checkpoint gives it; QuantizationError where it holds values that are not finite.
+        """Read the weight from the checkpoint: quantized as in training, or as it is stored in 4 bits.
 
         Args:
-            device: of the arithmetic, and of the weight.
+            device: where it is quantized and kept.
 
         Returns:
-            The 4-bit weight, (O, I).
+            The weight (O, I).
+
+        Raises:
+            QuantizationError: it holds values that are not finite.
         """
         if self.statistics:
             return _prequantized(self.source, self.statistics, device)
@@ -60,7 +63,7 @@ class TrainedWeight:
         """Compare a weight with the one of training.
 
         Args:
-            weight: as `read` gives it.
+            weight: as `read` gave it.
 
         Raises:
             CheckpointError: it is another.
@@ -79,34 +82,37 @@ class TrainedWeight:
         """Give a weight the offset of training, whose last bits depend on the device that summed it.
 
         Args:
-            weight: as `read` gives it.
+            weight: as `read` gave it.
 
         Returns:
-            The weight as it was in training, to the bit.
+            The same codes and scales with the recorded offset.
         """
         return dataclasses.replace(weight, offset=torch.full_like(weight.offset, self.recorded.offset))
 
     def load(self, device: torch.device | str) -> NF4Weight:
-        """Read the weight, check it, and make it as it was in training.
+        """Read the weight, check it, and give it the offset of training.
 
         Args:
-            device: of the arithmetic, and of the weight.
+            device: where it is kept.
 
         Returns:
-            The 4-bit weight, (O, I).
+            The weight (O, I) that training multiplied with.
+
+        Raises:
+            CheckpointError: it is not the one of training.
         """
         weight = self.read(device)
         self.check(weight)
         return self.as_trained(weight)
 
     def dense(self, device: torch.device | str) -> Tensor:
-        """Dequantize the weight as it was multiplied with in training.
+        """Dequantize the weight that training multiplied with.
 
         Args:
-            device: of the arithmetic, and of the weight.
+            device: where it is made.
 
         Returns:
-            fp32, in the checkpoint's layout.
+            fp32, in the checkpoint's layout: `stored_shape`.
         """
         weight = dequantize_nf4(self.load(device), torch.float32)
         return weight.T if self.transposed else weight
@@ -155,7 +161,8 @@ def trained_weights(
         The weights by the checkpoint's names.
 
     Raises:
-        MergeError: one of them is no matrix in the checkpoint, or another weight is 4-bit there.
+        MergeError: one of them is not in the checkpoint, or another weight is 4-bit there.
+        QuantizationError: one is prequantized otherwise than this trainer keeps its base.
     """
     tensors, statistics = base.tensors, base.quant_states
     source_dtype = getattr(torch, fingerprint.source_dtype)
@@ -177,14 +184,15 @@ def trained_weights(
 def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[str, RecordedTensor]:
     """Find the tensors that were not 4-bit in training in a checkpoint of the base; some are stored otherwise there.
 
-    A checkpoint that lacks one, and has no tensor that could be it under another name, is refused as `name_of` does.
-
     Args:
         base: the checkpoint to merge from.
         fingerprint: of the base as it was trained.
 
     Returns:
         Those that the checkpoint stores as one tensor, by its names.
+
+    Raises:
+        MergeError: the checkpoint lacks one, and has no tensor that could be it under another name.
     """
     tensors = base.tensors
     source_dtype = getattr(torch, fingerprint.source_dtype)
@@ -201,13 +209,13 @@ def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[st
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:
-    """Find the checkpoint's name of a parameter.
+    """Find a parameter's name in the checkpoint.
 
     Args:
         parameter: its name in the model.
         tensors: of the checkpoint.
-        stored_as: of the fingerprint: names that transformers changes while loading.
-        what: for the error message: what is known of the parameter, such as "has an adapter".
+        stored_as: names in the checkpoint by names in the model, where they differ.
+        what: what the parameter is, for the message.
 
     Returns:
         The name in the checkpoint.
