@@ -101,23 +101,50 @@ def unusable(index: int) -> tuple[str, str]:
     return why, f"Install {wanted} (pytorch.org, 'Get started')."
 
 
-def refuse_unusable(index: int) -> None:
-    """Refuse a card that the installed torch cannot use; the message says what else can be done.
+def as_only_card(index: int) -> str:
+    """Return the setting of the environment under which a card is the only one.
 
     Args:
-        index: of the card, torch's.
+        index: of the card as torch counts now: of those that CUDA_VISIBLE_DEVICES names, where it is set.
+
+    Returns:
+        Such as "CUDA_VISIBLE_DEVICES=1", to be written in front of a command.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return f"CUDA_VISIBLE_DEVICES={visible[index] if index < len(visible) and visible[index] else index}"
+
+
+def way_to_cpu(wanted: str) -> str:
+    """Say how any command takes the CPU in place of a card, in a sentence.
+
+    Args:
+        wanted: what it was asked to take: auto, or cuda.
+
+    Returns:
+        The sentence. An environment without a card is enough for auto; evaluate, generate and merge take no settings.
+    """
+    if wanted == "cuda":
+        return "To take the CPU, slowly, set model.device to cpu in the config, for a run in its config.yaml."
+    return "CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly."
+
+
+def refuse_unusable(index: int, wanted: str) -> None:
+    """Check that the installed torch can use a card.
+
+    Args:
+        index: of the card.
+        wanted: what was asked for: auto, or cuda.
 
     Raises:
-        ModelError: it cannot be used.
+        ModelError: it cannot; the message has the ways out.
     """
     why, advice = unusable(index)
     if why:
         others = [other for other in range(torch.cuda.device_count()) if not unusable(other)[0]]
         ways = [advice] if advice else []
-        ways += [f"CUDA_VISIBLE_DEVICES={others[0]} takes {card_name(others[0])}."] if others else []
+        ways += [f"{as_only_card(others[0])} takes {card_name(others[0])}."] if others else []
         raise ModelError(
-            f"GPU {index} ({card_name(index)}) cannot be used: {why}. {' '.join(ways)} model.device=cpu trains without "
-            "a card, slowly."
+            f"GPU {index} ({card_name(index)}) cannot be used: {why}. {' '.join([*ways, way_to_cpu(wanted)])}"
         )
 
 
@@ -207,10 +234,13 @@ def choose_device(wanted: str) -> torch.device:
         ModelError: CUDA is asked for and absent, or the card cannot be used.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
+        raise ModelError(
+            "CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees. "
+            f"{way_to_cpu(wanted)}"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    refuse_unusable(torch.cuda.current_device())
+    refuse_unusable(torch.cuda.current_device(), wanted)
     return torch.device("cuda", torch.cuda.current_device())
 
 
