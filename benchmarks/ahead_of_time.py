@@ -116,7 +116,7 @@ def _dequantize() -> dict[str, Case]:
             signature=_TABLES | {"out_ptr": f"*{dtype}", "first_byte": integer, "odd": "i32", "count": integer},
             # a launch turns the argument 1 into a constant
             constants=_BLOCKS | {"BYTES": nf4_triton.BYTES_PER_PROGRAM} | ({"odd": 1} if odd else {}),
-            options=nf4_triton.OPTIONS,
+            options=nf4_triton.NF4_OPTIONS,
             multiples_of_16=() if odd else ("first_byte", "odd", "count"),
             rounds_each=True,
             is_variant=dtype != "bf16",
@@ -144,7 +144,7 @@ def _multiply_few() -> dict[str, Case]:
                 "ROWS": module.ROWS_PER_PROGRAM,
                 "BLOCKS": module.BLOCKS_PER_TURN[4 if dtype == "fp32" else 2],
             },
-            options=module.OPTIONS,
+            options=module.NF4_MATMUL_OPTIONS,
             multiples_of_16=("out_features", "in_features"),
             rounds_each=dtype != "fp32",  # whose products are sums of fused multiplications, as everywhere
             on_tensor_cores=dtype != "fp32",
@@ -169,7 +169,7 @@ def _norm() -> dict[str, Case]:
             | {"inverse_ptr": "*fp32", "eps": "fp32"}
             | dict.fromkeys(("rows", "features", "stride", "grad_stride"), "i32"),
             constants={"CAST_FIRST": True, "SHIFT": 0.0, "ROWS": tile["ROWS"], "FEATURES": tile["FEATURES"]},
-            options=rms_norm_triton.OPTIONS | {"num_warps": tile["num_warps"]},
+            options=rms_norm_triton.RMS_NORM_OPTIONS | {"num_warps": tile["num_warps"]},
             multiples_of_16=("features", "stride", "grad_stride"),
             is_variant=features != 4096,
         )
@@ -189,7 +189,7 @@ def _gated() -> dict[str, Case]:
             signature=dict.fromkeys(("grad_ptr", "gate_ptr", "up_ptr", "grad_up_ptr", "out_ptr"), "*bf16")
             | dict.fromkeys(("width", "gate_stride", "up_stride"), "i32"),
             constants={"ACTIVATION": activation, "BLOCK": gated_triton.BLOCK},
-            options=gated_triton.OPTIONS,
+            options=gated_triton.GATED_OPTIONS,
             multiples_of_16=("width", "gate_stride", "up_stride"),
             is_variant=activation != 0,
         )
@@ -209,7 +209,7 @@ def _rotate() -> dict[str, Case]:
         kernel=rotary_triton.rotate_kernel,
         signature=dict.fromkeys(("x_ptr", "cos_ptr", "sin_ptr", "out_ptr"), "*bf16") | dict.fromkeys(integers, "i32"),
         constants={"TRANSPOSED": False, "PLACES": rotary_triton.ELEMENTS_PER_PROGRAM // 64, "HALF": 64},
-        options=rotary_triton.OPTIONS,
+        options=rotary_triton.ROTARY_OPTIONS,
         multiples_of_16=("heads", "half", "table_row", "table_token", *strides),
     )
     return {"rotate bf16, heads of 128": case}

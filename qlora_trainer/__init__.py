@@ -1,14 +1,8 @@
 """The QLoRA trainer: adapt a large language model on one consumer GPU.
 
-As a library, on any nn.Module with linear layers and in a training loop of your own:
-
-    from qlora_trainer import AdapterConfig, add_adapters, lora_state_dict
-
-    add_adapters(model, AdapterConfig(rank=8, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-
-Whole runs: `start_run(load_config(path)).train(...)`, `resume_run`, `merge_run`. Names are loaded when first used, so
-that importing the package costs nothing.
+Whole runs: `start_run(load_config(path)).train(...)`, `resume_run`, `merge_run`. In a training loop of your own, on any
+nn.Module with linear layers: `add_adapters`, `lora_state_dict` (README). Names are loaded when first used, so that
+importing the package costs nothing.
 """
 
 from importlib import import_module

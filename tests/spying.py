@@ -1,7 +1,13 @@
-"""Note what a function is called with, and call it."""
+"""Note what a function is called with, and call it; and which files Python opens."""
 
-from collections.abc import Callable
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+_listening: list[list[str]] = []  # a hook cannot be taken away, so one is there for all, and adds to these
 
 
 def noting(function: Callable[..., Any], note: Callable[..., object]) -> Callable[..., Any]:
@@ -17,3 +23,26 @@ def noting(function: Callable[..., Any], note: Callable[..., object]) -> Callabl
 def unchanged(value: Any) -> Any:
     """Return the value, as a hook on saved tensors does that only looks at them."""
     return value
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Yield a list to which the path of every file is added that Python opens in the block."""
+    _install_hook()
+    paths: list[str] = []
+    _listening.append(paths)
+    try:
+        yield paths
+    finally:
+        _listening.remove(paths)
+
+
+@functools.cache
+def _install_hook() -> None:
+    sys.addaudithook(_note_open)
+
+
+def _note_open(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(args[0], str | bytes):
+        for paths in _listening:
+            paths.append(os.fsdecode(args[0]))

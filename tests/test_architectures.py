@@ -62,7 +62,7 @@ def linear_layers(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("family", "fused_parts"),
-    slow_but([*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()], ("llama", {}), ("mixtral", {})),
+    slow_but([*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()], ("llama", {})),
     ids=[*DENSE, *EXPERTS, *(f"{family}_in_parts" for family in FUSED)],
 )
 def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers_alike(

@@ -46,6 +46,43 @@ def test_bitsandbytes_is_not_asked_to_move_paged_memory_to_the_host() -> None:
         assert not {"prefetch_tensor", "prefetch_all"} & names, path
 
 
+OURS = [*(ROOT / "qlora_trainer").rglob("*.py"), *(ROOT / "kernels" / "qlora_kernels").rglob("*.py")]
+
+
+def test_each_folder_says_in_six_lines_what_it_is_for() -> None:
+    for folder in {path.parent for path in OURS}:
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert docstring, folder
+        assert len(docstring.splitlines()) <= 6, folder
+
+
+def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
+    """At most 16 files a folder; of the command line, with one file a command, 24."""
+    for folder in {path.parent for path in OURS if path.is_relative_to(ROOT / "qlora_trainer")}:
+        assert len(list(folder.glob("*.py"))) <= (24 if folder.name == "cli" else 16), folder
+    long = {str(path): lines for path in OURS if (lines := len(path.read_text().splitlines())) > 350}
+    assert long == {}
+
+
+def public_names(source: str) -> set[str]:
+    """List the functions, classes and constants that a file defines at its top level without an underscore."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_no_public_name_is_defined_in_two_files() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in OURS:
+        for name in public_names(path.read_text()):
+            homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
 def version_questions(source: str) -> set[str]:
     """How a file asks which torch it has: by names that not every version has, or by its version number.
 
@@ -147,7 +184,7 @@ def test_a_package_called_kernels_is_neither_shadowed_nor_run(tmp_path: Path) ->
     assert done.stdout.strip() == str(stub / "__init__.py")
 
 
-def test_the_wheel_ships_the_demos_rows_and_no_package_called_kernels(tmp_path: Path) -> None:
+def test_the_wheel_ships_types_and_the_demos_rows_and_no_package_called_kernels(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
         check=True,
@@ -156,6 +193,7 @@ def test_the_wheel_ships_the_demos_rows_and_no_package_called_kernels(tmp_path: 
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"qlora_trainer/cli/demo_rows/{name}.jsonl" for name in ("train", "eval")} < set(names)
+    assert {"qlora_trainer/py.typed", "qlora_kernels/py.typed"} < set(names)
     tops = {name.split("/")[0] for name in names}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"qlora_trainer", "qlora_kernels"}
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -14,7 +14,7 @@ from qlora_kernels import gated
 from qlora_kernels.gated import ACTIVATIONS, Name
 
 BLOCK = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
+GATED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
@@ -87,7 +87,14 @@ def product_triton(gate: Tensor, up: Tensor, activation: Name) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(gate):  # Triton launches on the current device
             product_kernel[_grid(gates)](
-                gates, ups, out, gates.shape[1], gates.stride(0), ups.stride(0), **_constants(activation), **OPTIONS
+                gates,
+                ups,
+                out,
+                gates.shape[1],
+                gates.stride(0),
+                ups.stride(0),
+                **_constants(activation),
+                **GATED_OPTIONS,
             )
     return out
 
@@ -119,7 +126,7 @@ def gradients_triton(grad: Tensor, gate: Tensor, up: Tensor, activation: Name) -
                 gates.stride(0),
                 ups.stride(0),
                 **_constants(activation),
-                **OPTIONS,
+                **GATED_OPTIONS,
             )
     return grad_up
 

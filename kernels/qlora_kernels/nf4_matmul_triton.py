@@ -21,7 +21,7 @@ ROWS_PER_PROGRAM = 16
 BLOCKS_PER_TURN = {2: 4, 4: 1}  # of the format, by bytes of an element: 256 or 64 in features
 # One stage: with more the loop waits for loads of single bytes, and took four times as long on an H200 (0028). With two
 # blocks of 16 bits a turn, Triton 3.6 spills on sm_90.
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+NF4_MATMUL_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def multiply_few_triton(
             TOKENS=MOST_FEW,
             ROWS=ROWS_PER_PROGRAM,
             BLOCKS=BLOCKS_PER_TURN[x.element_size()],
-            **OPTIONS,
+            **NF4_MATMUL_OPTIONS,
         )
     return out
 

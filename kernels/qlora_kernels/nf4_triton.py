@@ -16,7 +16,7 @@ from torch import Tensor
 from qlora_kernels.nf4_reference import NF4_CODE
 
 BYTES_PER_PROGRAM = 1024
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+NF4_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def dequantize_triton(
             BLOCK_SIZE=block_size,
             NESTED_BLOCK_SIZE=nested_block_size,
             BYTES=BYTES_PER_PROGRAM,
-            **OPTIONS,
+            **NF4_OPTIONS,
         )
 
 

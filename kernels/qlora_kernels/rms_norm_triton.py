@@ -17,9 +17,9 @@ from torch import Tensor
 from qlora_kernels import rms_norm
 from qlora_kernels.rms_norm import Form
 
-ELEMENTS_PER_PROGRAM = 4096  # rows of few features, such as those of an attention head, go several at a time
+_ELEMENTS_PER_PROGRAM = 4096  # rows of few features, such as those of an attention head, go several at a time
 MOST_FEATURES = 16384
-OPTIONS = {"enable_fp_fusion": True}  # fewer roundings
+RMS_NORM_OPTIONS = {"enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def tile(features: int) -> dict[str, Any]:
         The kernels' constants ROWS and FEATURES, and num_warps.
     """
     padded = triton.next_power_of_2(features)
-    rows = max(ELEMENTS_PER_PROGRAM // padded, 1)
+    rows = max(_ELEMENTS_PER_PROGRAM // padded, 1)
     return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
 
 
@@ -126,7 +126,7 @@ def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tu
                 CAST_FIRST=form == "scale_after_cast",
                 SHIFT=float(form == "scale_before_cast"),
                 **launch,
-                **OPTIONS,
+                **RMS_NORM_OPTIONS,
             )
     return output, inverse
 
@@ -165,7 +165,7 @@ def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor
                 CAST_FIRST=form == "scale_after_cast",
                 SHIFT=float(form == "scale_before_cast"),
                 **launch,
-                **OPTIONS,
+                **RMS_NORM_OPTIONS,
             )
     return grad_x
 

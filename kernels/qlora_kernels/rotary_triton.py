@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_kernels.rotary import rotate_torch
 
 ELEMENTS_PER_PROGRAM = 2048
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
+ROTARY_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
 
 
 @triton.jit
@@ -104,6 +104,6 @@ def rotate_triton(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tens
                 TRANSPOSED=transposed,
                 PLACES=places,
                 HALF=padded,
-                **OPTIONS,
+                **ROTARY_OPTIONS,
             )
     return out

@@ -1,5 +1,5 @@
-"""The command line: one file a command; the only module that draws.
+"""The command line: one file for each command; no other package prints to the terminal.
 
 Start at `app.main`, which registers the commands and turns errors into exit codes. Left out: the work itself, which
-every command asks of the modules below.
+the commands leave to the other packages.
 """

@@ -1,7 +1,7 @@
-"""The command line: the list of the commands, the libraries' settings, and what an error becomes.
+"""Register the commands, set up the libraries, and turn errors into messages and exit codes.
 
-Exit code 0 when done; 2 for what the user can mend, with one message and no traceback; 1 for our own fault. What each
-command does is in the file of its name. Nothing here imports torch, so that `qlora --help` answers at once.
+Exit code 0 when done; 2 for an error that the user can fix, with one message and no traceback; 1 for a bug of ours.
+Each command is in the file of its name. Nothing here imports torch, so that `qlora --help` prints at once.
 """
 
 import os
@@ -15,10 +15,10 @@ from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.evaluate import evaluate
 from qlora_trainer.cli.generate import generate
 from qlora_trainer.cli.inspect import inspect
-from qlora_trainer.cli.merge import merge
+from qlora_trainer.cli.merge import merge_command
 from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quantize import quantize
-from qlora_trainer.cli.train import resume, train
+from qlora_trainer.cli.train import resume, train_command
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 from qlora_trainer.common.machine import is_wsl
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
@@ -29,23 +29,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
-for command in (
-    train,
+for command in (  # as --help lists them; what the library has under the name of a command ends in _command here
+    train_command,
     resume,
     evaluate,
     generate,
-    merge,
+    merge_command,
     inspect,
     plan,
     quantize,
     doctor,
     demo,
-):  # as --help lists them
-    app.command()(command)
+):
+    app.command(command.__name__.removesuffix("_command"))(command)
 
 
 def main() -> None:
-    """The entry point: errors a user can mend become one message and exit code 2."""
+    """Run the command line; an error that the user can fix becomes one message and exit code 2.
+
+    Raises:
+        MemoryError: one that does not mean that memory ran out, passed on.
+        RuntimeError: one of neither memory nor a CUDA that does not start, passed on.
+    """
     _set_up_libraries()
     try:
         app()
@@ -57,7 +62,8 @@ def main() -> None:
             print_error(
                 f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
                 "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says "
-                "what torch sees. To train without a card, slowly: model.device=cpu"
+                "what torch sees. CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly, where "
+                "model.device is auto."
             )
             sys.exit(2)
         if not is_out_of_memory(error):
@@ -71,21 +77,21 @@ def main() -> None:
 
 
 def _set_up_libraries() -> None:
-    """Before torch and transformers are imported; what the user has set stays."""
+    """Set environment variables before torch and transformers are imported; what the user has set stays."""
     # Threads that wait for each other sleep instead of spinning: next to any other busy process, spinning makes a step
     # on a CPU several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     prefer_expandable_segments()
-    # What libraries log at import is for their developers; what matters to a run we say ourselves.
+    # Libraries log at import for their developers; whatever matters to a run, the commands print.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def prefer_expandable_segments() -> None:
-    """Ask torch for expandable segments, unless the user has settings of their own. Before torch is imported.
+    """Ask torch for expandable segments, unless the user has set its allocator; call before torch is imported.
 
-    Not under WSL: some cards and drivers refuse the first allocation there (pytorch#192330).
+    Nothing is set under WSL, where some cards and drivers then refuse the first allocation (pytorch#192330).
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES) and not is_wsl():
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

@@ -1,4 +1,4 @@
-"""Arguments that several commands take, so that each is explained in one way."""
+"""Declare the arguments that several commands take, each with one help text."""
 
 from pathlib import Path
 from typing import Annotated

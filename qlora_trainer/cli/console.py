@@ -1,7 +1,7 @@
-"""What a person sees in the terminal: progress bars, the training line, tables. Nothing below the command line draws.
+"""Print to the terminal: progress bars, the training line, tables. Only the command line prints.
 
-Everything goes to standard error, so that standard output holds only answers a program may read (--json, generated
-text). Where standard error is no terminal, a line now and then replaces the moving bars.
+Everything goes to standard error, so that standard output holds only what a program may read (--json, generated
+text). If standard error is no terminal, a line now and then replaces the moving bars.
 """
 
 import sys
@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ProgressBars:
-    """The Progress callable of the modules below: one bar a label, gone when all is done."""
+    """Show progress: a callable of type common.progress.Progress, with one bar per label, removed at the end."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -53,7 +53,14 @@ class ProgressBars:
 
 
 class TrainingBar:
-    """Loss, learning rate, tokens a second, memory and time left, moving with each step."""
+    """Show loss, learning rate, tokens per second, peak memory and time left, updated at each step.
+
+    Called with the metrics of each step, as metrics.jsonl has them.
+
+    Args:
+        total_steps: of the whole run.
+        first_step: steps taken before, by the run that is resumed.
+    """
 
     def __init__(self, total_steps: int, first_step: int = 0) -> None:
         self.total_steps = total_steps
@@ -91,7 +98,12 @@ class TrainingBar:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    """A table of names and values."""
+    """Print a table of names and values.
+
+    Args:
+        title: printed above the table.
+        rows: (name, value) pairs.
+    """
     table = Table(title=escape(title), show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="dim")
     table.add_column()
@@ -101,7 +113,11 @@ def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
-    """Lines of (status, name, detail, advice), each in a column of its own, the advice under the detail."""
+    """Print findings in columns, the advice under the detail.
+
+    Args:
+        findings: (status, name, detail, advice), where status is ok, note or problem, and advice may be empty.
+    """
     colors = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")
@@ -116,20 +132,39 @@ def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
+    """Print each warning on lines of its own.
+
+    Args:
+        warnings: sentences.
+    """
     for warning in warnings:
         console.print(f"[yellow]note[/] {escape(warning)}")
 
 
 def print_error(message: str) -> None:
+    """Print an error message.
+
+    Args:
+        message: says what is wrong and what to do.
+    """
     console.print(f"[bold red]error[/] {escape(message)}", soft_wrap=True)
 
 
 def say(text: str, *, command: object = "") -> None:
-    """A line of text and, in bold, a command to copy: nothing in either is markup, and neither is wrapped."""
+    """Print a line of text and, in bold, a command to copy; neither is read as markup, and neither is wrapped.
+
+    Args:
+        text: comes first.
+        command: comes after it, in bold.
+    """
     console.print(Text.assemble(text, (str(command), "bold")), soft_wrap=True)
 
 
 def write_out(text: str) -> None:
-    """Write to standard output at once, for answers that stream."""
+    """Write to standard output and flush, so that generated text appears as it comes.
+
+    Args:
+        text: is written as it is, without a line end.
+    """
     sys.stdout.write(text)
     sys.stdout.flush()

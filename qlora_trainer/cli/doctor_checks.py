@@ -1,8 +1,8 @@
 """Examine this machine for `qlora doctor`, which prints the findings.
 
-Each check looks at one thing, says what it found in a line, and what to do about it where that is not well. What is
-broken is a finding, not a crash. The checks are in doctor_packages.py and doctor_machine.py. Left out: whether a given
-model fits, which is the plan's question.
+Each check examines one thing and returns what it found in a line, with advice if something is wrong. A broken package
+or driver is a finding, not a crash. The checks are in doctor_packages.py and doctor_machine.py. Left out: whether a
+given model fits in memory, which `qlora plan` computes.
 """
 
 from pathlib import Path
@@ -15,7 +15,14 @@ from qlora_trainer.cli.findings import Finding
 
 
 def examine(cache_dir: Path | None = None) -> list[Finding]:
-    """Run every check. `cache_dir` is where prepared models and data are kept, if its disk should be looked at."""
+    """Run every check.
+
+    Args:
+        cache_dir: of prepared models and data, whose disk is examined too; None to leave that out.
+
+    Returns:
+        The findings in the order in which they are printed.
+    """
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     paging = machine.paged_optimizer()  # first: a card in exclusive mode takes one process at a time
     findings = [machine.system(), *packages.versions(), *machine.cards(), packages.compute_dtype()]

@@ -1,4 +1,4 @@
-"""What `qlora doctor` finds of the machine: system, cards, paging, memory with its limits, and folders to write in."""
+"""Examine the machine for `qlora doctor`: system, GPUs, paging, memory with its limits, and disks."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.atomic import nearest_existing, unwritable
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.machine import host_memory, is_wsl
-from qlora_trainer.model.device import card_name, missing_card, unusable
+from qlora_trainer.model.device import as_only_card, card_name, missing_card, unusable, way_to_cpu
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
 GIB = 2**30
@@ -27,6 +27,11 @@ BROKEN_CARD = (
 
 
 def system() -> Finding:
+    """Report the Python version and the operating system, with a note under WSL.
+
+    Returns:
+        The finding.
+    """
     detail = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {sys.executable}"
     if is_wsl():
         return Finding(
@@ -40,7 +45,11 @@ def system() -> Finding:
 
 
 def cards() -> list[Finding]:
-    """One finding a GPU and, where there are several, which of them is used; or one that says why there is none."""
+    """Examine every GPU that torch sees.
+
+    Returns:
+        A finding for each GPU and, if there are several, one on which of them is used; or one on why there is none.
+    """
     if not torch.cuda.is_available():
         why, advice = missing_card()
         if shutil.which("nvidia-smi") is None:
@@ -68,7 +77,7 @@ def _cards_seen() -> list[Finding]:
     findings = [_card(index, is_used=index == used) for index in range(count)]
     if count > 1:
         other = next((index for index in range(count) if index != used and not unusable(index)[0]), None)
-        way = "" if other is None else f"CUDA_VISIBLE_DEVICES={other} qlora train ... takes GPU {other}. "
+        way = "" if other is None else f"{as_only_card(other)} qlora train ... takes GPU {other}. "
         findings.append(
             Finding(
                 "GPU used",
@@ -84,7 +93,7 @@ def _card(index: int, is_used: bool) -> Finding:
     name, detail = f"GPU {index}", card_name(index)
     why, advice = unusable(index)
     if why:
-        advice = f"{advice} Or train on the CPU: model.device=cpu.".lstrip() if is_used else advice
+        advice = f"{advice} {way_to_cpu('auto')}".lstrip() if is_used else advice
         return Finding(name, "problem" if is_used else "note", f"{detail}, cannot be used: {why}", advice)
     try:
         free, total = torch.cuda.mem_get_info(index)
@@ -107,6 +116,11 @@ def _card(index: int, is_used: bool) -> Finding:
 
 
 def paged_optimizer() -> Finding:
+    """Try whether optimizer state can be paged between the GPU and host memory.
+
+    Returns:
+        The finding; a note if it cannot.
+    """
     name = "Paged optimizer"
     if not torch.cuda.is_available():
         return Finding(name, "note", "there is nothing to page on a CPU: its state is in host memory anyway")
@@ -125,16 +139,26 @@ def paged_optimizer() -> Finding:
 
 
 def processors() -> Finding:
+    """Report the processor's cores, torch's threads, and the library of fp32 matrix products.
+
+    Returns:
+        The finding.
+    """
     from qlora_kernels.products import library
 
     detail = f"{os.cpu_count()} logical cores, torch computes with {torch.get_num_threads()} threads"
     try:
         return Finding("Processors", "ok", f"{detail}, fp32 products by {library()}")
-    except ValueError:  # the variable that chooses kernels holds a word unknown, which another finding says
+    except ValueError:  # QLORA_KERNELS has an unknown value, which another finding reports
         return Finding("Processors", "ok", detail)
 
 
 def memory() -> Finding:
+    """Report host memory and whether a container or job limits it.
+
+    Returns:
+        The finding; a note if it is limited or small.
+    """
     found = host_memory()
     detail = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB available"
     notes = []
@@ -150,7 +174,16 @@ def memory() -> Finding:
 
 
 def disk(name: str, directory: Path, advice: str) -> Finding:
-    """Space for a folder that may be yet to be made, and whether it can be written: `advice` is for where not."""
+    """Examine the disk of a folder, which may not exist yet: free space, and whether it can be written.
+
+    Args:
+        name: of the finding.
+        directory: the folder.
+        advice: printed if it cannot be written.
+
+    Returns:
+        The finding.
+    """
     if reason := unwritable(directory):
         return Finding(name, "problem", f"{directory} cannot be written: {reason}", advice)
     free = shutil.disk_usage(nearest_existing(directory)).free

@@ -1,6 +1,6 @@
-"""What `qlora doctor` finds of installed packages: versions, native libraries, kernels, and 4-bit weights to the bit.
+"""Examine the installed packages for `qlora doctor`: versions, native libraries, kernels, and bit-exact 4-bit weights.
 
-A package that cannot be imported is a finding, not a crash, so everything heavy is imported inside its check.
+A package that cannot be imported is a finding, not a crash, so each check imports the packages that it examines.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from qlora_trainer.common.atomic import unwritable
 from qlora_trainer.common.errors import QuantizationError, first_line
 
 PROJECT = "qlora-trainer"
-# What the tests ran with. Others may well work, so a difference is a note.
+# The tests ran with these. Other versions may work too, so a difference is a note.
 TESTED_VERSIONS = {
     "torch": "2.13.0",
     "bitsandbytes": "0.50.2",
@@ -28,7 +28,11 @@ TESTED_VERSIONS = {
 
 
 def versions() -> list[Finding]:
-    """One finding a package that the tests name; what this project's own requirements exclude is a problem."""
+    """Compare installed versions with those that the tests ran with.
+
+    Returns:
+        A finding for each package of TESTED_VERSIONS; a version that this project's requirements exclude is a problem.
+    """
     findings = []
     for package, tested in TESTED_VERSIONS.items():
         try:
@@ -48,7 +52,7 @@ def versions() -> list[Finding]:
 
 
 def _requirements() -> dict[str, Any]:
-    """Which versions of a package the installed project asks for; none where it runs from a checkout."""
+    """Return the installed project's version requirements by package; empty if it runs from a checkout."""
     try:
         from packaging.requirements import Requirement
 
@@ -60,6 +64,11 @@ def _requirements() -> dict[str, Any]:
 
 
 def compute_dtype() -> Finding:
+    """Report the compute dtype that model.compute_dtype=auto chooses here.
+
+    Returns:
+        The finding; a note if it is float16.
+    """
     try:
         from qlora_trainer.model.device import choose_compute_dtype, choose_device
 
@@ -78,6 +87,11 @@ def compute_dtype() -> Finding:
 
 
 def bitsandbytes_library() -> Finding:
+    """Load bitsandbytes' native library, which must be built for CUDA if there is a GPU.
+
+    Returns:
+        The finding.
+    """
     advice = "pip install --force-reinstall bitsandbytes; `python -m bitsandbytes` says more."
     try:
         from qlora_trainer.weights.bitsandbytes_internals import native_library
@@ -95,13 +109,20 @@ def bitsandbytes_library() -> Finding:
 
 
 def kernels(kind: str) -> Finding:
-    """Which version of each operation a tensor on this kind of device takes, and why it is not the fast one."""
+    """Report the version of each operation that a kind of device uses, and why it is not the fast one.
+
+    Args:
+        kind: of device, cpu or cuda.
+
+    Returns:
+        The finding; a note if an operation that has a fast version does not use it.
+    """
     name = f"Kernels on {kind}"
     try:
         from qlora_trainer.model.device import FAST, ONLY_VERSION, operations_by_version
 
         found = operations_by_version(kind)
-    except ValueError as error:  # the variable that chooses holds a word unknown
+    except ValueError as error:  # QLORA_KERNELS has an unknown value
         return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
     except FAILURES as error:
         return Finding(name, "problem", first_line(error), "See the packages above.")
@@ -112,13 +133,20 @@ def kernels(kind: str) -> Finding:
         "plain torch in the place of a faster version": sorted(name for names in slower.values() for name in names),
     }
     detail = "; ".join(f"{part}: {', '.join(operations)}" for part, operations in parts.items() if operations)
-    # Why an operation that has a fast version does not take it, which says what to do.
+    # The reason why an operation does not use its fast version says what to do.
     advice = "; ".join(version.removeprefix("reference: ") for version in slower)
     return Finding(name, "note" if slower else "ok", detail, advice)
 
 
 def attention(kind: str) -> Finding:
-    """How packed documents are attended to, in the dtype taken here and by heads of 128 numbers, as most are."""
+    """Report how packed rows are attended to, in the compute dtype used here, by heads of 128 numbers as most have.
+
+    Args:
+        kind: of device, cpu or cuda.
+
+    Returns:
+        The finding; a note if a GPU does not use flash attention.
+    """
     name = f"Attention on {kind}"
     try:
         from qlora_kernels.card import Card, attention_in_words
@@ -128,14 +156,21 @@ def attention(kind: str) -> Finding:
         card, dtype = Card.of(device) if kind == "cuda" else None, choose_compute_dtype("auto", device)
         has_better = card is not None and card.flash_refusal(dtype, 128) is not None
         return Finding(name, "note" if has_better else "ok", attention_in_words(card, dtype, 128))
-    except ValueError as error:  # QLORA_KERNELS holds a word unknown
+    except ValueError as error:  # QLORA_KERNELS has an unknown value
         return Finding(name, "problem", str(error), "unset QLORA_KERNELS")
     except FAILURES as error:
         return Finding(name, "problem", first_line(error), "See the packages above.")
 
 
 def nf4(kind: str) -> Finding:
-    """Quantize and dequantize a sample, and compare both with their definition in plain torch, to the last bit."""
+    """Quantize and dequantize a sample, and compare both with their definition in plain torch, bit for bit.
+
+    Args:
+        kind: of device, cpu or cuda.
+
+    Returns:
+        The finding; a problem if our codes differ, a note if only bitsandbytes' numbers do.
+    """
     name = f"NF4 to the bit on {kind}"
     try:
         from qlora_kernels.nf4_reference import quantize_torch
@@ -162,6 +197,11 @@ def nf4(kind: str) -> Finding:
 
 
 def triton() -> Finding:
+    """Report whether Triton, which the fast kernels on GPUs need, is installed.
+
+    Returns:
+        The finding.
+    """
     if importlib.util.find_spec("triton") is not None:
         return Finding("Triton", "ok", importlib.metadata.version("triton"))
     if torch.cuda.is_available():
@@ -170,12 +210,22 @@ def triton() -> Finding:
 
 
 def tensorboard() -> Finding:
+    """Report whether TensorBoard is installed.
+
+    Returns:
+        The finding, always ok.
+    """
     if importlib.util.find_spec("tensorboard") is not None:
         return Finding("TensorBoard", "ok", f"{importlib.metadata.version('tensorboard')}; runs are logged for it too")
     return Finding("TensorBoard", "ok", "not installed; metrics.jsonl and report.html hold the same numbers")
 
 
 def hub() -> Finding:
+    """Report the folder of downloads from the hub and whether it can be written.
+
+    Returns:
+        The finding.
+    """
     name = "Model hub"
     try:
         from huggingface_hub import constants

@@ -1,4 +1,4 @@
-"""`qlora evaluate`: measure a run's adapter, the final one or the newest checkpoint's."""
+"""Declare `qlora evaluate`: measure a run's adapter, the final one or the newest checkpoint's."""
 
 import json
 import math

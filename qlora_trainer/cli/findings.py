@@ -1,4 +1,4 @@
-"""A line of what `qlora doctor` reports, and what broken software raises where it is looked at."""
+"""Declare a finding of `qlora doctor`, and the errors that broken software raises when it is examined."""
 
 import subprocess
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from qlora_trainer.common.errors import QLoRATrainerError
 
-# What a missing or broken package, driver or compiler raises when it is imported or used, native libraries included.
+# A missing or broken package, driver, compiler or native library raises one of these when it is imported or used.
 FAILURES = (
     AssertionError,
     AttributeError,
@@ -21,7 +21,7 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report. note: works, but worth knowing; problem: training will fail or be wrong."""
+    """Hold one line of the report. note: works, but is worth knowing; problem: training will fail or be wrong."""
 
     name: str
     status: Literal["ok", "note", "problem"]

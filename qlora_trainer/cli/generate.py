@@ -1,4 +1,4 @@
-"""`qlora generate`: answer a prompt with a run's adapter, or chat."""
+"""Declare `qlora generate`: answer a prompt with a run's adapter, or chat."""
 
 from typing import Annotated
 
@@ -47,6 +47,7 @@ def generate(
 
 
 def _read_line() -> str:
+    """Read the user's next message; empty at the end of input."""
     try:
         return console.input("[bold cyan]you[/] ").strip()
     except EOFError:

@@ -1,4 +1,4 @@
-"""`qlora inspect`: prepare the data and show it as the model will see it; show_rows.py draws."""
+"""Declare `qlora inspect`: prepare the data and show it as the model will see it; show_rows.py prints it."""
 
 import json
 from pathlib import Path
@@ -18,19 +18,19 @@ def inspect(
     eval_set: Annotated[bool, typer.Option("--eval", help="Show eval rows instead of training rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the data as the model will see it, what became of every row, and what an epoch is.
+    """Show the data as the model will see it, what became of every row, and the size of an epoch.
 
-    Trained tokens are in color, or in brackets where there are no colors.
+    Trained tokens are in color, or in brackets if the terminal has no colors.
 
-    The JSON has what preparation tells of the rows (sources, train, eval, train_duplicates, eval_duplicates,
-    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows of edges[i] to edges[i+1]-1 tokens;
+    The JSON has preparation's report on the rows (sources, train, eval, train_duplicates, eval_duplicates,
+    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows from edge i up to below edge i+1;
     epoch: {rows, global_batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
     fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
     attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
     share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, trained_tokens,
     spans, input_ids, trained}.
     """
-    from qlora_trainer.cli.show_rows import legend, row_details, show_report, show_row
+    from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.config.load import load_config
     from qlora_trainer.data.batching.loader import StepLoader
@@ -60,7 +60,7 @@ def inspect(
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}
         if row is not None:
-            answer["row"] = row_details(tokenizer, examples, row, name)
+            answer["row"] = describe_row(tokenizer, examples, row, name)
         write_out(json.dumps(answer) + "\n")
         return
     if row is None:

@@ -1,4 +1,4 @@
-"""`qlora merge`: fold a run's adapter into its base and print what was verified."""
+"""Declare `qlora merge`: fold a run's adapter into its base and print what was verified."""
 
 import json
 from enum import StrEnum
@@ -13,18 +13,22 @@ from qlora_trainer.common.units import gibibytes
 
 
 class MergeDtype(StrEnum):
+    """List the dtypes of merged weights."""
+
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
 
 
 class MergeBaseChoice(StrEnum):
+    """List the bases to fold into: the dequantized one that was trained, the original, or whichever measures better."""
+
     auto = "auto"
     dequantized = "dequantized"
     original = "original"
 
 
-def merge(
+def merge_command(
     run_dir: RunDirectory,
     output: Annotated[Path, typer.Option(help="A new or empty directory for the merged model.")],
     dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,
@@ -71,7 +75,14 @@ def merge(
 
 
 def merge_rows(done: Any) -> list[tuple[str, str]]:
-    """What a merge did, for people."""
+    """Describe a merge for people.
+
+    Args:
+        done: the Deployment that `merge_run` returned.
+
+    Returns:
+        (name, value) pairs.
+    """
     report, difference = done.report, done.report.verification.difference
     rows = [
         ("base", f"{report.base}: {done.choice.reason}"),

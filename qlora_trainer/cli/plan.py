@@ -1,4 +1,4 @@
-"""`qlora plan`: print the memory that a run needs, by component, and what fits a card."""
+"""Declare `qlora plan`: print the memory that a run needs, by component, and the largest run that fits."""
 
 import json
 from pathlib import Path
@@ -35,14 +35,14 @@ def plan(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what memory a run needs, before it has it: the training step itself, on tensors without memory.
+    """Compute the memory that a run needs, before it takes any, from its training step on tensors without data.
 
-    On a card, or with model.device=cpu in host memory.
+    Computed for a GPU, or with model.device=cpu for host memory.
 
     The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
     total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
-    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (which is
-    planned for, and whether it was assumed), attention (how documents are attended to) and elsewhere.
+    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (the
+    GPU that is planned for, and whether it was assumed), attention (how packed rows are attended to) and elsewhere.
     """
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.units import parse_bytes
@@ -89,7 +89,17 @@ def describe(
     longest: "MemoryPlan | None" = None,
     largest: "MemoryPlan | None" = None,
 ) -> list[tuple[str, str]]:
-    """Describe a plan for people, as (name, value)."""
+    """Describe a plan for people.
+
+    Args:
+        plan: of the run.
+        budget: in which it should fit; None if unknown.
+        longest: the plan with the longest rows that fit.
+        largest: the plan with the largest micro-batch that fits.
+
+    Returns:
+        (name, value) pairs.
+    """
     from qlora_trainer.planning.memory_plan import CONTEXT
 
     on_card = plan.components[CONTEXT] > 0

@@ -1,6 +1,6 @@
-"""The command that works on a base itself, without a run: keep it in 4 bits.
+"""Declare `qlora quantize`: write a base in 4 bits, without a run.
 
-Modules that import torch are imported inside the command, so that `qlora --help` answers at once.
+Modules that import torch are imported inside the command, so that `qlora --help` prints at once.
 """
 
 import json
@@ -23,11 +23,11 @@ def quantize(
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Write a model in 4 bits (NF4), which loads in seconds: here, and in plain transformers with bitsandbytes.
+    """Write a model in 4 bits (NF4) that loads in seconds, here and in plain transformers with bitsandbytes.
 
     It trains as the original does, and takes a third of its space. The JSON has output, weights (how many are in 4
-    bits), dense (tensors copied as they were), bytes and source_bytes (of all tensors, and of the original's),
-    source_dtype (that the weights were quantized from), and warnings.
+    bits), dense (how many tensors were copied as they were), bytes and source_bytes (of all tensors, written and
+    original), source_dtype (the dtype that the weights were quantized from), and warnings.
     """
     from qlora_trainer.common.atomic import refuse_existing
     from qlora_trainer.common.cache import user_cache

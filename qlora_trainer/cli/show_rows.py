@@ -1,7 +1,8 @@
-"""Draw what `qlora inspect` shows: the data in numbers, lengths as a plot, rows with their trained tokens marked.
+"""Print what `qlora inspect` shows: the data in numbers, lengths as a plot, rows with their trained tokens marked.
 
-Marked by color where the terminal has colors, else by brackets. What a row holds is shown, never obeyed: its control
-characters are written out. Left out: the numbers themselves (data/preparation/overview.py, and preparation's report).
+Trained tokens are marked by color if the terminal has colors, else by brackets. Control characters of a row are
+escaped, so that the terminal does not act on them. Left out: computing the numbers (data/preparation/overview.py, and
+preparation's report).
 """
 
 import re
@@ -31,7 +32,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 
 def show_report(report: PreparationReport, overview: Overview) -> None:
-    """Every source with what became of its rows, both sets in numbers, and the lengths of the rows as bars."""
+    """Print what became of each source's rows, both sets in numbers, and the lengths of the rows as bars.
+
+    Args:
+        report: of preparation.
+        overview: of the prepared rows.
+    """
     for source in report.sources:
         print_table(source.name, source_facts(source, report.max_length))
     print_table("training", train_facts(report, overview.epoch))
@@ -43,7 +49,15 @@ def show_report(report: PreparationReport, overview: Overview) -> None:
 
 
 def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
-    """A line a bin: its tokens, a bar, its training rows. A bin that has a row has a bar."""
+    """Draw the training rows' lengths as a bar chart in text; a bin that has a row always has a bar.
+
+    Args:
+        lengths: rows counted by bins of tokens.
+        is_unicode: draw with Unicode blocks rather than ASCII characters.
+
+    Returns:
+        A line for each bin: its range of tokens, its bar, its count of rows.
+    """
     labels, most = bin_labels(lengths), max(lengths.train)
     width = max(map(len, labels))
     lines = []
@@ -56,8 +70,15 @@ def bars(lengths: Lengths, is_unicode: bool = True) -> list[str]:
 
 
 def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "training") -> None:
-    """One row as the model sees it. DataError where there is no such row."""
-    row = row_details(tokenizer, examples, index, name)
+    """Print one row as the model sees it; `describe_row` raises DataError if there is no such row.
+
+    Args:
+        tokenizer: decodes the row's tokens.
+        examples: the set of rows.
+        index: of the row, from 0.
+        name: of the set, for the header.
+    """
+    row = describe_row(tokenizer, examples, index, name)
     header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
     console.rule(Text(_visible(header)), align="left")
     has_color = console.color_system is not None and not console.no_color
@@ -73,14 +94,31 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
 
 
 def legend() -> Text:
-    """How trained tokens are marked here."""
+    """Explain how trained tokens are marked in this terminal.
+
+    Returns:
+        The line to print above rows.
+    """
     if console.color_system is not None and not console.no_color:
         return Text.assemble(("trained", TRAINED), ", ", ("read only", READ))
     return Text("⟦trained⟧ and read only" if _is_unicode() else "[[trained]] and read only")
 
 
-def row_details(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
-    """A row with its tokens, and its text in spans that are trained or not. DataError where there is none."""
+def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
+    """Describe a row by its tokens, and by its text in spans that are trained or not.
+
+    Args:
+        tokenizer: decodes the row's tokens.
+        examples: the set of rows.
+        index: of the row, from 0.
+        name: of the set.
+
+    Returns:
+        A mapping that JSON can hold; `qlora inspect --help` lists its keys.
+
+    Raises:
+        DataError: there is no such row.
+    """
     if not 0 <= index < len(examples):
         has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
         raise DataError(f"There is no {name} row {index}; {has}.")
@@ -99,13 +137,13 @@ def row_details(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> 
 
 
 def _spans(tokenizer: Any, ids: list[int], trained: Sequence[bool]) -> list[dict[str, Any]]:
-    """Text by spans of tokens, trained or not. Decoded a span at a time: a character may be several tokens."""
+    """Split a row's text into spans, trained or not, each decoded whole: a character may be several tokens."""
     spans = []
     context = start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
-            # Some decoders drop the space that a text begins with, so it is taken as what the span adds to the one
-            # before it; to all before it would take time by the square of a long row.
+            # Some decoders drop the space that a text begins with, so a span's text is what it adds to the span before
+            # it. Decoding all text before it each time would take time quadratic in the row's length.
             before = tokenizer.decode(ids[context:start], skip_special_tokens=False)
             until = tokenizer.decode(ids[context:end], skip_special_tokens=False)
             alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
@@ -116,7 +154,7 @@ def _spans(tokenizer: Any, ids: list[int], trained: Sequence[bool]) -> list[dict
 
 
 def _visible(text: str) -> str:
-    """Control characters, which a terminal would obey, written out; line ends and tabs stay."""
+    """Escape control characters, which a terminal would act on; line ends and tabs stay."""
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 

@@ -1,4 +1,4 @@
-"""`qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
+"""Declare `qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
 
 
-def train(
+def train_command(
     config: Annotated[Path, typer.Argument(help="A YAML config; configs/ has examples.")], overrides: Overrides = None
 ) -> None:
-    """Fine-tune: load the base in 4-bit, train adapters, evaluate, save checkpoints, write the report."""
+    """Fine-tune a model: load the base in 4 bits, train adapters, evaluate, save checkpoints, write the report."""
     from qlora_trainer.config.load import load_config
     from qlora_trainer.runs.start import start_run
 
@@ -29,8 +29,8 @@ def train(
 def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     """Continue an interrupted run from its newest valid checkpoint, bit for bit.
 
-    Only what does not change the run may be set anew, such as training.activation_checkpointing=full when memory ran
-    out.
+    Only config fields that do not change the run's result may be set, such as training.activation_checkpointing=full
+    after memory ran out.
     """
     from qlora_trainer.runs.start import resume_run
 

@@ -1,8 +1,8 @@
-"""Calls that run one after another in a thread next to the caller's: writing while the next values are computed.
+"""Run calls one after another in a thread, such as writing while the next values are computed.
 
-Few calls wait at a time, so what they hold is bounded, and the caller is slowed to the pace of the thread. An exception
-of a call surfaces in the caller, at the next `submit` that has to wait, or at `finish`; nothing is swallowed. Until
-then the calls behind it still run, so a call must bear that those before it have failed.
+Few calls wait at a time, so what they hold is bounded, and a caller that is faster than the thread waits for it. The
+exception of a call is raised in the caller, at the next `submit` that has to wait or at `finish`; none is lost. Until
+then the later calls still run, so each must work even if an earlier one has failed.
 """
 
 import collections
@@ -13,10 +13,16 @@ from typing import Any, Self
 
 
 class Background:
-    """A thread that takes calls, as a context manager; leaving it by an exception drops the calls that wait."""
+    """Run submitted calls in one thread, as a context manager.
+
+    Its end waits for all calls; after an exception it drops those that have not begun.
+
+    Args:
+        most_waiting: calls that may be submitted and not finished.
+    """
 
     def __init__(self, most_waiting: int = 2) -> None:
-        self.most_waiting = most_waiting  # calls that were submitted and have not ended
+        self.most_waiting = most_waiting
         self._pool = ThreadPoolExecutor(1)
         self._calls: collections.deque[Future[Any]] = collections.deque()
 
@@ -31,12 +37,19 @@ class Background:
             self._pool.shutdown(cancel_futures=True)
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Run function(*arguments) after the calls before it; waits where too many wait already."""
+        """Run function(*arguments) after the calls before it.
+
+        Waits while too many calls are unfinished, and raises the exception of a call that it waited for.
+
+        Args:
+            function: called in the thread.
+            *arguments: passed to it.
+        """
         while len(self._calls) >= self.most_waiting:
             self._calls.popleft().result()
         self._calls.append(self._pool.submit(function, *arguments))
 
     def finish(self) -> None:
-        """Wait for all calls."""
+        """Wait for all calls, and raise the exception of the first that failed."""
         while self._calls:
             self._calls.popleft().result()

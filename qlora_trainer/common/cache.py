@@ -7,10 +7,17 @@ from qlora_trainer.common.errors import DiskError
 
 
 def user_cache() -> Path:
-    """Where imported models and prepared data are kept: $XDG_CACHE_HOME/qlora-trainer, else ~/.cache/qlora-trainer."""
+    """Find the directory for imported models and prepared data; it need not exist.
+
+    Returns:
+        $XDG_CACHE_HOME/qlora-trainer, or ~/.cache/qlora-trainer where that is not set.
+
+    Raises:
+        DiskError: neither variable is set, and the system knows no home directory of this user.
+    """
     if root := os.environ.get("XDG_CACHE_HOME"):
         return Path(root) / "qlora-trainer"
     try:
         return Path.home() / ".cache" / "qlora-trainer"
-    except RuntimeError as error:  # a container's user that no list of users names
+    except RuntimeError as error:  # a container's user that is not in the system's list of users
         raise DiskError("This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written.") from error

@@ -1,8 +1,8 @@
-"""The errors a user can cause, each a short error message: what was found, what was expected, what to do.
+"""Define the errors a user can cause, each with a short message: what was found, what was expected, what to do.
 
-Every kind inherits QLoRATrainerError, which the command line turns into one message and exit code 2, and the
-stdlib kind that fits, so that a program using the library can catch either. What only we could break is an
-assertion and ends with a traceback and exit code 1.
+Every kind inherits QLoRATrainerError, which the command line prints as one message with exit code 2, and the stdlib
+kind that fits, so that a program using the library can catch either. What only we could break is an assertion and ends
+with a traceback and exit code 1.
 """
 
 from collections.abc import Iterator
@@ -10,47 +10,52 @@ from contextlib import contextmanager
 
 
 class QLoRATrainerError(Exception):
-    """Something the user can mend. The message says what was found, where, and what to do."""
+    """Report something the user can fix: the message says what was found, where, and what to do."""
 
 
 class ConfigError(QLoRATrainerError, ValueError):
-    """A config key is unknown, or a value has the wrong type or is out of range."""
+    """Report a config key that is unknown, or a value of the wrong type or out of range."""
 
 
 class DataError(QLoRATrainerError, ValueError):
-    """A data file or row cannot be used. The message names the file and the line or row."""
+    """Report a data file or row that cannot be used; the message names the file and the line or row."""
 
 
 class ModelError(QLoRATrainerError, ValueError):
-    """A base model cannot be read, or is of a kind that cannot be trained here."""
+    """Report a base model that cannot be read, or is of a kind that cannot be trained here."""
 
 
 class QuantizationError(QLoRATrainerError, ValueError):
-    """Weights cannot be quantized, or are quantized otherwise than asked for."""
+    """Report weights that cannot be quantized, or are quantized otherwise than asked for."""
 
 
 class AdapterError(QLoRATrainerError, ValueError):
-    """An adapter does not fit the model, or its files are not what they should be."""
+    """Report an adapter that does not fit the model, or whose files are not what they should be."""
 
 
 class CheckpointError(QLoRATrainerError, ValueError):
-    """A checkpoint is missing, damaged, or belongs to another run or base."""
+    """Report a checkpoint that is missing, damaged, or belongs to another run or base."""
 
 
 class MergeError(QLoRATrainerError, ValueError):
-    """A merge cannot be made, or the merged model failed its verification."""
+    """Report a merge that cannot be made, or a merged model that failed its verification."""
 
 
 class TrainingError(QLoRATrainerError, ArithmeticError):
-    """Training cannot go on, for example after several non-finite gradients in a row."""
+    """Report that training cannot go on, for example after several non-finite gradients in a row."""
 
 
 class InsufficientMemoryError(QLoRATrainerError, MemoryError):
-    """The device or host has too little memory. The message says what would fit."""
+    """Report that the device or host has too little memory; the message says what would fit."""
 
 
 class MicroBatchError(InsufficientMemoryError):
-    """Memory ran out in the forward or backward pass of one micro-batch; nothing was updated."""
+    """Report that memory ran out in the forward or backward pass of one micro-batch; nothing was updated.
+
+    Args:
+        row_lengths: tokens of each row of the micro-batch, padding counted.
+        error: torch's, of which the message quotes the first line.
+    """
 
     def __init__(self, row_lengths: list[int], error: BaseException) -> None:
         self.row_lengths = row_lengths  # tokens of each of its rows, padding counted
@@ -63,25 +68,31 @@ class MicroBatchError(InsufficientMemoryError):
 
 
 class FileMissingError(QLoRATrainerError, FileNotFoundError):
-    """A file or directory that the user named does not exist."""
+    """Report a file or directory that the user named and that does not exist."""
 
 
 class OutputExistsError(QLoRATrainerError, FileExistsError):
-    """An output directory exists and is not empty; nothing was overwritten."""
+    """Report an output directory that exists and is not empty; nothing was overwritten."""
 
 
 class DiskError(QLoRATrainerError, OSError):
-    """A write failed: the disk is full or the directory cannot be written."""
+    """Report a write that failed: the disk is full or the directory cannot be written."""
 
 
 class NotInstalledError(QLoRATrainerError, ImportError):
-    """An optional package is needed for what was asked. The message has the pip command."""
+    """Report an optional package that is needed for what was asked; the message has the pip command."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's or the host's memory ran out; torch tells several kinds of it by the text alone.
+    """Return True if the device's or the host's memory ran out.
 
-    InsufficientMemoryError, which we raise, is not one: it is a MemoryError that has been dealt with.
+    torch raises a plain RuntimeError for some of these failures, so its text is searched.
+
+    Args:
+        error: any. InsufficientMemoryError, which we raise, does not count: it has been dealt with.
+
+    Returns:
+        True if memory ran out.
     """
     if isinstance(error, QLoRATrainerError):
         return False
@@ -92,9 +103,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_broken_allocator(error: BaseException) -> bool:
-    """Whether torch's CUDA allocator failed a check of its own, as it does at every allocation once it is broken.
+    """Return True if torch's CUDA allocator failed one of its own checks; from then on every allocation fails.
 
-    With expandable segments it can be after memory ran out: what was mapped half way stays so (pytorch#188008).
+    With expandable segments it may break when memory runs out, because what was mapped halfway is never unmapped
+    (pytorch#188008).
+
+    Args:
+        error: any.
+
+    Returns:
+        True if the allocator is broken.
     """
     reported = ("INTERNAL ASSERT FAILED", "CUDACachingAllocator")
     return isinstance(error, RuntimeError) and all(words in str(error) for words in reported)
@@ -102,7 +120,17 @@ def is_broken_allocator(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Within, memory that runs out, the device's or the host's, becomes an InsufficientMemoryError on `what` did so."""
+    """Turn errors of memory that runs out in the block, the device's or the host's, into an InsufficientMemoryError.
+
+    Args:
+        what: the work in the block, which begins the message, such as "Loading base on cuda".
+        advice: ends the message.
+
+    Raises:
+        InsufficientMemoryError: memory ran out.
+        MemoryError: one of our own, as it was raised in the block.
+        RuntimeError: another one, as it was raised in the block.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -112,9 +140,15 @@ def memory_errors(what: str, advice: str = "") -> Iterator[None]:
 
 
 def is_cuda_not_starting(error: BaseException) -> bool:
-    """True if CUDA or its driver refuses to start on a card: held by another program, a driver that does not fit.
+    """Return True if CUDA or its driver refuses to start on a card: in use by another program, or an unsuitable driver.
 
-    torch and CUDA say it by the text of a RuntimeError alone.
+    torch and CUDA report this by the text of a RuntimeError alone.
+
+    Args:
+        error: any.
+
+    Returns:
+        True if CUDA does not start.
     """
     reported = (
         "busy or unavailable",  # another program has the card for itself
@@ -130,6 +164,13 @@ def is_cuda_not_starting(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Another library's error for use in an error message: its kind, and the first line of what it says."""
+    """Summarize another library's error for use in a message of ours.
+
+    Args:
+        error: any.
+
+    Returns:
+        Its class, and the first line of its text.
+    """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

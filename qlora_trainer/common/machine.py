@@ -13,22 +13,30 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 @dataclasses.dataclass(frozen=True)
 class HostMemory:
-    """Host memory that this process may use, in bytes."""
+    """Hold the host memory that this process may use, in bytes."""
 
     total: int
-    available: int  # without pushing other programs out, and within the control groups' limits
+    available: int  # without swapping out other programs, and within the control groups' limits
     is_limited: bool = False  # by a control group, below what the machine has
 
 
 def is_wsl() -> bool:
-    """True under Windows' Subsystem for Linux, 1 or 2."""
+    """Return True in the Windows Subsystem for Linux, version 1 or 2.
+
+    Returns:
+        True if the kernel's release names Microsoft.
+    """
     return "microsoft" in platform.release().lower()
 
 
 def host_memory() -> HostMemory:
-    """Return what the machine has, or what a container (Docker, Kubernetes, systemd, Slurm) is allowed if that is less.
+    """Measure the machine's memory, or what a container (Docker, Kubernetes, systemd, Slurm) may use if that is less.
 
-    A limit counts less what its group uses, pages of files that the kernel would drop first left out.
+    Available under a limit is the limit less what its control group uses. Inactive file pages do not count as used: the
+    kernel drops them first.
+
+    Returns:
+        Total and available bytes.
     """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
@@ -52,7 +60,7 @@ def _limits() -> Iterator[tuple[int, int]]:
         else:
             continue
         own = root / path.lstrip("/")
-        # A container may see its own group at the root while the list names it from outside; what is not there is none.
+        # A container may see its group at the root while the list has the path outside it: missing files are skipped.
         for group in (own, *own.parents):
             if not group.is_relative_to(root):
                 break
@@ -69,6 +77,7 @@ def _number(path: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
+    """Read the lines of a file; none if it cannot be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

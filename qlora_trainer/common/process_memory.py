@@ -1,4 +1,4 @@
-"""What this process holds of host memory: its peak on every system, and what is private as Linux counts it."""
+"""Measure the host memory of this process: its peak on every system, and its private part as Linux counts it."""
 
 import ctypes
 import sys
@@ -11,7 +11,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_resident_bytes() -> int:
-    """The most that was resident since the process began, what files back included."""
+    """Measure the most memory that was resident since the process began, pages of mapped files included.
+
+    Returns:
+        Bytes.
+    """
     try:
         import resource
     except ImportError:  # Windows
@@ -21,20 +25,25 @@ def peak_resident_bytes() -> int:
 
 
 def private_bytes() -> int | None:
-    """Resident now, less what files back, such as libraries and weights that are mapped; None but on Linux."""
+    """Measure what is resident now without pages of mapped files, such as libraries and weights.
+
+    Returns:
+        Bytes; None except on Linux.
+    """
     return _resident("VmRSS")
 
 
 def peak_private_bytes() -> int | None:
-    """The most that was resident since the process began, or since `restart_peak`, less what files back now.
+    """Measure the peak of resident memory since the process began, or since `restart_peak`, less the file pages of now.
 
-    None but on Linux.
+    Returns:
+        Bytes; None except on Linux.
     """
     return _resident("VmHWM")
 
 
 def restart_peak() -> None:
-    """Let the peak count from what is resident now."""
+    """Let `peak_private_bytes` count from what is resident now, where the system allows it."""
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -42,6 +51,7 @@ def restart_peak() -> None:
 
 
 def _resident(name: str) -> int | None:
+    """Read a number of bytes from the process's status, less the pages of files and of shared memory."""
     try:
         status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     except OSError:
@@ -51,10 +61,14 @@ def _resident(name: str) -> int | None:
 
 
 def return_freed_memory() -> bool:
-    """Let blocks of a mebibyte and more go back to the system when they are freed; whether that could be asked.
+    """Ask glibc to return blocks of 1 MiB and more to the system as soon as they are freed.
 
-    glibc keeps what is freed in blocks of up to 32 MiB for later, in pieces that often do not fit what comes: training
-    0.3B parameters on a CPU held 0.4 GB of them. Fresh pages cost time instead, there a seventh, less in larger models.
+    By default glibc keeps freed blocks of up to 32 MiB for reuse, in pieces that often do not fit the next request: in
+    training 0.3B parameters on a CPU they took 0.4 GB. New pages cost time instead: a seventh in that run, less in
+    larger models.
+
+    Returns:
+        True if glibc accepted it; False with another system or C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

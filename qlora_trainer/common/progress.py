@@ -1,13 +1,27 @@
-"""How long work tells where it is: a callable passed in, so that no module below the command line draws anything."""
+"""Define the progress callback `(label, done, total)`: library code calls it, and only the command line draws."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work proceeds; `total` is None where it is not known."""
+    """Receive the progress of long work."""
 
-    def __call__(self, label: str, done: int, total: int | None) -> None: ...
+    def __call__(self, label: str, done: int, total: int | None) -> None:
+        """Report how far the work is.
+
+        Args:
+            label: what is being done, such as "Reading weights".
+            done: bytes or elements that are finished.
+            total: all of them, in the same unit; None where it is not known.
+        """
+        ...
 
 
 def silent(label: str, done: int, total: int | None) -> None:
-    """The progress of a caller who does not look."""
+    """Ignore progress, for callers that show none.
+
+    Args:
+        label: ignored.
+        done: ignored.
+        total: ignored.
+    """

@@ -1,4 +1,4 @@
-"""Loading a model without transformers' own bars and log lines; what goes wrong comes as an exception."""
+"""Silence transformers' progress bars and log lines while a model loads; failures still come as exceptions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within, transformers draws and logs nothing but errors; its settings are restored afterwards."""
+    """Let transformers log only errors and draw no bars in the block, and restore its settings afterwards."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

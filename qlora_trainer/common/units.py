@@ -1,4 +1,4 @@
-"""Bytes and dtypes in words: read amounts such as 24GiB, write them, and name a dtype."""
+"""Parse amounts of memory such as 24GiB, and format amounts and dtypes as text."""
 
 import re
 from typing import TYPE_CHECKING
@@ -12,7 +12,17 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "24GiB", "24 GB" or "512MiB"; ConfigError for anything else, and for less than a byte."""
+    """Parse an amount of memory or disk.
+
+    Args:
+        text: such as "24GiB", "24 GB" or "512MiB", in upper or lower case.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ConfigError: it is not such an amount, or is less than a byte.
+    """
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(B|[KMG]i?B)\s*", text, re.ASCII | re.IGNORECASE)
     amount = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
     if amount < 1:
@@ -21,7 +31,14 @@ def parse_bytes(text: str) -> int:
 
 
 def gibibytes(count: float) -> str:
-    """A number of bytes in the unit that fits."""
+    """Format a number of bytes in the largest of GiB, MiB, KiB and B of which it has one.
+
+    Args:
+        count: bytes.
+
+    Returns:
+        Such as "1.5 GiB".
+    """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -29,8 +46,24 @@ def gibibytes(count: float) -> str:
 
 
 def gib(count: int) -> str:
+    """Format a number of bytes in GiB, to two decimals.
+
+    Args:
+        count: bytes.
+
+    Returns:
+        Such as "0.52 GiB".
+    """
     return f"{count / 2**30:.2f} GiB"
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
+    """Return a dtype's name without "torch.".
+
+    Args:
+        dtype: such as torch.bfloat16.
+
+    Returns:
+        Such as "bfloat16".
+    """
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Every config key with its type, default and meaning, and reading them from YAML and the command line.
+"""Declare every config key with its type, default and meaning, and read them from YAML and the command line.
 
 Start at `load.load_config`; the keys are in `schema`.
 """

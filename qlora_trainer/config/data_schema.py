@@ -13,9 +13,10 @@ DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_comp
 
 
 def _encoding_is_known(value: str | None) -> str | None:
+    """Refuse an encoding that Python does not know, or that is none of text files."""
     try:
         "".encode(value or "utf-8")
-        if codecs.lookup(value or "utf-8").name in ("idna", "punycode"):  # of names in the internet, not of files
+        if codecs.lookup(value or "utf-8").name in ("idna", "punycode"):  # for domain names, not for files
             raise LookupError
     except (LookupError, UnicodeError, ValueError):
         raise ValueError(
@@ -28,11 +29,13 @@ Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
 
 
 class Section(BaseModel):
+    """Refuse unknown keys, changes after construction, NaN and infinities, in every section of a config."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class SourceFile(Section):
-    """A file or hub data set, and how to read it."""
+    """Name a file or hub data set, and say how to read it."""
 
     path: str = Field(
         description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
@@ -47,7 +50,7 @@ class SourceFile(Section):
 
 
 class Source(SourceFile):
-    """One data set of several."""
+    """Name one data set of several, and its part in an epoch."""
 
     weight: float | None = Field(
         None,
@@ -71,7 +74,7 @@ class Source(SourceFile):
 
 
 class DataConfig(Section):
-    """What is trained."""
+    """Configure the rows and which of their tokens are trained."""
 
     train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
     eval: float | str | SourceFile = Field(
@@ -129,7 +132,7 @@ class DataConfig(Section):
     @field_validator("eval", mode="before")
     @classmethod
     def _number_is_a_share(cls, value: object) -> object:
-        """YAML reads 1e-1 as text, as it has no dot; a file of such a name can be given as ./1e-1."""
+        """Read text such as 1e-1, which YAML takes for no number, as a share; a file of that name is ./1e-1."""
         try:
             return float(value) if isinstance(value, str) else value
         except ValueError:

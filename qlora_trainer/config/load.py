@@ -1,7 +1,7 @@
-"""A run's configuration from a file: YAML and `section.key=value` overrides become a RunConfig, or one error.
+"""Load a run's configuration: YAML and `section.key=value` overrides become a RunConfig, or one error.
 
-`load_config` reports every problem at once (an unknown key with the nearest known one), and its local paths are
-absolute, so that the copy kept in the run directory means the same from anywhere. Left out: the keys (schema.py).
+`load_config` reports every problem at once (an unknown key with the nearest known one), and makes local paths absolute,
+so that the copy in the run directory is valid from any current directory. Left out: the keys (schema.py).
 """
 
 import difflib
@@ -23,6 +23,13 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Relative local paths are taken from the current directory, and made absolute.
 
+    Args:
+        path: of the YAML file.
+        overrides: `section.key=value`, the value as YAML.
+
+    Returns:
+        The config.
+
     Raises:
         FileMissingError: there is no such file.
         ConfigError: not YAML, or wrong keys or values; the message lists all of them.
@@ -42,7 +49,18 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig:
-    """Check a nested mapping and return the config with absolute local paths; ConfigError lists every problem."""
+    """Check a nested mapping and make the config from it.
+
+    Args:
+        raw: values by section and key.
+        origin: of the mapping, for the error message.
+
+    Returns:
+        The config, with absolute local paths.
+
+    Raises:
+        ConfigError: wrong keys or values; the message lists all of them.
+    """
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -54,17 +72,29 @@ def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML, every key present."""
+    """Write the resolved config as YAML, with every key.
+
+    Args:
+        config: to write.
+        path: of the file.
+    """
     path.write_text(dump_config(config), encoding="utf-8")
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML, every key present."""
+    """Format the resolved config as YAML, with every key.
+
+    Args:
+        config: to format.
+
+    Returns:
+        The YAML text.
+    """
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML, but a key that is there twice is an error: plain YAML would let the last one win without a word."""
+    """Load YAML, but refuse a key that occurs twice in a section: PyYAML would silently take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -79,6 +109,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set the value of one `section.key=value` in a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{override!r} is not of the form section.key=value, such as adapter.rank=8.")
@@ -97,10 +128,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    """pydantic's errors as one sentence a place, with the full key.
+    """Make one sentence from the errors of Pydantic at each key.
 
-    Where a key takes several types pydantic tells what each of them finds wrong. What lies deeper says most (a key
-    inside a list that could also have been a name); what lies at one place is joined.
+    If a key takes several types, Pydantic reports the errors of each type. Errors at deeper keys replace those above
+    them (a key inside a list that could also have been a name); errors at one key are joined.
     """
     by_place: dict[str, list[Mapping[str, Any]]] = {}
     for problem in problems:
@@ -127,19 +158,19 @@ def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _place(problem: Mapping[str, Any]) -> str:
-    """The key as the user wrote it, such as data.train.0.path."""
+    """Return the key as the user wrote it, such as data.train.0.path."""
     *parents, leaf = problem["loc"] or ("",)
     is_users = problem["type"] == "extra_forbidden" or not _is_union_label(leaf)
     return ".".join(str(part) for part in [p for p in parents if not _is_union_label(p)] + [leaf] * is_users)
 
 
 def _is_union_label(part: int | str) -> bool:
-    """pydantic names the branch of a union it tried, which no user wrote."""
+    """Return True if a part of a key is the type of a union that Pydantic tried, which no user wrote."""
     return isinstance(part, str) and (part in {"str", "float", "constrained-int", "int", "SourceFile"} or "[" in part)
 
 
 def _suggestion(unknown: str) -> str:
-    """What may have been meant by an unknown key, or what there is."""
+    """Suggest the key that an unknown one may have meant, or list the known ones."""
     if unknown.startswith(("data.train.", "data.eval.")):  # inside a source
         fields = Source.model_fields if unknown.startswith("data.train.") else SourceFile.model_fields
         source, _, leaf = unknown.rpartition(".")
@@ -169,7 +200,7 @@ def _nearest_key(unknown: str, keys: list[str]) -> str | None:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make what exists on disk absolute; a name that is no file here stays, it may be a hub name."""
+    """Make paths that exist on disk absolute; other names stay, as they may be names on the hub."""
     data = config.data
     train = (
         _absolute(data.train)

@@ -1,4 +1,4 @@
-"""Name what config keys and values were called before version 0.2, so that an old config is refused with the new name.
+"""List the config keys and values of versions before 0.2, so that an old config is refused with the new names.
 
 No aliases: a key has one name. Left out: keys that never existed (load.py suggests the nearest).
 """
@@ -24,7 +24,15 @@ VALUES = {
 
 
 def renamed_key(key: str, value: Any) -> str | None:
-    """Return the sentence that refuses an old key with its new name, and its old value with the new one; else None."""
+    """Look up the new name of an old key, and of its value.
+
+    Args:
+        key: `section.key` as the user wrote it.
+        value: as the user wrote it.
+
+    Returns:
+        The sentence that refuses the key; None if it is not an old one.
+    """
     if key not in KEYS:
         return None
     new = renamed_value(KEYS[key], value)
@@ -32,6 +40,14 @@ def renamed_key(key: str, value: Any) -> str | None:
 
 
 def renamed_value(key: str, value: Any) -> str | None:
-    """Return "its value X was renamed to Y" where the value is an old one of this key; else None."""
+    """Look up the new name of an old value.
+
+    Args:
+        key: `section.key`, by its present name.
+        value: as the user wrote it.
+
+    Returns:
+        "its value X was renamed to Y"; None if it is not an old value of this key.
+    """
     new = VALUES.get(key, {}).get(value) if isinstance(value, str) else None
     return f"its value {value} was renamed to {new}" if new else None

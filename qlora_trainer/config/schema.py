@@ -1,7 +1,7 @@
-"""Declare every key of a run's configuration: its type, default, unit and a sentence, checked where it is declared.
+"""Declare every key of a run's configuration with its type, default, unit, description and checks.
 
-Frozen: what a run was begun with does not change. configs/README.md explains each key once more for reading. Left out:
-the keys of its data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
+A config is frozen: it does not change after it is made. configs/README.md lists the same keys for reading. Left out:
+the keys of the data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
 """
 
 import re
@@ -14,7 +14,7 @@ from qlora_trainer.config.data_schema import DataConfig, Section
 
 
 class ModelConfig(Section):
-    """The frozen base."""
+    """Configure the frozen base."""
 
     name: str = Field(description="Hub name, directory of safetensors, or a .gguf file.")
     revision: str | None = Field(None, description="Commit, tag or branch on the hub; null for the newest.")
@@ -34,6 +34,10 @@ class ModelConfig(Section):
         description="Keep the base in 4 bits in the user's cache at its first use, and load that copy from then on, in "
         "seconds. It is the same base; it takes about a third of the 16-bit checkpoint's space on disk.",
     )
+    verify_bytes: bool = Field(
+        False,
+        description="Hash the base's files again at this start, even where they are known by their size and times.",
+    )
     embeddings: Literal["device", "cpu"] = Field(
         "device",
         description="Where the input embedding is kept. cpu: in host memory, from where the rows of a micro-batch "
@@ -47,7 +51,7 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """The trainable part."""
+    """Configure the adapter, which is what trains."""
 
     kind: Literal["lora"] = Field("lora", description="Kind of adapter (LoRA, Hu et al. 2021).")
     rank: int = Field(16, ge=1, le=1024, description="Rank R of lora_A (R, I) and lora_B (O, R).")
@@ -97,7 +101,7 @@ class AdapterConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """How adapters are updated."""
+    """Configure the updates of the adapter."""
 
     name: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
         "paged_adamw_32bit", description="bitsandbytes' paged AdamW with 32- or 8-bit state, or torch's AdamW."
@@ -113,7 +117,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The run."""
+    """Configure the training run: its length, batches, memory and output."""
 
     output_dir: str = Field("runs/my-run", description="The run directory; must be new or empty.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: by epochs.")
@@ -164,20 +168,20 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What is measured besides the eval loss."""
+    """Configure what is measured in addition to the eval loss."""
 
     samples: int = Field(3, ge=0, description="Eval rows answered before and after training, for the report.")
     max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
 
 
 class CheckpointConfig(Section):
-    """What is kept."""
+    """Configure how many checkpoints are kept."""
 
     keep: int = Field(3, ge=1, description="Checkpoints kept; older ones are deleted after a new one is safe.")
 
 
 class RunConfig(Section):
-    """Everything `qlora train` needs to know."""
+    """Configure a run of `qlora train`, all sections together."""
 
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -188,13 +192,15 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def replace(self, values: Mapping[str, Any]) -> "RunConfig":
-        """Return this config with other values for some keys, checked as when a file is read.
+        """Copy this config with other values for some keys, checked as when a file is read.
+
+        An unknown key, or a value that the schema refuses, raises Pydantic's ValidationError.
 
         Args:
             values: the new values by key, such as {"training.max_steps": 10}.
 
-        Raises:
-            ValidationError: a key is unknown, or the schema refuses a value.
+        Returns:
+            The new config.
         """
         sections: dict[str, Any] = {name: dict(section) for name, section in self}
         for key, value in values.items():
@@ -205,14 +211,14 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _bare_section_is_empty(cls, raw: Any) -> Any:
-        """A section whose every key is commented out arrives as null."""
+        """Read null as an empty section: that is what YAML makes of one whose keys are all commented out."""
         if not isinstance(raw, Mapping):
             return raw
         return {key: {} if value is None and key in cls.model_fields else value for key, value in raw.items()}
 
     @model_validator(mode="after")
     def _moments_are_not_in_bfloat16(self) -> "RunConfig":
-        """torch's AdamW keeps its moments in the parameters' dtype, and in bf16 the second one stops moving."""
+        """Refuse AdamW of torch on bf16 parameters: it keeps its moments in bf16, where the second stops changing."""
         if self.adapter.dtype == "bfloat16" and self.optimizer.name == "adamw":
             raise ValueError(
                 "adapter.dtype is bfloat16 and optimizer.name is adamw, which would keep Adam's moments in bfloat16 "

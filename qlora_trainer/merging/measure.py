@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     CheckpointError,
     DataError,
@@ -77,7 +78,7 @@ class MergeRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class SampleRows:
     """What models are measured on."""
 
     rows: list[list[int]]  # tokens to compare logits on
@@ -108,7 +109,7 @@ def plan_streaming(run: MergeRun, device: torch.device) -> None:
         run.warnings.append(ON_CPU)
 
 
-def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+def measure_trained(run: MergeRun, progress: Progress) -> tuple[SampleRows, Measured]:
     """Measure the trained function; on the CPU where a GPU turns out to be too small.
 
     Args:
@@ -117,6 +118,10 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured
 
     Returns:
         What was measured on, and the measurement.
+
+    Raises:
+        OutOfMemoryError: the CPU is too small too.
+        InsufficientMemoryError: as said there, before memory ran out.
     """
     reported = len(run.warnings)
     try:
@@ -131,14 +136,14 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[Sample, Measured
     return _measure_trained_here(run, progress)
 
 
-def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[Sample, Measured]:
+def _measure_trained_here(run: MergeRun, progress: Progress) -> tuple[SampleRows, Measured]:
     sample = _sample(run, progress)
     measured = _measure(_with_adapter(run, "dequantized", progress), run, sample, progress)
     give_back_memory()
     return sample, measured
 
 
-def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progress) -> Measured | None:
+def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Progress) -> Measured | None:
     """Measure the original weights + adapter, after `measure_trained`.
 
     Args:
@@ -173,25 +178,25 @@ def measure_original(run: MergeRun, sample: Sample, base: str, progress: Progres
         give_back_memory()
 
 
-def _sample(run: MergeRun, progress: Progress) -> Sample:
-    """Eval rows to measure on; token rows to compare on: eval ones, else training's, else fixed sentences."""
+def _sample(run: MergeRun, progress: Progress) -> SampleRows:
+    """Choose eval rows to measure on, and rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
     try:
         prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
     except (DataError, FileMissingError) as error:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
-        return Sample([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
+        return SampleRows([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
     run.warnings += reported
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):
         run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")
-        return Sample(rows, None, forward)
-    return Sample(rows, prepared.eval, forward)
+        return SampleRows(rows, None, forward)
+    return SampleRows(rows, prepared.eval, forward)
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
-    """By the first layers of each kind, which say as much of packing and of the logits as all would."""
+    """Examine the first layers of each kind, which show as much of packing and of the logits as all would."""
     progress("examining the model", 0, None)
     if run.stream is not None:
         kinds = run.base.facts.layer_kinds
@@ -211,7 +216,7 @@ def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 
 
 def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
-    """The base in fp32, as it was trained or as its checkpoint has it."""
+    """Load the base in fp32, as it was trained or as its checkpoint has it."""
     if base == "original":
         return load_dense_model(run.base, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
@@ -221,15 +226,15 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
         "model.lm_head": "dense",
         "model.embeddings": "device",
     }
-    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, progress)
+    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model
 
 
 @torch.no_grad()
-def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> Measured:
-    """In one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
+def _measure(model: Any, run: MergeRun, sample: SampleRows, progress: Progress) -> Measured:
+    """Measure in one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring logits", 0, None)
     found, is_routed = _sample_logits(model, sample), has_experts(model)
     if sample.eval is None:
@@ -241,7 +246,7 @@ def _measure(model: Any, run: MergeRun, sample: Sample, progress: Progress) -> M
     return Measured(found, loss, is_routed)
 
 
-def _sample_logits(model: Any, sample: Sample) -> Logits:
+def _sample_logits(model: Any, sample: SampleRows) -> Logits:
     loss_path = sample.forward.loss_path
     if not sample.forward.can_pack:
         return row_logits(model, sample.rows, loss_path)

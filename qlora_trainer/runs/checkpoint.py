@@ -1,14 +1,14 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit.
+"""Save and load checkpoints so that a kill or a full disk loses none, and a flipped bit is detected.
 
 A checkpoint is a directory `checkpoints/step-000100` in the run directory: the adapter in PEFT's two files, what else
 training needs (`trainer_state.safetensors` for tensors, `trainer_state.json` for the rest), and `manifest.json` with
 the size and sha256 of each. It is written under a temporary name, every file and directory is synced, the manifest
-comes last, and one rename makes it appear; only then are older ones deleted. So at every moment the newest valid
-checkpoint is the old one or the new one, whole. Loading verifies the hashes first: a flipped bit in tensor data would
-otherwise load without an error.
+comes last, and one rename gives it its name; only then are older ones deleted. So at every moment the newest valid
+checkpoint is the old one or the new one, complete. Loading verifies the hashes first: a flipped bit in tensor data
+would otherwise load without an error.
 
-No pickle: random states are uint8 tensors and JSON. Left out: what the state means (training/loop.py) and the adapter's
-own format (adapters/peft_format.py). One process writes to a run directory at a time.
+No pickle: random states are uint8 tensors and JSON. Left out: what the state means (training/state.py) and the
+adapter's own format (adapters/peft_format.py). One process writes to a run directory at a time.
 """
 
 import json
@@ -30,12 +30,14 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE_TENSORS = "trainer_state.safetensors"
 STATE_JSON = "trainer_state.json"
-MAX_JSON_BYTES = 64 * 2**20
+MAX_CHECKPOINT_JSON_BYTES = 64 * 2**20
 
 _STEP = re.compile(r"step-(\d+)(\.replaced)?")
 
 
 class FoundCheckpoint(NamedTuple):
+    """Hold the newest valid checkpoint and the reasons why newer ones were passed over."""
+
     path: Path
     step: int
     passed_over: list[str]  # one sentence for each newer checkpoint that is damaged
@@ -50,13 +52,22 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-<step>` and delete all but the `keep` newest up to it; returns its path.
+    """Write `checkpoints/step-<step>`, then delete all but the newest up to it.
 
-    `write_adapter` writes the adapter's files into the directory it is given. `tensors` are contiguous and share no
-    memory; `state` is JSON.
+    Args:
+        run_dir: the run directory.
+        step: optimizer steps taken.
+        write_adapter: writes the adapter's files into the directory that it is called with.
+        tensors: the state's tensors, contiguous and without shared memory.
+        state: the rest of the state, which JSON can hold.
+        keep: so many checkpoints are kept, this one included.
+
+    Returns:
+        The checkpoint's directory.
 
     Raises:
-        DiskError: a write failed. Earlier checkpoints are untouched, nothing half-written is left.
+        DiskError: a write failed, then earlier checkpoints are untouched and nothing half-written is left; or the
+            checkpoint is written, and older ones could not be deleted.
     """
     checkpoints = run_dir / "checkpoints"
     final = checkpoints / f"step-{step:06d}"
@@ -94,7 +105,13 @@ def save_checkpoint(
 
 
 def newest_checkpoint(run_dir: Path) -> FoundCheckpoint:
-    """The newest checkpoint whose files are all as the manifest says, and which damaged ones were passed over.
+    """Find the newest checkpoint whose files all have the size and hash of its manifest.
+
+    Args:
+        run_dir: the run directory.
+
+    Returns:
+        The checkpoint, with a sentence for each newer one that is damaged.
 
     Raises:
         CheckpointError: there is none; the message says what was found.
@@ -120,10 +137,15 @@ def newest_checkpoint(run_dir: Path) -> FoundCheckpoint:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Verify a checkpoint's files and return what `save_checkpoint` was given: (tensors on the CPU, state).
+    """Verify a checkpoint's files and load its state.
 
-    Raises:
-        CheckpointError: a file is missing, damaged or of another format version.
+    A file that is missing, damaged or of another format version raises CheckpointError.
+
+    Args:
+        path: the checkpoint's directory.
+
+    Returns:
+        (tensors, on the CPU, and state), as `save_checkpoint` was given them.
     """
     _verify(path)
     state = _read_json(path / STATE_JSON)
@@ -131,7 +153,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _seal(directory: Path, step: int) -> None:
-    """Give every file the mode a plain write would have, sync it, hash it, and write the manifest last."""
+    """Give every file the mode that a plain write would give, sync and hash it, and write the manifest last."""
     mode = (directory / STATE_JSON).stat().st_mode & 0o777  # safetensors creates its files with 0600
     files = {}
     for path in sorted(directory.iterdir()):
@@ -147,12 +169,12 @@ def _seal(directory: Path, step: int) -> None:
 
 
 def _aside(final: Path) -> Path:
-    """Where a checkpoint goes while one of the same step takes its place; `newest_checkpoint` also looks there."""
+    """Name a checkpoint while one of the same step replaces it; `newest_checkpoint` finds this name too."""
     return final.with_name(f"{final.name}.replaced")
 
 
 def _clean_up(checkpoints: Path) -> None:
-    """Delete what a killed run left, but for a replaced checkpoint whose replacement never came: put that back."""
+    """Delete what a killed run left; a checkpoint that was to be replaced and was not gets its name back."""
     for aside in checkpoints.glob("step-*.replaced"):
         final = aside.with_suffix("")
         if final.exists():
@@ -171,7 +193,7 @@ def _prune(checkpoints: Path, newest: int, keep: int) -> None:
 
 
 def _checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint directory, newest first; of two with one step, the replacement first."""
+    """List (step, path) of every checkpoint directory, newest first; of two of one step, the replacement first."""
     if not checkpoints.is_dir():
         return []
     matches = [(match, path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
@@ -203,10 +225,11 @@ def _verify(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; CheckpointError if it is missing, too large or anything else."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_JSON_BYTES} that are read.")
+    if (size := path.stat().st_size) > MAX_CHECKPOINT_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_CHECKPOINT_JSON_BYTES} that are read.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -217,7 +240,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """fsync a file or directory."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,9 @@
-"""What a run keeps on disk next to its checkpoints, what a resumed run may change, and what its last bits depend on.
+"""Read and write a run directory's files other than its checkpoints, and prepare its rows.
 
 A run directory holds config.yaml (resolved), metrics.jsonl, samples.json, report.html, checkpoints/ and, when training
 has ended, adapter/: PEFT's two files, and base.json, which says what base the adapter belongs to. Imported models and
-prepared data lie in the user's cache instead, shared by all runs.
+prepared data are kept in the user's cache instead, shared by all runs. Left out: checkpoints (checkpoint.py), what a
+resumed run may change (resume_rules.py), and the metrics (metrics.py).
 """
 
 import json
@@ -22,13 +23,13 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-CONFIG_NAME = "config.yaml"
+RUN_CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
 MAX_BASE_BYTES = 64 * 2**20
 
 
 class BaseRecord(NamedTuple):
-    """What an adapter says of itself beyond PEFT's files: the base it was trained on, and when."""
+    """Hold what an adapter records in addition to PEFT's files: the base, the step and the run it was trained in."""
 
     fingerprint: BaseFingerprint
     step: int
@@ -37,28 +38,59 @@ class BaseRecord(NamedTuple):
 
 
 def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run directory's resolved config; FileMissingError where it is no run directory.
+    """Read a run directory's resolved config, with its present path as output directory.
 
-    The output directory is where the run lies now, wherever it was started.
+    Args:
+        directory: the run directory; it may have been moved since the run started.
+        overrides: `section.key=value` of keys to set.
+
+    Returns:
+        The config.
+
+    Raises:
+        FileMissingError: it is not a run directory.
     """
-    if not (directory / CONFIG_NAME).is_file():
-        raise FileMissingError(f"{directory} is not a run directory: it has no {CONFIG_NAME}.")
-    config = load_config(directory / CONFIG_NAME, overrides)
+    if not (directory / RUN_CONFIG_NAME).is_file():
+        raise FileMissingError(f"{directory} is not a run directory: it has no {RUN_CONFIG_NAME}.")
+    config = load_config(directory / RUN_CONFIG_NAME, overrides)
     return config.replace({"training.output_dir": str(directory.absolute())})
 
 
 def write_run_config(config: RunConfig, directory: Path) -> None:
-    """Write config.yaml at once, so that a kill leaves the old one or the new one."""
-    write_text(directory / CONFIG_NAME, dump_config(config))
+    """Write config.yaml atomically, so that a kill leaves the old one or the new one.
+
+    Args:
+        config: resolved.
+        directory: the run directory.
+    """
+    write_text(directory / RUN_CONFIG_NAME, dump_config(config))
 
 
 def run_renderer(config: RunConfig, tokenizer: Any) -> Renderer:
-    """Make what renders the prompts of a run as its rows were rendered, and says which tokens end an answer."""
+    """Make the renderer that renders a run's prompts as its rows were, and knows which tokens end an answer.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run's model.
+
+    Returns:
+        The renderer.
+    """
     return Renderer(tokenizer, template_date=config.data.template_date)
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progress: Progress = silent) -> Prepared:
-    """The run's prepared rows, from the user's cache where they have been prepared before."""
+    """Prepare the run's rows, or take them from the user's cache if they have been prepared before.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run's model.
+        model: the directory of the run's model.
+        progress: is called as rows are prepared.
+
+    Returns:
+        The rows and the report on them.
+    """
     return prepare(
         config.data,
         tokenizer,
@@ -71,16 +103,27 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
 
 
 def write_base_record(directory: Path, record: BaseRecord) -> None:
-    """Say next to an adapter's files which base it belongs to; PEFT ignores the file."""
+    """Write base.json next to an adapter's files, to record its base; PEFT ignores the file.
+
+    Args:
+        directory: of the adapter.
+        record: to write.
+    """
     content = {"run": record.run, "step": record.step, "base": record.fingerprint.to_json(), "data": record.data}
     write_text(directory / BASE_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def read_base_record(directory: Path) -> BaseRecord | None:
-    """The base that an adapter of ours belongs to, from a final adapter or a checkpoint; None for another's adapter.
+    """Read which base an adapter belongs to.
+
+    Args:
+        directory: of a final adapter or a checkpoint; a damaged checkpoint raises CheckpointError.
+
+    Returns:
+        The record; None for an adapter that was made by another program.
 
     Raises:
-        CheckpointError: the record is there and cannot be read, or the checkpoint is damaged.
+        CheckpointError: the record exists and cannot be read.
     """
     path = directory / BASE_NAME
     if (directory / MANIFEST).is_file():  # one of our checkpoints; a trainer_state.json alone may be any trainer's
@@ -103,11 +146,23 @@ def read_base_record(directory: Path) -> BaseRecord | None:
 
 
 def write_samples(directory: Path, samples: list[dict[str, Any]]) -> None:
-    """Keep generated samples in the run directory, for the report of this run or of its resumption."""
+    """Write generated samples to samples.json, for the report of this run or of its resumption.
+
+    Args:
+        directory: the run directory.
+        samples: objects with prompt, reference, before and after.
+    """
     write_text(directory / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:
-    """What `write_samples` kept; empty where there is none."""
+    """Read the samples that `write_samples` wrote.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The samples; empty if none were written.
+    """
     path = directory / "samples.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -1,7 +1,7 @@
-"""May a run start from this adapter? Its settings and its base are compared before it is taken for what it is not.
+"""Check that a run may start from an adapter: compare the adapter's settings and base with the run's.
 
-An adapter of ours, a final one or a checkpoint, says which base it was trained on, to the last weight. Another's only
-names a base, which may be the same under another name: that is reported, not refused.
+An adapter of ours, a final one or a checkpoint, has a fingerprint of the base it was trained on. An adapter made by
+another program only names a base, which may be the same under another name: a difference is a warning, not an error.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,13 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDirectory) -> None:
     """Compare rank, alpha, scaling rule, bias mode and layers; takes seconds, as an empty model has the same layers.
 
+    Args:
+        initial: the adapter to start from.
+        config: of the run.
+        directory: of the run's model.
+
     Raises:
-        AdapterError: they differ; the message has the settings to set.
+        AdapterError: they differ; the message lists the settings to change.
     """
     changes = [
         f"{key}={str(found).lower()}" for key, (found, _) in setting_differences(initial.config, config.adapter).items()
@@ -38,11 +43,20 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
 
 
 def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint) -> list[str]:
-    """Compare the base an adapter was trained on with the run's; returns warnings.
+    """Compare the base that an adapter was trained on with the run's.
+
+    A record of the base that cannot be read raises CheckpointError.
+
+    Args:
+        initial: the adapter to start from.
+        config: of the run.
+        base: the fingerprint of the run's base.
+
+    Returns:
+        Warnings: one if the adapter was made by another program and names another base.
 
     Raises:
         AdapterError: the adapter is ours and was trained on another base.
-        CheckpointError: what it says of its base cannot be read.
     """
     source = Path(str(config.adapter.init_from))
     record = read_base_record(source)
@@ -63,7 +77,15 @@ def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint)
 
 
 def target_names(model: Any, adapted: Sequence[str]) -> list[str]:
-    """The shortest names that PEFT resolves to exactly the adapted layers: the ends of their paths, or the paths."""
+    """Find the shortest names that PEFT resolves to exactly the adapted layers.
+
+    Args:
+        model: with its adapters.
+        adapted: paths of the adapted layers.
+
+    Returns:
+        The last parts of the paths if no other layer has them, else the paths; sorted.
+    """
     ends = {path.rsplit(".", 1)[-1] for path in adapted}
     matched = [path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] in ends]
     return sorted(ends) if sorted(matched) == sorted(adapted) else sorted(adapted)

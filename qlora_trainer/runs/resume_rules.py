@@ -18,8 +18,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import kernels_in_words
 
 RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
-# What a resumed run may change: memory, logging and where things lie. All else makes it another run.
-# The data and the base are known by their contents, wherever they lie now.
+# Keys that a resumed run may change: memory, logging and where files are. Any other change makes it another run.
+# The data and the base are identified by their contents, so their paths may change.
 _FREE_SECTIONS = ("data", "evaluation", "checkpoint")
 _FREE_KEYS = {
     "model.device",
@@ -28,6 +28,7 @@ _FREE_KEYS = {
     "model.min_quantized_fraction",
     "model.name",
     "model.revision",
+    "model.verify_bytes",
     "training.activation_checkpointing",
     "training.deterministic",
     "training.uncheckpointed_layers",
@@ -46,9 +47,14 @@ _REPORTED = {
 
 
 def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> tuple[list[str], list[str]]:
-    """How `config` differs from the one a checkpoint was made with.
+    """Compare a config with the one that a checkpoint was made with.
 
-    Returns (changes that would make it another run, warnings on changes that may be made), each "key: was → is".
+    Args:
+        saved: the checkpoint's config, by section and key.
+        config: of the resumed run.
+
+    Returns:
+        (changes that would make it another run, each "key: was → is"; sentences that warn of allowed changes).
     """
     refused, warnings = [], []
     for section, values in config.model_dump(mode="json").items():
@@ -67,7 +73,15 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
 
 
 def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:
-    """What the last bits of a run depend on, recorded with each checkpoint."""
+    """Collect what the last bits of a run's numbers depend on, to be recorded with each checkpoint.
+
+    Args:
+        device: of the run.
+        compute_dtype: of its activations.
+
+    Returns:
+        Processor, device, kernels, threads and versions by name; all values are text, numbers or None.
+    """
     return {
         "machine": platform.machine(),
         "cpu": cpu_name(),
@@ -93,14 +107,28 @@ def _triton_version() -> str:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's model, as Linux tells it; elsewhere what Python knows."""
+    """Read the processor's model from Linux; on other systems return what Python reports.
+
+    Args:
+        cpuinfo: Linux' description of the processors.
+
+    Returns:
+        The model's name, or only the kind of machine.
+    """
     return processor_fact("model name", cpuinfo) or platform.processor() or platform.machine()
 
 
 def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One warning where a checkpoint comes from another machine or other versions; empty where all is the same.
+    """Warn if a checkpoint was written on another machine or with other versions.
 
-    Checkpoints of earlier versions lack newer keys, of which nothing is said.
+    Checkpoints of earlier versions lack newer keys, which are not compared.
+
+    Args:
+        saved: the checkpoint's environment.
+        here: the present one.
+
+    Returns:
+        One warning; empty if all is the same.
     """
     changed = [f"{key} was {saved[key]} and is {here[key]}" for key in here if key in saved and saved[key] != here[key]]
     if not changed:

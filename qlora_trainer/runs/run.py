@@ -1,7 +1,7 @@
-"""A run that can go on training: it trains, saves, answers samples, and tells what it is and how it went.
+"""Train a run, save its checkpoints and its adapter, and answer its samples.
 
-It is made in start.py, anew or from a checkpoint, and holds all that takes part: config, rows, base, adapters, the
-optimizer's state and the plan of memory. What a step is, is training/loop.py's.
+A run is made in start.py, new or from a checkpoint, and holds everything that takes part: config, rows, base, adapters,
+the optimizer's state and the plan of memory. Left out: the training loop itself (training/loop.py).
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from qlora_trainer.training.state import TrainState
 
 @dataclasses.dataclass
 class Run:
-    """A run that can go on training."""
+    """Hold everything that a run trains with, and train it."""
 
     directory: Path
     config: RunConfig
@@ -58,15 +58,25 @@ class Run:
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
     warnings: list[str]
-    plan: MemoryPlan | None = None  # where it is what the run does, and was worth making
+    plan: MemoryPlan | None = None  # None if the run does not follow it, or none was made
     program_bytes: int | None = None  # of host memory, before the base was loaded
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
-        """Train to the end or an interruption; returns whether the end was reached, and adapter/ was written.
+        """Train to the end or until interrupted; at the end write adapter/.
+
+        Gradients that are not finite raise TrainingError, as does training.deterministic where an operation has no
+        deterministic version; a row that does not fit by itself raises InsufficientMemoryError.
+
+        Args:
+            on_step: is called with the metrics of each step.
+            stop_after: the step to stop after, as if interrupted; None: the last one.
+
+        Returns:
+            True if the end was reached.
 
         Raises:
-            TrainingError: the gradient is not finite, or training.deterministic cannot be had.
-            InsufficientMemoryError: a row does not fit by itself, or torch's allocator broke when memory ran out.
+            InsufficientMemoryError: torch's allocator failed for good after memory ran out.
+            RuntimeError: any other, passed on.
         """
         try:
             with deterministic_algorithms(self.config.training.deterministic):
@@ -83,9 +93,9 @@ class Run:
         return finished
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
-        """Train and keep the metrics; returns whether the end was reached."""
+        """Train and log the metrics; return True if the end was reached."""
         if self.base.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan is of training, not of loading
+            torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan covers training, not loading
             probe(self.state, self.prepared.train.lengths)
         else:
             restart_peak()
@@ -108,9 +118,9 @@ class Run:
             log.close()
 
     def _go_on_in_a_new_process(self, reason: str) -> str:
-        """Save what can be saved after the allocator broke, which takes no device memory, and say how to go on."""
+        """Save, which takes no device memory, after the allocator failed; return the message on how to go on."""
         try:
-            if self.state.optimizer.steps == {self.state.updates}:  # not amid an update
+            if self.state.optimizer.steps == {self.state.updates}:  # not in the middle of an update
                 self.save()
         except (RuntimeError, DiskError) as error:
             reason = f"{reason} Saving step {self.state.step} failed too: {first_line(error)}"
@@ -122,7 +132,14 @@ class Run:
         )
 
     def save(self, directory: Path | None = None) -> Path:
-        """Write a checkpoint of the present state, into the run directory unless another is given."""
+        """Write a checkpoint of the present state.
+
+        Args:
+            directory: to write to; None: the run directory.
+
+        Returns:
+            The checkpoint's directory.
+        """
         tensors, state = self.state.state_dict()
         return save_checkpoint(
             directory or self.directory,
@@ -140,10 +157,18 @@ class Run:
         )
 
     def answer_samples(self, when: Literal["before", "after"], progress: Progress = silent) -> None:
-        """Answer a few eval rows (of training, where none are kept for evaluation) and keep the answers for the report.
+        """Answer a few eval rows, or training rows if there are none, and keep the answers for the report.
 
-        A prompt begins a row as it is trained, and so is no longer than these. Where memory runs out all the same, as a
-        cache for generation may be more than a step takes, there are no answers but a warning.
+        A prompt is the beginning of a row as it is trained, and so is no longer than the rows. If memory runs out all
+        the same, as the cache for generation may take more than a step does, there is a warning in place of answers.
+
+        Args:
+            when: the answers' place in the report.
+            progress: is called as answers are generated.
+
+        Raises:
+            MemoryError: one that does not mean that memory ran out, passed on.
+            RuntimeError: one that does not mean that memory ran out, passed on.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)
@@ -163,10 +188,10 @@ class Run:
             if not (is_broken or is_out_of_memory(error)):
                 raise
             reason = first_line(error)
-        if reason:  # here, where no traceback holds what was allocated
+        if reason:  # outside the except block, whose traceback would keep the tensors alive
             self.state.ran_out_of_memory = True
             if not is_broken:
-                with suppress(RuntimeError):  # an allocator that broke says so at the next step, which saves the run
+                with suppress(RuntimeError):  # a broken allocator fails again at the next step, which saves the run
                     give_back_memory()
             self.warnings.append(
                 f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
@@ -177,18 +202,22 @@ class Run:
         write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
 
     def release(self) -> None:
-        """Let go of the model and its optimizer, to load another in their place."""
+        """Free the model and its optimizer, so that another can be loaded; the run cannot be used afterwards."""
         self.state.optimizer.release()
         self.base.model = None
         del self.state
         give_back_memory()
 
     def write_adapter(self, directory: Path) -> None:
-        """The adapter as it is now, in PEFT's format."""
+        """Write the adapter in its present state, in PEFT's format.
+
+        Args:
+            directory: exists, and receives both files.
+        """
         settings = self.config.adapter
         first = self.base.model.get_submodule(self.adapted[0]).base
         tensors = adapter_state_dict(self.base.model)
-        # The scaling as alpha / rank, for rsLoRA too: some readers know lora_alpha alone.
+        # The scaling is written as alpha / rank, for rsLoRA too: some programs do not read use_rslora.
         scaling = lora_scaling(settings.rank, settings.alpha, settings.use_rslora)
         ranks = stored_ranks(tensors)
         rank = settings.rank if len(set(ranks.values())) > 1 else max(ranks.values())

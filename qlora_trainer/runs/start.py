@@ -1,9 +1,9 @@
-"""What puts a run together: from a config, or, after an interruption, from its directory to where it stood.
+"""Make a run from a config, or resume one from its directory.
 
-This is where the modules below are put together, in the order that lets a mistake cost least: the config and the output
-directory, then the tokenizer and the data (bad rows fail in seconds), then the base, the adapters and the optimizer.
-`resume_run` makes the same objects from the run directory and puts the newest valid checkpoint into them; a new run has
-one of step 0, so that it can be resumed from its first moment on. What is made is run.py's `Run`.
+What can fail fast comes first: the config and the output directory, then the tokenizer and the data (bad rows fail in
+seconds), then the base, the adapters and the optimizer. `resume_run` makes the same objects from the run directory and
+loads the newest valid checkpoint into them; a new run has a checkpoint of step 0, so that it can always be resumed.
+Both return run.py's `Run`. Left out: training it (run.py).
 """
 
 import re
@@ -30,7 +30,7 @@ from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
-from qlora_trainer.runs.directory import CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
+from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
@@ -41,14 +41,20 @@ from qlora_trainer.training.state import as_lowered, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-_LARGE_BASE = 2**30  # bytes; training a smaller one on a CPU spends less on memory than on fresh pages
+_LARGE_BASE = 2**30  # bytes; for a smaller base on a CPU, new pages cost more time than the memory is worth
 
 
 def start_run(config: RunConfig, progress: Progress = silent) -> Run:
-    """Make a new run; its directory appears last, with the config and a checkpoint of step 0, when all has succeeded.
+    """Make a new run; its directory is made last, with the config and a checkpoint of step 0.
 
-    Raises:
-        QLoRATrainerError: of any kind; its text says what to do. Nothing was left in the output directory.
+    On an error, of any kind of QLoRATrainerError, nothing is left in the output directory.
+
+    Args:
+        config: of the run, resolved; training.output_dir must be new or empty.
+        progress: is called as files are fetched, prepared and loaded.
+
+    Returns:
+        The run before its first step. Its config also has the commit of a hub model and the date of its template.
     """
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
@@ -64,22 +70,26 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
-        save_config(config, work / CONFIG_NAME)
+        save_config(config, work / RUN_CONFIG_NAME)
         run.prepared.write_skipped_rows(work)
         run.save(work)
     return run
 
 
 def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Run:
-    """Put a run back to where its newest valid checkpoint is.
+    """Make a run in the state of its newest valid checkpoint; without one, CheckpointError is raised.
 
     Args:
         directory: the run directory.
-        overrides: `section.key=value` of what only concerns memory, logging or where things lie, such as
+        overrides: `section.key=value` of keys that only concern memory, logging or where files are, such as
             training.activation_checkpointing=full; written to config.yaml. Edits of config.yaml count in the same way.
+        progress: is called as files are fetched, prepared and loaded.
+
+    Returns:
+        The run, ready to train on; its warnings say what has changed.
 
     Raises:
-        CheckpointError: no valid checkpoint, or it belongs to other data, another base, or other settings.
+        CheckpointError: the checkpoint belongs to other data, another base, or other settings.
     """
     config = read_run_config(directory, overrides)
     found = newest_checkpoint(directory)
@@ -95,7 +105,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
             f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
-            f"Put them back in {directory / CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
+            f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     saved = state["training"].get("memory")  # checkpoints of earlier versions have none
@@ -135,18 +145,18 @@ def _assemble(
     progress: Progress,
     planned: RunConfig | None = None,
 ) -> Run:
-    """A run before its first step; `planned` is what memory is planned for, where that is not the config."""
+    """Make a run before its first step; `planned` is the config to plan memory for, if it is another one."""
     if config.training.deterministic:
         set_up_cublas(config.model.device)
     prepared = prepare_data(config, tokenizer, model, progress)
-    unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts state where it will lie
+    unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts the state on the device that holds it
     slower = kernel_warnings(choose_device(config.model.device).type)
     plan = check_fits_here(model, planned or config, progress)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
         return_freed_memory()
-    torch.manual_seed(config.training.seed)  # of dropout; everything else draws from a generator of its own
+    torch.manual_seed(config.training.seed)  # for dropout; everything else has a generator of its own
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
@@ -167,7 +177,7 @@ def _assemble(
 
 
 def _unpaged_warnings(config: RunConfig, progress: Progress) -> list[str]:
-    """One warning where the optimizer of the config should page its state and the card refuses to."""
+    """Return a warning if the config's optimizer pages its state and the GPU cannot; else nothing."""
     device = choose_device(config.model.device)
     if device.type != "cuda" or config.optimizer.name == "adamw":
         return []
@@ -184,7 +194,7 @@ def _unpaged_warnings(config: RunConfig, progress: Progress) -> list[str]:
 
 
 def _with_commit(config: RunConfig, path: Path) -> RunConfig:
-    """A hub name represents other weights tomorrow: record the commit that its branch, tag or newest state was."""
+    """Set the commit of a model from the hub, whose name or branch may mean other weights later."""
     if (
         path.parent.name != "snapshots"
         or Path(config.model.name).exists()
@@ -195,6 +205,6 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
 
 
 def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
-    """A chat template that writes today's date writes another one tomorrow: record the day that the run started."""
+    """Set the day of the run's start for a chat template that writes today's date, so that a resumed run repeats it."""
     day = run_renderer(config, tokenizer).template_date
     return config.replace({"data.template_date": day}) if day else config

@@ -1,4 +1,4 @@
-"""A run's base with its trained adapter: what evaluation, generation and merging start from."""
+"""Load a run's base with its trained adapter, for evaluation, generation and merging."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import load_tokenizer, resolve_model
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import (
-    CONFIG_NAME,
+    RUN_CONFIG_NAME,
     BaseRecord,
     prepare_data,
     read_base_record,
@@ -34,19 +34,19 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 @dataclasses.dataclass
 class TrainedAdapter:
-    """What a run directory holds, without the base."""
+    """Hold a run's adapter and what belongs to it, without the base."""
 
     directory: Path
     config: RunConfig
     adapter: StoredAdapter
-    source: str  # what the adapter was taken from, for people
+    source: str  # of the adapter, in words: final, or the step of its checkpoint
     fingerprint: BaseFingerprint  # of the base as it was trained
     data_key: str | None  # of the rows it was trained on, where that is known
 
 
 @dataclasses.dataclass
 class Trained(TrainedAdapter):
-    """A run's base and its adapter, for evaluation and generation."""
+    """Hold a run's base with its adapter, for evaluation and generation."""
 
     renderer: Renderer  # of prompts, as the rows were rendered
     base: Base
@@ -54,23 +54,30 @@ class Trained(TrainedAdapter):
 
 
 def read_trained(directory: Path) -> TrainedAdapter:
-    """A run's adapter: the final one, or the newest checkpoint's where that is further.
+    """Read a run's adapter: the final one, or the newest checkpoint's if that has more steps.
 
-    A finished run needs no checkpoints.
+    A finished run needs no checkpoints. If there is no adapter, or it is damaged, CheckpointError or AdapterError is
+    raised.
+
+    Args:
+        directory: the run directory.
+
+    Returns:
+        The adapter with the run's config.
 
     Raises:
-        CheckpointError: there is no adapter, it is damaged, or the run's config is not what it was trained with.
+        CheckpointError: the run's config is not the one that the adapter was trained with.
     """
     config = read_run_config(directory)
     source, record = _newest_adapter(directory)
     adapter = read_adapter(source)
     if differences := setting_differences(adapter.config, config.adapter):
         changes = "; ".join(
-            f"{key} is {now} in {CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
+            f"{key} is {now} in {RUN_CONFIG_NAME} and {was} there" for key, (was, now) in differences.items()
         )
         raise CheckpointError(
-            f"{directory / CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back the "
-            "adapter's values."
+            f"{directory / RUN_CONFIG_NAME} is not what the adapter in {source} was trained with: {changes}. Put back "
+            "the adapter's values."
         )
     is_final = source == directory / "adapter"
     name = "the final adapter" if is_final else f"the checkpoint of step {record.step}; training has not ended"
@@ -80,11 +87,17 @@ def read_trained(directory: Path) -> TrainedAdapter:
 def open_trained(directory: Path, progress: Progress = silent, **model_settings: str | None) -> Trained:
     """Load a run's base with its adapter, as `read_trained` finds it.
 
-    `model_settings` are taken in the place of those of the run's config, such as compute_dtype="float32", where they
-    are not None.
+    Args:
+        directory: the run directory.
+        progress: is called as files are fetched and loaded.
+        **model_settings: values of the section model that replace the config's, such as compute_dtype="float32"; None
+            replaces nothing.
+
+    Returns:
+        The base with its adapter, in evaluation mode.
 
     Raises:
-        CheckpointError: as `read_trained`, or the adapter belongs to another base.
+        CheckpointError: the adapter belongs to another base.
     """
     run = read_trained(directory)
     given = {f"model.{key}": value for key, value in model_settings.items() if value}
@@ -101,7 +114,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
-    """The final adapter or the newest valid checkpoint, whichever has more steps, and what it says of itself."""
+    """Return the directory and record of the final adapter or newest valid checkpoint, whichever has more steps."""
     final = directory / "adapter"
     ended = read_base_record(final)
     try:
@@ -120,10 +133,16 @@ def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:
 def prepare_trained(
     run: TrainedAdapter, tokenizer: Any, model: ModelDirectory, progress: Progress = silent
 ) -> tuple[Prepared, list[str]]:
-    """The run's rows as they are now; with a warning where they are not those of training.
+    """Prepare the run's rows as they are now; FileMissingError or DataError is raised if they cannot be read.
 
-    Raises:
-        FileMissingError, DataError: they cannot be read.
+    Args:
+        run: whose config names the data.
+        tokenizer: of the run's model.
+        model: the directory of the run's model.
+        progress: is called as rows are prepared.
+
+    Returns:
+        (the rows; a warning if they are not those of training, else an empty list).
     """
     prepared = prepare_data(run.config, tokenizer, model, progress)
     if run.data_key in (None, prepared.key):
@@ -135,9 +154,18 @@ def prepare_trained(
 
 
 def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = silent) -> dict[str, float]:
-    """Eval loss, perplexity, and with `answers` (-1 for all rows) exact match by generation.
+    """Measure eval loss and perplexity, and if asked, exact match by generation.
 
-    Where the data changed since training, `trained.warnings` says so.
+    If the data changed since training, a warning is added to `trained.warnings`.
+
+    Args:
+        trained: the base with its adapter.
+        answers: so many eval rows are answered; 0 for none, -1 for all.
+        progress: is called as packs are measured and answers generated.
+
+    Returns:
+        eval_loss (nats per token), perplexity, rows and label_tokens; with answers also exact_match (a share of 1) and
+        answered (how many).
 
     Raises:
         DataError: the run has no eval rows.
@@ -164,7 +192,15 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
 
 
 def trained_on_plain_text(trained: Trained, progress: Progress = silent) -> bool:
-    """Whether the run trained to continue plain text rather than to answer in turns; no, where its data is gone."""
+    """Return True if the run trained to continue plain text, rather than to answer in turns.
+
+    Args:
+        trained: the base with its adapter.
+        progress: is called as rows are prepared.
+
+    Returns:
+        True for plain text; False also if the run's data cannot be read.
+    """
     try:
         prepared = prepare_data(trained.config, trained.renderer.tokenizer, trained.base.directory, progress)
     except (DataError, FileMissingError):

@@ -81,6 +81,8 @@ def stream_answer(
 ) -> Iterator[str]:
     """Answer one prompt greedily, a piece of text at a time as it comes; leaves the model in evaluation mode.
 
+    What generation raises in its thread is raised here.
+
     Args:
         model: a causal language model of transformers.
         tokenizer: turns what it generates into text.
@@ -89,9 +91,6 @@ def stream_answer(
 
     Yields:
         The pieces of the answer.
-
-    Raises:
-        BaseException: whatever the model raised.
     """
     input_ids, attention_mask = _left_padded([prompt.input_ids], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

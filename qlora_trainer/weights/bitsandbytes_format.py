@@ -1,7 +1,7 @@
-"""Weights as bitsandbytes holds and stores them, read, written and checked.
+"""Read, write and check weights in the form that bitsandbytes holds and stores.
 
-The tables of a weight that was quantized elsewhere are held to the shapes and dtypes of our own: compiled kernels read
-them by these alone. Dequantization is qlora_kernels' own, checked against its definition at start-up, because
+The tables of a weight that was quantized elsewhere must have the shapes and dtypes of our own, since compiled kernels
+rely on these alone. Dequantization is qlora_kernels' own, checked against its definition at start-up, because
 bitsandbytes' module forwards rewrite biases and, on some CPUs, repack the weights they were given.
 
 Legend: O out features, I in features.
@@ -33,14 +33,21 @@ def weight_from_checkpoint(
 ) -> NF4Weight:
     """Rebuild a weight from a prequantized bitsandbytes checkpoint's tensors.
 
-    Raises:
-        QuantizationError: it is quantized otherwise than NF4, block size 64, double quantization, uint8 storage; or a
-            table is missing or damaged.
+    QuantizationError is raised if it is not NF4 with block size 64, double quantization and uint8 storage, or a table
+    is missing or damaged.
+
+    Args:
+        packed: two codes a byte.
+        stats: the weight's tables.
+        name: of the weight, for error messages.
+
+    Returns:
+        The weight, in the memory of these tensors.
     """
     facts = _facts(stats, name)
     _refuse_otherwise(facts.get("quant_type"), facts.get("blocksize"), facts.get("nested_blocksize"), packed, name)
     offset = facts.get("nested_offset")
-    absent = packed.new_empty(0)  # is refused by its shape
+    absent = packed.new_empty(0)  # its shape is refused
     return _checked(
         NF4Weight(
             packed=packed.reshape(-1),
@@ -61,9 +68,16 @@ def weight_to_checkpoint(
     weight: NF4Weight,
     source_dtype: torch.dtype,  # what it was quantized from; bitsandbytes dequantizes to it
 ) -> dict[str, Tensor]:
-    """What bitsandbytes stores of a weight: "" is the packed codes, the other keys follow the weight's name and a dot.
+    """List the tensors that bitsandbytes stores of a weight.
 
     Shapes and dtypes depend on the weight's shape alone, so a file can be laid out before anything is quantized.
+
+    Args:
+        weight: with tensors, or on meta for a layout.
+        source_dtype: the dtype it was quantized from.
+
+    Returns:
+        Key -> tensor: "" for the packed codes, and for the others what follows the weight's name and a dot.
     """
     facts = {
         "quant_type": "nf4",
@@ -74,7 +88,7 @@ def weight_to_checkpoint(
         "nested_dtype": "float32",
         "nested_offset": float(weight.offset) if weight.offset.device.type != "meta" else 0.0,
     }
-    state = json.dumps(facts).encode().ljust(_STATE_BYTES)  # as long for every offset; JSON may end in spaces
+    state = json.dumps(facts).encode().ljust(_STATE_BYTES)  # the same length for every offset; JSON may end in spaces
     return {
         "": weight.packed[:, None],
         "absmax": weight.absmax,
@@ -86,16 +100,22 @@ def weight_to_checkpoint(
 
 
 def source_dtype_of(statistics: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """The dtype that a prequantized weight was quantized from, by what is stored next to it.
+    """Return the dtype that a prequantized weight was quantized from.
 
-    Raises:
-        QuantizationError: it is no NF4 weight, or its keys cannot be read.
+    QuantizationError is raised if it is no NF4 weight, or its JSON cannot be read.
+
+    Args:
+        statistics: the weight's tables, by key.
+        name: of the weight, for error messages.
+
+    Returns:
+        float32, bfloat16 or float16.
     """
     return _SOURCE_DTYPES[_facts(statistics, name)["dtype"]]
 
 
 def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """What bitsandbytes says of a weight in JSON, of which nothing is sure but that it names a source dtype."""
+    """Read the JSON that bitsandbytes stores for a weight; only its source dtype is checked here."""
     try:
         facts: dict[str, Any] = json.loads(bytes(statistics[_STATE_KEY].tolist()))
         _SOURCE_DTYPES[facts["dtype"]]
@@ -109,6 +129,7 @@ def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
 
 
 def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
+    """Take over a weight from bitsandbytes' packed codes and its QuantState."""
     nested: Any = getattr(state, "state2", None)
     _refuse_otherwise(state.quant_type, state.blocksize, nested and nested.blocksize, packed, name)
     offset, shape = state.offset.reshape(()), tuple(state.shape)
@@ -117,7 +138,7 @@ def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
 
 
 def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed: Tensor, name: str) -> None:
-    """QuantizationError unless it is NF4, block size 64, double quantization, uint8 storage."""
+    """Raise QuantizationError unless it is NF4 with block size 64, double quantization and uint8 storage."""
     found = {
         "type": kind,
         "block size": block_size,
@@ -143,12 +164,12 @@ def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed
 
 
 def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
-    """The weight, if its tables are those of its shape; `code` are the sixteen values its codes represent.
+    """Return the weight if its tables fit its shape and `code` holds the sixteen values of NF4.
 
     Raises:
-        QuantizationError: a table has another shape or dtype, or a value that cannot be.
+        QuantizationError: a table has another shape or dtype, or an impossible value.
     """
-    shape: Any = weight.shape  # still what the checkpoint says
+    shape: Any = weight.shape  # as the checkpoint has it, unchecked
     if not (
         isinstance(shape, list | tuple)
         and len(shape) == 2
@@ -176,13 +197,19 @@ def _shape_and_dtype(tensor: Tensor) -> str:
 
 
 def check_dequantization(device: torch.device) -> list[str]:
-    """Compare dequantization on `device` with its definition, on even and awkward shapes, to the last bit.
+    """Compare dequantization on a device with its definition, bit for bit, on several shapes.
 
-    Returns one warning for each shape on which bitsandbytes' own function differs (its CPU code does for widths that
-    are no multiple of the block size, on some processors); training here does not use that function.
+    bitsandbytes' own function, which training here does not use, is compared too: its CPU code is wrong on some
+    processors for widths that are no multiple of the block size.
+
+    Args:
+        device: to check.
+
+    Returns:
+        A warning for each shape on which bitsandbytes' function differs.
 
     Raises:
-        QuantizationError: ours differs, so that training would adapt to another base than the merge writes.
+        QuantizationError: ours differs, so that training would adapt another base than the merge writes.
     """
     generator = torch.Generator().manual_seed(0)
     warnings = []
@@ -208,7 +235,10 @@ def check_dequantization(device: torch.device) -> list[str]:
 
 
 def _dequantize_by_definition(weight: NF4Weight) -> Tensor:  # (O, I) fp32
-    """value = NF4_CODE[code] * (nested_code[absmax] * nested_absmax + offset), element by element."""
+    """Compute NF4_CODE[code] * (nested_code[absmax] * nested_absmax + offset), element by element.
+
+    The formula is double dequantization (QLoRA, Dettmers et al. 2023, section 3), with bitsandbytes' offset.
+    """
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).reshape(-1).long()
     element = torch.arange(weight.shape[0] * weight.shape[1], device=codes.device)
     block = element // weight.block_size

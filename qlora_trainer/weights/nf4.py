@@ -1,7 +1,7 @@
-"""Quantize one weight to NF4 with double quantization (QLoRA, Dettmers et al. 2023); the owner of bitsandbytes.
+"""Quantize one weight to NF4 with double quantization (QLoRA, Dettmers et al. 2023), and import bitsandbytes.
 
-On every device qlora_kernels gives the codes that bitsandbytes gives on a CPU. bitsandbytes is imported here and
-nowhere else, so that what it prints and registers at import is handled once.
+On every device qlora_kernels gives the codes that bitsandbytes gives on a CPU. bitsandbytes is imported in this file
+only, so that what it prints and registers at import is handled once.
 
 Legend: O out features, I in features.
 """
@@ -19,7 +19,7 @@ from qlora_trainer.common.errors import QuantizationError
 
 
 def _import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its attempt to download CPU kernels through the package `kernels`, if installed."""
+    """Import bitsandbytes without letting it download CPU kernels through the package `kernels`, if installed."""
     missing = object()
     previous = sys.modules.get("kernels", missing)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -46,11 +46,18 @@ def quantize_weight(
 
     The codes are the same on every device.
 
+    Args:
+        weight: not changed.
+        name: for error messages.
+
+    Returns:
+        The quantized weight.
+
     Raises:
         QuantizationError: a value is not finite; one of them would turn the whole tensor into NaN.
     """
     quantized = quantize_nf4(weight)
-    if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so it shows such a value
+    if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so not finite if one value is not
         bad = int((~torch.isfinite(weight)).sum())
         reported = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
         raise QuantizationError(
@@ -61,14 +68,30 @@ def quantize_weight(
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether no value is infinite or NaN; tensors that are not of floats have none."""
-    # One pass without another tensor: a NaN anywhere is both the least and the greatest value.
+    """Return True if no value is infinite or NaN.
+
+    Args:
+        *tensors: of any shape; only those of floats are checked.
+
+    Returns:
+        True if all values are finite.
+    """
+    # One pass without a temporary tensor: a NaN anywhere is both the least and the greatest value.
     floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return all(torch.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 
 
 def empty_weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Weight:
-    """The tensors of a quantized (O, I) weight, uninitialized."""
+    """Make the tensors of a quantized (O, I) weight, uninitialized.
+
+    Args:
+        out_features: O.
+        in_features: I.
+        device: of the tensors.
+
+    Returns:
+        The weight: uint8 codes, two a byte; uint8 block maxima; their fp32 maxima, code and offset.
+    """
     elements = out_features * in_features
     blocks = -(-elements // BLOCK_SIZE)
     return NF4Weight(

@@ -1,6 +1,6 @@
 """Read back what was written: exactly the expected tensors, finite, with the bytes they had in memory.
 
-Loaders forgive too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
+Loaders accept too much: a missing tensor becomes random with a warning, NaN loads silently. So every key, shape and
 dtype is compared, and every byte by the CRC-32 taken when it was computed.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_trainer.common.errors import MergeError, ModelError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor, tensor_bytes
+from qlora_trainer.weights.reading import tensor_bytes
 from qlora_trainer.weights.tensors import TensorSpec
 
 
@@ -25,10 +25,17 @@ def verify_files(
     progress: Progress = silent,
     what: str = "merged model",
 ) -> None:
-    """Read back every tensor: exactly the expected keys, shapes and dtypes, and bytes of the CRC-32 they had in memory.
+    """Read back every tensor, and compare keys, shapes, dtypes, and the CRC-32 of the bytes with those in memory.
+
+    Args:
+        directory: the written checkpoint.
+        expected: its tensors.
+        checksums: CRC-32 of each tensor's bytes, by name.
+        progress: gets bytes.
+        what: of which the message speaks.
 
     Raises:
-        MergeError: something is missing, unexpected, or damaged; it is named.
+        MergeError: a tensor is missing, unexpected or damaged; the message names it.
     """
     failed = f"The {what} failed its verification"
     try:
@@ -43,7 +50,7 @@ def verify_files(
             spec = wanted[name]
             if (info.dtype, info.shape) != (spec.dtype, spec.shape):
                 raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
-            tensor = read_tensor(info)
+            tensor = info.read()
             if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
                 damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
                 raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
@@ -54,4 +61,5 @@ def verify_files(
 
 
 def _has_not_finite(tensor: Tensor) -> bool:
+    """Return True if a tensor of floats has an infinite value or NaN."""
     return tensor.is_floating_point() and not torch.isfinite(tensor).all()

@@ -1,14 +1,15 @@
-"""Writing a checkpoint as a stream: header first, then tensor after tensor, large ones by rows.
+"""Write a checkpoint as a stream: header first, then tensor after tensor, large ones by rows.
 
-A safetensors file opens with a header of names, dtypes, shapes and offsets, and those follow from the shapes alone; so
-every shard is laid out before the first value is known, and nothing here holds a whole tensor.
+A safetensors file opens with a header of names, dtypes, shapes and offsets, which follow from the shapes alone. So
+every shard is laid out before the first value is known, and no whole tensor is held here.
 
-Writing goes on in a thread while the next rows are computed, and flushing to the disk in another: a few blocks wait at
-most, and a few hundred megabytes are written and not yet flushed, however large the shards. Where the disk is slower
-than the arithmetic, the arithmetic waits. Written pages are then given back, so that a large checkpoint does not push
-its own source out of memory, and whoever reads it back reads the disk.
+One thread writes while the next rows are computed, and another flushes to the disk: a few blocks wait at most, and a
+few hundred megabytes are written and not yet flushed, however large the shards. Where the disk is slower than the
+arithmetic, the arithmetic waits. Flushed pages are dropped from the page cache, so that a large checkpoint does not
+push its own source out of memory, and reading it back reads the disk.
 
-A file's format: 8 bytes of little-endian header length, the header in JSON padded to 8 bytes, the tensors' bytes.
+The format (safetensors' README): 8 bytes of little-endian header length, the header in JSON padded to 8 bytes, the
+tensors' bytes.
 """
 
 import json
@@ -33,14 +34,16 @@ FLUSHED_BYTES = 2**28  # written between two flushes
 
 
 class ShardWriter:
-    """Writes tensors whose names, dtypes and shapes are known beforehand; the values follow by rows, in order.
+    """Write tensors whose names, dtypes and shapes are known beforehand; the values follow by rows, in order.
 
-    One shard is called model.safetensors; several are numbered, and `close` writes their index. A shard holds at most
-    `max_shard_bytes`, or one larger tensor. In a file wider dtypes come first, so that every tensor lies aligned. Use
-    it as a context manager; leaving it by an exception writes no index.
+    A single shard is called model.safetensors; several are numbered, and `close` writes their index. In each file wider
+    dtypes come first, so that every tensor is aligned. Use it as a context manager; leaving it by an exception writes
+    no index. A disk that is full or cannot be written is reported by a DiskError, which may come some calls later.
 
-    Raises:
-        DiskError: the disk is full or cannot be written; it may surface some calls later.
+    Args:
+        directory: to write into; it must exist, without these shards.
+        specs: the tensors, in the order in which they will be written.
+        max_shard_bytes: bytes of tensors in a shard; a larger tensor gets a shard of its own.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class ShardWriter:
         self._pending: list[TensorSpec] = []  # of the open shard, the one being written first
         self._written = 0  # bytes of the tensor being written
         self._unflushed = 0  # bytes written to the open shard since the last flush
-        self._files = ExitStack()  # all that were opened; closing one twice does nothing
+        self._files = ExitStack()  # every opened file; closing one twice does nothing
         self._threads = ExitStack()
         self._flusher = self._threads.enter_context(Background(most_waiting=1))
         self._writer = self._threads.enter_context(Background())
@@ -79,9 +82,14 @@ class ShardWriter:
     def write(
         self,
         name: str,
-        rows: Tensor,  # the next rows of the tensor, or all of it; not to be changed afterwards
+        rows: Tensor,  # the next rows of the tensor, or all of it
     ) -> None:
-        """Append rows to a tensor. Tensors come in the order of the specs, each whole before the next."""
+        """Append rows to a tensor. Tensors come in the order of the specs, each complete before the next.
+
+        Args:
+            name: of the tensor.
+            rows: must not be changed afterwards, as a thread writes them.
+        """
         with disk_errors(self.directory):
             if not self._pending:
                 self._open_shard()
@@ -117,6 +125,7 @@ class ShardWriter:
         write_text(self.directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
     def _open_shard(self) -> None:
+        """Open the next shard and write its header."""
         assert self._shard < len(self.shards), "every announced tensor has been written"
         specs = self.shards[self._shard]
         header, self._offsets = _header(specs)
@@ -124,9 +133,10 @@ class ShardWriter:
         self._file.write(header)
         self._pending = list(specs)
 
-    # What follows runs in the threads.
+    # The methods below run in the threads.
 
     def _append(self, file: BinaryIO, name: str, offset: int, rows: Tensor) -> None:
+        """Write rows at their offset, and flush from time to time."""
         data = tensor_bytes(rows)
         self.checksums[name] = zlib.crc32(data, self.checksums.get(name, 0))
         file.seek(offset)
@@ -137,12 +147,14 @@ class ShardWriter:
             self._unflushed = 0
 
     def _end_shard(self, file: BinaryIO) -> None:
+        """Hand the complete file to the thread that flushes."""
         file.flush()
         self._unflushed = 0
         self._flusher.submit(_flush_and_close, file)
 
 
 def _flush_and_close(file: BinaryIO) -> None:
+    """Flush a file to the disk, drop its pages from the page cache, and close it."""
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -150,6 +162,7 @@ def _flush_and_close(file: BinaryIO) -> None:
 
 
 def _split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Fill shards with tensors in order, each up to `max_shard_bytes`."""
     assert specs, "a checkpoint of no tensors"
     shards: list[list[TensorSpec]] = [[]]
     size = 0
@@ -163,13 +176,14 @@ def _split_into_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> lis
 
 
 def _shard_names(count: int) -> list[str]:
+    """Name the files of a checkpoint as transformers does."""
     if count == 1:
         return [WEIGHTS_NAME]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the first tensor, and where in the file each tensor begins."""
+    """Make the bytes before the first tensor, and the offset in the file at which each tensor begins."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts = {}
     end = 0

@@ -1,4 +1,4 @@
-"""What a model directory holds next to its weights, and carrying it over into a directory that is being written."""
+"""Choose the files of a model directory that are not weights, and copy them into a directory that is being written."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,7 +28,16 @@ _NOT_COPIED = {
 
 
 def files_to_copy(directory: Path) -> list[Path]:
-    """Tokenizer, templates, generation settings and license: kept byte for byte, for readers older than ours."""
+    """List tokenizer, templates, generation settings and license, to be copied byte for byte.
+
+    Other programs and older versions then find what they expect.
+
+    Args:
+        directory: the model directory.
+
+    Returns:
+        Paths of files inside it.
+    """
     templates = directory / "additional_chat_templates"
     names = [path for path in sorted(directory.iterdir()) if path.is_file()]
     copied = [
@@ -44,7 +53,13 @@ def files_to_copy(directory: Path) -> list[Path]:
 
 
 def copy_files(directory: Path, files: Sequence[Path], work: Path) -> None:
-    """Copy files of `directory` to the same places in `work`; DiskError where that fails."""
+    """Copy files to the same places in another directory; DiskError if that fails.
+
+    Args:
+        directory: the source.
+        files: paths inside it.
+        work: the target.
+    """
     for path in files:
         target = work / path.relative_to(directory)
         with disk_errors(work):
@@ -53,7 +68,16 @@ def copy_files(directory: Path, files: Sequence[Path], work: Path) -> None:
 
 
 def refuse_full_disk(output: Path, needed: int, what: str) -> None:
-    """DiskError where the disk of `output` has too little space for `needed` bytes of tensors and files."""
+    """Refuse to write where the disk has too little space.
+
+    Args:
+        output: the directory to be written; it need not exist.
+        needed: bytes of tensors and files.
+        what: begins the message, such as "The merged model".
+
+    Raises:
+        DiskError: less is free.
+    """
     home = next(parent for parent in real_path(output).parents if parent.exists())
     free = shutil.disk_usage(home).free
     if needed + 2**24 > free:  # headers, index and record are far below 16 MiB

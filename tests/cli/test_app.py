@@ -127,7 +127,8 @@ def test_inspect_answers_a_program_by_stable_names(qlora: Callable, config_file:
         assert name in helped + reported, name
 
 
-def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_plan_answers_a_program(qlora: Callable, config_file: Path, tmp_path: Path) -> None:
     code, out, reported = qlora("plan", config_file, "--gpu-memory", "8GiB", "--json")
     assert code == 0, reported
     answer = json.loads(out)
@@ -139,6 +140,8 @@ def test_plan_answers_a_program_and_a_person(qlora: Callable, config_file: Path,
     assert answer["largest_micro_batch"]["micro_batch_tokens"] == 3 * 128, "a step's rows end the search"
     assert not (tmp_path / "run").exists()
 
+
+def test_plan_answers_a_person(qlora: Callable, config_file: Path) -> None:
     code, out, reported = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
     assert code == 0
     assert out == ""

@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.cli import show_rows as inspection
-from qlora_trainer.cli.show_rows import bars, row_details, show_row
+from qlora_trainer.cli.show_rows import bars, describe_row, show_row
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig
 from qlora_trainer.data.preparation.overview import Lengths
@@ -35,7 +35,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
 @pytest.mark.parametrize("kind", [("smollm2",), ("llama3",), ("mistral", "metaspace"), ("phi3", "metaspace")])
 def test_spans_join_to_the_whole_text_and_mark_what_is_trained(tmp_path: Path, kind: tuple[str, ...]) -> None:
     tokenizer, data = prepared(tmp_path, *kind)
-    row = row_details(tokenizer, data.train, 0, "training")
+    row = describe_row(tokenizer, data.train, 0, "training")
     example = data.train[0]
     assert "".join(span["text"] for span in row["spans"]) == tokenizer.decode(example.input_ids)
     assert row["input_ids"] == example.input_ids

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from torch import Tensor
 
 from qlora_kernels import blockwise_attention as module
@@ -166,7 +167,7 @@ ALL_OPTIONS = [
 
 
 @pytest.mark.parametrize("options", ALL_OPTIONS)
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", slow_but([False, True], True))
 def test_memory_inside_doubles_with_the_length_at_most(options: dict[str, Any], backward: bool) -> None:
     """With a window it does not grow at all: the blocks stay what they are."""
     half, whole = (bytes_inside(length, backward=backward, **options)[0] for length in (1024, 2048))

@@ -113,6 +113,7 @@ def test_a_damaged_library_is_reported(source: Path, monkeypatch: pytest.MonkeyP
         load_library(source)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_killed_compilation_is_waited_for_by_nobody(source: Path, own_folder: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow"

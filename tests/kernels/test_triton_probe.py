@@ -18,6 +18,7 @@ from fake_libcuda import make_libcuda
 
 pytest.importorskip("triton")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to make the stand-in for libcuda"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on: TRITON_INTERPRET=1"),
 ]

@@ -44,7 +44,6 @@ from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 from qlora_trainer.weights import model_directory
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
 
@@ -179,6 +178,7 @@ def test_no_dense_model_is_held_whole(run_dir: Path, tmp_path: Path, monkeypatch
     assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2
 
 
+@pytest.mark.slow
 def test_too_little_memory_to_verify_is_reported_before_anything_is_written(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +194,7 @@ def no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "measure_trained", lambda *args: pytest.fail("a pass over all weights was begun"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pass")
 def test_a_full_disk_is_reported_before_any_pass_over_the_weights(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +251,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.slow
 def test_an_original_base_that_cannot_be_measured_is_passed_over_or_reported(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +312,7 @@ def test_gpt2_with_its_transposed_weights_is_measured_on_both_bases(
         assert done.report.verification is not None
 
 
+@pytest.mark.slow
 def test_without_eval_rows_the_dequantized_base_is_taken_and_reported(tiny_config: Config, tmp_path: Path) -> None:
     run = start_run(tiny_config(data={"eval": 0.0}))
     run.train(quiet)
@@ -387,7 +390,7 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
+    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 @pytest.mark.slow
@@ -421,6 +424,7 @@ def test_another_model_of_the_same_shape_is_no_copy_of_the_base(run_dir: Path, t
         merge_run(run_dir, tmp_path / "merged", model=str(other))
 
 
+@pytest.mark.slow
 def test_no_4_bit_model_is_loaded(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_measurement, "load_base_model", lambda *args: pytest.fail("a 4-bit model was loaded"))
     assert len(merge_run(run_dir, tmp_path / "merged").choice.eval_loss) == 2

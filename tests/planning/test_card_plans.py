@@ -79,6 +79,7 @@ def test_where_flash_attention_is_refused_keys_and_values_are_counted_for_every_
     assert abs(loop - flash - TOKENS * 12_288) <= 64, "but for bounds and random states"
 
 
+@pytest.mark.slow
 def test_a_card_older_than_ampere_is_planned_in_float16(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned_dtype(config_of(llama_8b), Card((8, 0), 128)) == torch.bfloat16
     a_card_is_here(monkeypatch, (7, 5))

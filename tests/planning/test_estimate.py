@@ -22,6 +22,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8,
 WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "training"),
     [

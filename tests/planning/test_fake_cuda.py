@@ -13,6 +13,7 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parents[1]
 COMPILER = shutil.which(cpp_extension.get_cxx_compiler())
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

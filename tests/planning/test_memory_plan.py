@@ -15,6 +15,7 @@ from transformers import FalconConfig
 
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.common import machine
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.common.units import gib, parse_bytes
 from qlora_trainer.config.load import load_config, make_config
@@ -291,21 +292,26 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
 
 
 @pytest.fixture
-def narrow_8b(llama_8b: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The 8B's shape at a quarter of its width, with four layers; what was planned once is not planned again."""
-    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
-    raw = LLAMA_8B | shape | {"num_hidden_layers": 4, "vocab_size": 8192, "max_position_embeddings": 8192}
-    (llama_8b / "config.json").write_text(json.dumps(raw))
-    known: dict[tuple[str, int | None], MemoryPlan] = {}
+def plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has planned once is not planned again."""
+    known: dict[tuple[Path, str, int | None], MemoryPlan] = {}
 
     def remembered(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
-        key = config.model_dump_json(), layers
+        key = directory.path, config.model_dump_json(exclude={"training": {"output_dir"}}), layers
         if key not in known:
             known[key] = plan_memory(directory, config, layers)
         return known[key]
 
-    for limit in (fitting, estimating):
-        monkeypatch.setattr(limit, "plan_memory", remembered)
+    for module in (fitting, estimating):
+        monkeypatch.setattr(module, "plan_memory", remembered)
+
+
+@pytest.fixture
+def narrow_8b(llama_8b: Path, plans_once: None) -> Path:
+    """The 8B's shape at a quarter of its width, with four layers."""
+    shape = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
+    raw = LLAMA_8B | shape | {"num_hidden_layers": 4, "vocab_size": 8192, "max_position_embeddings": 8192}
+    (llama_8b / "config.json").write_text(json.dumps(raw))
     return llama_8b
 
 
@@ -353,6 +359,7 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plans_once")
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
     keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
     kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
@@ -371,6 +378,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plans_once")
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
     """A kept layer that the config asks for would be kept under a level with less memory too."""
     keeping = tiny_config(
@@ -408,6 +416,7 @@ def test_what_recovery_expects_on_the_host_is_what_is_planned_there(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plans_once")
 def test_too_little_host_memory_is_reported(tiny_config: Config, tiny_llama: Path) -> None:
     offloading = tiny_config(training={"activation_checkpointing": "offload"})
     with pytest.raises(InsufficientMemoryError, match=r"in host memory, where 0\.00 GiB are free"):
@@ -436,6 +445,8 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
     assert bytes_of == expected
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plans_once")
 def test_a_cuda_run_is_refused_before_its_weights_are_read(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,6 +470,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     assert describe(plan, Budget(2**40, 0))[-3][0] == f"with {gib(2**40)} of memory"
 
 
+@pytest.mark.usefixtures("plans_once")
 def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -514,6 +526,7 @@ def test_what_is_offloaded_has_the_space_that_a_container_is_allowed(container: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plans_once")
 def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, container: Callable[..., None]
 ) -> None:
@@ -541,7 +554,7 @@ def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, cont
     container(2**30, used=2**30 - 2**16)
     settings = ModelConfig(name=str(tiny_llama), device="cpu")
     with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.0 GiB free"):
-        load_base_model(ModelDirectory.open(tiny_llama), settings)
+        load_base_model(ModelDirectory.open(tiny_llama), settings, user_cache())
     with pytest.raises(InsufficientMemoryError, match="in fp32 takes"):
         load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))
 
@@ -571,6 +584,7 @@ def test_the_report_sets_the_peak_next_to_the_plan(
     assert f"planned {gib(run.plan.allocated)}" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activations", "planned"), [("none", ["full"]), slow(("auto", ["none", "full"]))])
 def test_a_resumed_run_is_planned_as_it_goes_on(
     tiny_config: Config, monkeypatch: pytest.MonkeyPatch, activations: str, planned: list[str]

@@ -196,7 +196,7 @@ def test_a_manifest_cannot_point_outside_its_directory(tmp_path: Path) -> None:
 
 def test_huge_json_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(checkpoint, "MAX_CHECKPOINT_JSON_BYTES", 10)
     with pytest.raises(CheckpointError, match="more than the 10"):
         load_checkpoint(path)
 
@@ -264,7 +264,7 @@ def fill_disk(descriptor: int | None) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and reads /proc")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("step", slow_but([2, 1], 1), ids=["of the next step", "in place of the same step"])
-@pytest.mark.parametrize("act", [kill, fill_disk])
+@pytest.mark.parametrize("act", slow_but([kill, fill_disk], kill))
 def test_a_save_that_dies_at_any_write_leaves_a_whole_checkpoint(
     tmp_path: Path, step: int, act: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

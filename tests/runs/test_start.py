@@ -17,6 +17,7 @@ import torch
 import yaml
 from marks import slow_but
 from safetensors.torch import load_file, save_file
+from spying import opened_files
 from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor
@@ -35,6 +36,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
+from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -80,6 +82,26 @@ def change_tensor(base: Path, name: str, factor: float) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors[name] = tensors[name] * factor
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_run_reads_the_config_of_its_base_once(tiny_config: Config, own_base: Path) -> None:
+    """From its start to its adapter, samples and report; once more where it is resumed, and where it is evaluated."""
+
+    def train(run: Run, stop_after: int | None = None) -> None:
+        run.answer_samples("before")
+        run.train(quiet, stop_after)
+        write_run_report(run)
+
+    config = tiny_config(model={"name": str(own_base)}, training={"max_steps": 2})
+    directory = Path(config.training.output_dir)
+    for part in (
+        lambda: train(start_run(config), stop_after=1),
+        lambda: train(resume_run(directory)),
+        lambda: evaluate_trained(open_trained(directory), answers=1),
+    ):
+        with opened_files() as paths:
+            part()
+        assert paths.count(str(own_base / "config.json")) == 1
 
 
 @pytest.mark.parametrize(
@@ -143,6 +165,7 @@ def test_a_new_run_from_our_adapter_is_refused_on_another_base(
         assert not Path(config.training.output_dir).exists()
 
 
+@pytest.mark.slow
 def test_a_new_run_from_anothers_adapter_says_which_base_it_names(tiny_config: Config, finished: Path) -> None:
     foreign = finished / "adapter"
     (foreign / "base.json").unlink()
@@ -235,6 +258,7 @@ def test_overrides_of_memory_and_logging_change_no_bit_and_are_written_back(tiny
     assert [path.name for path in (parts.directory / "checkpoints").iterdir()] == ["step-000008"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", slow_but(["paged_adamw_32bit", "paged_adamw_8bit"], "paged_adamw_32bit"))
 def test_bf16_adapters_resume_bit_for_bit(tiny_config: Config, optimizer: str) -> None:
     settings = {"adapter": {"dtype": "bfloat16", "rank": 16}, "optimizer": {"name": optimizer, "learning_rate": 5e-3}}
@@ -278,12 +302,14 @@ def test_a_run_goes_on_where_its_base_and_its_data_have_been_moved(
     assert resume_run(run.directory, moved).train(quiet)
 
 
+@pytest.mark.slow
 def test_packing_changed_on_resume_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["data.packing=false"]).warnings
     assert "data.packing was True and is False" in warning
 
 
+@pytest.mark.slow
 def test_a_changed_micro_batch_is_reported_as_it_may_change_last_bits(tiny_config: Config) -> None:
     run = start_run(tiny_config())
     (warning,) = resume_run(run.directory, ["training.micro_batch_tokens=512"]).warnings
@@ -299,6 +325,7 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
     assert [warning for warning in run.warnings if "1 bad rows were skipped" in warning]
 
 
+@pytest.mark.slow
 def test_a_mixed_run_resumes_bit_for_bit_and_only_in_the_same_mixture(tiny_config: Config, rows: Path) -> None:
     second = rows.with_name("second.jsonl")
     second.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
@@ -349,6 +376,7 @@ def test_a_run_that_died_in_its_first_step_resumes_as_if_it_had_not(tiny_config:
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_is_deleted_like_any_other(tiny_config: Config) -> None:
     run = start_run(tiny_config(checkpoint={"keep": 2}))
     assert [path.name for path in (run.directory / "checkpoints").iterdir()] == ["step-000000"]
@@ -387,6 +415,7 @@ def test_evaluating_on_rows_that_changed_since_training_says_so(tiny_config: Con
     assert "changed since training" in warning
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_no_checkpoints(finished: Path) -> None:
     expected = evaluate_trained(open_trained(finished))
     shutil.rmtree(finished / "checkpoints")
@@ -425,6 +454,7 @@ def test_the_final_adapter_is_replaced_whole_or_not_at_all(finished: Path) -> No
     assert read_adapter(final).paths
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_recorded_with_the_commit_it_was(
     tiny_config: Config, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +528,7 @@ def test_a_run_that_goes_on_under_another_triton_says_so(
     assert environment(torch.device("cpu"), torch.float32)["triton"] is None, "a CPU's bits do not depend on it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", slow_but([1, 3], 1))
 def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_config: Config, samples: int) -> None:
     run = start_run(tiny_config(training={"max_steps": 1}))
@@ -513,6 +544,7 @@ def test_another_number_of_samples_on_resume_keeps_the_answers_that_match(tiny_c
     assert write_run_report(resumed).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", slow_but([True, False], True))
 def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
     tiny_config: Config, rows: Path, packing: bool

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, cast
 
 import psutil
@@ -21,7 +22,7 @@ from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, OutputExistsError
 from qlora_trainer.weights import shard_writer
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, read_tensor, row_blocks, same_values
+from qlora_trainer.weights.reading import read_rows, row_blocks, same_values
 from qlora_trainer.weights.shard_writer import ShardWriter
 from qlora_trainer.weights.tensors import TensorSpec
 
@@ -54,7 +55,7 @@ def test_safetensors_and_we_read_what_was_written_by_rows(tmp_path: Path, max_sh
     assert (len(files) == 1) == (max_shard_bytes == 10**9)
     assert (tmp_path / "model.safetensors.index.json").exists() == (len(files) > 1)
     theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    ours = {name: read_tensor(info) for name, info in ModelDirectory.open(tmp_path).tensors.items()}
+    ours = {name: info.read() for name, info in ModelDirectory.open(tmp_path).tensors.items()}
     for found in (theirs, ours):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
@@ -101,8 +102,8 @@ def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
 def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
     write_all(tmp_path, TENSORS)
     info = ModelDirectory.open(tmp_path).tensors["weight"]
-    assert torch.equal(read_tensor(info, slice(256, 513)), TENSORS["weight"][256:513])
-    assert torch.equal(torch.cat([read_tensor(info, rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
+    assert torch.equal(info.read(slice(256, 513)), TENSORS["weight"][256:513])
+    assert torch.equal(torch.cat([info.read(rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 511, 512, 1000, 12345])
@@ -143,7 +144,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     blobs.mkdir()
     save_file({"w": torch.ones(2)}, blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    assert torch.equal(read_tensor(ModelDirectory.open(snapshot).tensors["w"]), torch.ones(2))
+    assert torch.equal(ModelDirectory.open(snapshot).tensors["w"].read(), torch.ones(2))
 
 
 def make_sharded(directory: Path) -> Path:
@@ -208,7 +209,8 @@ def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
     write_all(tmp_path, TENSORS)
     info = ModelDirectory.open(tmp_path).tensors["weight"]
     spans: list[slice] = []
-    unmapped = dataclasses.replace(info, read=noting(TENSORS["weight"].__getitem__, spans.append))
+    source = SimpleNamespace(read=noting(lambda name, rows: TENSORS[name][rows], lambda name, rows: spans.append(rows)))
+    unmapped = dataclasses.replace(info, source=source, offset=None)
     for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
         rows = torch.tensor(wanted)
         assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])

@@ -17,7 +17,7 @@ _STREAM = 0x6D6978  # keeps these draws apart from the order of an epoch, which 
 
 
 @dataclass(frozen=True)
-class Amount:
+class SourceAmount:
     """What the config says of one source: a weight, a count, or neither (all its rows)."""
 
     weight: float | None = None
@@ -74,37 +74,37 @@ def shuffled(count: int, seed: Sequence[int]) -> np.ndarray:
     return np.argsort(np.random.PCG64(list(seed)).random_raw(count), kind="stable")
 
 
-def is_mixed(amounts: Sequence[Amount]) -> bool:
+def is_mixed(parts: Sequence[SourceAmount]) -> bool:
     """Return True unless an epoch is every row once.
 
     Args:
-        amounts: one for each source.
+        parts: one for each source.
 
     Returns:
         Whether any source has a weight or a count.
     """
-    return any(amount.weight is not None or amount.count is not None for amount in amounts)
+    return any(part.weight is not None or part.count is not None for part in parts)
 
 
-def epoch_quotas(available: Sequence[int], amounts: Sequence[Amount]) -> list[int]:
+def epoch_quotas(available: Sequence[int], parts: Sequence[SourceAmount]) -> list[int]:
     """Count the rows of each source in an epoch.
 
     Args:
         available: rows that each source has, all at least 1.
-        amounts: all with a weight, or none.
+        parts: all with a weight, or none.
 
     Returns:
         (S,); at least one of each source.
     """
-    weights = [amount.weight for amount in amounts]
+    weights = [part.weight for part in parts]
     if all(weight is None for weight in weights):
-        return [amount.count or count for amount, count in zip(amounts, available, strict=True)]
+        return [part.count or count for part, count in zip(parts, available, strict=True)]
     scale = min(count / weight for count, weight in zip(available, weights, strict=True) if weight)
     shares = [scale * weight for weight in weights if weight]
     return [min(max(1, round(share)), count) for share, count in zip(shares, available, strict=True)]
 
 
-def eval_counts(available: Sequence[int], amounts: Sequence[Amount], share: float) -> list[int]:
+def eval_counts(available: Sequence[int], parts: Sequence[SourceAmount], share: float) -> list[int]:
     """Count the rows to keep for evaluation of each source: a share of an epoch's, from each as an epoch takes from it.
 
     So the eval loss measures the mixture that is trained. At least one row in all is kept for evaluation and at least
@@ -112,14 +112,14 @@ def eval_counts(available: Sequence[int], amounts: Sequence[Amount], share: floa
 
     Args:
         available: rows that each source has.
-        amounts: what an epoch takes of each.
+        parts: what an epoch takes of each.
         share: of an epoch's rows, between 0 and 1.
 
     Returns:
         (S,).
     """
-    usual = [min(quota, count) for quota, count in zip(epoch_quotas(available, amounts), available, strict=True)]
-    most = [count - 1 if is_mixed(amounts) else count for count in available]
+    usual = [min(quota, count) for quota, count in zip(epoch_quotas(available, parts), available, strict=True)]
+    most = [count - 1 if is_mixed(parts) else count for count in available]
     total = min(max(1, round(sum(usual) * share)), sum(available) - 1, sum(most))
     exact = [total * quota / sum(usual) for quota in usual]
     counts = [min(int(value), limit) for value, limit in zip(exact, most, strict=True)]

@@ -12,10 +12,10 @@ from typing import Any
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading.values import json_text, kind, listed
 
+_Record = Mapping[str, Any]
 
-def mapped(
-    record: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str], where: str
-) -> dict[str, Any]:
+
+def mapped(record: _Record, columns: Mapping[str, str], template: Mapping[str, str], where: str) -> dict[str, Any]:
     """Put our columns in place of those they are made from.
 
     A DataError says that a path is not in the row, or a field of a template is null there.
@@ -37,7 +37,7 @@ def mapped(
     return {name: value for name, value in record.items() if name not in used} | made
 
 
-def source_columns(record: Mapping[str, Any], columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
+def source_columns(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
     """Find the columns of a record that ours are made from, whole or in part.
 
     Args:
@@ -72,7 +72,7 @@ def parts(template: str) -> list[tuple[str, str | None]]:
     return found
 
 
-def look_up(record: Mapping[str, Any], path: str, what: str, where: str) -> Any:
+def look_up(record: _Record, path: str, what: str, where: str) -> Any:
     """Take the value at a path.
 
     Args:
@@ -104,7 +104,7 @@ def look_up(record: Mapping[str, Any], path: str, what: str, where: str) -> Any:
     return value
 
 
-def _first_name(record: Mapping[str, Any], path: str) -> str:
+def _first_name(record: _Record, path: str) -> str:
     """Return the column that a path begins in: names may hold dots themselves."""
     for whole in (path, path.removesuffix("?")):
         if whole in record:
@@ -121,7 +121,7 @@ def _step(value: Any, name: str) -> tuple[bool, Any]:
     return False, None
 
 
-def _message(record: Mapping[str, Any], names: Sequence[str], depth: int, what: str, where: str) -> str:
+def _message(record: _Record, names: Sequence[str], depth: int, what: str, where: str) -> str:
     value: Any = record
     for name in names[:depth]:
         _, value = _step(value, name)
@@ -134,7 +134,7 @@ def _message(record: Mapping[str, Any], names: Sequence[str], depth: int, what: 
     return f"{where}: {what} wants {path}, but {place} has {there}. If some rows have none, write {path}? for it."
 
 
-def _filled(record: Mapping[str, Any], template: str, what: str, where: str) -> str:
+def _filled(record: _Record, template: str, what: str, where: str) -> str:
     written = []
     for text, path in parts(template):
         written.append(text)

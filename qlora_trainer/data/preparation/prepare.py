@@ -21,7 +21,7 @@ import numpy as np
 from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.data.batching.mixing import Amount, Mixture, epoch_quotas, eval_counts, is_mixed, shuffled
+from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
@@ -81,12 +81,12 @@ class _Input:
 
     settings: SourceFile
     source: RecordSource
-    amount: Amount | None  # how much of it an epoch takes; None: it is kept for evaluation
+    part: SourceAmount | None  # how much of it an epoch takes; None: it is kept for evaluation
     lines: int | None  # of a file with one row a line
 
     @property
     def for_eval(self) -> bool:
-        return self.amount is None
+        return self.part is None
 
 
 def prepare(
@@ -143,8 +143,10 @@ def prepare(
 def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
     if not config.train:
         raise DataError("data.train is an empty list: name at least one file.")
-    amounts = (
-        [Amount()] if isinstance(config.train, str) else [Amount(file.weight, file.count) for file in config.train]
+    parts = (
+        [SourceAmount()]
+        if isinstance(config.train, str)
+        else [SourceAmount(file.weight, file.count) for file in config.train]
     )
     inputs = []
     for index, file in enumerate(source_files(config)):
@@ -158,7 +160,7 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
         )
         path = Path(file.path).expanduser()
         lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
-        inputs.append(_Input(file, source, amounts[index] if index < len(amounts) else None, lines))
+        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
     return inputs
 
 
@@ -246,7 +248,7 @@ def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max
         for for_eval, name in ((False, "train"), (True, "eval"))
     }
     checked = [(name, group) for name, group in groups.items() if group]
-    if is_mixed([item.amount for item in inputs if item.amount]):
+    if is_mixed([item.part for item in inputs if item.part]):
         checked += [("train", [source]) for source in groups["train"]]
     for name, group in checked:
         if any(source.examples for source in group):
@@ -264,26 +266,26 @@ def _split(
 ) -> tuple[ExampleSet, ExampleSet, Mixture | None]:
     """Choose training and eval examples, and how the former are mixed."""
     sources = store.column("source")
-    amounts = [item.amount for item in inputs if item.amount]
-    is_eval = sources >= len(amounts)
+    parts = [item.part for item in inputs if item.part]
+    is_eval = sources >= len(parts)
     if isinstance(eval_set, float) and eval_set > 0:
-        is_eval = _eval_share(store, amounts, eval_set, seed)
+        is_eval = _eval_share(store, parts, eval_set, seed)
     train = np.flatnonzero(~is_eval)
     mixture = None
-    if is_mixed(amounts):
-        rows = tuple(np.flatnonzero(sources[train] == source) for source in range(len(amounts)))
-        mixture = Mixture(rows, tuple(epoch_quotas([len(mine) for mine in rows], amounts)))
+    if is_mixed(parts):
+        rows = tuple(np.flatnonzero(sources[train] == source) for source in range(len(parts)))
+        mixture = Mixture(rows, tuple(epoch_quotas([len(mine) for mine in rows], parts)))
     return ExampleSet(store, train), ExampleSet(store, np.flatnonzero(is_eval)), mixture
 
 
-def _eval_share(store: ExampleStore, amounts: Sequence[Amount], share: float, seed: int) -> np.ndarray:
+def _eval_share(store: ExampleStore, parts: Sequence[SourceAmount], share: float, seed: int) -> np.ndarray:
     """Choose the examples that are kept for evaluation, (E,) bool.
 
     Whole rows are, so that parts of one document stay together; of a source that is a single document, parts are.
     """
     sources = store.column("source")
     numbers = store.column("row_number").astype(np.float64)
-    for source in range(len(amounts)):
+    for source in range(len(parts)):
         mine = np.flatnonzero(sources == source)
         is_one_row = len(mine) > 0 and numbers[mine[0]] == numbers[mine[-1]]
         if is_one_row:  # its parts get numbers between it and the next
@@ -293,10 +295,10 @@ def _eval_share(store: ExampleStore, amounts: Sequence[Amount], share: float, se
     if len(first) < 2:
         return np.zeros(len(numbers), dtype=np.bool_)
     source_of = sources[first]
-    available = np.bincount(source_of, minlength=len(amounts)).tolist()
+    available = np.bincount(source_of, minlength=len(parts)).tolist()
     order = shuffled(len(first), [seed, len(first)])
     is_chosen = np.zeros(len(first), dtype=np.bool_)
-    for source, count in enumerate(eval_counts(available, amounts, share)):
+    for source, count in enumerate(eval_counts(available, parts, share)):
         is_chosen[order[source_of[order] == source][:count]] = True
     return is_chosen[row_of]
 

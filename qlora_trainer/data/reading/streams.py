@@ -38,7 +38,7 @@ _OTHER_KINDS = {
 }
 
 
-class TextLine(NamedTuple):
+class Line(NamedTuple):
     """One line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
 
     number: int  # from 1
@@ -181,7 +181,7 @@ class _Unpacking(io.RawIOBase):
         super().close()
 
 
-def lines(path: Path, encoding: str | None = None) -> Iterator[TextLine]:
+def lines(path: Path, encoding: str | None = None) -> Iterator[Line]:
     """Read a file's lines; a carriage return at the end of one is white space to all readers.
 
     Of an encoding in which a newline is more than one byte, the file ends where a line is not of the encoding.
@@ -212,24 +212,24 @@ def lines(path: Path, encoding: str | None = None) -> Iterator[TextLine]:
                 text = body.decode(encoding or "utf-8")
                 without_mark = text.removeprefix("\ufeff") if number == 1 else text
                 mark = len(_UTF8_MARK) if without_mark != text else 0
-                yield TextLine(number, start + mark, without_mark)
+                yield Line(number, start + mark, without_mark)
             except UnicodeDecodeError as error:
                 wrong = _not_text(path, f"line {number}", start + error.start, body[error.start], encoding)
-                yield TextLine(number, start, body.decode("ascii", "replace"), DataError(wrong))
+                yield Line(number, start, body.decode("ascii", "replace"), DataError(wrong))
             start += len(raw)
 
 
-def _lines_of_blocks(path: Path, encoding: str | None) -> Iterator[TextLine]:
+def _lines_of_blocks(path: Path, encoding: str | None) -> Iterator[Line]:
     number, rest = 0, ""
     for block in blocks(path, encoding):
         *ready, rest = (rest + block).split("\n")
         for line in ready:
             number += 1
-            yield TextLine(number, None, line)
+            yield Line(number, None, line)
         if len(rest) > MAX_LINE_BYTES:
             raise DataError(_too_long(path, number + 1))
     if rest:
-        yield TextLine(number + 1, None, rest)
+        yield Line(number + 1, None, rest)
 
 
 def blocks(path: Path, encoding: str | None = None) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""report.html: one page that tells how a run went, to be read offline, kept, or sent to somebody.
+"""Write report.html: one page about a run and its results, which can be read offline, kept, or sent to somebody.
 
 Everything is inside the file: style, curves (plot.py draws them) and a few lines of script that show values under the
-pointer; without script the page reads the same. A content policy forbids it to fetch anything. Whatever came from a
-model, a row or a config is escaped. Left out: the numbers themselves, which are in metrics.jsonl next to it.
+pointer; without scripts only those are missing. A content policy forbids it to fetch anything. Text from a model, a row
+or a config is escaped. Left out: the numbers themselves, which are in metrics.jsonl next to it.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.atomic import write_text
-from qlora_trainer.runs.report.plot import Line, draw_bars, draw_plot, in_words, smooth
+from qlora_trainer.runs.report.plot import PlotLine, draw_bars, draw_plot, in_words, smooth
 from qlora_trainer.runs.report.style import SCRIPT, STYLE
 
 REPORT_NAME = "report.html"
@@ -22,7 +22,7 @@ FEW_POINTS = 40
 
 @dataclass(frozen=True)
 class Sample:
-    """A eval row answered by the model; an answer is None where it was not asked for."""
+    """Hold an eval row and the model's answers before and after training; None where it did not answer."""
 
     prompt: str
     reference: str | None
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DataPart:
-    """The run's rows: tables of (what, value), each with a title, and how many training rows have how many tokens."""
+    """Hold the run's rows in numbers: titled tables of (name, value), and training rows counted by bins of tokens."""
 
     tables: Sequence[tuple[str, Sequence[tuple[str, str]]]]
     bins: Sequence[str]
@@ -50,12 +50,20 @@ def write_report(
     warnings: Sequence[str] = (),
     data: DataPart | None = None,
 ) -> Path:
-    """Write run_dir/report.html, under a temporary name first, and return its path.
+    """Write run_dir/report.html, under a temporary name first; if that fails, DiskError is raised.
 
-    `metrics` are the records of metrics.jsonl, `summary` pairs of a label and a value already in words.
+    Args:
+        run_dir: directory to write to.
+        title: of the page.
+        config_yaml: the run's resolved config.
+        metrics: records of metrics.jsonl.
+        summary: (label, value) pairs, values already formatted.
+        samples: eval rows with the model's answers.
+        warnings: sentences shown at the top.
+        data: the run's rows in numbers; None leaves the section out.
 
-    Raises:
-        DiskError: the file cannot be written.
+    Returns:
+        The file's path.
     """
     path = run_dir / REPORT_NAME
     write_text(path, render_report(title, config_yaml, metrics, summary, samples, warnings, data))
@@ -71,7 +79,20 @@ def render_report(
     warnings: Sequence[str],
     data: DataPart | None = None,
 ) -> str:
-    """The page as text."""
+    """Render the page.
+
+    Args:
+        title: of the page.
+        config_yaml: the run's resolved config.
+        metrics: records of metrics.jsonl.
+        summary: (label, value) pairs, values already formatted.
+        samples: eval rows with the model's answers.
+        warnings: sentences shown at the top.
+        data: the run's rows in numbers; None leaves the section out.
+
+    Returns:
+        The page as HTML.
+    """
     body = [f"<header><h1>{escape(title)}</h1></header>"]
     body += [f'<p class="warning">{escape(warning)}</p>' for warning in warnings]
     if summary:
@@ -101,11 +122,11 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     if not metrics:
         return '<p class="empty">No step has been taken yet.</p>'
     loss, eval_set = _series(metrics, "loss"), _series(metrics, "eval_loss")
-    lines = [Line("loss", loss, marks=len(loss) <= FEW_POINTS)]
+    lines = [PlotLine("loss", loss, marks=len(loss) <= FEW_POINTS)]
     if len(loss) >= 20:
-        lines = [Line("loss", loss, "faint"), Line("loss, smoothed", smooth(loss), "first")]
+        lines = [PlotLine("loss", loss, "faint"), PlotLine("loss, smoothed", smooth(loss), "first")]
     if eval_set:
-        lines.append(Line("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
+        lines.append(PlotLine("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
     figures = [_figure("Loss", "nats per label token", lines, wide=True)]
     memory = max(_finite(metrics, "peak_memory_bytes"), default=0.0)
     memory_unit, unit_bytes = ("GiB", 2.0**30) if memory >= 2.0**30 else ("MiB", 2.0**20)
@@ -117,7 +138,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     ):
         if points := _series(metrics, key, unit):
             figures.append(
-                _figure(name, note, [Line(name.lower(), points, marks=len(points) <= FEW_POINTS)], from_zero=True)
+                _figure(name, note, [PlotLine(name.lower(), points, marks=len(points) <= FEW_POINTS)], from_zero=True)
             )
     return (
         f'<div class="figures">{"".join(figures)}</div>'
@@ -128,7 +149,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
 def _figure(
     name: str,
     note: str,
-    lines: Sequence[Line],
+    lines: Sequence[PlotLine],
     *,
     from_zero: bool = False,
     wide: bool = False,
@@ -173,7 +194,7 @@ def _data(data: DataPart) -> str:
 
 
 def _series(metrics: Sequence[dict[str, Any]], key: str, unit: float = 1.0) -> list[tuple[int, float | None]]:
-    """Step, and value in multiples of `unit`, of the records that have the key; None for null, NaN and infinities."""
+    """List (step, value / unit) of the records that have the key; the value is None for null, NaN and infinities."""
     points = []
     for record in metrics:
         if key in record:

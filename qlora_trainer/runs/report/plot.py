@@ -1,8 +1,8 @@
-"""Curves and bars as inline SVG: axes with round ticks, and for curves the points that a hover script reads.
+"""Draw curves and bars as inline SVG: axes with round ticks, and for curves the points that a hover script reads.
 
-Drawn by hand because a report must open offline, follow the reader's light or dark colors, and need no plotting
-package. Colors and fonts come from the page's style sheet by class; nothing here knows what is plotted. Left out:
-logarithmic axes, and more than the three line styles that a style sheet can tell apart.
+No plotting package is used, because a report must open offline, follow the reader's light or dark colors, and need
+nothing installed. Colors and fonts come from the page's style sheet by class; nothing here depends on what is plotted.
+Left out: logarithmic axes, and line styles other than the three of the style sheet.
 """
 
 import html
@@ -19,8 +19,8 @@ MAX_DRAWN_POINTS = 600
 
 
 @dataclass(frozen=True)
-class Line:
-    """One curve. `style` is its class in the style sheet: first, faint (behind first), or second."""
+class PlotLine:
+    """Hold one curve. `style` is its class in the style sheet: first, faint (the unsmoothed curve), or second."""
 
     name: str
     points: Sequence[tuple[int, float | None]]  # by rising step; None where the value was not finite
@@ -28,8 +28,18 @@ class Line:
     marks: bool = False  # a dot at each point, for curves of few points
 
 
-def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int = 560) -> str:
-    """An svg element that `label` describes to those who cannot see it, and its points as JSON for the hover script."""
+def draw_plot(lines: Sequence[PlotLine], *, label: str, from_zero: bool, width: int = 560) -> str:
+    """Draw curves over steps.
+
+    Args:
+        lines: the curves; their values share an axis.
+        label: describes the plot to those who cannot see it.
+        from_zero: begin the axis of values at 0 rather than near the lowest value.
+        width: of the drawing, in SVG units.
+
+    Returns:
+        An svg element, and the points as JSON for the hover script; a sentence if there is no finite value.
+    """
     finite = [(step, value) for line in lines for step, value in line.points if value is not None]
     if not finite:
         return '<p class="empty">There is no value to draw.</p>'
@@ -74,7 +84,18 @@ def draw_plot(lines: Sequence[Line], *, label: str, from_zero: bool, width: int 
 
 
 def draw_bars(names: Sequence[str], counts: Sequence[int], *, label: str, axis: str, width: int = 1140) -> str:
-    """An svg element with a bar for each name, its count over it; a count that is not 0 is never without a bar."""
+    """Draw a bar for each name, its count above it; a count that is not 0 always has a visible bar.
+
+    Args:
+        names: written under the bars.
+        counts: of each name; not all are 0.
+        label: describes the plot to those who cannot see it.
+        axis: written under the axis of names.
+        width: of the drawing, in SVG units.
+
+    Returns:
+        An svg element.
+    """
     ticks = nice_ticks(0, max(counts), 4, whole=True)
     bottom, inner = HEIGHT - MARGIN_BOTTOM, HEIGHT - MARGIN_TOP - MARGIN_BOTTOM
     slot = (width - MARGIN_LEFT - MARGIN_RIGHT) / len(names)
@@ -96,7 +117,14 @@ def draw_bars(names: Sequence[str], counts: Sequence[int], *, label: str, axis: 
 
 
 def in_words(value: float) -> str:
-    """Four digits, as one would write them down: 1,234, 0.02512, 2.5e-5, 0."""
+    """Format a number with four digits: 1,234, 0.02512, 2.5e-5, 0.
+
+    Args:
+        value: finite.
+
+    Returns:
+        Its text; from 1000 on all digits before the decimal point, and none after it.
+    """
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if 0 < abs(value) < 1e-3:
@@ -106,7 +134,17 @@ def in_words(value: float) -> str:
 
 
 def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[float]:
-    """Round numbers, at most about `most`, whose first is at or below `low` and last at or above `high`."""
+    """Choose round numbers at equal distances that enclose a range.
+
+    Args:
+        low: the first tick is at or below it.
+        high: the last tick is at or above it.
+        most: about so many ticks at most.
+        whole: choose whole numbers only.
+
+    Returns:
+        The ticks, rising.
+    """
     if high <= low:  # a single value gets space around it, but no negative side where it has none
         spread = abs(low) * 0.1 or 1.0
         low, high = (0.0 if 0 <= low <= spread else low - spread), high + spread
@@ -120,7 +158,14 @@ def nice_ticks(low: float, high: float, most: int, whole: bool = False) -> list[
 
 
 def thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """At most about MAX_DRAWN_POINTS: of each span of steps the lowest and the highest, so that no spike is lost."""
+    """Thin out a long curve: of each span of steps keep the lowest and the highest point, so that no spike is lost.
+
+    Args:
+        points: (step, value) by rising step; None where the value was not finite.
+
+    Returns:
+        At most about MAX_DRAWN_POINTS of them; a span without any value keeps a None.
+    """
     if len(points) <= MAX_DRAWN_POINTS:
         return list(points)
     span = math.ceil(len(points) / (MAX_DRAWN_POINTS // 2))
@@ -136,7 +181,14 @@ def thin(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | 
 
 
 def smooth(points: Sequence[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """Mean over about a twentieth of the points around each, so that the line does not lag behind; gaps stay."""
+    """Smooth a curve by the mean over about a twentieth of the points, centered so that it does not lag behind.
+
+    Args:
+        points: (step, value) by rising step; None where the value was not finite.
+
+    Returns:
+        Points at the same steps, None where they were None.
+    """
     reach = max(2, len(points) // 40)
     sums, counts = [0.0], [0]
     for _, value in points:
@@ -167,11 +219,11 @@ def _vertical(tick: float, x: float) -> str:
 
 def _curve(
     points: Sequence[tuple[int, float | None]],
-    line: Line,
+    line: PlotLine,
     x_of: Callable[[float], float],
     y_of: Callable[[float], float],
 ) -> list[str]:
-    """A path with a new span after each gap; a dot for every point that has no neighbor to be joined to."""
+    """Draw a path that starts again after each gap, and a dot for every point that has no neighbor to connect to."""
     spans: list[list[Point]] = [[]]
     for step, value in points:
         if value is not None:

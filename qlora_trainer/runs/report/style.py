@@ -1,7 +1,7 @@
-"""What report.html looks like, and the few lines that show a curve's values under the pointer.
+"""Define the style sheet of report.html, and its script, which shows a curve's values under the pointer.
 
-Colors have names, so that a reader's light or dark theme changes them in one place; everything drawn goes by class.
-Kept inside the page, which fetches nothing. Left out: what is shown (page.py) and drawn (plot.py).
+Colors have names, so that a reader's light or dark theme changes them in one place; everything drawn is styled by
+class. Both are written into the page, which fetches nothing. Left out: what is shown (page.py) and drawn (plot.py).
 """
 
 STYLE = """

@@ -21,7 +21,14 @@ from qlora_trainer.runs.run import Run
 
 
 def summarize(run: Run) -> list[tuple[str, str]]:
-    """What a person wants to know before the run begins: (name, value)."""
+    """Describe a run before it begins: base, adapters, kernels, optimizer, rows, steps and planned memory.
+
+    Args:
+        run: new or resumed.
+
+    Returns:
+        (name, value) pairs.
+    """
     trainable = sum(parameter.numel() for group in run.state.groups for parameter in group.parameters.values())
     data, optimizer, settings = run.prepared.report, run.state.optimizer, run.config.adapter
     name = Path(run.config.model.name).name if Path(run.config.model.name).exists() else run.config.model.name
@@ -54,7 +61,16 @@ def summarize(run: Run) -> list[tuple[str, str]]:
 
 
 def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
-    """report.html of the run as it is; `measured` are (name, value) pairs to show first."""
+    """Write report.html of the run in its present state.
+
+    Args:
+        run: trained, or stopped.
+        measured: (name, value) pairs shown before all others.
+        title: of the page; None for the name of the run directory.
+
+    Returns:
+        The file's path.
+    """
     metrics = read_metrics(run.directory / METRICS_NAME)
     losses = [record["eval_loss"] for record in metrics if record.get("eval_loss") is not None]
     is_finished = run.state.step == run.state.total_steps
@@ -73,7 +89,7 @@ def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: 
 
 
 def _data_part(run: Run) -> DataPart:
-    """The rows in numbers, as `qlora inspect` shows them."""
+    """Collect the rows in numbers, as `qlora inspect` shows them."""
     prepared, report = run.prepared, run.prepared.report
     overview = make_overview(
         run.state.loader, prepared.train.lengths, prepared.eval.lengths, run.state.forward.can_pack
@@ -84,7 +100,7 @@ def _data_part(run: Run) -> DataPart:
 
 
 def _plan_and_peak(run: Run, metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What training took at most, next to what was planned; empty without a plan or a step."""
+    """Compare the most memory that training took with the plan; empty without a plan or a step."""
     if run.plan is None or not metrics:
         return []
     if run.base.device.type == "cuda":

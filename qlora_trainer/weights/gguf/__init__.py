@@ -1,4 +1,4 @@
-"""GGUF files as a base: their names, layouts and values, read where they are.
+"""Read GGUF files as a base: their names, layouts and values, without a copy of the weights.
 
 Start at `importer.import_gguf`. Left out: writing GGUF.
 """

@@ -1,15 +1,14 @@
-"""A .gguf file as a model directory: its config, its tokenizer, and a record of where its tensors lie.
+"""Import a .gguf file as a model directory: its config, its tokenizer, and a record of where each tensor is.
 
-Training, fingerprints and the merge read a checkpoint by its own names, so a GGUF base is taken through that door too.
-transformers knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor
-by tensor. The weights stay in the file, and are dequantized where they are read (reader.py), so the model never
-lies anywhere in 16 bits, in memory or on the disk. The values are those of `from_pretrained(gguf_file=...)`, cast once
-to the dtype that the record names. That dtype decides the NF4 codes: float16 for quantized tensors (their scales are
-float16, so it keeps more of them than bfloat16), unless a value would overflow, then float32; float tensors keep the
-dtype they have.
+Training, fingerprints and the merge read a checkpoint by its own names, and so they read a GGUF base too. transformers
+knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor by tensor.
+The weights stay in the file and are dequantized when they are read (reader.py), so the whole model is never in 16 bits,
+in memory or on disk. The values are those of `from_pretrained(gguf_file=...)`, cast once to the dtype that the record
+names. That dtype decides the NF4 codes: float16 for quantized tensors (their scales are float16, so it keeps more of
+them than bfloat16), or float32 where a value would overflow; float tensors keep their dtype.
 
-Left out: mixtures of experts (their layers are merged from several tensors, and cannot become 4-bit here anyway) and
-files split into several.
+Left out: mixtures of experts (their layers are merged from several tensors, and cannot become 4-bit here) and files
+split into several.
 """
 
 import json
@@ -48,10 +47,12 @@ from qlora_trainer.weights.gguf.reader import (
     READ_ERRORS,
     ImportedTensor,
     StoredTensor,
-    examine,
+    examine_values,
 )
 
-FOLDER = "gguf-2"  # in the cache; `gguf` held copies in 16 bits, which are read no more and may be deleted
+FOLDER = (
+    "gguf-2"  # in the cache; the older folder `gguf` has copies in 16 bits, which are no longer read and may be deleted
+)
 FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,16 +60,24 @@ TOKENIZER_PROBE = "Hello, wörld!\n  def f(x): return x+1 🙂 12345\tend"
 
 
 def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
-    """The directory under `cache_dir` that represents `path`; made at the first call, which looks at every value.
+    """Make the model directory that represents a GGUF file, or find the one made before.
 
-    It is named after the file and its sha256, and written under a temporary name, so one that exists is whole. The file
-    must stay: it is read from there.
+    The first call reads every value. The directory is named after the file and its sha256, and written under a
+    temporary name, so one that exists is complete. The file must stay, as the weights are read from it. ModelError is
+    raised where it is no readable GGUF file or transformers cannot read its architecture, NotInstalledError where the
+    package gguf is missing, DiskError where nothing can be written.
+
+    Args:
+        path: the .gguf file.
+        cache_dir: the user's cache, as `user_cache` finds it.
+        progress: gets bytes while the file is hashed, and elements while its tensors are examined.
+
+    Returns:
+        The directory, below `cache_dir`.
 
     Raises:
         FileMissingError: there is no such file.
-        ModelError: not a readable GGUF file, or of an architecture that transformers cannot read from GGUF.
-        NotInstalledError: the package gguf is missing.
-        DiskError: the directory cannot be written.
+        OutputExistsError: the directory exists and is not an import.
     """
     if not path.is_file():
         raise FileMissingError(f"There is no model file {path}.")
@@ -95,14 +104,14 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
                 _write_tokenizer(temporary, tokenizer, path)
                 _write_record(temporary, path, digest, reader, used | set(translations), tensors)
         except OutputExistsError:
-            # Another process made the same copy meanwhile; only a whole one can be under this name.
+            # Another process made the same import meanwhile; only a complete one can have this name.
             if not (directory / IMPORT_RECORD).is_file():
                 raise
     return directory
 
 
 def _known_sha256(path: Path, cache_dir: Path, progress: Progress) -> str:
-    """Return a file's sha256, remembered where the file is known to be the same."""
+    """Return a file's sha256, from the cache if the file has not changed since it was hashed."""
     identity, records = FileIdentity.of(path), FileRecords(cache_dir / "digests")
     known = records.find(str(path.absolute()), [identity])
     if isinstance(known, str):
@@ -120,19 +129,19 @@ def _known_sha256(path: Path, cache_dir: Path, progress: Progress) -> str:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """Describe where the file lies, and by what a change is found without reading it again."""
+    """Return the record's entry on the file: path, size and times, by which a change is found without reading it."""
     return {"file": asdict(FileIdentity.of(path.resolve()))}
 
 
 def _note_place(directory: Path, path: Path) -> None:
-    """Update the record where the same content lies elsewhere now, or under another date."""
+    """Update the record if the same file now has another path or other times."""
     record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
     if record | _described(path) != record:
         write_text(directory / IMPORT_RECORD, json.dumps(record | _described(path), indent=2) + "\n")
 
 
 def _open(path: Path) -> Any:
-    """gguf's reader over the memory-mapped file; a truncated one fails here."""
+    """Open gguf's reader over the memory-mapped file; a truncated file fails here."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -166,7 +175,7 @@ def _read_config(path: Path) -> PretrainedConfig:
             f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
             "safetensors directory or hub name."
         ) from error
-    # What transformers notes about where the config came from, which is not true of the copy.
+    # transformers' notes on where the config came from do not hold for the import.
     for note in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(note, None)
     return config
@@ -184,7 +193,7 @@ def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
 def _examine_tensors(
     file: Path, reader: Any, translations: dict[str, Translation], progress: Progress
 ) -> dict[str, ImportedTensor]:
-    """Checkpoint name -> where its values come from and the dtype they have; every value is looked at once.
+    """Map each name in the checkpoint to its tensor in the file and its dtype; every value is looked at once.
 
     Raises:
         ModelError: a tensor has another shape than the model's, or values that are not finite.
@@ -194,9 +203,9 @@ def _examine_tensors(
     examined = {}
     for source in sources:
         translation = translations[source.name]
-        shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp counts from the fastest dimension
+        shape = tuple(int(size) for size in reversed(source.shape))  # llama.cpp lists the fastest dimension first
         stored = StoredTensor(source.name, source.tensor_type.name, shape, int(source.data_offset))
-        found = examine(stored, file, translation.convert)
+        found = examine_values(stored, file, translation.convert)
         if found.shape != translation.shape:
             raise ModelError(
                 f"Tensor {source.name} has shape {found.shape}, but the model's {translation.name} has "
@@ -204,7 +213,7 @@ def _examine_tensors(
             )
         if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
             raise ModelError(f"Tensor {source.name} holds NaN or infinite values; the file is damaged.")
-        # What the values are kept in: what they are if they are floats, else float16 where that does not overflow.
+        # A float tensor keeps its dtype; a quantized one becomes float16, or float32 where that would overflow.
         dtype = FLOAT_TYPES.get(stored.type, torch.float16)
         if dtype == torch.float16 and max(-found.lowest, found.highest) >= FLOAT16_OVERFLOW:
             dtype = torch.float32
@@ -217,7 +226,7 @@ def _examine_tensors(
 def _write_config(
     directory: Path, config: PretrainedConfig, model: PreTrainedModel, tensors: dict[str, ImportedTensor]
 ) -> None:
-    """config.json with the class, and the dtype that most values are stored in; and generation_config.json."""
+    """Write generation_config.json, and config.json with the model's class and the dtype of most of its values."""
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(model, tensors)
     config.save_pretrained(directory)
@@ -225,6 +234,7 @@ def _write_config(
 
 
 def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
+    """Return the dtype that most of the model's elements are stored in."""
     elements: Counter[torch.dtype] = Counter()
     for name, tensor in model.state_dict().items():
         if name in tensors:
@@ -244,11 +254,11 @@ def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
 
 
 def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
-    """Save the tokenizer, and check that a fresh one read back from the files is the same."""
+    """Save the tokenizer, and check that the one read back from the files encodes the same."""
     tokenizer.save_pretrained(directory)
     settings_file = directory / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
-    # The name that every transformers release since 4.0 knows for "whatever tokenizer.json says".
+    # Every transformers release since 4.0 knows this class, which takes everything from tokenizer.json.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for note in ("is_local", "local_files_only"):
         settings.pop(note, None)
@@ -275,7 +285,7 @@ def _write_record(
     used: set[str],
     tensors: dict[str, ImportedTensor],
 ) -> None:
-    """What this directory represents, for people and for reading; its presence means that it is whole."""
+    """Write down what the directory represents, for people and for reader.py; last, so its presence means complete."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     record = _described(path) | {
@@ -291,7 +301,14 @@ def _write_record(
 
 
 def import_warnings(directory: Path) -> list[str]:
-    """What an imported checkpoint leaves out of its GGUF file, for people; empty for any other directory."""
+    """List what an imported checkpoint leaves out of its GGUF file.
+
+    Args:
+        directory: any model directory.
+
+    Returns:
+        Warnings for the user; none for a directory that is not an import.
+    """
     record = directory / IMPORT_RECORD
     if not record.is_file():
         return []

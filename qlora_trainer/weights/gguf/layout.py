@@ -1,8 +1,8 @@
-"""What a GGUF file's tensors are called in the model's own checkpoint, and how their values lie there.
+"""Translate a GGUF file's tensors into the model's own checkpoint: their names, and the layout of their values.
 
-llama.cpp renames tensors, interleaves the rows of rotary heads, adds one to some norms. transformers knows all of
-that, per architecture, in two kinds of tables (older ones with processors of numpy arrays, newer ones with weight
-conversions); both are asked here for one tensor at a time, where its own loader takes the whole model into memory.
+llama.cpp renames tensors, interleaves the rows of rotary heads, and adds one to some norms. transformers knows all of
+that by architecture, in two kinds of tables (older ones with processors of numpy arrays, newer ones with weight
+conversions). Both are used here for one tensor at a time; transformers' own loader takes the whole model into memory.
 """
 
 import copy
@@ -35,7 +35,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class Translation:
-    """What becomes of one GGUF tensor: its name and shape in the checkpoint, and its values there."""
+    """Say what one GGUF tensor becomes: its name and shape in the checkpoint, and how its values are converted."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +45,17 @@ class Translation:
 def translations_of(
     config: PretrainedConfig, path: Path, architecture: str, names: list[str]
 ) -> dict[str, Translation]:
-    """As `translate_tensors`, for the config of a model that was imported before."""
+    """Translate the tensors of a model that was imported before, as `translate_tensors` does.
+
+    Args:
+        config: transformers', of the imported model.
+        path: the import's directory, for error messages.
+        architecture: llama.cpp's name of it, such as "llama".
+        names: the file's tensors.
+
+    Returns:
+        GGUF tensor name -> what it becomes.
+    """
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return translate_tensors(architecture, names, model, path)
@@ -54,7 +64,20 @@ def translations_of(
 def translate_tensors(
     architecture: str, names: list[str], model: PreTrainedModel, path: Path
 ) -> dict[str, Translation]:
-    """GGUF tensor name -> what becomes of it; exactly the model's own tensors come out, each once."""
+    """Translate the names of a file's tensors, and check that they are exactly the model's, each once.
+
+    Args:
+        architecture: llama.cpp's name of it, such as "llama".
+        names: the file's tensors.
+        model: may be on meta.
+        path: the file, for error messages.
+
+    Returns:
+        GGUF tensor name -> what it becomes.
+
+    Raises:
+        ModelError: tensors of the model are missing or double, or it is a mixture of experts.
+    """
     if architecture in gguf_conversion_architectures():
         translations = _newer_translations(architecture, names, model)
     else:
@@ -78,12 +101,13 @@ def translate_tensors(
 
 
 def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    """Translate by transformers' older tables, which have a processor of numpy arrays for each architecture."""
     process, name_map = gguf_table(architecture, model)
 
     def convert(values: np.ndarray, gguf_name: str) -> Tensor:
         side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
         result = process(weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output)
-        # One processor (GPT-2's, for its head) hands a tensor back by the side instead of returning it.
+        # One processor (GPT-2's, for its head) puts its tensor into parsed_parameters instead of returning it.
         return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
 
     shapes = _shapes(model)
@@ -95,6 +119,7 @@ def _table_translations(architecture: str, names: list[str], model: PreTrainedMo
 
 
 def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+    """Translate by transformers' newer weight conversions."""
     renamings, converters = gguf_conversion_mapping(architecture, model.config)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
@@ -121,11 +146,19 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
-    """Set Llama 3's rope scaling where the file has it; True if the tensor that held it is thereby accounted for.
+    """Set Llama 3's rope scaling in the config where the file has it.
 
-    llama.cpp writes no settings, but the divisor of each rotary frequency, in a tensor that transformers ignores:
-    Llama 3.1 and 3.2 would run with other positions than they were trained with. All of them were published with the
-    settings below but for the factor, so these are tried, and taken only if they give the file's divisors.
+    llama.cpp writes the divisor of each rotary frequency into a tensor, not the settings, and transformers ignores that
+    tensor: Llama 3.1 and 3.2 would run with other positions than they were trained with. All of them were published
+    with the settings below except for the factor, so these are tried, and taken only if transformers' formula for the
+    rope type "llama3" gives the file's divisors with them.
+
+    Args:
+        config: transformers', changed in place.
+        reader: gguf's reader of the file.
+
+    Returns:
+        True if the scaling was set, so that the file's tensor of divisors is used.
     """
     tensor = next((tensor for tensor in reader.tensors if tensor.name == ROPE_DIVISORS), None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -151,5 +184,9 @@ def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
 
 
 def readable_architectures() -> list[str]:
-    """List the architectures of GGUF files that transformers can translate."""
+    """List the architectures of GGUF files that transformers can translate.
+
+    Returns:
+        llama.cpp's names, sorted.
+    """
     return sorted((gguf_table_architectures() | gguf_conversion_architectures()) - {"general", "tokenizer"})

@@ -1,12 +1,12 @@
-"""The tensors of a GGUF file in the model's own names and layout, dequantized where they are read.
+"""Read the tensors of a GGUF file in the model's own names and layout, dequantized when they are read.
 
-A model in GGUF lies in 4 or 5 GB; a copy in 16 bits would take three times that on the disk, and is never made. The
-import (importer.py) goes through the file once and writes a record: where each tensor lies, what it is called in the
-checkpoint, and the dtype its values have there. Reading follows the record. Most tensors lie as the checkpoint has
-them, which the import has seen, and are read by rows; of those that llama.cpp permutes the record has the order of
-rows, and each is read whole. What is stored otherwise still, transformers converts again.
+A model in GGUF takes 4 or 5 GB; a copy in 16 bits would take three times that on disk, and is never made. The import
+(importer.py) goes through the file once and writes a record: where each tensor is, its name in the checkpoint, and the
+dtype its values have there. Reading follows the record. Most tensors are stored in the checkpoint's layout, as the
+import found by comparing, and are read by rows. For those whose rows llama.cpp permutes the record has the order of
+rows, and each is read whole. transformers converts any others again.
 
-Left out: which tensors there are and what they are called, which layout.py asks of transformers.
+Left out: which tensors there are and their names, which layout.py takes from transformers.
 """
 
 import dataclasses
@@ -30,23 +30,34 @@ IMPORT_RECORD = "import.json"
 SAMPLE_ELEMENTS = 2**25
 CHUNK_ELEMENTS = 2**20  # dequantized at a time by each thread; gguf's functions make several copies
 
-# What a damaged or unfamiliar file makes the readers of gguf and transformers raise.
+# The readers of gguf and transformers raise these on a damaged or unfamiliar file.
 READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a GGUF file."""
+    """Describe a tensor as it is stored in a GGUF file."""
 
     name: str  # llama.cpp's
     type: str  # gguf's, such as Q4_K
-    shape: tuple[int, ...]  # row by row, as torch counts
+    shape: tuple[int, ...]  # slowest dimension first, as in torch
     offset: int  # of its first byte in the file
 
     def values(self, file: Path, rows: slice | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor, or some rows of its first dimension, as fp32 and cast once; ModelError where it cannot be read.
+        """Dequantize the tensor, or some of its rows, to fp32 and cast once.
 
-        Next to the result it takes the memory of a few chunks.
+        In addition to the result it takes the memory of a few chunks.
+
+        Args:
+            file: the .gguf file.
+            rows: of the first dimension, step 1; by default all.
+            dtype: of the result.
+
+        Returns:
+            The values, in the file's layout.
+
+        Raises:
+            ModelError: they cannot be read or dequantized.
         """
         if len(self.shape) < 2:  # gguf's functions take rows; a vector is one
             (vector,) = dataclasses.replace(self, shape=(1, *self.shape)).values(file, dtype=dtype)
@@ -69,49 +80,73 @@ class StoredTensor:
         return out
 
     def _fill(self, file: Path, out: Tensor, start: int, rows: slice) -> None:
+        """Dequantize some rows into `out`, whose first row is row `start` of the tensor."""
         from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType[self.type]
         data = np.memmap(file, np.uint8, "r", self.offset, quant_shape_to_byte_shape(self.shape, kind))
         part = out[rows.start - start : rows.stop - start]
-        # As one row: gguf goes by sixteen rows, of narrow ones far too little at a time.
+        # As one row: gguf dequantizes sixteen rows at a time, which is slow where they are narrow.
         values = dequantize(data[rows].reshape(1, -1), kind).reshape(part.shape)
         part.copy_(torch.from_numpy(values if values.flags.writeable else values.copy()))
 
 
 Rows = Literal["as stored", "otherwise"] | str
-"""How the rows of a tensor lie: as the checkpoint has them; in the order of a permutation, whose numbers are written
-here with commas; or otherwise, so that transformers must convert the tensor."""
+"""Order of a tensor's rows: "as stored", the checkpoint's; numbers with commas between them, the file's row for each of
+the checkpoint's; or "otherwise", so that transformers must convert the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportedTensor:
-    """A tensor of the checkpoint, and where its values come from."""
+    """Describe a tensor of the checkpoint, and where its values come from."""
 
     stored: StoredTensor
     dtype: torch.dtype  # of its values in the checkpoint
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in the checkpoint
     rows: Rows
 
     def to_json(self) -> dict[str, Any]:
+        """Write the tensor as an entry of the import's record.
+
+        Returns:
+            The fields, as JSON takes them.
+        """
         dtype = str(self.dtype).removeprefix("torch.")
         return dataclasses.asdict(self.stored) | {"dtype": dtype, "rows": self.rows, "becomes": self.shape}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ImportedTensor":
+        """Read a tensor from an entry of the import's record.
+
+        Args:
+            fields: as `to_json` writes them.
+
+        Returns:
+            The tensor.
+        """
         stored = StoredTensor(fields["name"], fields["type"], tuple(fields["shape"]), fields["offset"])
         return cls(stored, getattr(torch, fields["dtype"]), tuple(fields["becomes"]), fields["rows"])
 
 
 class GGUFWeights:
-    """The checkpoint that an imported GGUF file represents: its tensors by name, read when they are asked for."""
+    """Read the checkpoint that an imported GGUF file represents, a tensor at a time, by the checkpoint's names.
+
+    FileMissingError is raised if the GGUF file is gone.
+
+    Args:
+        directory: the import.
+        model_config: makes transformers' config of the directory; called where transformers must convert a tensor.
+
+    Raises:
+        ModelError: the record cannot be read, or the file was changed since the import.
+    """
 
     def __init__(self, directory: Path, model_config: Callable[[], Any]) -> None:
         try:
             record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
-            known = FileIdentity(**record["file"])
-            self.file = Path(known.path)
+            self.identity = FileIdentity(**record["file"])
+            self.path = Path(self.identity.path)
             self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
@@ -119,41 +154,47 @@ class GGUFWeights:
                 "is made again from the GGUF file."
             ) from error
         self.directory, self.model_config = directory, model_config
-        self._check_file(known)
+        self._check_file()
         self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
 
-    def _check_file(self, known: FileIdentity) -> None:
-        if not self.file.is_file():
+    def _check_file(self) -> None:
+        """Raise FileMissingError if the file is gone, or ModelError if it has changed."""
+        if not self.path.is_file():
             raise FileMissingError(
-                f"{self.file}, from which this base is read, is gone. Put it back, or name it as model.name from where "
+                f"{self.path}, from which this base is read, is gone. Put it back, or name it as model.name from where "
                 "it is now: it is known by its content."
             )
-        if not known.is_current():
+        if not self.identity.is_current():
             raise ModelError(
-                f"{self.file} was changed since it was imported. Start again with it as model.name; a run that was "
+                f"{self.path} was changed since it was imported. Start again with it as model.name; a run that was "
                 "trained on it needs the file as it was."
             )
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor in the checkpoint's layout and dtype, or some rows of its first dimension (step 1).
+        """Read a tensor in the checkpoint's layout and dtype, or some of its rows; ModelError if it cannot be read.
 
-        Raises:
-            ModelError: it cannot be read.
+        Args:
+            name: the checkpoint's.
+            rows: of the first dimension, step 1; by default all.
+
+        Returns:
+            The values, on the CPU.
         """
         tensor = self.tensors[name]
         if tensor.rows == "as stored":
-            return tensor.stored.values(self.file, rows, tensor.dtype)
-        converted = self._converted  # taken once: another thread may read another tensor
+            return tensor.stored.values(self.path, rows, tensor.dtype)
+        converted = self._converted  # read once: another thread may replace it by another tensor
         if converted is None or converted[0] != name:
-            self._converted = None  # an old one goes before the new one comes
+            self._converted = None  # free the old one before the new one is made
             converted = self._converted = (name, self._convert(tensor))
         return converted[1] if rows is None else converted[1][rows]
 
     def _convert(self, tensor: ImportedTensor) -> Tensor:
+        """Read a whole tensor whose rows are not stored in the checkpoint's order."""
         if tensor.rows == "otherwise":
-            values = tensor.stored.values(self.file)
+            values = tensor.stored.values(self.path)
             return self._translations[tensor.stored.name].convert(values.numpy()).to(tensor.dtype)
-        return tensor.stored.values(self.file, dtype=tensor.dtype)[_permutation(tensor.rows)]
+        return tensor.stored.values(self.path, dtype=tensor.dtype)[_permutation(tensor.rows)]
 
     @functools.cached_property
     def _translations(self) -> dict[str, Translation]:
@@ -164,19 +205,25 @@ class GGUFWeights:
 
 def open_weights(
     directory: Path,
-    model_config: Callable[[], Any],  # makes transformers' config of the directory, where a tensor needs it
+    model_config: Callable[[], Any],
 ) -> GGUFWeights | None:
-    """Open the weights of a directory that represents a GGUF file; None for any other directory.
+    """Open the weights of a directory that represents a GGUF file.
 
-    Raises:
-        FileMissingError, ModelError: the file is gone, or was changed.
+    FileMissingError is raised if the file is gone, ModelError if it has changed or the record cannot be read.
+
+    Args:
+        directory: any model directory.
+        model_config: as in GGUFWeights.
+
+    Returns:
+        The weights; None for a directory that is not an import.
     """
     return GGUFWeights(directory, model_config) if (directory / IMPORT_RECORD).is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What looking at every value of a tensor reported."""
+    """Hold what was found by looking at every value of a tensor."""
 
     shape: tuple[int, ...]  # in the checkpoint
     rows: Rows
@@ -184,11 +231,19 @@ class Examined:
     highest: float
 
 
-def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
-    """How a tensor lies next to what `convert` makes of it, which is the checkpoint's layout.
+def examine_values(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Tensor]) -> Examined:
+    """Read every value of a tensor, and compare its layout with the checkpoint's, which `convert` makes.
 
-    Embeddings and LM heads can be too large to convert whole, so only their first rows are: what llama.cpp permutes
-    are the rows of heads.
+    Embeddings and LM heads can be too large to convert whole, so only their first rows are converted: llama.cpp
+    permutes the rows of attention heads, not those of tokens.
+
+    Args:
+        tensor: where it is in the file.
+        file: the .gguf file.
+        convert: dequantized float32 values -> float32, in the checkpoint's layout.
+
+    Returns:
+        Shape and order of rows in the checkpoint, and the least and greatest value, NaN if one is.
     """
     by_tokens = tensor.name in ("token_embd.weight", "output.weight")
     step = max(1, SAMPLE_ELEMENTS // tensor.shape[-1]) if by_tokens else tensor.shape[0]
@@ -210,12 +265,15 @@ def examine(tensor: StoredTensor, file: Path, convert: Callable[[np.ndarray], Te
 
 
 def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Tensor]) -> Rows:
+    """Compare values with their conversion: the same, in another order of rows, or otherwise."""
     if converted.shape != values.shape:
         return "otherwise"
     if torch.equal(converted, values):
         return "as stored"
     if values.dim() == 2:
-        order = convert(np.arange(len(values), dtype=np.float32)[:, None])  # the rows' own numbers, as they end up
+        order = convert(
+            np.arange(len(values), dtype=np.float32)[:, None]
+        )  # the rows' numbers, in the order of the result
         written = ",".join(str(int(row)) for row in order.flatten())
         if torch.equal(order.flatten().sort().values, torch.arange(len(values)).float()):
             return written if torch.equal(values[_permutation(written)], converted) else "otherwise"
@@ -224,4 +282,5 @@ def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Ten
 
 @functools.lru_cache(maxsize=8)
 def _permutation(written: str) -> Tensor:
+    """Parse an order of rows as `Rows` has it."""
     return torch.tensor([int(row) for row in written.split(",")])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_trainer.config.data_schema import Source
-from qlora_trainer.data.batching.mixing import Amount, Mixture, epoch_quotas, eval_counts, is_mixed
+from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quotas, eval_counts, is_mixed
 
 
 def mixture(available: list[int], quotas: list[int]) -> Mixture:
@@ -22,16 +22,18 @@ sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 def test_weights_are_shares_and_the_scarcest_source_is_used_once():
-    assert epoch_quotas([1000, 50], [Amount(weight=1), Amount(weight=1)]) == [50, 50]
-    assert epoch_quotas([1000, 50], [Amount(weight=0.9), Amount(weight=0.1)]) == [450, 50]
-    assert epoch_quotas([30, 500], [Amount(weight=3), Amount(weight=7)]) == [30, 70]
-    assert epoch_quotas([100, 7], [Amount(weight=1e-6), Amount(weight=1)]) == [1, 7], "a source named is a source used"
+    assert epoch_quotas([1000, 50], [SourceAmount(weight=1), SourceAmount(weight=1)]) == [50, 50]
+    assert epoch_quotas([1000, 50], [SourceAmount(weight=0.9), SourceAmount(weight=0.1)]) == [450, 50]
+    assert epoch_quotas([30, 500], [SourceAmount(weight=3), SourceAmount(weight=7)]) == [30, 70]
+    assert epoch_quotas([100, 7], [SourceAmount(weight=1e-6), SourceAmount(weight=1)]) == [1, 7], (
+        "a source named is a source used"
+    )
 
 
 @given(sizes, st.data())
 def test_no_weighted_source_is_repeated_and_one_is_used_whole(available, data):
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=len(available), max_size=len(available)))
-    quotas = epoch_quotas(available, [Amount(weight=weight) for weight in weights])
+    quotas = epoch_quotas(available, [SourceAmount(weight=weight) for weight in weights])
     assert all(1 <= quota <= count for quota, count in zip(quotas, available, strict=True))
     assert any(quota == count for quota, count in zip(quotas, available, strict=True))
     scale = min(count / weight for count, weight in zip(available, weights, strict=True))
@@ -46,16 +48,16 @@ def test_a_weight_that_arithmetic_cannot_bear_is_refused(weight):
 
 @pytest.mark.parametrize("weights", [(1e-9, 1e-9), (1e-9, 1e9), (1e9, 1e9)])
 def test_the_smallest_and_largest_weights_allowed_are_mixed(weights):
-    amounts = [Amount(weight=Source(path="x.jsonl", weight=weight).weight) for weight in weights]
+    parts = [SourceAmount(weight=Source(path="x.jsonl", weight=weight).weight) for weight in weights]
     expected = [5, 5] if weights[0] == weights[1] else [1, 2**40]
-    assert epoch_quotas([5, 2**40], amounts) == expected
+    assert epoch_quotas([5, 2**40], parts) == expected
 
 
 def test_a_count_is_kept_exactly_and_sources_without_one_give_all_their_rows():
-    amounts = [Amount(count=5), Amount(), Amount(count=30)]
-    assert epoch_quotas([100, 7, 10], amounts) == [5, 7, 30]
-    assert is_mixed(amounts)
-    assert not is_mixed([Amount(), Amount()])
+    parts = [SourceAmount(count=5), SourceAmount(), SourceAmount(count=30)]
+    assert epoch_quotas([100, 7, 10], parts) == [5, 7, 30]
+    assert is_mixed(parts)
+    assert not is_mixed([SourceAmount(), SourceAmount()])
 
 
 @given(sizes, st.data(), st.integers(0, 2**63 - 1), st.integers(0, 50))
@@ -90,25 +92,25 @@ def test_seeds_and_sources_draw_apart():
 
 
 @pytest.mark.parametrize(
-    ("available", "amounts", "share", "expected"),
+    ("available", "parts", "share", "expected"),
     [
-        ([40], [Amount()], 0.1, [4]),
-        ([40], [Amount()], 0.001, [1]),
-        ([40], [Amount()], 0.999, [39]),
-        ([900, 100], [Amount(), Amount()], 0.1, [90, 10]),
-        ([10_000, 100], [Amount(weight=1), Amount(weight=1)], 0.1, [10, 10]),
-        ([10_000, 100], [Amount(count=300), Amount()], 0.1, [30, 10]),
-        ([10, 10], [Amount(count=500), Amount()], 0.1, [1, 1]),
-        ([1, 50], [Amount(weight=1), Amount(weight=1)], 0.5, [0, 1]),
+        ([40], [SourceAmount()], 0.1, [4]),
+        ([40], [SourceAmount()], 0.001, [1]),
+        ([40], [SourceAmount()], 0.999, [39]),
+        ([900, 100], [SourceAmount(), SourceAmount()], 0.1, [90, 10]),
+        ([10_000, 100], [SourceAmount(weight=1), SourceAmount(weight=1)], 0.1, [10, 10]),
+        ([10_000, 100], [SourceAmount(count=300), SourceAmount()], 0.1, [30, 10]),
+        ([10, 10], [SourceAmount(count=500), SourceAmount()], 0.1, [1, 1]),
+        ([1, 50], [SourceAmount(weight=1), SourceAmount(weight=1)], 0.5, [0, 1]),
     ],
 )
-def test_rows_are_eval_of_each_source_as_an_epoch_takes_them(available, amounts, share, expected):
-    assert eval_counts(available, amounts, share) == expected
+def test_rows_are_eval_of_each_source_as_an_epoch_takes_them(available, parts, share, expected):
+    assert eval_counts(available, parts, share) == expected
 
 
 @given(sizes, st.floats(0.001, 0.999), st.booleans())
 def test_holding_out_always_leaves_rows_to_train_on(available, share, weighted):
-    held = eval_counts(available, [Amount(weight=1.5 if weighted else None)] * len(available), share)
+    held = eval_counts(available, [SourceAmount(weight=1.5 if weighted else None)] * len(available), share)
     assert all(0 <= h <= count for h, count in zip(held, available, strict=True))
     assert sum(held) < sum(available)
     assert not weighted or all(h < count for h, count in zip(held, available, strict=True))

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Generator
 
 import pytest
+from marks import slow_but
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
@@ -39,7 +40,7 @@ def as_lists(chunks: list[Chunk]) -> list[dict]:
     return [{**vars(chunk), "block": chunk.block.to_pylist()} for chunk in chunks]
 
 
-@pytest.mark.parametrize("family", ["smollm2", "generation"])
+@pytest.mark.parametrize("family", slow_but(["smollm2", "generation"], "smollm2"))
 def test_chunks_are_those_made_one_after_another(family):
     tokenizer = tiny_tokenizer(family)
     own_text = ("rows.jsonl, line 1503", {"question": "What is <|im_end|>?", "answer": "<s> </s>"})

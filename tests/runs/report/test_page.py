@@ -16,7 +16,7 @@ from qlora_trainer.runs.report.plot import (
     HEIGHT,
     MARGIN_BOTTOM,
     MARGIN_TOP,
-    Line,
+    PlotLine,
     draw_plot,
     in_words,
     nice_ticks,
@@ -235,7 +235,7 @@ def test_page_of_an_empty_or_odd_run_is_whole(tmp_path: Path, metrics: list[dict
 
 def test_gap_in_a_curve_is_not_joined() -> None:
     points = [(1, 1.0), (2, 2.0), (3, None), (4, 4.0), (5, None), (6, 5.0), (7, 6.0)]
-    page = Page(draw_plot([Line("loss", points)], label="", from_zero=True))
+    page = Page(draw_plot([PlotLine("loss", points)], label="", from_zero=True))
     path, lone = page.curves
     assert path.count("M") == 2
     assert path.count("L") == 2
@@ -243,7 +243,7 @@ def test_gap_in_a_curve_is_not_joined() -> None:
 
 
 def test_curve_lies_where_its_axes_say() -> None:
-    svg = draw_plot([Line("loss", [(0, 0.0), (10, 10.0)])], label="", from_zero=True)
+    svg = draw_plot([PlotLine("loss", [(0, 0.0), (10, 10.0)])], label="", from_zero=True)
     ends = re.search(r'd="M([\d.]+) ([\d.]+) L([\d.]+) ([\d.]+)"', svg)
     assert ends is not None
     grid = {

@@ -106,6 +106,7 @@ def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, m
     assert len(copies) >= 5
 
 
+@pytest.mark.slow
 def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Path) -> None:
     config = tiny_config(model={"name": str(deep_llama)}, data={"max_length": 512})
     state = start_run(config).state
@@ -118,6 +119,7 @@ def test_each_level_takes_less_of_the_device(tiny_config: Config, deep_llama: Pa
     assert len(set(peaks)) == len(LEVELS)
 
 
+@pytest.mark.slow
 def test_offloading_every_second_input_takes_half_the_host_memory(tiny_config: Config, deep_llama: Path) -> None:
     config = tiny_config(model={"name": str(deep_llama)}, data={"max_length": 512})
     state = start_run(config).state
