@@ -1,9 +1,10 @@
-"""Output that is either whole or not there: new directories and small files, written aside and renamed.
+"""Write output that is either whole or not there: new directories and small files, written aside and renamed.
 
 A run that is killed, or a disk that fills up, must never leave a directory that looks finished. So work goes into a
 temporary sibling, is flushed to the disk, and gets its name last. A kill leaves a hidden `.name.partial-…` directory,
 which nothing reads; the next start of work on the same name removes it. What a living process works in is spared: it
-holds a lock on its directory, which ends with it, however it ends.
+holds a lock on its directory, which ends with it, however it ends. A directory that is replaced lies for a moment under
+`.name.replaced`, from where it comes back if the process is killed just then.
 
 Where a file system or operating system has no such locks, what was left stays, and may be deleted by hand.
 """
@@ -35,15 +36,22 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and vanishes otherwise.
 
+    Args:
+        path: of the directory to be.
+        replaces: a directory that is there already goes when the new one is whole; else it must be empty.
+
+    Yields:
+        The directory to work in.
+
     Raises:
-        OutputExistsError: `path` is a file, or a directory that is not empty.
+        OutputExistsError: `path` is a file, or a directory that is not empty and is not to be replaced.
         DiskError: the disk is full or cannot be written.
     """
     path = real_path(path)
-    refuse_existing(path)
+    _refuse(path, replaces)
     remove_leftovers(path)
     with disk_errors(path.parent):
         work, lock = _make_locked(path)
@@ -52,26 +60,69 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield work
         with disk_errors(path.parent):
             sync_tree(work)
-            refuse_existing(path)
-            if path.exists():
-                path.rmdir()
-            work.rename(path)
-            _sync_directory(path.parent)
+            _refuse(path, replaces)
+            _take_place(work, path, replaces)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
+def _refuse(path: Path, replaces: bool) -> None:
+    """Raise OutputExistsError where a new directory may not take this place."""
+    if not (replaces and path.is_dir()):
+        refuse_existing(path)
+
+
+def _take_place(work: Path, path: Path, replaces: bool) -> None:
+    """Give a directory its name; what it replaces lies under `replaced_path` for a moment."""
+    aside = replaced_path(path)
+    if replaces and path.exists():
+        path.rename(aside)
+    elif path.exists():
+        path.rmdir()
+    work.rename(path)
+    _sync_directory(path.parent)
+    if replaces and aside.exists():
+        shutil.rmtree(aside)
+
+
+def replaced_path(path: Path) -> Path:
+    """Return where a directory lies while another takes its place: after a kill at that moment it is only there."""
+    return path.with_name(f".{path.name}.replaced")
+
+
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left of their work on `path`; what a living one works in stays."""
+    """Remove what killed processes have left of their work on `path`; what a living one works in stays.
+
+    A directory that was to be replaced, and was not, gets its name back.
+
+    Args:
+        path: of the directory that was worked on.
+    """
     path = real_path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """Remove what killed processes have left of their work on any directory of a folder, as `remove_leftovers` does."""
+    _remove_leftovers(real_path(folder), "*")
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    for left in folder.glob(f".{pattern}.partial-*"):
         with contextlib.suppress(OSError):  # a living process works in it, another was as quick, or it is not ours
             lock = _lock(left)
             if lock is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
+    for aside in folder.glob(f".{pattern}.replaced"):
+        path = folder / aside.name.removeprefix(".").removesuffix(".replaced")
+        with disk_errors(folder):
+            if path.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(path)
 
 
 def _make_locked(path: Path) -> tuple[Path, int | None]:
@@ -79,13 +130,17 @@ def _make_locked(path: Path) -> tuple[Path, int | None]:
     while True:
         work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         work.mkdir(parents=True)
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        try:
             lock = _lock(work)
-            if work.exists():
-                return work, lock
-            if lock is not None:
-                os.close(lock)
-        # Before it was locked, another process took it for a leftover.
+        except (BlockingIOError, FileNotFoundError):
+            continue  # before it was locked, another process took it for a leftover
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if work.exists():
+            return work, lock
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(directory: Path) -> int | None:
@@ -106,23 +161,6 @@ def _lock(directory: Path) -> int | None:
             raise
         return None  # such as a file system over the network
     return descriptor
-
-
-@contextlib.contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which takes its place, whole, when the block ends well."""
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    with disk_errors(path.parent):
-        for leftover in (fresh, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-    with new_directory(fresh) as work:
-        yield work
-    with disk_errors(path.parent):
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def real_path(path: Path) -> Path:
@@ -207,9 +245,12 @@ def sync_tree(directory: Path) -> None:
 
 def _sync_directory(directory: Path) -> None:
     """Make the names in a directory durable; not every system can, and losing power then loses only the rename."""
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno in DISK_FAILURES:
+            raise
