@@ -19,7 +19,6 @@ def doctor(
 ) -> None:
     """Examine this machine: versions, devices, and that 4-bit weights are right. Exit 1 if something is wrong.
 
-
     With a run directory, its base is verified too, byte for byte; each start takes it as known while its files keep
     their size and times.
 

@@ -1,4 +1,4 @@
-"""Filling an empty model from its checkpoint, a tensor at a time: the 4-bit base is never whole in 16 bits, anywhere.
+"""Fill an empty model from its checkpoint, a tensor at a time: the 4-bit base is never whole in 16 bits, anywhere.
 
 `load_plan.py` says beforehand what becomes of each tensor; `lay_out` gives the empty model, still on meta, the form it
 will have, so its size is known to the byte before anything is read. `load_tensors` then goes through the files in their
@@ -45,8 +45,12 @@ from qlora_trainer.weights.tensors import TensorInfo
 def lay_out(model: Any, plan: LoadPlan, lm_head: HeadKind) -> None:
     """Give the model, dense and on meta, its 4-bit layers and its LM head, on meta too.
 
-    Raises:
-        ModelError: the head is no linear layer and cannot be held as asked for.
+    A head that is no linear layer, and cannot be held as asked for, raises ModelError.
+
+    Args:
+        model: changed in place.
+        plan: of its checkpoint.
+        lm_head: how the LM head is held.
     """
     empty_nf4(model, set(plan.four_bit.values()), "meta")
     empty_head(model, lm_head, "meta")
@@ -63,15 +67,20 @@ def load_tensors(
 ) -> HashedBase:
     """Read, check, quantize and place every tensor of the plan, and find out which base it is.
 
+    A weight that is not finite, or was quantized otherwise than to NF4 with double quantization, raises
+    QuantizationError; a file that is damaged or changes meanwhile, or a prequantized weight of another shape than the
+    model's, raises ModelError.
+
     Args:
+        model: is filled.
+        plan: of its checkpoint.
+        device: to fill it on.
+        embedding_on_cpu: keep the embedding in host memory.
         known: what was found in the same files before; they are not hashed again.
+        progress: is called as tensors are read.
 
     Returns:
         The base's fingerprint, and the hashes of what lies on disk.
-
-    Raises:
-        QuantizationError: a weight is not finite, or was quantized otherwise than to NF4 with double quantization.
-        ModelError: a file is damaged or changes meanwhile, or a prequantized weight has another shape than the model.
     """
     wanted = [info for name, info in plan.tensors.items() if name in plan.four_bit or name in plan.dense]
     done, total = 0, sum(info.nbytes for info in wanted)
@@ -97,7 +106,16 @@ def load_tensors(
 
 
 class _Filling:
-    """A model that is being filled, and the hashes of what has come."""
+    """Fill a model, and keep the hashes of what was filled in.
+
+    Args:
+        model: as `lay_out` left it.
+        plan: of its checkpoint.
+        hasher: that computes the hashes.
+        device: of the model.
+        embedding_on_cpu: keep the embedding in host memory.
+        known: what was found in the same files before.
+    """
 
     def __init__(
         self,
@@ -116,7 +134,11 @@ class _Filling:
         self.dense: dict[str, Future[str]] = {}  # by the model's names
 
     def take(self, arrival: Arrival) -> None:
-        """Make a tensor part of the model."""
+        """Make a tensor part of the model.
+
+        Args:
+            arrival: the tensor as it was read.
+        """
         name = arrival.info.name
         if arrival.sha256 is not None:
             self.stored[name] = arrival.sha256
@@ -165,20 +187,34 @@ class _Filling:
                     parameter = nn.Parameter(values, requires_grad=False)
                 setattr(module, leaf, parameter)
         if self.known is None and arrival.info.nbytes > LARGEST_KEPT:
-            self.dense[dense.names[0]].result()  # or several of the largest tensors could wait for it side by side
+            self.dense[dense.names[0]].result()  # or several of the largest could wait at once
 
     def _own_copy(self, arrival: Arrival, loaded: torch.dtype, dtype: torch.dtype) -> Tensor:
-        """Return what arrived as `loaded` and cast from that, in memory of its own where it is not to stay mapped."""
+        """Return the values in `loaded` and cast from that to `dtype`, copied unless they are to stay mapped."""
         values = arrival.values.to(loaded)
         return values.to(dtype, copy=values is arrival.host and not self.stays_in_file(arrival.info))
 
     def stays_in_file(self, info: TensorInfo) -> bool:
-        """Return whether a tensor is mapped: 4-bit codes, and next to known ones what is too large to be a bias."""
+        """Decide which tensors are mapped: 4-bit codes, and in a known 4-bit base also what is too large to be a bias.
+
+        Args:
+            info: of the tensor.
+
+        Returns:
+            True if it is mapped.
+        """
         is_large = len(info.shape) == 2 and info.nbytes >= PIECE_BYTES and info.offset is not None
         return info.name in self.plan.statistics or (bool(self.plan.statistics) and self.known is not None and is_large)
 
     def stays_on_host(self, info: TensorInfo) -> bool:
-        """Whether it is wanted in host memory; the LM head may be made of it on the device too."""
+        """Decide which tensor is wanted in host memory; the LM head may be made of it on the device too.
+
+        Args:
+            info: of the tensor.
+
+        Returns:
+            True for the embedding that is kept on the CPU.
+        """
         return info.name in self.plan.dense and self.host_name in self.plan.dense[info.name].names
 
     def move_buffers(self) -> None:
@@ -189,7 +225,11 @@ class _Filling:
                 setattr(module, name, buffer.to(self.device))
 
     def found(self) -> HashedBase:
-        """Return what has been loaded; waits for the hashes."""
+        """Return what has been loaded, after all hashes are computed.
+
+        Returns:
+            The fingerprint, and the hashes of what lies on disk.
+        """
         tensors = {path: found.result() for path, found in self.four_bit.items()}
         if self.known is not None:  # of what is 4-bit on disk nothing was made here
             fingerprint = self.known.fingerprint
@@ -209,13 +249,28 @@ class _Filling:
 
 
 def quantize_arrival(arrival: Arrival, plan: LoadPlan) -> NF4Weight:
-    """A linear weight in 4 bits, on the device where it arrived; QuantizationError where it is not finite."""
+    """Quantize a linear weight to 4 bits, on the device where it arrived; QuantizationError where it is not finite.
+
+    Args:
+        arrival: of the weight, (O, I), or (I, O) where the plan says so.
+        plan: of the checkpoint.
+
+    Returns:
+        The weight, (O, I).
+    """
     values = arrival.values.to(plan.source_dtype)
     return quantize_weight(values.T if arrival.info.name in plan.transposed else values, _described(arrival.info))
 
 
 def check_finite(arrival: Arrival) -> None:
-    """QuantizationError where a tensor that stays dense holds a value that is not finite."""
+    """Refuse a tensor that stays dense and holds a value that is not finite.
+
+    Args:
+        arrival: of the tensor.
+
+    Raises:
+        QuantizationError: it holds one.
+    """
     if not all_finite(arrival.values):
         raise QuantizationError(
             f"{_described(arrival.info)} holds values that are not finite. The checkpoint is damaged: fetch it again."

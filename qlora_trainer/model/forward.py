@@ -97,8 +97,6 @@ def find_loss_path(model: Any) -> LossPath:
     Raises:
         DEVICE_FAILURES: the device failed or is full.
         RuntimeError: host memory ran out.
-        AttributeError: never raised; it shares an except clause with RuntimeError.
-        TypeError: never raised; it shares an except clause with RuntimeError.
     """
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

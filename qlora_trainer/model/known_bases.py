@@ -24,31 +24,43 @@ _FORMAT = 1  # raise it where the same files would give another fingerprint
 
 @dataclass(frozen=True)
 class HashedBase:
-    """What was found in a base's files."""
+    """Hold what was found in a base's files."""
 
     fingerprint: BaseFingerprint
     stored: dict[str, str]  # sha256 of each tensor's bytes as the files hold them, by the checkpoint's names
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `dataclasses.asdict` gave.
+        """Read what `dataclasses.asdict` gave; KeyError or TypeError where `data` is something else.
 
-        Raises:
-            KeyError: something is missing.
-            TypeError: something is of another type.
+        Args:
+            data: the fields by name.
+
+        Returns:
+            The base.
         """
         return cls(BaseFingerprint.from_json(data["fingerprint"]), dict(data["stored"]))
 
 
 class KnownBases:
-    """The records of bases in the user's cache."""
+    """Keep the records of bases in the user's cache.
+
+    Args:
+        cache_dir: the user's; the records are in a folder of it.
+    """
 
     def __init__(self, cache_dir: Path) -> None:
-        """Keep the records under `cache_dir`, the user's."""
         self._records = FileRecords(cache_dir / "bases")
 
     def find(self, plan: LoadPlan) -> HashedBase | None:
-        """Return what is known of a base, or None where its files were never hashed, or have changed."""
+        """Find what is known of a base.
+
+        Args:
+            plan: of the base.
+
+        Returns:
+            The record, with the config as it is now; None where its files were never hashed, or have changed.
+        """
         content = self._records.find(_subject(plan), plan.directory.file_identity)
         try:
             known = HashedBase.from_json(content)
@@ -58,7 +70,13 @@ class KnownBases:
         return dataclasses.replace(known, fingerprint=dataclasses.replace(known.fingerprint, config=config))
 
     def keep(self, plan: LoadPlan, base: HashedBase, began_ns: int) -> None:
-        """Remember a base whose files were hashed since `began_ns`, a time.time_ns()."""
+        """Remember a base whose files were hashed.
+
+        Args:
+            plan: of the base.
+            base: what was found.
+            began_ns: when reading began, by time.time_ns().
+        """
         self._records.keep(_subject(plan), plan.directory.file_identity, dataclasses.asdict(base), began_ns)
 
     def refuse_other_bytes(self, plan: LoadPlan, base: HashedBase) -> None:
@@ -84,6 +102,7 @@ class KnownBases:
 
 
 def _subject(plan: LoadPlan) -> str:
+    """Return the key of a base's record: its directory, and a hash of how its tensors are loaded."""
     tables = [
         _FORMAT,
         str(plan.source_dtype),

@@ -1,10 +1,10 @@
-"""Read whole tensors of a checkpoint once, and hash them on their way.
+"""Read whole tensors of a checkpoint once, and hash them meanwhile.
 
-A base of 15 GB is read once. Mapped, it takes 15 GB of pages, each to be found, mapped and thrown out again, and costs
-more processor time than quantizing; it also drives everybody else's files from memory. Here a file is read into memory
-of our own, a piece at a time, each piece is hashed while it is in the processor's cache, and the system is asked to
-drop its own copy. The memory goes back when nobody holds the tensor any longer, and the next tensor comes into it.
-docs/decisions/0030 compares this with other ways, O_DIRECT among them.
+A base of 15 GB is read once. Mapped, it takes 15 GB of pages, each of which the system finds, maps and drops again,
+which costs more processor time than quantizing; it also drives other programs' files from memory. Here a file is read
+into memory of our own, a piece at a time, each piece is hashed while it is in the processor's cache, and the system is
+asked to drop its own copy. The memory is free again when nothing refers to the tensor any longer, and the next tensor
+is read into it. docs/decisions/0030 compares this with other ways, O_DIRECT among them.
 """
 
 import collections
@@ -30,28 +30,26 @@ LARGEST_KEPT = 2**27  # memory for a tensor larger than this is not kept for the
 
 
 class Read(NamedTuple):
-    """A tensor as it was read."""
+    """Hold a tensor as it was read."""
 
     tensor: Tensor  # on the host, in memory that is used again once nobody holds it or a view of it
     sha256: str | None  # of its bytes as they lie in a safetensors file; None where it was not asked for
 
 
 class FileReader:
-    """Reads tensors, a file at a time, as a context manager. Not to be shared between threads."""
+    """Read tensors, a file at a time, as a context manager. Not to be shared between threads.
+
+    Args:
+        hashes: take the sha256 of each tensor.
+    """
 
     def __init__(self, hashes: bool = True) -> None:
-        """Read with nothing open yet.
-
-        Args:
-            hashes: take the sha256 of each tensor.
-        """
         self._hashes = hashes
         self._source: TensorSource | None = None
         self._file: io.FileIO | None = None
         self._memory = _Memory()
 
     def __enter__(self) -> Self:
-        """Return the reader."""
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -63,14 +61,13 @@ class FileReader:
     def read(self, info: TensorInfo) -> Read:
         """Read a whole tensor.
 
+        A file that is damaged, or was changed since it was listed, raises ModelError.
+
         Args:
             info: of the tensor.
 
         Returns:
             The tensor, and its hash where the reader hashes.
-
-        Raises:
-            ModelError: the file is damaged, or was changed since it was listed.
         """
         if info.offset is None or info.nbytes < PIECE_BYTES:
             tensor = info.read()
@@ -121,10 +118,10 @@ def _unreadable(source: TensorSource, error: OSError) -> ModelError:
 
 
 class _Memory:
-    """Memory that is handed out as tensors, and taken back when the last view of one is gone."""
+    """Give out memory as tensors, and take it back when the last view of one is gone."""
 
     def __init__(self) -> None:
-        self._free: collections.deque[np.ndarray] = collections.deque()  # a lock could wait for its own finalizer
+        self._free: collections.deque[np.ndarray] = collections.deque()  # no lock: it could wait for its own finalizer
 
     def take(self, size: int) -> Tensor:  # (size,) uint8
         block = None

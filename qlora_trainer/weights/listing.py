@@ -1,7 +1,7 @@
 """List the tensors that a model directory holds: safetensors, or a GGUF file that it represents.
 
-A checkpoint is data from strangers. Only safetensors and JSON are read, never pickle; an index may only name files of
-its own directory; what a loader would guess at (two sets of weights side by side) is refused here. Start at
+A checkpoint may come from anyone. Only safetensors and JSON are read, never pickle; an index may only name files of
+its own directory; what a loader would guess at (two sets of weights in one directory) is refused here. Start at
 model_directory.py, which lists a directory once.
 """
 
@@ -26,6 +26,10 @@ def list_tensors(
     """List every tensor that transformers would load from `directory`, in the order they lie on disk.
 
     A directory may represent a GGUF file (gguf/importer.py), whose tensors are read from there.
+
+    Args:
+        directory: of the model.
+        model_config: called without arguments, and only for a GGUF file.
 
     Returns:
         The tensors by name.
@@ -59,7 +63,15 @@ def list_tensors(
 
 
 def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return a parameter's name in the checkpoint: the same, or without the model's prefix; None if it has none."""
+    """Return a parameter's name in the checkpoint: the same, or without the model's prefix.
+
+    Args:
+        parameter: its name in the model, such as "model.norm.weight".
+        tensors: of the checkpoint, by name.
+
+    Returns:
+        The name; None if the checkpoint has no such tensor.
+    """
     return next((name for name in (parameter, parameter.partition(".")[2]) if name in tensors), None)
 
 
@@ -117,6 +129,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: it cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
+        ValueError: only as a ModelError, for a file that is too large.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:

@@ -18,7 +18,15 @@ def read_rows(
     info: TensorInfo,
     rows: Tensor,  # (N,) numbers, ascending
 ) -> Tensor:  # (N, ...)
-    """Read rows from anywhere in a tensor; of one that cannot be mapped, no others are decoded."""
+    """Read rows from anywhere in a tensor; of one that cannot be mapped, no others are decoded.
+
+    Args:
+        info: of the tensor.
+        rows: counted from 0.
+
+    Returns:
+        The rows on the CPU, in the tensor's dtype.
+    """
     if info.offset is not None:
         return info.read()[rows]
     numbers = rows.tolist()
@@ -29,6 +37,9 @@ def read_rows(
 
 def read_blocks(info: TensorInfo) -> Iterator[tuple[slice | None, Tensor]]:
     """Read a tensor by `row_blocks`.
+
+    Args:
+        info: of the tensor.
 
     Yields:
         Each block's rows, and the block.
@@ -42,7 +53,15 @@ def read_blocks(info: TensorInfo) -> Iterator[tuple[slice | None, Tensor]]:
 
 
 def same_values(first: TensorInfo, second: TensorInfo) -> bool:
-    """Return whether two tensors hold the same values, whatever their dtypes."""
+    """Compare the values of two tensors, whatever their dtypes.
+
+    Args:
+        first: a tensor on disk.
+        second: another one.
+
+    Returns:
+        True if shapes and values are equal.
+    """
     return first.shape == second.shape and all(
         torch.equal(mine.float(), others.float())
         for (_, mine), (_, others) in zip(read_blocks(first), read_blocks(second), strict=True)
@@ -50,7 +69,14 @@ def same_values(first: TensorInfo, second: TensorInfo) -> bool:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes as they lie in a safetensors file; no copy where it is contiguous and on the CPU."""
+    """Return a tensor's bytes as they lie in a safetensors file; no copy where it is contiguous and on the CPU.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        The bytes, which share the tensor's memory where there is no copy.
+    """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -60,9 +86,17 @@ def row_blocks(
     block_elements: int = 2**20,  # 4 MiB of fp32, which stay in a processor's cache from one operation to the next
     minimum_rows: int = 256,
 ) -> list[slice | None]:
-    """Divide a tensor's rows into blocks of about `block_elements`, at least `minimum_rows`; [None], all, for a scalar.
+    """Divide a tensor's rows into blocks of about `block_elements`, and of `minimum_rows` at least.
 
     Matrix products of a few rows run in other kernels, and round otherwise, than the whole product would.
+
+    Args:
+        shape: of the tensor.
+        block_elements: in a block, where it has more than `minimum_rows`.
+        minimum_rows: of a block; a tensor with fewer is one block.
+
+    Returns:
+        The rows of each block; [None], which means all, for a scalar.
     """
     if not shape:
         return [None]

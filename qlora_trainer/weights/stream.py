@@ -1,4 +1,4 @@
-"""A checkpoint's tensors one after another, on the device where they are wanted, the next one read next to the work.
+"""Yield a checkpoint's tensors one after another, on the device where they are wanted, reading the next one meanwhile.
 
 A thread reads the files (file_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
 stream of their own. One tensor is read ahead and no more: where each is dropped before the next is taken, neither host
@@ -19,7 +19,7 @@ STAGING_BYTES = 2**26  # of each of the two pinned buffers
 
 
 class Arrival(NamedTuple):
-    """A tensor of the checkpoint."""
+    """Hold a tensor of the checkpoint that has been read."""
 
     info: TensorInfo
     sha256: str | None  # of its bytes as a safetensors file holds them; None where it was not asked for
@@ -37,8 +37,17 @@ def stream_tensors(
 ) -> Generator[Arrival, None, None]:
     """Yield the tensors in order; drop each before taking the next, where memory counts.
 
-    Raises:
-        ModelError: a file is damaged, or was changed since it was listed.
+    A file that is damaged, or was changed since it was listed, raises ModelError.
+
+    Args:
+        infos: of the tensors.
+        device: that the values are copied to.
+        stays_on_host: True for a tensor that stays in host memory.
+        stays_in_file: True for a tensor that stays in its file.
+        hashes: take the sha256 of each tensor that is not mapped.
+
+    Yields:
+        Each tensor; on a CUDA device it is complete for the current stream.
     """
     uploader = _Uploader(device) if device.type == "cuda" else None
 
@@ -66,7 +75,11 @@ def stream_tensors(
 
 
 class _Uploader:
-    """Copies host tensors to a CUDA device through pinned memory, so that a copy runs while the next piece is read."""
+    """Copy host tensors to a CUDA device through pinned memory, so that a copy runs while the next piece is read.
+
+    Args:
+        device: a CUDA device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,7 +90,14 @@ class _Uploader:
         self.turn = 0
 
     def upload(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """The tensor on the device, and the event after which it is whole there."""
+        """Copy a tensor to the device.
+
+        Args:
+            tensor: on the host.
+
+        Returns:
+            The tensor on the device, and the event after which it is complete there.
+        """
         source = tensor.contiguous().reshape(-1).view(torch.uint8)
         with torch.cuda.device(self.device), torch.cuda.stream(self.taker):
             # Of the memory of the stream that takes and drops it, so the next use of that memory comes after.

@@ -39,7 +39,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor before it has values."""
+    """Describe a tensor that has no values yet."""
 
     name: str
     dtype: torch.dtype
@@ -57,18 +57,26 @@ class TensorSpec:
 
 
 class TensorSource(Protocol):
-    """A file that tensors are read from, opened."""
+    """Represent an opened file that tensors are read from."""
 
     path: Path
     identity: FileIdentity  # as it was when it was opened
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read a tensor by its checkpoint's name, or some rows of its first dimension (step 1)."""
+        """Read a tensor, or some of its rows.
+
+        Args:
+            name: the checkpoint's.
+            rows: of the first dimension, step 1; None for all.
+
+        Returns:
+            The tensor on the CPU.
+        """
 
 
 @dataclass(frozen=True)
 class TensorInfo(TensorSpec):
-    """A tensor on disk."""
+    """Describe a tensor on disk."""
 
     source: TensorSource = dataclasses.field(compare=False)
     offset: int | None  # of its first byte in the file; None where the file holds it in another form
@@ -84,21 +92,28 @@ class TensorInfo(TensorSpec):
     ) -> Tensor:
         """Read the tensor, or some of its rows; do not write into it: where it can be, it is mapped from the file.
 
-        Raises:
-            ModelError: it cannot be read.
+        What cannot be read raises ModelError.
+
+        Args:
+            rows: None for all.
+
+        Returns:
+            The tensor on the CPU, in its own dtype.
         """
         return self.source.read(self.name, rows)
 
 
 class TensorFile:
-    """A safetensors file, listed once; what is read of it is mapped, and stays in the file until it is touched."""
+    """List a safetensors file once, and map what is read of it, which stays in the file until it is used.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the file is damaged, or holds a dtype that is not known here.
+    """
 
     def __init__(self, path: Path) -> None:
-        """List the tensors of a file.
-
-        Raises:
-            ModelError: the file is damaged, or holds a dtype that is not known here.
-        """
         self.path = path
         try:
             self.identity = FileIdentity.of(path.resolve())
@@ -120,12 +135,17 @@ class TensorFile:
                 yield info
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Map a tensor, or some rows of its first dimension (step 1).
+        """Map a tensor, or some of its rows.
 
-        The pages are private: what is written into them never reaches the file.
+        The pages are private: what is written into them never reaches the file. A file that cannot be read, or is not
+        the one that was listed, raises ModelError.
 
-        Raises:
-            ModelError: the file cannot be read, or is not the one that was listed.
+        Args:
+            name: of the tensor.
+            rows: of the first dimension, step 1; None for all.
+
+        Returns:
+            The tensor on the CPU.
         """
         info = self.tensors[name]
         assert info.offset is not None
@@ -150,11 +170,22 @@ class TensorFile:
         return torch.from_numpy(array)
 
     def refuse_changed(self) -> None:
-        """Raise ModelError where the file is not the one that was listed."""
+        """Refuse a file that is not the one that was listed.
+
+        Raises:
+            changed: it is another one; this is a ModelError.
+        """
         if not self.identity.is_current():
             raise changed(self.path)
 
 
 def changed(path: Path) -> ModelError:
-    """Make the error for a file that is not the one that was listed."""
+    """Make the error for a file that is not the one that was listed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The error, to be raised.
+    """
     return ModelError(f"{path} was changed while it was being read. Start again when nothing writes to it.")

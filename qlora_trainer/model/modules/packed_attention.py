@@ -181,11 +181,7 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
     Raises:
         ModelError: the model's forward failed.
         QLoRATrainerError: one of our own errors, as it was raised in the block.
-        AttributeError: never raised; it shares an except clause with RuntimeError.
-        LookupError: never raised; it shares an except clause with RuntimeError.
         RuntimeError: the device failed, or memory ran out.
-        TypeError: never raised; it shares an except clause with RuntimeError.
-        ValueError: never raised; it shares an except clause with RuntimeError.
     """
     try:
         yield
