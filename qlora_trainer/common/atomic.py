@@ -3,7 +3,8 @@
 A run that is killed, or a disk that fills up, must never leave a directory that looks finished. So work goes into a
 temporary sibling, is flushed to the disk, and gets its name last. A kill leaves a hidden `.name.partial-…` directory,
 which nothing reads; the next start of work on the same name removes it. The directory of a process that still runs is
-kept: the process holds a lock on it, which ends with the process, however it ends.
+kept: the process holds a lock on it, which ends with the process, however it ends. A directory that is replaced is
+kept as `.name.replaced` until the new one has its name, and gets its name back if the process is killed just then.
 
 Where a file system or operating system has no such locks, what was left is kept, and may be deleted by hand.
 """
@@ -35,20 +36,21 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and is removed otherwise.
 
-    A `path` that is a file, or a directory that is not empty, raises OutputExistsError; a disk that is full or cannot
-    be written raises DiskError.
+    A `path` that is a file, or a directory that is not empty and not to be replaced, raises OutputExistsError; a disk
+    that is full or cannot be written raises DiskError.
 
     Args:
         path: of the directory; its parents are made at need.
+        replaces: a directory that exists is deleted once the new one has its name.
 
     Yields:
         The temporary directory, empty.
     """
     path = real_path(path)
-    refuse_existing(path)
+    _refuse(path, replaces)
     remove_leftovers(path)
     with disk_errors(path.parent):
         work, lock = _make_locked(path)
@@ -57,30 +59,80 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield work
         with disk_errors(path.parent):
             sync_tree(work)
-            refuse_existing(path)
-            if path.exists():
-                path.rmdir()
-            work.rename(path)
-            _sync_directory(path.parent)
+            _refuse(path, replaces)
+            _take_place(work, path, replaces)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
+def _refuse(path: Path, replaces: bool) -> None:
+    """Raise OutputExistsError where a new directory may not take this place."""
+    if not (replaces and path.is_dir()):
+        refuse_existing(path)
+
+
+def _take_place(work: Path, path: Path, replaces: bool) -> None:
+    """Give a directory its name, and delete the one that it replaces."""
+    aside = replaced_path(path)
+    if replaces and path.exists():
+        path.rename(aside)
+    elif path.exists():
+        path.rmdir()
+    work.rename(path)
+    _sync_directory(path.parent)
+    if replaces and aside.exists():
+        shutil.rmtree(aside)
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name of a directory while another replaces it; after a kill at that moment it has no other.
+
+    Args:
+        path: of the directory.
+
+    Returns:
+        The path of a sibling.
+    """
+    return path.with_name(f".{path.name}.replaced")
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes have left of their work on `path`; the directory of one that still runs is kept.
+
+    A directory that was being replaced gets its name back where the new one has not got it.
 
     Args:
         path: as `new_directory` takes it.
     """
     path = real_path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        with contextlib.suppress(OSError):  # a process works in it, another was as quick, or it is not ours
+    _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """Remove what killed processes have left of their work on any directory of a folder, as `remove_leftovers` does.
+
+    Args:
+        folder: that the directories are in.
+    """
+    _remove_leftovers(real_path(folder), "*")
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    for left in folder.glob(f".{pattern}.partial-*"):
+        with contextlib.suppress(OSError):  # a living process works in it, another was as quick, or it is not ours
             lock = _lock(left)
             if lock is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
+    for aside in folder.glob(f".{pattern}.replaced"):
+        path = folder / aside.name.removeprefix(".").removesuffix(".replaced")
+        with disk_errors(folder):
+            if path.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(path)
 
 
 def _make_locked(path: Path) -> tuple[Path, int | None]:
@@ -88,13 +140,17 @@ def _make_locked(path: Path) -> tuple[Path, int | None]:
     while True:
         work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         work.mkdir(parents=True)
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        try:
             lock = _lock(work)
-            if work.exists():
-                return work, lock
-            if lock is not None:
-                os.close(lock)
-        # Before it was locked, another process took it for a leftover.
+        except (BlockingIOError, FileNotFoundError):
+            continue  # before it was locked, another process took it for a leftover
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if work.exists():
+            return work, lock
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(directory: Path) -> int | None:
@@ -115,30 +171,6 @@ def _lock(directory: Path) -> int | None:
             raise
         return None  # such as a file system over the network
     return descriptor
-
-
-@contextlib.contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which replaces it as a whole when the block ends well.
-
-    Args:
-        path: of the directory; it need not exist.
-
-    Yields:
-        The temporary directory, empty.
-    """
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    with disk_errors(path.parent):
-        for leftover in (fresh, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-    with new_directory(fresh) as work:
-        yield work
-    with disk_errors(path.parent):
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def real_path(path: Path) -> Path:
@@ -273,9 +305,12 @@ def sync_tree(directory: Path) -> None:
 
 def _sync_directory(directory: Path) -> None:
     """Make the names in a directory durable; not every system can, and losing power then loses only the rename."""
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno in DISK_FAILURES:
+            raise

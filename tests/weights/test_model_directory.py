@@ -1,4 +1,4 @@
-"""Promises of tensor_io and directories: streams that any loader reads, and nothing read that should not be."""
+"""Promises of model directories: streams that any loader reads, and nothing read that should not be."""
 
 import dataclasses
 import errno
@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from spying import noting
 from torch import Tensor
 
-from qlora_trainer.common import atomic as directories
 from qlora_trainer.common.atomic import new_directory, write_text
-from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, OutputExistsError
+from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError
 from qlora_trainer.weights import shard_writer
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_rows, row_blocks, same_values
@@ -229,48 +228,6 @@ def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> Non
     assert same_values(found["e"], found["e"])
 
 
-def fail_in_new_directory(path: Path, failure: BaseException) -> None:
-    with new_directory(path) as work:
-        (work / "a.txt").write_text("a")
-        raise failure
-
-
-def fill_while_working(path: Path) -> None:
-    with new_directory(path):
-        path.mkdir()
-        (path / "theirs").write_text("kept")
-
-
-def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()  # an empty one is taken
-    with new_directory(tmp_path / "out") as work:
-        (work / "a.txt").write_text("a")
-        assert not any((tmp_path / "out").iterdir())
-    assert (tmp_path / "out" / "a.txt").read_text() == "a"
-
-    for failure in (ValueError("mine"), KeyboardInterrupt()):
-        with pytest.raises(type(failure)):
-            fail_in_new_directory(tmp_path / "failed", failure)
-    with pytest.raises(DiskError, match="Free some space"):
-        fail_in_new_directory(tmp_path / "failed", OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(FileNotFoundError):  # not a failure of this disk
-        fail_in_new_directory(tmp_path / "failed", FileNotFoundError(errno.ENOENT, "elsewhere"))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_new_directory_overwrites_nothing(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("kept")
-    (tmp_path / "file").write_text("kept")
-    for name in ("full", "file"):
-        with pytest.raises(OutputExistsError, match=name), new_directory(tmp_path / name):
-            pytest.fail("work began")
-    with pytest.raises(OutputExistsError):
-        fill_while_working(tmp_path / "late")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "late"]
-    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "late" / "theirs").read_text() == "kept"
-
-
 class _FullDisk:
     """A file that takes `module` bytes and then behaves as on a full disk."""
 
@@ -331,21 +288,3 @@ def test_no_shard_stays_open_where_one_cannot_be_flushed(
         write()
     assert caught.tb is not None, "it keeps alive what failed"
     assert open_below(tmp_path) == []
-
-
-def test_a_directory_that_goes_while_it_is_locked_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, locked = directories._lock, []
-
-    def lose_the_first(directory: Path) -> int | None:
-        locked.append(directory)
-        descriptor = lock(directory)
-        if len(locked) == 1:
-            directory.rmdir()
-        return descriptor
-
-    monkeypatch.setattr(directories, "_lock", lose_the_first)
-    before = psutil.Process().num_fds()
-    with new_directory(tmp_path / "out"):
-        pass
-    assert len(locked) == 2
-    assert psutil.Process().num_fds() == before
