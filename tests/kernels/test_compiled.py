@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils import cpp_extension
 
 from qlora_kernels import compiled
@@ -63,26 +62,32 @@ def test_another_processor_gets_its_own_library(
     assert len(list(own_folder.iterdir())) == 2
 
 
+COUNT_THREADS = """
+import pathlib, sys, torch
+from qlora_kernels.compiled import load_library
+library = load_library(pathlib.Path(sys.argv[1]))
+for count in (1, 3):
+    torch.set_num_threads(count)
+    print(library.threads())
+maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}))
+"""
+
+
 @needs_compiler
 def test_what_is_compiled_takes_part_in_torchs_threads(source: Path) -> None:
+    """In a process of its own: other packages bring an OpenMP of their own, and of two none is taken."""
     source.write_text(
         "#ifdef _OPENMP\n#include <omp.h>\n"
         'extern "C" int threads() { int n = 0;\n#pragma omp parallel\n#pragma omp single\n'
         "n = omp_get_num_threads(); return n; }\n"
         '#else\nextern "C" int threads() { return 0; }\n#endif\n'
     )
-    before = torch.get_num_threads()
-    library = load_library(source)
-    if library.threads() == 0:
-        pytest.skip("torch's OpenMP was not found, so the code has one thread")
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            assert library.threads() == count
-    finally:
-        torch.set_num_threads(before)
-    maps = Path("/proc/self/maps").read_text()
-    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}) == 1
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", COUNT_THREADS, str(source)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "3", "1"]
 
 
 @needs_compiler
