@@ -79,7 +79,7 @@ def test_another_card_is_named_as_the_environment_names_it(
         device.choose_device("auto")
 
 
-def test_a_config_that_asks_for_cuda_without_a_card_is_told_where_to_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_asks_for_cuda_without_a_card_says_where_to_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     built_for(monkeypatch, None)
     with pytest.raises(ModelError, match=r"sees no CUDA device .* set model\.device to cpu in the config"):
         device.choose_device("cuda")
