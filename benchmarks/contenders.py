@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.common import Row, load_peer, longest, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
 from qlora_trainer.common.process_memory import peak_private_bytes, restart_peak
+from qlora_trainer.common.units import dtype_name
 
 ALPHA = 32.0
 MAX_LENGTH = 1024  # tokens of a row: TRL's default
@@ -236,7 +237,7 @@ def trl(job: Job) -> Result:
     settings = (
         f"{arguments.optim.value}, rows padded to the step's longest, gradient checkpointing "
         f"{'on' if arguments.gradient_checkpointing else 'off'}, "
-        f"{'bfloat16 autocast' if arguments.bf16 else 'float32'}, adapters in {str(adapters).removeprefix('torch.')}, "
+        f"{'bfloat16 autocast' if arguments.bf16 else 'float32'}, adapters in {dtype_name(adapters)}, "
         f"learning rate {arguments.learning_rate:g} {arguments.lr_scheduler_type.value}"
     )
     return clock.meter.result(shared.rows, is_padded=True, settings=settings)

@@ -17,6 +17,7 @@ import torch
 
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.weights.reading import row_blocks
 from qlora_trainer.weights.shard_writer import ShardWriter
 from qlora_trainer.weights.tensors import TensorSpec
@@ -73,7 +74,7 @@ class LlamaShape:
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
         }
 
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from benchmarks.first_gpu.cases import CASES, raw_config
 from benchmarks.first_gpu.device import Device
-from benchmarks.first_gpu.kit import Kit, gib
+from benchmarks.first_gpu.kit import Kit
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.common.units import gib
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import give_back_memory

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.first_gpu.device import Device
-from benchmarks.first_gpu.kit import Kit, gib
+from benchmarks.first_gpu.kit import Kit
 from qlora_kernels.torch_features import varlen_attention_arguments
+from qlora_trainer.common.units import gib
 from qlora_trainer.planning.allocator import uses_expandable_segments
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 

@@ -77,7 +77,3 @@ class Kit:
         kind = type(error).__name__
         self.verdict(f"{name}: FAILED after {seconds:.0f} s: {kind}: {' '.join(str(error).split())[:400]}")
         self.result(f"failed-{name}", error=f"{kind}: {error}", trace=traceback.format_exc()[-4000:])
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.common import Row, load_peer, peer_step, trainable_parameters
 from benchmarks.first_gpu.device import Device
-from benchmarks.first_gpu.kit import Kit, gib
+from benchmarks.first_gpu.kit import Kit
+from qlora_trainer.common.units import gib
 from qlora_trainer.model.device import give_back_memory
 
 STEPS = {2048: 4, 16384: 3}  # by tokens, the first to warm up

@@ -12,6 +12,7 @@ from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.atomic import nearest_existing, unwritable
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.machine import host_memory, is_wsl
+from qlora_trainer.common.units import gibibytes
 from qlora_trainer.model.device import as_only_card, card_name, missing_card, unusable, way_to_cpu
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
@@ -187,7 +188,7 @@ def disk(name: str, directory: Path, advice: str) -> Finding:
     if reason := unwritable(directory):
         return Finding(name, "problem", f"{directory} cannot be written: {reason}", advice)
     free = shutil.disk_usage(nearest_existing(directory)).free
-    detail = f"{free / GIB:.1f} GiB free for {directory}"
+    detail = f"{gibibytes(free)} free for {directory}"
     if free < SMALL_DISK_BYTES:
         return Finding(name, "note", detail, "A 7B model in 16 bits takes 15 GiB, and so does its merged copy.")
     return Finding(name, "ok", detail)

@@ -13,6 +13,7 @@ import torch
 from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.atomic import unwritable
 from qlora_trainer.common.errors import QuantizationError, first_line
+from qlora_trainer.common.units import dtype_name
 
 PROJECT = "qlora-trainer"
 # The tests ran with these. Other versions may work too, so a difference is a note.
@@ -73,7 +74,7 @@ def compute_dtype() -> Finding:
         from qlora_trainer.model.device import choose_compute_dtype, choose_device
 
         device = choose_device("auto")
-        dtype = str(choose_compute_dtype("auto", device)).removeprefix("torch.")
+        dtype = dtype_name(choose_compute_dtype("auto", device))
     except FAILURES as error:
         return Finding("Compute dtype", "problem", first_line(error), "See the packages above.")
     if dtype == "float16":

@@ -17,6 +17,7 @@ from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
 from qlora_kernels.torch_features import release_pinned_memory
 from qlora_trainer.common.errors import ConfigError, InsufficientMemoryError, ModelError, first_line
 from qlora_trainer.common.machine import host_memory
+from qlora_trainer.common.units import gib
 
 OLDEST_CAPABILITY = (6, 0)  # the oldest that bitsandbytes' CUDA libraries have code for
 DRIVER_LIBRARY = "libcuda.so.1"
@@ -240,7 +241,13 @@ def choose_device(wanted: str) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    refuse_unusable(torch.cuda.current_device(), wanted)
+    card = current_card()
+    refuse_unusable(card.index, wanted)
+    return card
+
+
+def current_card() -> torch.device:
+    """Return the CUDA device that this thread works on, with its index."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -293,9 +300,7 @@ def device_with_memory(needed: int, device: torch.device, what: str) -> torch.de
         device = torch.device("cpu")
     free = free_memory(device)
     if needed > free:
-        raise InsufficientMemoryError(
-            f"{what} takes {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free."
-        )
+        raise InsufficientMemoryError(f"{what} takes {gib(needed)}, and {device} has {gib(free)} free.")
     return device
 
 

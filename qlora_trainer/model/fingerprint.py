@@ -21,6 +21,7 @@ from torch import nn
 
 from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.common.hashing import bytes_sha256, values_sha256
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values in fp32
@@ -149,7 +150,7 @@ def make_fingerprint(
     Returns:
         The fingerprint.
     """
-    name = str(source_dtype).removeprefix("torch.")
+    name = dtype_name(source_dtype)
     return BaseFingerprint(config_identity(config), name, tensors, dense, sources, stored_as)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import (
     choose_compute_dtype,
@@ -227,6 +228,6 @@ def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding
     free = free_memory(device)
     if needed > free:
         raise InsufficientMemoryError(
-            f"The base takes about {needed / 2**30:.1f} GiB in 4-bit, and {device} has {free / 2**30:.1f} GiB free. "
+            f"The base takes about {gib(needed)} in 4-bit, and {device} has {gib(free)} free. "
             "Choose a smaller base, or free memory."
         )

@@ -18,6 +18,7 @@ from torch import nn
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import patterns_of_extra, patterns_of_missing, tied_weight_names
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
@@ -188,7 +189,7 @@ def plan_load(
     ]:
         info = tensors[strange[0]]
         raise ModelError(
-            f"{info.name} in {info.file} is stored as {str(info.dtype).removeprefix('torch.')} ({len(strange)} such "
+            f"{info.name} in {info.file} is stored as {dtype_name(info.dtype)} ({len(strange)} such "
             "tensors), which cannot be trained here. Use the model's 16-bit checkpoint."
         )
     return LoadPlan(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qlora_trainer.common.atomic import new_directory, refuse_existing, refuse_unwritable, remove_leftovers, write_text
 from qlora_trainer.common.errors import ModelError, OutputExistsError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import choose_device, device_with_memory
 from qlora_trainer.model.fill import check_finite, quantize_arrival
@@ -124,7 +125,7 @@ def quantize_checkpoint(
             dense=len(plan.tensors) - len(plan.four_bit),
             bytes=total,
             source_bytes=sum(info.nbytes for info in plan.tensors.values()),
-            source_dtype=str(plan.source_dtype).removeprefix("torch."),
+            source_dtype=dtype_name(plan.source_dtype),
             warnings=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
         )
         record = report.to_json() | {"model": str(directory.path.absolute()), "sources": sources}

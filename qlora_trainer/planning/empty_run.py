@@ -15,7 +15,7 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
-from qlora_trainer.model.device import compute_dtype_of
+from qlora_trainer.model.device import compute_dtype_of, current_card
 from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
@@ -53,7 +53,7 @@ def card_here() -> Card:
     Returns:
         The card.
     """
-    return Card.of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else ASSUMED_CARD
+    return Card.of(current_card()) if torch.cuda.is_available() else ASSUMED_CARD
 
 
 def planned_dtype(config: RunConfig, card: Card | None) -> torch.dtype:

@@ -14,7 +14,6 @@ from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.device import choose_device
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
@@ -131,18 +130,20 @@ def largest_micro_batch(
     return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
 
 
-def check_fits_here(directory: ModelDirectory, config: RunConfig, progress: Progress = silent) -> MemoryPlan | None:
+def check_fits_here(
+    directory: ModelDirectory, config: RunConfig, device: torch.device, progress: Progress = silent
+) -> MemoryPlan | None:
     """Call `check_fits` for the card that the run will use, or for host memory.
 
     Args:
         directory: holds the base's config.json.
         config: of the run.
+        device: of this machine, that the run will use.
         progress: is called for each plan.
 
     Returns:
         The plan; None for a small base on a CPU, which is not planned.
     """
-    device = choose_device(config.model.device)
     if device.type == "cuda":
         budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
     elif sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
@@ -235,20 +236,21 @@ def with_least_memory(config: RunConfig) -> RunConfig:
 
 
 def plan_as_lowered(
-    directory: ModelDirectory, config: RunConfig, policy: Policy, micro_batch_tokens: int
+    directory: ModelDirectory, config: RunConfig, device: torch.device, policy: Policy, micro_batch_tokens: int
 ) -> MemoryPlan:
     """Plan a run on the device here, under what an earlier part of it was lowered to.
 
     Args:
         directory: holds the base's config.json.
         config: of the run.
+        device: that the run uses.
         policy: of the earlier part.
         micro_batch_tokens: of the earlier part.
 
     Returns:
         The plan.
     """
-    config = config.replace({"model.device": choose_device(config.model.device).type})
+    config = config.replace({"model.device": device.type})
     lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
     return plan_memory(directory, with_policy(lowered, policy))
 

@@ -14,6 +14,7 @@ import torch
 from qlora_kernels.processor import processor_fact
 from qlora_kernels.products import library
 from qlora_kernels.registry import kernel_choice
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import kernels_in_words
 
@@ -87,7 +88,7 @@ def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, A
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(compute_dtype),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "kernels": kernel_choice(),
         "kernels_taken": kernels_in_words(device.type),

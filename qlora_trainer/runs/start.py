@@ -129,7 +129,9 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
             f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
         )
-        run.plan = plan_as_lowered(model, config, run.state.policy, run.state.loader.micro_batch_tokens)
+        run.plan = plan_as_lowered(
+            model, config, run.base.device, run.state.policy, run.state.loader.micro_batch_tokens
+        )
     here = environment(run.base.device, run.base.compute_dtype)
     run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
     if config != read_run_config(directory):
@@ -149,9 +151,10 @@ def _assemble(
     if config.training.deterministic:
         set_up_cublas(config.model.device)
     prepared = prepare_data(config, tokenizer, model, progress)
-    unpaged = _unpaged_warnings(config, progress)  # before the plan, which counts the state on the device that holds it
-    slower = kernel_warnings(choose_device(config.model.device).type)
-    plan = check_fits_here(model, planned or config, progress)
+    device = choose_device(config.model.device)
+    unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
+    slower = kernel_warnings(device.type)
+    plan = check_fits_here(model, planned or config, device, progress)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
@@ -176,9 +179,8 @@ def _assemble(
     return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 
 
-def _unpaged_warnings(config: RunConfig, progress: Progress) -> list[str]:
+def _unpaged_warnings(config: RunConfig, device: torch.device, progress: Progress) -> list[str]:
     """Return a warning if the config's optimizer pages its state and the GPU cannot; else nothing."""
-    device = choose_device(config.model.device)
     if device.type != "cuda" or config.optimizer.name == "adamw":
         return []
     progress("trying paged memory", 0, None)

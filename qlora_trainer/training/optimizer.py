@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.memory.managed_memory import paging_refusal
@@ -266,4 +267,4 @@ def _first_difference(group: str, saved: Any, ours: list[dict[str, Any]]) -> str
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"

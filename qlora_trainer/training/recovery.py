@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
+from qlora_trainer.common.units import gib
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.rng import restore_rng, rng_state
@@ -179,7 +180,7 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
     host = ""
     if next_policy is not None and state.device.type == "cuda" and _host_lacks(state, next_policy, row_lengths[0]):
         needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
-        host = f" Offloading would take {needed / 2**30:.1f} GiB of host memory, more than is free there."
+        host = f" Offloading would take {gib(needed)} of host memory, more than is free there."
     return (
         f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
         f"activation checkpointing {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, "

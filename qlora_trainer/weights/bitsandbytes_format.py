@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE
 from qlora_trainer.common.errors import QuantizationError
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, bitsandbytes, empty_weight
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -82,7 +83,7 @@ def weight_to_checkpoint(
     facts = {
         "quant_type": "nf4",
         "blocksize": BLOCK_SIZE,
-        "dtype": str(source_dtype).removeprefix("torch."),
+        "dtype": dtype_name(source_dtype),
         "shape": list(weight.shape),
         "nested_blocksize": NESTED_BLOCK_SIZE,
         "nested_dtype": "float32",
@@ -144,7 +145,7 @@ def _refuse_otherwise(kind: Any, block_size: Any, nested_block_size: Any, packed
         "block size": block_size,
         "double quantization": nested_block_size is not None,
         "nested block size": nested_block_size or NESTED_BLOCK_SIZE,
-        "storage": str(packed.dtype).removeprefix("torch."),
+        "storage": dtype_name(packed.dtype),
     }
     wanted = {
         "type": "nf4",
@@ -193,7 +194,7 @@ def _checked(weight: NF4Weight, code: Tensor, name: str) -> NF4Weight:
 
 
 def _shape_and_dtype(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}"
 
 
 def check_dequantization(device: torch.device) -> list[str]:

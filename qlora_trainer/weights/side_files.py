@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_trainer.common.atomic import disk_errors, real_path
 from qlora_trainer.common.errors import DiskError
+from qlora_trainer.common.units import gib
 from qlora_trainer.weights.listing import file_inside
 
 _COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
@@ -82,6 +83,6 @@ def refuse_full_disk(output: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(home).free
     if needed + 2**24 > free:  # headers, index and record are far below 16 MiB
         raise DiskError(
-            f"{what} takes {needed / 1e9:.2f} GB, and the disk of {home} has {free / 1e9:.2f} GB free. "
+            f"{what} takes {gib(needed)}, and the disk of {home} has {gib(free)} free. "
             "Free some space or choose another disk; nothing was written."
         )

@@ -478,7 +478,7 @@ def test_output_needs_an_empty_place_and_space_on_the_disk(
     planned = plan_merge(llama.inputs, tmp_path / "deep" / "merged").tensors
     assert len(planned) == len(stored(llama.inputs.base.path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    with pytest.raises(DiskError, match="GB free"):
+    with pytest.raises(DiskError, match="GiB free"):
         plan_merge(llama.inputs, tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
 

@@ -200,7 +200,7 @@ def test_a_full_disk_is_reported_before_any_pass_over_the_weights(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    with pytest.raises(DiskError, match="GB free"):
+    with pytest.raises(DiskError, match="GiB free"):
         merge_run(run_dir, tmp_path / "merged")
 
 

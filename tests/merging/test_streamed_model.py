@@ -261,7 +261,7 @@ def test_a_tensor_of_another_shape_is_a_message(tmp_path: Path) -> None:
 def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_stream(ModelDirectory.open(tiny_llama), CPU).device == CPU
     pretend_free_memory(monkeypatch, lambda device: 10**9)
-    with pytest.raises(InsufficientMemoryError, match=r"Comparing logits .* 1\.0 GiB, and cpu has 0\.9 GiB free"):
+    with pytest.raises(InsufficientMemoryError, match=r"Comparing logits .* 1\.00 GiB, and cpu has 0\.93 GiB free"):
         plan_stream(ModelDirectory.open(tiny_llama), CPU)
 
 

@@ -141,7 +141,7 @@ def test_what_cannot_be_kept_in_4_bits_is_refused_and_leaves_nothing(
     with pytest.raises(QuantizationError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors"):
         quantize(bad, tmp_path / "again")
     monkeypatch.setattr(model_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**24))
-    with pytest.raises(DiskError, match=r"quantized model takes .* GB free"):
+    with pytest.raises(DiskError, match=r"quantized model takes .* GiB free"):
         quantize(tiny_llama, tmp_path / "again")
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"bad", "nf4"}
 

@@ -450,7 +450,8 @@ def test_state_that_the_card_here_cannot_page_is_planned_in_torchs_memory(
 def test_a_cuda_run_is_refused_before_its_weights_are_read(
     tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "choose_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(runs, "choose_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(runs, "paging_refusal", lambda device: "")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**20, 2**30))
     monkeypatch.setattr(runs, "load_base", lambda *arguments: pytest.fail("the weights were read"))
     config = tiny_config()
@@ -541,19 +542,19 @@ def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
     fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for free, level in fitting_in:
         container(2**30 + free, used=2**30)
-        plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
+        plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config, torch.device("cpu"))
         assert plan is not None
         assert plan.policy == Policy(level)
     assert fitting.memory_here(config) == 2**30 + checkpointed
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
-        fitting.check_fits_here(ModelDirectory.open(tiny_llama), config)
+        fitting.check_fits_here(ModelDirectory.open(tiny_llama), config, torch.device("cpu"))
 
 
 def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, container: Callable[..., None]) -> None:
     container(2**30, used=2**30 - 2**16)
     settings = ModelConfig(name=str(tiny_llama), device="cpu")
-    with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.0 GiB free"):
+    with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.00 GiB free"):
         load_base_model(ModelDirectory.open(tiny_llama), settings, user_cache())
     with pytest.raises(InsufficientMemoryError, match="in fp32 takes"):
         load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))

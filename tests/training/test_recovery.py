@@ -22,6 +22,7 @@ from qlora_trainer.cli.console import TrainingBar, console
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, is_out_of_memory
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Pack
+from qlora_trainer.model.device import current_card
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.run import Run
@@ -606,7 +607,7 @@ def test_a_card_that_is_too_small_recovers(tiny_config: Config, tmp_path: Path) 
             "activation_checkpointing": "none",
         },
     }
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = current_card()
     roomy = start_run(tiny_config("roomy", **config))
     gc.collect()
     torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import gibibytes
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
 MAX_WHOLE_FILE_BYTES = 4 * 1024 * 1024 * 1024  # a plain text is one document and is read whole
@@ -293,7 +294,7 @@ def whole(path: Path, encoding: str | None = None) -> str:
         size += len(block)
         if size > MAX_WHOLE_FILE_BYTES:
             raise DataError(
-                f"{path} has more than {MAX_WHOLE_FILE_BYTES / 2**30:.0f} GiB of text, and a {path.suffix} file is "
+                f"{path} has more than {gibibytes(MAX_WHOLE_FILE_BYTES)} of text, and a {path.suffix} file is "
                 'read whole, as one document. Make it JSONL with one document a line: {"text": ...}.'
             )
     return "".join(parts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_kernels.card import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
-from qlora_trainer.common.units import gib
+from qlora_trainer.common.units import dtype_name, gib, gibibytes
 from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
@@ -34,13 +34,13 @@ def summarize(run: Run) -> list[tuple[str, str]]:
     name = Path(run.config.model.name).name if Path(run.config.model.name).exists() else run.config.model.name
     card = Card.of(run.base.device) if run.base.device.type == "cuda" else None
     pages = (
-        f"{optimizer.paged_bytes / 2**20:.1f} MiB of it paged"
+        f"{gibibytes(optimizer.paged_bytes)} of it paged"
         if run.base.device.type == "cuda"
         else "not paged: nothing pages on a CPU"
     )
     return [
         ("base", f"{name}, {run.base.quantized_fraction:.0%} of its linear weights in NF4"),
-        ("compute", f"{str(run.base.compute_dtype).removeprefix('torch.')} on {run.base.device}"),
+        ("compute", f"{dtype_name(run.base.compute_dtype)} on {run.base.device}"),
         (
             "adapters",
             f"rank {settings.rank} on {len(run.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
@@ -48,7 +48,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
         ("backward", f"{run.state.policy}; little is kept by {run.state.patches}"),
-        ("optimizer", f"{run.config.optimizer.name}, state {optimizer.state_bytes / 2**20:.1f} MiB, {pages}"),
+        ("optimizer", f"{run.config.optimizer.name}, state {gibibytes(optimizer.state_bytes)}, {pages}"),
         (
             "training rows",
             f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.trained_tokens:,} trained",

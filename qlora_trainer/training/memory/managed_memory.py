@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from qlora_trainer.common.machine import is_wsl
+from qlora_trainer.model.device import current_card
 from qlora_trainer.training.memory.paged_trial import SUCCESS
 
 TRIAL_SECONDS = 180  # the child imports torch and bitsandbytes, which a slow disk can make a minute
@@ -38,7 +39,7 @@ def paging_refusal(device: torch.device) -> str:
             f"{'WSL' if is_wsl() else 'Windows'} does not let host and card use managed memory at the same time "
             "(concurrentManagedAccess is 0)"
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = current_card().index if device.index is None else device.index
     program = str(Path(__file__).with_name("paged_trial.py"))
     try:
         done = subprocess.run(
@@ -71,4 +72,4 @@ def paging_refusal_here() -> str:
     """
     if not torch.cuda.is_available():
         return ""
-    return paging_refusal(torch.device("cuda", torch.cuda.current_device()))
+    return paging_refusal(current_card())

@@ -35,6 +35,7 @@ from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstall
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.weights.gguf.layout import (
     ROPE_DIVISORS,
     Translation,
@@ -287,7 +288,7 @@ def _write_record(
 ) -> None:
     """Write down what the directory represents, for people and for reader.py; last, so its presence means complete."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
     record = _described(path) | {
         "sha256": digest,
         "architecture": reader.get_field("general.architecture").contents(),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.weights.gguf.layout import Translation, translations_of
 
 IMPORT_RECORD = "import.json"
@@ -112,7 +113,7 @@ class ImportedTensor:
         Returns:
             The fields, as JSON takes them.
         """
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return dataclasses.asdict(self.stored) | {"dtype": dtype, "rows": self.rows, "becomes": self.shape}
 
     @classmethod
