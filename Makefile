@@ -29,6 +29,7 @@ check: .venv/.dev
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/pydoclint --quiet qlora_trainer kernels/qlora_kernels
 	.venv/bin/lint-imports
 
 env: .venv/.dev .venv/.demo

@@ -10,7 +10,7 @@ WHOLE_RUNS = "tests.test_architectures"  # of which .ci/floor takes one family
 
 
 def outcomes(path: str) -> tuple[set[str], set[str]]:
-    """The tests of a junit file that passed, and those that were skipped."""
+    """Read the tests of a junit file that passed, and those that were skipped."""
     cases = list(ElementTree.parse(path).iter("testcase"))
     skipped = {name(case) for case in cases if case.find("skipped") is not None}
     return {name(case) for case in cases} - skipped, skipped

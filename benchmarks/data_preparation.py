@@ -86,7 +86,14 @@ def peer(job: Job, processes: int | None) -> Callable[[], int]:
 
 
 def contenders(processes: int) -> dict[str, Callable[[Job], Callable[[], int]]]:
-    """Name to what makes the call that is measured."""
+    """List what is compared.
+
+    Args:
+        processes: of the peer.
+
+    Returns:
+        Name to what makes, of a job, the call that is measured.
+    """
     return {
         "ours": ours,
         f"datasets.map, {processes} processes": lambda job: peer(job, job.processes),
@@ -95,7 +102,15 @@ def contenders(processes: int) -> dict[str, Callable[[Job], Callable[[], int]]]:
 
 
 def measure_here(name: str, job: Job) -> Result:
-    """In a contender's own process."""
+    """Measure in a contender's own process.
+
+    Args:
+        name: of the contender.
+        job: what it prepares.
+
+    Returns:
+        Figures without the peak, which is seen from outside.
+    """
     prepare = contenders(job.processes)[name](job)
     start_bytes, cpu = private_bytes(psutil.Process()), cpu_seconds()
     started = time.perf_counter()
@@ -108,7 +123,15 @@ def measure_here(name: str, job: Job) -> Result:
 
 
 def measure(name: str, job: Job) -> Result | None:
-    """In a process of its own, whose memory is watched; None where it failed, after its last lines."""
+    """Measure in a process of its own, whose memory is watched; its last lines are printed where it failed.
+
+    Args:
+        name: of the contender.
+        job: what it prepares.
+
+    Returns:
+        Figures; None where it failed.
+    """
     result = Path(job.work) / "result.json"
     described = json.dumps(dataclasses.asdict(job))
     code = "import sys; from benchmarks.data_preparation import contender; contender(*sys.argv[1:])"
@@ -133,7 +156,14 @@ def contender(name: str, described: str, result: str) -> None:
 
 
 def private_bytes(root: psutil.Process) -> int:
-    """Anonymous memory of a process and all below it; what several share counts once."""
+    """Count the anonymous memory of a process and all below it; what several share counts once.
+
+    Args:
+        root: the process.
+
+    Returns:
+        Bytes.
+    """
     total = 0
     try:
         processes = [root, *root.children(recursive=True)]
@@ -154,7 +184,17 @@ def cpu_seconds() -> float:
 
 
 def conversations(path: str) -> Iterator[list[dict[str, str]]]:
-    """The real rows as chat messages."""
+    """Read the real rows as chat messages.
+
+    Args:
+        path: a file of conversations.
+
+    Yields:
+        The turns of a row.
+
+    Raises:
+        SystemExit: a row is no conversation.
+    """
     from qlora_trainer.common.errors import DataError
     from qlora_trainer.data.formats.parse import RecordReader
     from qlora_trainer.data.reading.files import open_source

@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure all layouts and print the table."""
+    """Measure all layouts and print the table.
+
+    Args:
+        options: of the command line.
+    """
     if options.steps < 2:
         sys.exit("--steps must be at least 2: the first step is left out")
     results: dict[str, Result] = {}
@@ -92,7 +96,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(results: dict[str, Result]) -> str:
-    """One line a layout; `times` compares core-seconds with rows padded in order."""
+    """Write one line a layout; `times` compares core-seconds with rows padded in order.
+
+    Args:
+        results: by layout.
+
+    Returns:
+        The lines.
+    """
     cells = [
         ["", "useful", "with", "useful per", "times", "fill", "peak private"],
         ["", "tokens/s", "padding", "core-second", "in order", "", "memory"],
@@ -126,7 +137,14 @@ def _measure(job: Job, threads: int) -> Result:
 
 
 def train(job: Job) -> Result:
-    """Train as the job says, at the trainer's defaults otherwise, in fp32."""
+    """Train as the job says, at the trainer's defaults otherwise, in fp32.
+
+    Args:
+        job: layout, model and rows.
+
+    Returns:
+        Losses and figures.
+    """
     from qlora_trainer.config.load import make_config
     from qlora_trainer.data.batching import packing
     from qlora_trainer.runs.start import start_run

@@ -35,7 +35,14 @@ Row = dict[str, list[dict[str, str]]]
 
 
 def demo_rows(seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Make the training and the eval rows, each {"messages": [system, user, assistant]}; equal seeds, equal rows."""
+    """Make the training and the eval rows; equal seeds give equal rows.
+
+    Args:
+        seed: 0 for the shipped ones.
+
+    Returns:
+        Both lists, each row {"messages": [system, user, assistant]}.
+    """
     train_frames = {name: action.train_frames for name, action in ACTIONS.items()}
     train_values = {slot: values.train for slot, values in VALUES.items()}
     eval_frames = {name: action.eval_frames for name, action in ACTIONS.items()}
@@ -85,7 +92,15 @@ def _evenly(choices: tuple[Any, ...], seed: str) -> Iterator[Any]:
 
 
 def write_demo_rows(directory: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `eval.jsonl` into `directory`, made where it is missing, and return their paths."""
+    """Write `train.jsonl` and `eval.jsonl`.
+
+    Args:
+        directory: gets the files; made where it is missing.
+        seed: 0 for the shipped ones.
+
+    Returns:
+        Their paths.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "eval.jsonl"
     for path, rows in zip(paths, demo_rows(seed), strict=True):

@@ -58,7 +58,6 @@ from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
-from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.tensors import TensorInfo
 
 RANK, ALPHA = 16, 32.0
@@ -94,10 +93,10 @@ def make_fingerprint(base: Path) -> BaseFingerprint:
     tensors, dense = {}, {}
     for name, info in ModelDirectory.open(base).tensors.items():
         if _is_linear(info):
-            weight = quantize_weight(read_tensor(info), name)
+            weight = quantize_weight(info.read(), name)
             tensors[name.removesuffix(".weight")] = tensor_fingerprint(weight)
         else:
-            dense[name] = values_sha256(read_tensor(info))
+            dense[name] = values_sha256(info.read())
     config = json.loads((base / "config.json").read_text())
     return BaseFingerprint(config_identity(config), config["dtype"], tensors, dense)
 
@@ -177,7 +176,7 @@ def arithmetic_seconds(plan: MergePlan) -> float:
     """Time the arithmetic of all tensors, each brought into memory before its time is taken."""
     total = 0.0
     for tensor in plan.tensors:
-        read_tensor(tensor.source).view(torch.uint8).reshape(-1)[::4096].sum()
+        tensor.source.read().view(torch.uint8).reshape(-1)[::4096].sum()
         started = time.perf_counter()
         for block in merged_blocks(tensor, plan.inputs.scaling, "dequantized", CPU, _NoChecks()):
             block.to(torch.float16)

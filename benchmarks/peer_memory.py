@@ -70,6 +70,7 @@ def plan_peer(
     Args:
         directory: holds the base's config.json.
         tokens: of the row.
+        rank: of the adapters on all linear layers.
         layers: a base cut to so many layers.
         prepared: with peft's prepare_model_for_kbit_training and autocast.
     """

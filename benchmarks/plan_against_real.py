@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Pack
@@ -154,7 +155,7 @@ def config_for(directory: Path, changes: Changes) -> RunConfig:
 def real_run(directory: Path, config: RunConfig) -> tuple[TrainState, Pack]:
     """Build a run before its first step, from the weights on disk, and its longest micro-batch."""
     model = ModelDirectory.open(directory)
-    base = load_base_model(model, config.model)
+    base = load_base_model(model, config.model, user_cache())
     torch.manual_seed(0)
     add_adapters(base.model, config.adapter, config.training.seed)
     rows = [Example([1], [1])] * config.training.global_batch_size

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from qlora_trainer.adapters.inject import BiasMode, adapter_state_dict, add_adapters, trainable_parameters
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import StoredAdapter
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.fold import MergeReport, merge
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 
@@ -51,7 +51,7 @@ def make_base(
 
 def train(directory: Path, bias: BiasMode = "none") -> Run:
     """Base + adapter with random factors, which is what training ends with, sooner than by training."""
-    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
     add_adapters(base.model, AdapterConfig(rank=8, alpha=16.0, bias=bias), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -77,4 +77,4 @@ def on_base(inputs: MergeInputs, directory: Path) -> MergeInputs:
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
-    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
+    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}

@@ -1,6 +1,7 @@
 """The torch floor's script says in one line what it found; a floor that was not run is a failure only if required."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,9 @@ def test_floor_is_reported_where_pip_ends_without_a_word(tmp_path: Path) -> None
 def test_floor_on_which_nothing_ran_has_failed(tmp_path: Path) -> None:
     code, reported = result(tmp_path, SKIPPED.format("x"), SKIPPED.format("x"))
     assert (code, reported) == (1, "torch floor 2.11.0: FAILED, no test ran\n")
+
+
+def test_the_files_that_floor_runs_are_there() -> None:
+    named = re.findall(r"tests/\S+\.py", (ROOT / ".ci/floor").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).is_file()] == []

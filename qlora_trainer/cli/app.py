@@ -62,7 +62,8 @@ def main() -> None:
             print_error(
                 f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
                 "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says "
-                "what torch sees. To train without a card, slowly: model.device=cpu"
+                "what torch sees. CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly, where "
+                "model.device is auto."
             )
             sys.exit(2)
         if not is_out_of_memory(error):

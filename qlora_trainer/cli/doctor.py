@@ -1,16 +1,26 @@
-"""Declare `qlora doctor`: print what doctor_checks.py finds, and exit 1 if something is wrong."""
+"""Declare `qlora doctor`: print what doctor_checks.py and doctor_base.py find, and exit 1 if something is wrong."""
 
 import json
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from qlora_trainer.cli.arguments import AsJson
-from qlora_trainer.cli.console import print_findings, write_out
+from qlora_trainer.cli.console import ProgressBars, print_findings, write_out
 from qlora_trainer.cli.findings import Finding
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run directory: read its whole base, and verify that it is what it was.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Examine this machine: versions, devices, and that 4-bit weights are right. Exit 1 if something is wrong.
+
+    With a run directory, its base is verified too, byte for byte; each start takes it as known while its files keep
+    their size and times.
 
     The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
     """
@@ -24,6 +34,11 @@ def doctor(as_json: AsJson = False) -> None:
         findings = examine(user_cache())
     except DiskError as error:  # a user without a home
         findings = [*examine(), Finding("Disk of the cache", "problem", str(error), "Set XDG_CACHE_HOME to a folder.")]
+    if run is not None:
+        from qlora_trainer.cli.doctor_base import verified_base
+
+        with ProgressBars() as progress:
+            findings.append(verified_base(run, progress))
     if as_json:
         write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")
     else:

@@ -12,7 +12,7 @@ from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.atomic import nearest_existing, unwritable
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.machine import host_memory, is_wsl
-from qlora_trainer.model.device import card_name, missing_card, unusable
+from qlora_trainer.model.device import as_only_card, card_name, missing_card, unusable, way_to_cpu
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def _cards_seen() -> list[Finding]:
     findings = [_card(index, is_used=index == used) for index in range(count)]
     if count > 1:
         other = next((index for index in range(count) if index != used and not unusable(index)[0]), None)
-        way = "" if other is None else f"CUDA_VISIBLE_DEVICES={other} qlora train ... takes GPU {other}. "
+        way = "" if other is None else f"{as_only_card(other)} qlora train ... takes GPU {other}. "
         findings.append(
             Finding(
                 "GPU used",
@@ -93,7 +93,7 @@ def _card(index: int, is_used: bool) -> Finding:
     name, detail = f"GPU {index}", card_name(index)
     why, advice = unusable(index)
     if why:
-        advice = f"{advice} Or train on the CPU: model.device=cpu.".lstrip() if is_used else advice
+        advice = f"{advice} {way_to_cpu('auto')}".lstrip() if is_used else advice
         return Finding(name, "problem" if is_used else "note", f"{detail}, cannot be used: {why}", advice)
     try:
         free, total = torch.cuda.mem_get_info(index)

@@ -1,11 +1,12 @@
-"""Output that is either whole or not there: new directories and small files, written aside and renamed.
+"""Write output that is either complete or absent: new directories and small files, renamed when whole.
 
 A run that is killed, or a disk that fills up, must never leave a directory that looks finished. So work goes into a
 temporary sibling, is flushed to the disk, and gets its name last. A kill leaves a hidden `.name.partial-…` directory,
-which nothing reads; the next start of work on the same name removes it. What a living process works in is spared: it
-holds a lock on its directory, which ends with it, however it ends.
+which nothing reads; the next start of work on the same name removes it. The directory of a process that still runs is
+kept: the process holds a lock on it, which ends with the process, however it ends. A directory that is replaced is
+kept as `.name.replaced` until the new one has its name, and gets its name back if the process is killed just then.
 
-Where a file system or operating system has no such locks, what was left stays, and may be deleted by hand.
+Where a file system or operating system has no such locks, what was left is kept, and may be deleted by hand.
 """
 
 import contextlib
@@ -35,15 +36,21 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and vanishes otherwise.
+def new_directory(path: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and is removed otherwise.
 
-    Raises:
-        OutputExistsError: `path` is a file, or a directory that is not empty.
-        DiskError: the disk is full or cannot be written.
+    A `path` that is a file, or a directory that is not empty and not to be replaced, raises OutputExistsError; a disk
+    that is full or cannot be written raises DiskError.
+
+    Args:
+        path: of the directory; its parents are made at need.
+        replaces: a directory that exists is deleted once the new one has its name.
+
+    Yields:
+        The temporary directory, empty.
     """
     path = real_path(path)
-    refuse_existing(path)
+    _refuse(path, replaces)
     remove_leftovers(path)
     with disk_errors(path.parent):
         work, lock = _make_locked(path)
@@ -52,48 +59,106 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield work
         with disk_errors(path.parent):
             sync_tree(work)
-            refuse_existing(path)
-            if path.exists():
-                path.rmdir()
-            work.rename(path)
-            _sync_directory(path.parent)
+            _refuse(path, replaces)
+            _take_place(work, path, replaces)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
 
+def _refuse(path: Path, replaces: bool) -> None:
+    """Raise OutputExistsError where a new directory may not take this place."""
+    if not (replaces and path.is_dir()):
+        refuse_existing(path)
+
+
+def _take_place(work: Path, path: Path, replaces: bool) -> None:
+    """Give a directory its name, and delete the one that it replaces."""
+    aside = replaced_path(path)
+    if replaces and path.exists():
+        path.rename(aside)
+    elif path.exists():
+        path.rmdir()
+    work.rename(path)
+    _sync_directory(path.parent)
+    if replaces and aside.exists():
+        shutil.rmtree(aside)
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name of a directory while another replaces it; after a kill at that moment it has no other.
+
+    Args:
+        path: of the directory.
+
+    Returns:
+        The path of a sibling.
+    """
+    return path.with_name(f".{path.name}.replaced")
+
+
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes have left of their work on `path`; what a living one works in stays."""
+    """Remove what killed processes have left of their work on `path`; the directory of one that still runs is kept.
+
+    A directory that was being replaced gets its name back where the new one has not got it.
+
+    Args:
+        path: as `new_directory` takes it.
+    """
     path = real_path(path)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+    _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+def remove_leftovers_in(folder: Path) -> None:
+    """Remove what killed processes have left of their work on any directory of a folder, as `remove_leftovers` does.
+
+    Args:
+        folder: that the directories are in.
+    """
+    _remove_leftovers(real_path(folder), "*")
+
+
+def _remove_leftovers(folder: Path, pattern: str) -> None:
+    for left in folder.glob(f".{pattern}.partial-*"):
         with contextlib.suppress(OSError):  # a living process works in it, another was as quick, or it is not ours
             lock = _lock(left)
             if lock is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(lock)
+    for aside in folder.glob(f".{pattern}.replaced"):
+        path = folder / aside.name.removeprefix(".").removesuffix(".replaced")
+        with disk_errors(folder):
+            if path.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(path)
 
 
 def _make_locked(path: Path) -> tuple[Path, int | None]:
-    """A new sibling of `path` to work in, and the descriptor that locks it, None where there are no locks."""
+    """Make a new sibling of `path` to work in, and return it with the descriptor that locks it, None without locks."""
     while True:
         work = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         work.mkdir(parents=True)
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+        try:
             lock = _lock(work)
-            if work.exists():
-                return work, lock
-            if lock is not None:
-                os.close(lock)
-        # Before it was locked, another process took it for a leftover.
+        except (BlockingIOError, FileNotFoundError):
+            continue  # before it was locked, another process took it for a leftover
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if work.exists():
+            return work, lock
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that locks the directory until it is closed, or None where there are no locks.
+    """Open a descriptor that locks the directory until it is closed; return None where there are no locks.
 
     Raises:
-        BlockingIOError: a living process holds the lock.
-        FileNotFoundError: the directory has gone.
+        BlockingIOError: a process that still runs holds the lock.
+        FileNotFoundError: the directory is gone.
     """
     if fcntl is None:
         return None
@@ -108,30 +173,27 @@ def _lock(directory: Path) -> int | None:
     return descriptor
 
 
-@contextlib.contextmanager
-def replaced_directory(path: Path) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which takes its place, whole, when the block ends well."""
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    with disk_errors(path.parent):
-        for leftover in (fresh, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-    with new_directory(fresh) as work:
-        yield work
-    with disk_errors(path.parent):
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def real_path(path: Path) -> Path:
-    """Where `path` leads, from the user's home or through links; it need not exist."""
+    """Return the path that `path` leads to, from the user's home or through links; it need not exist.
+
+    Args:
+        path: may begin with "~".
+
+    Returns:
+        The absolute path, without links.
+    """
     return path.expanduser().resolve()
 
 
 def refuse_existing(path: Path) -> None:
-    """OutputExistsError if `path` is anything but missing or an empty directory."""
+    """Refuse a path for output unless nothing is there, or an empty directory.
+
+    Args:
+        path: of the output.
+
+    Raises:
+        OutputExistsError: it is a file, or a directory that is not empty.
+    """
     path = real_path(path)
     if path.is_dir():
         if any(path.iterdir()):
@@ -143,7 +205,9 @@ def refuse_existing(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it to the disk, and rename it; DiskError where that fails.
 
-    Half a surrogate pair, such as in a column's name, is written as an escape.
+    Args:
+        path: of the file, which is replaced.
+        text: its content, written as UTF-8. Half a surrogate pair, such as in a column's name, is written as an escape.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with disk_errors(path.parent):
@@ -162,7 +226,16 @@ def disk_errors(
     directory: Path,
     failures: frozenset[int] | None = None,  # error numbers; None for all
 ) -> Iterator[None]:
-    """Turn the system's errors of writing into a DiskError; errors that are characters already pass."""
+    """Turn the system's errors of writing in the block into a DiskError; an error of ours passes as it is.
+
+    Args:
+        directory: that is written in, for the message.
+        failures: those to turn; others pass as they are.
+
+    Raises:
+        DiskError: writing failed.
+        OSError: another one, as it was raised in the block.
+    """
     try:
         yield
     except OSError as error:
@@ -173,15 +246,28 @@ def disk_errors(
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return `path`, or the closest folder above it that is there; a file where a folder should be is one too."""
+    """Return `path`, or the closest folder above it that exists; a file in the place of a folder counts as one.
+
+    Args:
+        path: may be relative.
+
+    Returns:
+        The absolute path of what exists.
+    """
     path = path.absolute()
     return next((parent for parent in (path, *path.parents) if parent.exists()), Path(path.anchor))
 
 
 def unwritable(directory: Path) -> str:
-    """Return why a folder, which may be yet to be made, cannot be written; "" where it can.
+    """Return why a folder, which may not exist yet, cannot be written.
 
-    It is tried: rights do not tell of read-only disks, nor root of anything.
+    A temporary folder is made to find out: permissions do not show a read-only disk, and do not hold for root.
+
+    Args:
+        directory: the folder.
+
+    Returns:
+        The reason; "" where it can be written.
     """
     try:
         with tempfile.TemporaryDirectory(dir=nearest_existing(directory)):
@@ -191,13 +277,25 @@ def unwritable(directory: Path) -> str:
 
 
 def refuse_unwritable(directory: Path, variable: str) -> None:
-    """Raise DiskError where a cache cannot be written; `variable` is that of the environment which moves it."""
+    """Refuse a cache directory that cannot be written.
+
+    Args:
+        directory: of the cache.
+        variable: of the environment that moves it, named in the message.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     if reason := unwritable(directory):
         raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a folder that can be.")
 
 
 def sync_tree(directory: Path) -> None:
-    """Flush all below a directory: after a power cut a file could else have its length and not its content."""
+    """Flush all files below a directory: after a power cut a file could otherwise have its length and not its content.
+
+    Args:
+        directory: with all below it.
+    """
     for parent, _, files in os.walk(directory):
         for name in files:
             with (Path(parent) / name).open("rb") as file:
@@ -207,9 +305,12 @@ def sync_tree(directory: Path) -> None:
 
 def _sync_directory(directory: Path) -> None:
     """Make the names in a directory durable; not every system can, and losing power then loses only the rename."""
-    with contextlib.suppress(OSError):
+    try:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno in DISK_FAILURES:
+            raise

@@ -1,11 +1,11 @@
-"""Hash a file; tell without reading it whether it is the one that was seen before; remember what was found in it.
+"""Hash a file; find out without reading it if it is the one that was seen before; remember what was found in it.
 
-A file of many gigabytes is then hashed once, and not at every start. What is remembered is believed again only where
-each file's path, size, inode and times are those it had, and only if the file was still then for longer than a file
-system's clock may stop: a file that changes twice within one tick keeps its time. Records are small files, written
-whole, so processes side by side harm nothing.
+A file of many gigabytes is then hashed once, and not at every start. A record is used again only where each file's
+path, size, inode and times are those it had, and only if the file had been unchanged for longer than a tick of a file
+system's clock when it was read: a file that changes twice within one tick keeps its time. Records are small files,
+written whole, so processes that run at the same time do no harm.
 
-Left out: a file that changes behind its times, as where a disk fails. Who doubts it reads the file again.
+Left out: a file that changes while its times do not, as where a disk fails. To find that, read the file again.
 """
 
 import contextlib
@@ -26,15 +26,14 @@ _BLOCK_BYTES = 2**20
 def file_sha256(path: Path, each_block: Callable[[bytes], object] | None = None) -> str:
     """Hash a file's content.
 
+    A file that cannot be read raises OSError.
+
     Args:
         path: the file.
         each_block: called with each piece of the content, in order, such as to count lines or report progress.
 
     Returns:
         The sha256 in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -49,7 +48,7 @@ def file_sha256(path: Path, each_block: Callable[[bytes], object] | None = None)
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What says that a file is the same, and was not touched."""
+    """Hold what shows that a file is the same, and was not changed."""
 
     path: str  # absolute
     size: int  # bytes
@@ -60,38 +59,51 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Look at a file as it is now.
+        """Take the identity of a file as it is now.
+
+        A file that does not exist raises OSError.
 
         Args:
-            path: the file; through a link, what it leads to is looked at.
+            path: the file; through a link, that of the file it leads to.
 
         Returns:
             Its identity.
-
-        Raises:
-            OSError: it is not there.
         """
         path = path.absolute()
         found = path.stat()
         return cls(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
 
     def is_current(self) -> bool:
-        """Return whether the file is still this one."""
+        """Compare the file as it is now with this identity.
+
+        Returns:
+            True if it is the same and unchanged; False also where it is gone.
+        """
         try:
             return FileIdentity.of(Path(self.path)) == self
         except OSError:
             return False
 
     def is_still(self, at_ns: int) -> bool:
-        """Return whether the file had not been touched for longer than a clock's tick at a time, in nanoseconds."""
+        """Check that the file had been unchanged for longer than a tick of the clock.
+
+        Args:
+            at_ns: the time in question, by time.time_ns().
+
+        Returns:
+            True if it had.
+        """
         return max(self.mtime_ns, self.ctime_ns) < at_ns - CLOCK_TICK_NS
 
 
 class FileRecords:
-    """Records in a directory, each on what was found in some files."""
+    """Keep records in a directory, each on what was found in some files.
+
+    Args:
+        directory: made at need.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Keep the records in `directory`, which is made at need."""
         self.directory = directory
 
     def find(self, subject: str, files: Sequence[FileIdentity]) -> Any:
@@ -128,7 +140,11 @@ class FileRecords:
             write_text(self._path(subject), json.dumps(record))
 
     def forget(self, subject: str) -> None:
-        """Remove what was kept of a subject."""
+        """Remove what was kept of a subject.
+
+        Args:
+            subject: as for `find`.
+        """
         with contextlib.suppress(OSError):
             self._path(subject).unlink()
 

@@ -1,8 +1,8 @@
-"""sha256 of tensors, in threads next to the work that made or reads them.
+"""Hash tensors by sha256, in threads that run while tensors are made or read.
 
 hashlib lets other threads run, so what is made of a checkpoint is hashed while the next of it is quantized, in the same
-pass over its files (weights/direct_reading.py hashes what is there). Few tensors wait at a time, as each is held until
-then.
+pass over its files (weights/file_reading.py hashes what lies in them). Few tensors wait at a time, as each is held
+until then.
 """
 
 import hashlib
@@ -23,7 +23,14 @@ _Result = TypeVar("_Result")
 
 
 def bytes_sha256(tensor: Tensor) -> str:
-    """Of a tensor's bytes as they lie in memory and in a safetensors file, on whatever device."""
+    """Hash a tensor's bytes as they lie in memory and in a safetensors file.
+
+    Args:
+        tensor: on any device.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
     return _sha256([_bytes(tensor)])
 
 
@@ -31,7 +38,15 @@ def values_sha256(
     tensor: Tensor,
     dtype: torch.dtype | None = None,  # convert to this one first; None: the tensor's own
 ) -> str:
-    """Of shape, dtype and values, on whatever device."""
+    """Hash a tensor's shape, dtype and values.
+
+    Args:
+        tensor: on any device.
+        dtype: that is hashed, with the values in it.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
     return blocks_sha256(tuple(tensor.shape), [tensor], dtype or tensor.dtype)
 
 
@@ -40,7 +55,16 @@ def blocks_sha256(
     blocks: Iterable[Tensor],  # a tensor's rows, one block after the other
     dtype: torch.dtype,
 ) -> str:
-    """The `values_sha256` of a tensor that is not there as a whole."""
+    """Compute the `values_sha256` of a tensor that is not in memory as a whole.
+
+    Args:
+        shape: of the whole tensor.
+        blocks: on any device.
+        dtype: that the values are converted to.
+
+    Returns:
+        The sha256 in hexadecimal.
+    """
 
     def parts() -> Iterator[bytes | memoryview]:
         yield f"{shape} {dtype}".encode()
@@ -53,7 +77,7 @@ def blocks_sha256(
 
 
 class Hasher:
-    """Hashes in threads of its own, as a context manager; `submit` waits where too many tensors wait already."""
+    """Hash in threads of its own, as a context manager; `submit` waits where too many tensors wait already."""
 
     def __init__(self) -> None:
         workers = min(os.cpu_count() or 1, _MOST_WORKERS)
@@ -67,7 +91,15 @@ class Hasher:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, function: Callable[..., _Result], *arguments: object) -> Future[_Result]:
-        """Run `function`, such as `bytes_sha256`, on the arguments next to."""
+        """Run a function in one of the threads.
+
+        Args:
+            function: such as `bytes_sha256`.
+            *arguments: passed to it.
+
+        Returns:
+            The future of its result.
+        """
         self._space.acquire()
         future = self._pool.submit(function, *arguments)
         future.add_done_callback(lambda _: self._space.release())

@@ -34,6 +34,10 @@ class ModelConfig(Section):
         description="Keep the base in 4 bits in the user's cache at its first use, and load that copy from then on, in "
         "seconds. It is the same base; it takes about a third of the 16-bit checkpoint's space on disk.",
     )
+    verify_bytes: bool = Field(
+        False,
+        description="Hash the base's files again at this start, even where they are known by their size and times.",
+    )
     embeddings: Literal["device", "cpu"] = Field(
         "device",
         description="Where the input embedding is kept. cpu: in host memory, from where the rows of a micro-batch "

@@ -40,7 +40,7 @@ from qlora_trainer.merging.merge_plan import MergeBase, MergePlan, TensorPlan
 from qlora_trainer.merging.verify import Verification
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.read_back import verify_files
-from qlora_trainer.weights.reading import read_blocks, read_tensor, row_blocks
+from qlora_trainer.weights.reading import read_blocks, row_blocks
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from qlora_trainer.weights.side_files import copy_files
 
@@ -170,7 +170,7 @@ def merged_blocks(
 def _weight_blocks(
     plan: TensorPlan, scaling: float, base: MergeBase, device: torch.device | str, checks: Background
 ) -> Iterator[Tensor]:
-    """A float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
+    """Yield a float tensor by rows in fp32, adapter folded in; a weight as (O, I) whatever the file's order."""
     quantized = None
     if plan.trained_as:
         weight = plan.trained_as.read(device)
@@ -183,12 +183,12 @@ def _weight_blocks(
 
 
 def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tuple[slice | None, Tensor]]:
-    """The base's rows of a float tensor, as they were in training where that is given."""
+    """Yield the base's rows of a float tensor, as they were in training if that is given."""
     if quantized is not None:
         for rows in row_blocks(quantized.shape):
             yield rows, dequantize_nf4(quantized, torch.float32, rows=rows)
     elif plan.transposed:
-        weight = read_tensor(plan.source).T
+        weight = plan.source.read().T
         for rows in row_blocks(tuple(weight.shape)):
             yield rows, weight[rows]
     else:

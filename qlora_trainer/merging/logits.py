@@ -39,7 +39,14 @@ class Logits(Protocol):
         ...
 
     def columns(self, vocabulary: slice) -> Tensor:  # (N, columns), on the CPU
-        """Return the logits of a part of the vocabulary."""
+        """Return the logits of a part of the vocabulary.
+
+        Args:
+            vocabulary: which columns, with a start and a stop.
+
+        Returns:
+            (N, columns), on the CPU.
+        """
         ...
 
 
@@ -59,7 +66,14 @@ class HeadLogits:
         return self.hidden.shape[0], self.head.shape[0]
 
     def columns(self, vocabulary: slice) -> Tensor:
-        """Make the logits of a part of the vocabulary, (N, columns), on the CPU."""
+        """Make the logits of a part of the vocabulary, with few rows of the head at a time.
+
+        Args:
+            vocabulary: which columns, with a start and a stop.
+
+        Returns:
+            (N, columns), on the CPU.
+        """
         first, last = vocabulary.start, vocabulary.stop
         found = self.hidden.new_empty((self.hidden.shape[0], last - first))
         step = max(BLOCK_ELEMENTS // self.head.shape[1], 1)  # rows of the head that are made at a time
@@ -84,7 +98,14 @@ class WholeLogits:
 
     @classmethod
     def of_rows(cls, rows: Sequence[Tensor]) -> Self:  # each (1, T, V) or (T, V)
-        """Join the logits of several rows."""
+        """Join the logits of several rows.
+
+        Args:
+            rows: each (1, T, V) or (T, V).
+
+        Returns:
+            The logits of all their tokens, on the CPU.
+        """
         return cls(torch.cat([row.reshape(-1, row.shape[-1]).cpu() for row in rows]))
 
     @property
@@ -93,12 +114,23 @@ class WholeLogits:
         return self.values.shape[0], self.values.shape[1]
 
     def columns(self, vocabulary: slice) -> Tensor:
-        """Return the logits of a part of the vocabulary, (N, columns)."""
+        """Return the logits of a part of the vocabulary.
+
+        Args:
+            vocabulary: which columns.
+
+        Returns:
+            (N, columns), a view.
+        """
         return self.values[:, vocabulary]
 
 
 class _Softmax:
-    """The largest logit of each token so far, where it is, and the sum of exp(logit - largest)."""
+    """Keep the largest logit of each token so far, where it is, and the sum of exp(logit - largest).
+
+    Args:
+        tokens: N.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.largest = torch.full((tokens,), -math.inf, dtype=torch.float64)
@@ -110,7 +142,15 @@ class _Softmax:
         logits: Tensor,  # (N, block) fp64
         first: int,  # column of the first
     ) -> tuple[Tensor, Tensor]:  # (N, block), (N,)
-        """exp(logit - largest) of the block, and the factor that brings earlier sums to the new largest."""
+        """Take the next block of the vocabulary.
+
+        Args:
+            logits: of the block.
+            first: number of its first column in the vocabulary.
+
+        Returns:
+            exp(logit - largest) of the block, and the factor that brings earlier sums to the new largest.
+        """
         largest, choice = logits.max(dim=1)
         self.choice = torch.where(largest > self.largest, choice + first, self.choice)
         largest = torch.maximum(largest, self.largest)  # NaN where one is

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     CheckpointError,
     DataError,
@@ -117,6 +118,10 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[SampleRows, Meas
 
     Returns:
         What was measured on, and the measurement.
+
+    Raises:
+        OutOfMemoryError: the CPU is too small too.
+        InsufficientMemoryError: as said there, before memory ran out.
     """
     reported = len(run.warnings)
     try:
@@ -174,7 +179,7 @@ def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Pro
 
 
 def _sample(run: MergeRun, progress: Progress) -> SampleRows:
-    """Eval rows to measure on; token rows to compare on: eval ones, else training's, else fixed sentences."""
+    """Choose eval rows to measure on, and rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
     try:
         prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
@@ -191,7 +196,7 @@ def _sample(run: MergeRun, progress: Progress) -> SampleRows:
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
-    """By the first layers of each kind, which say as much of packing and of the logits as all would."""
+    """Examine the first layers of each kind, which show as much of packing and of the logits as all would."""
     progress("examining the model", 0, None)
     if run.stream is not None:
         kinds = run.base.facts.layer_kinds
@@ -211,7 +216,7 @@ def _with_adapter(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 
 
 def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
-    """The base in fp32, as it was trained or as its checkpoint has it."""
+    """Load the base in fp32, as it was trained or as its checkpoint has it."""
     if base == "original":
         return load_dense_model(run.base, run.device)
     # With the base's own LM head, which the merged model has, not with the approximation it was trained by.
@@ -221,7 +226,7 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
         "model.lm_head": "dense",
         "model.embeddings": "device",
     }
-    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, progress)
+    loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
     return loaded.model
@@ -229,7 +234,7 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 
 @torch.no_grad()
 def _measure(model: Any, run: MergeRun, sample: SampleRows, progress: Progress) -> Measured:
-    """In one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
+    """Measure in one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring logits", 0, None)
     found, is_routed = _sample_logits(model, sample), has_experts(model)
     if sample.eval is None:

@@ -198,7 +198,7 @@ def _sort_adapter(
 
 
 def _refuse_tied(base: ModelDirectory, loras: Mapping[str, object]) -> None:
-    """An adapter on one of two tied weights would, once folded, be read by both."""
+    """Refuse an adapter on one of two tied weights: once folded, it would be read by both."""
     embeddings = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
     touched = [name for name in loras if name.split(".")[-2] in embeddings]
     if touched and base.config_json.get("tie_word_embeddings", True):

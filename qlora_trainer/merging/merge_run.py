@@ -51,7 +51,11 @@ class Deployment:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain JSON values."""
+        """Describe the merge in plain JSON values.
+
+        Returns:
+            Every field by its name.
+        """
         return dataclasses.asdict(self)
 
 
@@ -131,7 +135,7 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
-    """The run's adapter and the plan of its merge: what can be said of the base without reading its weights."""
+    """Read the run's adapter and plan its merge, without reading the base's weights."""
     trained = read_trained(run_dir)
     settings = trained.config.model
     name = model or settings.name

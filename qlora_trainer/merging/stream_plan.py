@@ -74,14 +74,22 @@ def plan_stream(
 
 
 def is_plain_head(module: nn.Module, model: Any) -> bool:
-    """Return True for the LM head of a model, where it is a plain linear layer."""
+    """Return True for the LM head of a model, if it is a plain linear layer.
+
+    Args:
+        module: any of the model's modules.
+        model: a causal language model of transformers.
+
+    Returns:
+        False for every other module, and for a head of another class.
+    """
     return module is model.get_output_embeddings() and type(module) is nn.Linear
 
 
 def _sources(
     model: Any, directory: ModelDirectory, trained: Mapping[str, TrainedWeight]
 ) -> dict[str, MatrixSource] | None:
-    """What each parameter and stored buffer is read from, tied ones under each of their names; None if one has none."""
+    """Find what each parameter and stored buffer is read from, tied ones by each name; None if one has no source."""
     tensors = directory.tensors
     stored_as = match_names(model, directory).found
     names: dict[nn.Parameter, list[str]] = {}

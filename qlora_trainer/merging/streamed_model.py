@@ -33,7 +33,7 @@ from qlora_trainer.merging.stream_plan import MatrixSource, StreamPlan, is_plain
 from qlora_trainer.merging.trained_weights import TrainedWeight
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, read_tensor
+from qlora_trainer.weights.reading import read_rows
 from qlora_trainer.weights.tensors import TensorInfo
 
 
@@ -61,7 +61,17 @@ class StreamedMatrix(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look an embedding up by rows, whatever its module makes of the tokens before; all else as usual."""
+        """Look an embedding up by rows, whatever its module makes of the tokens before; all else as usual.
+
+        Args:
+            func: the function of torch that was called.
+            types: of its arguments; not used.
+            args: its arguments.
+            kwargs: its named arguments.
+
+        Returns:
+            What the function gives.
+        """
         with without_torch_function():
             if func is F.embedding and isinstance(args[1], StreamedMatrix):
                 ids, matrix = args[:2]
@@ -84,7 +94,7 @@ class StreamedMatrix(nn.Parameter):
             (rows, ...) on the matrix's device.
         """
         assert isinstance(self.source, TensorInfo), "embeddings and LM heads are dense"
-        read = read_tensor(self.source, index) if isinstance(index, slice) else read_rows(self.source, index)
+        read = self.source.read(index) if isinstance(index, slice) else read_rows(self.source, index)
         return read.to(self.device).to(dtype)
 
     @contextlib.contextmanager
@@ -106,7 +116,12 @@ class StreamedMatrix(nn.Parameter):
 
 
 class StreamedHead(nn.Module):
-    """A frozen LM head, logits = hidden W^T + b, whose W (V, H) is read by rows; it is its own HeadRows."""
+    """Compute logits = hidden W^T + b as a frozen LM head whose W is read by rows; it is its own HeadRows.
+
+    Args:
+        weight: (V, H).
+        bias: (V,), or None.
+    """
 
     def __init__(self, weight: StreamedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -119,14 +134,30 @@ class StreamedHead(nn.Module):
         return self.weight.shape[0], self.weight.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
-        """Read the rows from `start` up to `stop` of the weight."""
+        """Read some rows of the weight.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of what is returned.
+
+        Returns:
+            (stop - start, H).
+        """
         return self.weight.rows(slice(start, stop), dtype)
 
     def forward(
         self,
         hidden: Tensor,  # (..., H)
     ) -> Tensor:  # (..., V)
-        """Multiply hidden states with the weight, a block of its rows at a time."""
+        """Multiply hidden states with the weight, a block of its rows at a time.
+
+        Args:
+            hidden: the states.
+
+        Returns:
+            The logits.
+        """
         logits = head_logits(hidden, self)
         return logits if self.bias is None else logits + self.bias
 
@@ -226,10 +257,10 @@ def _parameter(source: MatrixSource, expected: Tensor, device: torch.device, sta
 
 
 def _read(source: MatrixSource, device: torch.device) -> Tensor:
-    """The whole tensor in fp32."""
+    """Read the whole tensor in fp32."""
     if isinstance(source, TrainedWeight):
         return source.dense(device)
-    return read_tensor(source).to(device).float()
+    return source.read().to(device).float()
 
 
 def _absent(shape: torch.Size, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from qlora_trainer.weights.bitsandbytes_format import weight_from_checkpoint
 from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import quantize_weight
-from qlora_trainer.weights.reading import read_blocks, read_tensor, read_tensors
+from qlora_trainer.weights.reading import read_blocks
 from qlora_trainer.weights.tensors import TensorInfo
 
 
@@ -43,14 +43,31 @@ class TrainedWeight:
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def read(self, device: torch.device | str) -> NF4Weight:
-        """The weight as the checkpoint gives it; QuantizationError where it holds values that are not finite."""
+        """Read the weight from the checkpoint: quantized as in training, or as it is stored in 4 bits.
+
+        Args:
+            device: where it is quantized and kept.
+
+        Returns:
+            The weight (O, I).
+
+        Raises:
+            QuantizationError: it holds values that are not finite.
+        """
         if self.statistics:
             return _prequantized(self.source, self.statistics, device)
-        weight = read_tensor(self.source).to(device).to(self.source_dtype)
+        weight = self.source.read().to(device).to(self.source_dtype)
         return quantize_weight(weight.T if self.transposed else weight, self.source.name)
 
     def check(self, weight: NF4Weight) -> None:
-        """CheckpointError where `weight`, as read, is not the one of training."""
+        """Compare a weight with the one of training.
+
+        Args:
+            weight: as `read` gave it.
+
+        Raises:
+            CheckpointError: it is another.
+        """
         found = tensor_fingerprint(weight)
         if not is_same(found, self.recorded):
             raise CheckpointError(
@@ -62,17 +79,41 @@ class TrainedWeight:
             )
 
     def as_trained(self, weight: NF4Weight) -> NF4Weight:
-        """`weight`, as read, with the offset of training, whose last bits depend on the device that summed it."""
+        """Give a weight the offset of training, whose last bits depend on the device that summed it.
+
+        Args:
+            weight: as `read` gave it.
+
+        Returns:
+            The same codes and scales with the recorded offset.
+        """
         return dataclasses.replace(weight, offset=torch.full_like(weight.offset, self.recorded.offset))
 
     def load(self, device: torch.device | str) -> NF4Weight:
-        """Read, checked, and as trained."""
+        """Read the weight, check it, and give it the offset of training.
+
+        Args:
+            device: where it is kept.
+
+        Returns:
+            The weight (O, I) that training multiplied with.
+
+        Raises:
+            CheckpointError: it is not the one of training.
+        """
         weight = self.read(device)
         self.check(weight)
         return self.as_trained(weight)
 
     def dense(self, device: torch.device | str) -> Tensor:
-        """The weight in fp32 as it was multiplied with in training, in the checkpoint's layout."""
+        """Dequantize the weight that training multiplied with.
+
+        Args:
+            device: where it is made.
+
+        Returns:
+            fp32, in the checkpoint's layout: `stored_shape`.
+        """
         weight = dequantize_nf4(self.load(device), torch.float32)
         return weight.T if self.transposed else weight
 
@@ -86,10 +127,13 @@ class RecordedTensor:
     source_dtype: torch.dtype  # of the base when it was loaded
 
     def check(self) -> None:
-        """CheckpointError where the checkpoint's tensor is not the one of training.
+        """Compare the checkpoint's tensor with the one of training.
 
         Copies of one base may keep it in different dtypes, and models keep a few tensors in fp32, so it is compared in
         the dtype it was loaded in, its own, and fp32.
+
+        Raises:
+            CheckpointError: it is another.
         """
         own = self.source.dtype
         dtypes = [self.source_dtype, own, torch.float32] if own.is_floating_point else [own]
@@ -165,7 +209,20 @@ def dense_tensors(base: ModelDirectory, fingerprint: BaseFingerprint) -> dict[st
 
 
 def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str], what: str) -> str:
-    """The checkpoint's name of a parameter; MergeError where it has none, which says `what` the parameter is."""
+    """Find a parameter's name in the checkpoint.
+
+    Args:
+        parameter: its name in the model.
+        tensors: of the checkpoint.
+        stored_as: names in the checkpoint by names in the model, where they differ.
+        what: what the parameter is, for the message.
+
+    Returns:
+        The name in the checkpoint.
+
+    Raises:
+        MergeError: the checkpoint has no such tensor.
+    """
     if name := checkpoint_name(stored_as.get(parameter, parameter), tensors):
         return name
     raise MergeError(
@@ -176,5 +233,5 @@ def name_of(parameter: str, tensors: Mapping[str, TensorInfo], stored_as: Mappin
 
 
 def _prequantized(source: TensorInfo, statistics: Mapping[str, TensorInfo], device: torch.device | str) -> NF4Weight:
-    packed, *values = (tensor.to(device) for tensor in read_tensors([source, *statistics.values()]))
+    packed, *values = (info.read().to(device) for info in (source, *statistics.values()))
     return weight_from_checkpoint(packed, dict(zip(statistics, values, strict=True)), source.name)

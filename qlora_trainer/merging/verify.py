@@ -128,7 +128,16 @@ def logits_of_hidden(
     hidden: Tensor,  # (N, H)
     loss_path: LossPath,
 ) -> HeadLogits:
-    """Hold hidden states with the model's LM head, which makes their logits when they are asked for."""
+    """Hold hidden states with the model's LM head, which makes their logits when they are asked for.
+
+    Args:
+        model: whose head and bias are taken.
+        hidden: states that a forward pass gave.
+        loss_path: scale and softcap of its logits.
+
+    Returns:
+        The logits, not made yet.
+    """
     head = model.get_output_embeddings()
     weight = head_weight(head)
     rows = DenseRows(weight) if isinstance(weight, Tensor) else weight
@@ -139,7 +148,7 @@ def _last_logits(
     model: Any,
     ids: Tensor,  # (B, T)
 ) -> tuple[Tensor, Tensor]:  # (B, T, H), (B, V) fp32 on the CPU
-    """The hidden states of a forward pass, and the model's own logits at the last tokens."""
+    """Run a forward pass for its hidden states, and the model's own logits at the last tokens."""
     seen: list[Tensor] = []
     hook = model.base_model.register_forward_hook(lambda _, inputs, output: seen.append(output.last_hidden_state))
     only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -24,12 +24,24 @@ FAST = "fast"
 
 
 def card_name(index: int) -> str:
+    """Return a card's name and compute capability, as messages give them.
+
+    Args:
+        index: torch's, from 0.
+
+    Returns:
+        Such as "NVIDIA A100, compute capability 8.0".
+    """
     major, minor = torch.cuda.get_device_capability(index)
     return f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
 
 
 def missing_card() -> tuple[str, str]:
-    """Return why a torch built for CUDA sees no card, and what to do; ("", "") where nothing is missing."""
+    """Find out why a torch built for CUDA sees no card, and what to do.
+
+    Returns:
+        The reason and the advice; ("", "") where nothing is missing.
+    """
     if torch.version.cuda is None or torch.cuda.is_available():
         return "", ""
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
@@ -52,7 +64,14 @@ def missing_card() -> tuple[str, str]:
 
 
 def missing_card_warnings(wanted: str) -> list[str]:
-    """Say that `model.device=auto` takes the CPU because a card is missing that this torch could use."""
+    """Warn that `model.device=auto` takes the CPU because a card is missing that this torch could use.
+
+    Args:
+        wanted: the value of `model.device`.
+
+    Returns:
+        The warning, or none.
+    """
     why, advice = missing_card() if wanted == "auto" else ("", "")
     if not why:
         return []
@@ -60,7 +79,14 @@ def missing_card_warnings(wanted: str) -> list[str]:
 
 
 def unusable(index: int) -> tuple[str, str]:
-    """Return why the installed torch cannot use a card, and what to do; ("", "") where it can."""
+    """Find out why the installed torch cannot use a card, and what to do.
+
+    Args:
+        index: of the card, torch's.
+
+    Returns:
+        The reason and the advice; ("", "") where it can.
+    """
     architectures = [code for code in torch.cuda.get_arch_list() if _version(code)]
     if not architectures:  # torch for a CPU, or for AMD's cards
         return "", ""
@@ -75,24 +101,63 @@ def unusable(index: int) -> tuple[str, str]:
     return why, f"Install {wanted} (pytorch.org, 'Get started')."
 
 
-def refuse_unusable(index: int) -> None:
-    """Raise ModelError where the installed torch cannot use a card, with the ways out."""
+def as_only_card(index: int) -> str:
+    """Return the setting of the environment under which a card is the only one.
+
+    Args:
+        index: of the card as torch counts now: of those that CUDA_VISIBLE_DEVICES names, where it is set.
+
+    Returns:
+        Such as "CUDA_VISIBLE_DEVICES=1", to be written in front of a command.
+    """
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return f"CUDA_VISIBLE_DEVICES={visible[index] if index < len(visible) and visible[index] else index}"
+
+
+def way_to_cpu(wanted: str) -> str:
+    """Say how any command takes the CPU in place of a card, in a sentence.
+
+    Args:
+        wanted: what it was asked to take: auto, or cuda.
+
+    Returns:
+        The sentence. An environment without a card is enough for auto; evaluate, generate and merge take no settings.
+    """
+    if wanted == "cuda":
+        return "To take the CPU, slowly, set model.device to cpu in the config, for a run in its config.yaml."
+    return "CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly."
+
+
+def refuse_unusable(index: int, wanted: str) -> None:
+    """Check that the installed torch can use a card.
+
+    Args:
+        index: of the card.
+        wanted: what was asked for: auto, or cuda.
+
+    Raises:
+        ModelError: it cannot; the message has the ways out.
+    """
     why, advice = unusable(index)
     if why:
         others = [other for other in range(torch.cuda.device_count()) if not unusable(other)[0]]
         ways = [advice] if advice else []
-        ways += [f"CUDA_VISIBLE_DEVICES={others[0]} takes {card_name(others[0])}."] if others else []
+        ways += [f"{as_only_card(others[0])} takes {card_name(others[0])}."] if others else []
         raise ModelError(
-            f"GPU {index} ({card_name(index)}) cannot be used: {why}. {' '.join(ways)} model.device=cpu trains without "
-            "a card, slowly."
+            f"GPU {index} ({card_name(index)}) cannot be used: {why}. {' '.join([*ways, way_to_cpu(wanted)])}"
         )
 
 
 def operations_by_version(device_type: str) -> dict[str, list[str]]:
-    """Which operations are "fast" on this kind of device, and which "reference: why".
+    """Group the operations by the version that runs on a kind of device.
 
-    Raises:
-        ValueError: QLORA_KERNELS holds an unknown word.
+    An unknown word in QLORA_KERNELS raises ValueError.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        The operations' names by version: "fast", or "reference: " and the reason.
     """
     found: dict[str, list[str]] = {}
     for operation, version in implementations(device_type).items():
@@ -101,14 +166,27 @@ def operations_by_version(device_type: str) -> dict[str, list[str]]:
 
 
 def kernels_in_words(device_type: str) -> str:
-    """Say how many operations are fast on this kind of device, and which could be and are not; a warning has why."""
+    """Say how many operations are fast on a kind of device, and which could be and are not; a warning has the reason.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        Such as "5 fast, plain torch for linear".
+    """
     found = operations_by_version(device_type)
     slower = sorted(name for version, names in found.items() if version not in (FAST, ONLY_VERSION) for name in names)
     return f"{len(found.get(FAST, []))} fast" + (f", plain torch for {', '.join(slower)}" if slower else "")
 
 
 def kernel_warnings(device_type: str) -> list[str]:
-    """Say which operations lack their fast version on this kind of device, and what would bring it: a line a reason.
+    """Warn of operations that lack their fast version on a kind of device, and say what would bring it.
+
+    Args:
+        device_type: "cpu" or "cuda".
+
+    Returns:
+        One warning for each reason.
 
     Raises:
         ConfigError: QLORA_KERNELS holds an unknown word, or asks for fast versions that cannot be had.
@@ -135,33 +213,61 @@ def _version(code: str) -> tuple[int, int]:
 
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:
-    """Machine code runs on later cards of the same major version; PTX, compiled by the driver, on all later ones."""
+    """Return True if code runs on a card: machine code on later cards of its major version, PTX on all later ones."""
     version = _version(code)
     return version <= capability and (code.startswith("compute_") or version[0] == capability[0])
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device to train on; ModelError where CUDA is asked for and absent, or the card cannot be used.
+    """Choose the device to train on.
 
     A CUDA device has its index: without one it would mean the current card of each thread, and threads that read or
     hash begin with the first.
+
+    Args:
+        wanted: the value of `model.device`.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: CUDA is asked for and absent, or the card cannot be used.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees.")
+        raise ModelError(
+            "CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees. "
+            f"{way_to_cpu(wanted)}"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    refuse_unusable(torch.cuda.current_device())
+    refuse_unusable(torch.cuda.current_device(), wanted)
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """`compute_dtype_of` on a device that is here."""
+    """Choose the dtype of computation for a device of this machine, as `compute_dtype_of` does.
+
+    Args:
+        wanted: the value of `model.compute_dtype`.
+        device: to compute on.
+
+    Returns:
+        The dtype.
+    """
     is_asked = wanted == "auto" and device.type != "cpu"
     return compute_dtype_of(wanted, torch.cuda.get_device_capability(device) if is_asked else None)
 
 
 def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.dtype:
-    """fp32 on a CPU (None), where it is faster than bf16; bf16 on CUDA, fp16 on cards older than Ampere."""
+    """Choose the dtype of computation: fp32 on a CPU, where it is faster than bf16; bf16 on CUDA, fp16 before Ampere.
+
+    Args:
+        wanted: "auto", or the name of the dtype to take.
+        capability: the card's compute capability; None for a CPU.
+
+    Returns:
+        The dtype.
+    """
     if wanted != "auto":
         return getattr(torch, wanted)
     if capability is None:
@@ -170,7 +276,19 @@ def compute_dtype_of(wanted: str, capability: tuple[int, int] | None) -> torch.d
 
 
 def device_with_memory(needed: int, device: torch.device, what: str) -> torch.device:
-    """`device`, or the CPU where a GPU has fewer bytes free than needed; InsufficientMemoryError where neither has."""
+    """Choose `device`, or the CPU where a GPU has too little free memory.
+
+    Args:
+        needed: bytes.
+        device: to use if it has them.
+        what: needs them, which begins the message.
+
+    Returns:
+        The device.
+
+    Raises:
+        InsufficientMemoryError: neither has the memory.
+    """
     if device.type == "cuda" and needed > free_memory(device):
         device = torch.device("cpu")
     free = free_memory(device)
@@ -182,7 +300,7 @@ def device_with_memory(needed: int, device: torch.device, what: str) -> torch.de
 
 
 def give_back_memory() -> None:
-    """Free what was just dropped: cycles, and what torch keeps of GPU and pinned memory, which would count as taken."""
+    """Free what was just dropped: cycles, and the GPU and pinned memory that torch keeps and that counts as in use."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # a copy to the host or back may still be reading or writing what is dropped here
     gc.collect()
@@ -192,4 +310,12 @@ def give_back_memory() -> None:
 
 
 def free_memory(device: torch.device) -> int:
+    """Measure the memory that is free on a device.
+
+    Args:
+        device: a GPU, or the CPU for the host's memory.
+
+    Returns:
+        Bytes.
+    """
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available

@@ -1,4 +1,4 @@
-"""Make a transformers model without weights: its modules on the meta device, and its buffers as they should be.
+"""Make a transformers model without weights: parameters on the meta device, buffers with their values.
 
 Left out: filling it (fill.py).
 """
@@ -21,17 +21,22 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 def empty_model(
     directory: ModelDirectory, config: Any = None, dtype: torch.dtype = torch.float32, stored: Collection[str] = ()
 ) -> Any:
-    """Make the model of a directory's config, dense, in evaluation mode, frozen: parameters on meta, buffers for real.
+    """Make the dense model of a directory's config, frozen and in evaluation mode.
 
-    Experts that transformers fuses are linear layers of their own in it (model/modules/experts.py).
+    Parameters are on meta, buffers have their values. Experts that transformers fuses become linear layers of their own
+    (model/modules/experts.py).
 
     Args:
-        config: take this one, such as the directory's own with fewer layers.
+        directory: the base.
+        config: another one to use, such as the directory's own with fewer layers.
         dtype: of the parameters, and of buffers that follow them.
-        stored: the names of the checkpoint's tensors, where they are known; experts that are fused there stay so.
+        stored: the names of the checkpoint's tensors, if known; experts that are fused there stay fused.
+
+    Returns:
+        The model.
 
     Raises:
-        ModelError: it cannot be made.
+        loading_error: transformers cannot make it; this is a ModelError.
     """
     config = config or directory.config()
     try:
@@ -47,9 +52,12 @@ def empty_model(
 
 
 def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_cpu: bool = False) -> None:
-    """Cast what stayed dense (norms, embeddings, head, biases), a parameter at a time so that ties stay ties.
+    """Cast what stayed dense (norms, embeddings, head, biases), each parameter in place, so that tied ones stay tied.
 
-    An embedding that goes to host memory keeps its dtype where it may.
+    Args:
+        model: of transformers, changed in place.
+        dtype: of computation.
+        embedding_on_cpu: True if the input embedding goes to host memory; it then keeps its dtype where it may.
     """
     kept = model.get_input_embeddings().weight if embedding_on_cpu and keeps_own_dtype(model) else None
     for parameter in model.parameters():
@@ -59,13 +67,16 @@ def compute_in(model: Any, dtype: torch.dtype, *, embedding_on_cpu: bool = False
 
 
 def recompute_buffers(model: Any, directory: ModelDirectory, dtype: torch.dtype, config: Any = None) -> None:
-    """Give the model the buffers that no checkpoint holds as they are where its directory is loaded in `dtype`.
+    """Set the buffers that no checkpoint holds to the values they have when the model is loaded in a dtype.
 
-    Some are made in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is 13.856
-    in fp32 and 13.875 in bf16.
+    Some are computed in that dtype, and differ with it: the root of 192, by which Gemma 3 scales its embedding, is
+    13.856 in fp32 and 13.875 in bf16.
 
     Args:
-        config: the model's, where it is not that of the directory.
+        model: changed in place.
+        directory: the base.
+        dtype: to load in.
+        config: the model's, if it is not that of the directory.
     """
     config = config or directory.config()
     vars(config).pop("quantization_config", None)
@@ -78,9 +89,16 @@ def recompute_buffers(model: Any, directory: ModelDirectory, dtype: torch.dtype,
 
 
 def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:
-    """Raise ModelError where a model takes more than text: transformers gives some of them as causal language models.
+    """Refuse a model that takes more than text, since the adapter would train its vision tower too.
 
-    The adapter would train the vision tower too.
+    transformers loads some of them as causal language models.
+
+    Args:
+        config: transformers'.
+        directory: the base, for the message.
+
+    Raises:
+        ModelError: the config has a part for vision or audio.
     """
     towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
     if towers:
@@ -92,7 +110,12 @@ def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:
 
 
 def keep_layers(config: Any, layers: int) -> None:
-    """Cut the config to its first `layers` layers, and every list that has an entry a layer with it."""
+    """Cut the config to its first layers, and with it every list that has one entry for each layer.
+
+    Args:
+        config: transformers', changed in place.
+        layers: how many to keep.
+    """
     before = config.num_hidden_layers
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == before:

@@ -1,4 +1,4 @@
-"""Put a model into evaluation mode for a while."""
+"""Put a model into evaluation mode within a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

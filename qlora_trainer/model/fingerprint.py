@@ -1,9 +1,9 @@
-"""The identity of a base as it was trained on: an adapter belongs to this very function.
+"""Identify a base as it was trained on: an adapter belongs to exactly this function.
 
-It travels with each checkpoint and with the final adapter, and resume, evaluate and merge compare it: an adapter loads
-just as well on another base of the same shape, and answers nonsense there. Recorded are the config, the packed codes
-of every 4-bit tensor, and everything that stayed dense, as loaded and before it is cast to the dtype of computation,
-so that a CPU in fp32 and a GPU in bf16 name the same base alike.
+The fingerprint is kept with each checkpoint and with the final adapter, and resume, evaluate and merge compare it: an
+adapter loads without an error on another base of the same shape, and the model's output is nonsense there. Recorded are
+the config, the packed codes of every 4-bit tensor, and everything that stayed dense, as loaded and before it is cast to
+the dtype of computation, so that a CPU in fp32 and a GPU in bf16 give the same base the same fingerprint.
 
 The statistics of a 4-bit tensor are compared within a tolerance, not by a hash: double quantization subtracts the mean
 of the block maxima, whose last bit depends on the device and even on the number of threads that summed it, and with
@@ -32,7 +32,7 @@ _NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "quantization_c
 
 @dataclasses.dataclass(frozen=True)
 class TensorFingerprint:
-    """One 4-bit tensor: its packed codes to the bit, its block scales within a tolerance."""
+    """Identify one 4-bit tensor: its packed codes to the bit, its block scales within a tolerance."""
 
     packed_sha256: str
     offset: float  # mean of the block maxima
@@ -41,7 +41,7 @@ class TensorFingerprint:
 
 @dataclasses.dataclass(frozen=True)
 class BaseFingerprint:
-    """The identity of a quantized base: its config, the dtype it was quantized from, and every tensor."""
+    """Identify a quantized base: its config, the dtype it was quantized from, and every tensor."""
 
     config: dict[str, Any]  # config.json, as far as it says what the model computes
     source_dtype: str  # dtype the weights had when they were quantized, such as "bfloat16"
@@ -54,11 +54,23 @@ class BaseFingerprint:
     stored_as: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fingerprint as JSON's types.
+
+        Returns:
+            What `from_json` reads.
+        """
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Raises KeyError or TypeError where `data` is not what `to_json` gave."""
+        """Read a fingerprint; KeyError or TypeError where `data` is not what `to_json` gave.
+
+        Args:
+            data: as `to_json` gave it, also in earlier versions.
+
+        Returns:
+            The fingerprint.
+        """
         tensors = {
             path: TensorFingerprint(fields["packed_sha256"], fields["offset"], tuple(fields["scales"]))
             for path, fields in data["tensors"].items()
@@ -67,7 +79,14 @@ class BaseFingerprint:
         return cls(data["config"], data["source_dtype"], tensors, data["dense"], **later)
 
     def difference(self, other: "BaseFingerprint") -> str | None:
-        """A sentence on how `other` differs from this base, or None where they are the same function."""
+        """Describe how another base differs from this one.
+
+        Args:
+            other: the base that is here now.
+
+        Returns:
+            A clause for a message; None where they are the same function.
+        """
         if missing := self.tensors.keys() ^ other.tensors.keys():
             reported = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
             return reported + self._origin(other)
@@ -75,8 +94,8 @@ class BaseFingerprint:
         if changed:
             reported = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
             return reported + self._origin(other)
-        # Records of earlier versions have what is dense next to 4-bit weights as fp32, whatever it is on disk: no
-        # match.
+        # Records of earlier versions hashed the dense tensors of a 4-bit checkpoint as fp32, whatever their dtype on
+        # disk: they cannot be compared.
         is_comparable = bool(self.sources) or self.source_dtype == other.source_dtype
         names = sorted(self.dense.keys() | other.dense.keys())
         changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
@@ -93,7 +112,7 @@ class BaseFingerprint:
         return None
 
     def _origin(self, other: "BaseFingerprint") -> str:
-        """The end of a sentence: why the same layers hold other weights, as far as the checkpoints' bytes tell."""
+        """Return the end of a message: why the same layers hold other weights, as far as the files' bytes show it."""
         if self.sources and self.sources == other.sources:
             reported = "they were made of the same bytes: quantized otherwise, or a copy kept in 4 bits is damaged"
         elif self.sources.keys() == other.sources.keys() and self.sources:
@@ -117,15 +136,35 @@ def make_fingerprint(
     sources: dict[str, str],
     stored_as: dict[str, str],
 ) -> BaseFingerprint:
-    """A fingerprint of its parts, each as BaseFingerprint says."""
+    """Make a fingerprint of its parts, each as BaseFingerprint describes it.
+
+    Args:
+        config: the keys that are no part of the identity are dropped.
+        source_dtype: that the weights were quantized from.
+        tensors: of the 4-bit layers, by path.
+        dense: sha256 by the model's name.
+        sources: sha256 by the checkpoint's name.
+        stored_as: the checkpoint's names by the model's.
+
+    Returns:
+        The fingerprint.
+    """
     name = str(source_dtype).removeprefix("torch.")
     return BaseFingerprint(config_identity(config), name, tensors, dense, sources, stored_as)
 
 
 def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: torch.dtype) -> BaseFingerprint:
-    """The fingerprint of a model that is loaded already; what lay on disk is not known any more.
+    """Compute the fingerprint of a model that is loaded already; what its files held is not known any more.
 
-    Call it before what stayed dense is cast to the dtype of computation, and before adapters are put on.
+    Call it before what stayed dense is cast to the dtype of computation, and before adapters are added.
+
+    Args:
+        model: with its 4-bit layers.
+        config: what its config.json holds.
+        source_dtype: that the weights were quantized from.
+
+    Returns:
+        The fingerprint, without `sources`.
     """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
     dense: dict[str, str] = {}
@@ -139,7 +178,14 @@ def base_fingerprint(model: nn.Module, config: Mapping[str, Any], source_dtype: 
 
 
 def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
-    """Of a 4-bit weight, on whatever device."""
+    """Compute the fingerprint of a 4-bit weight.
+
+    Args:
+        weight: on any device.
+
+    Returns:
+        The fingerprint.
+    """
     blocks = weight.absmax.numel()
     nested = weight.nested_absmax.double().repeat_interleave(weight.nested_block_size)[:blocks]
     scales = weight.nested_code.double()[weight.absmax.long()] * nested + weight.offset.double()  # (blocks,)
@@ -152,7 +198,15 @@ def tensor_fingerprint(weight: NF4Weight) -> TensorFingerprint:
 
 
 def is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
-    """Whether both are of one 4-bit weight, whatever devices made it."""
+    """Compare two fingerprints of 4-bit weights.
+
+    Args:
+        first: a fingerprint.
+        second: another one.
+
+    Returns:
+        True if both are of one weight, whatever devices made it.
+    """
     return (
         first.packed_sha256 == second.packed_sha256
         and math.isclose(first.offset, second.offset, rel_tol=OFFSET_TOLERANCE)
@@ -161,7 +215,14 @@ def is_same(first: TensorFingerprint, second: TensorFingerprint) -> bool:
 
 
 def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys that do not matter, in its sections too; private keys say where it came from."""
+    """Drop the keys of a config that do not say what the model computes, in its sections too, and private keys.
+
+    Args:
+        config: what config.json holds.
+
+    Returns:
+        The rest, copied.
+    """
     return {
         key: config_identity(value) if isinstance(value, Mapping) else value
         for key, value in config.items()

@@ -1,11 +1,11 @@
-"""The training forward: a pack of rows through the model, and the summed loss of its label tokens.
+"""Run the training forward: a pack of rows through the model, and the summed loss of its label tokens.
 
-Most of a language model's memory in training is its logits, so the loss is taken from hidden states, label tokens
-only, in chunks. That needs the formula from hidden state to logit; `find_loss_path` reads it from the config (logit
-scale, soft-capping, head bias), compares it with the model's own logits once, and falls back to the model's own where
-they differ.
+Most of a language model's memory in training is its logits, so the loss is computed from hidden states, for label
+tokens only, in chunks. That needs the formula from hidden state to logit. `find_loss_path` reads it from the config
+(logit scale, soft-capping, head bias), compares it with the model's own logits once, and where they differ takes the
+model's own.
 
-Legend: B rows, T tokens, H hidden size, V vocabulary.
+Legend: B rows, T tokens, N label tokens, H hidden size, V vocabulary.
 """
 
 import dataclasses
@@ -32,16 +32,19 @@ from qlora_trainer.model.modules.packed_attention import (
 
 @dataclasses.dataclass(frozen=True)
 class LossPath:
-    """How a model's hidden states become logits: logits = softcap(scale * (hidden @ head^T + bias))."""
+    """Say how a model's hidden states become logits: softcap(scale * (hidden @ head^T + bias)).
+
+    softcap(x) = softcap * tanh(x / softcap), as in Gemma 2 (2024, arXiv:2408.00118).
+    """
 
     logit_scale: float = 1.0
     softcap: float | None = None
-    own_logits: bool = False  # the formula above is not this model's: take its own logits
+    own_logits: bool = False  # the formula does not hold for this model: take its own logits
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPlan:
-    """What was found out about a model before training it."""
+    """Hold what was found out about a model before training it."""
 
     loss_path: LossPath
     can_pack: bool
@@ -49,13 +52,14 @@ class ForwardPlan:
 
 
 def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
-    """Try packing and the loss path on a few tokens, in five short forward passes.
+    """Try packing and the loss path on a few tokens, in five short forward passes; ModelError if a plain forward fails.
 
     Args:
-        max_length: the longest row to come, in tokens, for a warning where the model treats long rows otherwise.
+        model: of transformers, with weights.
+        max_length: the longest row to come, in tokens, for a warning where the model treats long rows differently.
 
-    Raises:
-        ModelError: the model cannot run a plain forward.
+    Returns:
+        Loss path, packing, and warnings for the user.
     """
     can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
     loss_path = find_loss_path(model)
@@ -82,8 +86,17 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
 def find_loss_path(model: Any) -> LossPath:
     """Read the logit formula from the config and check it against the model's own logits on eight tokens.
 
+    ModelError is raised if the model gives no logits of its own either.
+
+    Args:
+        model: of transformers, with weights.
+
+    Returns:
+        The formula, or `own_logits`.
+
     Raises:
-        ModelError: the model gives no logits of its own either.
+        DEVICE_FAILURES: the device failed or is full.
+        RuntimeError: host memory ran out.
     """
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -106,24 +119,34 @@ def find_loss_path(model: Any) -> LossPath:
     except (AttributeError, RuntimeError, TypeError) as error:
         if is_out_of_host_memory(error):
             raise
-        return LossPath(own_logits=True)  # its hidden states are not what the head takes
+        return LossPath(own_logits=True)  # its hidden states are not the head's input
     tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
 
 
 def _longest_with_own_positions(model: Any) -> int | None:
-    """Tokens up to which a row's rotary frequencies are its own; None: always.
+    """Find the row length, in tokens, up to which rotary frequencies do not depend on other rows; None: no limit.
 
-    LongRoPE (Ding et al. 2024), as transformers has it, takes other frequencies for the whole forward pass once its
-    longest row is beyond the original positions. Dynamic NTK does so beyond all positions, where rows are cut.
+    LongRoPE (Ding et al. 2024, arXiv:2402.13753), as transformers has it, takes other frequencies for the whole forward
+    pass if its longest row is beyond the original positions. Dynamic NTK does so only beyond all positions, where rows
+    are cut.
     """
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one a layer type
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one for each type of layer
     return min((k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"), default=None)
 
 
 def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
-    """Cross entropy summed over the pack's label tokens; the caller divides by the label tokens of its whole step."""
+    """Sum the cross entropy over the pack's label tokens; the caller divides by the label tokens of its whole step.
+
+    Args:
+        model: of transformers.
+        pack: the rows.
+        path: how logits are computed.
+
+    Returns:
+        The sum, in nats.
+    """
     if path.own_logits:
         own, labels = label_logits(model, pack)
         return F.cross_entropy(own.float(), labels, reduction="sum")
@@ -140,31 +163,66 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
 
 
 def hidden_states(model: Any, pack: Pack) -> Tensor:  # (B, T, H)
-    """What the LM head takes, at every token of the pack, documents kept apart as in training."""
+    """Compute the LM head's input at every token of the pack, documents kept apart as in training.
+
+    Args:
+        model: of transformers.
+        pack: the rows.
+
+    Returns:
+        The last hidden states.
+    """
     with attention_for(model, pack):
         return model.base_model(**_inputs(pack)).last_hidden_state
 
 
 def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
-    """The model's own logits at the pack's label tokens, and those labels: ((N, V), (N,))."""
+    """Compute the model's own logits at the pack's label tokens.
+
+    Args:
+        model: of transformers.
+        pack: the rows.
+
+    Returns:
+        Logits (N, V), and the labels (N,).
+    """
     labels = pack.labels.reshape(-1)
     rows = torch.ops.qlora_kernels.label_rows(labels)
     return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
 
 
 def logits(model: Any, pack: Pack) -> Tensor:  # (B, T, V)
-    """The model's own logits at every token of the pack, documents kept apart as in training."""
+    """Compute the model's own logits at every token of the pack, documents kept apart as in training.
+
+    Args:
+        model: of transformers.
+        pack: the rows.
+
+    Returns:
+        The logits.
+    """
     with attention_for(model, pack):
         return model(**_inputs(pack)).logits
 
 
 def attention_for(model: nn.Module, pack: Pack) -> AbstractContextManager[None]:
-    """The attention that `pack` needs. Hold it around backward too: recomputed layers run their forward there."""
+    """Choose the attention that a pack needs, as a context manager.
+
+    Keep it open during backward too: recomputed layers run their forward there.
+
+    Args:
+        model: of transformers.
+        pack: the rows.
+
+    Returns:
+        The context manager.
+    """
     # Right-padded rows need no mask: a causal row never sees the padding behind it.
     return nullcontext() if pack.cu_seqlens is None else packed_documents(model)
 
 
 def _inputs(pack: Pack) -> dict[str, Any]:
+    """Make the arguments of the model's forward."""
     inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
     if pack.cu_seqlens is not None:
         inputs["document_bounds"] = pack.cu_seqlens.tolist()

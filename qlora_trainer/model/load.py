@@ -1,16 +1,19 @@
-"""The base model: from a directory of safetensors to a frozen NF4 model, or a dense or empty one of the same kind.
+"""Load the base model: from a directory of safetensors to a frozen NF4 model, or to an empty or dense one.
 
 The model is made empty and filled a tensor at a time (fill.py). Weights are quantized from the widest dtype
 the checkpoint holds, whatever the dtype of computation, so the codes depend on the checkpoint alone, and a merge can
 make them again.
 
 Where transformers merges or splits tensors while loading, such as the experts of a mixture, its own loader reads the
-checkpoint and bitsandbytes quantizes; such a model holds for a moment densely what the config asks to hold otherwise.
+checkpoint and bitsandbytes quantizes; during loading, such a model also holds densely what the config asks to hold
+otherwise.
 """
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from qlora_trainer.model.device import (
 from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers, refuse_multi_modal
 from qlora_trainer.model.fill import lay_out, load_tensors
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.known_bases import KnownBases
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
     host_tensors,
@@ -42,7 +46,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 @dataclasses.dataclass
 class Base:
-    """A frozen NF4 model in evaluation mode, and what identifies it."""
+    """Hold a frozen NF4 model in evaluation mode, and what identifies it."""
 
     model: Any  # transformers' PreTrainedModel
     directory: ModelDirectory
@@ -54,19 +58,34 @@ class Base:
 
     @property
     def bytes(self) -> int:
-        """Memory of the frozen weights, host's too: codes with their statistics, and what stayed dense, ties once."""
+        """Count the bytes of the frozen weights, on the host too: codes, statistics, and what is dense; ties once."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
 
 
-def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: Progress = silent) -> Base:
+def load_base_model(
+    directory: ModelDirectory,
+    settings: ModelConfig,
+    cache_dir: Path,
+    progress: Progress = silent,
+) -> Base:
     """Load and quantize a model directory; everything frozen, every linear layer in NF4, the LM head as asked for.
+
+    Weights that are not finite, or prequantized otherwise than to NF4, raise QuantizationError; a 4-bit model that does
+    not fit raises InsufficientMemoryError.
+
+    Args:
+        directory: of the model.
+        settings: the config's section `model`.
+        cache_dir: the user's; records of what the base's files were found to hold are kept there.
+        progress: is called as tensors are read.
+
+    Returns:
+        The base.
 
     Raises:
         ModelError: not a text model that transformers knows, weights missing, too little becomes 4-bit, names that a
             merge could not find again, or an embedding asked to the host that the LM head needs.
-        QuantizationError: weights that are not finite, or prequantized otherwise.
-        InsufficientMemoryError: the 4-bit model does not fit.
     """
     device = choose_device(settings.device)
     compute_dtype = choose_compute_dtype(settings.compute_dtype, device)
@@ -88,10 +107,11 @@ def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: 
         compute_in(model, compute_dtype, embedding_on_cpu=on_host)
     else:
         with memory_errors(f"Loading {directory} on {device}"):
-            fingerprint = load_tensors(model, plan, device=device, embedding_on_cpu=on_host, progress=progress)
+            fingerprint = _load_known(model, plan, settings, device, cache_dir, progress)
     if compute_dtype != plan.source_dtype:
         recompute_buffers(model, directory, compute_dtype)
-    give_back_memory()  # what the tensors came through
+    if device.type == "cuda":
+        give_back_memory()  # the buffers that the tensors were read into
     if on_host:
         keep_embeddings_on_cpu(model, device, compute_dtype)
     return Base(
@@ -105,12 +125,37 @@ def load_base_model(directory: ModelDirectory, settings: ModelConfig, progress: 
     )
 
 
-def plan_base(directory: ModelDirectory) -> tuple[LoadPlan, Any]:
-    """What becomes of each tensor of a model directory, and its model, dense and on meta.
+def _load_known(
+    model: Any,
+    plan: LoadPlan,
+    settings: ModelConfig,
+    device: torch.device,
+    cache_dir: Path,
+    progress: Progress,
+) -> BaseFingerprint:
+    """Fill the model; its files are hashed where that was not done before, or where model.verify_bytes asks for it."""
+    bases = KnownBases(cache_dir)
+    known = None if settings.verify_bytes else bases.find(plan)
+    began = time.time_ns()
+    on_host = settings.embeddings == "cpu"
+    base = load_tensors(model, plan, device=device, embedding_on_cpu=on_host, known=known, progress=progress)
+    if known is None:
+        bases.refuse_other_bytes(plan, base)
+        bases.keep(plan, base, began)
+    return base.fingerprint
 
-    Raises:
-        ModelError: not a text model that transformers knows, or weights are missing.
-        QuantizationError: it is prequantized in a way that cannot be trained.
+
+def plan_base(directory: ModelDirectory) -> tuple[LoadPlan, Any]:
+    """Plan what becomes of each tensor of a model directory, and make its model, dense and on meta.
+
+    A model that is no text model transformers knows, or lacks weights, raises ModelError; one that is prequantized in a
+    way that cannot be trained raises QuantizationError.
+
+    Args:
+        directory: of the model.
+
+    Returns:
+        The plan, and the model in the checkpoint's widest dtype.
     """
     config = directory.config()
     refuse_multi_modal(config, directory)
@@ -123,7 +168,15 @@ def plan_base(directory: ModelDirectory) -> tuple[LoadPlan, Any]:
 
 
 def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
-    """ModelError where a 4-bit layer's weight has no tensor of its own on disk, before an adapter is trained on it."""
+    """Refuse, before an adapter is trained, 4-bit layers whose weights have no tensors of their own on disk.
+
+    Args:
+        plan: of the base.
+        paths: of the 4-bit layers.
+
+    Raises:
+        ModelError: a layer has none.
+    """
     if lost := sorted({*paths} - {*plan.four_bit.values()}):
         raise ModelError(
             f"{plan.directory} has no tensor of its own for {len(lost)} weight(s) of the model, such as "
@@ -133,11 +186,17 @@ def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
 
 
 def load_dense_model(directory: ModelDirectory, device: torch.device) -> Any:
-    """A model directory in fp32 by plain transformers, in evaluation mode, frozen; on the CPU where it fits no device.
+    """Load a model directory in fp32 by plain transformers, in evaluation mode and frozen.
 
-    Raises:
-        ModelError: it cannot be loaded, or weights are missing.
-        InsufficientMemoryError: it does not fit in memory at 4 bytes a weight.
+    A model that cannot be loaded, or lacks weights, raises ModelError; one that does not fit in memory at 4 bytes a
+    weight raises InsufficientMemoryError.
+
+    Args:
+        directory: of the model.
+        device: to load on; the CPU is taken where this is a GPU without enough free memory.
+
+    Returns:
+        The model.
     """
     needed = 4 * sum(math.prod(info.shape) for info in directory.tensors.values())
     device = device_with_memory(needed, device, f"{directory} in fp32")
@@ -148,7 +207,7 @@ def load_dense_model(directory: ModelDirectory, device: torch.device) -> Any:
 
 
 def _check_prequantized(config: Any, directory: ModelDirectory) -> None:
-    """A prequantized checkpoint brings its own quantization; take only the one we train on, and never override it."""
+    """Refuse a quantized checkpoint except in the one format that is trained here; none is quantized a second time."""
     found = config if isinstance(config, dict) else config.to_dict()
     method = str(found.get("quant_method"))
     if not method.endswith("bitsandbytes") or not found.get("load_in_4bit"):
@@ -159,7 +218,7 @@ def _check_prequantized(config: Any, directory: ModelDirectory) -> None:
 
 
 def _check_memory(model: Any, plan: LoadPlan, device: torch.device, *, embedding_on_cpu: bool) -> None:
-    """Refuse early what cannot fit: the model as laid out, and what passes by while it is filled."""
+    """Refuse early what cannot fit: the model as laid out, and the tensors in transit while it is filled."""
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     if embedding_on_cpu and device.type == "cuda":
         embedding = model.get_input_embeddings().weight

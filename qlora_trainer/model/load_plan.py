@@ -1,8 +1,8 @@
-"""What becomes of each tensor of a checkpoint when the base is loaded; known before one is read, so refused before.
+"""Plan what becomes of each tensor of a checkpoint when the base is loaded, so that what cannot be is refused first.
 
 The model's parameters are matched with the checkpoint's tensors by name (names.py) and shape. A linear
 weight becomes 4-bit, or is so already; everything else stays dense. Tied parameters are one tensor; where a checkpoint
-holds several and they differ, they are not tied, as transformers does it.
+holds several and they differ, they are not tied, as in transformers.
 
 Left out: tensors that transformers merges or splits while loading. They are listed, and nothing is done about them.
 """
@@ -22,16 +22,16 @@ from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor, same_values
+from qlora_trainer.weights.reading import same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
-RECORD_NAME = "qlora_quantize.json"  # next to a checkpoint that this trainer has kept in 4 bits
+RECORD_NAME = "qlora_quantize.json"  # in the directory of a 4-bit copy that this trainer made
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """What a tensor that stays dense becomes."""
+    """Describe what a tensor that stays dense becomes."""
 
     names: list[str]  # of the parameter or buffer in the model; several where they are tied
     dtype: torch.dtype  # as the model would be loaded, before it is cast to the dtype of computation
@@ -39,7 +39,7 @@ class DenseTensor:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What becomes of each tensor of a checkpoint; the keys are the checkpoint's names."""
+    """Hold what becomes of each tensor of a checkpoint; the keys are the checkpoint's names."""
 
     directory: ModelDirectory
     source_dtype: torch.dtype  # what 4-bit weights are quantized from
@@ -62,7 +62,13 @@ class LoadPlan:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The checkpoint's name of each tensor that the model calls otherwise; a prefix or a tie is no other name."""
+        """Return the checkpoint's name of each tensor that the model names otherwise.
+
+        A prefix, or the name of a tied parameter, is no other name.
+
+        Returns:
+            The checkpoint's names by the model's.
+        """
         names = {name: [f"{path}.weight"] for name, path in self.four_bit.items()}
         names |= {name: dense.names for name, dense in self.dense.items()}
         return {
@@ -73,7 +79,7 @@ class LoadPlan:
 
     @property
     def warnings(self) -> list[str]:
-        """What is worth telling of the checkpoint."""
+        """Return what a user should know of the checkpoint."""
         if not self.unused:
             return []
         return [
@@ -83,18 +89,18 @@ class LoadPlan:
 
     @property
     def used(self) -> list[str]:
-        """The tensors that the model is made of, without the statistics of 4-bit ones."""
+        """Return the tensors that the model is made of, without the statistics of 4-bit ones."""
         return [*self.four_bit, *self.dense, *self.converted]
 
     @property
     def passing_bytes(self) -> int:
-        """The most memory that tensors take next to the model while one of them becomes part of it, on any device."""
+        """Return the most memory that tensors in transit take in addition to the model, on any device, in bytes."""
         used = [self.tensors[name] for name in self.used]
         ahead = max((info.nbytes for info in used), default=0)  # the next tensor is there already
         return ahead + max((info.nbytes + self._copied_bytes(info) for info in used), default=0)
 
     def _copied_bytes(self, info: TensorInfo) -> int:
-        """Of the copies that are made of a tensor on its way: in the dtype it is taken in, and row by row."""
+        """Return the bytes of the copies made of a tensor in transit: in the dtype it is taken in, and row by row."""
         if info.name in self.statistics:
             return 0
         dtype = self.dense[info.name].dtype if info.name in self.dense else self.source_dtype
@@ -104,12 +110,17 @@ class LoadPlan:
 def widest_dtype(directory: ModelDirectory) -> torch.dtype:
     """Return the dtype that holds every float tensor of the checkpoint exactly, as it was before any was quantized.
 
-    Raises:
-        QuantizationError: weights are quantized otherwise than to NF4.
+    Weights that are quantized otherwise than to NF4 raise QuantizationError.
+
+    Args:
+        directory: of the checkpoint.
+
+    Returns:
+        The dtype of all, or fp32 where they differ.
     """
     found = set()
     for name, keys in directory.quant_states.items():
-        states = {key: read_tensor(info) for key, info in keys.items() if key.startswith("quant_state.")}
+        states = {key: info.read() for key, info in keys.items() if key.startswith("quant_state.")}
         found.add(source_dtype_of(states, name))
     of_weights = {info.name for keys in directory.quant_states.values() for info in keys.values()}
     found |= {
@@ -124,6 +135,14 @@ def plan_load(
     source_dtype: torch.dtype,
 ) -> LoadPlan:
     """Match a checkpoint with its model. Tied parameters whose tensors differ become parameters of their own in it.
+
+    Args:
+        model: its tied parameters may be separated; nothing else is changed.
+        directory: of the checkpoint.
+        source_dtype: the checkpoint's widest dtype.
+
+    Returns:
+        The plan.
 
     Raises:
         ModelError: weights are missing, are stored under two names, have another shape or a dtype such as fp8, or are
@@ -185,7 +204,16 @@ def plan_load(
 
 
 def refuse_incomplete(directory: ModelDirectory, missing: Sequence[str], mismatched: Sequence[str]) -> None:
-    """ModelError where the model lacks weights, or a tensor has another shape than the model."""
+    """Refuse a checkpoint that lacks weights of the model, or has a tensor of another shape.
+
+    Args:
+        directory: of the checkpoint.
+        missing: names of weights.
+        mismatched: names of tensors, each with its shape.
+
+    Raises:
+        ModelError: there is one of either.
+    """
     if missing or mismatched:
         raise ModelError(
             f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
@@ -212,7 +240,7 @@ def _original_hashes(directory: ModelDirectory) -> dict[str, str]:
 
 
 def _names_of_tensors(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter and stored buffer, tied ones together, in the model's order."""
+    """Return the names of each parameter and stored buffer, tied ones together, in the model's order."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -220,7 +248,7 @@ def _names_of_tensors(model: nn.Module) -> list[list[str]]:
 
 
 def _untie(model: Any, names: Sequence[str]) -> None:
-    """Give parameters of their own to what shared one."""
+    """Make parameters that share a tensor parameters of their own."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         shared = model.get_parameter(name)
@@ -229,13 +257,13 @@ def _untie(model: Any, names: Sequence[str]) -> None:
 
 
 def _may_be_missing(model: Any, name: str) -> bool:
-    """Whether the model brings this buffer itself, and says so."""
+    """Return True for a buffer that the model makes itself, and may be missing from its checkpoint."""
     is_buffer = name not in dict(model.named_parameters())
     return is_buffer and _matches(patterns_of_missing(model), name)
 
 
 def _is_expected_extra(model: Any, name: str) -> bool:
-    """Whether the model knows such tensors from older checkpoints, which stored what is computed now."""
+    """Return True for a tensor that the model knows from older checkpoints, which stored what is computed now."""
     computed = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
     return _matches({*patterns_of_extra(model), *computed}, name)
 

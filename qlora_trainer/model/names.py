@@ -1,9 +1,9 @@
-"""Which tensor of a checkpoint becomes which parameter of the model, by transformers' own rules.
+"""Match each tensor of a checkpoint with a parameter of the model, by transformers' own renaming rules.
 
-On disk a tensor may be called otherwise than in the model: with or without the model's prefix, or by an older name that
-transformers translates. Its renaming is asked here, name by name, so there is no second scheme of ours. Where it makes
-one parameter of several tensors, or the other way round, the names are distinguished and left to its own loader, unless
-the model has a parameter for each tensor (model/modules/experts.py).
+On disk a tensor may have another name than in the model: with or without the model's prefix, or an older name that
+transformers translates. Its renaming is called for each name, so there is no second scheme of ours. Where it makes one
+parameter of several tensors, or several of one, the names are listed apart and left to its own loader, unless the model
+has a parameter for each tensor (model/modules/experts.py).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 @dataclass(frozen=True)
 class NameMatch:
-    """The names of a checkpoint next to those of the model."""
+    """Hold the names of a checkpoint together with those of the model."""
 
     found: dict[str, str]  # model's name -> the checkpoint's
     converted: dict[str, str]  # checkpoint's name -> model's name of what it is merged into or split from
@@ -24,9 +24,16 @@ class NameMatch:
 
 
 def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
-    """Match the tensors of a checkpoint with the parameters and stored buffers of `model`, which may be on meta.
+    """Match the tensors of a checkpoint with the parameters and stored buffers of a model.
 
-    Statistics of prequantized weights go with their weights, and are in no list.
+    The tables of prequantized weights belong to their weights, and are in no list.
+
+    Args:
+        model: of transformers, may be on meta.
+        directory: the checkpoint.
+
+    Returns:
+        The names, each in one list.
 
     Raises:
         ModelError: one parameter is stored under two names, such as with and without the model's prefix.
@@ -40,9 +47,9 @@ def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
         if name in statistics:
             continue
         new_name, pattern = renamed(name, renamings, converters, prefix, state)
-        if new_name not in state:  # what would be merged has a place of its own
+        if new_name not in state:  # a tensor to be merged may have a parameter of its own
             new_name, pattern = renamed(name, renamings, [], prefix, state)
-        if new_name not in state and name in state:  # a rule that was meant for older checkpoints
+        if new_name not in state and name in state:  # the rule was meant for older checkpoints
             new_name, pattern = name, None
         if new_name in match.found:
             raise ModelError(

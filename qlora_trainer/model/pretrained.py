@@ -1,4 +1,4 @@
-"""transformers' own loading: of dense models, and of bases whose tensors it merges or splits on the way.
+"""Load by transformers' own loader: dense models, and bases whose tensors it merges or splits while loading.
 
 Left out: plain and prequantized bases, which are loaded a tensor at a time (fill.py).
 """
@@ -21,7 +21,21 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runt
 
 
 def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    """transformers' own loader, from safetensors alone; ModelError where it fails or leaves a weight random."""
+    """Load a model by transformers, from safetensors alone; ModelError if a weight would stay random.
+
+    Args:
+        directory: the model.
+        device: to load on.
+        dtype: of the weights.
+        **options: more arguments of `from_pretrained`.
+
+    Returns:
+        The model.
+
+    Raises:
+        LOADING_ERRORS: memory ran out.
+        loading_error: loading failed otherwise; this is a ModelError.
+    """
     with memory_errors(f"Loading {directory} on {device}"), quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -43,11 +57,20 @@ def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torc
 
 
 def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> tuple[Any, BaseFingerprint]:
-    """Load a base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit."""
+    """Load a base whose tensors are merged or split while loading, in the checkpoint's dtype where it is not 4-bit.
+
+    Args:
+        plan: of the base.
+        lm_head: the format of the LM head.
+        device: to load on.
+
+    Returns:
+        The model, frozen and in evaluation mode, and its fingerprint.
+    """
     if not plan.directory.quant_states:
         _check_finite(plan)
     quantization = None if plan.directory.quant_states else nf4_config(plan.source_dtype)
-    # On CUDA bitsandbytes divides approximately: of bf16 weights that changes no code, of others now and then one.
+    # On CUDA bitsandbytes divides approximately: that changes no code of bf16 weights, and now and then one of others.
     is_exact = plan.directory.quant_states or plan.source_dtype == torch.bfloat16
     place = device if is_exact else torch.device("cpu")
     model = load_pretrained(plan.directory, place, plan.source_dtype, quantization_config=quantization)
@@ -61,10 +84,14 @@ def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> t
 
 
 def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) -> BitsAndBytesConfig:
-    """What tells transformers of our 4-bit weights.
+    """Describe our 4-bit weights to transformers.
 
     Args:
+        compute_dtype: dtype of computation.
         kept_dense: paths of the linear layers that are not 4-bit; by default transformers finds the LM head.
+
+    Returns:
+        The quantization config.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -77,12 +104,23 @@ def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) 
 
 
 def loading_error(error: Exception, directory: ModelDirectory) -> ModelError:
-    """The error message for one of LOADING_ERRORS."""
+    """Make the error that is raised for one of LOADING_ERRORS.
+
+    Args:
+        error: the one that was caught.
+        directory: the model.
+
+    Returns:
+        A ModelError.
+    """
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
 
 
 def _check_finite(plan: LoadPlan) -> None:
-    """One value that is not finite turns its whole tensor into NaN when block maxima are quantized too."""
+    """Raise QuantizationError if a weight is not finite.
+
+    One such value turns its whole tensor into NaN where block maxima are quantized too.
+    """
     for name in plan.used:
         if not all_finite(plan.directory.read(name)):
             raise QuantizationError(

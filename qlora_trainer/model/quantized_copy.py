@@ -1,9 +1,9 @@
-"""A base kept in 4 bits on disk: quantized once, and then loaded in the seconds that mapping a file takes.
+"""Keep a base in 4 bits on disk: quantized once, and then loaded in the seconds that mapping a file takes.
 
 What is written is bitsandbytes' own layout under the checkpoint's names, so plain transformers loads it as it is, and
 so does this trainer, to the same base: the packed codes and their statistics are those that loading the original gives,
-and what stays dense is copied. Tensors pass through one at a time, as they do in loading. A mixture of experts loads
-here alone, which its report says.
+and what stays dense is copied. Tensors are converted one at a time, as in loading. The copy of a mixture of experts is
+loaded by this trainer only, which its report says.
 
 A kept copy in the user's cache is known by the files it was made of (path, size, times), and by their config. Left out:
 models whose tensors transformers merges or splits while loading, which have no 4-bit weights of those names.
@@ -52,7 +52,7 @@ _KEPT_FORMAT = 1  # raise it where other layers become 4-bit than before, so tha
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was written."""
+    """Report what was written."""
 
     weights: int  # in 4 bits
     dense: int  # tensors copied as they were
@@ -62,6 +62,11 @@ class QuantizeReport:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON's types.
+
+        Returns:
+            The fields by name.
+        """
         return dataclasses.asdict(self)
 
 
@@ -75,11 +80,21 @@ def quantize_checkpoint(
 ) -> QuantizeReport:
     """Write the model of `directory` in NF4 to `output`, a new or empty directory that appears when it is whole.
 
+    Other errors: InsufficientMemoryError where no device has space for its largest tensor, QuantizationError for a
+    weight that is not finite or is quantized already, OutputExistsError, and DiskError. Nothing is left or overwritten.
+
+    Args:
+        directory: of the model.
+        output: the directory to write.
+        device: to quantize on.
+        max_shard_bytes: largest size of a file of weights, unless one tensor is larger.
+        progress: is called as tensors are written.
+
+    Returns:
+        What was written.
+
     Raises:
         ModelError: it cannot be loaded here, or not be kept in 4 bits.
-        InsufficientMemoryError: no device has space for its largest tensor.
-        QuantizationError: a weight is not finite, or it is quantized already.
-        OutputExistsError, DiskError: nothing is left, nothing was overwritten.
     """
     refuse_existing(output)
     plan, model = plan_base(directory)
@@ -123,36 +138,43 @@ def load_base(
     cache_dir: Path,  # the user's
     progress: Progress = silent,
 ) -> Base:
-    """The base of a model directory, from its 4-bit copy under `cache_dir` where model.cache_quantized asks for one.
+    """Load the base of a model directory, from its 4-bit copy in the cache where model.cache_quantized asks for one.
 
     The copy is made where there is none. It is the same base; `directory` stays the base's directory, from which it is
-    merged. What cannot be kept in 4 bits is loaded as it is, with a warning.
+    merged. What cannot be kept in 4 bits is loaded as it is, with a warning. Errors are those of `load_base_model` and
+    `quantize_checkpoint`.
 
-    Raises:
-        QLoRATrainerError: as `load_base_model` and `quantize_checkpoint`.
+    Args:
+        directory: of the model.
+        settings: the config's section `model`.
+        cache_dir: that has the copies and the records of known bases.
+        progress: is called as tensors are read or written.
+
+    Returns:
+        The base.
     """
     if not settings.cache_quantized:
-        return load_base_model(directory, settings, progress)
-    plan, model = plan_base(directory)
-    if hindrance := _hindrance(plan, model):
-        base = load_base_model(directory, settings, progress)
-        warnings = [] if plan.statistics else [f"{hindrance} It was quantized while loading, as it will be each time."]
-        return dataclasses.replace(base, warnings=[*base.warnings, *warnings])
-    kept = ModelDirectory.open(_kept_copy(directory, settings, cache_dir, progress))
-    return dataclasses.replace(load_base_model(kept, settings, progress), directory=directory)
-
-
-def _kept_copy(directory: ModelDirectory, settings: ModelConfig, cache_dir: Path, progress: Progress) -> Path:
+        return load_base_model(directory, settings, cache_dir, progress)
     kept = cache_dir / "quantized" / f"{Path(settings.name).name}-{_key(directory)[:16]}"
     if not (kept / RECORD_NAME).is_file():
-        refuse_unwritable(kept, "XDG_CACHE_HOME")
-        try:
-            quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
-        except OutputExistsError:
-            # Another process made the same copy meanwhile; only a whole one can be under this name.
-            if not (kept / RECORD_NAME).is_file():
-                raise
-    return kept
+        plan, model = plan_base(directory)
+        if hindrance := _hindrance(plan, model):
+            base = load_base_model(directory, settings, cache_dir, progress)
+            again = f"{hindrance} It was quantized while loading, as it will be each time."
+            return dataclasses.replace(base, warnings=[*base.warnings, *([] if plan.statistics else [again])])
+        _make_copy(directory, kept, settings, progress)
+    base = load_base_model(ModelDirectory.open(kept), settings, cache_dir, progress)
+    return dataclasses.replace(base, directory=directory)
+
+
+def _make_copy(directory: ModelDirectory, kept: Path, settings: ModelConfig, progress: Progress) -> None:
+    """Write the 4-bit copy, unless another process makes it meanwhile."""
+    refuse_unwritable(kept, "XDG_CACHE_HOME")
+    try:
+        quantize_checkpoint(directory, kept, device=choose_device(settings.device), progress=progress)
+    except OutputExistsError:
+        if not (kept / RECORD_NAME).is_file():  # only a whole one of the other process can be under this name
+            raise
 
 
 def _key(directory: ModelDirectory) -> str:
@@ -172,7 +194,7 @@ def _key(directory: ModelDirectory) -> str:
 
 
 def _hindrance(plan: LoadPlan, model: Any) -> str | None:
-    """Why a model cannot be kept in 4 bits, in a sentence; None where it can."""
+    """Return why a model cannot be kept in 4 bits, in a sentence; None where it can."""
     if plan.statistics:
         return f"{plan.directory} holds 4-bit weights already."
     if not plan.four_bit:
@@ -192,7 +214,7 @@ def _hindrance(plan: LoadPlan, model: Any) -> str | None:
 
 
 def _specs(info: TensorInfo, plan: LoadPlan) -> list[TensorSpec]:
-    """What is written of a tensor of the checkpoint."""
+    """Describe the tensors that are written for a tensor of the checkpoint."""
     if info.name not in plan.four_bit:
         return [info]
     rows, columns = reversed(info.shape) if info.name in plan.transposed else info.shape
@@ -206,7 +228,7 @@ def _named(info: TensorInfo, parts: dict[str, Tensor]) -> Iterator[tuple[str, Te
 
 
 def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, progress: Progress) -> dict[str, str]:
-    """Write every tensor in the checkpoint's order; returns the sha256 of what each was on disk."""
+    """Write every tensor in the checkpoint's order; return the sha256 of each as it was on disk, by name."""
     sources: dict[str, str] = {}
     done, total = 0, sum(info.nbytes for info in plan.tensors.values())
     infos = list(plan.tensors.values())
@@ -239,7 +261,7 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _write_config(directory: ModelDirectory, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
-    """config.json as it was, with what transformers needs to know of the quantization."""
+    """Write config.json as it was, with what transformers needs to know of the quantization."""
     config = dict(directory.config_json)
     # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
     named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)

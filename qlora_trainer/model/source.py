@@ -1,4 +1,4 @@
-"""Where a base model comes from, and what can be said of it before a weight is read: directory, config, tokenizer.
+"""Find a base model by its name, and read what is known before the weights: directory, config, tokenizer.
 
 A hub name, a directory of safetensors or a GGUF file becomes a directory here; everything else works on that. Left
 out: the weights (load.py).
@@ -27,12 +27,21 @@ def resolve_model(
 ) -> ModelDirectory:
     """Open the model directory that `name` represents: a directory, a GGUF file (imported once), or a hub name.
 
-    Of a hub name only `files` are fetched.
+    A hub name that cannot be fetched raises ModelError; files that cannot be kept raise DiskError.
+
+    Args:
+        name: of the model.
+        revision: of the hub's repository; None for its main branch.
+        cache_dir: the user's, for imports of GGUF files.
+        progress: is called during an import.
+        files: patterns of those to fetch of a hub name.
+
+    Returns:
+        The directory.
 
     Raises:
         FileMissingError: it looks like a path and does not exist.
-        ModelError: the directory holds an adapter or no config, or the hub does not give it.
-        DiskError: what is fetched cannot be kept.
+        ModelError: the directory holds an adapter or no config.
     """
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -53,7 +62,7 @@ def resolve_model(
 
 
 def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
-    """Those of a hub model's files, in the hub's own cache, which another run finds again."""
+    """Fetch the files of a hub model that match `files`, into the hub's own cache, where another run finds them."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -92,12 +101,26 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
 
 
 def hub_variable() -> str:
-    """Name the environment variable that moves the hub's cache: the one that is set and comes first, else HF_HOME."""
+    """Name the environment variable that moves the hub's cache: the one that is set and comes first, else HF_HOME.
+
+    Returns:
+        Its name.
+    """
     return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
 
 
 def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory; ModelError where it or the config cannot be read."""
+    """Load the tokenizer of a model directory.
+
+    Args:
+        directory: of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: it or the config cannot be read.
+    """
     config = directory.config()
     try:
         return AutoTokenizer.from_pretrained(directory.path, config=config, trust_remote_code=False)

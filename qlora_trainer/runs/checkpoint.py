@@ -2,17 +2,16 @@
 
 A checkpoint is a directory `checkpoints/step-000100` in the run directory: the adapter in PEFT's two files, what else
 training needs (`trainer_state.safetensors` for tensors, `trainer_state.json` for the rest), and `manifest.json` with
-the size and sha256 of each. It is written under a temporary name, every file and directory is synced, the manifest
-comes last, and one rename gives it its name; only then are older ones deleted. So at every moment the newest valid
-checkpoint is the old one or the new one, complete. Loading verifies the hashes first: a flipped bit in tensor data
-would otherwise load without an error.
+the size and sha256 of each. It is written under a temporary name, every file and directory is synced, and one rename
+gives it its name (common/atomic.py); only then are older ones deleted. So at every moment the newest valid checkpoint
+is the old one or the new one, complete. Loading verifies the hashes first: a flipped bit in tensor data would otherwise
+load without an error.
 
 No pickle: random states are uint8 tensors and JSON. Left out: what the state means (training/state.py) and the
 adapter's own format (adapters/peft_format.py). One process writes to a run directory at a time.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.common.atomic import new_directory, remove_leftovers_in
 from qlora_trainer.common.errors import CheckpointError, DiskError
 from qlora_trainer.common.file_identity import file_sha256
 
@@ -32,7 +32,7 @@ STATE_TENSORS = "trainer_state.safetensors"
 STATE_JSON = "trainer_state.json"
 MAX_CHECKPOINT_JSON_BYTES = 64 * 2**20
 
-_STEP = re.compile(r"step-(\d+)(\.replaced)?")
+_STEP = re.compile(r"(?P<aside>\.)?step-(?P<step>\d+)(?(aside)\.replaced)")
 
 
 class FoundCheckpoint(NamedTuple):
@@ -71,30 +71,21 @@ def save_checkpoint(
     """
     checkpoints = run_dir / "checkpoints"
     final = checkpoints / f"step-{step:06d}"
-    temporary = checkpoints / f".tmp-{step:06d}-{os.getpid()}"
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        _clean_up(checkpoints)
-        temporary.mkdir()
-        write_adapter(temporary)
-        save_file(dict(tensors), temporary / STATE_TENSORS)
-        (temporary / STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
-        _seal(temporary, step)
-        if final.exists():
-            final.rename(_aside(final))
-        temporary.rename(final)
-        _sync(checkpoints)
+        remove_leftovers_in(checkpoints)
+        with new_directory(final, replaces=True) as work:
+            write_adapter(work)
+            save_file(dict(tensors), work / STATE_TENSORS)
+            (work / STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
+            _seal(work, step)
     except (OSError, SafetensorError) as error:
+        reason = error.__cause__ if isinstance(error, DiskError) else error
         raise DiskError(
-            f"The checkpoint of step {step} could not be written to {checkpoints}: {error}. Earlier checkpoints are "
-            "untouched. Free some space or mend the directory's permissions, then resume; a smaller checkpoint.keep "
-            "needs less space."
+            f"The checkpoint of step {step} could not be written to {checkpoints}, or what it replaces not be deleted: "
+            f"{reason}. Earlier checkpoints are untouched. Free some space or mend the directory's permissions, then "
+            "resume; a smaller checkpoint.keep needs less space."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after the rename there is none
     try:
-        if _aside(final).exists():
-            shutil.rmtree(_aside(final))
         _prune(checkpoints, step, keep)
     except OSError as error:
         raise DiskError(
@@ -153,36 +144,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _seal(directory: Path, step: int) -> None:
-    """Give every file the mode that a plain write would give, sync and hash it, and write the manifest last."""
+    """Give every file the mode that a plain write would give, hash it, and write the manifest."""
     mode = (directory / STATE_JSON).stat().st_mode & 0o777  # safetensors creates its files with 0600
     files = {}
     for path in sorted(directory.iterdir()):
         path.chmod(mode)
-        _sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = directory / MANIFEST
     manifest.write_text(
         json.dumps({"format_version": FORMAT_VERSION, "step": step, "files": files}, indent=2), encoding="utf-8"
     )
-    _sync(manifest)
-    _sync(directory)
-
-
-def _aside(final: Path) -> Path:
-    """Name a checkpoint while one of the same step replaces it; `newest_checkpoint` finds this name too."""
-    return final.with_name(f"{final.name}.replaced")
-
-
-def _clean_up(checkpoints: Path) -> None:
-    """Delete what a killed run left; a checkpoint that was to be replaced and was not gets its name back."""
-    for aside in checkpoints.glob("step-*.replaced"):
-        final = aside.with_suffix("")
-        if final.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(final)
-    for leftover in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(leftover)
 
 
 def _prune(checkpoints: Path, newest: int, keep: int) -> None:
@@ -197,8 +168,8 @@ def _checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
     if not checkpoints.is_dir():
         return []
     matches = [(match, path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]
-    matches.sort(key=lambda item: (-int(item[0][1]), item[0][2] is not None))
-    return [(int(match[1]), path) for match, path in matches]
+    matches.sort(key=lambda item: (-int(item[0]["step"]), item[0]["aside"] is not None))
+    return [(int(match["step"]), path) for match, path in matches]
 
 
 def _verify(path: Path) -> None:
@@ -237,12 +208,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} does not hold a JSON object; it is damaged.")
     return content
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -124,7 +124,6 @@ def read_base_record(directory: Path) -> BaseRecord | None:
 
     Raises:
         CheckpointError: the record exists and cannot be read.
-        ValueError: never leaves the function; it becomes a CheckpointError.
     """
     path = directory / BASE_NAME
     if (directory / MANIFEST).is_file():  # one of our checkpoints; a trainer_state.json alone may be any trainer's

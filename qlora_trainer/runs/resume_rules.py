@@ -28,6 +28,7 @@ _FREE_KEYS = {
     "model.min_quantized_fraction",
     "model.name",
     "model.revision",
+    "model.verify_bytes",
     "training.activation_checkpointing",
     "training.deterministic",
     "training.uncheckpointed_layers",

@@ -16,7 +16,7 @@ from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
-from qlora_trainer.common.atomic import replaced_directory
+from qlora_trainer.common.atomic import new_directory
 from qlora_trainer.common.errors import (
     DiskError,
     InsufficientMemoryError,
@@ -86,7 +86,7 @@ class Run:
                 raise
             raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
         if finished:
-            with replaced_directory(self.directory / "adapter") as work:
+            with new_directory(self.directory / "adapter", replaces=True) as work:
                 self.write_adapter(work)
                 belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
                 write_base_record(work, belongs_to)

@@ -1,11 +1,10 @@
 """List the tensors that a model directory holds: safetensors, or a GGUF file that it represents.
 
-A checkpoint is data from strangers. Only safetensors and JSON are read, never pickle; an index may only name files of
-its own directory; what a loader would guess at (two sets of weights side by side) is refused here. Start at
+A checkpoint may come from anyone. Only safetensors and JSON are read, never pickle; an index may only name files of
+its own directory; what a loader would guess at (two sets of weights in one directory) is refused here. Start at
 model_directory.py, which lists a directory once.
 """
 
-import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.gguf.reader import open_weights
-from qlora_trainer.weights.tensors import TensorInfo, tensors_of_file
+from qlora_trainer.weights.tensors import TensorFile, TensorInfo
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,6 +27,10 @@ def list_tensors(
 
     A directory may represent a GGUF file (gguf/importer.py), whose tensors are read from there.
 
+    Args:
+        directory: of the model.
+        model_config: called without arguments, and only for a GGUF file.
+
     Returns:
         The tensors by name.
 
@@ -36,15 +39,14 @@ def list_tensors(
             or tensor that is missing, or a damaged shard.
     """
     if (imported := open_weights(directory, model_config)) is not None:
-        file, read = imported.file, imported.read
         return {
-            name: TensorInfo(name, tensor.dtype, tensor.shape, file, read=functools.partial(read, name))
+            name: TensorInfo(name, tensor.dtype, tensor.shape, imported, offset=None)
             for name, tensor in imported.tensors.items()
         }
     tensors: dict[str, TensorInfo] = {}
     index = _read_index(directory)
     for file_name in dict.fromkeys(index.values()) if index else [WEIGHTS_NAME]:
-        for info in tensors_of_file(file_inside(directory, file_name)):
+        for info in TensorFile(file_inside(directory, file_name)).tensors.values():
             if info.name in tensors:
                 raise ModelError(
                     f"{directory}: tensor {info.name} is both in {tensors[info.name].file.name} and in {file_name}; "
@@ -61,7 +63,15 @@ def list_tensors(
 
 
 def checkpoint_name(parameter: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return a parameter's name in the checkpoint: the same, or without the model's prefix; None if it has none."""
+    """Return a parameter's name in the checkpoint: the same, or without the model's prefix.
+
+    Args:
+        parameter: its name in the model, such as "model.norm.weight".
+        tensors: of the checkpoint, by name.
+
+    Returns:
+        The name; None if the checkpoint has no such tensor.
+    """
     return next((name for name in (parameter, parameter.partition(".")[2]) if name in tensors), None)
 
 
@@ -119,6 +129,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: it cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
+        ValueError: only as a ModelError, for a file that is too large.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:

@@ -20,7 +20,7 @@ _FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a config says of its model."""
+    """Hold what a config says of its model."""
 
     positions: int | None  # that the model was made for; None where the config does not say
     vocabulary: int | None  # rows of the embedding; None where the config does not say
@@ -58,7 +58,14 @@ def make_model_config(config_json: Mapping[str, Any], directory: Path) -> Any:
 
 
 def read_facts(config: Any) -> ModelFacts:
-    """Read from transformers' config what planning and data preparation ask of a model."""
+    """Read from transformers' config what planning and data preparation ask of a model.
+
+    Args:
+        config: of the model; for one with several parts, the text part is read.
+
+    Returns:
+        The facts.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers
     return ModelFacts(

@@ -15,17 +15,19 @@ from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.weights.listing import list_tensors, read_json_object, weight_statistics
 from qlora_trainer.weights.model_config import ModelFacts, make_model_config, read_facts
-from qlora_trainer.weights.reading import read_tensor
-from qlora_trainer.weights.tensors import TensorInfo
+from qlora_trainer.weights.tensors import TensorInfo, changed
 
 CONFIG_NAME = "config.json"
 
 
 class ModelDirectory:
-    """A model directory: safetensors, or the import of a GGUF file. Open it by `ModelDirectory.open`."""
+    """Represent a model directory: safetensors, or the import of a GGUF file. Open it by `ModelDirectory.open`.
+
+    Args:
+        path: the directory, taken as it is; `open` checks it.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Take `path` as it is; `open` checks it."""
         self.path = path
 
     @classmethod
@@ -52,12 +54,19 @@ class ModelDirectory:
         return cls(path)
 
     def __str__(self) -> str:
-        """Return the path, as messages name the directory."""
+        """Return the path, as messages name the directory.
+
+        Returns:
+            The path.
+        """
         return str(self.path)
 
     @functools.cached_property
     def config_json(self) -> Mapping[str, Any]:
         """Return what config.json holds.
+
+        Returns:
+            Its keys and values.
 
         Raises:
             ModelError: it cannot be read, or names files that are not read here.
@@ -73,43 +82,72 @@ class ModelDirectory:
     def config(self) -> Any:
         """Make transformers' config of the model, a new one at each call, which the caller may change.
 
-        Raises:
-            ModelError: config.json cannot be read, or is no model's that transformers knows.
+        A config.json that cannot be read, or is of a model that transformers does not know, raises ModelError.
+
+        Returns:
+            The config.
         """
         return make_model_config(self.config_json, self.path)
 
     @functools.cached_property
     def facts(self) -> ModelFacts:
-        """Return what the config says of the model; ModelError as `config`."""
+        """Return what the config says of the model; errors are those of `config`.
+
+        Returns:
+            The facts.
+        """
         return read_facts(self.config())
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Return every tensor by name, in the order they lie on disk; ModelError as `list_tensors`."""
+        """Return every tensor by name, in the order they lie on disk; errors are those of `list_tensors`.
+
+        Returns:
+            The tensors by name.
+        """
         return list_tensors(self.path, self.config)
 
     @functools.cached_property
     def quant_states(self) -> Mapping[str, Mapping[str, TensorInfo]]:
-        """Return what is stored next to each prequantized weight, as `weight_statistics` does."""
+        """Return what is stored next to each prequantized weight, as `weight_statistics` does.
+
+        Returns:
+            By the weight's name, its tensors by key.
+        """
         return weight_statistics(self.tensors)
 
-    @functools.cached_property
+    @property
     def file_identity(self) -> tuple[FileIdentity, ...]:
-        """Return what identifies the files of weights, as they were when this was first asked for.
+        """Return what identifies the files of weights, as they were when the tensors were listed.
+
+        Returns:
+            The identities, sorted by path.
+        """
+        found = {info.source.identity.path: info.source.identity for info in self.tensors.values()}
+        return tuple(found[path] for path in sorted(found))
+
+    def refuse_changed(self) -> None:
+        """Refuse a directory in which a file of weights is no longer the one whose tensors were listed.
 
         Raises:
-            ModelError: the tensors cannot be listed, or a file is gone.
+            changed: a file is another one; this is a ModelError.
         """
-        paths = sorted({info.file.resolve() for info in self.tensors.values()})
-        try:
-            return tuple(FileIdentity.of(path) for path in paths)
-        except OSError as error:
-            raise ModelError(f"{self} cannot be read: {error}") from error
+        for file in self.file_identity:
+            if not file.is_current():
+                raise changed(Path(file.path))
 
     def read(
         self,
         name: str,
         rows: slice | None = None,  # of the first dimension; step 1
     ) -> Tensor:
-        """Read a tensor, or some of its rows, as `read_tensor` does."""
-        return read_tensor(self.tensors[name], rows)
+        """Read a tensor, or some of its rows, as `TensorInfo.read` does.
+
+        Args:
+            name: the checkpoint's.
+            rows: None for all.
+
+        Returns:
+            The tensor on the CPU; do not write into it.
+        """
+        return self.tensors[name].read(rows)

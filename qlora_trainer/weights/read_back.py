@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_trainer.common.errors import MergeError, ModelError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor, tensor_bytes
+from qlora_trainer.weights.reading import tensor_bytes
 from qlora_trainer.weights.tensors import TensorSpec
 
 
@@ -50,7 +50,7 @@ def verify_files(
             spec = wanted[name]
             if (info.dtype, info.shape) != (spec.dtype, spec.shape):
                 raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
-            tensor = read_tensor(info)
+            tensor = info.read()
             if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
                 damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
                 raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")

@@ -1,6 +1,6 @@
-"""A checkpoint's tensors one after another, on the device where they are wanted, the next one read next to the work.
+"""Yield a checkpoint's tensors one after another, on the device where they are wanted, reading the next one meanwhile.
 
-A thread reads the files (direct_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
+A thread reads the files (file_reading.py); for a CUDA device it also copies through two small pinned buffers, on a
 stream of their own. One tensor is read ahead and no more: where each is dropped before the next is taken, neither host
 nor device holds more than two. What shall stay in its file is mapped instead, and takes no memory of its own.
 """
@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_trainer.weights.direct_reading import DirectReader
-from qlora_trainer.weights.reading import read_tensor
+from qlora_trainer.weights.file_reading import FileReader
 from qlora_trainer.weights.tensors import TensorInfo
 
 STAGING_BYTES = 2**26  # of each of the two pinned buffers
 
 
 class Arrival(NamedTuple):
-    """A tensor of the checkpoint."""
+    """Hold a tensor of the checkpoint that has been read."""
 
     info: TensorInfo
-    sha256: str | None  # of its bytes as a safetensors file holds them; None of what stays in its file
-    host: Tensor  # do not write into it: it may be the file's own pages
+    sha256: str | None  # of its bytes as a safetensors file holds them; None where it was not asked for
+    host: Tensor  # do not write into it: it may be the file's own pages, or memory that is used again
     values: Tensor  # the same where it was asked for; `host` itself where that is the host
 
 
@@ -34,23 +33,33 @@ def stream_tensors(
     *,
     stays_on_host: Callable[[TensorInfo], bool],  # not copied to the device
     stays_in_file: Callable[[TensorInfo], bool] = lambda info: False,  # mapped, and not hashed
+    hashes: bool = True,
 ) -> Generator[Arrival, None, None]:
     """Yield the tensors in order; drop each before taking the next, where memory counts.
 
-    Raises:
-        ModelError: a file is damaged, or was changed since it was listed.
+    A file that is damaged, or was changed since it was listed, raises ModelError.
+
+    Args:
+        infos: of the tensors.
+        device: that the values are copied to.
+        stays_on_host: True for a tensor that stays in host memory.
+        stays_in_file: True for a tensor that stays in its file.
+        hashes: take the sha256 of each tensor that is not mapped.
+
+    Yields:
+        Each tensor; on a CUDA device it is complete for the current stream.
     """
     uploader = _Uploader(device) if device.type == "cuda" else None
 
     def read(info: TensorInfo) -> tuple[Arrival, Any]:
-        host, sha256 = (read_tensor(info), None) if stays_in_file(info) else direct.read(info)
+        host, sha256 = (info.read(), None) if stays_in_file(info) else files.read(info)
         if uploader is None or stays_on_host(info):
             return Arrival(info, sha256, host, host), None
         values, copied = uploader.upload(host)
         return Arrival(info, sha256, host, values), copied
 
     try:
-        with DirectReader() as direct, ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        with FileReader(hashes) as files, ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
             ahead = reader.submit(read, infos[0]) if infos else None
             for index in range(len(infos)):
                 assert ahead is not None
@@ -66,7 +75,11 @@ def stream_tensors(
 
 
 class _Uploader:
-    """Copies host tensors to a CUDA device through pinned memory, so that a copy runs while the next piece is read."""
+    """Copy host tensors to a CUDA device through pinned memory, so that a copy runs while the next piece is read.
+
+    Args:
+        device: a CUDA device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -77,7 +90,14 @@ class _Uploader:
         self.turn = 0
 
     def upload(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """The tensor on the device, and the event after which it is whole there."""
+        """Copy a tensor to the device.
+
+        Args:
+            tensor: on the host.
+
+        Returns:
+            The tensor on the device, and the event after which it is complete there.
+        """
         source = tensor.contiguous().reshape(-1).view(torch.uint8)
         with torch.cuda.device(self.device), torch.cuda.stream(self.taker):
             # Of the memory of the stream that takes and drops it, so the next use of that memory comes after.

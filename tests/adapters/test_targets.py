@@ -12,6 +12,7 @@ from qlora_trainer.adapters.inject import (
     add_adapters,
 )
 from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
@@ -21,7 +22,7 @@ Models = Callable[[str], Path]
 
 
 def base_model(directory: Path) -> Any:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)), user_cache()).model
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

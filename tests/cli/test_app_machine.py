@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cards import a_card_is_here
+from cards import CUDA_13, a_card_is_here, pretend
 from marks import slow_but
 
 
@@ -27,7 +28,7 @@ def test_home_that_cannot_be_written_is_named_and_training_says_what_to_set(
     assert "XDG_CACHE_HOME" in findings["Disk of the cache"]["advice"]
     code, _, reported = qlora("train", config_file)
     assert code == 2
-    assert f"cannot be written to {home}/.cache/qlora-trainer" in reported
+    assert f"{home}/.cache/qlora-trainer" in reported
     assert "set XDG_CACHE_HOME to another folder" in reported
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert qlora("train", config_file, "training.max_steps=1")[0] == 0, "the advice works"
@@ -83,9 +84,31 @@ def test_card_that_another_program_holds_ends_a_run_with_the_way_out(
         card.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
         card.setattr(torch.cuda, "mem_get_info", held)
         code, _, reported = qlora("train", config_file, "optimizer.name=adamw")
+        hide_cards_by_the_environment(card)
+        assert qlora("train", config_file, "training.max_steps=1")[0] == 0, "the advice works"
+    assert "CUDA_VISIBLE_DEVICES= in front of the command" in reported
     assert code == 2
     assert "CUDA-capable device(s) is/are busy or unavailable" in reported
     assert "Traceback" not in reported
     assert "TORCH_USE_CUDA" not in reported
-    assert not (tmp_path / "run").exists()
-    assert qlora("train", config_file, "training.max_steps=1", "model.device=cpu")[0] == 0, "the advice works"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
+def test_card_that_cannot_be_used_has_a_way_out_for_commands_without_settings(
+    command: str, qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert qlora("train", config_file, "training.max_steps=1", "model.device=auto")[0] == 0
+    options = {"generate": ["--prompt", "a"], "merge": ["--output", str(tmp_path / "merged")]}.get(command, [])
+    pretend(monkeypatch, CUDA_13, (6, 1))
+    code, _, reported = qlora(command, tmp_path / "run", *options)
+    assert code == 2
+    assert "GPU 0 (Card 0, compute capability 6.1) cannot be used" in reported
+    assert "CUDA_VISIBLE_DEVICES= in front of the command takes the CPU" in reported
+    hide_cards_by_the_environment(monkeypatch)
+    assert qlora(command, tmp_path / "run", *options)[0] == 0, "the advice works"
+
+
+def hide_cards_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set CUDA_VISIBLE_DEVICES to nothing; torch, which may have no CUDA here, answers as one that has."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")

@@ -135,8 +135,8 @@ def test_checkout_that_is_not_installed_asks_for_no_versions(monkeypatch: pytest
 
 
 def test_package_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("qlora_trainer.weights.nf4", "qlora_trainer.model.device"):
-        monkeypatch.setitem(sys.modules, module, None)
+    for module in ("weights.nf4", "weights.bitsandbytes_internals", "model.device"):
+        monkeypatch.setitem(sys.modules, f"qlora_trainer.{module}", None)
     findings = named(examine())
     for name in ("bitsandbytes' library", "NF4 to the bit on cpu", "Compute dtype"):
         assert findings[name].status == "problem"

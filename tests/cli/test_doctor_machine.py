@@ -44,6 +44,7 @@ def test_one_good_card_is_ok_and_the_only_finding(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("memory_of_cards")
 def test_of_several_cards_the_one_used_is_named_and_how_to_take_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     pretend(monkeypatch, CUDA_13, (8, 6), (6, 1), (8, 9))
     findings = named(doctor_machine.cards())
     assert list(findings) == ["GPU 0", "GPU 1", "GPU 2", "GPU used"]
@@ -51,6 +52,8 @@ def test_of_several_cards_the_one_used_is_named_and_how_to_take_another(monkeypa
     assert findings["GPU used"].status == "note"
     assert "GPU 0 alone" in findings["GPU used"].detail
     assert "CUDA_VISIBLE_DEVICES=2 " in findings["GPU used"].advice, "the next that can be used"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert "CUDA_VISIBLE_DEVICES=7 " in named(doctor_machine.cards())["GPU used"].advice
 
 
 @pytest.mark.usefixtures("memory_of_cards")
@@ -60,7 +63,7 @@ def test_card_too_old_for_torch_is_a_problem_with_the_ways_out(monkeypatch: pyte
     assert finding.status == "problem"
     assert "cannot be used: torch" in finding.detail
     assert "a torch built for CUDA 12.6" in finding.advice
-    assert "model.device=cpu" in finding.advice
+    assert "CUDA_VISIBLE_DEVICES= in front of the command takes the CPU" in finding.advice
 
 
 @pytest.mark.usefixtures("memory_of_cards")

@@ -44,7 +44,6 @@ from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
 from qlora_trainer.weights import model_directory
 from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 
 Config = Callable[..., RunConfig]
 
@@ -391,7 +390,7 @@ def test_evaluate_counts_exact_answers(run_dir: Path) -> None:
 
 
 def merged_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
+    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from qlora_trainer.adapters.inject import adapter_state_dict, add_adapters, load_adapter_state, trainable_parameters
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, InsufficientMemoryError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging import streamed_model
@@ -40,7 +42,6 @@ from qlora_trainer.merging.trained_weights import trained_weights
 from qlora_trainer.model import empty
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.tensors import TensorInfo
 
 CPU = torch.device("cpu")
@@ -269,7 +270,7 @@ def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypa
 )
 def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
     directory = tiny_models(family)
-    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
     conv1d = family == "gpt2"
     weights = trained_weights(base.directory, base.fingerprint, fan_in_fan_out=conv1d)
     streamed = load_streamed_model(ModelDirectory.open(directory), CPU, weights)
@@ -281,13 +282,13 @@ def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_mode
 
 def test_a_weight_that_is_not_the_trained_one_is_refused_when_it_is_read(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m")
-    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
-    weights = trained_weights(base.directory, base.fingerprint)
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(directory / "model.safetensors")
     tensors[name][3, 5] *= -1.0
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    streamed = load_streamed_model(ModelDirectory.open(directory), CPU, weights)
+    changed = ModelDirectory.open(directory)
+    streamed = load_streamed_model(changed, CPU, trained_weights(changed, base.fingerprint))
     with pytest.raises(CheckpointError, match=f"{name} in .* does not give the 4-bit weights"):
         streamed(input_ids=IDS)
 
@@ -303,9 +304,10 @@ def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
 def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
     """As an embedding's in a GGUF file, of which the whole would be dequantized."""
     info = ModelDirectory.open(tiny_llama).tensors["model.embed_tokens.weight"]
-    expected = read_tensor(info)
+    expected = info.read()
     read: list[slice] = []
-    unmapped = dataclasses.replace(info, read=noting(expected.__getitem__, read.append))
+    source = SimpleNamespace(read=noting(lambda name, rows: expected[rows], lambda name, rows: read.append(rows)))
+    unmapped = dataclasses.replace(info, source=source, offset=None)
     matrix = StreamedMatrix.of(unmapped, expected.shape, CPU)
     ids = torch.tensor([[9, 2, 9]])
     assert torch.equal(nn.functional.embedding(ids, matrix), nn.functional.embedding(ids, expected.float()))
@@ -320,7 +322,7 @@ def test_a_streamed_model_answers_alike_on_a_gpu_and_leaves_it_empty(
     family: str, tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
-    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"))
+    base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
     weights = trained_weights(base.directory, base.fingerprint, fan_in_fan_out=family == "gpt2")
     on_cpu, on_cuda = (
         load_streamed_model(ModelDirectory.open(directory), torch.device(kind), weights) for kind in ("cpu", "cuda")

@@ -44,6 +44,7 @@ def test_card_runs_where_torch_has_code_for_it(
 
 
 def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     pretend(monkeypatch, CUDA_13, (6, 1), (8, 6))
     for wanted in ("cuda", "auto"):
         with pytest.raises(ModelError) as refusal:
@@ -53,7 +54,36 @@ def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monke
         assert "sm_75, sm_80, sm_86, sm_90, sm_100, sm_120 only" in reported
         assert "a torch built for CUDA 12.6" in reported
         assert "CUDA_VISIBLE_DEVICES=1 takes Card 1, compute capability 8.6" in reported
-        assert "model.device=cpu trains without a card" in reported
+        assert ("CUDA_VISIBLE_DEVICES= in front of the command takes the CPU" in reported) == (wanted == "auto")
+        assert ("set model.device to cpu" in reported) == (wanted == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("visible", "advice"),
+    [
+        (None, "CUDA_VISIBLE_DEVICES=1 takes"),
+        ("2,5", "CUDA_VISIBLE_DEVICES=5 takes"),
+        ("GPU-8932f937, GPU-1a2b3c4d", "CUDA_VISIBLE_DEVICES=GPU-1a2b3c4d takes"),
+    ],
+)
+def test_another_card_is_named_as_the_environment_names_it(
+    visible: str | None, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts from 0 among the cards that are visible."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pretend(monkeypatch, CUDA_13, (6, 1), (8, 6))
+    with pytest.raises(ModelError, match=advice):
+        device.choose_device("auto")
+
+
+def test_a_config_that_asks_for_cuda_without_a_card_says_where_to_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_for(monkeypatch, None)
+    with pytest.raises(ModelError, match=r"sees no CUDA device .* set model\.device to cpu in the config"):
+        device.choose_device("cuda")
+    assert device.choose_device("cpu").type == "cpu", "the advice works"
 
 
 def test_ways_out_of_the_refusal_are_ways(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.llama_checkpoint import LlamaShape, make_checkpoint
 from qlora_kernels.nf4 import dequantize_nf4
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError, QuantizationError
 from qlora_trainer.common.hashing import bytes_sha256
 from qlora_trainer.common.process_memory import private_bytes
@@ -35,9 +36,8 @@ from qlora_trainer.model.modules.lm_head import quantize_head
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
 from qlora_trainer.weights import stream as tensor_stream
-from qlora_trainer.weights.direct_reading import DirectReader
+from qlora_trainer.weights.file_reading import FileReader
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 from qlora_trainer.weights.stream import stream_tensors
 from qlora_trainer.weights.tensors import TensorInfo
 
@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 def load_by_transformers(directory: Path) -> nn.Module:
@@ -260,7 +260,7 @@ def test_a_quantized_head_is_made_of_the_checkpoints_values(
 def test_what_cannot_be_is_refused_before_a_weight_is_read(
     tiny_models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DirectReader, "read", lambda self, info: pytest.fail(f"{info.name} was read"))
+    monkeypatch.setattr(FileReader, "read", lambda self, info: pytest.fail(f"{info.name} was read"))
     pretend_free_memory(monkeypatch, lambda device: 10_000)
     with pytest.raises(InsufficientMemoryError):
         load(tiny_models("llama"))
@@ -288,7 +288,7 @@ def test_no_more_than_one_tensor_is_read_ahead(tiny_llama: Path) -> None:
     arrivals = stream_tensors(infos, CPU, stays_on_host=lambda info: False, stays_in_file=noted)
     for taken, arrival in enumerate(arrivals, start=1):
         assert arrival.info is infos[taken - 1]
-        assert torch.equal(arrival.values, read_tensor(arrival.info))
+        assert torch.equal(arrival.values, arrival.info.read())
         assert (arrival.sha256 is None) == arrival.info.name.endswith("norm.weight")
         assert len(seen) <= taken + 1
     assert seen == [info.name for info in infos]
@@ -301,12 +301,13 @@ from benchmarks.private_memory import PrivatePeak
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.common.cache import user_cache
 settings = ModelConfig(name="base", device="cpu", compute_dtype="bfloat16")
 first, *others = map(Path, sys.argv[1:])
-load_base_model(ModelDirectory.open(first), settings)  # what libraries keep from their first use
+load_base_model(ModelDirectory.open(first), settings, user_cache())  # what libraries keep from their first use
 for directory in others:
     with PrivatePeak() as memory:
-        base = load_base_model(ModelDirectory.open(directory), settings)
+        base = load_base_model(ModelDirectory.open(directory), settings, user_cache())
     print(memory.peak - memory.before, base.bytes)
     del base
 """
@@ -363,7 +364,7 @@ def test_a_tensor_larger_than_the_staging_buffers_comes_whole(tmp_path: Path, mo
     arrivals = stream_tensors(infos, torch.device("cuda"), stays_on_host=lambda info: "norm" in info.name)
     for arrival in arrivals:
         assert arrival.values.device.type == ("cpu" if "norm" in arrival.info.name else "cuda")
-        assert torch.equal(arrival.values.cpu(), read_tensor(arrival.info))
+        assert torch.equal(arrival.values.cpu(), arrival.info.read())
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.batching.packing import make_packs
@@ -42,7 +43,7 @@ Models = Callable[[str], Path]
 
 def trainable_model(directory: Path) -> Any:
     """A tiny NF4 model whose adapters are not zero."""
-    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)), user_cache()).model
     add_adapters(model, AdapterConfig(rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -135,7 +136,7 @@ class OddHead(nn.Module):
 
 
 def test_a_model_with_a_loss_of_its_own_keeps_it(tiny_llama: Path) -> None:
-    model = OddHead(load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model)
+    model = OddHead(load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model)
     plan = examine_forward(model)
     assert plan.loss_path == LossPath(own_logits=True)
     assert "logits in a way of its own" in plan.warnings[0]
@@ -327,7 +328,7 @@ def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp
 
 
 def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
-    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model
+    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model
     before = model.config._attn_implementation
     with packed_documents(model):
         assert model.config._attn_implementation != before
@@ -350,7 +351,7 @@ def test_no_mask_matrix_is_made(tiny_llama: Path) -> None:
                     self.numel = max(self.numel, leaf.untyped_storage().nbytes())
             return out
 
-    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x")).model
+    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model
     rows = [Example(list(range(3, 43)), list(range(3, 43)))] * 50  # 2,000 tokens in documents of 40
     (pack,) = make_packs(rows, 10_000, packing=True)
     with Largest() as largest, torch.no_grad():

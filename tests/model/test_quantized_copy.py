@@ -43,7 +43,7 @@ FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2", "phi3", "gemma3")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 def quantize(directory: Path, output: Path, **options: Any) -> Path:

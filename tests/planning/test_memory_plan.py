@@ -15,6 +15,7 @@ from transformers import FalconConfig
 
 from qlora_trainer.cli.plan import describe
 from qlora_trainer.common import machine
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.common.units import gib, parse_bytes
 from qlora_trainer.config.load import load_config, make_config
@@ -553,7 +554,7 @@ def test_a_base_is_refused_by_the_memory_of_its_container(tiny_llama: Path, cont
     container(2**30, used=2**30 - 2**16)
     settings = ModelConfig(name=str(tiny_llama), device="cpu")
     with pytest.raises(InsufficientMemoryError, match=r"The base takes about .* and cpu has 0\.0 GiB free"):
-        load_base_model(ModelDirectory.open(tiny_llama), settings)
+        load_base_model(ModelDirectory.open(tiny_llama), settings, user_cache())
     with pytest.raises(InsufficientMemoryError, match="in fp32 takes"):
         load_dense_model(ModelDirectory.open(tiny_llama), torch.device("cpu"))
 

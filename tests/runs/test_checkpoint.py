@@ -99,7 +99,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_a_killed_runs_leftovers_go_with_the_next_save(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    leftover = tmp_path / "checkpoints" / ".tmp-000002-99999"
+    leftover = tmp_path / "checkpoints" / ".step-000002.partial-99999999"
     leftover.mkdir()
     (leftover / "trainer_state.json").write_text("{")
     assert newest_checkpoint(tmp_path).step == 1
@@ -109,12 +109,12 @@ def test_a_killed_runs_leftovers_go_with_the_next_save(tmp_path: Path) -> None:
 
 def test_a_replaced_checkpoint_is_used_until_its_replacement_is_there(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    aside = path.with_name("step-000001.replaced")
+    aside = path.with_name(".step-000001.replaced")
     path.rename(aside)
     assert newest_checkpoint(tmp_path) == (aside, 1, [])
     save(tmp_path, 2)
     assert names(tmp_path) == ["step-000001", "step-000002"]
-    (tmp_path / "checkpoints" / "step-000002.replaced").mkdir()
+    (tmp_path / "checkpoints" / ".step-000002.replaced").mkdir()
     save(tmp_path, 3)
     assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
 
@@ -132,9 +132,8 @@ def test_all_is_synced_before_the_checkpoint_gets_its_name(tmp_path: Path, monke
     monkeypatch.setattr(Path, "rename", noted_rename)
     save(tmp_path, 1)
     before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
-    assert set(before[:-2]) == FILES - {"manifest.json"}
-    assert before[-2] == "manifest.json"
-    assert before[-1].startswith(".tmp-000001-")
+    assert set(before[:-1]) == FILES
+    assert before[-1].startswith(".step-000001.partial-")
     assert after == ["checkpoints"]
 
 
@@ -287,7 +286,7 @@ def test_a_save_that_dies_at_any_write_leaves_a_whole_checkpoint(
         outcomes.append((code, mark_of(found.path)))
         assert found.passed_over == [], f"operation {number} left a damaged checkpoint"
         if act is fill_disk:
-            assert not any(name.startswith(".tmp-000") for name in names(run_dir))
+            assert not any(".partial-" in name for name in names(run_dir))
         save(run_dir, 3, keep=1)
         assert names(run_dir) == ["step-000003"], f"operation {number} left something for ever"
         if code == finished:

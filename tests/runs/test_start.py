@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qlora_kernels.registry import implementations
 from qlora_trainer.adapters.peft_format import read_adapter
-from qlora_trainer.common.atomic import replaced_directory
+from qlora_trainer.common.atomic import new_directory
 from qlora_trainer.common.errors import AdapterError, CheckpointError, DataError, DiskError, FileMissingError
 from qlora_trainer.common.progress import silent
 from qlora_trainer.config.load import dump_config, make_config
@@ -435,7 +435,7 @@ def test_the_adapter_with_more_steps_is_opened(tiny_config: Config, finished: Pa
 
 
 def write_half(final: Path) -> None:
-    with replaced_directory(final) as work:
+    with new_directory(final, replaces=True) as work:
         (work / "adapter_config.json").write_text("half")
         raise ZeroDivisionError
 

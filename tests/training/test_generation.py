@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import load_base_model
@@ -22,7 +23,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33]]
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> Any:
-    return load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name=str(tiny_llama))).model
+    return load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name=str(tiny_llama)), user_cache()).model
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.model.device import kernel_warnings
 from qlora_trainer.model.load import load_base_model
@@ -38,7 +39,9 @@ def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits
     tiny_models: Callable[[str], Path], family: str, dtype: str
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), compute_dtype=dtype)).model
+    model = load_base_model(
+        ModelDirectory.open(directory), ModelConfig(name=str(directory), compute_dtype=dtype), user_cache()
+    ).model
     add_adapters(model, AdapterConfig(rank=4))
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
@@ -66,7 +69,7 @@ def test_what_has_no_patched_form_is_counted_and_left_alone(
     family: str, mlps: tuple[int, int], norms: tuple[int, int], tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)
-    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory))).model
+    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)), user_cache()).model
     add_adapters(model, AdapterConfig(rank=4))
     report = patch_model(model)
     assert report.projections[0] == report.projections[1] > 0

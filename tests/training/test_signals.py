@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from marks import slow_but
 
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
@@ -30,7 +29,8 @@ def wait_for_first_step(process: "subprocess.Popen[str]", metrics: Path) -> None
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("signum", slow_but([signal.SIGTERM, signal.SIGINT], signal.SIGTERM), ids=["SIGTERM", "SIGINT"])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(
     tiny_config: Callable[..., RunConfig], tmp_path: Path, signum: signal.Signals
 ) -> None:

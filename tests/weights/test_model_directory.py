@@ -1,4 +1,4 @@
-"""Promises of tensor_io and directories: streams that any loader reads, and nothing read that should not be."""
+"""Promises of model directories: streams that any loader reads, and nothing read that should not be."""
 
 import dataclasses
 import errno
@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, cast
 
 import psutil
@@ -16,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from spying import noting
 from torch import Tensor
 
-from qlora_trainer.common import atomic as directories
 from qlora_trainer.common.atomic import new_directory, write_text
-from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, OutputExistsError
+from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError
 from qlora_trainer.weights import shard_writer
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, read_tensor, row_blocks, same_values
+from qlora_trainer.weights.reading import read_rows, row_blocks, same_values
 from qlora_trainer.weights.shard_writer import ShardWriter
 from qlora_trainer.weights.tensors import TensorSpec
 
@@ -54,7 +54,7 @@ def test_safetensors_and_we_read_what_was_written_by_rows(tmp_path: Path, max_sh
     assert (len(files) == 1) == (max_shard_bytes == 10**9)
     assert (tmp_path / "model.safetensors.index.json").exists() == (len(files) > 1)
     theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    ours = {name: read_tensor(info) for name, info in ModelDirectory.open(tmp_path).tensors.items()}
+    ours = {name: info.read() for name, info in ModelDirectory.open(tmp_path).tensors.items()}
     for found in (theirs, ours):
         assert found.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
@@ -101,8 +101,8 @@ def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
 def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
     write_all(tmp_path, TENSORS)
     info = ModelDirectory.open(tmp_path).tensors["weight"]
-    assert torch.equal(read_tensor(info, slice(256, 513)), TENSORS["weight"][256:513])
-    assert torch.equal(torch.cat([read_tensor(info, rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
+    assert torch.equal(info.read(slice(256, 513)), TENSORS["weight"][256:513])
+    assert torch.equal(torch.cat([info.read(rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 511, 512, 1000, 12345])
@@ -143,7 +143,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     blobs.mkdir()
     save_file({"w": torch.ones(2)}, blobs / "0123")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    assert torch.equal(read_tensor(ModelDirectory.open(snapshot).tensors["w"]), torch.ones(2))
+    assert torch.equal(ModelDirectory.open(snapshot).tensors["w"].read(), torch.ones(2))
 
 
 def make_sharded(directory: Path) -> Path:
@@ -208,7 +208,8 @@ def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
     write_all(tmp_path, TENSORS)
     info = ModelDirectory.open(tmp_path).tensors["weight"]
     spans: list[slice] = []
-    unmapped = dataclasses.replace(info, read=noting(TENSORS["weight"].__getitem__, spans.append))
+    source = SimpleNamespace(read=noting(lambda name, rows: TENSORS[name][rows], lambda name, rows: spans.append(rows)))
+    unmapped = dataclasses.replace(info, source=source, offset=None)
     for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
         rows = torch.tensor(wanted)
         assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])
@@ -225,48 +226,6 @@ def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> Non
     found = ModelDirectory.open(tmp_path).tensors
     assert [same_values(found["a"], found[name]) for name in "abcde"] == [True, True, False, False, False]
     assert same_values(found["e"], found["e"])
-
-
-def fail_in_new_directory(path: Path, failure: BaseException) -> None:
-    with new_directory(path) as work:
-        (work / "a.txt").write_text("a")
-        raise failure
-
-
-def fill_while_working(path: Path) -> None:
-    with new_directory(path):
-        path.mkdir()
-        (path / "theirs").write_text("kept")
-
-
-def test_new_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()  # an empty one is taken
-    with new_directory(tmp_path / "out") as work:
-        (work / "a.txt").write_text("a")
-        assert not any((tmp_path / "out").iterdir())
-    assert (tmp_path / "out" / "a.txt").read_text() == "a"
-
-    for failure in (ValueError("mine"), KeyboardInterrupt()):
-        with pytest.raises(type(failure)):
-            fail_in_new_directory(tmp_path / "failed", failure)
-    with pytest.raises(DiskError, match="Free some space"):
-        fail_in_new_directory(tmp_path / "failed", OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(FileNotFoundError):  # not a failure of this disk
-        fail_in_new_directory(tmp_path / "failed", FileNotFoundError(errno.ENOENT, "elsewhere"))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_new_directory_overwrites_nothing(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").write_text("kept")
-    (tmp_path / "file").write_text("kept")
-    for name in ("full", "file"):
-        with pytest.raises(OutputExistsError, match=name), new_directory(tmp_path / name):
-            pytest.fail("work began")
-    with pytest.raises(OutputExistsError):
-        fill_while_working(tmp_path / "late")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "late"]
-    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "late" / "theirs").read_text() == "kept"
 
 
 class _FullDisk:
@@ -329,21 +288,3 @@ def test_no_shard_stays_open_where_one_cannot_be_flushed(
         write()
     assert caught.tb is not None, "it keeps alive what failed"
     assert open_below(tmp_path) == []
-
-
-def test_a_directory_that_goes_while_it_is_locked_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, locked = directories._lock, []
-
-    def lose_the_first(directory: Path) -> int | None:
-        locked.append(directory)
-        descriptor = lock(directory)
-        if len(locked) == 1:
-            directory.rmdir()
-        return descriptor
-
-    monkeypatch.setattr(directories, "_lock", lose_the_first)
-    before = psutil.Process().num_fds()
-    with new_directory(tmp_path / "out"):
-        pass
-    assert len(locked) == 2
-    assert psutil.Process().num_fds() == before

@@ -110,8 +110,8 @@ def train_repeats(train: ExampleSet) -> tuple[int, int]:
         Both counts.
     """
     digests, prompts = train.digests, train.prompt_digests
-    different = len(np.unique(digests[prompts != 0]))  # equal examples have equal prompts
-    return len(train) - len(np.unique(digests)), different - len(np.unique(prompts[prompts != 0]))
+    with_prompt = _count_different(digests[prompts != 0])  # equal examples have equal prompts
+    return len(train) - _count_different(digests), with_prompt - _count_different(prompts[prompts != 0])
 
 
 def eval_repeats(eval_set: ExampleSet, train: ExampleSet) -> tuple[int, int]:
@@ -124,9 +124,22 @@ def eval_repeats(eval_set: ExampleSet, train: ExampleSet) -> tuple[int, int]:
     Returns:
         Both counts.
     """
-    also = np.isin(eval_set.digests, train.digests)
+    also = _are_among(eval_set.digests, train.digests)
     prompts = eval_set.prompt_digests[~also]
-    return int(also.sum()), int(np.isin(prompts[prompts != 0], train.prompt_digests).sum())
+    return int(also.sum()), int(_are_among(prompts[prompts != 0], train.prompt_digests).sum())
+
+
+# Numpy's own unique and isin take 0.9 s for a million hashes, sorting them 0.06 s.
+def _count_different(values: np.ndarray) -> int:
+    return len(values) and 1 + int(np.count_nonzero(np.diff(np.sort(values))))
+
+
+def _are_among(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Find which of (n,) values are among known ones, (n,) bool."""
+    if not len(values) or not len(known):
+        return np.zeros(len(values), dtype=np.bool_)
+    known = np.sort(known)
+    return known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
 
 
 def repeat_warnings(train_repeats: int, eval_repeats: int, eval_examples: int) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as arrow
 
-from qlora_trainer.common.atomic import disk_errors, new_directory, remove_leftovers
+from qlora_trainer.common.atomic import disk_errors, new_directory, remove_leftovers_in
 from qlora_trainer.common.errors import DiskError
 from qlora_trainer.data.preparation.store import EXAMPLES_NAME, SCHEMA, SKIPPED_NAME, SUMMARY_NAME, existing_store
 from qlora_trainer.data.types import IGNORED_LABEL, Example, Row, row_to_json
@@ -153,8 +153,7 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
 
 
 def _clear(directory: Path) -> None:
-    for left in directory.parent.glob(".*.partial-*"):
-        remove_leftovers(directory.with_name(left.name[1:].rpartition(".partial-")[0]))
+    remove_leftovers_in(directory.parent)
     with disk_errors(directory.parent):
         if directory.is_dir() and existing_store(directory) is None:
             shutil.rmtree(directory)

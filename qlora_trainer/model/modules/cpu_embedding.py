@@ -1,16 +1,16 @@
-"""The input embedding kept in host memory: the rows of a micro-batch are looked up there and copied to the device.
+"""Keep the input embedding in host memory: look up the rows of a micro-batch there and copy them to the device.
 
-A step reads a few thousand of the embedding's rows, of a gigabyte for a vocabulary of 128,000: the copy is small, and
-the results are the same to the last bit. A plain embedding stays in the checkpoint's dtype, and its rows are cast: half
-the memory on a CPU that computes in fp32. Another one runs its own forward in the dtype of computation, so what a model
-does in it (Gemma scales by the root of the hidden size) is done.
+A step reads a few thousand rows of an embedding that takes a gigabyte for a vocabulary of 128,000: the copy is small,
+and the results are bit for bit the same. A plain embedding stays in the checkpoint's dtype, and its rows are cast: on a
+CPU that computes in fp32 this halves its memory. An embedding of another class runs its own forward in the dtype of
+computation, so what a model does there (Gemma scales by the root of the hidden size) is done.
 
-The embedding is not among the module's parameters and buffers: the model's device stays the one that computes, for
-transformers too, and moving or casting the model leaves the host's part where it is. `host_tensors` finds it. So put it
-there when all has been read that goes by names (fingerprint) and casts (dtype of computation).
+The embedding is not among the module's parameters and buffers. So the model's device, also as transformers finds it, is
+the one that computes, and moving or casting the model does not change the embedding. `host_tensors` finds it. Call
+`keep_embeddings_on_cpu` last, after everything that goes through parameters by name (fingerprint) or casts them.
 
-On CUDA the rows go through pinned memory, and the copy does not wait; but the ids come from the device, so each lookup
-waits for what is queued there. Left out: LM heads that share the embedding's weight.
+On CUDA the rows are copied from pinned memory without waiting; but the ids come from the device, so each lookup waits
+for the work that is queued there. Left out: LM heads that share the embedding's weight.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,13 @@ from qlora_trainer.common.errors import ModelError
 
 
 class HostEmbedding(nn.Module):
-    """`embedding` on the CPU, called with ids on `device` and giving its result there, in `dtype`."""
+    """Run an embedding on the CPU for ids on a device, and return the rows on that device.
+
+    Args:
+        embedding: moved to the CPU.
+        device: of the ids and the result.
+        dtype: of the result.
+    """
 
     def __init__(self, embedding: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -31,15 +37,17 @@ class HostEmbedding(nn.Module):
             parameter.data = parameter.data.to("cpu")
         for name, buffer in embedding.named_buffers():  # such as a scale that multiplies the rows
             setattr(embedding, name, buffer.to("cpu"))
-        self._outside = (embedding,)  # in a tuple, where nn.Module does not look for modules
+        self._outside = (embedding,)  # nn.Module does not look for modules in a tuple
         self.device, self.dtype = device, dtype
 
     @property
     def embedding(self) -> nn.Module:
+        """Return the embedding, which is on the CPU."""
         return self._outside[0]
 
     @property
     def weight(self) -> Tensor:  # (V, H), on the CPU
+        """Return the embedding's weight."""
         return self.embedding.get_parameter("weight")
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
@@ -53,19 +61,26 @@ class HostEmbedding(nn.Module):
 
 
 def keeps_own_dtype(model: Any) -> bool:
-    """Whether the model's input embedding may stay in the checkpoint's dtype: it gives rows, and computes nothing."""
+    """Return True if the model's input embedding may stay in the checkpoint's dtype, as it only looks up rows.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        True for a plain nn.Embedding.
+    """
     return type(model.get_input_embeddings()) is nn.Embedding
 
 
 def keep_embeddings_on_cpu(model: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Move the model's input embedding to host memory and put a HostEmbedding in its place.
 
-    Args:
-        device: the one that computes.
-        dtype: of computation; the embedding has it already, or a narrower one where `keeps_own_dtype`.
+    ModelError is raised if the LM head shares its weight.
 
-    Raises:
-        ModelError: the embedding's weight is the LM head's too.
+    Args:
+        model: of transformers.
+        device: the one that computes.
+        dtype: of computation; the embedding already has it, or its own where `keeps_own_dtype` allows.
     """
     refuse_tied_embedding(model)
     embedding = model.get_input_embeddings()
@@ -74,7 +89,14 @@ def keep_embeddings_on_cpu(model: Any, device: torch.device, dtype: torch.dtype)
 
 
 def refuse_tied_embedding(model: Any) -> None:
-    """ModelError where the input embedding's weight is the LM head's too, so that it cannot be kept on the host."""
+    """Refuse an input embedding that shares its weight with the LM head, as it cannot be kept on the host.
+
+    Args:
+        model: of transformers.
+
+    Raises:
+        ModelError: the weight has another user.
+    """
     weight = model.get_input_embeddings().weight
     users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(users) > 1:
@@ -86,7 +108,14 @@ def refuse_tied_embedding(model: Any) -> None:
 
 
 def host_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of the model that lie in host memory by `keep_embeddings_on_cpu`."""
+    """Go through the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
+
+    Args:
+        model: any.
+
+    Yields:
+        Tensors on the CPU.
+    """
     for module in model.modules():
         if isinstance(module, HostEmbedding):
             yield from module.embedding.parameters()

@@ -1,13 +1,13 @@
-"""Experts as linear layers of their own: what transformers fuses while loading, as the checkpoint has it.
+"""Split fused mixture-of-experts weights into one Linear per expert matrix, so that they can be quantized.
 
-transformers 5 holds the experts of a layer as two 3-D parameters, which no quantizer of linear layers sees: four fifths
-of a Mixtral would stay in 16 bits. On disk each expert has three matrices with names. `split_experts` gives an empty
-model these matrices back, as linear layers under the checkpoint's own names, so that they are read, quantized, known
-again and merged as every other layer is. The names come from transformers' own conversion mapping; whether a module
-computes what SplitExperts computes is tried on small weights, and where not, it stays as it is.
+transformers 5 holds the experts of a layer as two 3-D parameters, which no quantizer of linear layers finds: four
+fifths of a Mixtral would stay in 16 bits. On disk each expert has three matrices with names. `split_experts` replaces
+the fused parameters of an empty model by linear layers with the checkpoint's own names, which are then read, quantized,
+fingerprinted and merged as every other layer. The names come from transformers' own conversion mapping. A module is
+split only if it computes what SplitExperts computes, which is tried on small weights.
 
-Over 4-bit layers the forward is qlora_kernels' own, which keeps little. Left out: adapters on experts. PEFT finds no
-such layers in transformers' fused modules, so an adapter on them could not be used next to its base.
+Over 4-bit layers the forward is qlora_kernels' own, which keeps little for backward. Left out: adapters on experts.
+PEFT finds no such layers in transformers' fused modules, so an adapter on them could not be used with its base.
 
 Legend: N tokens, K slots of each token, E experts, H hidden size, I the experts' width.
 """
@@ -29,7 +29,7 @@ FUSED = {"gate_up_proj", "down_proj"}  # transformers' names of the 3-D paramete
 
 
 class ExpertNames(NamedTuple):
-    """What a checkpoint calls the matrices of an expert, such as w1, w3, w2."""
+    """Name the matrices of an expert as a checkpoint does, such as w1, w3, w2."""
 
     gate: str
     up: str
@@ -37,9 +37,17 @@ class ExpertNames(NamedTuple):
 
 
 class SplitExperts(nn.Module):
-    """The experts of one layer: children 0 to E - 1, each with a gate, an up and a down projection, and an activation.
+    """Hold the experts of one layer: children 0 to E - 1, each with a gate, an up and a down projection.
 
-    The projections have the checkpoint's names, as in "0.w1".
+    The projections have the checkpoint's names, as in "0.w1". They begin on meta.
+
+    Args:
+        names: the checkpoint's.
+        experts: E.
+        hidden: H.
+        width: I.
+        activation: of the gate.
+        dtype: of the weights.
     """
 
     def __init__(
@@ -56,12 +64,20 @@ class SplitExperts(nn.Module):
             self.add_module(str(index), nn.ModuleDict(layers))
 
     def projections(self, index: int) -> list[Any]:
-        """Gate, up and down of an expert, dense or 4-bit."""
+        """Return the layers of an expert, dense or 4-bit.
+
+        Args:
+            index: of the expert.
+
+        Returns:
+            Gate, up and down.
+        """
         expert = self.get_submodule(str(index))
         return [expert.get_submodule(name) for name in self.names]
 
     @property
     def is_4bit(self) -> bool:
+        """Return True if all projections are 4-bit."""
         return all(isinstance(layer, NF4Linear) for index in range(self.experts) for layer in self.projections(index))
 
     def forward(
@@ -70,7 +86,16 @@ class SplitExperts(nn.Module):
         top_k_index: Tensor,  # (N, K) int64
         top_k_weights: Tensor,  # (N, K)
     ) -> Tensor:  # (N, H)
-        """The arguments are transformers'."""
+        """Sum each token's experts, weighted: down(activation(gate(x)) * up(x)) * weight.
+
+        Args:
+            hidden_states: x.
+            top_k_index: the experts of each token, as transformers' routers choose them.
+            top_k_weights: of these experts.
+
+        Returns:
+            The sums, in the dtype of x.
+        """
         if self.is_4bit:
             weights = [
                 Expert(*(layer.nf4_weight for layer in self.projections(index))) for index in range(self.experts)
@@ -87,10 +112,14 @@ class SplitExperts(nn.Module):
 
 
 def split_experts(model: Any, stored: Collection[str] = ()) -> list[str]:
-    """Put SplitExperts, on meta, in the place of a model's fused experts that compute the same; returns their paths.
+    """Replace a model's fused experts by SplitExperts on meta, where both compute the same.
 
     Args:
-        stored: the checkpoint's names, where they are known: what is fused there too stays so.
+        model: of transformers, may be on meta; changed in place.
+        stored: the checkpoint's names, if known; experts that are fused there too stay fused.
+
+    Returns:
+        The paths of the replaced modules.
     """
     split = []
     for path, module in list(model.named_modules()):
@@ -107,21 +136,35 @@ def split_experts(model: Any, stored: Collection[str] = ()) -> list[str]:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether a router chooses where a model's tokens go; transformers calls all such modules experts."""
+    """Return True if a model is a mixture of experts; transformers names the classes of all such modules so.
+
+    Args:
+        model: any.
+
+    Returns:
+        True if a module's class has "experts" in its name.
+    """
     return any("experts" in type(module).__name__.lower() for module in model.modules())
 
 
 def named_as_experts(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Names of layers among these that the matrices of the model's experts have too.
+    """List the names of layers that matrices of the model's experts have too.
 
-    PEFT (0.21) takes an adapter on a layer of such a name for one on the experts, which it then misses.
+    PEFT (0.21) takes an adapter on a layer of such a name for one on the experts, and then does not find those.
+
+    Args:
+        model: after `split_experts`.
+        paths: of the layers.
+
+    Returns:
+        Last parts of their paths, sorted.
     """
     names = {name for module in model.modules() if isinstance(module, SplitExperts) for name in module.names}
     return sorted(names & {path.rpartition(".")[2] for path in paths})
 
 
 def _names(model: Any, path: str) -> ExpertNames | None:
-    """What the checkpoint calls the matrices, by the mapping that fuses them; None where it does something else."""
+    """Find the checkpoint's names of the matrices in the mapping that fuses them; None if it does something else."""
     gate_up: list[str] = []
     down: list[str] = []
     _, converters = conversion_mapping(model)
@@ -140,17 +183,18 @@ def _names(model: Any, path: str) -> ExpertNames | None:
 
 
 def _after_index(pattern: str, of: str) -> str | None:
-    """ "w1" of the pattern ".experts.*.w1.weight", where `of` is ".experts"."""
+    """Return "w1" for the pattern ".experts.*.w1.weight", if `of` is ".experts"."""
     before, found, name = pattern.removesuffix(".weight").partition(".*.")
     return name if found and before == of and "." not in name else None
 
 
 def _ends_in(name: str, pattern: str) -> bool:
+    """Return True if a name ends in the whole parts of a pattern."""
     return f".{name}".endswith(f".{pattern.removeprefix('.')}")
 
 
 def _computes_gated(fused: nn.Module) -> bool:
-    """Whether a fused module computes what SplitExperts does, by trying it on small weights."""
+    """Return True if a fused module computes what SplitExperts does, by trying it on small weights."""
     experts, hidden, width, tokens = min(4, fused.get_parameter("down_proj").shape[0]), 4, 6, 8
     activation = getattr(fused, "act_fn", None)
     if not isinstance(activation, nn.Module) or next(activation.parameters(), None) is not None:
@@ -174,5 +218,5 @@ def _computes_gated(fused: nn.Module) -> bool:
                 layer.weight = nn.Parameter(matrix.clone(), requires_grad=False)
         routing, chosen = normal(tokens, experts).softmax(-1).topk(min(2, experts), dim=-1)
         x = normal(tokens, hidden)
-        # Two products of half the rows round otherwise than one: to the last bit the same only after rounding.
+        # Two products of half the rows round differently from one of all, so fp64 results are compared rounded to fp32.
         return agree(lambda: small(x, chosen, routing).float(), lambda: split(x, chosen, routing).float())

@@ -1,13 +1,13 @@
-"""The LM head held in 4 or 8 bits while training.
+"""Hold the LM head in 4 or 8 bits while training.
 
 With a large vocabulary the dense head is a fifth of an 8B model's memory in training. Here it is NF4, as the linear
-layers are, or int8 with a scale a row, and is made again a block of rows at a time, for logits and for the loss alike.
+layers are, or int8 with a scale for each row, and is dequantized a block of rows at a time, for logits and loss alike.
 This is an approximation in training only: the merged model has the original head, and merging verifies with that one.
 
-A head that shares its weight with the input embedding gets a weight of its own, and the embedding stays as it was. So
-with such a model memory is saved only where the embedding goes to host memory (cpu_embedding.py).
+A head that shares its weight with the input embedding gets a weight of its own, and the embedding does not change. So
+with such a model memory is saved only if the embedding is kept in host memory (cpu_embedding.py).
 
-Legend: T tokens, H hidden size, V vocabulary.
+Legend: H hidden size, V vocabulary.
 """
 
 from typing import Any, Literal
@@ -25,7 +25,12 @@ HeadKind = Literal["dense", "8bit", "4bit"]
 
 
 class QuantizedHead(nn.Module):
-    """A frozen LM head, logits = hidden W^T + b, with W (V, H) quantized; it is its own HeadRows."""
+    """Run a frozen LM head, logits = hidden W^T + b, with W (V, H) quantized; it implements HeadRows.
+
+    Args:
+        weight: W.
+        bias: b, or None.
+    """
 
     bias: nn.Parameter | None
 
@@ -45,18 +50,31 @@ class QuantizedHead(nn.Module):
         self,
         weight: Tensor,  # (V, H), finite
     ) -> None:
-        """Quantize this weight as the one held so far is, and hold it instead."""
+        """Replace the weight by another one, quantized to the same format.
+
+        Args:
+            weight: of any float dtype, finite.
+        """
         kind: HeadKind = "4bit" if self._make is _nf4_weight else "8bit"
         for name, value in _tensors(_quantized(weight, kind)).items():
             setattr(self, name, value)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(V, H)"""
+        """Return (V, H)."""
         return self._shape
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
-        """Rows of the weight in `dtype`."""
+        """Dequantize rows of the weight.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of the result.
+
+        Returns:
+            The rows.
+        """
         weight = self._make(self)
         if isinstance(weight, NF4Weight):
             return dequantize_nf4(weight, dtype, rows=slice(start, stop))
@@ -74,11 +92,13 @@ class QuantizedHead(nn.Module):
 
 
 def quantize_head(model: Any, kind: HeadKind) -> None:
-    """Put a QuantizedHead in the place of the model's LM head, on its device; nothing for dense.
+    """Replace the model's LM head by a QuantizedHead on its device; do nothing for "dense".
 
-    Raises:
-        ModelError: the model has no LM head that is a linear layer.
-        QuantizationError: its weight is not finite.
+    ModelError is raised if the head is no linear layer, QuantizationError if its weight is not finite.
+
+    Args:
+        model: of transformers, changed in place.
+        kind: the format.
     """
     if kind != "dense":
         path, head = _find_head(model, kind)
@@ -86,7 +106,13 @@ def quantize_head(model: Any, kind: HeadKind) -> None:
 
 
 def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
-    """As `quantize_head`, but what is quantized is uninitialized: to be filled, or for planning, on fake tensors."""
+    """Replace the LM head as `quantize_head` does, with uninitialized tensors: to be filled, or fake ones for planning.
+
+    Args:
+        model: of transformers, changed in place.
+        kind: the format.
+        device: of the quantized tensors.
+    """
     if kind != "dense":
         path, head = _find_head(model, kind)
         vocabulary, hidden_size = head.weight.shape
@@ -99,11 +125,19 @@ def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
 
 
 def head_weight(head: Any) -> Tensor | HeadRows:
-    """The matrix (V, H) of a linear layer, or of a head that makes it by rows, as the loss takes it."""
+    """Return an LM head's weight in the form that the loss takes.
+
+    Args:
+        head: a linear layer, or a HeadRows.
+
+    Returns:
+        The matrix (V, H), or the head itself, which makes it by rows.
+    """
     return head if isinstance(head, HeadRows) else head.weight
 
 
 def _find_head(model: Any, kind: HeadKind) -> tuple[str, nn.Linear]:
+    """Return the LM head's path and the head; ModelError if it is no linear layer."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(
@@ -118,7 +152,7 @@ def _quantized(weight: Tensor, kind: HeadKind) -> NF4Weight | Int8Weight:
 
 
 def _tensors(weight: NF4Weight | Int8Weight) -> dict[str, Tensor]:
-    """What a module holds of a weight; its other fields are constants of its format."""
+    """Return the tensors of a weight by name; its other fields are constants of its format."""
     return {name: value for name, value in vars(weight).items() if isinstance(value, Tensor)}
 
 

@@ -1,9 +1,9 @@
-"""The frozen 4-bit base: its layers, how they are made, and which of a model's layers they are.
+"""Hold the base's linear layers frozen in 4 bits (NF4), and find which of a model's layers become 4-bit.
 
 A base Linear becomes an NF4Linear: packed 4-bit codes with double-quantized block maxima, held as plain buffers, so
-that nothing can cast them, move them halfway or hand them to an optimizer. qlora_kernels quantizes (QLoRA, Dettmers et
-al. 2023), on every device to the codes that bitsandbytes gives on a CPU. Weights that were quantized elsewhere come
-through weights/bitsandbytes_format.py.
+that optimizers and casts of parameters do not touch them. qlora_kernels quantizes (QLoRA, Dettmers et al. 2023), on
+every device to the codes that bitsandbytes gives on a CPU. Weights that were quantized elsewhere are checked by
+weights/bitsandbytes_format.py.
 
 Legend: O out features, I in features.
 """
@@ -23,14 +23,20 @@ from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, ti
 from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, bitsandbytes, empty_weight
 
-# Layers that multiply by a matrix and add a bias, by the name of their class; others derived from them may do more.
+# Classes that only multiply by a matrix and add a bias, by name, since classes derived from them may do more.
 _LINEAR, _CONV1D = {"Linear", "FalconLinear"}, "Conv1D"  # GPT-2's Conv1D stores (I, O)
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in NF4: y = x W^T + b, with W (O, I) dequantized where it is used."""
+    """Run a frozen linear layer, y = x W^T + b, with W (O, I) in NF4, dequantized when it is used.
 
-    packed: Tensor  # and the others as in NF4Weight
+    Args:
+        weight: W.
+        bias: b, or None.
+        fan_in_fan_out: True if the checkpoint stores (I, O), as GPT-2's Conv1D does.
+    """
+
+    packed: Tensor  # this and the next four as in NF4Weight
     absmax: Tensor
     nested_absmax: Tensor
     nested_code: Tensor
@@ -41,7 +47,7 @@ class NF4Linear(nn.Module):
         self,
         weight: NF4Weight,
         bias: Tensor | None,  # (O,)
-        fan_in_fan_out: bool = False,  # the checkpoint stores (I, O), as GPT-2's Conv1D does
+        fan_in_fan_out: bool = False,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -49,17 +55,21 @@ class NF4Linear(nn.Module):
         for name in WEIGHT_TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.workspace: Tensor | None = None  # see `share_workspace`; no buffer, as it is not this layer's alone
+        self.workspace: Tensor | None = None  # see `share_workspace`; not a buffer, as all layers share it
 
     def take(self, weight: NF4Weight) -> None:
-        """Hold this weight from now on, of the same shape."""
+        """Replace the weight by another one of the same shape.
+
+        Args:
+            weight: held without a copy.
+        """
         assert weight.shape == (self.out_features, self.in_features)
         for name in WEIGHT_TENSORS:
             setattr(self, name, getattr(weight, name))
 
     @property
     def nf4_weight(self) -> NF4Weight:
-        """The weight as the kernels take it; shares memory with this module's buffers."""
+        """Return the weight in the form that the kernels take; it shares memory with this module's buffers."""
         return NF4Weight(
             packed=self.packed,
             absmax=self.absmax,
@@ -92,18 +102,21 @@ class NF4Linear(nn.Module):
 
 
 class _NoWeightError(ModelError, AttributeError):
-    """So that hasattr answers, and a forward that needs the weight ends with an error message."""
+    """Make hasattr(layer, "weight") False, and end a forward that needs the weight with an error message."""
 
 
 def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> None:
-    """Give the 4-bit layers of a model one buffer to dequantize into, in the place of any they had.
+    """Give a model's 4-bit layers one buffer to dequantize into, and drop any they had.
 
     Args:
-        most_elements: make it so small at most, and take larger weights in parts; by default it holds the largest.
+        model: any.
+        dtype: of computation.
+        most_elements: limit of the buffer, never below one row; larger weights are dequantized in parts; by
+            default none, and it holds the largest weight.
     """
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     for layer in layers:
-        layer.workspace = None  # an old one goes before the new one comes
+        layer.workspace = None  # free the old one before the new one is made
     largest = max((layer.out_features * layer.in_features for layer in layers), default=0)
     widest_row = max((layer.in_features for layer in layers), default=0)
     elements = largest if most_elements is None else min(largest, max(most_elements, widest_row))
@@ -113,9 +126,15 @@ def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | N
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that become 4-bit, by path: every linear one but the LM head and what shares its weight.
+    """Find the layers that become 4-bit: every linear one except the LM head and any that share a weight.
 
-    What the model's class asks to keep in fp32 is left out too.
+    Layers that the model's class asks to keep in fp32 are left out too.
+
+    Args:
+        model: of transformers or not.
+
+    Returns:
+        Path -> layer.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -134,17 +153,25 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_transposed(layer: nn.Module) -> bool:
-    """Whether a linear layer stores its weight as (I, O), as GPT-2's does."""
+    """Return True if a linear layer stores its weight as (I, O), as GPT-2's does.
+
+    Args:
+        layer: any.
+
+    Returns:
+        True for a Conv1D.
+    """
     return type(layer).__name__ == _CONV1D
 
 
 def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: str = "cpu") -> None:
-    """Turn linear layers of `model` into NF4Linears whose buffers are uninitialized.
+    """Turn linear layers of a model into NF4Linears whose buffers are uninitialized.
 
-    It then has the shapes of a quantized model: to be filled, or for planning, where tensors are fake.
+    The model then has the shapes of a quantized one: to be filled, or for planning, where tensors are fake.
 
     Args:
-        paths: turn these; by default all that `linear_layers` says.
+        model: changed in place.
+        paths: of the layers; by default all that `linear_layers` finds.
         device: of the buffers; biases stay where they are.
     """
     for path, layer in linear_layers(model).items():
@@ -157,9 +184,15 @@ def empty_nf4(model: nn.Module, paths: Collection[str] | None = None, device: st
 
 
 def quantized_fraction(model: nn.Module) -> tuple[float, list[str]]:
-    """Share of the linear weights, the output embedding left out, that is 4-bit; and what is not, largest first.
+    """Compute the share of the linear weights, the LM head left out, that is 4-bit.
 
     Fused expert weights, 3-D parameters without a module of their own, count as linear weights.
+
+    Args:
+        model: any.
+
+    Returns:
+        The share from 0 to 1, and the names of the other weights, largest first.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     four_bit, other = 0, {}
@@ -176,7 +209,18 @@ def quantized_fraction(model: nn.Module) -> tuple[float, list[str]]:
 
 
 def check_quantized_fraction(model: nn.Module, minimum: float) -> float:
-    """Return the 4-bit share; ModelError if it is below `minimum`."""
+    """Refuse a model of which too little is 4-bit.
+
+    Args:
+        model: after quantization.
+        minimum: the least share, from 0 to 1.
+
+    Returns:
+        The share.
+
+    Raises:
+        ModelError: it is less than `minimum`.
+    """
     share, others = quantized_fraction(model)
     if share < minimum:
         raise ModelError(
@@ -188,15 +232,27 @@ def check_quantized_fraction(model: nn.Module, minimum: float) -> float:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: 4-bit, plain, or GPT-2's Conv1D, which stores its weight (I, O)."""
+    """Return True for a linear layer: 4-bit, plain, or GPT-2's Conv1D, which stores its weight (I, O).
+
+    Args:
+        module: any.
+
+    Returns:
+        True if it is linear.
+    """
     return isinstance(module, NF4Linear | nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def adopt_linear4bit(model: nn.Module) -> int:
-    """Turn every bitsandbytes Linear4bit of `model` into an NF4Linear that takes over its bytes; returns how many.
+    """Turn every bitsandbytes Linear4bit into an NF4Linear that takes over its bytes.
 
-    Raises:
-        QuantizationError: a layer is quantized otherwise than NF4, block size 64, double quantization, uint8 storage.
+    QuantizationError is raised if a layer is not NF4 with block size 64, double quantization and uint8 storage.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The number of layers.
     """
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     for path, layer in layers:

@@ -1,13 +1,15 @@
-"""Attention over packed documents, through transformers' own attention registry.
+"""Attend over packed documents through transformers' own attention registry.
 
-`packed_documents(model)` switches the model to our attention function for the forward passes inside: each of them is
-given `document_bounds`, where the documents lying end to end begin, and the function keeps them apart without any mask
-matrix. No mask function is registered under its name, so transformers builds none. Outside, the model attends as it
-was loaded, which generation with a cache needs.
+`packed_documents(model)` switches the model to our attention function for the forward passes in the block. Each of them
+gets `document_bounds`, the first token of each document in the row, and the function keeps the documents apart without
+a mask matrix. No mask function is registered under its name, so transformers builds none. Outside the block the model
+attends as it was loaded, which generation with a cache needs.
 
-A model that does not go through the registry, or whose layers mix tokens otherwise, would silently let documents see
-each other; `attends_apart` tries it, and such a model is trained on right-padded rows instead. One that cannot run a
-plain forward on token and position ids cannot be trained at all.
+A model that does not use the registry, or whose layers mix tokens in other ways, would silently let documents see each
+other. `attends_apart` tries it, and such a model is trained on right-padded rows instead. One that cannot run a plain
+forward on token and position ids cannot be trained at all.
+
+Legend: T tokens, N documents, D numbers of a head, Hq query heads, Hkv key heads.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,14 +38,31 @@ def packed_attention(
     value: Tensor,  # (1, Hkv, T, D)
     attention_mask: Tensor | None,
     *,
-    document_bounds: list[int],  # (N + 1,) first token of each document, and the end
+    document_bounds: list[int],  # (N + 1,) first token of each document, and T
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The signature that transformers' models call; returns ((1, T, Hq, D), no weights)."""
+    """Attend within each document of a row, by the signature that transformers' models call.
+
+    Args:
+        module: the model's attention, not used.
+        query: of the row.
+        key: of the row.
+        value: of the row.
+        attention_mask: not used; transformers makes none.
+        document_bounds: the row's documents.
+        scaling: of the scores; by default 1 / sqrt(D).
+        dropout: probability, of the attention weights.
+        sliding_window: tokens that a token sees, itself counted; None: all before it.
+        softcap: bound of the scores, or None.
+        **kwargs: what else transformers passes, not used.
+
+    Returns:
+        (output (1, T, Hq, D), None in place of the attention weights).
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = varlen_attention(
         query, key, value, document_bounds, scale=scale, window=sliding_window, softcap=softcap, dropout=dropout
@@ -53,7 +72,12 @@ def packed_attention(
 
 @contextmanager
 def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_attention) -> Iterator[None]:
-    """Within, the model's attention is `attention`, and every forward must pass `document_bounds`."""
+    """Switch the model to another attention in the block, where every forward must pass `document_bounds`.
+
+    Args:
+        model: of transformers.
+        attention: with the signature of `packed_attention`.
+    """
     AttentionInterface.register(NAME, attention)
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: attention_name(config) for key, config in configs.items()}
@@ -68,10 +92,16 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
 
 @torch.no_grad()
 def attends_apart(model: Any, vocab_size: int) -> bool:
-    """Whether packing leaves this model's documents alone: two packed documents give what each gives by itself.
+    """Return True if two packed documents give the hidden states that each gives by itself.
 
-    Raises:
-        ModelError: the model cannot run a plain forward.
+    ModelError is raised if the model cannot run a plain forward.
+
+    Args:
+        model: of transformers, with weights.
+        vocab_size: random ids are below it.
+
+    Returns:
+        True if the model can be trained on packed rows.
     """
     config = model.config.get_text_config()
     first, second = _probe_length(config), 7
@@ -92,18 +122,27 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
             with packed_documents(model, noting_windows):
                 packed = _hidden(model, ids, positions, document_bounds=[0, first, first + second])
         except (TypeError, ValueError, KeyError, AttributeError):
-            return (
-                False  # it gives our arguments to code that does not know them, or misses a mask that we make none of
-            )
+            # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
+            return False
     if _has_window(config) and windows <= {None}:
-        return False  # its window acts through a mask alone, and a packed forward has none
+        return False  # its window works only through a mask, and a packed forward has none
     expected = torch.cat(alone, dim=1).float()
     tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
     return bool((packed.float() - expected).norm() <= tolerance * expected.norm())
 
 
 def attention_taken(model: Any, card: Card | None, dtype: torch.dtype, packing: bool) -> str:
-    """Say how a model attends in training, on a card or for None on a CPU, and why not better."""
+    """Describe how a model attends in training, and why no faster way is taken.
+
+    Args:
+        model: of transformers.
+        card: the GPU; None for a CPU.
+        dtype: of computation.
+        packing: False if rows are padded.
+
+    Returns:
+        A phrase for people.
+    """
     config = model.config.get_text_config()
     sizes = head_sizes(config)
     if not packing or sizes is None:
@@ -114,7 +153,14 @@ def attention_taken(model: Any, card: Card | None, dtype: torch.dtype, packing: 
 
 
 def head_sizes(config: Any) -> tuple[int, int, int] | None:
-    """(query heads, key heads, numbers of a head) as a model's config tells them; None where it does not."""
+    """Read the sizes of the attention heads from a model's config.
+
+    Args:
+        config: of the text model.
+
+    Returns:
+        (query heads, key heads, numbers of a head); None if the config does not have them.
+    """
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return None
@@ -124,10 +170,18 @@ def head_sizes(config: Any) -> tuple[int, int, int] | None:
 
 @contextmanager
 def refusals_as_model_error(model: Any) -> Iterator[None]:
-    """Within, what the model's own code raises becomes a ModelError; a device that fails or is full stays what it is.
+    """Turn what the model's own code raises in the block into a ModelError.
 
-    A host that is out of memory raises a plain RuntimeError, known by its text only; it passes too, and so does what
-    is an error message already.
+    Errors that say nothing about the model pass unchanged: a device that fails or is full, and a host that is out of
+    memory, for which torch raises a plain RuntimeError, known by its text only.
+
+    Args:
+        model: named in the message.
+
+    Raises:
+        ModelError: the model's forward failed.
+        QLoRATrainerError: one of our own errors, as it was raised in the block.
+        RuntimeError: the device failed, or memory ran out.
     """
     try:
         yield
@@ -143,21 +197,28 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
 
 
 def is_out_of_host_memory(error: Exception) -> bool:
-    """Whether torch's CPU allocator gave up, which it tells by a plain RuntimeError."""
+    """Return True if torch's CPU allocator failed, for which it raises a plain RuntimeError.
+
+    Args:
+        error: any.
+
+    Returns:
+        True if host memory ran out.
+    """
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _probe_length(config: Any) -> int:
-    """Tokens of the first probe document: past the window, where that is affordable and the model has the positions."""
+    """Choose the tokens of the first probe document: past the window, if affordable and within the positions."""
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = max((w for w in windows if isinstance(w, int) and w <= LONGEST_WINDOW_TRIED), default=0)
     return min(longest + 12, getattr(config, "max_position_embeddings", None) or longest + 12)
 
 
 def _has_window(config: Any) -> bool:
-    """Whether some layer sees only the nearest tokens, or a chunk of them: it must then hand us a window.
+    """Return True if some layer sees only the nearest tokens, or a chunk of them: it must then pass us a window.
 
-    This holds for windows of any length, also those too long to try. A chunked layer has none to hand.
+    This holds for windows of any length, also those too long to try. A chunked layer has no window to pass.
     """
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"]
     windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
@@ -165,5 +226,6 @@ def _has_window(config: Any) -> bool:
 
 
 def _hidden(model: Any, input_ids: Tensor, position_ids: Tensor, **bounds: list[int]) -> Tensor:
+    """Run the model without its LM head."""
     inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
     return model.base_model(**inputs, **bounds).last_hidden_state

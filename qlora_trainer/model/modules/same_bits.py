@@ -1,6 +1,6 @@
-"""Trying whether somebody else's code computes what ours does, on a small input, to the last bit.
+"""Try on a small input whether other code computes what ours does, bit for bit.
 
-So there is no list of models that ours fits, and nothing that only looks alike is taken for it.
+So no list of supported models is needed, and code that only looks alike is not mistaken for the same.
 """
 
 import functools
@@ -14,14 +14,22 @@ from qlora_kernels.gated import ACTIVATIONS, Activation, activate
 from qlora_kernels.torch_internals import with_real_tensors
 
 SIZES = torch.logspace(-4, 4, 32)
-"""Of the values that modules are tried on: some clip only what is large."""
+"""Sizes of the values that modules are tried on; from small to large, since some modules clip only large ones."""
 
-# What code may raise that is run in a way it is not made for.
+# Errors of code that is called in a way it is not made for.
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
-    """Whether what may not be made for being run so gives the same bits."""
+    """Return True if `theirs()` runs without error and returns exactly the bits of `ours()`.
+
+    Args:
+        theirs: may fail, as the code in it may not be made for such a call.
+        ours: gives the expected tensor.
+
+    Returns:
+        True if dtype, shape and values are equal.
+    """
     try:
         result = theirs()
     except _ERRORS:
@@ -31,7 +39,14 @@ def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
 
 
 def named_activation(activation: nn.Module) -> Activation:
-    """The name of an activation that qlora_kernels has operations for; else itself."""
+    """Find the name under which qlora_kernels has operations for an activation, by comparing bits on many values.
+
+    Args:
+        activation: of each element.
+
+    Returns:
+        The name; the activation itself if no name gives its bits.
+    """
     with with_real_tensors(), torch.no_grad():
         sizes = torch.cat([SIZES, torch.linspace(0, 9, 129)])
         probes = [torch.cat([-sizes, sizes]).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]

@@ -145,8 +145,8 @@ class GGUFWeights:
     def __init__(self, directory: Path, model_config: Callable[[], Any]) -> None:
         try:
             record = json.loads((directory / IMPORT_RECORD).read_text(encoding="utf-8"))
-            known = FileIdentity(**record["file"])
-            self.file = Path(known.path)
+            self.identity = FileIdentity(**record["file"])
+            self.path = Path(self.identity.path)
             self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
@@ -154,19 +154,19 @@ class GGUFWeights:
                 "is made again from the GGUF file."
             ) from error
         self.directory, self.model_config = directory, model_config
-        self._check_file(known)
+        self._check_file()
         self._converted: tuple[str, Tensor] | None = None  # the last tensor that was converted whole
 
-    def _check_file(self, known: FileIdentity) -> None:
+    def _check_file(self) -> None:
         """Raise FileMissingError if the file is gone, or ModelError if it has changed."""
-        if not self.file.is_file():
+        if not self.path.is_file():
             raise FileMissingError(
-                f"{self.file}, from which this base is read, is gone. Put it back, or name it as model.name from where "
+                f"{self.path}, from which this base is read, is gone. Put it back, or name it as model.name from where "
                 "it is now: it is known by its content."
             )
-        if not known.is_current():
+        if not self.identity.is_current():
             raise ModelError(
-                f"{self.file} was changed since it was imported. Start again with it as model.name; a run that was "
+                f"{self.path} was changed since it was imported. Start again with it as model.name; a run that was "
                 "trained on it needs the file as it was."
             )
 
@@ -182,7 +182,7 @@ class GGUFWeights:
         """
         tensor = self.tensors[name]
         if tensor.rows == "as stored":
-            return tensor.stored.values(self.file, rows, tensor.dtype)
+            return tensor.stored.values(self.path, rows, tensor.dtype)
         converted = self._converted  # read once: another thread may replace it by another tensor
         if converted is None or converted[0] != name:
             self._converted = None  # free the old one before the new one is made
@@ -192,9 +192,9 @@ class GGUFWeights:
     def _convert(self, tensor: ImportedTensor) -> Tensor:
         """Read a whole tensor whose rows are not stored in the checkpoint's order."""
         if tensor.rows == "otherwise":
-            values = tensor.stored.values(self.file)
+            values = tensor.stored.values(self.path)
             return self._translations[tensor.stored.name].convert(values.numpy()).to(tensor.dtype)
-        return tensor.stored.values(self.file, dtype=tensor.dtype)[_permutation(tensor.rows)]
+        return tensor.stored.values(self.path, dtype=tensor.dtype)[_permutation(tensor.rows)]
 
     @functools.cached_property
     def _translations(self) -> dict[str, Translation]:

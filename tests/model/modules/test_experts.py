@@ -20,6 +20,7 @@ from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError, ModelError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
@@ -30,7 +31,6 @@ from qlora_trainer.model.quantized_copy import FUSED_EXPERTS, quantize_checkpoin
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
-from qlora_trainer.weights.reading import read_tensor
 
 EXPERTS, HIDDEN, WIDTH, SLOTS = 5, 64, 96, 2
 
@@ -234,7 +234,7 @@ def test_experts_that_are_fused_on_disk_are_refused_with_their_share(
     plain(tiny_models("mixtral")).save_pretrained(tmp_path / "fused", save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in ModelDirectory.open(tmp_path / "fused").tensors
     with pytest.raises(ModelError, match=r"Only 11\.1% of this model's linear weights become 4-bit.*experts\.gate_up"):
-        load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"))
+        load_base_model(ModelDirectory.open(tmp_path / "fused"), ModelConfig(name="fused"), user_cache())
 
 
 @pytest.mark.parametrize("family", slow_but(["mixtral", "qwen3_moe"], "mixtral"))
@@ -245,7 +245,8 @@ def test_a_mixture_kept_in_4_bits_is_the_same_base(
     report = quantize_checkpoint(ModelDirectory.open(directory), tmp_path / "nf4", device=torch.device("cpu"))
     assert report.warnings == [FUSED_EXPERTS]
     kept, base = (
-        load_base_model(ModelDirectory.open(path), ModelConfig(name="base")) for path in (tmp_path / "nf4", directory)
+        load_base_model(ModelDirectory.open(path), ModelConfig(name="base"), user_cache())
+        for path in (tmp_path / "nf4", directory)
     )
     assert kept.quantized_fraction == base.quantized_fraction == 1.0
     assert kept.fingerprint.difference(base.fingerprint) is None
@@ -267,7 +268,7 @@ def test_a_mixture_is_merged_from_a_copy_in_4_bits(
     )
     merged, from_copy = (ModelDirectory.open(tmp_path / name).tensors for name in ("merged", "from_copy"))
     assert merged.keys() == from_copy.keys() == ModelDirectory.open(directory).tensors.keys()
-    assert all(torch.equal(read_tensor(info), read_tensor(from_copy[name])) for name, info in merged.items())
+    assert all(torch.equal(info.read(), from_copy[name].read()) for name, info in merged.items())
 
 
 @pytest.mark.parametrize(("family", "targets"), [slow(("mixtral", "all-linear")), ("qwen3_moe", "attention")])

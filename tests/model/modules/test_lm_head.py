@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qlora_trainer.adapters.targets import find_targets
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError, CheckpointError, ModelError
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
 from qlora_trainer.data.batching.packing import Pack
@@ -31,7 +32,7 @@ KINDS = ["8bit", "4bit"]
 
 def base(directory: Path, **settings: str) -> Any:
     return load_base_model(
-        ModelDirectory.open(directory), ModelConfig.model_validate({"name": str(directory), **settings})
+        ModelDirectory.open(directory), ModelConfig.model_validate({"name": str(directory), **settings}), user_cache()
     )
 
 

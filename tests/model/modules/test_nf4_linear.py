@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_reference import MIDPOINTS
+from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import (
     DiskError,
     FileMissingError,
@@ -49,7 +50,7 @@ CPU = torch.device("cpu")
 
 
 def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings))
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 @pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gpt2", "llama", "llama_tied"))

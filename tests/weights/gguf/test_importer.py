@@ -37,7 +37,6 @@ from qlora_trainer.weights.gguf import importer as gguf_import
 from qlora_trainer.weights.gguf import reader as gguf_weights
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_tensor
 
 
 def write_convolutional_gguf(path: Path) -> Path:
@@ -76,7 +75,7 @@ def write_convolutional_gguf(path: Path) -> Path:
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: read_tensor(info) for name, info in ModelDirectory.open(directory).tensors.items()}
+    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 def test_float32_file_gives_back_the_weights_it_was_made_from(tmp_path: Path) -> None:
@@ -282,10 +281,10 @@ def test_rows_are_those_of_the_whole_tensor(
     monkeypatch.setattr(gguf_weights, "CHUNK_ELEMENTS", 7 * HIDDEN)  # so that chunks end within the rows asked for
     directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind), tmp_path / "cache", silent)
     for name, info in ModelDirectory.open(directory).tensors.items():
-        whole = read_tensor(info)
+        whole = info.read()
         assert whole.shape == info.shape
         for rows in (slice(0, 1), slice(3, 20), slice(31, None), slice(5, 5)):
-            assert torch.equal(read_tensor(info, rows), whole[rows]), name
+            assert torch.equal(info.read(rows), whole[rows]), name
 
 
 def test_what_llama_cpp_permutes_is_read_by_its_recorded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tensors read past the page cache: the same values and hashes, memory used again, faults reported, everywhere."""
+"""Tensors read once: the same values and hashes, memory used again, the page cache left alone, faults reported."""
 
 import ctypes
 import hashlib
@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.weights import direct_reading
-from qlora_trainer.weights.direct_reading import DirectReader
+from qlora_trainer.weights import file_reading
+from qlora_trainer.weights.file_reading import FileReader
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.tensors import TensorInfo
 
@@ -36,7 +37,7 @@ TENSORS = {
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small tensor is read in several."""
-    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(file_reading, "PIECE_BYTES", 4096)
 
 
 def saved(directory: Path, tensors: dict[str, Tensor] = TENSORS) -> Mapping[str, TensorInfo]:
@@ -49,8 +50,8 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"").hexdigest()
 
 
-def assert_all_read(infos: Mapping[str, TensorInfo], expected: dict[str, Tensor] = TENSORS) -> DirectReader:
-    with DirectReader() as reader:
+def assert_all_read(infos: Mapping[str, TensorInfo], expected: dict[str, Tensor] = TENSORS) -> FileReader:
+    with FileReader() as reader:
         for name, tensor in expected.items():
             found = reader.read(infos[name])
             assert found.tensor.dtype == tensor.dtype
@@ -63,9 +64,20 @@ def test_tensors_come_with_their_values_and_hashes(tmp_path: Path) -> None:
     assert_all_read(saved(tmp_path / "model"))
 
 
+def test_hashes_are_left_out_where_they_are_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_reading, "bytes_sha256", lambda tensor: pytest.fail("was hashed"))
+    monkeypatch.setattr(file_reading.hashlib, "sha256", lambda: SimpleNamespace(update=pytest.fail))
+    infos = saved(tmp_path / "model")
+    with FileReader(hashes=False) as reader:
+        for name, tensor in TENSORS.items():
+            found = reader.read(infos[name])
+            assert torch.equal(found.tensor, tensor), name
+            assert found.sha256 is None
+
+
 def test_shards_follow_each_other(tmp_path: Path) -> None:
     infos = {**saved(tmp_path / "one"), **{f"{n} too": info for n, info in saved(tmp_path / "two").items()}}
-    with DirectReader() as reader:
+    with FileReader() as reader:
         for name in ("half", "half too", "long", "brain too"):
             info = infos[name]
             assert torch.equal(
@@ -75,18 +87,15 @@ def test_shards_follow_each_other(tmp_path: Path) -> None:
 
 def test_the_page_cache_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what the system reads ahead of the header: of a file that was written and dropped from memory."""
-    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 2**22)
+    monkeypatch.setattr(file_reading, "PIECE_BYTES", 2**22)
     info = saved(tmp_path / "model", {"large": torch.zeros(2**26, dtype=torch.uint8)})["large"]
     with info.file.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached_bytes(info.file) > info.nbytes / 2:
         pytest.skip("this file system keeps files in memory")
-    with DirectReader() as reader:
+    with FileReader() as reader:
         reader.read(info)
-        assert reader._file is not None
-        if not reader._file.is_direct:
-            pytest.skip("this file system has no direct reading")
     assert cached_bytes(info.file) < info.nbytes / 2
 
 
@@ -101,7 +110,7 @@ def cached_bytes(path: Path) -> int:
 
 def test_memory_is_used_again_once_nobody_holds_the_tensor(tmp_path: Path) -> None:
     infos = saved(tmp_path / "model")
-    with DirectReader() as reader:
+    with FileReader() as reader:
         first = reader.read(infos["long"]).tensor
         begin = first.untyped_storage().data_ptr()
         row = first[3]
@@ -116,88 +125,13 @@ def test_memory_is_used_again_once_nobody_holds_the_tensor(tmp_path: Path) -> No
 
 
 def test_a_very_large_tensors_memory_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_reading, "LARGEST_KEPT", 2**14)
+    monkeypatch.setattr(file_reading, "LARGEST_KEPT", 2**14)
     infos = saved(tmp_path / "model")
-    with DirectReader() as reader:
+    with FileReader() as reader:
         reader.read(infos["long"])  # 40,000 bytes
         assert not reader._memory._free
         reader.read(infos["half"])
         assert [len(block) for block in reader._memory._free] == [2**14]
-
-
-def test_a_file_system_without_direct_reading_is_read_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    infos = saved(tmp_path / "model")
-    opened: list[int] = []
-    plain_open = os.open
-
-    def refuse(path: Any, flags: int, *rest: Any) -> int:
-        opened.append(flags)
-        if flags & os.O_DIRECT:
-            raise OSError(22, "Invalid argument")
-        return plain_open(path, flags, *rest)
-
-    monkeypatch.setattr(direct_reading.os, "open", refuse)
-    assert_all_read(infos)
-    assert any(flags & os.O_DIRECT for flags in opened)
-
-
-def test_a_file_that_opens_and_cannot_be_read_directly_is_read_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    infos = saved(tmp_path / "model")
-    refused: list[int] = []
-
-    class Refusing(io.FileIO):
-        def __init__(self, path: Any, **options: Any) -> None:
-            super().__init__(path)
-            self.is_direct = "opener" in options
-
-        def readinto(self, memory: Any) -> int:
-            if self.is_direct:
-                refused.append(len(memory))
-                raise OSError(22, "Invalid argument")
-            return super().readinto(memory)
-
-    monkeypatch.setattr(direct_reading.io, "FileIO", Refusing)
-    assert_all_read(infos)
-    assert len(refused) == 1
-
-
-def test_a_direct_read_that_stops_in_a_block_goes_on_through_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on disks of 512-byte blocks, and some network file systems: it is not the file's end."""
-    infos = saved(tmp_path / "model")
-
-    class Stopping(io.FileIO):
-        def __init__(self, path: Any, **options: Any) -> None:
-            super().__init__(path)
-            self.is_direct = "opener" in options
-
-        def readinto(self, memory: Any) -> int:
-            return super().readinto(memory[:512] if self.is_direct else memory)
-
-    monkeypatch.setattr(direct_reading.io, "FileIO", Stopping)
-    reader = assert_all_read(infos)
-    assert reader._file is None
-
-
-def test_a_system_that_gives_no_memory_is_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    infos = saved(tmp_path / "model")
-
-    def full(*arguments: Any, **named: Any) -> mmap.mmap:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(direct_reading.mmap, "mmap", full)
-    with DirectReader() as reader, pytest.raises(MemoryError, match=r"no 128 MiB .*Cannot allocate memory"):
-        reader.read(infos["long"])
-
-
-def test_a_kernel_without_huge_pages_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct_reading.mmap, "MADV_HUGEPAGE", 9999)  # advice that no kernel knows
-    assert_all_read(saved(tmp_path / "model"))
 
 
 def test_a_disk_that_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +139,8 @@ def test_a_disk_that_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.Monk
         def readinto(self, memory: Any) -> int:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(direct_reading.io, "FileIO", Broken)
-    with DirectReader() as reader, pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*Input/output"):
+    monkeypatch.setattr(file_reading.io, "FileIO", Broken)
+    with FileReader() as reader, pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*Input/output"):
         reader.read(saved(tmp_path / "model")["long"])
 
 
@@ -218,15 +152,15 @@ def test_reads_that_come_in_parts_are_put_together(tmp_path: Path, monkeypatch: 
         def readinto(self, memory: Any) -> int:
             return super().readinto(memory[:4096])
 
-    monkeypatch.setattr(direct_reading, "PIECE_BYTES", 3 * 4096)
-    monkeypatch.setattr(direct_reading.io, "FileIO", Slow)
+    monkeypatch.setattr(file_reading, "PIECE_BYTES", 3 * 4096)
+    monkeypatch.setattr(file_reading.io, "FileIO", Slow)
     assert_all_read(saved(tmp_path / "model"))
 
 
 def test_a_file_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
     infos = saved(tmp_path / "model")
     *_, last = sorted((infos[name] for name in ("long", "half", "brain")), key=lambda info: info.offset or 0)
-    with DirectReader() as reader:
+    with FileReader() as reader:
         reader.read(infos["long"])
         with last.file.open("r+b") as file:
             file.truncate((last.offset or 0) + last.nbytes - 1)
@@ -237,7 +171,7 @@ def test_a_file_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
 def test_a_file_that_was_changed_since_it_was_listed_is_refused(tmp_path: Path) -> None:
     infos = saved(tmp_path / "model")
     saved(tmp_path / "model", TENSORS | {"long": torch.zeros(7, 7)})
-    with DirectReader() as reader, pytest.raises(ModelError, match="was changed while it was being read"):
+    with FileReader() as reader, pytest.raises(ModelError, match="was changed while it was being read"):
         reader.read(infos["brain"])
 
 
