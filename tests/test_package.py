@@ -1,6 +1,7 @@
 """The shape of the project: imports point one way, each dependency has one owner, and nothing shadows another."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -81,6 +82,46 @@ def test_no_public_name_is_defined_in_two_files() -> None:
         for name in public_names(path.read_text()):
             homes.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+OTHER_WORDS = re.compile(
+    "(A|After|All|An|As|At|Before|Both|By|Each|For|From|How|If|In|Is|It|No|Of|On|One|The|Those|To|Two|What|When|Where|"
+    r"Whether|Which|Who|Whose|Why|With|Within|Without)\b"
+)
+
+
+def begins_with_a_verb(docstring: str) -> bool:
+    """Tell an imperative by what it is not: no symbol or name, no article or question, no plural or third person."""
+    first = re.match(r"[A-Z][a-z-]*([a-rt-z]|ss)(?=[ ,.:])", docstring)
+    return first is not None and OTHER_WORDS.match(docstring) is None
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Return the rows.", True),
+        ("Pass the value on.", True),
+        ("Read, render and tokenize.", True),
+        ("What a row holds.", False),
+        ("The rows of a file.", False),
+        ("Rows of a file.", False),
+        ("Returns the rows.", False),
+        ("`weight`, dequantized.", False),
+        ("config.json of a model.", False),
+    ],
+)
+def test_a_verb_is_known_by_its_form(docstring: str, expected: bool) -> None:
+    assert begins_with_a_verb(docstring) == expected
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    functions = [
+        (f"{path.relative_to(ROOT)}: {node.name}: {docstring.splitlines()[0]}", docstring)
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node))
+    ]
+    assert [where for where, docstring in functions if not begins_with_a_verb(docstring)] == []
 
 
 def version_questions(source: str) -> set[str]:
