@@ -2,7 +2,7 @@
 
     python -m benchmarks.reading FILE [--hash] [--passes 3] [--limit 2GiB] [--ways direct readinto ...]
 
-A pass reads the whole file, 4 MiB at a time, while a thread hashes or sums the piece before; the sum stands for a layer
+A pass reads the whole file, 4 MiB at a time, while a thread hashes or sums the piece before; the sum plays a layer
 that is used once a pass. The file is dropped from the page cache before the first pass of each way. With --limit the
 process runs in a memory control group of its own (version 1 or 2, as root), which bounds its memory with the page cache
 that it fills. Printed are seconds and processor seconds of each pass.

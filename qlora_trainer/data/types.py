@@ -113,7 +113,7 @@ class Example:
 
     @property
     def trained_tokens(self) -> int:
-        """Labels that carry loss. The first token has nothing before it to be predicted from."""
+        """Count the labels that carry loss. The first token has nothing before it to be predicted from."""
         return len(self.labels[1:]) - self.labels[1:].count(IGNORED_LABEL)
 
 

@@ -196,7 +196,7 @@ def _base_blocks(plan: TensorPlan, quantized: NF4Weight | None) -> Iterator[tupl
 
 
 def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
-    """MergeError where a value of the fp32 block is not finite in `dtype`; casting keeps order, so extremes tell."""
+    """Refuse a block of which a value is not finite in `dtype`; casting keeps order, so its extremes show it."""
     if block.numel() == 0:
         return
     extremes = torch.stack(block.aminmax())  # NaN where there is one
@@ -214,7 +214,7 @@ def _count_flushed(
     block: Tensor,  # fp32
     cast: Tensor,  # the same in the output dtype, on the CPU
 ) -> int:
-    """How many elements became zero."""
+    """Count the elements that became zero."""
     if cast.dtype == torch.float32:
         return 0
     bits = cast.view(torch.int16)
@@ -223,7 +223,7 @@ def _count_flushed(
 
 
 def _write_config(plan: MergePlan, work: Path) -> None:
-    """config.json as it was, but for the quantization, gone, and the dtype, under its new name and its old one."""
+    """Copy config.json without its quantization, and with the dtype under its new name and its old one."""
     config = dict(plan.inputs.base.config_json)
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(plan.dtype), "torch_dtype": dtype_name(plan.dtype)}

@@ -177,7 +177,7 @@ def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:
 def _sort_adapter(
     adapter: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo], stored_as: Mapping[str, str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """LoRA factors (A, B), and trained biases, by the checkpoint's names."""
+    """Sort the adapter into LoRA factors (A, B) and trained biases, by the checkpoint's names."""
     factors: dict[str, dict[str, Tensor]] = {}
     biases = {}
     for key, tensor in adapter.items():

@@ -39,7 +39,7 @@ class TrainedWeight:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """As a dense checkpoint stores it."""
+        """Return the shape that a dense checkpoint stores."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
     def read(self, device: torch.device | str) -> NF4Weight:

@@ -32,7 +32,7 @@ class Pack:
 
     @property
     def row_lengths(self) -> list[int]:
-        """Tokens of each row as it is laid out: a padded row is as long as the longest of its pack."""
+        """Count the tokens of each row as laid out: a padded row is as long as the longest of its pack."""
         if self.cu_seqlens is None:
             return [self.input_ids.shape[1]] * self.input_ids.shape[0]
         return self.cu_seqlens.diff().tolist()

@@ -64,12 +64,12 @@ class ExampleStore:
 
     @property
     def skipped_rows(self) -> Path:
-        """The list of skipped rows, one JSON object a line with where and reason; no file where there are none."""
+        """Return the path of the skipped rows, a JSON object a line with where and reason; no file if there are none."""
         return self.directory / SKIPPED_NAME
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, (E,) int64."""
+        """Return the number of tokens of each example, (E,) int64."""
         if "lengths" not in self._columns:
             self._columns["lengths"] = compute.list_value_length(self._table["input_ids"]).to_numpy()
         return self._columns["lengths"]
@@ -133,27 +133,27 @@ class ExampleSet:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, (len,) int64."""
+        """Return the number of tokens of each example, (len,) int64."""
         return self._store.lengths[self._indices]
 
     @property
     def trained_counts(self) -> np.ndarray:
-        """Labels that carry loss, of each example, (len,) int64."""
+        """Count the labels that carry loss, of each example, (len,) int64."""
         return self._store.column("trained_count")[self._indices]
 
     @property
     def digests(self) -> np.ndarray:
-        """A hash of each example's tokens and labels, (len,) uint64."""
+        """Return a hash of each example's tokens and labels, (len,) uint64."""
         return self._store.column("digest")[self._indices]
 
     @property
     def prompt_digests(self) -> np.ndarray:
-        """A hash of the tokens before each example's last trained span, (len,) uint64; 0 where there are none."""
+        """Return a hash of the tokens before each example's last trained span, (len,) uint64; 0 if there are none."""
         return self._store.column("prompt_digest")[self._indices]
 
     @property
     def sources(self) -> np.ndarray:
-        """The index of the source of each example, (len,) int32."""
+        """Return the index of the source of each example, (len,) int32."""
         return self._store.column("source")[self._indices]
 
     def row(self, index: int) -> Row:

@@ -90,14 +90,14 @@ class Renderer:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens that end an answer in generation: the template's ends of an answer and of a call, the end of text."""
+        """Return the tokens that end an answer: the template's ends of an answer and of a call, the end of text."""
         templates = [self._finder(tools).template for tools in self._choices()]
         ends = {end for template in templates for end in (template.end_of_turn, template.end_of_call) if end}
         return sorted({self.eos_id, *map(self.tokenizer.convert_tokens_to_ids, ends)})
 
     @property
     def template_date(self) -> datetime.date | None:
-        """The date that the chat template writes into its texts; None where it writes none, or there is no template."""
+        """Return the date that the chat template writes into its texts; None if it writes none."""
         try:
             dates = [self._finder(tools).template.written_date for tools in self._choices()]
         except DataError:
@@ -105,7 +105,7 @@ class Renderer:
         return next((date for date in dates if date), None)
 
     def _choices(self) -> list[tuple[str, ...]]:
-        """Offers of tools that lead to each of the templates that there are."""
+        """Find offers of tools that lead to each of the templates that there are."""
         named = self.tokenizer.chat_template
         return [(), ("any",)] if isinstance(named, dict) and {"default", "tool_use"} <= named.keys() else [()]
 
