@@ -109,7 +109,7 @@ def _sources(
 
 
 def _resident(model: nn.Module) -> set[nn.Parameter]:
-    """Find the parameters that stay: vectors, and matrices that the code around their module may take without calling it.
+    """Find the parameters that stay: vectors, and matrices that code may take without calling their module.
 
     Those are small, such as the convolutions of state-space models. Stacks of experts are not, and are used by their
     own module alone.

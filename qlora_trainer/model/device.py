@@ -247,7 +247,11 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def current_card() -> torch.device:
-    """Return the CUDA device that this thread works on, with its index."""
+    """Find the CUDA device that this thread works on.
+
+    Returns:
+        The device with its index.
+    """
     return torch.device("cuda", torch.cuda.current_device())
 
 

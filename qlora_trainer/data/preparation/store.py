@@ -64,7 +64,7 @@ class ExampleStore:
 
     @property
     def skipped_rows(self) -> Path:
-        """Return the path of the skipped rows, a JSON object a line with where and reason; no file if there are none."""
+        """Return the path of the skipped rows, a JSON object a line with where and reason; it may not exist."""
         return self.directory / SKIPPED_NAME
 
     @property
