@@ -130,7 +130,7 @@ class ModelDirectory:
         """Refuse a directory in which a file of weights is no longer the one whose tensors were listed.
 
         Raises:
-            changed: a file is another one; this is a ModelError.
+            ModelError: a file is another one.
         """
         for file in self.file_identity:
             if not file.is_current():

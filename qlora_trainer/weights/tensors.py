@@ -173,7 +173,7 @@ class TensorFile:
         """Refuse a file that is not the one that was listed.
 
         Raises:
-            changed: it is another one; this is a ModelError.
+            ModelError: it is another one.
         """
         if not self.identity.is_current():
             raise changed(self.path)
