@@ -74,9 +74,9 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
         )
     if apart is None:
         warnings.append(
-            f"This model's values are not finite in {dtype_name(model.get_input_embeddings().weight.dtype)} on the tokens "
-            "that were tried, so it could not be seen whether its attention keeps packed documents apart; its rows are "
-            "padded on the right instead."
+            "This model's values on the tokens that were tried are not finite in "
+            f"{dtype_name(model.get_input_embeddings().weight.dtype)}, so it could not be seen whether its attention "
+            "keeps packed documents apart; its rows are padded on the right instead."
         )
     elif not apart:
         warnings.append(
