@@ -93,6 +93,7 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
             f"{difference.relative_error:.1e}, same first choice {difference.top1_agreement:.1%}",
         ),
     ]
+    rows += [("changed", change) for change in report.changes]
     if report.flushed_to_zero:
         rows.append(("flushed", f"{report.flushed_to_zero} values became zero in {report.dtype}; bfloat16 keeps them"))
     if done.difference_from_trained:

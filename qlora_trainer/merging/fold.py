@@ -58,6 +58,7 @@ class MergeReport:
     folded: int  # weights that took in an adapter
     dequantized: int  # weights taken through NF4
     flushed_to_zero: int  # elements that became zero in the output dtype
+    changes: tuple[str, ...]  # of files that are not the base's, a sentence each
     verification: Verification | None
 
 
@@ -97,6 +98,8 @@ def merge(
     with new_directory(plan.output) as work:
         flushed, checksums = _write_tensors(plan, base, device, work, max_shard_bytes, progress)
         copy_files(plan.inputs.base.path, plan.copied, work)
+        for name, text in plan.changed.items():
+            write_text(work / name, text)
         _write_config(plan, work)
         verify_files(work, [each.output for each in plan.tensors], checksums, progress)
         report = MergeReport(
@@ -107,6 +110,7 @@ def merge(
             folded=sum(each.lora is not None for each in plan.tensors),
             dequantized=len(plan.trained) if base == "dequantized" else 0,
             flushed_to_zero=flushed,
+            changes=plan.changes,
             verification=verify(ModelDirectory.open(work)) if verify else None,
         )
         record = dataclasses.asdict(report) | dict(provenance or {})

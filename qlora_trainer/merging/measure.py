@@ -41,10 +41,13 @@ from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.experts import has_experts
+from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
+from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row
@@ -181,12 +184,16 @@ def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Pro
 def _sample(run: MergeRun, progress: Progress) -> SampleRows:
     """Choose eval rows to measure on, and rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
+    renderer = run_renderer(run.trained.config, run.tokenizer, run.base)
     try:
         prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
     except (DataError, FileMissingError) as error:
+        had_turns = (run.trained.directory / "adapter" / CHAT_TEMPLATE).is_file()  # as training found
+        run.plan = run.plan.with_turns(taught_turns(renderer, had_turns))
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
         return SampleRows([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
     run.warnings += reported
+    run.plan = run.plan.with_turns(taught_turns(renderer, prepared.train.has_conversations()))
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):

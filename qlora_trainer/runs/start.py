@@ -22,6 +22,7 @@ from qlora_trainer.common.process_memory import private_bytes, return_freed_memo
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import choose_device, kernel_warnings, missing_card_warnings
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
@@ -175,7 +176,7 @@ def _assemble(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
         )
-    renderer = run_renderer(config, tokenizer)
+    renderer = run_renderer(config, tokenizer, model)
     return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 
 
@@ -208,5 +209,5 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
 
 def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
     """Set the day of the run's start for a chat template that writes today's date, so that a resumed run repeats it."""
-    day = run_renderer(config, tokenizer).template_date
+    day = Renderer(tokenizer, template_date=config.data.template_date).template_date
     return config.replace({"data.template_date": day}) if day else config
