@@ -83,14 +83,16 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
     Returns:
         (name, value) pairs.
     """
-    report, difference = done.report, done.report.verification.difference
+    report, checked = done.report, done.report.verification
+    difference = checked.difference
     rows = [
         ("base", f"{report.base}: {done.choice.reason}"),
         ("weights", f"{report.tensors} tensors, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded"),
         (
             "verified",
-            f"KL {difference.kl:.1e} (bound {report.verification.kl_bound:.0e}), relative error "
-            f"{difference.relative_error:.1e}, same first choice {difference.top1_agreement:.1%}",
+            f"KL {difference.kl:.1e}, of which rounding to {report.dtype} costs {checked.rounding.kl:.1e} and "
+            f"{checked.beyond_rounding.kl:.0e} is beyond it (at most {checked.kl_bound:.0e}); same first choice "
+            f"{difference.top1_agreement:.1%}",
         ),
     ]
     rows += [("changed", change) for change in report.changes]

@@ -29,12 +29,14 @@ from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.types import Example
 from qlora_trainer.merging.logits import Logits, WholeLogits
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan
+from qlora_trainer.merging.rounding import rounded_head, rounded_weights
 from qlora_trainer.merging.stream_plan import StreamPlan, plan_stream
 from qlora_trainer.merging.streamed_model import (
     fill_model,
     has_finite_logits,
     load_streamed_model,
     read_original_weights,
+    read_trained_weights,
 )
 from qlora_trainer.merging.verify import logits_of_hidden, row_logits
 from qlora_trainer.model.device import give_back_memory
@@ -179,6 +181,45 @@ def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Pro
         return None
     finally:
         give_back_memory()
+
+
+def reference_model(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
+    """Return base + adapter in fp32 once more, after both bases were measured.
+
+    Args:
+        run: what is merged.
+        base: which.
+        progress: is called as a model is loaded.
+
+    Returns:
+        The streamed model, or one loaded whole.
+    """
+    if run.stream is None:
+        return _with_adapter(run, base, progress)
+    if base == "original":
+        read_original_weights(run.stream.model)
+    else:
+        read_trained_weights(run.stream.model, run.plan.trained)
+    return run.stream.model
+
+
+@torch.no_grad()
+def measure_rounded(run: MergeRun, sample: SampleRows, base: MergeBase, progress: Progress) -> Logits:
+    """Measure base + adapter with its weights rounded to the merge's dtype, on the sample rows.
+
+    Args:
+        run: what is merged.
+        sample: what to measure on.
+        base: which.
+        progress: is called when measuring begins.
+
+    Returns:
+        The logits.
+    """
+    model = reference_model(run, base, progress)
+    progress("measuring what rounding costs", 0, None)
+    with rounded_weights(model, run.plan.dtype):
+        return rounded_head(_sample_logits(model, sample), run.plan.dtype)
 
 
 def _sample(run: MergeRun, progress: Progress) -> SampleRows:

@@ -19,12 +19,17 @@ from qlora_trainer.common.errors import CheckpointError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.merging.fold import MergeReport, merge
 from qlora_trainer.merging.logits import LogitDifference, compare_logits
-from qlora_trainer.merging.measure import Measured, MergeRun, measure_original, measure_trained, plan_streaming
+from qlora_trainer.merging.measure import (
+    Measured,
+    MergeRun,
+    measure_original,
+    measure_rounded,
+    measure_trained,
+    plan_streaming,
+)
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import (
-    KL_BOUNDS,
-    ROUTED_KL_BOUNDS,
     BaseChoice,
     check_original,
     choose_base,
@@ -109,6 +114,7 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
         reference = on_original
         difference = compare_logits(as_trained.logits, on_original.logits)
 
+    rounded = measure_rounded(run, sample, choice.base, progress)
     report = merge(
         run.plan,
         base=choice.base,
@@ -118,9 +124,10 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
             written,
             sample.rows,
             reference.logits,
+            rounded,
             lambda directory: _load_written(directory, run),
             sample.forward.loss_path,
-            (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[run.plan.dtype],
+            as_trained.is_routed,
             progress,
         ),
         provenance={

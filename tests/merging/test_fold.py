@@ -35,8 +35,9 @@ from qlora_trainer.common.progress import silent
 from qlora_trainer.merging import fold as merging
 from qlora_trainer.merging.logits import WholeLogits, compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.rounding import rounded_weights
 from qlora_trainer.merging.streamed_model import load_streamed_model
-from qlora_trainer.merging.verify import KL_BOUNDS, Verification, choose_base, verify_merge
+from qlora_trainer.merging.verify import Verification, choose_base, verify_merge
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.weights import reading
 from qlora_trainer.weights.gguf.importer import import_gguf
@@ -125,14 +126,16 @@ def reference(run: Run) -> WholeLogits:
     return WholeLogits.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
 
 
-def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any:
+def verifier(run: Run, dtype: torch.dtype = torch.float16) -> Any:
+    with rounded_weights(run.model, dtype):
+        rounded = reference(run)
     return functools.partial(
         verify_merge,
         sample_rows=ROWS,
         reference=reference(run),
+        rounded=rounded,
         load_merged=lambda merged: load_plain(merged.path),
         loss_path=LossPath(),
-        kl_bound=kl_bound,
     )
 
 
@@ -178,9 +181,10 @@ def test_a_prequantized_base_merges_without_its_16_bit_copy(tmp_path: Path, llam
 
 
 def test_the_original_base_is_the_checkpoints_own_weights_plus_the_adapter(tmp_path: Path, llama: Run) -> None:
-    report = merge_to(llama.inputs, tmp_path / "merged", base="original", verify=verifier(llama, kl_bound=None))
-    assert report.verification is not None
-    assert report.verification.difference.kl > 1e-3  # another function: said, not refused
+    report = merge_to(llama.inputs, tmp_path / "merged", base="original")
+    assert report.base == "original"
+    with pytest.raises(AssertionError):
+        check_logits(llama, tmp_path / "merged", kl=1e-3)  # another function than the one trained
     name = "model.layers.1.mlp.down_proj"
     lora_A, lora_B = (llama.inputs.adapter[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
     source = stored(llama.inputs.base.path)[f"{name}.weight"].float()
@@ -271,7 +275,7 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
         spoil(written.path, lose_an_adapter)
         return verifier(llama)(written)
 
-    with pytest.raises(MergeError, match=r"logits are not those of the trained one: KL .* \(at most 1e-05\)"):
+    with pytest.raises(MergeError, match=r"logits are not those of the trained one: beyond .* KL .* \(at most 1\.0e-07\)"):
         merge_to(llama.inputs, tmp_path / "merged", verify=verify)
     assert not any(tmp_path.iterdir())
 
@@ -282,9 +286,11 @@ def test_a_logit_that_is_nan_never_passes(tmp_path: Path, llama: Run) -> None:
     check = functools.partial(verifier(llama), ModelDirectory.open(tmp_path / "merged"), reference=made)
     assert check().difference.kl < 1e-5
     made.values[60, 3] = math.nan
-    for bound in (1e-5, None):
-        with pytest.raises(MergeError, match="logits are not those"):
-            check(kl_bound=bound)
+    with pytest.raises(MergeError, match="logits are not those"):
+        check()
+    made.values[60, 3] = 0.0
+    with pytest.raises(MergeError, match="logits are not those"):
+        check(rounded=WholeLogits(torch.full_like(made.values, math.nan)))
 
 
 def test_auto_takes_the_lower_eval_loss_and_says_both() -> None:
