@@ -31,7 +31,10 @@ class MergeBaseChoice(StrEnum):
 def merge_command(
     run_dir: RunDirectory,
     output: Annotated[Path, typer.Option(help="A new or empty directory for the merged model.")],
-    dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,
+    dtype: Annotated[
+        MergeDtype | None,
+        typer.Option(help="Dtype of the merged weights; default: float16, or bfloat16 where that is too narrow."),
+    ] = None,
     base: Annotated[
         MergeBaseChoice,
         typer.Option(help="Fold into the dequantized base that was trained, or the original; auto measures both."),
@@ -61,7 +64,7 @@ def merge_command(
         done = merge_run(
             run_dir,
             output,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype.value) if dtype else None,
             base=base.value,
             model=model,
             max_shard_bytes=max_shard_bytes,
@@ -95,6 +98,8 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
             f"{difference.top1_agreement:.1%}",
         ),
     ]
+    if checked.plain:
+        rows.append(("transformers", str(checked.plain)))
     rows += [("changed", change) for change in report.changes]
     if report.flushed_to_zero:
         rows.append(("flushed", f"{report.flushed_to_zero} values became zero in {report.dtype}; bfloat16 keeps them"))

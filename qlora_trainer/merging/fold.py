@@ -33,7 +33,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.adapters.formulas import fold_lora
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
-from qlora_trainer.common.errors import MergeError
+from qlora_trainer.common.errors import DtypeRangeError, MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan, TensorPlan
@@ -207,9 +207,8 @@ def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
     if torch.isfinite(extremes.to(dtype)).all():
         return
     if torch.isfinite(extremes).all():
-        raise MergeError(
-            f"{name} has a value of {float(extremes.abs().max()):.6g}, too large for {dtype_name(dtype)}. Merge with "
-            "--dtype bfloat16, which has the range."
+        raise DtypeRangeError(
+            f"{name} has a value of {float(extremes.abs().max()):.6g}, too large for {dtype_name(dtype)}."
         )
     raise MergeError(f"{name} holds values that are not finite. The base or the adapter is damaged.")
 

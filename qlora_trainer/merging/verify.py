@@ -41,6 +41,33 @@ _MOST_OFF = 1e-4  # relative, of logits made of hidden states next to the model'
 
 
 @dataclass(frozen=True)
+class PlainAgreement:
+    """How plain transformers answered eval prompts: all as base + adapter, but for ties."""
+
+    prompts: int
+    tokens: int  # of the answers
+    stopped: int  # answers that ended by a stop token
+    ties: int  # tokens that base + adapter takes for as good as equal to its own choice
+    by_arithmetic: int  # tokens that the files give in fp32, and not in the dtype they are written in
+    dtype: str | None  # that plain transformers computed in; None: the model did not fit there, and was streamed
+    left_out: int  # rows that spell a control token
+
+    def __str__(self) -> str:
+        """Describe the agreement.
+
+        Returns:
+            A phrase for people.
+        """
+        where = f"computing in {self.dtype}" if self.dtype else "reading all but the weights, which were streamed"
+        also = f", {self.by_arithmetic} by the arithmetic of {self.dtype}" if self.by_arithmetic else ""
+        ties = "1 tie" if self.ties == 1 else f"{self.ties} ties"
+        return (
+            f"{where}: prompts, stops and {self.tokens} tokens of {self.prompts} answers are those of base + adapter "
+            f"({ties}{also}); {self.stopped} of the answers ended by themselves"
+        )
+
+
+@dataclass(frozen=True)
 class Verification:
     """A comparison that passed: what rounding costs, what the merged model differs by, and what is left beyond it."""
 
@@ -49,6 +76,7 @@ class Verification:
     rounding: LogitDifference  # of base + adapter with the same rounding of its weights from base + adapter
     beyond_rounding: LogitDifference  # of the merged model from base + adapter with the same rounding
     kl_bound: float  # of what is beyond rounding
+    plain: PlainAgreement | None = None
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,9 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
         spoil(written.path, lose_an_adapter)
         return verifier(llama)(written)
 
-    with pytest.raises(MergeError, match=r"logits are not those of the trained one: beyond .* KL .* \(at most 1\.0e-07\)"):
+    with pytest.raises(
+        MergeError, match=r"logits are not those of the trained one: beyond .* KL .* \(at most 1\.0e-07\)"
+    ):
         merge_to(llama.inputs, tmp_path / "merged", verify=verify)
     assert not any(tmp_path.iterdir())
 

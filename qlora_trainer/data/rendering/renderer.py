@@ -61,7 +61,7 @@ class Renderer:
         too_long: "truncate" (take turns off the end of a conversation, cut the end of a completion), "drop" or "error".
             Documents are split, whatever this says.
         template_date: the date that a chat template writes as today's; None for today.
-        model_stops: tokens that end a text by the model's own settings, beside those that are found here.
+        model_stops: tokens that end a text by the model's own settings, in addition to those found here.
 
     Raises:
         DataError: the tokenizer is a slow one, or has no end-of-text token.
