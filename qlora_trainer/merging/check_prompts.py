@@ -83,7 +83,8 @@ def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
 
     Templates want the arguments of calls as objects or as text, ids of calls or none, the date under one name or
     another. The form that gives the tokens of evaluate is taken, with the tokenizer as it was in training; where none
-    does, the first, whose difference the check will report.
+    does, the first, whose difference the check will report. Blanks at the end of the template's prompts are not in
+    those of training, where they belong to the answer's first word: where they alone differ, they are taken off.
 
     Args:
         renderer: of the run.
@@ -97,8 +98,10 @@ def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
     if isinstance(prompt, str):
         return CheckPrompt(where, tokens, {"text": prompt.rstrip(" ")}, [])
     forms = [
-        {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables}
-        for dialogue, variables in itertools.product(_dialogues(prompt, where), _dates(renderer.template_date))
+        {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables, "strip_end": strip_end}
+        for strip_end, dialogue, variables in itertools.product(
+            (False, True), _dialogues(prompt, where), _dates(renderer.template_date)
+        )
     ]
     same = next((form for form in forms if _rendered(renderer, form) == tokens), forms[0])
     return CheckPrompt(where, tokens, same, [])

@@ -202,6 +202,11 @@ def _verify(
     if not sample.prompts:
         run.warnings.append("No row has a prompt that plain transformers could be asked, so it answered none.")
         return compared
+    if any(prompt.asked.get("strip_end") for prompt in sample.prompts):
+        run.warnings.append(
+            "The chat template ends its prompts with a blank, which training and evaluate leave out and a server does "
+            "not. Take the blank out of the end of the merged model's template."
+        )
     inputs = PlainCheckInputs(
         prompts=sample.prompts,
         stops=sample.stops,

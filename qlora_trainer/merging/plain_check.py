@@ -56,15 +56,11 @@ def render(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
     variables = dict(prompt["variables"])
     if "date" in variables:
         variables["strftime_now"] = datetime.date.fromisoformat(variables.pop("date")).strftime
-    found = tokenizer.apply_chat_template(
-        prompt["messages"],
-        tools=prompt["tools"],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        **variables,
+    text = tokenizer.apply_chat_template(
+        prompt["messages"], tools=prompt["tools"], add_generation_prompt=True, tokenize=False, **variables
     )
-    return list(found)
+    # As transformers does with tokenize=True.
+    return list(tokenizer(text.rstrip(" ") if prompt["strip_end"] else text, add_special_tokens=False)["input_ids"])
 
 
 def read_generation(directory: str) -> GenerationConfig:

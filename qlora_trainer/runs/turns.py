@@ -15,12 +15,10 @@ from qlora_trainer.data.types import Message
 from qlora_trainer.weights.turn_files import TaughtTurns
 
 _LOST = "no chat template: with the plain format as one, this tokenizer gives other tokens than in training"
-_TRIED = (
-    Message("system", "Be brief."),
-    Message("user", "One?"),
-    Message("assistant", "Two."),
-    Message("user", "Three?"),
-)
+_ASKED = (Message("user", "One?"), Message("assistant", "Two."), Message("user", "Three?"))
+_TRIED = (_ASKED, (Message("system", "Be brief."), *_ASKED), (Message("system", " Be brief."), *_ASKED))
+# For tokenizers that put a blank before a text which does not begin with one, and not after a token.
+_BLANK = '{{- " " if messages[0].role in ["user", "assistant", "tool"] or messages[0].content[:1] != " " -}}\n'
 
 
 def taught_turns(renderer: Renderer, has_conversations: bool) -> TaughtTurns:
@@ -53,16 +51,23 @@ def _texts(tokenizer: Any, ids: list[int]) -> dict[int, str]:
 def _plain_templates(renderer: Renderer) -> Iterator[str]:
     """Write the plain format with the text's beginning as training has it."""
     tokenizer: Any = renderer.tokenizer
-    begin = tokenizer.decode(renderer.encoder.bos_ids)
     yield PLAIN_TEMPLATE
-    for text in (begin, f"{begin} ") if begin else ():
-        yield "{{- " + json.dumps(text, ensure_ascii=False) + " -}}\n" + PLAIN_TEMPLATE
+    if renderer.encoder.bos_ids:
+        begin = "{{- " + json.dumps(tokenizer.decode(renderer.encoder.bos_ids), ensure_ascii=False) + " -}}\n"
+        yield begin + PLAIN_TEMPLATE
+        yield begin + _BLANK + PLAIN_TEMPLATE
 
 
 def _gives_the_tokens_of_training(renderer: Renderer, template: str) -> bool:
     tokenizer: Any = renderer.tokenizer
-    messages = [{"role": message.role, "content": message.content} for message in _TRIED]
-    found = tokenizer.apply_chat_template(
-        messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return bool(found == renderer.render_prompt(_TRIED).input_ids)
+    for turns in _TRIED:
+        found = tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns],
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        if found != renderer.render_prompt(turns).input_ids:
+            return False
+    return True

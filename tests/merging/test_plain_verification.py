@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from spying import noting
 from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +26,7 @@ from qlora_trainer.model.forward import LossPath
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import evaluate_trained, open_trained
 
+Spoil = Callable[[Callable[[Path], object]], None]
 PAIRS = {"one": "a dog", "two": "the fox", "three": "black quartz", "four": "seven wizards"}
 
 
@@ -135,12 +137,12 @@ def other_template(directory: Path) -> None:
     path.write_text(path.read_text().replace("<|im_start|>assistant", "<|im_start|>model"))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "stops": (
         lambda directory: rewrite(directory, "generation_config.json", lambda c: c.update(eos_token_id=397)),
         r"stops at the tokens \[397\] in plain transformers, and evaluate at \[397, 399\]",
     ),
-    "no stops": (lambda directory: (directory / "generation_config.json").write_text("{}") and None, r"tokens \[\]"),
+    "no stops": (lambda directory: (directory / "generation_config.json").write_text("{}"), r"tokens \[\]"),
     "template": (other_template, r"does not give the prompt of .*pairs\.jsonl, line \d.* has '<\|im_start\|>|has 'm"),
     "no template": (lambda directory: (directory / "chat_template.jinja").unlink(), "chat_template"),
     "added token": (
@@ -151,19 +153,19 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], None]], None]:
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Have a merged directory changed when its files have been verified."""
     right = fold.verify_files
 
-    def install(change: Callable[[Path], None]) -> None:
-        monkeypatch.setattr(fold, "verify_files", lambda work, *rest: (right(work, *rest), change(work)))
+    def install(change: Callable[[Path], object]) -> None:
+        monkeypatch.setattr(fold, "verify_files", noting(right, lambda work, *rest: change(work)))
 
     return install
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_directory_that_asks_or_stops_otherwise_is_refused_and_the_row_named(
-    fault: str, run_dir: Path, tmp_path: Path, spoil: Callable[[Callable[[Path], None]], None]
+    fault: str, run_dir: Path, tmp_path: Path, spoil: Spoil
 ) -> None:
     change, message = FAULTS[fault]
     spoil(change)
@@ -173,7 +175,7 @@ def test_a_directory_that_asks_or_stops_otherwise_is_refused_and_the_row_named(
 
 
 def test_a_model_that_does_not_fit_is_read_without_weights_and_streamed(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Callable[[Path], None]], None]
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Spoil
 ) -> None:
     monkeypatch.setattr(plain_verification, "PROCESS_BYTES", 2**60)
     monkeypatch.setattr(plain_check, "answer", lambda *args: pytest.fail("the weights were loaded"))

@@ -35,15 +35,16 @@ def test_the_plain_format_as_a_template_gives_the_tokens_of_training(family: str
     renderer = Renderer(tokenizer)
     taught = taught_turns(renderer, has_conversations=True)
     assert taught.is_new_template
-    asked = [Message("user", "What is  the capital?\n"), Message("assistant", "Paris."), Message("user", " Why? ")]
-    found = tokenizer.apply_chat_template(
-        [{"role": turn.role, "content": turn.content} for turn in asked],
-        chat_template=taught.templates["default"],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-    )
-    assert found == renderer.render_prompt(asked).input_ids
+    turns = [Message("user", "What is  the capital?\n"), Message("assistant", "Paris."), Message("user", " Why? ")]
+    for asked in (turns, [Message("system", "Be brief. "), *turns], [Message("system", " Be brief."), *turns]):
+        found = tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in asked],
+            chat_template=taught.templates["default"],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        assert found == renderer.render_prompt(asked).input_ids
     assert dict(taught.stop_tokens) == {tokenizer.eos_token_id: tokenizer.eos_token}
 
 
