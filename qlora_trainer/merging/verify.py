@@ -30,7 +30,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 # may differ from these by a share of what rounding costs the same model on the same rows, or by what fp32 itself costs
 # where that is more; docs/decisions/0040 has the numbers.
 SHARE_OF_ROUNDING = 0.05
-LEAST_KL_BOUND = 1e-7
+LEAST_KL_BOUND = 1e-8
 # A router's choice jumps: where two experts are as good as equal, the last bits send a token to the other one, which
 # cost up to 1e-3 on 512 tokens.
 LEAST_ROUTED_KL_BOUND = 1e-3

@@ -276,7 +276,7 @@ def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, 
         return verifier(llama)(written)
 
     with pytest.raises(
-        MergeError, match=r"logits are not those of the trained one: beyond .* KL .* \(at most 1\.0e-07\)"
+        MergeError, match=r"logits are not those of the trained one: beyond .* KL .* \(at most 1\.0e-08\)"
     ):
         merge_to(llama.inputs, tmp_path / "merged", verify=verify)
     assert not any(tmp_path.iterdir())

@@ -113,8 +113,8 @@ def test_one_spoilt_row_or_element_is_refused_at_that_noise(name: str, noisy: Ru
 def test_the_bound_is_a_share_of_what_rounding_costs_and_more_for_experts() -> None:
     costs = functools.partial(LogitDifference, 0.0, top1_agreement=1.0, tokens=8)
     assert kl_bound(costs(kl=1.3e-5), is_routed=False) == pytest.approx(6.5e-7)
-    assert kl_bound(costs(kl=0.0), is_routed=False) == 1e-7
-    assert kl_bound(costs(kl=1e-7), is_routed=True) == 1e-3
+    assert kl_bound(costs(kl=0.0), is_routed=False) == 1e-8
+    assert kl_bound(costs(kl=1e-8), is_routed=True) == 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2"])
