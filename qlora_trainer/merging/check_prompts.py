@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from qlora_trainer.data.preparation.prepare import ExampleSet
-from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_numbered_ids
+from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_numbered_ids, with_reasoning_apart
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.targets import Prompt, reference_answer
 from qlora_trainer.data.types import Conversation, Document, Message
@@ -81,10 +81,9 @@ def fallback_prompts(renderer: Renderer, texts: Sequence[str], has_conversations
 def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
     """Render a prompt as evaluate does, and write it as plain transformers is asked.
 
-    Templates want the arguments of calls as objects or as text, ids of calls or none, the date under one name or
-    another. The form that gives the tokens of evaluate is taken, with the tokenizer as it was in training; where none
-    does, the first, whose difference the check will report. Blanks at the end of the template's prompts are not in
-    those of training, where they belong to the answer's first word: where they alone differ, they are taken off.
+    Templates want the arguments of calls as objects or as text, ids of calls or none, reasoning apart, the date under
+    one name or another. The form that gives the tokens of evaluate is taken, with the tokenizer as it was in training.
+    Where none does, the base itself is asked otherwise by a server, which no merge can mend: then the tokens are given.
 
     Args:
         renderer: of the run.
@@ -95,15 +94,15 @@ def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
         The prompt.
     """
     tokens = renderer.render_prompt(prompt, where).input_ids
+    forms: list[dict[str, Any]]
     if isinstance(prompt, str):
-        return CheckPrompt(where, tokens, {"text": prompt.rstrip(" ")}, [])
-    forms = [
-        {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables, "strip_end": strip_end}
-        for strip_end, dialogue, variables in itertools.product(
-            (False, True), _dialogues(prompt, where), _dates(renderer.template_date)
-        )
-    ]
-    same = next((form for form in forms if _rendered(renderer, form) == tokens), forms[0])
+        forms = [{"text": prompt}]
+    else:
+        forms = [
+            {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables}
+            for dialogue, variables in itertools.product(_dialogues(prompt, where), _dates(renderer.template_date))
+        ]
+    same = next((form for form in forms if _rendered(renderer, form) == tokens), {"ids": tokens})
     return CheckPrompt(where, tokens, same, [])
 
 
@@ -118,6 +117,7 @@ def _dialogues(prompt: Conversation, where: str) -> Iterator[Dialogue]:
     for as_text in (False, True):
         plain = make_dialogue(prompt, where, as_text)
         yield plain
+        yield with_reasoning_apart(plain)
         if (numbered := with_numbered_ids(plain)) is not None:
             yield numbered
 

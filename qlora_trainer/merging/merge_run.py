@@ -202,10 +202,10 @@ def _verify(
     if not sample.prompts:
         run.warnings.append("No row has a prompt that plain transformers could be asked, so it answered none.")
         return compared
-    if any(prompt.asked.get("strip_end") for prompt in sample.prompts):
+    if given := [prompt.where for prompt in sample.prompts if "ids" in prompt.asked]:
         run.warnings.append(
-            "The chat template ends its prompts with a blank, which training and evaluate leave out and a server does "
-            "not. Take the blank out of the end of the merged model's template."
+            f"The base's own template does not ask as training and evaluate do, such as the prompt of {given[0]}, so "
+            "a server will ask the merged model otherwise. The check took the tokens of training."
         )
     inputs = PlainCheckInputs(
         prompts=sample.prompts,

@@ -21,8 +21,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     """Render the job's prompts, read the stop tokens, and where asked for answer the prompts.
 
     Args:
-        job: directory, prompts (each a text, or messages and tools with the variables of the template), with_weights,
-            device and max_new_tokens.
+        job: directory, prompts (each a text, or messages and tools with the variables of the template, or token ids),
+            with_weights, device and max_new_tokens.
 
     Returns:
         prompts (token ids), stops, answers (token ids up to the stop token; None without weights), dtype, and
@@ -51,16 +51,22 @@ def render(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
     Returns:
         Token ids.
     """
+    if "ids" in prompt:
+        return list(prompt["ids"])
     if "text" in prompt:
         return list(tokenizer(prompt["text"])["input_ids"])
     variables = dict(prompt["variables"])
     if "date" in variables:
         variables["strftime_now"] = datetime.date.fromisoformat(variables.pop("date")).strftime
-    text = tokenizer.apply_chat_template(
-        prompt["messages"], tools=prompt["tools"], add_generation_prompt=True, tokenize=False, **variables
+    found = tokenizer.apply_chat_template(
+        prompt["messages"],
+        tools=prompt["tools"],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        **variables,
     )
-    # As transformers does with tokenize=True.
-    return list(tokenizer(text.rstrip(" ") if prompt["strip_end"] else text, add_special_tokens=False)["input_ids"])
+    return list(found)
 
 
 def read_generation(directory: str) -> GenerationConfig:

@@ -56,13 +56,22 @@ def test_plain_transformers_renders_a_familys_prompts_as_evaluate_does(family: s
         made = make_prompt(renderer, prompt, "row 1")
         assert made.tokens == renderer.render_prompt(prompt).input_ids
         assert render(tokenizer, made.asked) == made.tokens
-        assert not made.asked["strip_end"]
+        assert "messages" in made.asked
 
 
-def test_blanks_at_the_end_of_a_templates_prompt_are_taken_off_and_known() -> None:
+def test_a_blank_at_the_end_of_a_templates_prompt_is_asked_too() -> None:
     tokenizer = tiny_tokenizer("mistral", template=VICUNA)
     made = make_prompt(Renderer(tokenizer), Conversation(ASKED), "row 1")
-    assert made.asked["strip_end"]
+    assert "messages" in made.asked
+    assert render(tokenizer, made.asked) == made.tokens
+
+
+def test_where_the_bases_own_template_asks_otherwise_the_tokens_are_given() -> None:
+    """As of a template without a generation prompt, where training begins an answer after its header."""
+    template = VICUNA.partition("{% if add_generation_prompt")[0]
+    tokenizer = tiny_tokenizer("mistral", template=template)
+    made = make_prompt(Renderer(tokenizer), Conversation(ASKED), "row 1")
+    assert made.asked == {"ids": made.tokens}
     assert render(tokenizer, made.asked) == made.tokens
 
 
