@@ -190,7 +190,7 @@ def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyP
     expected = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
     mlp.tiles = 4
     found = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert float((found - expected).norm() / expected.norm()) < 1e-6
 
 
 def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
