@@ -11,6 +11,7 @@ from typing import Any
 from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.data.formats.columns import parts
+from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
 from qlora_trainer.data.reading.values import listed
 
 _TOOLS = ("tools", "functions")
@@ -91,6 +92,7 @@ def resolve_format(
         DataError: no format fits, or the record is of a kind that supervised training cannot use.
     """
     made = _made(tuple(columns), tuple((template or {}).items()))
+    check_paths(record, columns.values(), where)
     if format in ("chat", "sharegpt"):
         # Two names of one thing: turns are read in either naming, under either column.
         return detect_format({*record, *made} & {"messages", "conversations"}) or format
@@ -171,11 +173,11 @@ def _refuse_preferences(record: Mapping[str, Any], found: Collection[str], where
 
 def _hint(record: Mapping[str, Any]) -> str:
     """Say what a row of no known format most likely is, and the way out."""
+    if inside := rows_inside(record):
+        return inside
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
             return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
-        if len(record) == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            return f" If the rows are in {name}, take them out: jq -c '.{name}[]' FILE > rows.jsonl."
     for required, optional in COLUMNS.values():
         there = [column for column in required if record.get(column) is not None]
         if there and len(required) > 1:

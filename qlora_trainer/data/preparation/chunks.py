@@ -22,7 +22,7 @@ from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.preparation.store_writer import make_block
-from qlora_trainer.data.reading.json_rows import Record
+from qlora_trainer.data.reading.json_layouts import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -241,7 +241,8 @@ def source_files(config: DataConfig) -> list[SourceFile]:
     """
     files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
     if not isinstance(config.eval, float):
-        files.append(SourceFile(path=config.eval) if isinstance(config.eval, str) else config.eval)
+        eval_sets = config.eval if isinstance(config.eval, list) else [config.eval]
+        files += [SourceFile(path=item) if isinstance(item, str) else item for item in eval_sets]
     return [_with_defaults(file, config) for file in files]
 
 
@@ -254,6 +255,7 @@ def _with_defaults(file: SourceFile, config: DataConfig) -> SourceFile:
             "template": made.template,
             "header": file.header or config.header,
             "encoding": file.encoding or config.encoding,
+            "rows": file.rows or config.rows,
         }
     )
 

@@ -31,6 +31,7 @@ from qlora_trainer.data.preparation.chunks import (
     source_files,
     tokenizer_identity,
 )
+from qlora_trainer.data.preparation.limits import check_effects, check_skipped, check_usable
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
@@ -82,7 +83,6 @@ class _Input:
     settings: SourceFile
     source: RecordSource
     part: SourceAmount | None  # how much of it an epoch takes; None: it is kept for evaluation
-    lines: int | None  # of a file with one row a line
 
     @property
     def for_eval(self) -> bool:
@@ -130,12 +130,15 @@ def prepare(
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
-    _check_usable(sources, inputs, max_length)
+    check_skipped(sources, config.max_skipped)
+    parts = [item.part for item in inputs if item.part]
+    check_usable(sources, [item.for_eval for item in inputs], is_mixed(parts), max_length)
     train, eval_set, mixture = _split(store, inputs, config.eval, seed)
     _count_parts(sources, inputs, train, eval_set, mixture)
     key = hashlib.sha256(train.digests.tobytes() + b"eval" + eval_set.digests.tobytes())
     if mixture:
         key.update(json.dumps([[len(rows) for rows in mixture.rows], mixture.quotas]).encode())
+    warnings += [item.source.summary for item in inputs if item.source.summary]
     report = _report(config, store, sources, train, eval_set, max_length, cached, warnings)
     return Prepared(train, eval_set, report, key.hexdigest()[:32], mixture)
 
@@ -156,11 +159,12 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
             subset=file.subset,
             encoding=file.encoding,
             header=file.header,
-            content_digest=lambda path: digests.content(path).sha256,
+            rows=file.rows,
+            is_document=file.format == "text",
+            content=digests.content,
         )
-        path = Path(file.path).expanduser()
-        lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
-        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
+        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None))
+    check_effects(config, [(item.settings, item.source) for item in inputs])
     return inputs
 
 
@@ -210,11 +214,12 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
         for name in ("dropped", "unused_columns", "warnings"):
             counted[name].update(getattr(chunk, name))
         count_reasons(counted["skipped"], chunk.skipped)
-        lines = inputs[index].lines
+        lines = inputs[index].source.lines
         progress(f"reading {report.name}", report.rows, max(lines, report.rows) if lines else None)
     for item, report, counted in zip(inputs, reports, counts, strict=True):
         for name, counter in counted.items():
             setattr(report, name, dict(counter))
+        report.notes = list(item.source.notes)
         if report.rows == sum(report.skipped.values()):
             raise DataError(
                 f"{item.source.name}: all {report.rows} rows are bad, so none can be skipped: "
@@ -238,26 +243,6 @@ def _check_unchanged(digests: FileDigests) -> None:
         raise DataError(
             f"{', '.join(str(path) for path in changed)} changed while being read, so what was read is of no one "
             "version. Try again when nothing writes to it."
-        )
-
-
-def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
-    """Refuse a set without rows, and a mixed source without any."""
-    groups = {
-        name: [source for source, item in zip(sources, inputs, strict=True) if item.for_eval == for_eval]
-        for for_eval, name in ((False, "train"), (True, "eval"))
-    }
-    checked = [(name, group) for name, group in groups.items() if group]
-    if is_mixed([item.part for item in inputs if item.part]):
-        checked += [("train", [source]) for source in groups["train"]]
-    for name, group in checked:
-        if any(source.examples for source in group):
-            continue
-        dropped = sum((Counter(source.dropped) + Counter(source.skipped) for source in group), Counter[str]())
-        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise DataError(
-            f"data.{name}: none of the {sum(source.rows for source in group)} rows of "
-            f"{', '.join(source.name for source in group)} can be used ({reasons}; max_length is {max_length})."
         )
 
 
@@ -339,9 +324,9 @@ def _report(
         eval_other_answers=eval_twice[1],
         max_length=max_length,
         warnings=[
+            *skipped_warning(sources),
             *([] if max_length == config.max_length else [capped]),
             *source_warnings(sources),
-            *skipped_warning(sources),
             *repeat_warnings(train_twice[0], eval_twice[0], len(eval_set)),
             *warnings,
         ],

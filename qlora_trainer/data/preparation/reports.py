@@ -12,6 +12,8 @@ import numpy as np
 
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 
+_MOST_NOTES = 5  # of one source
+
 
 @dataclass
 class SourceReport:
@@ -30,6 +32,7 @@ class SourceReport:
     split: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # on how its files were read
     train: int = 0
     eval: int = 0
     epoch: int = 0
@@ -175,6 +178,9 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
     """
     lines = []
     for source in sources:
+        lines += source.notes[:_MOST_NOTES]
+        if len(source.notes) > _MOST_NOTES:
+            lines.append(f"{source.name}: {len(source.notes) - _MOST_NOTES:,} more of its files have such notes")
         lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.warnings.items()]
         lines += [
             f"{source.name}: column {column} ({count} rows) is not used"
@@ -197,4 +203,7 @@ def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
         return []
     most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-    return [f"{reasons.total():,} bad rows were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"]
+    share = f"{reasons.total() / sum(source.rows for source in sources):.1%}"
+    return [
+        f"{reasons.total():,} bad rows ({share}) were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"
+    ]

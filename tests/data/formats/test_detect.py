@@ -38,7 +38,6 @@ def test_null_columns_decide_nothing():
     [
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, r"data.columns {prompt: prompt, completion: chosen}"),
         ({"prompt": "p", "chosen": [{}, {}], "rejected": []}, r"data.columns {messages: chosen}"),
-        ({"data": [{"text": "a"}]}, r"If the rows are in data, take them out: jq -c '.data\[\]'"),
         ({"question": "q", "reply": {"text": "a"}}, r"called answer. Where is it\? .*there are reply.text"),
     ],
 )
