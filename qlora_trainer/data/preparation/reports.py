@@ -203,7 +203,7 @@ def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
         return []
     most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    rows = "bad row was" if reasons.total() == 1 else "bad rows were"
     share = f"{reasons.total() / sum(source.rows for source in sources):.1%}"
-    return [
-        f"{reasons.total():,} bad rows ({share}) were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"
-    ]
+    listed = f"{SKIPPED_NAME} lists each with its reason"
+    return [f"{reasons.total():,} {rows} skipped, {share} of all ({most}{more}); {listed}"]
