@@ -167,15 +167,14 @@ def _read_array(file: DataFile) -> Iterator[Placed]:
     """Read the items of an array as rows; where all are turns, the array is one row."""
     window, turns, is_conversation = Window(file), list[Any](), True
     for value in window.values_at([ITEMS]):
-        placed = list(_rows(window, value))
-        is_sound = not any(isinstance(row, DataError) for _, row in placed)
-        is_conversation = is_conversation and is_sound and is_turn(value) and len(turns) < _MOST_TURNS
-        if is_conversation:
+        if is_conversation and is_turn(value) and len(turns) < _MOST_TURNS and not window.fault():
             turns.append(value)
             continue
-        yield from ((f"row {number}", turn) for number, turn in enumerate(turns, start=1))
-        turns.clear()
-        yield from placed
+        if turns:
+            yield from ((f"row {number}", turn) for number, turn in enumerate(turns, start=1))
+            turns.clear()
+        is_conversation = False
+        yield from _rows(window, value)
     if turns:
         yield "row 1", {"messages": turns}
     if window.next_character():

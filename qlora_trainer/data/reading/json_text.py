@@ -28,14 +28,14 @@ class RowDecoder:
     """Decodes one JSON value at a time, and notes a key that is there twice in one object."""
 
     def __init__(self) -> None:
-        self._repeated: list[str] = []
+        self.repeated: list[str] = []  # keys, in the value decoded last
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
             keys = [key for key, _ in pairs]
-            self._repeated.append(next(key for key in keys if keys.count(key) > 1))
+            self.repeated.append(next(key for key in keys if keys.count(key) > 1))
         return made
 
     def value(self, text: str, begin: int) -> tuple[Any, int]:
@@ -50,7 +50,7 @@ class RowDecoder:
         Returns:
             The value, and where it ends.
         """
-        self._repeated.clear()
+        self.repeated.clear()
         value, end = self._decoder.raw_decode(text, begin)
         check_depth(value, text, begin, end)
         return value, end
@@ -64,9 +64,9 @@ class RowDecoder:
         Raises:
             DataError: an object in it has a key twice.
         """
-        if self._repeated:
+        if self.repeated:
             raise DataError(
-                f"{where}: the key {self._repeated[0]} is there twice in one object, and one value of the two would be "
+                f"{where}: the key {self.repeated[0]} is there twice in one object, and one value of the two would be "
                 "lost. Keep one."
             )
 
@@ -264,7 +264,11 @@ class Window:
         self.position += 1
         if self.next_character() != "]":
             while True:
-                yield from self.values_at(path)
+                if path:
+                    yield from self.values_at(path)
+                else:
+                    self.row += 1
+                    yield self.value()
                 if self.next_character() != ",":
                     break
                 self.position += 1
@@ -315,6 +319,8 @@ class Window:
         Returns:
             The error; None where nothing is.
         """
+        if not self._decoder.repeated and not self._is_damaged:
+            return None
         try:
             self._decoder.check_keys(self._where())
         except DataError as error:
