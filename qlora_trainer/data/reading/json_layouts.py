@@ -141,7 +141,9 @@ def rows_inside(record: Mapping[str, Any]) -> str:
         return ""
     settings = [override("data.rows", ".".join(path)) for path, _ in paths[:4]]
     others = f" (or {listed(settings[1:])})" if settings[1:] else ""
-    return f" The file is one object, and {paths[0][1]:,} rows seem to be inside it: {settings[0]}{others}"
+    count = paths[0][1]
+    rows = f"{count:,} rows seem" if count > 1 else "a row seems"
+    return f" The file is one object, and {rows} to be inside it: {settings[0]}{others}"
 
 
 def check_paths(record: Mapping[str, Any], paths: Iterable[str], where: str) -> None:
