@@ -58,7 +58,7 @@ def survey(file: DataFile) -> Survey:
                 is_utf8 = is_utf8 and found.readable["utf-8"] == found.beyond_ascii
                 if is_utf8:
                     found.utf8_lines += 1
-                    found.utf8_characters += sum(letter > "\x7f" for letter in line.decode("utf-8-sig"))
+                    found.utf8_characters += sum(character > "\x7f" for character in line.decode("utf-8-sig"))
             if is_utf8:
                 found.utf8_bytes += len(line)
     return found
@@ -172,7 +172,7 @@ class EncodingCheck:
             self._beyond_ascii += 1
             if _reads(line, "utf-8"):
                 self._utf8 += 1
-                self._example = self._example or next(letter for letter in line.decode() if letter > "\x7f")
+                self._example = self._example or next(character for character in line.decode() if character > "\x7f")
 
     def finish(self) -> None:
         """Warn at the end of the file, where lines were UTF-8 that no chance explains."""

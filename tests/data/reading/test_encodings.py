@@ -1,4 +1,4 @@
-"""Bytes that are no text: a damaged row is told from another encoding, and what is suggested reads the file."""
+"""Bytes that are no text: a damaged row is not taken for another encoding, and what is suggested reads the file."""
 
 import re
 from pathlib import Path
