@@ -26,6 +26,9 @@ def _encoding_is_known(value: str | None) -> str | None:
 
 
 Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
+Scalar = bool | int | float | str
+RenderedText = Literal["auto", "turns", "text"]
+RoleName = Literal["system", "user", "assistant", "tool"]
 
 
 class Section(BaseModel):
@@ -44,6 +47,10 @@ class SourceFile(Section):
     format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
     columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
     template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    ignore: list[str] = Field([], description="As data.ignore, for this source.")
+    keep: dict[str, Scalar | list[Scalar]] = Field({}, description="As data.keep, for this source.")
+    roles: dict[str, RoleName] = Field({}, description="As data.roles, for this source.")
+    rendered: RenderedText | None = Field(None, description="As data.rendered, for this source.")
     header: list[str] = Field([], description="As data.header, for this source.")
     encoding: Encoding = Field(None, description="As data.encoding, for this source.")
     rows: str | None = Field(None, description="As data.rows, for this source.")
@@ -93,11 +100,31 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         {},
         description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
-        "path ending in ? may be absent. Here and in the three below, what a source says itself comes first.",
+        "path ending in ? may be absent. Here and in those down to encoding, what a source says itself comes first.",
     )
     template: dict[str, str] = Field(
         {},
         description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
+    )
+    ignore: list[str] = Field(
+        [],
+        description="Columns, and keys of turns such as messages[].mask, that are left out on purpose. A column whose "
+        "name has a meaning to other formats or trainers (label, score, weight, system, …) stops the run if it is "
+        "neither read nor named here.",
+    )
+    keep: dict[str, Scalar | list[Scalar]] = Field(
+        {},
+        description="Which rows are kept: {column: value}, or {column: [values]}, such as {label: true}; the others "
+        "are counted as dropped.",
+    )
+    roles: dict[str, RoleName] = Field(
+        {}, description="Who speaks, where turns name it otherwise than is known: such as {Chatbot: assistant}."
+    )
+    rendered: RenderedText = Field(
+        "auto",
+        description="What is done with text or prompt and completion that is a conversation already written by a chat "
+        "template. auto: read it back into turns where the model's template writes exactly this text, stop otherwise; "
+        "turns: read it into turns all the same; text: train on it as plain text.",
     )
     header: list[str] = Field(
         [], description="The columns' names of CSV, TSV and Excel files that have no line of them, in order."

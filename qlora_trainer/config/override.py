@@ -34,7 +34,8 @@ def _flow(value: Any) -> str:
 
 def _scalar(text: str) -> str:
     """Write text plainly where YAML reads it as that text, in quotes otherwise."""
-    candidates = (text, json.dumps(text, ensure_ascii=False), json.dumps(text))
+    escaped = "".join(char if char.isalnum() and char.isascii() else f"\\U{ord(char):08x}" for char in text)
+    candidates = (text, json.dumps(text, ensure_ascii=False), f'"{escaped}"')
     return next((written for written in candidates if _is_read_as(written, text)), candidates[-1])
 
 

@@ -73,8 +73,21 @@ def check_skipped(sources: Sequence[SourceReport], max_skipped: float) -> None:
             f"{source.name}: {skipped:,} of {source.rows:,} rows ({share:.1%}) would be skipped, more than "
             f"data.max_skipped allows ({max_skipped:g}): {reasons}. "
             f"Correct the rows or how they are read; or allow it: "
-            f"{override('data.max_skipped', min(1.0, math.ceil(share * 100) / 100))}"
+            f"{skip_limit_setting(skipped, source.rows)}"
         )
+
+
+def skip_limit_setting(skipped: int, rows: int) -> str:
+    """Write the setting that allows so many rows to be skipped.
+
+    Args:
+        skipped: how many.
+        rows: of how many.
+
+    Returns:
+        As a shell takes it.
+    """
+    return override("data.max_skipped", math.ceil(100 * skipped / rows) / 100)
 
 
 def check_usable(sources: Sequence[SourceReport], for_eval: Sequence[bool], is_mixed: bool, max_length: int) -> None:

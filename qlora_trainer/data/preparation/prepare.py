@@ -25,7 +25,6 @@ from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quot
 from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
-    count_reasons,
     in_chunks,
     make_chunks,
     source_files,
@@ -35,6 +34,9 @@ from qlora_trainer.data.preparation.limits import check_effects, check_skipped, 
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
+    add_place,
+    count_reasons,
+    date_warnings,
     eval_repeats,
     repeat_warnings,
     set_report,
@@ -48,7 +50,7 @@ from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
-PREPARATION_VERSION = 6  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 7  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
@@ -122,7 +124,7 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    warnings = _date_warnings(config, date)
+    warnings = date_warnings(config.template_date, date)
     cached = True
     while (store := existing_store(directory)) is None:
         cached = False
@@ -190,17 +192,10 @@ def _cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
-    if date:
-        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
-    if config.template_date:
-        return ["data.template_date has no effect: the tokenizer's chat template writes no date"]
-    return []
-
-
 def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
-    counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
+    names = ("dropped", "skipped", "unused_columns", "warnings", "spelled")
+    counts = [{name: Counter[str]() for name in names} for _ in inputs]
     first_row = 1
     for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
         report, counted = reports[index], counts[index]
@@ -211,9 +206,12 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
         report.truncated += chunk.truncated
         report.split += chunk.split
         report.examples += len(chunk.block)
-        for name in ("dropped", "unused_columns", "warnings"):
+        for name in ("unused_columns", "warnings", "spelled"):
             counted[name].update(getattr(chunk, name))
-        count_reasons(counted["skipped"], chunk.skipped)
+        for where, reason in chunk.dropped:
+            counted["dropped"][reason] += 1
+            add_place(report.places, reason, where)
+        count_reasons(counted["skipped"], chunk.skipped, report.places)
         lines = inputs[index].source.lines
         progress(f"reading {report.name}", report.rows, max(lines, report.rows) if lines else None)
     for item, report, counted in zip(inputs, reports, counts, strict=True):
@@ -324,7 +322,7 @@ def _report(
         eval_other_answers=eval_twice[1],
         max_length=max_length,
         warnings=[
-            *skipped_warning(sources),
+            *skipped_warning(sources, str(store.skipped_rows)),
             *([] if max_length == config.max_length else [capped]),
             *source_warnings(sources),
             *repeat_warnings(train_twice[0], eval_twice[0], len(eval_set)),

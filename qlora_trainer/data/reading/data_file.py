@@ -33,6 +33,7 @@ KINDS = {
     ".xlsm": "excel",
 }
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")  # the others are binary, and compress their own content
+HEADER_KINDS = ("csv", "tsv", "excel")  # of which the first row names the columns
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tbz2", ".txz")
 
 

@@ -21,7 +21,7 @@ from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.archives import unpacked_members
 from qlora_trainer.data.reading.columnar import read_arrow, read_excel, read_parquet
-from qlora_trainer.data.reading.data_file import TEXT_KINDS, DataFile, is_archive, kind_of
+from qlora_trainer.data.reading.data_file import HEADER_KINDS, TEXT_KINDS, DataFile, is_archive, kind_of
 from qlora_trainer.data.reading.hub import is_saved, load_hub, load_saved
 from qlora_trainer.data.reading.json_layouts import Placed
 from qlora_trainer.data.reading.json_rows import read_json, read_jsonl
@@ -37,7 +37,7 @@ _MOST_NAMED = 3
 # Which keys of a source have an effect on which kinds of files.
 _EFFECTS = {
     "encoding": TEXT_KINDS,
-    "header": ("csv", "tsv", "excel"),
+    "header": HEADER_KINDS,
     "rows": ("json", "jsonl"),
 }
 

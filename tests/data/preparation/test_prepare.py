@@ -17,8 +17,8 @@ from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation
-from qlora_trainer.data.preparation.chunks import MAX_REASONS, count_reasons
 from qlora_trainer.data.preparation.prepare import prepare
+from qlora_trainer.data.preparation.reports import MAX_REASONS, count_reasons
 from qlora_trainer.data.reading import files
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
@@ -297,7 +297,7 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to train on.*1 longer than"
+        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 the answer is empty.*1 longer than"
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)
@@ -306,7 +306,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
 
 
 def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
-    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "rating": 5}])
+    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "votes": 5}])
     second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
     sources = [
         Source(path=first, columns={"question": "query", "answer": "reply"}),
@@ -315,7 +315,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
     prepared = run(tmp_path, sources)
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
-    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.warnings
+    assert "a.jsonl: not used: votes" in prepared.report.warnings
     assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
 
 
