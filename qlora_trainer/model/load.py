@@ -209,7 +209,7 @@ def load_dense_model(directory: ModelDirectory, device: torch.device) -> Any:
 
 def _check_prequantized(config: Any, directory: ModelDirectory) -> None:
     """Refuse a quantized checkpoint except in the one format that is trained here; none is quantized a second time."""
-    found = config if isinstance(config, dict) else config.to_dict()
+    found = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
     method = str(found.get("quant_method"))
     if not method.endswith("bitsandbytes") or not found.get("load_in_4bit"):
         raise QuantizationError(

@@ -26,7 +26,8 @@ from qlora_trainer.model.device import choose_device, kernel_warnings, missing_c
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint

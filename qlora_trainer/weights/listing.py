@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.gguf.reader import open_weights
-from qlora_trainer.weights.tensors import TensorFile, TensorInfo
+from qlora_trainer.weights.tensors import TensorFile, TensorInfo, refuse_pointer
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -132,6 +132,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ValueError: only as a ModelError, for a file that is too large.
     """
     try:
+        refuse_pointer(path)
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that are read.")
         content = json.loads(path.read_text(encoding="utf-8"))

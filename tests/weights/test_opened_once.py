@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.load import load_dense_model
-from qlora_trainer.model.source import load_tokenizer
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.weights import model_directory
 from qlora_trainer.weights.model_directory import ModelDirectory

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import LFS_HEADER, DataError
 from qlora_trainer.common.units import gibibytes
 
 MAX_LINE_BYTES = 64 * 1024 * 1024
@@ -24,7 +24,7 @@ MAX_WHOLE_FILE_BYTES = 4 * 1024 * 1024 * 1024  # a plain text is one document an
 PACKED_SUFFIXES = {".gz": "gzip", ".zst": "zstandard", ".zstd": "zstandard"}
 
 _BLOCK_BYTES = 1 << 20
-_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
+
 _UTF8_MARK = b"\xef\xbb\xbf"
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard"}
 _OTHER_KINDS = {
@@ -79,7 +79,7 @@ def open_bytes(path: Path, encoding: str | None = None) -> "io.BufferedReader[An
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
-        head = file.peek(len(_LFS_HEADER))
+        head = file.peek(len(LFS_HEADER))
         _check_is_no_pointer(path, head)
         packing = next((name for mark, name in _PACKED.items() if head.startswith(mark)), None)
         named = PACKED_SUFFIXES.get(path.suffix.lower())
@@ -105,11 +105,11 @@ def check_is_fetched(path: Path) -> None:
         path: the file.
     """
     with path.open("rb") as file:
-        _check_is_no_pointer(path, file.peek(len(_LFS_HEADER)))
+        _check_is_no_pointer(path, file.peek(len(LFS_HEADER)))
 
 
 def _check_is_no_pointer(path: Path, head: bytes) -> None:
-    if head.startswith(_LFS_HEADER):
+    if head.startswith(LFS_HEADER):
         raise DataError(f"{path} is a git-lfs pointer, not the data itself. Fetch it: git lfs pull")
 
 
