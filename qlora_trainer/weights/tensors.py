@@ -194,8 +194,20 @@ def refuse_pointer(path: Path) -> None:
         ModelError: it is a git-lfs pointer.
     """
     with path.open("rb") as file:
-        is_pointer = file.read(len(LFS_HEADER)) == LFS_HEADER
-    if is_pointer:
+        refuse_pointer_text(path, file.read(len(LFS_HEADER)))
+
+
+def refuse_pointer_text(path: Path, text: bytes) -> None:
+    """Refuse a file that begins as a git-lfs pointer does.
+
+    Args:
+        path: of the file.
+        text: its first bytes, or all.
+
+    Raises:
+        ModelError: it is a git-lfs pointer.
+    """
+    if text.startswith(LFS_HEADER):
         raise ModelError(
             f"{path} is a git-lfs pointer, not the file itself. Fetch it: "
             f"{shlex.join(['git', '-C', str(path.parent), 'lfs', 'pull'])}"

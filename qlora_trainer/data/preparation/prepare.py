@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from qlora_trainer.data.preparation.chunks import (
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
+    date_warnings,
     eval_repeats,
     repeat_warnings,
     set_report,
@@ -46,6 +47,7 @@ from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
 from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
+from qlora_trainer.data.rendering.own_ids import OwnIds
 
 PREPARATION_VERSION = 6  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
@@ -97,6 +99,7 @@ def prepare(
     seed: int,
     cache_dir: Path,
     vocab_size: int | None = None,
+    own_ids: Callable[[], OwnIds | None] = lambda: None,
     progress: Progress = silent,
 ) -> Prepared:
     """Read, render and tokenize the data of a run, or take it from the cache.
@@ -111,6 +114,7 @@ def prepare(
         seed: chooses the eval rows.
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
+        own_ids: returns what gives ids by the tokenizer's own file; called where rows are prepared, to compare some.
         progress: is called with rows read.
 
     Returns:
@@ -122,11 +126,12 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    warnings = _date_warnings(config, date)
+    warnings = date_warnings(date, is_set=config.template_date is not None)
     cached = True
     while (store := existing_store(directory)) is None:
         cached = False
         with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
+            maker.own_ids = own_ids()
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
@@ -184,14 +189,6 @@ def _cache_key(
         "settings": [config.train_on, config.too_long, config.on_bad_row, max_length, vocab_size, str(date)],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
-    if date:
-        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
-    if config.template_date:
-        return ["data.template_date has no effect: the tokenizer's chat template writes no date"]
-    return []
 
 
 def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:

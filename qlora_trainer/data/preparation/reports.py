@@ -3,6 +3,7 @@
 Every row read is in one of these counts. Left out: showing them (cli), and counting while rows are read (prepare.py).
 """
 
+import datetime
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -198,3 +199,18 @@ def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
     most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
     return [f"{reasons.total():,} bad rows were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"]
+
+
+def date_warnings(date: datetime.date | None, *, is_set: bool) -> list[str]:
+    """Say which date a chat template writes, or that it writes none where one is set.
+
+    Args:
+        date: that it writes; None if it writes none.
+        is_set: True if the config has a date for it.
+
+    Returns:
+        At most one warning.
+    """
+    if date:
+        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
+    return ["data.template_date has no effect: the tokenizer's chat template writes no date"] if is_set else []
