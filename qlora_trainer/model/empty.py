@@ -15,6 +15,7 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.model.modules.cpu_embedding import keeps_own_dtype
 from qlora_trainer.model.modules.experts import split_experts
+from qlora_trainer.model.modules.row_positions import forget_longer_rows
 from qlora_trainer.model.pretrained import not_loadable
 from qlora_trainer.weights.model_config import make_model_config
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -52,6 +53,7 @@ def empty_model(
     with library_boundary(not_loadable(directory), directory.config_json, make_from):
         model = make(config)
     split_experts(model, stored)
+    forget_longer_rows(model)
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False

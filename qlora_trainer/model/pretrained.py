@@ -15,6 +15,7 @@ from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
+from qlora_trainer.model.modules.row_positions import forget_longer_rows
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import all_finite
 
@@ -47,6 +48,7 @@ def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torc
             output_loading_info=True,
             **options,
         )
+    forget_longer_rows(model)
     refuse_incomplete(directory, sorted(info.get("missing_keys", ())), [*map(str, info.get("mismatched_keys", ()))])
     return model
 
