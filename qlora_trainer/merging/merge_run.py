@@ -132,7 +132,11 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
         },
         progress=progress,
     )
-    return Deployment(report, choice, difference, run.warnings)
+    corrected = [
+        f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
+        for key, value in run.plan.config_corrections.items()
+    ]
+    return Deployment(report, choice, difference, [*run.warnings, *corrected])
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:
