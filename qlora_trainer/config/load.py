@@ -192,11 +192,11 @@ def _quoting(
 
     def quoted(value: Any, text: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(value, Mapping):
-            texts = text.values() if isinstance(text, Mapping) and len(text) == len(value) else value.values()
-            return {k: quoted(v, t, (*place, k)) for (k, v), t in zip(value.items(), texts, strict=True)}
+            by_key = text.values() if isinstance(text, Mapping) and len(text) == len(value) else value.values()
+            return {k: quoted(v, t, (*place, k)) for (k, v), t in zip(value.items(), by_key, strict=True)}
         if isinstance(value, list):
-            texts = text if isinstance(text, list) and len(text) == len(value) else value
-            return [quoted(v, t, (*place, i)) for i, (v, t) in enumerate(zip(value, texts, strict=True))]
+            in_order = text if isinstance(text, list) and len(text) == len(value) else value
+            return [quoted(v, t, (*place, i)) for i, (v, t) in enumerate(zip(value, in_order, strict=True))]
         return str(text) if place in places else value
 
     value = quoted(raw[section][key], texts.get(section, {}).get(key), (section, key))

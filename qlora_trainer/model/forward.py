@@ -53,7 +53,7 @@ class ForwardPlan:
 
 
 def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
-    """Try packing and the loss path on a few tokens, in five short forward passes; ModelError if a plain forward fails.
+    """Try packing and the loss path in seven forward passes of a few tokens; ModelError if a plain forward fails.
 
     Args:
         model: of transformers, with weights.
