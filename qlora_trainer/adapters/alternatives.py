@@ -14,7 +14,7 @@ def alternatives(pattern: str, before: str = "", after: str = "") -> Iterator[tu
     """Yield each alternative of a regular expression, those inside of others too.
 
     Args:
-        pattern: the expression, or a part of it that stands where an expression can.
+        pattern: the expression, or a part of it that is an expression too.
         before: what is to the left of the part.
         after: what is to the right of it.
 

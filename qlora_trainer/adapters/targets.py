@@ -8,6 +8,7 @@ familiar list match half of what was meant. Experts are no targets (model/module
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -44,7 +45,7 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     if isinstance(target_modules, list):
         if unmatched := [name for name in target_modules if not any(_ends_in(path, name) for path in candidates)]:
-            reasons = [_why_not_adapted(model, lambda path, name=name: _ends_in(path, name)) for name in unmatched]
+            reasons = [_why_not_adapted(model, partial(_ends_in, name=name)) for name in unmatched]
             raise AdapterError(
                 f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
                 f"There are: {', '.join(names)}.{max(reasons, key=bool)}"

@@ -68,11 +68,11 @@ def key_at_fault(
     Returns:
         The key; None where no single one is at fault, or it was not found within seconds.
     """
-    text = _letters(f"{error} {error.__cause__ or ''}")
+    text = _alphanumeric(f"{error} {error.__cause__ or ''}")
 
     def is_named(key: str) -> bool:
         value = values[key]
-        return _letters(key) in text or (isinstance(value, str) and bool(value) and _letters(value) in text)
+        return _alphanumeric(key) in text or (isinstance(value, str) and bool(value) and _alphanumeric(value) in text)
 
     deadline = time.monotonic() + _SECONDS_OF_TRIES
     for key in sorted(values, key=lambda key: not is_named(key)):
@@ -88,6 +88,6 @@ def key_at_fault(
     return None
 
 
-def _letters(text: str) -> str:
-    """Leave letters and digits, so that pre_tokenizer is found in PreTokenizerUntagged."""
+def _alphanumeric(text: str) -> str:
+    """Drop all but what names are made of, so that pre_tokenizer is found in PreTokenizerUntagged."""
     return "".join(character for character in text.lower() if character.isalnum())

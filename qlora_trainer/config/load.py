@@ -116,7 +116,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
-        """Make a number of a scalar, but refuse what YAML 1.1 takes for octal, or for minutes and seconds."""
+        # YAML 1.1 takes 010 for octal and 1:30 for minutes and seconds: what could mean another number is refused.
         make = self.construct_yaml_float if node.tag.endswith("float") else self.construct_yaml_int
         number = make(node)
         if re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):

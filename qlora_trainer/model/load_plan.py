@@ -252,8 +252,8 @@ def _refuse_contradicting_config(
             "else fetch the checkpoint again."
         )
     for name in (embedding, head):
-        stored = next((info for info in (checkpoint_name(name, shapes),) if info is not None), None)
-        if stored is None or not shapes[stored]:
+        stored = checkpoint_name(name, directory.tensors)
+        if stored not in shapes or not shapes[stored]:
             continue
         rows = directory.tensors[stored].shape[0]
         if shapes[stored][0] == getattr(config, "vocab_size", None) != rows:

@@ -94,7 +94,7 @@ def _orders(begins_once: bool) -> Iterator[bool]:
 
 def _proto(path: Path) -> Any:
     """Parse the file; None where it is no sentencepiece model."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception:

@@ -141,7 +141,7 @@ def _refuse_part_at_fault(path: Path) -> None:
     parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding", "added_tokens")
 
     def make(kept: dict[str, Any]) -> None:
-        empty = {part: [] if part == "added_tokens" else None for part in parts}
+        empty: dict[str, Any] = {part: [] if part == "added_tokens" else None for part in parts}
         tokenizers.Tokenizer.from_str(json.dumps({**empty, **kept}))
 
     with library_boundary(f"{path} cannot be read by tokenizers {tokenizers.__version__}", values, make):
@@ -193,7 +193,7 @@ def _default_special_tokens(
     kind = tokenizer_class(settings.get("tokenizer_class"), config.model_type) if wanted else None
     if kind is None:
         return {}
-    parameters = inspect.signature(kind.__init__).parameters
+    parameters = inspect.signature(kind).parameters
     defaults = {name: parameters[name].default for name in wanted if name in parameters}
     return {name: str(token) for name, token in defaults.items() if token and own.token_to_id(str(token)) is not None}
 

@@ -178,7 +178,7 @@ def sentencepiece_model(path: Path, **options: Any) -> sentencepiece.SentencePie
     path.mkdir()
     lines = ["hello world and good morning", "the world is good", "a good day to all the world", "hello hello hello"]
     (path / "text.txt").write_text("\n".join(lines * 50))
-    defaults = {
+    defaults: dict[str, Any] = {
         **{"vocab_size": 340, "model_type": "bpe", "byte_fallback": True, "remove_extra_whitespaces": False},
         **{"normalization_rule_name": "identity", "minloglevel": 2, "hard_vocab_limit": False},
     }
@@ -226,7 +226,7 @@ def test_without_a_tokenizer_json_ids_are_sentencepieces(
 
 def without_prefix(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The same sentencepiece model, but that it puts no blank before a text."""
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(path.read_bytes())
     proto.normalizer_spec.add_dummy_prefix = False
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

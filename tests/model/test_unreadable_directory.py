@@ -27,7 +27,7 @@ CONFIG, SETTINGS, TOKENIZER, TEMPLATE = (
 )
 TURN = "{% for m in messages %}{{m.content}}{% endfor %}"
 
-# What makes a directory unreadable: the file, the change, and what the message says beside the file's name.
+# What makes a directory unreadable: the file, the change, and what the message says in addition to the file's name.
 REFUSED: dict[str, tuple[str, Change, str]] = {
     "a begin token that is a number": (SETTINGS, {"bos_token": 5}, "bos_token: 5"),
     "added tokens in a list": (SETTINGS, {"added_tokens_decoder": []}, "added_tokens_decoder"),

@@ -122,7 +122,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
             alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
         try:
             with packed_documents(model, noting_windows):
-                packed, again, beside_another = (
+                packed, again, after_another = (
                     _hidden(model, tokens, positions, document_bounds=[0, first, first + second])[0]
                     for tokens in (ids, ids, other_first)
                 )
@@ -137,7 +137,7 @@ def attends_apart(model: Any, vocab_size: int) -> bool:
         return False
     # What rounding hides above shows here: passes of the same shapes give the same bits, whatever the first document
     # is, but for a device that does not repeat itself, and for experts, whose shapes follow from the tokens they get.
-    ours, repeated, theirs = (hidden[first:].float() for hidden in (packed, again, beside_another))
+    ours, repeated, theirs = (hidden[first:].float() for hidden in (packed, again, after_another))
     allowed = 2 * (ours - repeated).norm(dim=1) + (tolerance / 10 * ours.norm(dim=1) if has_experts(model) else 0.0)
     return bool(((ours - theirs).norm(dim=1) <= allowed).all())
 
