@@ -13,6 +13,7 @@ from functools import partial
 from torch import nn
 
 from qlora_trainer.adapters.alternatives import alternatives
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear
@@ -44,13 +45,13 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
         )
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     if isinstance(target_modules, list):
-        if unmatched := [name for name in target_modules if not any(_ends_in(path, name) for path in candidates)]:
-            reasons = [_why_not_adapted(model, partial(_ends_in, name=name)) for name in unmatched]
+        if unmatched := [name for name in target_modules if not any(ends_in(path, name) for path in candidates)]:
+            reasons = [_why_not_adapted(model, partial(ends_in, end=name)) for name in unmatched]
             raise AdapterError(
                 f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
                 f"There are: {', '.join(names)}.{max(reasons, key=bool)}"
             )
-        return [path for path in candidates if any(_ends_in(path, name) for name in target_modules)]
+        return [path for path in candidates if any(ends_in(path, name) for name in target_modules)]
     if target_modules == "all-linear":
         return candidates
     if target_modules in ("attention", "mlp"):
@@ -107,10 +108,6 @@ def _why_not_adapted(model: nn.Module, matches: Callable[[str], bool]) -> str:
     if modules or parameters:
         return f" {next(iter([*modules, *parameters]))} is no linear layer."
     return ""
-
-
-def _ends_in(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
 
 
 def _part(model: nn.Module, path: str) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import patterns_of_extra, patterns_of_missing, tied_weight_names
 from qlora_trainer.common.units import dtype_name
@@ -25,7 +26,7 @@ from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
 from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import same_values
+from qlora_trainer.weights.reading import read_ahead, same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
 RECORD_NAME = "qlora_quantize.json"  # in the directory of a 4-bit copy that this trainer made
@@ -79,7 +80,7 @@ class LoadPlan:
         return {
             own[0]: name
             for name, own in names.items()
-            if not any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in own)
+            if not any(ends_in(one, name) or ends_in(name, one) for one in own)
         }
 
     @property
@@ -130,14 +131,21 @@ def widest_dtype(directory: ModelDirectory) -> torch.dtype:
         The dtype of all, or fp32 where they differ.
     """
     found = set()
+    described = [info for keys in directory.quant_states.values() for key, info in keys.items() if _describes(key)]
+    read_ahead(described)
     for name, keys in directory.quant_states.items():
-        states = {key: info.read() for key, info in keys.items() if key.startswith("quant_state.")}
+        states = {key: info.read() for key, info in keys.items() if _describes(key)}
         found.add(source_dtype_of(states, name))
     of_weights = {info.name for keys in directory.quant_states.values() for info in keys.values()}
     found |= {
         info.dtype for name, info in directory.tensors.items() if name not in of_weights and info.dtype in FLOAT_DTYPES
     }
     return found.pop() if len(found) == 1 else torch.float32
+
+
+def _describes(key: str) -> bool:
+    """Return True for the small tensor that says how a weight was quantized."""
+    return key.startswith("quant_state.")
 
 
 def plan_load(
@@ -253,7 +261,7 @@ def _refuse_contradicting_config(
         )
     for name in (embedding, head):
         stored = checkpoint_name(name, directory.tensors)
-        if stored not in shapes or not shapes[stored]:
+        if stored is None or not shapes.get(stored):
             continue
         rows = directory.tensors[stored].shape[0]
         if shapes[stored][0] == getattr(config, "vocab_size", None) != rows:

@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_trainer.common.boundary import library_boundary
-from qlora_trainer.common.errors import QuantizationError, memory_errors
+from qlora_trainer.common.errors import memory_errors
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.model.fill import check_finite
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
 from qlora_trainer.model.modules.row_positions import forget_longer_rows
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.nf4 import all_finite
 
 
 def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
@@ -65,7 +65,8 @@ def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> t
         The model, frozen and in evaluation mode, and its fingerprint.
     """
     if not plan.directory.quant_states:
-        _check_finite(plan)
+        for name in plan.used:  # one such value turns its whole tensor into NaN where block maxima are quantized too
+            check_finite(plan.directory.tensors[name], plan.directory.read(name))
     quantization = None if plan.directory.quant_states else nf4_config(plan.source_dtype)
     # On CUDA bitsandbytes divides approximately: that changes no code of bf16 weights, and now and then one of others.
     is_exact = plan.directory.quant_states or plan.source_dtype == torch.bfloat16
@@ -110,16 +111,3 @@ def not_loadable(directory: ModelDirectory) -> str:
         The beginning of a sentence.
     """
     return f"{directory} cannot be loaded as a causal language model"
-
-
-def _check_finite(plan: LoadPlan) -> None:
-    """Raise QuantizationError if a weight is not finite.
-
-    One such value turns its whole tensor into NaN where block maxima are quantized too.
-    """
-    for name in plan.used:
-        if not all_finite(plan.directory.read(name)):
-            raise QuantizationError(
-                f"{name} in {plan.directory.tensors[name].file.name} holds values that are not finite. The "
-                "checkpoint is damaged: fetch it again."
-            )

@@ -4,9 +4,12 @@ A merge of a 7B model should need the memory of a few rows, so nothing here hold
 slices are taken of it.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +36,26 @@ def read_rows(
     starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
     spans = [slice(numbers[i], numbers[j - 1] + 1) for i, j in itertools.pairwise([*starts, len(numbers)])]
     return torch.cat([info.read(span) for span in spans])
+
+
+def read_ahead(infos: Iterable[TensorInfo]) -> None:
+    """Ask the system to read small tensors at once, which otherwise are waited for one after the other.
+
+    Where that cannot be asked for, nothing happens.
+
+    Args:
+        infos: of the tensors, of any files.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    by_file: dict[Path, list[tuple[int, int]]] = {}
+    for info in infos:
+        if info.offset is not None:
+            by_file.setdefault(info.file, []).append((info.offset, info.nbytes))
+    for path, spans in by_file.items():
+        with contextlib.suppress(OSError), path.open("rb") as file:  # who reads it says what is wrong with it
+            for offset, size in spans:
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def read_blocks(info: TensorInfo) -> Iterator[tuple[slice | None, Tensor]]:

@@ -25,6 +25,7 @@ from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.model import fill, quantized_copy
 from qlora_trainer.model import load as load_module
 from qlora_trainer.model.load import Base, load_base_model, plan_base
+from qlora_trainer.model.load_plan import widest_dtype
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base, quantize_checkpoint
 from qlora_trainer.runs.run import Run
@@ -133,6 +134,21 @@ def test_an_imported_gguf_base_is_known_by_its_file(tmp_path: Path, hashed: list
     codes = sum(layer.packed.nbytes for layer in again.model.modules() if isinstance(layer, NF4Linear))
     assert sum(hashed) < codes + 10_000
     assert again.fingerprint == first.fingerprint
+
+
+def test_what_says_how_weights_are_quantized_is_asked_for_at_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk, two hundred small tensors that are waited for one by one take longer than all else."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, offset, size, advice: asked.append((offset, size)))
+    directory = ModelDirectory.open(kept)
+    states = {
+        (info.offset, info.nbytes)
+        for name, info in directory.tensors.items()
+        if name.endswith("quant_state.bitsandbytes__nf4")
+    }
+    widest_dtype(directory)
+    assert len(states) == 14
+    assert sorted(asked) == sorted(states)
 
 
 def test_the_config_is_read_anew(kept: Path) -> None:

@@ -130,7 +130,7 @@ class ChunkMaker:
         """
         encoded = self.renderer.encode(rendered.texts)
         if self.own_ids is not None:
-            refuse_other_ids(rendered.texts, encoded, self.own_ids)
+            refuse_other_ids(rendered.texts, self.renderer.tokenizer.backend_tokenizer, self.own_ids)
             self.own_ids = None
         return encoded
 

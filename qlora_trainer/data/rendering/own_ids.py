@@ -5,8 +5,9 @@ Left out: reading that file (model/tokenizer.py), and the text that every tokeni
 
 from collections.abc import Callable, Sequence
 
+import tokenizers
+
 from qlora_trainer.common.errors import DataError, ModelError
-from qlora_trainer.data.rendering.encoding import Encoded
 from qlora_trainer.data.rendering.spans import Rendering
 
 OwnIds = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # from texts to the ids of each
@@ -14,29 +15,24 @@ OwnIds = Callable[[Sequence[str]], Sequence[Sequence[int]]]  # from texts to the
 _ROWS_COMPARED = 32
 
 
-def refuse_other_ids(
-    texts: Sequence[Rendering | DataError], encoded: Sequence[Encoded | DataError], own_ids: OwnIds
-) -> None:
+def refuse_other_ids(texts: Sequence[Rendering | DataError], backend: tokenizers.Tokenizer, own_ids: OwnIds) -> None:
     """Refuse a tokenizer that gives other ids than its own file, for the first of some rows.
 
-    Rows that spell a control token are left out: in them the spelling stays text, which is no work of the file.
+    Each row is taken as one text: where its tokens are made to begin with those of a prompt is no matter of the file.
 
     Args:
         texts: of the rows.
-        encoded: tokens of each text that is no error.
+        backend: that tokenizes them.
         own_ids: gives ids by the file.
 
     Raises:
         ModelError: a row has other ids.
     """
-    sound = [text for text in texts if not isinstance(text, DataError)]
-    sample = [
-        ("".join(span.text for span in text.spans), tokens.ids)
-        for text, tokens in zip(sound, encoded, strict=True)
-        if not isinstance(tokens, DataError) and not any(span.ordinary for span in text.spans)
-    ][:_ROWS_COMPARED]
-    for (text, ids), own in zip(sample, own_ids([text for text, _ in sample]), strict=True):
-        if ids != own:
+    sound = [text for text in texts if not isinstance(text, DataError)][:_ROWS_COMPARED]
+    sample = ["".join(span.text for span in text.spans) for text in sound]
+    encoded = backend.encode_batch(sample, add_special_tokens=False)
+    for text, ours, own in zip(sample, encoded, own_ids(sample), strict=True):
+        if ours.ids != own:
             raise ModelError(
                 f"The tokenizer gives other tokens than its own file does, for a row that begins {text[:60]!r}. The "
                 "model was trained on those of the file: let tokenizer_config.json name no other class or rules."
