@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
-for command in (  # as --help lists them; what the library has under the name of a command ends in _command here
+for command in (  # in the order of --help; `_command` is added where the library exports the same name
     train_command,
     resume,
     evaluate,
@@ -60,16 +60,16 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if is_cuda_not_starting(error):
             print_error(
-                f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
-                "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says "
-                "what torch sees. CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly, where "
-                "model.device is auto."
+                f"CUDA could not start: {first_line(error)} Saved work is intact. Run nvidia-smi to see if another "
+                "program holds the GPU; stop it, or restart the driver. `qlora doctor` shows what torch sees. To run "
+                "on the CPU, which is slow, keep model.device=auto and put CUDA_VISIBLE_DEVICES= in front of the "
+                "command."
             )
             sys.exit(2)
         if not is_out_of_memory(error):
             raise
         print_error(
-            f"Memory ran out: {first_line(error)} Nothing saved was lost. Lower data.max_length or "
+            f"Memory ran out: {first_line(error)} Saved work is intact. Lower data.max_length or "
             "training.micro_batch_tokens, set training.activation_checkpointing=full, or choose a smaller base. "
             "To go on with less memory: qlora resume RUN_DIR training.activation_checkpointing=full"
         )

@@ -112,22 +112,19 @@ def describe(
             "backward",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
-        *([("card", plan.card)] if plan.card else []),
+        *([("GPU", plan.card)] if plan.card else []),
         ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
-        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
-        (
-            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
-            if on_card
-            else ("the fullest moment", plan.operation)
-        ),
+        ("total on the GPU" if on_card else "total in host memory", gib(plan.total)),
+        *([("reserved by torch", f"{gib(plan.reserved)}, {gib(plan.allocated)} of it in use")] if on_card else []),
+        ("peak at", plan.operation),
     ]
     if budget:
-        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
-        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
-        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        margin = gib(abs(budget.card - plan.total))
+        place = f"on a GPU of {gib(budget.card)}" if on_card else f"in {gib(budget.card)} of host memory"
+        rows.append((place, f"fits, {margin} to spare" if plan.total <= budget.card else f"does not fit, by {margin}"))
         if plan.host > budget.host:
-            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
+            rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
         rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
     if largest:

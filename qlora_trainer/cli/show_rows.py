@@ -120,7 +120,7 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
         DataError: there is no such row.
     """
     if not 0 <= index < len(examples):
-        has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
+        has = f"rows go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
         raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
     trained = [label != IGNORED_LABEL for label in example.labels]

@@ -287,7 +287,7 @@ def refuse_unwritable(directory: Path, variable: str) -> None:
         DiskError: it cannot be written.
     """
     if reason := unwritable(directory):
-        raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a folder that can be.")
+        raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a writable folder.")
 
 
 def sync_tree(directory: Path) -> None:

@@ -23,10 +23,10 @@ REPEATING = (CUBLAS_DETERMINISTIC, ":16:8")  # torch takes no others
 
 
 def set_up_cublas(device: str) -> None:
-    """Have cuBLAS repeat its results, by the environment; before CUDA is first used, and once a process.
+    """Set the environment variable under which cuBLAS repeats its results. Call it before CUDA is first used.
 
     Args:
-        device: model.device; nothing to do for a run on a CPU.
+        device: model.device; on a CPU nothing is set.
 
     Raises:
         ConfigError: it is too late, or the user has another setting.
@@ -85,7 +85,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             raise
         raise TrainingError(
             f"training.deterministic is true, but {str(error).split(',')[0]}, and this model needs it. Set "
-            "training.deterministic=false; a run that has begun goes on with it too."
+            "training.deterministic=false; a run that has started can be resumed with it."
         ) from error
     finally:
         torch.use_deterministic_algorithms(is_enabled, warn_only=only_warns)

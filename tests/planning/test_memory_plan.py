@@ -468,7 +468,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
-    assert describe(plan, Budget(2**40, 0))[-3][0] == f"with {gib(2**40)} of memory"
+    assert describe(plan, Budget(2**40, 0))[-3][0] == f"in {gib(2**40)} of host memory"
 
 
 @pytest.mark.usefixtures("plans_once")

@@ -31,7 +31,7 @@ from qlora_trainer.data.types import (
 NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
-COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
+COMPLETION_CUT = "the completion was cut at max_length: its end and the end-of-text token are not trained"
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
 
 

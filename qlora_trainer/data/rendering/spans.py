@@ -46,8 +46,8 @@ IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters:
 NO_BLOCK = "the chat template marks no text as generated in some of the turns to train: those turns are not trained"
 
 PROMPT_DIFFERS = (
-    "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
-    "it is trained after another prompt than it will be given"
+    "the chat template's generation prompt adds text, such as an opened reasoning block, that the last answer lacks: "
+    "training and generation use different prompts"
 )
 
 _Result = TypeVar("_Result")

@@ -101,7 +101,7 @@ def refuse_tied_embedding(model: Any) -> None:
     users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(users) > 1:
         raise ModelError(
-            f"model.embeddings is host, but {' and '.join(users)} are one weight in this model: the LM head needs "
+            f"model.embeddings is cpu, but {' and '.join(users)} are one weight in this model: the LM head needs "
             "it on the device, and nothing would be saved. Set model.lm_head=4bit (or 8bit) too, which gives the "
             "head a quantized weight of its own, or model.embeddings=device."
         )
