@@ -43,9 +43,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
-        return ", ".join(
-            f"{memory_efficient} of {count} {kind}" for kind, (memory_efficient, count) in kinds.items() if count
-        )
+        return ", ".join(f"{replaced} of {count} {kind}" for kind, (replaced, count) in kinds.items() if count)
 
 
 class GatedMLP:

@@ -1,4 +1,4 @@
-"""`qlora doctor` tells what is well and what is not, and never falls over what is broken."""
+"""`qlora doctor` reports what works and what does not, and survives broken packages."""
 
 import importlib.metadata
 import sys

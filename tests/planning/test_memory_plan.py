@@ -251,8 +251,8 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
     settings = load_config(CONFIGS / f"{size}gb.yaml")
     fewer, more = (plan_memory(ModelDirectory.open(llama_8b), settings, layers) for layers in (2, 3))
-    memory_efficient = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
-    whole = memory_efficient[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (memory_efficient[1] - memory_efficient[0])
+    without_slack = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
+    whole = without_slack[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (without_slack[1] - without_slack[0])
     assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
