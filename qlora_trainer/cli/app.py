@@ -23,6 +23,19 @@ from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_n
 from qlora_trainer.common.machine import is_wsl
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 
+
+def paragraphs(docstring: str | None) -> str:
+    """Join the lines of each paragraph, which the terminal's width breaks anew.
+
+    Args:
+        docstring: of a command.
+
+    Returns:
+        Its help text.
+    """
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (docstring or "").split("\n\n"))
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -41,7 +54,7 @@ for command in (  # in the order of --help; `_command` is added where the librar
     doctor,
     demo,
 ):
-    app.command(command.__name__.removesuffix("_command"))(command)
+    app.command(command.__name__.removesuffix("_command"), help=paragraphs(command.__doc__))(command)
 
 
 def main() -> None:

@@ -21,8 +21,6 @@ def doctor(
 
     With a run directory, check too that the run's base is unchanged, byte for byte. A run's start skips this while file
     sizes and times are unchanged.
-
-    The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
     """
     from dataclasses import asdict
 

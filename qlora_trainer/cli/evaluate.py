@@ -17,10 +17,7 @@ def evaluate(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match.
-
-    The JSON has eval_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
-    """
+    """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match."""
     from qlora_trainer.runs.trained import evaluate_trained, open_trained
 
     with ProgressBars() as progress:

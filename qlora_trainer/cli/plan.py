@@ -21,28 +21,23 @@ def plan(
     gpu_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the card (with model.device=cpu: of the host), such as 24GiB; what is here by default."
+            help="Memory of the GPU (with model.device=cpu: of the host), such as 24GiB; default: this machine's."
         ),
     ] = None,
     host_memory: Annotated[
-        str | None, typer.Option(help="Host memory for what is offloaded, such as 32GiB; what is free here by default.")
+        str | None, typer.Option(help="Host memory for offloaded tensors, such as 32GiB; default: what is free.")
     ] = None,
     search: Annotated[
         bool,
         typer.Option(
-            help="Find the longest rows and largest micro-batch that fit; that larger ones do not is an estimate."
+            help="Find the longest rows and the largest micro-batch that fit. That nothing larger fits is an estimate."
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the memory that a run needs, before it takes any, from its training step on tensors without data.
+    """Compute the memory that a run needs, by running its training step on tensors without data.
 
-    Computed for a GPU, or with model.device=cpu for host memory.
-
-    The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
-    total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
-    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (the
-    GPU that is planned for, and whether it was assumed), attention (how packed rows are attended to) and elsewhere.
+    It plans GPU memory; with model.device=cpu, host memory.
     """
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.units import parse_bytes

@@ -25,9 +25,7 @@ def quantize(
 ) -> None:
     """Write a model in 4 bits (NF4) that loads in seconds, here and in plain transformers with bitsandbytes.
 
-    It trains as the original does, and takes a third of its space. The JSON has output, weights (how many are in 4
-    bits), dense (how many tensors were copied as they were), bytes and source_bytes (of all tensors, written and
-    original), source_dtype (the dtype that the weights were quantized from), and warnings.
+    It trains as the original does, and takes a third of its space.
     """
     from qlora_trainer.common.atomic import refuse_existing
     from qlora_trainer.common.cache import user_cache
