@@ -58,12 +58,7 @@ for command in (  # in the order of --help; `_command` is added where the librar
 
 
 def main() -> None:
-    """Run the command line; an error that the user can fix becomes one message and exit code 2.
-
-    Raises:
-        MemoryError: one that does not mean that memory ran out, passed on.
-        RuntimeError: one of neither memory nor a CUDA that does not start, passed on.
-    """
+    """Run the command line; an error that the user can fix becomes one message and exit code 2."""
     _set_up_libraries()
     try:
         app()

@@ -31,7 +31,7 @@ def uses_expandable_segments() -> bool:
     """Return True if the environment asks this process's allocator for expandable segments.
 
     Returns:
-        Whether it does.
+        True if it does.
     """
     settings = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
     return "expandable_segments:true" in settings.replace(" ", "").lower()

@@ -42,7 +42,7 @@ class Budget:
             plan: of a run.
 
         Returns:
-            Whether it does.
+            True if it does.
         """
         return plan.total <= self.card and plan.host <= self.host
 

@@ -76,7 +76,6 @@ class Run:
 
         Raises:
             InsufficientMemoryError: torch's allocator failed for good after memory ran out.
-            RuntimeError: any other, passed on.
         """
         try:
             with deterministic_algorithms(self.config.training.deterministic):
@@ -165,10 +164,6 @@ class Run:
         Args:
             when: the answers' place in the report.
             progress: is called as answers are generated.
-
-        Raises:
-            MemoryError: one that does not mean that memory ran out, passed on.
-            RuntimeError: one that does not mean that memory ran out, passed on.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)

@@ -97,7 +97,7 @@ class Optimizer:
         """Return True if state is asked for that pages where the device can.
 
         Returns:
-            Whether it is.
+            True if it is.
         """
         return is_paged(self.optimizer)
 

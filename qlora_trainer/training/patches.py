@@ -125,7 +125,7 @@ def patch_model(model: nn.Module) -> PatchReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Have every replaced MLP take the tokens in parts.
+    """Make every replaced MLP take the tokens in parts.
 
     Args:
         model: patched.

@@ -124,7 +124,7 @@ def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) 
 
 
 def lower(state: TrainState, row_lengths: list[int]) -> bool:
-    """Let a micro-batch that failed need less from here on: half its tokens, or a policy with less memory.
+    """Lower the memory that later micro-batches need: half the tokens, or a policy that keeps less.
 
     Args:
         state: of the run.

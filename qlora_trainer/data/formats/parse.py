@@ -84,7 +84,7 @@ def _row(record: Mapping[str, Any], format: DataFormat, where: str) -> Row:
 
 
 class RecordReader:
-    """Reads the records of one source: all in one format, that of the first where none is named.
+    """Read the records of one source: all in one format, that of the first where none is named.
 
     `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read, and
     `warnings` the rows that are read in a way worth reporting.

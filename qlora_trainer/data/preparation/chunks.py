@@ -41,7 +41,7 @@ Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and s
 
 @dataclass
 class Chunk:
-    """What some rows became, in the order of the rows."""
+    """Hold what some rows became, in the order of the rows."""
 
     block: arrow.RecordBatch  # the examples
     rows: int = 0
@@ -55,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RenderedChunk:
-    """Records on their way to a Chunk: read as rows, and as text."""
+    """Hold records on their way to a Chunk: read as rows, and as text."""
 
     records: Records
     rows: Sequence[tuple[str, Row] | DataError]  # one a record: the row with its place, or why there is none
@@ -64,7 +64,7 @@ class RenderedChunk:
 
 
 class ChunkMaker:
-    """Makes chunks under one config: `render`, then `encode`, then `finish`.
+    """Make chunks under one config: `render`, then `encode`, then `finish`.
 
     A DataError says that the tokenizer cannot be used.
 

@@ -15,7 +15,7 @@ from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 
 @dataclass
 class SourceReport:
-    """What became of one source's rows. Rows read are those used, dropped and skipped.
+    """Report what became of one source's rows. Rows read are those used, dropped and skipped.
 
     `examples` are in both sets; `train` and `eval` say how many are where, and `epoch` how many training examples an
     epoch takes, which is more than `train` where the source is repeated.
@@ -37,7 +37,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class SetReport:
-    """One set in numbers; lengths in tokens."""
+    """Report one set in numbers; lengths in tokens."""
 
     examples: int
     tokens: int
@@ -49,7 +49,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """All that preparation has to report.
+    """Report what preparation did.
 
     `train_duplicates` counts examples that repeat an earlier one of training, `eval_duplicates` eval examples that
     training also has, token for token. `train_other_answers` and `eval_other_answers` count, of the rest, those whose

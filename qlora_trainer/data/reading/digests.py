@@ -12,14 +12,14 @@ from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_s
 
 @dataclass(frozen=True)
 class Content:
-    """What was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
+    """Hold what was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
 
     sha256: str
     lines: int
 
 
 class FileDigests:
-    """Digests of the files of one preparation.
+    """Digest the files of one preparation.
 
     Args:
         directory: remembers digests; made at need.

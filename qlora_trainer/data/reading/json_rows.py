@@ -99,7 +99,7 @@ def _is_jsonl(path: Path, encoding: str | None) -> bool:
 
 
 class RowDecoder:
-    """Decodes one JSON value at a time, and notes a key that is there twice in one object."""
+    """Decode one JSON value at a time, and note a key that is there twice in one object."""
 
     def __init__(self) -> None:
         self._repeated: list[str] = []
@@ -195,7 +195,7 @@ def _way_out(line: str) -> str:
 
 
 class _Window:
-    """The part of a long text that is in memory, with its place in the whole.
+    """Hold the part of a long text that is in memory, with its place in the whole.
 
     Args:
         path: the file.

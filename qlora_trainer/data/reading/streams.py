@@ -40,7 +40,7 @@ _OTHER_KINDS = {
 
 
 class Line(NamedTuple):
-    """One line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
+    """Hold one line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
 
     number: int  # from 1
     start: int | None  # bytes before it in the unpacked file; None where the encoding hides that
@@ -126,7 +126,7 @@ def _is_wide(encoding: str | None) -> bool:
 
 
 class _Unpacking(io.RawIOBase):
-    """What comes out of a compressed file; the error where that fails says how far it went.
+    """Read what comes out of a compressed file; the error where that fails says how far it went.
 
     Args:
         path: for errors.

@@ -23,7 +23,7 @@ REASONING, CONTENT, FIRST_CALL = 0, 1, 2  # parts of a turn that hold text; a ca
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What a template is given: plain JSON, not to be changed in place."""
+    """Hold what a template is given: plain JSON, not to be changed in place."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -70,7 +70,7 @@ def says_something(message: Message) -> bool:
         message: the turn.
 
     Returns:
-        Whether it has a call, or text or reasoning that is not blank.
+        True if it has a call, or text or reasoning that is not blank.
     """
     return bool(message.tool_calls or message.content.strip() or (message.reasoning or "").strip())
 

@@ -21,7 +21,7 @@ from qlora_trainer.common.errors import DataError
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer, which this module needs not import."""
+    """Name what is used of a transformers tokenizer, so that this module need not import it."""
 
     is_fast: bool
     backend_tokenizer: tokenizers.Tokenizer
@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text. `ordinary` text spells a control token and must not become one."""
+    """Hold a piece of text. `ordinary` text spells a control token and must not become one."""
 
     text: str
     trained: bool
@@ -53,14 +53,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens, and which of them are trained: [begin, end) of each unbroken run, in order."""
+    """Hold tokens, and which of them are trained: [begin, end) of each unbroken run, in order."""
 
     ids: list[int]
     trained: list[tuple[int, int]]
 
 
 class Encoder:
-    """Encodes text for one fast tokenizer.
+    """Encode text for one fast tokenizer.
 
     `bos_ids` is what the tokenizer itself puts before a text (nothing, for many); chat templates write it themselves.
 
@@ -146,7 +146,7 @@ class Encoder:
 
 
 class _EscapingTokenizer:
-    """The same tokenizer with its control tokens under secret names, so that their usual spelling is plain text.
+    """Wrap a tokenizer, with its control tokens under secret names, so that their usual spelling is plain text.
 
     The text is still encoded whole: splitting it at such places would change the tokens around them.
 

@@ -37,7 +37,7 @@ PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ##
 
 @dataclass(frozen=True)
 class Rendered:
-    """What became of one row: no example (then `dropped` says why), one, or for a long document several.
+    """Report what became of one row: no example (then `dropped` says why), one, or for a long document several.
 
     `rows` holds for each example what it shows, for display: the row, what was left of a conversation, or a document's
     part. `tokens` is the length of the row before anything was cut.
@@ -52,7 +52,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows for one tokenizer and one choice of what is trained.
+    """Render rows for one tokenizer and one choice of what is trained.
 
     Args:
         tokenizer: of transformers.

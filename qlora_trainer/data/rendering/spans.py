@@ -55,14 +55,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as text, in spans, with what should be reported about how its turns were found."""
+    """Hold a conversation as text, in spans, and warnings about how its turns were found."""
 
     spans: list[Span]
     warnings: tuple[str, ...] = ()
 
 
 class SpanFinder:
-    """Renders conversations by one template, and finds their turns.
+    """Render conversations by one template, and find their turns.
 
     Args:
         template: of the tokenizer.

@@ -108,7 +108,7 @@ def refuse_tied_embedding(model: Any) -> None:
 
 
 def host_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Go through the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
+    """Yield the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
 
     Args:
         model: any.

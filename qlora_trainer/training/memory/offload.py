@@ -72,7 +72,7 @@ class OffloadedInputs:
         last = None if self._last is None else self._last()
         if last is not None:
             last.release()
-        before = last if last is not None and last.gave(hidden) else None  # else a new forward pass has begun
+        before = last if last is not None and last.produced(hidden) else None  # else a new forward pass has begun
         kept = KeptInput(hidden, run, before, self.every)
         self._last = weakref.ref(kept)
         return kept
@@ -84,7 +84,7 @@ class KeptInput:
     Args:
         hidden: the input.
         run: the layer's forward.
-        before: the input of the layer whose output this is; None where it is none's.
+        before: the input of the layer whose output this is; None if it is no layer's output.
         every: one input of so many is on the host.
     """
 
@@ -99,14 +99,14 @@ class KeptInput:
         self._copy = HostCopy(hidden.detach()) if self.depth == 0 else None
         self._again: Tensor | None = None  # made again, until this layer's backward takes it
 
-    def gave(self, hidden: Tensor) -> bool:
+    def produced(self, hidden: Tensor) -> bool:
         """Return True if `hidden` is this layer's own output, untouched.
 
         Args:
             hidden: input of another layer.
 
         Returns:
-            Whether it is.
+            True if it is.
         """
         return self._output is not None and self._output() is hidden
 
