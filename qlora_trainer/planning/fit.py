@@ -256,6 +256,15 @@ def plan_as_lowered(
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
+    """Return the config with another length of rows, and the default micro-batches for it.
+
+    Args:
+        config: of the run.
+        max_length: of a row, in tokens.
+
+    Returns:
+        The config.
+    """
     return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
@@ -286,6 +295,15 @@ def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> Memor
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    """Return the config with another policy of what backward keeps.
+
+    Args:
+        config: of the run.
+        policy: instead of the config's.
+
+    Returns:
+        The config.
+    """
     return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 

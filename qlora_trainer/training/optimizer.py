@@ -58,6 +58,7 @@ class Optimizer:
         self.optimizer.step()
 
     def zero_grad(self) -> None:
+        """Zero all gradients in place."""
         for group in self.groups:
             group.zero_grad()
 

@@ -62,6 +62,14 @@ class GatedMLP:
         self.tiles = 1  # take the tokens in so many parts, or more
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Run the MLP, in tiles of tokens if `tiles` is more than 1.
+
+        Args:
+            x: input, (..., H).
+
+        Returns:
+            Output, (..., H).
+        """
         tokens = x.numel() // x.shape[-1]
         tile = tokens if self.tiles == 1 else _tile_tokens(tokens, self.tiles)
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)

@@ -33,13 +33,51 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     unk_token_id: int | None
 
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        """Encode text.
 
-    def decode(self, ids: list[int]) -> str: ...
+        Args:
+            text: one or several.
+            **options: of transformers.
 
-    def convert_tokens_to_ids(self, token: str) -> int: ...
+        Returns:
+            Lists of values, such as input_ids.
+        """
+        ...
 
-    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens.
+
+        Args:
+            ids: of the tokens.
+
+        Returns:
+            The text.
+        """
+        ...
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Look up a token.
+
+        Args:
+            token: its text.
+
+        Returns:
+            Its id; the unknown token's if there is none.
+        """
+        ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str:
+        """Choose the chat template.
+
+        Args:
+            chat_template: a name or a template; None: the tokenizer's own.
+            tools: of the conversation, for which a tokenizer may have another template.
+
+        Returns:
+            The template's text.
+        """
+        ...
 
 
 @dataclass(frozen=True)

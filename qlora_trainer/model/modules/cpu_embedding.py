@@ -51,12 +51,25 @@ class HostEmbedding(nn.Module):
         return self.embedding.get_parameter("weight")
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
+        """Look up rows in host memory, and copy them to the device.
+
+        Args:
+            input_ids: (B, T).
+
+        Returns:
+            Rows of the embedding, (B, T, H).
+        """
         found: Tensor = self.embedding(input_ids.to("cpu")).to(self.dtype)
         if self.device.type == "cuda":
             found = found.pin_memory()
         return found.to(self.device, non_blocking=True)
 
     def extra_repr(self) -> str:
+        """Describe the embedding, as `print(model)` shows it.
+
+        Returns:
+            The embedding and its place.
+        """
         return f"{self.embedding} on the host"
 
 

@@ -31,6 +31,17 @@ class RecomputedLayer:
         self.inputs = inputs
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; in training keep only its input, from which backward runs it again.
+
+        Args:
+            hidden: the layer's input.
+            *args: other arguments of the layer.
+            **kwargs: other arguments by name.
+
+        Returns:
+            The layer's output.
+        """
+
         def run(hidden: Tensor, *args: Any) -> Any:
             return type(self.layer).forward(self.layer, hidden, *args, **kwargs)
 
@@ -111,6 +122,11 @@ class KeptInput:
         return self._output is not None and self._output() is hidden
 
     def note_output(self, output: Any) -> None:
+        """Remember the layer's output, to recognize it as the next layer's input.
+
+        Args:
+            output: of the layer.
+        """
         self._output = weakref.ref(_first(output))
 
     def release(self) -> None:
@@ -130,6 +146,14 @@ class KeptInput:
         return self if tensor is self._input() else tensor
 
     def unpack(self, packed: "Tensor | KeptInput") -> Tensor:
+        """Give backward the layer's input again; called by autograd.
+
+        Args:
+            packed: what `pack` returned.
+
+        Returns:
+            The tensor that was saved.
+        """
         if isinstance(packed, Tensor):
             return packed
         hidden, self._again = self.value(), None
@@ -155,6 +179,11 @@ class KeptInput:
         return self._again
 
     def output_again(self) -> Tensor:
+        """Run the layer again for the input of the layer after it.
+
+        Returns:
+            The layer's output, without a graph.
+        """
         assert self._random is not None
         hidden = self.value()
         with torch.no_grad(), self._random.restored():
