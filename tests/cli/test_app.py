@@ -220,7 +220,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_a_message_and_leaves_the_last_checkpoint(
+def test_a_full_disk_ends_with_an_error_message_and_leaves_the_last_checkpoint(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_trainer.runs import checkpoint
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_message_and_leaves_the_last_checkpoint(
         RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
     ],
 )
-def test_running_out_of_memory_is_a_message(
+def test_running_out_of_memory_ends_with_an_error_message(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     from qlora_trainer.runs import run as training_run
@@ -268,7 +268,7 @@ def test_running_out_of_memory_is_a_message(
 
 
 @pytest.mark.slow
-def test_a_row_that_fits_no_memory_is_a_message(
+def test_a_row_that_fits_no_memory_ends_with_an_error_message(
     qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora_trainer.training import step
