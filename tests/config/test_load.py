@@ -137,7 +137,7 @@ def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_key_that_is_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"the key (adapter|rank) is there twice[^$]*c\.yaml\", line [34]"):
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) occurs twice[^$]*c\.yaml\", line [34]"):
         load_config(path)
 
 
