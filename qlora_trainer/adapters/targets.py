@@ -53,8 +53,8 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
                 else ""
             )
             raise AdapterError(
-                f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
-                f"There are: {', '.join(names)}.{reason}"
+                f"adapter.target_modules names {', '.join(unmatched)}, but no linear layer of this model has that "
+                f"name. There are: {', '.join(names)}.{reason}"
             )
         return [path for path in candidates if any(ends_in(path, name) for name in target_modules)]
     if target_modules == "all-linear":

@@ -131,7 +131,7 @@ def kernels(kind: str) -> Finding:
     parts = {
         "fast": found.get(FAST, []),
         "plain torch, which is the only version": found.get(ONLY_VERSION, []),
-        "plain torch in the place of a faster version": sorted(name for names in slower.values() for name in names),
+        "plain torch instead of a faster version": sorted(name for names in slower.values() for name in names),
     }
     detail = "; ".join(f"{part}: {', '.join(operations)}" for part, operations in parts.items() if operations)
     # The reason why an operation does not use its fast version says what to do.
@@ -191,7 +191,7 @@ def nf4(kind: str) -> Finding:
     if not torch.equal(found.packed.cpu(), codes):
         tested = f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}"
         advice = tested if kind == "cuda" else "Set QLORA_KERNELS=reference, and please report this."
-        return Finding(name, "problem", f"a weight on {kind} is quantized to other codes than it should be", advice)
+        return Finding(name, "problem", f"a weight on {kind} is quantized to wrong codes", advice)
     if warnings:
         return Finding(
             name,

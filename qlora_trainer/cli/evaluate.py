@@ -12,9 +12,7 @@ from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings,
 
 def evaluate(
     run_dir: RunDirectory,
-    answers: Annotated[
-        int, typer.Option(help="Also answer so many eval rows and count exact matches; -1 for all.")
-    ] = 0,
+    answers: Annotated[int, typer.Option(help="Also answer this many eval rows and count exact matches; -1: all.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match."""

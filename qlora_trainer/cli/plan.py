@@ -75,7 +75,7 @@ def plan(
         return
     print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
     if budget and search and longest is None:
-        console.print("No length of rows fits this card.")
+        console.print("No row length fits in this memory.")
 
 
 def describe(
@@ -101,10 +101,10 @@ def describe(
     rows = [
         (
             "planned",
-            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
+            f"a micro-batch of {plan.micro_batch_tokens:,} tokens, rows of up to {plan.max_length:,}",
         ),
         (
-            "backward",
+            "activation checkpointing",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
         *([("GPU", plan.card)] if plan.card else []),

@@ -19,7 +19,7 @@ def quantize(
     output: Annotated[Path, typer.Option(help="A new or empty directory for the 4-bit model.")],
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto takes CUDA where it is.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto: CUDA if there is a GPU.")
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -196,8 +196,8 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
             f"{_as_overrides(shorter.policy, config)}."
         )
     raise InsufficientMemoryError(
-        f"{found} No length of rows fits. Take a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
-        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save some."
+        f"{found} No row length fits. Choose a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
+        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save memory."
     )
 
 

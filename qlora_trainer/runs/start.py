@@ -105,7 +105,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     if refused:
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
-            f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
+            f"These settings differ from those of {found.path} and would make it a different run:\n{changes}\n"
             f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)

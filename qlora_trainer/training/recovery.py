@@ -170,7 +170,7 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
     return (
         f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
         "which the run keeps. Its steps train on the same rows; only last bits differ (and dropout's masks, where "
-        "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
+        "there is dropout). To change that, resume with another training.micro_batch_tokens or "
         "training.activation_checkpointing."
     )
 

@@ -74,7 +74,7 @@ def test_which_attention_a_card_takes_is_reported_and_why_no_better_one(
 def test_a_missing_compiler_is_a_note_that_says_what_to_install() -> None:
     finding = doctor_packages.kernels("cpu")
     assert finding.status == "note"
-    assert "plain torch in the place of a faster version: dequantize_nf4, quantize_nf4" in finding.detail
+    assert "plain torch instead of a faster version: dequantize_nf4, quantize_nf4" in finding.detail
     assert finding.advice.startswith("there is no")
     assert "install g++" in finding.advice
 

@@ -79,7 +79,7 @@ def test_what_has_no_patched_form_is_counted_and_left_alone(
 
 def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:
     summary = dict(summarize(start_run(tiny_config())))
-    assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["backward"]
+    assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["activation checkpointing"]
 
 
 def test_a_run_says_which_attention_and_kernels_it_takes(
