@@ -92,7 +92,7 @@ def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))
     finding = doctor_packages.nf4("cpu")
     assert finding.status == "problem"
-    assert "other codes" in finding.detail
+    assert "wrong codes" in finding.detail
 
 
 def test_untested_version_is_a_note_and_a_missing_package_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
