@@ -159,10 +159,10 @@ class Encoder:
                 ids, offsets, is_stable = self._boundaries.keep(text, encoding, _prompt_ends(texts[index]))
                 runs = trained_runs(texts[index], ids, offsets, self._control_ids)
                 results[index] = Encoded(list(ids), runs, is_stable)
-        for index, text in enumerate(texts):
+        for index, spans in enumerate(texts):
             if index not in results:
                 try:
-                    results[index] = self._escaping_tokenizer(text).encode(text)
+                    results[index] = self._escaping_tokenizer(spans).encode(spans)
                 except DataError as error:
                     results[index] = error
         return [results[index] for index in range(len(texts))]
@@ -227,7 +227,7 @@ class _EscapingTokenizer:
             own_ids[token["content"]] = token["id"]
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
-        self.boundaries = Boundaries(self.backend, frozenset(self.ids))
+        self.boundaries = Boundaries(self.backend, frozenset(id for id in self.ids if id is not None))
         self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 
