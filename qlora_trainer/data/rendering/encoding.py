@@ -227,7 +227,7 @@ class _EscapingTokenizer:
             own_ids[token["content"]] = token["id"]
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
-        self.boundaries = Boundaries(self.backend, frozenset(id for id in self.ids if id is not None))
+        self.boundaries = Boundaries(self.backend, frozenset(known for known in self.ids if known is not None))
         self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 
