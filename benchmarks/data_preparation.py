@@ -1,4 +1,4 @@
-"""Speed and memory of preparing rows: ours next to `datasets.map` with the same tokenizer and chat template.
+"""Compare the speed and memory of preparing rows: ours with `datasets.map` with the same tokenizer and chat template.
 
     python -m benchmarks.data prepare MODEL ROWS [--rows N ...] [--processes N] [--without NAME ...]
 
@@ -56,7 +56,7 @@ class Result:
 def ours(job: Job) -> Callable[[], int]:
     from qlora_trainer.config.data_schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
-    from qlora_trainer.model.source import load_tokenizer
+    from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.weights.model_directory import ModelDirectory
 
     tokenizer = load_tokenizer(ModelDirectory.open(Path(job.model)))

@@ -8,6 +8,8 @@ with a traceback and exit code 1.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"  # of what git leaves in place of a file that git-lfs keeps
+
 
 class QLoRATrainerError(Exception):
     """Report something the user can fix: the message says what was found, where, and what to do."""
@@ -154,8 +156,6 @@ def memory_errors(what: str, advice: str = "") -> Iterator[None]:
 
     Raises:
         InsufficientMemoryError: memory ran out.
-        MemoryError: one of our own, as it was raised in the block.
-        RuntimeError: another one, as it was raised in the block.
     """
     try:
         yield

@@ -15,18 +15,13 @@ from typing import Any
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 
-def compile_chat_template(source: str) -> Any:
-    """Compile a chat template as transformers does.
-
-    Text that is no template raises jinja2.TemplateSyntaxError.
-
-    Args:
-        source: the template's text.
+def chat_template_environment() -> Any:
+    """Make the Jinja environment that transformers compiles chat templates in, a new one at each call.
 
     Returns:
-        The Jinja template, with a method `render`.
+        The environment, with a method `from_string`.
     """
-    return _compile_jinja_template(source)
+    return _compile_jinja_template.__wrapped__("").environment
 
 
 def render_with_answer_spans(
@@ -35,7 +30,7 @@ def render_with_answer_spans(
     """Render a conversation, and find what the template itself marks with {% generation %}.
 
     Args:
-        template: as `compile_chat_template` gives it.
+        template: of `chat_template_environment`.
         messages: of the conversation.
         tools: that the conversation offers.
         variables: what else the template reads, by name.
@@ -44,6 +39,22 @@ def render_with_answer_spans(
         The text, and (start, end) of each marked part, in characters.
     """
     return _render_with_assistant_indices(template, messages, tools, None, False, **variables)
+
+
+def tokenizer_class(name: str | None, model_type: str) -> type | None:
+    """Find the class that transformers makes a tokenizer of.
+
+    Args:
+        name: that tokenizer_config.json has for it; None where it has none.
+        model_type: of the model, whose class is taken where the name is unknown.
+
+    Returns:
+        The class; None where there is none.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    names = [each for each in (name, TOKENIZER_MAPPING_NAMES.get(model_type)) if isinstance(each, str)]
+    return next((found for each in names if (found := tokenizer_class_from_name(each)) is not None), None)
 
 
 def attention_name(config: Any) -> str:
@@ -59,7 +70,7 @@ def attention_name(config: Any) -> str:
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Have a model use another attention of the registry, without transformers' checks of the name.
+    """Make a model use another attention of the registry, without transformers' checks of the name.
 
     Args:
         config: of the model.
@@ -70,7 +81,7 @@ def set_attention_name(config: Any, name: str) -> None:
 
 @contextmanager
 def masks_as_for_real_tensors() -> Iterator[None]:
-    """Have transformers take fake tensors for real ones in the block.
+    """Make transformers treat fake tensors as real ones in the block.
 
     It takes a fake tensor for one that is traced, whose position ids it must not read, and so builds a mask of tokens x
     tokens that a real row of one document never gets.

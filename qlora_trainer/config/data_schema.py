@@ -5,9 +5,18 @@ Left out: all other sections (schema.py), and reading what the keys name (data/p
 
 import codecs
 import datetime
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
 
@@ -26,6 +35,14 @@ def _encoding_is_known(value: str | None) -> str | None:
 
 
 Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
+Scalar = bool | int | float | str
+RenderedText = Literal["auto", "turns", "text"]
+RoleName = Literal["system", "user", "assistant", "tool"]
+
+
+def _types(annotation: Any) -> set[Any]:
+    """Return the types that an annotation names, those in unions and lists too."""
+    return {annotation}.union(*(_types(part) for part in get_args(annotation)))
 
 
 class Section(BaseModel):
@@ -33,20 +50,40 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse for a number what Pydantic would turn into one: true, false, and digits after a zero."""
+        taken = _types(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and taken & {int, float} and bool not in taken:
+            raise ValueError("should be a number; YAML reads yes, no, on and off as true and false")
+        if isinstance(value, str) and int in taken and re.fullmatch(r"\s*[-+]?0\d+\s*", value):
+            raise ValueError(f"should be a number in plain digits, such as {int(value)}")
+        return value
+
 
 class SourceFile(Section):
     """Name a file or hub data set, and say how to read it."""
 
     path: str = Field(
-        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
+        description="A file (.jsonl, .json, .csv, .tsv, .txt, also .gz, .bz2, .xz, .zst; .parquet, .arrow, .xlsx), a "
+        "folder, .zip or .tar of such files of one kind, a pattern such as rows/*.jsonl, or a hub data set's name."
     )
     format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
     columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
     template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    ignore: list[str] = Field([], description="As data.ignore, for this source.")
+    keep: dict[str, Scalar | list[Scalar]] = Field({}, description="As data.keep, for this source.")
+    roles: dict[str, RoleName] = Field({}, description="As data.roles, for this source.")
+    rendered: RenderedText | None = Field(None, description="As data.rendered, for this source.")
     header: list[str] = Field([], description="As data.header, for this source.")
     encoding: Encoding = Field(None, description="As data.encoding, for this source.")
-    split: str = Field("train", description="Which split of a hub data set; a file has none.")
-    subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
+    rows: str | None = Field(None, description="As data.rows, for this source.")
+    split: str = Field("train", description="Which split of a hub data set, or of a saved one; a file has none.")
+    subset: str | None = Field(
+        None,
+        description="Which subset (configuration) of a hub data set that has several, or which sheet of a workbook.",
+    )
 
 
 class Source(SourceFile):
@@ -56,65 +93,97 @@ class Source(SourceFile):
         None,
         ge=1e-9,
         le=1e9,
-        description="Its share of an epoch's rows, relative to the other weights. The source that is scarcest for its "
-        "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
+        description="Its share of an epoch's rows, relative to the other sources' weights. No row is repeated: the "
+        "source that runs out first ends the epoch; of the others, each epoch takes different rows.",
     )
     count: int | None = Field(
         None,
         ge=1,
-        description="So many of its rows an epoch: repeated where it has fewer, other rows each epoch where it has "
-        "more. null: all of them.",
+        description="How many of its rows an epoch takes. Rows are repeated if it has fewer; if it has more, each "
+        "epoch takes different ones. null: all of them.",
     )
 
     @model_validator(mode="after")
     def _weight_or_count(self) -> "Source":
         if self.weight is not None and self.count is not None:
-            raise ValueError("has a weight and a count; a source is mixed by one of them")
+            raise ValueError("has a weight and a count; give it only one of them")
         return self
 
 
 class DataConfig(Section):
     """Configure the rows and which of their tokens are trained."""
 
-    train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
-    eval: float | str | SourceFile = Field(
-        0.05,
-        description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
-        "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
+    train: str | list[Source] = Field(
+        description="A file, folder, archive or pattern, or a hub data set's name; or a list of these, or of sources."
     )
-    format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    eval: float | str | SourceFile | list[SourceFile] = Field(
+        0.05,
+        description="Share of an epoch's rows to keep out of training for evaluation (0: none), taken from each source "
+        "in proportion; or a file of eval rows; or a source of them, {path, …}; or a list of these.",
+    )
+    format: DataFormat = Field(
+        "auto", description="How to read the rows of a source without a format; auto: by columns."
+    )
     columns: dict[str, str] = Field(
         {},
-        description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
-        "path ending in ? may be absent. Here and in the three below, what a source says itself comes first.",
+        description="Where to find each column: {column: path}, such as {prompt: query, completion: answers.0.text}; a "
+        "path that ends in ? may be absent. A source's own columns, template, header and encoding come first.",
     )
     template: dict[str, str] = Field(
         {},
-        description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
+        description="Columns made from several fields: {column: text with {path} in it}; write {{ and }} for braces.",
+    )
+    ignore: list[str] = Field(
+        [],
+        description="Columns, and keys of turns such as messages[].mask, that are left out on purpose. A column whose "
+        "name has a meaning to other formats or trainers (label, score, weight, system, …) stops the run if it is "
+        "neither read nor named here.",
+    )
+    keep: dict[str, Scalar | list[Scalar]] = Field(
+        {},
+        description="Which rows are kept: {column: value}, or {column: [values]}, such as {label: true}; the others "
+        "are counted as dropped.",
+    )
+    roles: dict[str, RoleName] = Field(
+        {}, description="Who speaks, where turns name it otherwise than is known: such as {Chatbot: assistant}."
+    )
+    rendered: RenderedText = Field(
+        "auto",
+        description="What is done with text or prompt and completion that is a conversation already written by a chat "
+        "template. auto: read it back into turns where the model's template writes exactly this text, stop otherwise; "
+        "turns: read it into turns all the same; text: train on it as plain text.",
     )
     header: list[str] = Field(
-        [], description="The columns' names of CSV and TSV files that have no line of them, in order."
+        [], description="Names of the columns, in order, for CSV, TSV and Excel files without a header line."
     )
     encoding: Encoding = Field(
-        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. Nothing is guessed."
+        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. It is never guessed."
     )
-    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
+    rows: str | None = Field(
+        None,
+        description="Where the rows of JSON files are that have them inside an object: keys with dots between them, "
+        "such as data.examples; * is each item of a list, or each value of an object.",
+    )
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also limited by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate",
-        description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
-        "completion its end; what would lose all that is trained is dropped. Plain text is split into rows of "
-        "max_length instead.",
+        description="What to do with a longer row. truncate: cut whole turns from the end of a conversation, or the "
+        "end of a completion, and drop the row if nothing to train is left; drop: leave it out; error: stop. Plain "
+        "text is split into rows of max_length under all three.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
-        "directory's skipped_rows.jsonl.",
+        description="What to do with a row that cannot be read or rendered. error: stop; skip: leave it out, count it, "
+        "and list it in skipped_rows.jsonl of the run directory.",
+    )
+    max_skipped: float = Field(
+        0.1, ge=0.0, le=1.0, description="Largest share of a source's rows that may be skipped; more stop the run."
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
     train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
         "assistant",
         description="Which tokens carry loss: all assistant turns, the last one, all turns of a list of roles such as "
-        "[assistant, tool], or every token. What a message says of itself (weight, train, learn) comes first.",
+        "[assistant, tool], or every token. A message's own weight, train or learn comes first.",
     )
     template_date: datetime.date | None = Field(
         None,
@@ -129,6 +198,14 @@ class DataConfig(Section):
             raise ValueError("is an empty list; use assistant, last, all, or a list of roles such as [assistant, tool]")
         return value
 
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _names_are_sources(cls, value: object) -> object:
+        """Read a plain name in a list as a source."""
+        if not isinstance(value, list):
+            return value
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+
     @field_validator("eval", mode="before")
     @classmethod
     def _number_is_a_share(cls, value: object) -> object:
@@ -140,7 +217,9 @@ class DataConfig(Section):
 
     @field_validator("eval")
     @classmethod
-    def _eval_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
+    def _eval_is_a_share_or_path(
+        cls, value: float | str | SourceFile | list[SourceFile]
+    ) -> float | str | SourceFile | list[SourceFile]:
         if isinstance(value, float) and not 0.0 <= value < 1.0:
             raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
         return value

@@ -26,7 +26,7 @@ _REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, 
 
 @dataclass(frozen=True)
 class CheckPrompt:
-    """A prompt with its tokens by our evaluate, and as plain transformers is asked it."""
+    """Hold a prompt with its tokens by our evaluate, and as plain transformers is asked it."""
 
     where: str
     tokens: list[int]
@@ -34,11 +34,12 @@ class CheckPrompt:
     expected: list[int]  # tokens of the row's own answer, to guess the model's by
 
 
-def choose_prompts(renderer: Renderer, examples: ExampleSet) -> tuple[list[CheckPrompt], int]:
+def choose_prompts(renderer: Renderer, plain: Any, examples: ExampleSet) -> tuple[list[CheckPrompt], int]:
     """Choose the shortest of the first rows that have a prompt.
 
     Args:
         renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
         examples: eval rows, or training's where there are none.
 
     Returns:
@@ -55,7 +56,7 @@ def choose_prompts(renderer: Renderer, examples: ExampleSet) -> tuple[list[Check
             left_out += 1
             continue
         tokens = examples[index].input_ids
-        made = make_prompt(renderer, prompt, examples.where(index))
+        made = make_prompt(renderer, plain, prompt, examples.where(index))
         start = len(made.tokens)
         expected = tokens[start:] if tokens[:start] == made.tokens else []
         found.append(CheckPrompt(made.where, made.tokens, made.asked, expected))
@@ -63,11 +64,14 @@ def choose_prompts(renderer: Renderer, examples: ExampleSet) -> tuple[list[Check
     return found[:CHECKED_PROMPTS], left_out
 
 
-def fallback_prompts(renderer: Renderer, texts: Sequence[str], has_conversations: bool) -> list[CheckPrompt]:
+def fallback_prompts(
+    renderer: Renderer, plain: Any, texts: Sequence[str], has_conversations: bool
+) -> list[CheckPrompt]:
     """Make prompts where the run's rows cannot be read.
 
     Args:
         renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
         texts: questions, or beginnings of texts.
         has_conversations: the run was trained to answer in turns.
 
@@ -75,18 +79,19 @@ def fallback_prompts(renderer: Renderer, texts: Sequence[str], has_conversations
         The prompts.
     """
     prompts: list[Prompt] = [Conversation((Message("user", text),)) if has_conversations else text for text in texts]
-    return [make_prompt(renderer, prompt, f"sentence {number}") for number, prompt in enumerate(prompts, 1)]
+    return [make_prompt(renderer, plain, prompt, f"sentence {number}") for number, prompt in enumerate(prompts, 1)]
 
 
-def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
+def make_prompt(renderer: Renderer, plain: Any, prompt: Prompt, where: str) -> CheckPrompt:
     """Render a prompt as evaluate does, and write it as plain transformers is asked.
 
     Templates want the arguments of calls as objects or as text, ids of calls or none, reasoning apart, the date under
-    one name or another. The form that gives the tokens of evaluate is taken, with the tokenizer as it was in training.
+    one name or another. The form is taken that gives the tokens of evaluate by the base's own files in transformers.
     Where none does, the base itself is asked otherwise by a server, which no merge can mend: then the tokens are given.
 
     Args:
         renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
         prompt: text or turns.
         where: file and line.
 
@@ -102,13 +107,13 @@ def make_prompt(renderer: Renderer, prompt: Prompt, where: str) -> CheckPrompt:
             {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables}
             for dialogue, variables in itertools.product(_dialogues(prompt, where), _dates(renderer.template_date))
         ]
-    same = next((form for form in forms if _rendered(renderer, form) == tokens), {"ids": tokens})
+    same = next((form for form in forms if plain and _rendered(plain, form) == tokens), {"ids": tokens})
     return CheckPrompt(where, tokens, same, [])
 
 
-def _rendered(renderer: Renderer, form: dict[str, Any]) -> list[int] | None:
+def _rendered(plain: Any, form: dict[str, Any]) -> list[int] | None:
     try:
-        return render(renderer.tokenizer, form)
+        return render(plain, form)
     except _REFUSALS:
         return None
 

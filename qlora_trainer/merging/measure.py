@@ -1,4 +1,4 @@
-"""Measure what is merged: a run's logits on sample rows and its eval loss, on either base, in fp32.
+"""Measure base + adapter for a merge: logits on sample rows and eval loss, on both bases, in fp32.
 
 No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
 there are few passes, of many tokens. What is kept of a model's logits is what its LM head takes. So memory is that of
@@ -46,6 +46,7 @@ from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_sta
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.activation_range import ActivationRange, watched_activations
 from qlora_trainer.model.modules.experts import has_experts
+from qlora_trainer.model.tokenizer import plain_tokenizer
 from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
 from qlora_trainer.runs.turns import taught_turns
@@ -69,7 +70,7 @@ ON_CPU = "The GPU has too little memory for measuring in fp32, so the merge ran 
 
 @dataclasses.dataclass
 class MergeRun:
-    """A trained adapter, and the plan of its merge."""
+    """Hold a trained adapter, and the plan of its merge."""
 
     trained: TrainedAdapter
     model: str  # what the base is called
@@ -87,7 +88,7 @@ class MergeRun:
 
 @dataclasses.dataclass(frozen=True)
 class SampleRows:
-    """What models are measured on."""
+    """Hold what models are measured on."""
 
     rows: list[list[int]]  # tokens to compare logits on
     eval: ExampleSet | None
@@ -99,7 +100,7 @@ class SampleRows:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's logits at every token of the sample rows, its eval loss, and the range of its activations on both."""
+    """Hold a model's logits at every token of the sample rows, its eval loss, and its activations' range on both."""
 
     logits: Logits
     loss: float | None
@@ -239,13 +240,13 @@ def _sample(run: MergeRun, progress: Progress) -> SampleRows:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
         had_turns = (run.trained.directory / "adapter" / CHAT_TEMPLATE).is_file()  # as training found
         stops = _take_turns(run, renderer, had_turns)
-        prompts = fallback_prompts(renderer, FALLBACK_SAMPLES, had_turns)
+        prompts = fallback_prompts(renderer, plain_tokenizer(run.base), FALLBACK_SAMPLES, had_turns)
         rows = [run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
         return SampleRows(rows, None, forward, prompts, 0, stops)
     run.warnings += reported
     stops = _take_turns(run, renderer, prepared.train.has_conversations())
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
-    prompts, left_out = choose_prompts(renderer, examples)
+    prompts, left_out = choose_prompts(renderer, plain_tokenizer(run.base), examples)
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):
         run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from qlora_trainer.merging.trained_weights import (
     trained_weights,
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.load import config_corrections
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
@@ -43,7 +44,7 @@ _ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+?)\.(?:(?P<factor>lora
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What was trained, and on what."""
+    """Hold what was trained, and on what."""
 
     base: ModelDirectory  # the checkpoint to merge from
     fingerprint: BaseFingerprint  # of the base as trained
@@ -75,7 +76,7 @@ class MergeInputs:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of one tensor of the source checkpoint."""
+    """Hold what becomes of one tensor of the source checkpoint."""
 
     source: TensorInfo
     output: TensorSpec
@@ -88,13 +89,14 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that a merge will do, but for which of the two bases it folds into; made once, by `plan_merge`."""
+    """Hold all that a merge will do, but for which of the two bases it folds into; made once, by `plan_merge`."""
 
     inputs: MergeInputs
     output: Path
     dtype: torch.dtype  # of the merged weights
     tensors: list[TensorPlan]  # in the order of the source checkpoint
     copied: list[Path]  # files of the base that go along as they are
+    config_corrections: Mapping[str, Any]  # keys of config.json that the weights contradict, and what is written
     has_original: bool  # the checkpoint holds the weights as they were before they were quantized
     changed: Mapping[str, str] = field(default_factory=dict)  # text of files in place of the base's, by name
     changes: tuple[str, ...] = ()  # a sentence on each of these
@@ -177,7 +179,7 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
     needed = sum(plan.output.nbytes for plan in tensors) + sum(path.stat().st_size for path in copied)
     refuse_full_disk(output, needed, "The merged model")
     has_original = not (base.quant_states or base.facts.is_prequantized)
-    return MergePlan(inputs, output, dtype, tensors, copied, has_original)
+    return MergePlan(inputs, output, dtype, tensors, copied, config_corrections(base), has_original)
 
 
 def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:

@@ -45,7 +45,8 @@ from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.fingerprint import config_identity
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.model.modules.activation_range import ActivationRange
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.trained import read_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
@@ -55,7 +56,7 @@ Wanted = Literal["auto", "dequantized", "original"]
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """What a merge did, and what was measured on the way."""
+    """Report what a merge did, and what was measured on the way."""
 
     report: MergeReport
     choice: BaseChoice
@@ -154,7 +155,11 @@ def _merge_run(
         run.warnings.append(f"The merged model is in bfloat16, as no --dtype was named. {too_narrow}")
         run.plan = run.plan.with_dtype(torch.bfloat16)
         report = write()
-    return Deployment(report, choice, difference, run.warnings)
+    corrected = [
+        f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
+        for key, value in run.plan.config_corrections.items()
+    ]
+    return Deployment(report, choice, difference, [*run.warnings, *corrected])
 
 
 def refuse_out_of_range(seen: ActivationRange, dtype: torch.dtype) -> None:

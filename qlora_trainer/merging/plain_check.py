@@ -29,7 +29,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         not_finite: the first place with a value that is not finite, or None.
     """
     directory = job["directory"]
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    given = all("ids" in prompt for prompt in job["prompts"])
+    tokenizer = None if given else AutoTokenizer.from_pretrained(directory)
     prompts = [render(tokenizer, prompt) for prompt in job["prompts"]]
     if not job["with_weights"]:
         return {"prompts": prompts, "stops": stops_of(read_generation(directory)), "answers": None, "not_finite": None}

@@ -45,7 +45,7 @@ PROCESS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class PlainCheckInputs:
-    """What a merged directory is held to."""
+    """Hold what a merged directory is compared with."""
 
     prompts: Sequence[CheckPrompt]
     stops: Sequence[int]  # tokens that end an answer, rising

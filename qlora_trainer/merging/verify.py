@@ -42,7 +42,7 @@ _MOST_OFF = 1e-4  # relative, of logits made of hidden states next to the model'
 
 @dataclass(frozen=True)
 class PlainAgreement:
-    """How plain transformers answered eval prompts: all as base + adapter, but for ties."""
+    """Report how plain transformers answered eval prompts: all as base + adapter, but for ties."""
 
     prompts: int
     tokens: int  # of the answers
@@ -69,7 +69,7 @@ class PlainAgreement:
 
 @dataclass(frozen=True)
 class Verification:
-    """A comparison that passed: what rounding costs, what the merged model differs by, and what is left beyond it."""
+    """Hold a comparison that passed: what rounding costs, how the merged model differs, and what is beyond rounding."""
 
     rows: int
     difference: LogitDifference  # of the merged model from base + adapter
@@ -81,7 +81,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which base `auto` took, and the eval losses it saw."""
+    """Report which base `auto` took, and the eval losses it saw."""
 
     base: Literal["dequantized", "original"]
     eval_loss: dict[str, float]

@@ -20,6 +20,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.tokenizer import own_token_ids
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.turn_files import base_stop_ids
@@ -100,6 +101,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
         vocab_size=model.facts.vocabulary,
+        own_ids=lambda: own_token_ids(model),
         progress=progress,
     )
 
@@ -142,8 +144,8 @@ def read_base_record(directory: Path) -> BaseRecord | None:
         return BaseRecord(base, step, str(content["run"]), str(content["data"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it; "
-            "without it the adapter is taken as it is, for whatever base."
+            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it. "
+            "If you delete it, the adapter loads without any check of the base."
         ) from error
 
 

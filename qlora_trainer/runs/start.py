@@ -26,7 +26,8 @@ from qlora_trainer.model.device import choose_device, kernel_warnings, missing_c
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
@@ -34,6 +35,7 @@ from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
+from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
 from qlora_trainer.training.determinism import set_up_cublas
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
@@ -105,7 +107,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     if refused:
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
-            f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
+            f"These settings differ from those of {found.path} and would make it a different run:\n{changes}\n"
             f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
@@ -126,8 +128,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
         run.warnings.append(
-            f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
-            f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
+            f"The run continues with activation checkpointing {run.state.policy}, as in its checkpoint, although "
+            f"{run.plan.policy} would fit. To change it, set training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(
             model, config, run.base.device, run.state.policy, run.state.loader.micro_batch_tokens
@@ -164,16 +166,17 @@ def _assemble(
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
+    warnings += untrained_token_warnings(base, renderer.tokenizer, prepared.train)
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         warnings.append(
-            f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
+            f"PEFT mistakes this model's adapters on {', '.join(names)} for adapters on experts and will not load "
             "them. Use the merged model there, or leave these layers out: adapter.target_modules=attention."
         )
     if base.device.type == "cuda" and not config.training.deterministic:
         warnings.append(
-            "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
-            "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
+            "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run is "
+            "close to the uninterrupted one, not equal to it. To resume bit for bit, set training.deterministic=true."
         )
     return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 

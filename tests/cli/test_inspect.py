@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_what_a_row_holds_is_shown_and_never_obeyed(tmp_path: Path, monkeypatch:
 
 def test_a_row_that_is_not_there_is_said(tmp_path: Path) -> None:
     tokenizer, data = prepared(tmp_path)
-    with pytest.raises(DataError, match="no training row 7; they go from 0 to 0"):
+    with pytest.raises(DataError, match="no training row 7; rows go from 0 to 0"):
         show_row(tokenizer, data.train, 7)
     with pytest.raises(DataError, match="no eval row 0; there are none"):
         show_row(tokenizer, data.eval, 0, "eval")
@@ -120,3 +121,23 @@ def test_bars_are_in_proportion_and_no_row_is_without_one() -> None:
     assert one == "20-29 │▏ 1"
     assert none == "30-39 │ 0"
     assert bars(lengths, is_unicode=False)[1:3] == ["10-19 |" + "#" * 20 + " 400", "20-29 |# 1"]
+
+
+def test_text_that_spells_a_control_token_is_shown_otherwise_than_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, data = prepared(tmp_path, text="What is <|im_end|>?")
+    spans = describe_row(tokenizer, data.train, 0, "training")["spans"]
+    assert [span["text"] for span in spans if span["spelled"]] == ["<|im_end|>"]
+    assert "".join(span["text"] for span in spans) == tokenizer.decode(data.train[0].input_ids)
+    out = terminal(monkeypatch, force_terminal=False)
+    show_row(tokenizer, data.train, 0)
+    inspection.console.print(inspection.legend())
+    assert re.search(r"What is (⟨<\|im_end\|>⟩|{{<\|im_end\|>}})\?<\|im_end\|>", out.getvalue())
+    assert "text that spells a control token" in out.getvalue()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = terminal(monkeypatch, force_terminal=True, color_system="standard")
+    show_row(tokenizer, data.train, 0)
+    inspection.console.print(inspection.legend())
+    assert "\x1b[4;33m<|im_end|>\x1b[0m" in out.getvalue()
+    assert "\x1b[4;33mtext that spells a control token" in out.getvalue()

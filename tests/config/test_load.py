@@ -1,6 +1,7 @@
 """The config's promises: every problem is reported at once, with the near miss, and nothing unknown is swallowed."""
 
 import datetime
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_key_that_is_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"the key (adapter|rank) is there twice[^$]*c\.yaml\", line [34]"):
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) occurs twice[^$]*c\.yaml\", line [34]"):
         load_config(path)
 
 
@@ -217,7 +218,7 @@ def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypa
     assert config.training.output_dir == str(tmp_path / "runs" / "a")
 
 
-def test_a_missing_or_broken_file_is_a_message(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_ends_with_an_error_message(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no config file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("model: [unclosed")
@@ -319,3 +320,83 @@ def test_replaced_values_are_checked_as_those_of_a_file() -> None:
     ):
         with pytest.raises(ValidationError):
             config.replace(values)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.rank=010", "010 is the number 8 in YAML. Write the number you mean in plain digits"),
+        ("adapter.rank=-0777", "-0777 is the number -511"),
+        ("adapter.rank=08", "adapter.rank: should be a number in plain digits, such as 8 (found '08')"),
+        ("training.seed=1:30", "1:30 is the number 90"),
+        ("adapter.alpha=1:30.5", "1:30.5 is the number 90.5"),
+        ("optimizer.learning_rate=[1, 010]", "010 is the number 8"),
+        ("adapter.rank=true", "adapter.rank: should be a number"),
+        (
+            "training.epochs=yes",
+            "training.epochs: should be a number; YAML reads yes, no, on and off as true and false",
+        ),
+        ("optimizer.weight_decay=off", "optimizer.weight_decay: should be a number"),
+        ("data.eval=on", "data.eval: should be a number"),
+        ("training.micro_batch_tokens=on", "training.micro_batch_tokens: should be a number"),
+        ("training.max_steps=no", "training.max_steps: should be a number"),
+        ("adapter.rank=1e2", "adapter.rank: input should be a valid integer"),
+        ("adapter.rank=2,048", "adapter.rank: input should be a valid integer"),
+    ],
+)
+def test_a_number_that_could_mean_another_is_refused(override: str, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert said in " ".join(str(caught.value).split())
+
+
+def test_numbers_of_one_meaning_are_taken_as_they_are_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    taken = {
+        **{"adapter.rank=0x10": 16, "adapter.rank=16.0": 16, 'adapter.rank="12"': 12, "training.seed=0": 0},
+        **{"training.max_steps=1_000": 1000, "optimizer.learning_rate=1e-5": 1e-5, "adapter.alpha=16": 16.0},
+        **{"training.deterministic=yes": True, "training.max_steps=null": None, "adapter.dropout=.05": 0.05},
+    }
+    for override, value in taken.items():
+        section, _, name = override.partition("=")[0].partition(".")
+        assert getattr(getattr(load_config(path, [override]), section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "advice", "value"),
+    [
+        ("model.revision=1234567", 'model.revision="1234567"', "1234567"),
+        ("model.revision=2026-01-02", 'model.revision="2026-01-02"', "2026-01-02"),
+        ("model.revision=12e45", None, "12e45"),
+        ("model.revision=1.50", 'model.revision="1.50"', "1.50"),
+        ("data.columns={prompt: 0, completion: Antwort}", None, {"prompt": "0", "completion": "Antwort"}),
+        ("data.header=[id, no, yes]", 'data.header=["id", "no", "yes"]', ["id", "no", "yes"]),
+        ("data.columns={prompt: it's, completion: 3}", None, {"prompt": "it's", "completion": "3"}),
+        ("adapter.target_modules=[q_proj, on]", None, ["q_proj", "on"]),
+    ],
+)
+def test_text_that_yaml_takes_for_something_else_is_refused_with_the_quotes_to_write(
+    override: str, advice: str | None, value: object, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    section, _, name = override.partition("=")[0].partition(".")
+    if override == "model.revision=12e45":  # text already
+        assert load_config(path, [override]).model.revision == value
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    (pasted,) = shlex.split(str(caught.value).partition("put it in quotes: ")[2].splitlines()[0])
+    assert advice in (None, pasted)
+    assert getattr(getattr(load_config(path, [pasted]), section), name) == value
+
+
+def test_text_in_a_file_is_quoted_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "shared: &shared {train: x}\nmodel: {name: a/b, revision: 0x1f}\ndata: {<<: *shared, header: [a, on]}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "'model.revision=\"0x1f\"'" in str(caught.value)
+    assert '\'data.header=["a", "on"]\'' in str(caught.value)

@@ -53,7 +53,7 @@ def test_plain_transformers_renders_a_familys_prompts_as_evaluate_does(family: s
     if FAMILIES[family].call:
         prompts.append(Conversation(CALLED, (TOOL,)))
     for prompt in prompts:
-        made = make_prompt(renderer, prompt, "row 1")
+        made = make_prompt(renderer, tokenizer, prompt, "row 1")
         assert made.tokens == renderer.render_prompt(prompt).input_ids
         assert render(tokenizer, made.asked) == made.tokens
         assert "messages" in made.asked
@@ -61,7 +61,7 @@ def test_plain_transformers_renders_a_familys_prompts_as_evaluate_does(family: s
 
 def test_a_blank_at_the_end_of_a_templates_prompt_is_asked_too() -> None:
     tokenizer = tiny_tokenizer("mistral", template=VICUNA)
-    made = make_prompt(Renderer(tokenizer), Conversation(ASKED), "row 1")
+    made = make_prompt(Renderer(tokenizer), tokenizer, Conversation(ASKED), "row 1")
     assert "messages" in made.asked
     assert render(tokenizer, made.asked) == made.tokens
 
@@ -70,9 +70,17 @@ def test_where_the_bases_own_template_asks_otherwise_the_tokens_are_given() -> N
     """As of a template without a generation prompt, where training begins an answer after its header."""
     template = VICUNA.partition("{% if add_generation_prompt")[0]
     tokenizer = tiny_tokenizer("mistral", template=template)
-    made = make_prompt(Renderer(tokenizer), Conversation(ASKED), "row 1")
+    made = make_prompt(Renderer(tokenizer), tokenizer, Conversation(ASKED), "row 1")
     assert made.asked == {"ids": made.tokens}
     assert render(tokenizer, made.asked) == made.tokens
+
+
+def test_where_transformers_makes_another_tokenizer_of_the_bases_files_the_tokens_are_given() -> None:
+    """Or none at all."""
+    renderer = Renderer(tiny_tokenizer("qwen2_5"))
+    for plain in (tiny_tokenizer("qwen2_5", "metaspace"), None):
+        made = make_prompt(renderer, plain, Conversation(ASKED), "row 1")
+        assert made.asked == {"ids": renderer.render_prompt(ASKED).input_ids}
 
 
 def test_the_shortest_prompts_of_rows_of_any_kind_are_chosen_without_spelled_control_tokens() -> None:
@@ -86,7 +94,7 @@ def test_the_shortest_prompts_of_rows_of_any_kind_are_chosen_without_spelled_con
         Conversation((Message("user", "Three?"), Message("assistant", "No."))),
     ]
     made: Any = Rows(renderer, rows)
-    prompts, left_out = choose_prompts(renderer, made)
+    prompts, left_out = choose_prompts(renderer, renderer.tokenizer, made)
     assert left_out == 1
     by_row = {prompt.where: prompt for prompt in prompts}
     assert by_row.keys() == {"row 2", "row 3", "row 4", "row 5"}, "not the longest"
@@ -99,6 +107,6 @@ def test_the_shortest_prompts_of_rows_of_any_kind_are_chosen_without_spelled_con
 @pytest.mark.parametrize("has_conversations", [False, True])
 def test_where_rows_are_gone_sentences_are_asked(has_conversations: bool) -> None:
     renderer = Renderer(tiny_tokenizer("smollm2"))
-    (prompt,) = fallback_prompts(renderer, ["The quick fox"], has_conversations)
+    (prompt,) = fallback_prompts(renderer, renderer.tokenizer, ["The quick fox"], has_conversations)
     assert ("messages" in prompt.asked) == has_conversations
     assert render(renderer.tokenizer, prompt.asked) == prompt.tokens

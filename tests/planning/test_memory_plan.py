@@ -251,8 +251,8 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
     settings = load_config(CONFIGS / f"{size}gb.yaml")
     fewer, more = (plan_memory(ModelDirectory.open(llama_8b), settings, layers) for layers in (2, 3))
-    memory_efficient = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
-    whole = memory_efficient[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (memory_efficient[1] - memory_efficient[0])
+    without_slack = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
+    whole = without_slack[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (without_slack[1] - without_slack[0])
     assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
@@ -373,7 +373,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
     )
     with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(**rows), Budget(tiled.total - 1, host))
-    with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
+    with pytest.raises(InsufficientMemoryError, match="No row length fits"):
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
 
 
@@ -468,7 +468,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
-    assert describe(plan, Budget(2**40, 0))[-3][0] == f"with {gib(2**40)} of memory"
+    assert describe(plan, Budget(2**40, 0))[-3][0] == f"in {gib(2**40)} of host memory"
 
 
 @pytest.mark.usefixtures("plans_once")

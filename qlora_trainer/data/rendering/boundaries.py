@@ -18,7 +18,7 @@ _MOST_KNOWN = 4096
 
 
 class Tokens(NamedTuple):
-    """Tokens of a text, with the characters that each covers."""
+    """Hold tokens of a text, with the characters that each covers."""
 
     ids: Sequence[int]
     offsets: Sequence[tuple[int, int]]
@@ -65,7 +65,7 @@ class Boundaries:
         if self._is_stable(text, encoding, offsets, ends[-1]):
             return Tokens(encoding.ids, offsets, are_stable)
         parts = self._apart(text, encoding.ids, ends[-1])
-        return parts._replace(is_stable=are_stable) if parts else Tokens(encoding.ids, offsets, is_stable=False)
+        return Tokens(parts.ids, parts.offsets, are_stable) if parts else Tokens(encoding.ids, offsets, is_stable=False)
 
     def _is_stable(
         self, text: str, encoding: tokenizers.Encoding, offsets: Sequence[tuple[int, int]], end: int

@@ -7,13 +7,13 @@ is dropped, and all of it is reported to the caller, who counts. Left out: paddi
 """
 
 import datetime
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, first_line
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
+from qlora_trainer.data.rendering.pieces import cut_evenly
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
 from qlora_trainer.data.rendering.targets import Prompt, TrainOn, chosen_turns
 from qlora_trainer.data.rendering.templates import ChatTemplate
@@ -31,17 +31,14 @@ from qlora_trainer.data.types import (
 NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
-COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
-PROMPT_TOKENS_DIFFER = (
-    "the tokenizer joins the end of a prompt with its answer: an answer is trained after other tokens than its prompt "
-    "has when it is given alone"
-)
+COMPLETION_CUT = "the completion was cut at max_length: its end and the end-of-text token are not trained"
+PROMPT_TOKENS_DIFFER = "the tokenizer joins a prompt's end with its answer, which follows other tokens in generation"
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What became of one row: no example (then `dropped` says why), one, or for a long document several.
+    """Report what became of one row: no example (then `dropped` says why), one, or for a long document several.
 
     `rows` holds for each example what it shows, for display: the row, what was left of a conversation, or a document's
     part. `tokens` is the length of the row before anything was cut.
@@ -56,7 +53,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows for one tokenizer and one choice of what is trained.
+    """Render rows for one tokenizer and one choice of what is trained.
 
     Args:
         tokenizer: of transformers.
@@ -228,8 +225,8 @@ class Renderer:
         if self.tokenizer.chat_template is not None:
             try:
                 source = self.tokenizer.get_chat_template(tools=[] if tools else None)
-            except ValueError as error:
-                raise DataError(f"The tokenizer's chat template cannot be chosen: {error}") from error
+            except Exception as error:  # transformers', of whatever kind
+                raise DataError(f"The tokenizer's chat template cannot be chosen: {first_line(error)}") from error
         if source not in self._finders:
             template = ChatTemplate(self.tokenizer, source, self.encoder.control_pattern, self._date)
             self._finders[source] = SpanFinder(template)
@@ -340,11 +337,9 @@ class Renderer:
         return self.encoder.bos_ids if template.is_plain else []
 
     def _windows(self, text: str, ids: list[int]) -> Rendered:
-        """Cut a document into parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
         if not text.strip():
             return Rendered([], [], dropped=NOTHING_TRAINED, tokens=len(ids))
-        count = -(-len(ids) // self.max_length)
-        bounds = [len(ids) * part // count for part in range(count + 1)]
-        parts = [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
-        rows: list[Row] = [Document(text)] if count == 1 else [Document(self.tokenizer.decode(part)) for part in parts]
+        parts = cut_evenly(ids, self.max_length)
+        texts = [text] if len(parts) == 1 else [self.tokenizer.decode(part) for part in parts]
+        rows: list[Row] = [Document(part) for part in texts]
         return Rendered([Example(part, list(part)) for part in parts], rows, tokens=len(ids))

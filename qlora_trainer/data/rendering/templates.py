@@ -8,15 +8,16 @@ rows, its resumption and its answers all say the same day. Left out: where in a 
 
 import datetime
 import re
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
 
-from qlora_trainer.common.errors import DataError
-from qlora_trainer.common.transformers_internals import compile_chat_template, render_with_answer_spans
+from qlora_trainer.common.errors import DataError, first_line
+from qlora_trainer.common.transformers_internals import chat_template_environment, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
+from qlora_trainer.data.rendering.limits import TemplateLimitError, limit_operations, limited
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
 PLAIN_TEMPLATE = """\
@@ -32,7 +33,6 @@ PLAIN_TEMPLATE = """\
 """
 
 Blocks = list[tuple[int, int]]  # (start, end) in characters
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _MARKER = "Qm0Q"
 _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "lookup", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}
@@ -41,7 +41,7 @@ _DATES = (datetime.date(1999, 12, 31), datetime.date(2011, 3, 5))
 
 
 class ChatTemplate:
-    """A chat template of one tokenizer.
+    """Render by the chat template of one tokenizer.
 
     `header` is what the generation prompt adds before an answer ("" where a template has none of it), `end_of_turn` the
     control token after an answer, or None; `ends` are those that end a turn of any kind.
@@ -70,9 +70,12 @@ class ChatTemplate:
         self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
         self._variables = dict(tokenizer.special_tokens_map)
         try:
-            self._program = compile_chat_template(PLAIN_TEMPLATE if source is None else source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"The model's chat template cannot be read: {error}.") from error
+            self._program = _compiled(PLAIN_TEMPLATE if source is None else source)
+        except Exception as error:  # a template is a program of others: whatever it raises is its fault
+            raise DataError(
+                f"The model's chat template (chat_template.jinja, or chat_template in tokenizer_config.json) cannot be "
+                f"read: {_said(error)}."
+            ) from error
         self.written_date = self._fix_date(date)
         self._has_blocks = False
         self._probe()
@@ -93,7 +96,7 @@ class ChatTemplate:
         """
         try:
             return self._run(dialogue, generation, self._variables)
-        except _REFUSALS as error:
+        except Exception as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
     def text_and_blocks(self, dialogue: Dialogue, where: str) -> tuple[str, Blocks]:
@@ -112,8 +115,9 @@ class ChatTemplate:
         if not self._has_blocks:
             return self.text(dialogue, where), []
         try:
-            return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
-        except _REFUSALS as error:
+            with limited():
+                return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
+        except Exception as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
     @cached_property
@@ -150,20 +154,23 @@ class ChatTemplate:
         return [(text or "").count(str(answer["content"])) for text in texts] == [1, 2]
 
     def _run(self, dialogue: Dialogue, generation: bool, variables: dict[str, Any]) -> str:
-        return self._program.render(
-            messages=dialogue.messages,
-            tools=dialogue.tools,
-            documents=None,
-            add_generation_prompt=generation,
-            **variables,
-        )
+        with limited():
+            return self._program.render(
+                messages=dialogue.messages,
+                tools=dialogue.tools,
+                documents=None,
+                add_generation_prompt=generation,
+                **variables,
+            )
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
     ) -> str | None:
         try:
             return self._run(Dialogue(messages, tools), False, {**self._variables, **variables})
-        except _REFUSALS:
+        except TemplateLimitError as error:
+            raise DataError(f"The model's chat template cannot be used: tried on a few turns, {error}.") from error
+        except Exception:
             return None
 
     def _fix_date(self, date: datetime.date | None) -> datetime.date | None:
@@ -252,10 +259,26 @@ class ChatTemplate:
                     return
 
 
+@lru_cache
+def _compiled(source: str) -> Any:
+    """Compile a template as transformers does, but for operations that would fill the memory."""
+    environment = chat_template_environment()
+    limit_operations(environment)
+    return environment.from_string(source)
+
+
 def _refusal(dialogue: Dialogue, error: Exception, where: str) -> str:
     roles = ", ".join(message["role"] for message in dialogue.messages)
     is_of_system = "system" in roles and "system" in f"{error}".lower()
     hint = " Put the system text into the first user turn." if is_of_system else ""
+    if not isinstance(error, jinja2.TemplateError):
+        hint = " Mend it: chat_template.jinja in the model's directory, or chat_template in tokenizer_config.json."
     return (
-        f"{where}: the model's chat template cannot render a conversation of the roles {roles}. It says: {error}.{hint}"
+        f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
+        f"It says: {_said(error)}.{hint}"
     )
+
+
+def _said(error: Exception) -> str:
+    """Return what a template itself says where it raises an error, else the error with its kind."""
+    return str(error) if isinstance(error, jinja2.TemplateError) else first_line(error)

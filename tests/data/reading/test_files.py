@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 
 from qlora_trainer.common.errors import DataError, FileMissingError
-from qlora_trainer.data.reading.files import open_source, read_records
+from qlora_trainer.data.reading.files import open_source
 
 
 def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
@@ -20,7 +20,7 @@ def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
 
 
 def records(path: Path, **how: Any) -> list[Any]:
-    return [record for _, record in read_records(path, **how)]
+    return [record for _, record in open_source(str(path), **how).records()]
 
 
 A, B = {"text": "a"}, {"text": "b"}
@@ -81,9 +81,9 @@ def test_lines_end_at_newlines_only(tmp_path):
         ("x.json", " \n", r"holds no rows"),
         ("x.json", "[]", r"holds no rows"),
         ("x.txt", "\n", r"holds no rows"),
-        ("x.xlsx", "hi", r"no kind that can be read. Known endings: .jsonl, .*each but .parquet also with .gz"),
+        ("x.rows", "hi", r"no kind that can be read. Known endings: .jsonl, .*those of text also with .gz"),
         ("x.gz", b"\x1f\x8b\x08\x00", r"no kind that can be read"),
-        ("x.parquet.gz", b"\x1f\x8b\x08\x00", r"unpack it; Parquet compresses its own columns"),
+        ("x.parquet.gz", b"\x1f\x8b\x08\x00", r"unpack it; files of this kind compress their own content"),
     ],
 )
 def test_a_file_that_holds_nothing_or_is_of_no_kind_is_refused(tmp_path, name, content, words):
@@ -124,12 +124,6 @@ def test_a_pipe_and_a_file_that_cannot_be_opened_are_reported(tmp_path, monkeypa
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"y.jsonl cannot be opened: Permission denied"):
         open_source(str(path))
-
-
-def test_a_directory_is_refused_with_what_is_in_it(tmp_path):
-    write(tmp_path, "train.jsonl", "{}")
-    with pytest.raises(DataError, match=r"is a directory; name a file in it: train.jsonl"):
-        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +181,7 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
         "load_dataset",
         lambda _, *args, **how: original(str(tmp_path), *args, **how, cache_dir=tmp_path / "c"),
     )
-    with pytest.raises(DataError, match=r"some/rows has no split dev; it has train, test. Name one: split"):
+    with pytest.raises(DataError, match=r"some/rows has no split dev; it has train, test. Name one: .*split: train"):
         open_source("some/rows", "dev")
     write(
         tmp_path,
@@ -196,7 +190,7 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
         "- config_name: other\n  data_files: test.jsonl\n---\n",
     )
     for subset in (None, "man"):
-        with pytest.raises(DataError, match=r"some/rows has the subsets main, other. Name one: subset"):
+        with pytest.raises(DataError, match=r"some/rows has the subsets main, other. Name one: .*subset: main"):
             open_source("some/rows", subset=subset)
 
 

@@ -194,7 +194,7 @@ def test_a_prequantized_weight_whose_tables_do_not_fit_is_refused_by_name(damage
         weight_from_checkpoint(stored.pop(""), stored, "a.weight")
 
 
-def test_a_model_that_reads_a_4_bit_layers_weight_is_reported_so() -> None:
+def test_a_model_that_reads_a_4_bit_layers_weight_is_refused() -> None:
     """As the fused path of a Mamba does: the error message comes in whatever forward is the first."""
     layer = NF4Linear(quantize_weight(torch.ones(96, 64)), None)
     assert not hasattr(layer, "weight")
@@ -276,7 +276,9 @@ def cut_short(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
-def test_an_unreadable_model_directory_is_a_message(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
+def test_an_unreadable_model_directory_ends_with_an_error_message(
+    tmp_path: Path, damage: Callable[[Path], Path]
+) -> None:
     directory = damage(make_model_directory(tmp_path / "m"))
     for opener in (load, lambda path: load_dense_model(ModelDirectory.open(path), CPU)):
         with pytest.raises(ModelError) as caught:
@@ -284,7 +286,7 @@ def test_an_unreadable_model_directory_is_a_message(tmp_path: Path, damage: Call
         assert str(directory) in str(caught.value)
 
 
-def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
+def test_each_kind_of_path_without_a_base_model_gets_its_own_message(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no model at"):
         resolve_model(str(tmp_path / "nowhere"), None, tmp_path)
     (tmp_path / "empty").mkdir()
@@ -296,7 +298,9 @@ def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "adapter"), None, tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_fetched_ends_with_an_error_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -311,7 +315,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_a_message(tmp_path: Path, monkeypa
         resolve_model("owner/model", None, tmp_path)
 
 
-def test_a_download_that_breaks_off_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_ends_with_an_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -337,7 +341,9 @@ def test_a_hub_cache_that_cannot_be_written_is_named_with_what_moves_it(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/dev/null/hub")
-    with pytest.raises(DiskError, match=r"^/dev/null/hub cannot be written: Not a directory\. Set HF_HOME to a folder"):
+    with pytest.raises(
+        DiskError, match=r"^/dev/null/hub cannot be written: Not a directory\. Set HF_HOME to a writable folder"
+    ):
         resolve_model("owner/model", None, tmp_path)
 
 
