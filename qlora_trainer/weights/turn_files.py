@@ -17,6 +17,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
 
 
@@ -65,6 +66,12 @@ def turn_files(directory: ModelDirectory, taught: TaughtTurns) -> tuple[dict[str
         )
     if taught.is_new_template:
         files |= _template_files(taught)
+        settings = directory.path / TOKENIZER_CONFIG
+        found = read_json_object(settings) if settings.is_file() else {}
+        if "chat_template" in found:  # empty, and llama.cpp would take it before the file
+            del found["chat_template"]
+            files[TOKENIZER_CONFIG] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+            changes.append(f"{TOKENIZER_CONFIG}: without its empty chat_template, which some programs take first")
         changes.append(f"{CHAT_TEMPLATE}: the plain format of the rows, as the base has no template")
     return files, [*changes, *([taught.not_written] if taught.not_written else [])]
 
@@ -84,7 +91,7 @@ def write_turn_files(directory: ModelDirectory, taught: TaughtTurns, work: Path)
     if values := _generation(directory):
         files[GENERATION_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     changed, changes = turn_files(directory, taught)
-    files |= changed
+    files |= {name: text for name, text in changed.items() if name != TOKENIZER_CONFIG}  # it has no tokenizer
     for name, text in files.items():
         (work / name).parent.mkdir(exist_ok=True)
         write_text(work / name, text)

@@ -83,6 +83,7 @@ def test_where_no_dtype_was_named_it_is_written_in_bfloat16_with_a_warning(
     assert done.report.verification.plain.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_weight_beyond_float16_is_written_in_bfloat16_too_where_none_was_named(
     tiny_config: Config, tmp_path: Path
 ) -> None:

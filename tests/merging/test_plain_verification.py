@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from marks import slow_but
 from spying import noting
 from tiny_models import make_model_directory
 from tiny_tokenizers import tiny_tokenizer
@@ -59,12 +61,12 @@ def pairs_file(path: Path) -> str:
     return str(path)
 
 
-def trained(folder: Path, steps: int) -> Path:
+def trained(folder: Path, steps: int, make_base: Callable[[Path], Path] = chatml_base) -> Path:
     """Train a run in a folder, with its base, rows and cache; return the run directory."""
     rows = pairs_file(folder / "pairs.jsonl")
     config = make_config(
         {
-            "model": {"name": str(chatml_base(folder / "base")), "device": "cpu"},
+            "model": {"name": str(make_base(folder / "base")), "device": "cpu"},
             "adapter": {"rank": 16},
             "data": {"train": rows, "eval": rows, "max_length": 128},
             "optimizer": {"learning_rate": 1e-2, "schedule": "constant"},
@@ -121,9 +123,43 @@ def test_a_fresh_process_renders_answers_and_stops_as_evaluate(run_dir: Path, tm
     assert "4 answers are those of base + adapter" in str(found)
     assert len(done.report.changes) == 1
     assert "<|im_end|>" in done.report.changes[0]
+    check_what_others_read(tmp_path / "merged", [397, 399])
     for path in (run_dir.parent / "base").iterdir():
         if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
             assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def base_without_template(directory: Path) -> Path:
+    """A base whose tokenizer begins texts with a token, and has no chat template."""
+    make_model_directory(directory)
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    tiny_tokenizer("llama3", adds_bos=True, template="").save_pretrained(directory)
+    rewrite(directory, "tokenizer_config.json", lambda content: content.update(chat_template=None))
+    return directory
+
+
+def check_what_others_read(directory: Path, stops: list[int]) -> None:
+    """By the rules of llama.cpp's converter and of vLLM: ids below the embedding's rows, a template, a list of stops."""
+    rows = json.loads((directory / "config.json").read_text())["vocab_size"]
+    added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+    assert all(token["id"] < rows for token in added)
+    vocabulary = gguf.SpecialVocab(directory)
+    assert vocabulary.chat_template == AutoTokenizer.from_pretrained(directory).chat_template
+    assert vocabulary.special_token_ids["eos"] in stops
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == stops
+    assert all(stop < rows for stop in stops)
+
+
+def test_the_plain_format_that_was_taught_is_in_the_merged_model(tmp_path: Path) -> None:
+    done = merge_run(trained(tmp_path, 1, base_without_template), tmp_path / "merged", base="dequantized")
+    assert agreement(done).prompts == 4
+    changed = [change.partition(":")[0] for change in done.report.changes]
+    assert changed == ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    asked = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    assert text == "<|begin_of_text|>### Instruction:\nHi\n\n### Response:\n"
+    check_what_others_read(tmp_path / "merged", [2, tokenizer.eos_token_id])
 
 
 def rewrite(directory: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
@@ -163,7 +199,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
     return install
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(FAULTS, "stops", "template"))
 def test_a_directory_that_asks_or_stops_otherwise_is_refused_and_the_row_named(
     fault: str, run_dir: Path, tmp_path: Path, spoil: Spoil
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from merge_runs import LLAMA, Run, make_base, merge_to, train
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, make_model_directory
@@ -117,8 +118,8 @@ def test_the_bound_is_a_share_of_what_rounding_costs_and_more_for_experts() -> N
     assert kl_bound(costs(kl=1e-8), is_routed=True) == 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "qwen2"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", slow_but(["llama_tied", "gpt2", "qwen2"], "gpt2", "qwen2"))
+@pytest.mark.parametrize("dtype", slow_but([torch.float16, torch.bfloat16], torch.float16))
 def test_rounded_weights_of_a_streamed_model_are_the_merged_ones_and_come_back(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

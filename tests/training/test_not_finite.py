@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from tiny_models import make_model_beyond_float16
 
 from qlora_trainer.common.errors import TrainingError
@@ -23,7 +24,7 @@ def quiet(record: dict[str, Any]) -> None:
     """A display that shows nothing."""
 
 
-@pytest.mark.parametrize("where", ["MLP", "hidden"])
+@pytest.mark.parametrize("where", slow_but(["MLP", "hidden"], "MLP"))
 def test_a_first_loss_that_is_not_finite_ends_a_float16_run_and_the_advice_works(
     where: str, tiny_config: Config, tmp_path: Path
 ) -> None:
@@ -48,7 +49,7 @@ def test_a_first_loss_that_is_not_finite_ends_a_float16_run_and_the_advice_works
         assert math.isfinite(losses[0]["loss"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32", "float16"], "float16"))
 def test_later_losses_that_are_not_finite_end_the_run_after_a_few_skipped_steps(
     dtype: str, tiny_config: Config
 ) -> None:
