@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from spying import noting, unchanged
+from spying import Operations, noting, unchanged
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from qlora_kernels.dropout import draw_seed, keep_mask
 from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 
@@ -526,17 +526,9 @@ def test_few_tokens_without_gradients_take_the_operation_for_them(
     """Which a GPU runs in one pass over the four bits; here it is the same product to the last bit."""
     monkeypatch.setenv("QLORA_KERNELS", "reference")
 
-    class Seen(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     x = normal(tokens, 45).requires_grad_(is_training)
     bias = normal(7, seed=5)
-    Seen.names.clear()
-    with torch.set_grad_enabled(is_training), Seen():
+    with torch.set_grad_enabled(is_training), Operations() as seen:
         output = nf4_linear(x, weight, bias)
-    assert ("qlora_kernels::nf4_matmul_few" in Seen.names) == is_fused
+    assert ("qlora_kernels::nf4_matmul_few" in seen.names) == is_fused
     assert torch.equal(output, F.linear(x, dequantize_nf4(weight, x.dtype), bias))
