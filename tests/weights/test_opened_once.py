@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, make_model_directory
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.load import load_dense_model
-from qlora_trainer.model.source import load_tokenizer
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.weights import model_directory
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -117,16 +116,6 @@ def test_what_is_no_model_directory_is_refused_when_it_is_opened(tmp_path: Path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="it is an adapter"):
         ModelDirectory.open(tmp_path)
-
-
-def test_a_tokenizer_is_the_one_that_transformers_loads(tiny_models: Callable[[str], Path]) -> None:
-    for family in ("llama", "gpt2", "gemma3"):
-        ours = load_tokenizer(ModelDirectory.open(tiny_models(family)))
-        theirs = AutoTokenizer.from_pretrained(tiny_models(family))
-        assert type(ours) is type(theirs)
-        text = "Hello, wörld!\n  x+1 🙂"
-        assert ours(text).input_ids == theirs(text).input_ids
-        assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
