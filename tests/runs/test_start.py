@@ -15,11 +15,10 @@ import pytest
 import torch
 import yaml
 from marks import slow_but
-from safetensors.torch import load_file
 from spying import opened_files
 from tiny_models import scale_tensor
+from tiny_runs import edit_config, final_adapter, no_load, quiet
 from tiny_tokenizers import tiny_tokenizer
-from torch import Tensor
 
 from qlora_kernels.registry import implementations
 from qlora_trainer.adapters.peft_format import read_adapter
@@ -41,26 +40,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 Config = Callable[..., RunConfig]
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
-
-
-def edit_config(directory: Path, section: str, **fields: Any) -> None:
-    """Change a run's config.yaml by hand."""
-    path = directory / "config.yaml"
-    raw = yaml.safe_load(path.read_text())
-    raw[section] |= fields
-    path.write_text(yaml.safe_dump(raw))
-
-
-def final_adapter(directory: Path) -> dict[str, Tensor]:
-    return load_file(directory / "adapter" / "adapter_model.safetensors")
-
-
-def no_load(*args: object, **kwargs: object) -> None:
-    raise AssertionError("the base was loaded, though the mistake could be seen before")
 
 
 @pytest.fixture

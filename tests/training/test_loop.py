@@ -12,6 +12,7 @@ import pytest
 import torch
 from marks import slow_but
 from safetensors.torch import load_file
+from tiny_runs import quiet
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError, TrainingError
@@ -23,10 +24,6 @@ from qlora_trainer.training.loop import stop_requests
 from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 def gradient_of_one_step(config: RunConfig) -> tuple[float, Tensor]:
