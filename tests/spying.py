@@ -61,6 +61,6 @@ def _install_hook() -> None:
 
 
 def _note_open(event: str, args: tuple[Any, ...]) -> None:
-    if event == "open" and isinstance(args[0], str | bytes):
+    if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
         for paths in _listening:
             paths.append(os.fsdecode(args[0]))
