@@ -1,4 +1,4 @@
-"""Note what a function is called with, and call it; which operations torch runs, and which files Python opens."""
+"""Note what a function is called with, what operations torch runs and what they make, and which files Python opens."""
 
 import functools
 import os
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from qlora_kernels.torch_internals import OpOverload, TorchDispatchMode
 
@@ -41,6 +43,20 @@ class Operations(TorchDispatchMode):
     @property
     def names(self) -> list[str]:
         return [operation.name() for operation in self.seen]
+
+
+class TensorSizes(TorchDispatchMode):
+    """List the number of elements of every tensor that an operation makes in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        self.sizes += [output.numel() for output in outputs if isinstance(output, Tensor)]
+        return result
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_tensors import normal
 from spying import Operations
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,10 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from qlora_kernels.rotary import rotary_workspace_bytes, rotate, rotate_torch
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.training.rotary import patch_rotary
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def heads(dtype: torch.dtype) -> Tensor:
