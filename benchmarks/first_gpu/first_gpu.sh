@@ -174,7 +174,7 @@ fi
 pytests tests-kernels 150 40 8 tests/kernels/test_operations.py tests/kernels/test_triton_kernels.py tests/kernels/test_varlen_attention.py \
   tests/kernels/test_varlen_attention_on_cards.py \
   tests/model/test_fingerprint.py tests/weights/test_nf4.py tests/weights/test_stream.py \
-  tests/training/memory/test_activations.py tests/runs/test_checkpoint.py tests/training/test_optimizer.py
+  tests/training/memory/test_activations.py tests/training/test_rng.py tests/training/test_optimizer.py
 
 if [ -n "$MAKING" ]; then
   wait "$MAKING"
