@@ -1,7 +1,7 @@
 """What only a GPU can show of a whole run: its plan, its paging, its resuming, its numbers. `make test-gpu` runs all.
 
 Operations and kernels are compared with their references in test_operations.py and test_triton_kernels.py, memory that
-runs out is provoked in test_recovery.py, and copies to host memory in test_activations.py.
+runs out is provoked in test_recovery_from_real_failures.py, and copies to host memory in test_activations.py.
 """
 
 import gc
