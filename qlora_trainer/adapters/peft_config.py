@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -76,7 +77,7 @@ class AdapterFileConfig(BaseModel):
         Returns:
             R.
         """
-        return next((r for end, r in self.rank_pattern.items() if f".{path}".endswith(f".{end}")), self.r)
+        return next((r for end, r in self.rank_pattern.items() if ends_in(path, end)), self.r)
 
     @model_validator(mode="after")
     def _one_scaling_holds_for_all(self) -> Self:

@@ -9,6 +9,7 @@ import re
 
 from torch import nn
 
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_linear
@@ -39,23 +40,23 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
         )
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     if isinstance(target_modules, list):
-        if unmatched := [name for name in target_modules if not any(_ends_in(path, name) for path in candidates)]:
+        if unmatched := [name for name in target_modules if not any(ends_in(path, name) for path in candidates)]:
             embedding = getattr(model, "get_input_embeddings", lambda: None)()
             excluded = [
                 path for path, m in model.named_modules() if m in (head, embedding) or isinstance(m, nn.Embedding)
             ]
             reason = (
                 " Embeddings and the LM head are not adapted: they may share one weight, and merging would change both."
-                if any(_ends_in(path, name) for path in excluded for name in unmatched)
+                if any(ends_in(path, name) for path in excluded for name in unmatched)
                 else " Experts are not adapted."
-                if any(_ends_in(path, name) for path in linear for name in unmatched)
+                if any(ends_in(path, name) for path in linear for name in unmatched)
                 else ""
             )
             raise AdapterError(
                 f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
                 f"There are: {', '.join(names)}.{reason}"
             )
-        return [path for path in candidates if any(_ends_in(path, name) for name in target_modules)]
+        return [path for path in candidates if any(ends_in(path, name) for name in target_modules)]
     if target_modules == "all-linear":
         return candidates
     if target_modules in ("attention", "mlp"):
@@ -71,10 +72,6 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
             f"{candidates[0]}, and their names are: {', '.join(names)}.{hint}"
         )
     return found
-
-
-def _ends_in(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
 
 
 def _part(model: nn.Module, path: str) -> str | None:

@@ -16,10 +16,9 @@ from qlora_trainer.common.units import gibibytes
 from qlora_trainer.model.device import as_only_card, card_name, missing_card, unusable, way_to_cpu
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
-GIB = 2**30
-SMALL_HOST_BYTES = 8 * GIB
-SMALL_GPU_BYTES = 6 * GIB
-SMALL_DISK_BYTES = 20 * GIB
+SMALL_HOST_BYTES = 8 * 2**30
+SMALL_GPU_BYTES = 6 * 2**30
+SMALL_DISK_BYTES = 20 * 2**30
 FIRST_WITH_TENSOR_CORES = (7, 0)
 BROKEN_CARD = (
     "nvidia-smi shows whether another program holds the card. If none does, update the driver, or install a torch that "
@@ -102,7 +101,7 @@ def _card(index: int, is_used: bool) -> Finding:
         works = bool((ones @ ones == 64).all())
     except FAILURES as error:
         return Finding(name, "problem" if is_used else "note", f"{detail}: {first_line(error)}", BROKEN_CARD)
-    detail += f", {free / GIB:.1f} of {total / GIB:.1f} GiB free, torch built for CUDA {torch.version.cuda}"
+    detail += f", {gibibytes(free)} of {gibibytes(total)} free, torch built for CUDA {torch.version.cuda}"
     if not works:
         return Finding(name, "problem", f"{detail}; it multiplies matrices wrongly", "Update the driver.")
     notes = {
@@ -161,7 +160,7 @@ def memory() -> Finding:
         The finding; a note if it is limited or small.
     """
     found = host_memory()
-    detail = f"{found.available / GIB:.1f} of {found.total / GIB:.1f} GiB available"
+    detail = f"{gibibytes(found.available)} of {gibibytes(found.total)} available"
     notes = []
     if found.is_limited:
         detail += ", by a limit of this container or job, below what the machine has"

@@ -96,10 +96,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, QLoRATrainerError):
         return False
-    reported = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in reported)
+    reported = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError)
+        or is_out_of_host_memory(error)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in reported))
     )
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Return True if torch's CPU allocator failed, for which it raises a plain RuntimeError.
+
+    Args:
+        error: any.
+
+    Returns:
+        True if host memory ran out.
+    """
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def is_broken_allocator(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.config.data_schema import Source, SourceFile
-from qlora_trainer.config.renamed import renamed_key, renamed_value
+from qlora_trainer.config.renamed import old_key, renamed_value
 from qlora_trainer.config.schema import RunConfig
 
 
@@ -146,7 +146,7 @@ def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
 def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        return renamed_key(place, first["input"]) or f"unknown key {place}{_suggestion(place)}"
+        return old_key(place, first["input"]) or f"unknown key {place}{_suggestion(place)}"
     if first["type"] == "missing":
         return f"{place} is missing, and has no default"
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]

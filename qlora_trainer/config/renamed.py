@@ -1,4 +1,4 @@
-"""List the config keys and values of versions before 0.2, so that an old config is refused with the new names.
+"""List the config keys and values of versions before 0.2, so that an old config is refused with what to write instead.
 
 No aliases: a key has one name. Left out: keys that never existed (load.py suggests the nearest).
 """
@@ -17,14 +17,17 @@ KEYS = {
     "training.kept_layers": "training.uncheckpointed_layers",
     "training.offload_every": "training.offload_every_n_layers",
 }
+REMOVED = {
+    "data.workers": "was removed: rows are prepared by one process, which uses all cores. Delete it",
+}
 VALUES = {
     "model.embeddings": {"host": "cpu"},
     "training.activation_checkpointing": {"keep": "none", "recompute": "full", "tile": "tiled"},
 }
 
 
-def renamed_key(key: str, value: Any) -> str | None:
-    """Look up the new name of an old key, and of its value.
+def old_key(key: str, value: Any) -> str | None:
+    """Look up what became of an old key, and of its value.
 
     Args:
         key: `section.key` as the user wrote it.
@@ -33,6 +36,8 @@ def renamed_key(key: str, value: Any) -> str | None:
     Returns:
         The sentence that refuses the key; None if it is not an old one.
     """
+    if key in REMOVED:
+        return f"{key} {REMOVED[key]}"
     if key not in KEYS:
         return None
     new = renamed_value(KEYS[key], value)

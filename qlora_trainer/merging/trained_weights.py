@@ -73,9 +73,7 @@ class TrainedWeight:
             raise CheckpointError(
                 f"The base is not the one this adapter was trained on: {self.source.name} in {self.source.file.parent} "
                 f"does not give the 4-bit weights of training (offset {found.offset:.8g}, in training "
-                f"{self.recorded.offset:.8g}). Give the base of the run, as it was. A run on CUDA that an "
-                "earlier version began on a base of fp32 or fp16 may have other codes than this one gives: merge it by "
-                "the version that trained it."
+                f"{self.recorded.offset:.8g}). Give the base of the run, as it was."
             )
 
     def as_trained(self, weight: NF4Weight) -> NF4Weight:

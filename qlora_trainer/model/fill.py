@@ -172,7 +172,7 @@ class _Filling:
     def _take_dense(self, arrival: Arrival, dense: DenseTensor) -> None:
         if self.known is None:
             self.dense[dense.names[0]] = self.hasher.submit(values_sha256, arrival.host, dense.dtype)
-            check_finite(arrival)
+            check_finite(arrival.info, arrival.values)
         parameter = None  # one for all names: they are tied
         for name in dense.names:
             path, _, leaf = name.rpartition(".")
@@ -262,18 +262,19 @@ def quantize_arrival(arrival: Arrival, plan: LoadPlan) -> NF4Weight:
     return quantize_weight(values.T if arrival.info.name in plan.transposed else values, _described(arrival.info))
 
 
-def check_finite(arrival: Arrival) -> None:
+def check_finite(info: TensorInfo, values: Tensor) -> None:
     """Refuse a tensor that stays dense and holds a value that is not finite.
 
     Args:
-        arrival: of the tensor.
+        info: of the tensor.
+        values: all of it, of any shape.
 
     Raises:
         QuantizationError: it holds one.
     """
-    if not all_finite(arrival.values):
+    if not all_finite(values):
         raise QuantizationError(
-            f"{_described(arrival.info)} holds values that are not finite. The checkpoint is damaged: fetch it again."
+            f"{_described(info)} holds values that are not finite. The checkpoint is damaged: fetch it again."
         )
 
 

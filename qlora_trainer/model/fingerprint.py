@@ -49,7 +49,7 @@ class BaseFingerprint:
     tensors: dict[str, TensorFingerprint]  # 4-bit, by module path, such as "model.layers.0.self_attn.q_proj"
     dense: dict[str, str]  # sha256 of what is not 4-bit, by name, such as "model.norm.weight"; ties once
     # sha256 of each tensor's bytes on disk, by the checkpoint's names; no part of the identity, as a copy kept in 4
-    # bits is the same base. Empty where transformers read the base, and in records of earlier versions.
+    # bits is the same base. Empty where transformers read the base.
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     # The checkpoint's name of each of the model's tensors that transformers renames; no part of the identity either.
     stored_as: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -67,7 +67,7 @@ class BaseFingerprint:
         """Read a fingerprint; KeyError or TypeError where `data` is not what `to_json` gave.
 
         Args:
-            data: as `to_json` gave it, also in earlier versions.
+            data: as `to_json` gave it.
 
         Returns:
             The fingerprint.
@@ -76,8 +76,7 @@ class BaseFingerprint:
             path: TensorFingerprint(fields["packed_sha256"], fields["offset"], tuple(fields["scales"]))
             for path, fields in data["tensors"].items()
         }
-        later = {key: data[key] for key in ("sources", "stored_as") if key in data}
-        return cls(data["config"], data["source_dtype"], tensors, data["dense"], **later)
+        return cls(**{**data, "tensors": tensors})
 
     def difference(self, other: "BaseFingerprint") -> str | None:
         """Describe how another base differs from this one.
@@ -95,12 +94,9 @@ class BaseFingerprint:
         if changed:
             reported = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
             return reported + self._origin(other)
-        # Records of earlier versions hashed the dense tensors of a 4-bit checkpoint as fp32, whatever their dtype on
-        # disk: they cannot be compared.
-        is_comparable = bool(self.sources) or self.source_dtype == other.source_dtype
         names = sorted(self.dense.keys() | other.dense.keys())
         changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
-        if changed and is_comparable:
+        if changed:
             reported = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
             return reported + self._origin(other)
         keys = sorted(self.config.keys() | other.config.keys())

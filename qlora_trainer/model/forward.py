@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_trainer.common.errors import is_out_of_host_memory
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.model.modules.packed_attention import (
     DEVICE_FAILURES,
     attends_apart,
-    is_out_of_host_memory,
     packed_documents,
     refusals_as_model_error,
 )

@@ -35,9 +35,9 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.known_bases import KnownBases
 from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
-    host_tensors,
     keep_embeddings_on_cpu,
     refuse_tied_embedding,
+    tensors_on_cpu,
 )
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_quantized_fraction
 from qlora_trainer.model.pretrained import load_converted, load_pretrained
@@ -61,7 +61,7 @@ class Base:
     def bytes(self) -> int:
         """Count the bytes of the frozen weights, on the host too: codes, statistics, and what is dense; ties once."""
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
-        return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *host_tensors(self.model)])
+        return sum(tensor.nbytes for tensor in [*frozen, *self.model.buffers(), *tensors_on_cpu(self.model)])
 
 
 def load_base_model(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import patterns_of_extra, patterns_of_missing, tied_weight_names
 from qlora_trainer.common.units import dtype_name
@@ -75,7 +76,7 @@ class LoadPlan:
         return {
             own[0]: name
             for name, own in names.items()
-            if not any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in own)
+            if not any(ends_in(one, name) or ends_in(name, one) for one in own)
         }
 
     @property
@@ -120,8 +121,8 @@ def widest_dtype(directory: ModelDirectory) -> torch.dtype:
         The dtype of all, or fp32 where they differ.
     """
     found = set()
-    states = [info for keys in directory.quant_states.values() for key, info in keys.items() if _describes(key)]
-    read_ahead(states)
+    described = [info for keys in directory.quant_states.values() for key, info in keys.items() if _describes(key)]
+    read_ahead(described)
     for name, keys in directory.quant_states.items():
         states = {key: info.read() for key, info in keys.items() if _describes(key)}
         found.add(source_dtype_of(states, name))

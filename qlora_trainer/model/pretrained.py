@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.common.errors import ModelError, QuantizationError, first_line, is_out_of_memory, memory_errors
+from qlora_trainer.common.errors import ModelError, first_line, is_out_of_memory, memory_errors
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.model.fill import check_finite
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.nf4 import all_finite
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
@@ -68,7 +68,8 @@ def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> t
         The model, frozen and in evaluation mode, and its fingerprint.
     """
     if not plan.directory.quant_states:
-        _check_finite(plan)
+        for name in plan.used:  # one such value turns its whole tensor into NaN where block maxima are quantized too
+            check_finite(plan.directory.tensors[name], plan.directory.read(name))
     quantization = None if plan.directory.quant_states else nf4_config(plan.source_dtype)
     # On CUDA bitsandbytes divides approximately: that changes no code of bf16 weights, and now and then one of others.
     is_exact = plan.directory.quant_states or plan.source_dtype == torch.bfloat16
@@ -114,16 +115,3 @@ def loading_error(error: Exception, directory: ModelDirectory) -> ModelError:
         A ModelError.
     """
     return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
-
-
-def _check_finite(plan: LoadPlan) -> None:
-    """Raise QuantizationError if a weight is not finite.
-
-    One such value turns its whole tensor into NaN where block maxima are quantized too.
-    """
-    for name in plan.used:
-        if not all_finite(plan.directory.read(name)):
-            raise QuantizationError(
-                f"{name} in {plan.directory.tensors[name].file.name} holds values that are not finite. The "
-                "checkpoint is damaged: fetch it again."
-            )

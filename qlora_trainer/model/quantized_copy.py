@@ -246,7 +246,7 @@ def _write_tensors(plan: LoadPlan, writer: ShardWriter, device: torch.device, pr
                     writer.write(name, part)
             else:
                 if info.name in plan.dense:
-                    check_finite(arrival)
+                    check_finite(arrival.info, arrival.values)
                 for rows in row_blocks(info.shape):
                     block = arrival.host if rows is None else arrival.host[rows]
                     writer.write(info.name, block.clone())  # or what waits to be written would hold all of the tensor

@@ -21,7 +21,7 @@ import torch
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.modules.cpu_embedding import host_tensors
+from qlora_trainer.model.modules.cpu_embedding import tensors_on_cpu
 from qlora_trainer.model.modules.lm_head import QuantizedHead
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.modules.packed_attention import attention_taken
@@ -124,7 +124,7 @@ def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None
     state, pack, fake = empty_run(directory, config, dtype, policy, layers, card)
     with fake:
         live, persistent = track_steps(state, pack, card, steps=1)
-    base = sum(p.numel() for p in (*state.model.parameters(), *host_tensors(state.model)) if not p.requires_grad)
+    base = sum(p.numel() for p in (*state.model.parameters(), *tensors_on_cpu(state.model)) if not p.requires_grad)
     base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
     base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qlora_kernels.card import Card
 from qlora_kernels.host_copy import pinned_bytes
 from qlora_trainer.data.batching.packing import Pack
-from qlora_trainer.model.modules.cpu_embedding import host_tensors
+from qlora_trainer.model.modules.cpu_embedding import tensors_on_cpu
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.planning.workspaces import workspaces_on_cpu, workspaces_on_cuda
@@ -86,7 +86,7 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     return {
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
         WORKSPACE: [layer.workspace for layer in layers if layer.workspace is not None],
-        HOST: list(host_tensors(model)),
+        HOST: list(tensors_on_cpu(model)),
         HEAD: [t for m in embeddings if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())],
         ADAPTERS: [group.data for group in state.groups],
         GRADIENTS: [group.grad for group in state.groups],

@@ -34,7 +34,7 @@ class BaseRecord(NamedTuple):
     fingerprint: BaseFingerprint
     step: int
     run: str
-    data: str | None = None  # the key of the prepared rows; adapters of earlier versions lack it
+    data: str  # the key of the prepared rows
 
 
 def read_run_config(directory: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -137,7 +137,7 @@ def read_base_record(directory: Path) -> BaseRecord | None:
             raise ValueError(f"it has more than {MAX_BASE_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         base, step = BaseFingerprint.from_json(content["base"]), int(content["step"])
-        return BaseRecord(base, step, str(content["run"]), content.get("data"))
+        return BaseRecord(base, step, str(content["run"]), str(content["data"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it; "

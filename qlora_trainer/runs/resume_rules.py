@@ -61,7 +61,7 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
     for section, values in config.model_dump(mode="json").items():
         before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
         for name in sorted(values.keys() | before.keys()):
-            # A checkpoint of an earlier version lacks newer keys: it was trained by their defaults.
+            # A checkpoint from before a key existed was trained by its default.
             default = fields[name].default if name in fields else None
             key, was, now = f"{section}.{name}", before.get(name, default), values.get(name)
             if was == now:
@@ -122,7 +122,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def environment_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Warn if a checkpoint was written on another machine or with other versions.
 
-    Checkpoints of earlier versions lack newer keys, which are not compared.
+    Keys that the checkpoint does not have are not compared.
 
     Args:
         saved: the checkpoint's environment.

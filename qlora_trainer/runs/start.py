@@ -9,7 +9,6 @@ Both return run.py's `Run`. Left out: training it (run.py).
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from qlora_trainer.common.process_memory import private_bytes, return_freed_memo
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import choose_device, kernel_warnings, missing_card_warnings
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
@@ -64,8 +64,9 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     if initial:
         check_settings(initial, config, model)
     tokenizer = load_tokenizer(model)
-    config = _with_date(config, tokenizer)
-    run = _assemble(config, directory, model, tokenizer, progress)
+    renderer = run_renderer(config, tokenizer)
+    config = _with_date(config, renderer)
+    run = _assemble(config, directory, model, renderer, progress)
     if initial:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -108,9 +109,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    saved = state["training"].get("memory")  # checkpoints of earlier versions have none
-    planned = as_lowered(config, saved, longest_row(model, config)) if saved else None
-    run = _assemble(config, directory, model, load_tokenizer(model), progress, planned)
+    planned = as_lowered(config, state["training"]["memory"], longest_row(model, config))
+    run = _assemble(config, directory, model, run_renderer(config, load_tokenizer(model)), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -143,14 +143,14 @@ def _assemble(
     config: RunConfig,
     directory: Path,
     model: ModelDirectory,
-    tokenizer: Any,
+    renderer: Renderer,
     progress: Progress,
     planned: RunConfig | None = None,
 ) -> Run:
     """Make a run before its first step; `planned` is the config to plan memory for, if it is another one."""
     if config.training.deterministic:
         set_up_cublas(config.model.device)
-    prepared = prepare_data(config, tokenizer, model, progress)
+    prepared = prepare_data(config, renderer.tokenizer, model, progress)
     device = choose_device(config.model.device)
     unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
     slower = kernel_warnings(device.type)
@@ -175,7 +175,6 @@ def _assemble(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
             "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
         )
-    renderer = run_renderer(config, tokenizer)
     return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 
 
@@ -206,7 +205,6 @@ def _with_commit(config: RunConfig, path: Path) -> RunConfig:
     return config.replace({"model.revision": path.name})
 
 
-def _with_date(config: RunConfig, tokenizer: Any) -> RunConfig:
+def _with_date(config: RunConfig, renderer: Renderer) -> RunConfig:
     """Set the day of the run's start for a chat template that writes today's date, so that a resumed run repeats it."""
-    day = run_renderer(config, tokenizer).template_date
-    return config.replace({"data.template_date": day}) if day else config
+    return config.replace({"data.template_date": renderer.template_date}) if renderer.template_date else config

@@ -41,7 +41,7 @@ class TrainedAdapter:
     adapter: StoredAdapter
     source: str  # of the adapter, in words: final, or the step of its checkpoint
     fingerprint: BaseFingerprint  # of the base as it was trained
-    data_key: str | None  # of the rows it was trained on, where that is known
+    data_key: str  # of the rows it was trained on
 
 
 @dataclasses.dataclass
@@ -145,7 +145,7 @@ def prepare_trained(
         (the rows; a warning if they are not those of training, else an empty list).
     """
     prepared = prepare_data(run.config, tokenizer, model, progress)
-    if run.data_key in (None, prepared.key):
+    if run.data_key == prepared.key:
         return prepared, []
     return prepared, [
         "The run's data changed since training, so rows kept for evaluation now may have been trained on: the eval "

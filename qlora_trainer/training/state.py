@@ -101,8 +101,7 @@ class TrainState:
         self.optimizer.load_state_dict(optimizer_tensors, state["optimizer"])
         self.grad_scale.load_state_dict(state["grad_scale"])
         self.loader.load_state_dict(state["loader"])
-        if "memory" in state:  # checkpoints of earlier versions have none
-            self._load_memory(state["memory"])
+        self._load_memory(state["memory"])
         self.step = state["step"]
         self.updates = state["updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]

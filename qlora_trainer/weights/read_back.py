@@ -8,12 +8,10 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from qlora_trainer.common.errors import MergeError, ModelError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.nf4 import all_finite
 from qlora_trainer.weights.reading import tensor_bytes
 from qlora_trainer.weights.tensors import TensorSpec
 
@@ -52,14 +50,9 @@ def verify_files(
                 raise MergeError(f"{failed}: {name} is {info.dtype} {info.shape}, not {spec.dtype} {spec.shape}.")
             tensor = info.read()
             if zlib.crc32(tensor_bytes(tensor)) != checksums[name]:
-                damage = "holds values that are not finite" if _has_not_finite(tensor) else "is not what was written"
+                damage = "is not what was written" if all_finite(tensor) else "holds values that are not finite"
                 raise MergeError(f"{failed}: {name} {damage}. The disk or the memory may be failing.")
             done += tensor.nbytes
             progress("verifying files", done, total)
     except ModelError as error:
         raise MergeError(f"{failed}: {error}") from error
-
-
-def _has_not_finite(tensor: Tensor) -> bool:
-    """Return True if a tensor of floats has an infinite value or NaN."""
-    return tensor.is_floating_point() and not torch.isfinite(tensor).all()

@@ -48,14 +48,14 @@ def read_ahead(infos: Iterable[TensorInfo]) -> None:
     """
     if not hasattr(os, "posix_fadvise"):
         return
-    by_file: dict[Path, list[TensorInfo]] = {}
+    by_file: dict[Path, list[tuple[int, int]]] = {}
     for info in infos:
         if info.offset is not None:
-            by_file.setdefault(info.file, []).append(info)
-    for path, wanted in by_file.items():
+            by_file.setdefault(info.file, []).append((info.offset, info.nbytes))
+    for path, spans in by_file.items():
         with contextlib.suppress(OSError), path.open("rb") as file:  # who reads it says what is wrong with it
-            for info in wanted:
-                os.posix_fadvise(file.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+            for offset, size in spans:
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def read_blocks(info: TensorInfo) -> Iterator[tuple[slice | None, Tensor]]:

@@ -39,7 +39,7 @@ def test_one_good_card_is_ok_and_the_only_finding(monkeypatch: pytest.MonkeyPatc
     pretend(monkeypatch, CUDA_13, (8, 9))
     (finding,) = doctor_machine.cards()
     assert (finding.name, finding.status) == ("GPU 0", "ok")
-    assert "Card 0, compute capability 8.9, 24.0 of 24.0 GiB free" in finding.detail
+    assert "Card 0, compute capability 8.9, 24.0 GiB of 24.0 GiB free" in finding.detail
 
 
 @pytest.mark.usefixtures("memory_of_cards")
@@ -155,12 +155,12 @@ def test_limit_of_a_container_is_named_with_how_to_raise_it(groups: Path) -> Non
     write(groups, memory__max=16 * GIB, memory__current=2 * GIB)
     finding = doctor_machine.memory()
     assert finding.status == "note"
-    assert finding.detail.startswith("14.0 of 16.0 GiB available, by a limit of this container or job")
+    assert finding.detail.startswith("14.0 GiB of 16.0 GiB available, by a limit of this container or job")
     assert "docker run --memory=" in finding.advice
     write(groups, memory__max=32 * GIB, memory__current=2 * GIB)  # as advised
-    assert doctor_machine.memory().detail.startswith("30.0 of 32.0 GiB")
+    assert doctor_machine.memory().detail.startswith("30.0 GiB of 32.0 GiB")
     write(groups, memory__max="max", memory__current=2 * GIB)
-    assert doctor_machine.memory() == Finding("Host memory", "ok", "40.0 of 64.0 GiB available")
+    assert doctor_machine.memory() == Finding("Host memory", "ok", "40.0 GiB of 64.0 GiB available")
 
 
 def test_folder_that_cannot_be_written_is_a_problem_with_the_callers_advice() -> None:

@@ -274,6 +274,7 @@ def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
         ("adapter", "targets", ["q_proj"], "adapter.targets was renamed to adapter.target_modules"),
         ("data", "heldout", 0.1, "data.heldout was renamed to data.eval"),
         ("data", "learn", "all", "data.learn was renamed to data.train_on"),
+        ("data", "workers", 2, "data.workers was removed: rows are prepared by one process"),
         ("training", "batch_size", 8, "training.batch_size was renamed to training.global_batch_size"),
         ("training", "kept_layers", 2, "training.kept_layers was renamed to training.uncheckpointed_layers"),
         ("training", "offload_every", 2, "training.offload_every was renamed to training.offload_every_n_layers"),

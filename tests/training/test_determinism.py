@@ -12,7 +12,9 @@ from tiny_runs import final_adapter, quiet
 
 from qlora_trainer.common.errors import ConfigError, TrainingError
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.runs import start as runs
+from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.determinism import deterministic_algorithms, set_up_cublas
@@ -147,9 +149,9 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
     assert any("set training.deterministic=true" in warning for warning in warnings) is not deterministic
 
 
-def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Any]:
+def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer]:
     model = ModelDirectory.open(Path(config.model.name))
-    return Path(config.training.output_dir), model, runs.load_tokenizer(model)
+    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model))
 
 
 def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:

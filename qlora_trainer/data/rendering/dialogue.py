@@ -18,7 +18,10 @@ from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.types import Conversation, Message, ToolCall
 
 Part = tuple[int, int]  # (turn, part of it)
+END_OF_REASONING = "</think>"
 REASONING, CONTENT, FIRST_CALL = 0, 1, 2  # parts of a turn that hold text; a call's is the name of its function
+
+_INLINE_REASONING = re.compile(rf"\s*(?:<think>)?(.*?){END_OF_REASONING}\n*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,28 @@ def with_numbered_ids(dialogue: Dialogue) -> Dialogue | None:
         messages.append(message)
     has_ids = any("tool_calls" in message or message["role"] == "tool" for message in messages)
     return Dialogue(messages, dialogue.tools) if has_ids else None
+
+
+def with_reasoning_apart(dialogue: Dialogue) -> Dialogue:
+    """Take reasoning that begins an answer's text out of it, for templates that have another place for reasoning.
+
+    An empty block of reasoning is left out: templates write their own.
+
+    Args:
+        dialogue: of a row.
+
+    Returns:
+        The dialogue; answers that have reasoning of their own already are left as they are.
+    """
+    messages = []
+    for message in dialogue.messages:
+        found = _INLINE_REASONING.match(message["content"]) if message["role"] == "assistant" else None
+        if found and "reasoning_content" not in message:
+            message = {**message, "content": message["content"][found.end() :]}
+            if reasoning := found[1].strip("\n"):
+                message |= {"reasoning_content": reasoning, "thinking": reasoning}
+        messages.append(message)
+    return Dialogue(messages, dialogue.tools)
 
 
 def shielded(dialogue: Dialogue, control: re.Pattern[str]) -> tuple[Dialogue, dict[str, str]]:

@@ -1,8 +1,9 @@
-"""Tokenize a text once, as a whole, with a flag for each token that is trained.
+"""Tokenize a text as a whole, with a flag for each token that is trained.
 
 Pieces that are encoded apart tokenize differently from the whole, so trained spans are marked in the text and found
-again through the tokenizer's offsets. Control tokens come from the template alone: where a row's own text says
-"<|im_start|>", that stays text. Left out: tokenizers without offsets (slow ones), which are refused.
+again through the tokenizer's offsets. Only where a prompt ends, tokens are those of the prompt alone (boundaries.py).
+Control tokens come from the template alone: where a row's own text says "<|im_start|>", that stays text. Left out:
+tokenizers without offsets (slow ones), which are refused.
 """
 
 import hashlib
@@ -11,13 +12,14 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Protocol
 
 import tokenizers
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.rendering.boundaries import Boundaries
 
 
 class Tokenizer(Protocol):
@@ -44,19 +46,28 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text. `ordinary` text spells a control token and must not become one."""
+    """A piece of text.
+
+    `ordinary` text spells a control token and must not become one. `after_prompt`: all text before it is a prompt that
+    is given alone when the model is used.
+    """
 
     text: str
     trained: bool
     ordinary: bool = False
+    after_prompt: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens, and which of them are trained: [begin, end) of each unbroken run, in order."""
+    """Tokens, and which of them are trained: [begin, end) of each unbroken run, in order.
+
+    `begins_with_prompts`: the tokens begin with those that each of its prompts has when it is given alone.
+    """
 
     ids: list[int]
     trained: list[tuple[int, int]]
+    begins_with_prompts: bool = True
 
 
 class Encoder:
@@ -84,6 +95,7 @@ class Encoder:
         self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
         self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens)
         self.bos_ids = self._leading_ids()
+        self._boundaries = Boundaries(tokenizer.backend_tokenizer, frozenset(tokenizer.added_tokens_decoder))
         self._escaping: _EscapingTokenizer | None = None
 
     def encode(self, texts: Sequence[Sequence[Span]]) -> list[Encoded | DataError]:
@@ -104,9 +116,11 @@ class Encoder:
                 backend.no_padding()  # thread may be encoding
                 backend.no_truncation()
             joined = ["".join([span.text for span in texts[index]]) for index in plain]
-            for index, encoding in zip(plain, backend.encode_batch(joined, add_special_tokens=False), strict=True):
-                ids = encoding.ids
-                results[index] = Encoded(ids, trained_runs(texts[index], ids, encoding.offsets, self._control_ids))
+            encodings = backend.encode_batch(joined, add_special_tokens=False)
+            for index, text, encoding in zip(plain, joined, encodings, strict=True):
+                ids, offsets, is_stable = self._boundaries.keep(text, encoding, _prompt_ends(texts[index]))
+                runs = trained_runs(texts[index], ids, offsets, self._control_ids)
+                results[index] = Encoded(list(ids), runs, is_stable)
         for index, text in enumerate(texts):
             if index not in results:
                 try:
@@ -115,17 +129,19 @@ class Encoder:
                     results[index] = error
         return [results[index] for index in range(len(texts))]
 
-    def as_spans(self, text: str, trained: bool) -> list[Span]:
+    def as_spans(self, text: str, trained: bool, after_prompt: bool = False) -> list[Span]:
         """Make spans of a row's own text, in which nothing is a control token.
 
         Args:
             text: of the row.
             trained: whether it is.
+            after_prompt: whether it follows a prompt.
 
         Returns:
             The same text in pieces.
         """
-        return list(_split(self.control_pattern, text, trained))
+        spans = list(_split(self.control_pattern, text, trained))
+        return [replace(spans[0], after_prompt=after_prompt), *spans[1:]] if spans else []
 
     def _leading_ids(self) -> list[int]:
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -173,6 +189,7 @@ class _EscapingTokenizer:
             own_ids[token["content"]] = token["id"]
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
+        self.boundaries = Boundaries(self.backend, frozenset(self.ids))
         self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 
@@ -191,17 +208,30 @@ class _EscapingTokenizer:
         renamed = [
             span
             if span.ordinary
-            else Span(self.pattern.sub(lambda match: self.names.get(match[0], match[0]), span.text), span.trained)
+            else replace(span, text=self.pattern.sub(lambda match: self.names.get(match[0], match[0]), span.text))
             for span in text
         ]
-        encoding = self.backend.encode("".join(span.text for span in renamed), add_special_tokens=False)
-        ids = [self.ids.get(token, token) for token in encoding.ids]
+        joined = "".join(span.text for span in renamed)
+        encoding = self.backend.encode(joined, add_special_tokens=False)
+        own, offsets, is_stable = self.boundaries.keep(joined, encoding, _prompt_ends(renamed))
+        ids = [self.ids.get(token, token) for token in own]
         wanted = sum(span.text.count(self.nonce) for span in renamed)
         found = sum(token in self.control_ids for token in ids)
         if found > wanted:
             spelled = next(span.text for span in text if span.ordinary)
             raise DataError(f"this tokenizer makes a control token of {spelled!r} in a row's own text. Take it out.")
-        return Encoded(ids, trained_runs(renamed, ids, encoding.offsets, self.control_ids))
+        return Encoded(ids, trained_runs(renamed, ids, offsets, self.control_ids), is_stable)
+
+
+def _prompt_ends(text: Iterable[Span]) -> list[int]:
+    """Find where the prompts in a text end, in characters."""
+    ends = []
+    position = 0
+    for span in text:
+        if span.after_prompt:
+            ends.append(position)
+        position += len(span.text)
+    return ends
 
 
 def _split(pattern: re.Pattern[str], text: str, trained: bool) -> Iterator[Span]:

@@ -97,14 +97,22 @@ def _shape(dialogue: Dialogue, parts: Mapping[Part, str]) -> object | None:
 
 def _match(text: str, start: int, words: str, after: str) -> int | None:
     """Find the end of `words` at `start`, as written, trimmed by the template or as JSON, where `after` comes next."""
-    for candidate in _spellings(words):
+    for candidate in spellings(words):
         end = start + len(candidate)
         if text.startswith(candidate, start) and text.startswith(after, end):
             return end
     return None
 
 
-def _spellings(words: str) -> Iterator[str]:
+def spellings(words: str) -> Iterator[str]:
+    """Go through the ways in which templates write a text: as it is, trimmed, or as JSON.
+
+    Args:
+        words: the text.
+
+    Yields:
+        Each way.
+    """
     yield words
     trimmed = [words.strip(), words.rstrip(), words.lstrip()]
     trimmed += [words.strip("\n"), words.lstrip("\n"), words.rstrip("\n")]

@@ -6,10 +6,11 @@ earlier turns, which some models never see again.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering.dialogue import CONTENT, REASONING, Dialogue, Part
+from qlora_trainer.data.rendering.dialogue import CONTENT, END_OF_REASONING, REASONING, Dialogue, Part
 from qlora_trainer.data.rendering.templates import ChatTemplate
 
 
@@ -88,8 +89,7 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
     if unreasoned and not template.knows_reasoning:
         raise DataError(
             f"{where}: the model's chat template leaves out the reasoning of turn {min(unreasoned) + 1}: it has no "
-            "place for reasoning. Write it into the turn's content, as the model should say it, or take it out of the "
-            "row."
+            f"place for reasoning. {_place_for_reasoning(template)}"
         )
     if named := set(unreasoned) & set(wanted):
         raise DataError(
@@ -98,28 +98,52 @@ def check_reasoning(template: ChatTemplate, unreasoned: Collection[int], wanted:
         )
 
 
-def check_nothing_left_out(dialogue: Dialogue, text: str, where: str) -> None:
-    """Look for what each turn says by its longest plain word, where markers do not help.
-
-    Of answers, a template may drop the reasoning on purpose.
+def check_nothing_left_out(template: ChatTemplate, dialogue: Dialogue, text: str, where: str) -> None:
+    """Refuse a rendering that lacks words of a turn; for templates that defeat markers.
 
     Args:
+        template: that rendered it.
         dialogue: that was rendered.
         text: its rendering.
         where: file and line, for errors.
 
     Raises:
-        DataError: a turn is left out.
+        DataError: a turn is left out, or a part of it.
     """
-    contents = [message["content"] for message in dialogue.messages if message["role"] != "assistant"]
     for index, message in enumerate(dialogue.messages):
-        word = max(re.findall(r"[A-Za-z0-9]+", message["content"]), key=len, default="")
-        if message["role"] == "assistant":
-            calls = message.get("tool_calls", ())
-            if any(call["function"]["name"] not in text for call in calls):
-                raise DataError(_left_out_turn(where, index, "assistant with tool calls"))
-        elif word and text.count(word) < sum(content.count(word) for content in contents):
-            raise DataError(_left_out_turn(where, index, message["role"]))
+        if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
+            raise DataError(_left_out_turn(where, index, "assistant with tool calls"))
+    written = [text.casefold(), _unescaped(text).casefold()]  # some templates write contents as JSON
+    said: Counter[str] = Counter()
+    for index, message in enumerate(dialogue.messages):
+        words = Counter(re.findall(r"\w+", message["content"].casefold()))
+        said += words
+        lost = {word for word in words if all(said[word] > each.count(word) for each in written)}
+        if not lost:
+            continue
+        if END_OF_REASONING in message["content"]:
+            raise DataError(
+                f"{where}: the model's chat template drops what is before {END_OF_REASONING} in turn {index + 1}, such "
+                f"as {min(lost)!r}. {_place_for_reasoning(template)}"
+            )
+        if len(lost) < len(words):
+            raise DataError(
+                f"{where}: the model's chat template drops words of turn {index + 1}, such as {min(lost)!r}. Take them "
+                "out of the row, or use a model with another template."
+            )
+        raise DataError(_left_out_turn(where, index, message["role"]))
+
+
+def _unescaped(text: str) -> str:
+    """Replace JSON's escapes in a text by what they represent."""
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|.)", lambda match: chr(int(match[1], 16)) if match[1] else " ", text)
+
+
+def _place_for_reasoning(template: ChatTemplate) -> str:
+    """Advise where reasoning goes that a template leaves out."""
+    if template.keeps_inline_reasoning:
+        return "Write it into the turn's content, as the model should say it, or take it out of the row."
+    return "Take it out of the row, or use a model whose template keeps reasoning."
 
 
 def _left_out_turn(where: str, index: int, role: str) -> str:

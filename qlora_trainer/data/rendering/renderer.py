@@ -32,6 +32,10 @@ NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are e
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
 COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
+PROMPT_TOKENS_DIFFER = (
+    "the tokenizer joins the end of a prompt with its answer: an answer is trained after other tokens than its prompt "
+    "has when it is given alone"
+)
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
 
 
@@ -192,11 +196,12 @@ class Renderer:
             if isinstance(tokens, DataError):
                 results.append(DataError(f"{where}: {tokens}"))
             else:
-                results.append(self._finished(where, row, tokens, text.warnings))
+                warnings = text.warnings if tokens.begins_with_prompts else (*text.warnings, PROMPT_TOKENS_DIFFER)
+                results.append(self._finished(where, row, tokens, warnings))
         return results
 
     def render_prompt(self, prompt: Prompt | Sequence[Message], where: str = "the prompt") -> PromptTokens:
-        """Render what is before an answer: exactly the tokens that begin the row in training.
+        """Render what is before an answer: the tokens that begin the row in training, and that a server gives.
 
         Args:
             prompt: plain text to continue, or turns to answer.
@@ -209,8 +214,7 @@ class Renderer:
             DataError: the template refuses the turns, or a control token in a text cannot be kept as text.
         """
         if isinstance(prompt, str):
-            # As in training, spaces at the end belong to the first word of what follows.
-            start, spans = self.encoder.bos_ids, self.encoder.as_spans(prompt.rstrip(" "), trained=False)
+            start, spans = self.encoder.bos_ids, self.encoder.as_spans(prompt, trained=False)
         else:
             conversation = prompt if isinstance(prompt, Conversation) else Conversation(tuple(prompt))
             finder = self._finder(conversation.tools)
@@ -238,11 +242,9 @@ class Renderer:
             case Document(text):
                 return Rendering(self.encoder.as_spans(text, trained=True))
             case PromptCompletion(prompt, completion):
-                context = prompt.rstrip(" ")
-                answer = prompt[len(context) :] + completion
                 trains_prompt, trains_answer = self.train_on == "all", bool(completion.strip())
-                spans = self.encoder.as_spans(context, trains_prompt and trains_answer)
-                return Rendering(spans + self.encoder.as_spans(answer, trains_answer))
+                spans = self.encoder.as_spans(prompt, trains_prompt and trains_answer)
+                return Rendering(spans + self.encoder.as_spans(completion, trains_answer, after_prompt=True))
             case Conversation():
                 return self._conversation(row, chosen_turns(row.messages, self.train_on), where)
 

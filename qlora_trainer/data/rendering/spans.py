@@ -9,8 +9,8 @@ to and with the token that ends a turn: Qwen3's empty reasoning before a last an
 its content, with the token that ends the turn. Left out: what a template does not write at all (omissions.py).
 """
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,15 +25,18 @@ from qlora_trainer.data.rendering.dialogue import (
     text_parts,
     with_numbered_ids,
     with_parts,
+    with_reasoning_apart,
 )
 from qlora_trainer.data.rendering.encoding import Span
-from qlora_trainer.data.rendering.markers import Markers, Place
+from qlora_trainer.data.rendering.marked_blocks import agreed_spans, spans_of_blocks
+from qlora_trainer.data.rendering.markers import Markers, Place, spellings
 from qlora_trainer.data.rendering.omissions import (
     check_nothing_left_out,
     check_reasoning,
     check_tools,
     turns_without_reasoning,
 )
+from qlora_trainer.data.rendering.pieces import cut, unshielded
 from qlora_trainer.data.rendering.templates import Blocks, ChatTemplate
 from qlora_trainer.data.types import Conversation
 
@@ -43,8 +46,7 @@ LAST_TURN_ONLY = (
 END_ADDED = "the chat template ends no turn with a control token: the end-of-text token was added after the last answer"
 REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not trained"
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
-NO_BLOCK = "the chat template marks no text as generated in some of the turns to train: those turns are not trained"
-
+REASONING_NOT_SHOWN = "the chat template leaves out the reasoning of earlier turns, which are not trained"
 PROMPT_DIFFERS = (
     "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
     "it is trained after another prompt than it will be given"
@@ -100,43 +102,55 @@ class SpanFinder:
         dialogue, shields = self._dialogue(conversation, where)
         (text, blocks), dialogue, warnings = self._accepted(dialogue, template.text_and_blocks, where)
         check_tools(template, dialogue, text, where)
-        chosen = set(targets)
-        parts = text_parts(dialogue)
-        places = self.markers.places(dialogue, text, parts)
-        if places is None:
-            check_nothing_left_out(dialogue, text, where)
-            if not template.knows_reasoning:
-                check_reasoning(
-                    template, {t for t, part in parts if part == REASONING and (t in chosen) != others}, (), where
-                )
-            parts = {part: value for part, value in parts.items() if part[0] in chosen}
-            places = self.markers.places(dialogue, text, parts)
-            if places is not None and len({place.part for place in places}) < len(parts):
-                places = None
-        else:
-            unreasoned = turns_without_reasoning(dialogue, parts, [place.part for place in places], where)
-            if unreasoned := {turn for turn in unreasoned if (turn in chosen) != others}:
-                check_reasoning(template, unreasoned, wanted, where)
-                if not others:
-                    chosen -= unreasoned
-                    warnings.append(REASONING_LEFT_OUT)
+        chosen, left_out, places = self._places(dialogue, text, set(targets), others, wanted, where)
+        warnings += left_out
         spans = None if places is None else self._spans(dialogue, text, places, chosen)
-        if spans and not others and self._prompt_goes_on(text, max(spans), dialogue, spans):
-            warnings.append(PROMPT_DIFFERS)
+        whole = spans
         if spans is not None and blocks:
-            spans = self._agreed(dialogue, text, spans, blocks, set(wanted), warnings)
-        spans = spans if spans is not None else self._spans_of_blocks(dialogue, text, blocks, chosen)
+            spans, unmarked = agreed_spans(template, dialogue, text, spans, blocks, wanted)
+            warnings += unmarked
+        spans = spans if spans is not None else spans_of_blocks(template, dialogue, text, blocks, chosen)
         if spans is None:
             text, spans = self._last_turn_alone(dialogue, chosen, set(wanted), others, where)
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
             warnings.append(LAST_TURN_ONLY)
+        elif whole and not others and self._prompt_goes_on(text, max(whole), dialogue, whole):
+            warnings.append(PROMPT_DIFFERS)
+        ends = self._prompt_ends(dialogue, text, places, whole or spans, others)
         if template.end_of_turn is None and dialogue.messages[-1]["role"] == "assistant":
-            pieces = _cut(text.rstrip(), spans.values(), others)
+            pieces = cut(text.rstrip(), spans.values(), others, ends)
             pieces.append(Span(template.eos_token, trained=(len(dialogue.messages) - 1 in chosen) != others))
             warnings.append(END_ADDED)
         else:
-            pieces = _cut(text, spans.values(), others)
-        return Rendering(_unshielded(pieces, shields), tuple(warnings))
+            pieces = cut(text, spans.values(), others, ends)
+        return Rendering(unshielded(pieces, shields), tuple(warnings))
+
+    def _places(
+        self, dialogue: Dialogue, text: str, chosen: set[int], others: bool, wanted: Collection[int], where: str
+    ) -> tuple[set[int], list[str], list[Place] | None]:
+        """Find what the turns say, and refuse or report what the template leaves out: (chosen turns, warnings, places).
+
+        There are no places where the template defeats markers.
+        """
+        template = self.template
+        parts = text_parts(dialogue)
+        places = self.markers.places(dialogue, text, parts)
+        if places is None:
+            check_nothing_left_out(template, dialogue, text, where)
+            if not template.knows_reasoning:
+                trained = {turn for turn, part in parts if part == REASONING and (turn in chosen) != others}
+                check_reasoning(template, trained, (), where)
+            parts = {part: value for part, value in parts.items() if part[0] in chosen}
+            places = self.markers.places(dialogue, text, parts)
+            if places is not None and len({place.part for place in places}) < len(parts):
+                places = None
+            return chosen, [], places
+        unreasoned = turns_without_reasoning(dialogue, parts, [place.part for place in places], where)
+        if not unreasoned:
+            return chosen, [], places
+        trained = {turn for turn in unreasoned if (turn in chosen) != others}
+        check_reasoning(template, trained, wanted, where)
+        return chosen ^ trained, [REASONING_LEFT_OUT if trained else REASONING_NOT_SHOWN], places
 
     def render_prompt(self, conversation: Conversation, *, where: str) -> list[Span]:
         """Render what is before an answer to the conversation: character by character as in training.
@@ -150,11 +164,12 @@ class SpanFinder:
         """
         dialogue, shields = self._dialogue(conversation, where)
         text, _, _ = self._accepted(dialogue, self._prompt, where)
-        # A space at the end would become a token of its own, where in training it belongs to the answer's first word.
-        return _unshielded([Span(text.rstrip(" "), trained=False)], shields)
+        return unshielded([Span(text, trained=False)], shields)
 
     def _dialogue(self, conversation: Conversation, where: str) -> tuple[Dialogue, dict[str, str]]:
         plain = make_dialogue(conversation, where, self.template.arguments_as_text)
+        if self.template.knows_reasoning and not self.template.keeps_inline_reasoning:
+            plain = with_reasoning_apart(plain)
         return shielded(plain, self.template.control_pattern)
 
     def _accepted(
@@ -173,7 +188,7 @@ class SpanFinder:
             return self.template.text(dialogue, where, generation=True)
         marker = f"Q{nonce_for(dialogue)}m0Q"
         answered = Dialogue([*dialogue.messages, {"role": "assistant", "content": marker}], dialogue.tools)
-        return self.template.text(answered, where).partition(marker)[0]
+        return self.template.text(answered, where).partition(marker)[0].rstrip(" ")  # which begins the answer's word
 
     def _spans(
         self, dialogue: Dialogue, text: str, places: Sequence[Place], targets: Collection[int]
@@ -193,8 +208,63 @@ class SpanFinder:
             end = self._end(dialogue.messages[target], text, places, last[target])
             if start is None or end is None:
                 return None
-            spans[target] = [(start, end)]
+            gaps = self._gaps(dialogue, text, places, range(first[target], last[target] + 1))
+            if gaps is None:
+                return None
+            bounds = [start, *itertools.chain.from_iterable(gaps), end]
+            spans[target] = list(zip(bounds[::2], bounds[1::2], strict=True))
         return spans
+
+    def _gaps(self, dialogue: Dialogue, text: str, places: Sequence[Place], of_turn: range) -> Blocks | None:
+        """Find what other turns say within a turn, with the template's own text around that; None if it is unclear.
+
+        Some templates write a tool's result within the turn that called it. What belongs to the turn is what is
+        written where the others are not there.
+        """
+        turn = places[of_turn.start].part[0]
+        strangers = {places[index].part[0] for index in of_turn} - {turn}
+        if not strangers:
+            return []
+        kept = [index for index in range(len(dialogue.messages)) if index not in strangers]
+        alone = Dialogue([dialogue.messages[index] for index in kept], dialogue.tools)
+        try:
+            text_alone = self.template.text(alone, "an experiment")
+        except DataError:
+            return None
+        places_alone = self.markers.places(alone, text_alone, text_parts(alone))
+        if places_alone is None:
+            return None
+        own = [place for place in places_alone if kept[place.part[0]] == turn]
+        gaps = []
+        indices = [index for index in of_turn if places[index].part[0] == turn]
+        for number, (before, after) in enumerate(itertools.pairwise(indices)):
+            if after == before + 1:
+                continue
+            if len(own) <= number + 1:
+                return None
+            joint = text_alone[own[number].end : own[number + 1].start]
+            left = text[places[before].end : places[before + 1].start]
+            right = text[places[after - 1].end : places[after].start]
+            head = _common(joint, left)
+            tail = _common(joint[head:][::-1], right[::-1])
+            gaps.append((places[before].end + head, places[after].start - tail))
+        return gaps
+
+    def _prompt_ends(
+        self,
+        dialogue: Dialogue,
+        text: str,
+        places: Sequence[Place] | None,
+        spans: Mapping[int, Blocks],
+        others: bool,
+    ) -> list[int]:
+        """Find where the prompts of trained answers end: of all of them, or with `others` of the last answer alone."""
+        if not others:
+            return [blocks[0][0] for turn, blocks in spans.items() if dialogue.messages[turn]["role"] == "assistant"]
+        last = _last_answer(dialogue)
+        found = self._spans(dialogue, text, places, {last}) if places else None
+        is_trained = last not in spans and dialogue.messages[last]["role"] == "assistant"
+        return [found[last][0][0]] if found and last in found and is_trained else []
 
     def _start(self, dialogue: Dialogue, text: str, places: Sequence[Place], index: int) -> int | None:
         """Find where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""
@@ -241,51 +311,6 @@ class SpanFinder:
                 return match.end()
         return None if "tool_calls" in message else places[index].end
 
-    def _agreed(
-        self,
-        dialogue: Dialogue,
-        text: str,
-        spans: Mapping[int, Blocks],
-        blocks: Blocks,
-        wanted: set[int],
-        warnings: list[str],
-    ) -> dict[int, Blocks]:
-        """Keep of answers what lies in the template's own blocks too; the token that ends a turn is always trained."""
-        agreed = {}
-        for target, ((start, end),) in spans.items():
-            inside = [(max(a, start), min(b, end)) for a, b in blocks if a < end and b > start]
-            if dialogue.messages[target]["role"] != "assistant" or (target in wanted and not inside):
-                agreed[target] = [(start, end)]
-            elif inside:
-                token = self._end_token(text, end)
-                begin, last = inside[-1]
-                is_joined = not text[last : end - len(token)].strip()
-                agreed[target] = [*inside[:-1], (begin, end)] if is_joined else [*inside, (end - len(token), end)]
-            elif NO_BLOCK not in warnings:
-                warnings.append(NO_BLOCK)
-        return agreed
-
-    def _end_token(self, text: str, end: int) -> str:
-        return next((token for token in self.template.ends if text.endswith(token, 0, end)), "")
-
-    def _spans_of_blocks(
-        self, dialogue: Dialogue, text: str, blocks: Blocks, targets: Collection[int]
-    ) -> dict[int, Blocks] | None:
-        """Take the template's own blocks, one for each answer, with the tokens that end turns; None if they misfit."""
-        answers = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
-        if len(blocks) != len(answers) or not set(targets) <= set(answers):
-            return None
-        spans = {}
-        for answer, (start, end) in zip(answers, blocks, strict=True):
-            end = start + len(text[start:end].rstrip())
-            start += len(self.template.header) if text.startswith(self.template.header, start) else 0
-            after = self.template.control_pattern.search(text, end)
-            if after and after[0] in self.template.ends and not text[end : after.start()].strip():
-                end = after.end()
-            if answer in targets:
-                spans[answer] = [(start, end)]
-        return spans
-
     def _last_turn_alone(
         self, dialogue: Dialogue, targets: Collection[int], wanted: set[int], others: bool, where: str
     ) -> tuple[str, dict[int, Blocks]]:
@@ -297,11 +322,12 @@ class SpanFinder:
                 f"{where}: the row {says}, and this model's chat template hides where they are. Set data.train_on to "
                 "assistant or last, and leave the choice out of the row."
             )
-        prompt = self.template.text(dialogue.beginning(last), where, generation=True).rstrip(" ") if last else ""
+        prompt = self.template.text(dialogue.beginning(last), where, generation=True) if last else ""
         text = self.template.text(dialogue.beginning(last + 1), where)
+        prompt = prompt if text.startswith(prompt) else prompt.rstrip(" ")
         answer = text.removeprefix(prompt)
-        said = [value.strip()[-32:] for part, value in text_parts(dialogue).items() if part[0] == last]
-        if not text.startswith(prompt) or not all(words in answer for words in said):
+        said = [value for part, value in text_parts(dialogue).items() if part[0] == last]
+        if not text.startswith(prompt) or not all(any(one in answer for one in spellings(value)) for value in said):
             raise DataError(
                 f"{where}: the model's chat template hides where the last answer is, so it cannot be trained apart "
                 "from the prompt. Set data.train_on to all, or use a model with another template."
@@ -315,22 +341,7 @@ def _last_answer(dialogue: Dialogue) -> int:
     return max((index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"), default=0)
 
 
-def _cut(text: str, spans: Iterable[Blocks], others: bool) -> list[Span]:
-    pieces = []
-    position = 0
-    for start, end in (block for blocks in spans for block in blocks):
-        pieces += [Span(text[position:start], trained=others), Span(text[start:end], trained=not others)]
-        position = end
-    return [*pieces, Span(text[position:], trained=others)]
-
-
-def _unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]:
-    if not shields:
-        return [piece for piece in pieces if piece.text]
-    pattern = re.compile("(" + "|".join(map(re.escape, shields)) + ")")
-    return [
-        Span(shields.get(part, part), piece.trained, ordinary=part in shields)
-        for piece in pieces
-        for part in pattern.split(piece.text)
-        if part
-    ]
+def _common(one: str, other: str) -> int:
+    """Count the characters that two texts begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -15,7 +15,7 @@ import jinja2
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.common.transformers_internals import compile_chat_template, render_with_answer_spans
-from qlora_trainer.data.rendering.dialogue import Dialogue
+from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
@@ -136,6 +136,19 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": "answer", "reasoning_content": _MARKER, "thinking": _MARKER}
         return _MARKER in (self._try([_QUESTION, answer]) or "")
 
+    @cached_property
+    def keeps_inline_reasoning(self) -> bool:
+        """Find whether the template writes reasoning that is part of an answer's text, as it is written there.
+
+        Some split such texts, and write the reasoning elsewhere, or drop it; some do so in earlier turns alone.
+
+        Returns:
+            True if the template writes it in the last turn and in earlier ones.
+        """
+        answer = {"role": "assistant", "content": f"<think>{_MARKER}{END_OF_REASONING}answer"}
+        texts = [self._try([_QUESTION, answer]), self._try([_QUESTION, answer, _QUESTION, answer])]
+        return [(text or "").count(str(answer["content"])) for text in texts] == [1, 2]
+
     def _run(self, dialogue: Dialogue, generation: bool, variables: dict[str, Any]) -> str:
         return self._program.render(
             messages=dialogue.messages,
@@ -187,7 +200,7 @@ class ChatTemplate:
         asked = Dialogue([{"role": "user", "content": _MARKER}])
         before = self.text(asked, "the chat template, tried on a question").rpartition(_MARKER)[2]
         prompt = self.text(asked, "the chat template, tried on a question", generation=True).rpartition(_MARKER)[2]
-        self.header = self._added(before, prompt).rstrip(" ")
+        self.header = self._added(before, prompt)
         found = self.control_pattern.search(after)
         self.end_of_turn = found[0] if found else None
         self._probe_calls()

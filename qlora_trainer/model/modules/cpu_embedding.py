@@ -6,7 +6,7 @@ CPU that computes in fp32 this halves its memory. An embedding of another class 
 computation, so what a model does there (Gemma scales by the root of the hidden size) is done.
 
 The embedding is not among the module's parameters and buffers. So the model's device, also as transformers finds it, is
-the one that computes, and moving or casting the model does not change the embedding. `host_tensors` finds it. Call
+the one that computes, and moving or casting the model does not change the embedding. `tensors_on_cpu` finds it. Call
 `keep_embeddings_on_cpu` last, after everything that goes through parameters by name (fingerprint) or casts them.
 
 On CUDA the rows are copied from pinned memory without waiting; but the ids come from the device, so each lookup waits
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qlora_trainer.common.errors import ModelError
 
 
-class HostEmbedding(nn.Module):
+class CpuEmbedding(nn.Module):
     """Run an embedding on the CPU for ids on a device, and return the rows on that device.
 
     Args:
@@ -73,7 +73,7 @@ def keeps_own_dtype(model: Any) -> bool:
 
 
 def keep_embeddings_on_cpu(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Move the model's input embedding to host memory and put a HostEmbedding in its place.
+    """Move the model's input embedding to host memory and put a CpuEmbedding in its place.
 
     ModelError is raised if the LM head shares its weight.
 
@@ -85,7 +85,7 @@ def keep_embeddings_on_cpu(model: Any, device: torch.device, dtype: torch.dtype)
     refuse_tied_embedding(model)
     embedding = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules() if module is embedding]
-    model.set_submodule(paths[0], HostEmbedding(embedding, device, dtype))
+    model.set_submodule(paths[0], CpuEmbedding(embedding, device, dtype))
 
 
 def refuse_tied_embedding(model: Any) -> None:
@@ -101,13 +101,13 @@ def refuse_tied_embedding(model: Any) -> None:
     users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(users) > 1:
         raise ModelError(
-            f"model.embeddings is host, but {' and '.join(users)} are one weight in this model: the LM head needs "
+            f"model.embeddings is cpu, but {' and '.join(users)} are one weight in this model: the LM head needs "
             "it on the device, and nothing would be saved. Set model.lm_head=4bit (or 8bit) too, which gives the "
             "head a quantized weight of its own, or model.embeddings=device."
         )
 
 
-def host_tensors(model: nn.Module) -> Iterator[Tensor]:
+def tensors_on_cpu(model: nn.Module) -> Iterator[Tensor]:
     """Go through the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
 
     Args:
@@ -117,6 +117,6 @@ def host_tensors(model: nn.Module) -> Iterator[Tensor]:
         Tensors on the CPU.
     """
     for module in model.modules():
-        if isinstance(module, HostEmbedding):
+        if isinstance(module, CpuEmbedding):
             yield from module.embedding.parameters()
             yield from module.embedding.buffers()

@@ -21,6 +21,7 @@ from transformers import Concatenate, MergeModulelist
 
 from qlora_kernels.experts import Expert, expert_order, expert_turns, gated_experts
 from qlora_kernels.torch_internals import copy_with, with_real_tensors
+from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.transformers_internals import conversion_mapping, eager_experts_config
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.modules.same_bits import agree, named_activation
@@ -175,9 +176,9 @@ def _names(model: Any, path: str) -> ExpertNames | None:
         kinds = [type(operation) for operation in entry.operations]
         names = [_after_index(source, target.rpartition(".")[0]) for source in entry.source_patterns]
         sources = [name for name in names if name is not None]
-        if _ends_in(f"{path}.gate_up_proj", target) and kinds == [MergeModulelist, Concatenate]:
+        if ends_in(f"{path}.gate_up_proj", target) and kinds == [MergeModulelist, Concatenate]:
             gate_up = sources
-        if _ends_in(f"{path}.down_proj", target) and kinds == [MergeModulelist]:
+        if ends_in(f"{path}.down_proj", target) and kinds == [MergeModulelist]:
             down = sources
     return ExpertNames(*gate_up, *down) if (len(gate_up), len(down)) == (2, 1) else None
 
@@ -186,11 +187,6 @@ def _after_index(pattern: str, of: str) -> str | None:
     """Return "w1" for the pattern ".experts.*.w1.weight", if `of` is ".experts"."""
     before, found, name = pattern.removesuffix(".weight").partition(".*.")
     return name if found and before == of and "." not in name else None
-
-
-def _ends_in(name: str, pattern: str) -> bool:
-    """Return True if a name ends in the whole parts of a pattern."""
-    return f".{name}".endswith(f".{pattern.removeprefix('.')}")
 
 
 def _computes_gated(fused: nn.Module) -> bool:

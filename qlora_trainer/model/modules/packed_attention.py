@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from qlora_kernels.card import Card, attention_in_words
 from qlora_kernels.varlen_attention import varlen_attention
-from qlora_trainer.common.errors import ModelError, QLoRATrainerError
+from qlora_trainer.common.errors import ModelError, QLoRATrainerError, is_out_of_host_memory
 from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 
@@ -194,18 +194,6 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
             f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
             f"with {type(error).__name__}: {error}. Choose a base of another architecture."
         ) from error
-
-
-def is_out_of_host_memory(error: Exception) -> bool:
-    """Return True if torch's CPU allocator failed, for which it raises a plain RuntimeError.
-
-    Args:
-        error: any.
-
-    Returns:
-        True if host memory ran out.
-    """
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _probe_length(config: Any) -> int:

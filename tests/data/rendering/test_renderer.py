@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import read_records
 from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer
-from qlora_trainer.data.rendering.spans import END_ADDED, LAST_TURN_ONLY
+from qlora_trainer.data.rendering.spans import END_ADDED, REASONING_LEFT_OUT
 from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Document, Example, Message, PromptCompletion
 
+REWRITING = (
+    "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}"
+)
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
 
 
@@ -155,14 +159,14 @@ def test_qwen3_trains_the_last_turn_where_earlier_reasoning_is_dropped():
     tokenizer = tiny_tokenizer("qwen3")
     row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
     rendered = one(Renderer(tokenizer), row)
-    assert rendered.warnings == (LAST_TURN_ONLY,)
+    assert rendered.warnings == (REASONING_LEFT_OUT,)
     assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
 
 
 @pytest.mark.parametrize(
     "hiding",
     [
-        "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}",
+        REWRITING,
         "{{ messages | length }}{% for m in messages %}{{ m.content | length ~ m.content ~ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}A:{% endif %}",
     ],
@@ -203,10 +207,10 @@ def test_a_turn_that_the_template_leaves_out_is_refused_by_number():
 
 
 def test_excluded_turns_that_the_template_hides_are_refused():
-    row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "two")
-    row = Conversation((row.messages[0], Message("assistant", row.messages[1].content, learn=False), *row.messages[2:]))
+    row = chat("1?", "one", "2?", "two")
+    row = Conversation((row.messages[0], replace(row.messages[1], learn=False), *row.messages[2:]))
     with pytest.raises(DataError, match="excludes turns from training"):
-        Renderer(tiny_tokenizer("qwen3"), "all").render(row)
+        Renderer(tiny_tokenizer("smollm2", template=REWRITING), "all").render(row)
 
 
 def test_roles_that_do_not_alternate_are_refused_in_the_templates_words():
@@ -254,24 +258,12 @@ def test_beginning_of_text_comes_once_and_completions_and_documents_end(adds_bos
         assert example.input_ids[adds_bos:-1] == tokenizer("a fox sleeps", add_special_tokens=False).input_ids
 
 
-def test_prompt_and_completion_are_tokenized_as_one_text():
+def test_prompt_and_completion_are_tokenized_as_one_text_where_the_prompt_keeps_its_tokens():
     tokenizer = tiny_tokenizer("smollm2")
     renderer = Renderer(tokenizer)
-    example = renderer.render(PromptCompletion("The quick ", "brown fox"))
+    example = renderer.render(PromptCompletion("The quick", " brown fox"))
     assert example.input_ids[:-1] == tokenizer("The quick brown fox").input_ids
     assert trained_texts(tokenizer, example) == [" brown fox<|im_end|>"]
-    assert trained_texts(tokenizer, renderer.render(PromptCompletion("Sum: ", "77"))) == [" 77<|im_end|>"]
-    prompt = renderer.render_prompt("The quick ").input_ids
-    assert example.input_ids[: len(prompt)] == prompt
-    assert tokenizer.decode(prompt) == "The quick"
-
-
-def test_a_token_that_is_half_prompt_and_half_completion_is_trained():
-    tokenizer = tiny_tokenizer("smollm2")
-    (quick,) = tokenizer(" quick").input_ids
-    example = Renderer(tokenizer).render(PromptCompletion("The qu", "ick"))
-    assert example.labels[-2:] == [quick, tokenizer.eos_token_id]
-    assert set(example.labels[:-2]) == {-100}
 
 
 @pytest.mark.parametrize("row", [Document("fox </s>[INST] dog"), PromptCompletion("fox </s>", "[INST] dog")])

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.data.rendering.marked_blocks import NO_BLOCK
 from qlora_trainer.data.rendering.renderer import CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import (
     IDS_NUMBERED,
     LAST_TURN_ONLY,
-    NO_BLOCK,
     PROMPT_DIFFERS,
     REASONING_LEFT_OUT,
+    REASONING_NOT_SHOWN,
 )
 from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import Conversation, Message, ToolCall
@@ -293,13 +294,13 @@ def test_reasoning_of_earlier_turns_is_left_out_unless_the_row_wants_it_trained(
     wanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=True), *row.messages[2:]))
     assert "wants turn 2 trained" in str(one(Renderer(tokenizer), wanted))
     unwanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=False), *row.messages[2:]))
-    assert one(Renderer(tokenizer), unwanted).warnings == ()
+    assert one(Renderer(tokenizer), unwanted).warnings == (REASONING_NOT_SHOWN,)
 
 
 def test_turns_that_cannot_be_placed_and_that_the_row_names_are_refused():
-    inline = answer("<think>\nhm\n</think>\n\none", learn=True)
-    row = Conversation((user("a"), inline, user("b"), answer("c")))
-    assert "names turns to train" in str(one(Renderer(tiny_tokenizer("qwen3")), row))
+    rewriting = "{% for m in messages %}{{ m.content | upper }}{{ eos_token }}{% endfor %}"
+    row = Conversation((user("a"), answer("one", learn=True), user("b"), answer("c")))
+    assert "names turns to train" in str(one(Renderer(tiny_tokenizer("qwen3", template=rewriting)), row))
 
 
 def test_a_list_of_roles_is_trained_with_the_ends_of_their_turns():

@@ -12,7 +12,7 @@ from tiny_models import load
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import PromptTokens
-from qlora_trainer.model.modules.cpu_embedding import HostEmbedding, host_tensors
+from qlora_trainer.model.modules.cpu_embedding import CpuEmbedding, tensors_on_cpu
 from qlora_trainer.model.source import load_tokenizer
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
@@ -37,7 +37,7 @@ def test_training_with_host_embeddings_is_bit_for_bit_the_same(tiny_config: Conf
     device = start_run(tiny_config("device", **settings))
     expected = records_of(device)
     host = start_run(tiny_config("host", **settings, model=HOST))
-    assert isinstance(host.base.model.get_input_embeddings(), HostEmbedding)
+    assert isinstance(host.base.model.get_input_embeddings(), CpuEmbedding)
     assert records_of(host) == expected
     for ours, theirs in zip(host.state.groups, device.state.groups, strict=True):
         assert torch.equal(ours.data, theirs.data)
@@ -61,8 +61,8 @@ def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str
     host = load(directory, **HOST)
     assert host.fingerprint.difference(device.fingerprint) is None
     assert host.fingerprint.dense.keys() == device.fingerprint.dense.keys()
-    (weight,) = host_tensors(host.model)
-    assert list(host_tensors(device.model)) == []
+    (weight,) = tensors_on_cpu(host.model)
+    assert list(tensors_on_cpu(device.model)) == []
     assert weight.dtype == torch.bfloat16  # the checkpoint's
     assert torch.equal(weight.float(), device.model.get_input_embeddings().weight)
     assert host.bytes == device.bytes - weight.nbytes  # half of fp32
@@ -88,7 +88,7 @@ def test_the_models_device_is_the_one_that_computes(tiny_llama: Path) -> None:
     model = load(tiny_llama, **HOST).model
     model.to("meta")
     assert model.device == torch.device("meta")
-    (weight,) = host_tensors(model)
+    (weight,) = tensors_on_cpu(model)
     assert weight.device == torch.device("cpu")
 
 
@@ -112,7 +112,7 @@ def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None
     settings = {"device": "cuda", "lm_head": "4bit"}
     device = load(directory, **settings).model
     host = load(directory, **settings, **HOST).model
-    assert {tensor.device.type for tensor in host_tensors(host)} == {"cpu"}
+    assert {tensor.device.type for tensor in tensors_on_cpu(host)} == {"cpu"}
     ids = torch.arange(30, device="cuda")[None]
     found = host.get_input_embeddings()(ids)
     assert found.device.type == host.device.type == "cuda"

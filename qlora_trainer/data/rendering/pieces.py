@@ -1,0 +1,56 @@
+"""Cut a rendering into pieces: which are trained, which follow a prompt, and which spell a control token.
+
+Left out: where the turns are (spans.py).
+"""
+
+import itertools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from qlora_trainer.data.rendering.encoding import Span
+from qlora_trainer.data.rendering.templates import Blocks
+
+
+def cut(text: str, spans: Iterable[Blocks], others: bool, prompt_ends: Collection[int]) -> list[Span]:
+    """Cut a text where training begins or ends, and where prompts end.
+
+    Args:
+        text: the rendering.
+        spans: of turns, each [start, end) in characters, in order.
+        others: train all but the spans.
+        prompt_ends: positions at which a prompt ends.
+
+    Returns:
+        The pieces, in order.
+    """
+    blocks = [block for turn in spans for block in turn]
+    inside = {start: end for start, end in blocks if start < end}
+    bounds = sorted({0, len(text), *prompt_ends, *itertools.chain.from_iterable(blocks)})
+    pieces = []
+    trained_until = 0
+    for start, end in itertools.pairwise(bounds):
+        trained_until = inside.get(start, trained_until)
+        pieces.append(Span(text[start:end], (start < trained_until) != others, after_prompt=start in prompt_ends))
+    return pieces
+
+
+def unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]:
+    """Put the control tokens that a row's own text spells back in place of their other names.
+
+    Args:
+        pieces: of a text.
+        shields: the control token by its other name.
+
+    Returns:
+        The pieces, cut where a control token is spelled; those that are empty are left out.
+    """
+    if not shields:
+        return [piece for piece in pieces if piece.text]
+    pattern = re.compile("(" + "|".join(map(re.escape, shields)) + ")")
+    found = []
+    for piece in pieces:
+        parts = [part for part in pattern.split(piece.text) if part]
+        spans = [replace(piece, text=shields.get(part, part), ordinary=part in shields) for part in parts]
+        found += [*spans[:1], *(replace(span, after_prompt=False) for span in spans[1:])]
+    return found
