@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.dialogue import CONTENT, END_OF_REASONING, REASONING, Dialogue, Part
+from qlora_trainer.data.rendering.markers import spellings
 from qlora_trainer.data.rendering.templates import ChatTemplate
 
 
@@ -113,22 +114,26 @@ def check_nothing_left_out(template: ChatTemplate, dialogue: Dialogue, text: str
     for index, message in enumerate(dialogue.messages):
         if any(call["function"]["name"] not in text for call in message.get("tool_calls", ())):
             raise DataError(_left_out_turn(where, index, "assistant with tool calls"))
+    words = Counter(re.findall(r"\w+", " ".join(message["content"] for message in dialogue.messages).casefold()))
     written = [text.casefold(), _unescaped(text).casefold()]  # some templates write contents as JSON
-    said: Counter[str] = Counter()
+    lost = {word for word, count in words.items() if all(count > each.count(word) for each in written)}
+    if not lost:
+        return
+    contents = Counter(message["content"] for message in dialogue.messages)
+    missing = [content for content in contents if contents[content] > max(map(text.count, spellings(content)))]
     for index, message in enumerate(dialogue.messages):
-        words = Counter(re.findall(r"\w+", message["content"].casefold()))
-        said += words
-        lost = {word for word in words if all(said[word] > each.count(word) for each in written)}
-        if not lost:
+        own = set(re.findall(r"\w+", message["content"].casefold()))
+        if message["content"] not in missing and (missing or not own & lost):
             continue
+        word = min(lost & own or lost)
         if END_OF_REASONING in message["content"]:
             raise DataError(
                 f"{where}: the model's chat template drops what is before {END_OF_REASONING} in turn {index + 1}, such "
-                f"as {min(lost)!r}. {_place_for_reasoning(template)}"
+                f"as {word!r}. {_place_for_reasoning(template)}"
             )
-        if len(lost) < len(words):
+        if own - lost:
             raise DataError(
-                f"{where}: the model's chat template drops words of turn {index + 1}, such as {min(lost)!r}. Take them "
+                f"{where}: the model's chat template drops words of turn {index + 1}, such as {word!r}. Take them "
                 "out of the row, or use a model with another template."
             )
         raise DataError(_left_out_turn(where, index, message["role"]))

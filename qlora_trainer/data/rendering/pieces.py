@@ -11,6 +11,8 @@ from dataclasses import replace
 from qlora_trainer.data.rendering.encoding import Span
 from qlora_trainer.data.rendering.templates import Blocks
 
+_OPENS = re.compile(r"[<\[({\s]|\Z")  # what a tag or another word begins with
+
 
 def cut(text: str, spans: Iterable[Blocks], others: bool, prompt_ends: Collection[int]) -> list[Span]:
     """Cut a text where training begins or ends, and where prompts end.
@@ -33,6 +35,33 @@ def cut(text: str, spans: Iterable[Blocks], others: bool, prompt_ends: Collectio
         trained_until = inside.get(start, trained_until)
         pieces.append(Span(text[start:end], (start < trained_until) != others, after_prompt=start in prompt_ends))
     return pieces
+
+
+def shared_ends(joint: str, left: str, right: str) -> tuple[int, int]:
+    """Divide a text into a beginning of `left` and an end of `right`.
+
+    Where several divisions are possible, the last one that lies between tags or words is taken: of "</call><text>",
+    "</call><result>" and "</result><text>", the first begins with "</call>" of the second.
+
+    Args:
+        joint: the text.
+        left: begins as it does.
+        right: ends as it does.
+
+    Returns:
+        Characters of (the beginning, the end); fewer than all where they do not make up the text.
+    """
+    most = _common(joint, left)
+    least = len(joint) - _common(joint[::-1], right[::-1])
+    between = [at for at in range(min(least, most), most + 1) if _OPENS.match(joint[at:] or left[at:])]
+    head = max(between, default=most)
+    return head, min(len(joint) - head, len(joint) - least)
+
+
+def _common(one: str, other: str) -> int:
+    """Count the characters that two texts begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]:

@@ -36,7 +36,7 @@ from qlora_trainer.data.rendering.omissions import (
     check_tools,
     turns_without_reasoning,
 )
-from qlora_trainer.data.rendering.pieces import cut, unshielded
+from qlora_trainer.data.rendering.pieces import cut, shared_ends, unshielded
 from qlora_trainer.data.rendering.templates import Blocks, ChatTemplate
 from qlora_trainer.data.types import Conversation
 
@@ -245,8 +245,7 @@ class SpanFinder:
             joint = text_alone[own[number].end : own[number + 1].start]
             left = text[places[before].end : places[before + 1].start]
             right = text[places[after - 1].end : places[after].start]
-            head = _common(joint, left)
-            tail = _common(joint[head:][::-1], right[::-1])
+            head, tail = shared_ends(joint, left, right)
             gaps.append((places[before].end + head, places[after].start - tail))
         return gaps
 
@@ -339,9 +338,3 @@ class SpanFinder:
 
 def _last_answer(dialogue: Dialogue) -> int:
     return max((index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"), default=0)
-
-
-def _common(one: str, other: str) -> int:
-    """Count the characters that two texts begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
