@@ -8,15 +8,10 @@ from typing import Any
 
 import pyarrow
 import pytest
+from data_files import write
 
 from qlora_trainer.common.errors import DataError, FileMissingError
 from qlora_trainer.data.reading.files import open_source, read_records
-
-
-def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def records(path: Path, **how: Any) -> list[Any]:

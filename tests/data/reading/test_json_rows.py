@@ -1,9 +1,9 @@
 """However rows are written as JSON, the same rows are read; what is no JSON is named by row, line and column."""
 
 import json
-from pathlib import Path
 
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spying import noting, unchanged
@@ -19,12 +19,6 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 ROWS = st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), max_size=5)
-
-
-def write(tmp_path: Path, name: str, content: str | bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def raise_first(placed):

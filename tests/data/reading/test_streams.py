@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +20,6 @@ PACKED = {
     ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
 }
 QUICK = settings(max_examples=60)
-
-
-def write(tmp_path: Path, name: str, content: bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content)
-    return path
 
 
 @QUICK

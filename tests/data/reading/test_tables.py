@@ -2,9 +2,9 @@
 
 import csv
 import io
-from pathlib import Path
 
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,12 +13,6 @@ from qlora_trainer.data.reading.tables import read_parquet, read_table
 
 QUICK = settings(max_examples=80)
 CELLS = st.text(st.sampled_from('ab"\n\t,; é'), max_size=6)
-
-
-def write(tmp_path: Path, name: str, content: str | bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def as_tuple(row):
