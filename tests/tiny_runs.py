@@ -26,5 +26,5 @@ def final_adapter(directory: Path) -> dict[str, Tensor]:
 
 
 def no_load(*args: object, **kwargs: object) -> None:
-    """Stand in for what loads a base, where a mistake is to be seen before."""
-    raise AssertionError("the base was loaded, though the mistake could be seen before")
+    """Take the place of what loads a base, where a mistake is to be found before."""
+    raise AssertionError("the base was loaded, though the mistake could be found before")
