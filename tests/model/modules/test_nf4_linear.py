@@ -1,4 +1,4 @@
-"""Promises of the 4-bit layer: it computes with its dequantized weight, in NF4 alone, and has no dense weight to read."""
+"""Promises of the 4-bit layer: it computes with its dequantized weight, in NF4 alone, and has no dense weight."""
 
 from pathlib import Path
 
