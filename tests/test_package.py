@@ -77,7 +77,11 @@ LONG_TESTS = {
 PROVED_BY_THEIR_USERS = {
     "qlora_kernels.probe_triton",
     "qlora_trainer.config.renamed",
-    "qlora_trainer.data.formats.calls",
+    "qlora_trainer.data.formats.advice",
+    "qlora_trainer.data.preparation.row_reading",
+    "qlora_trainer.data.reading.hub",
+    "qlora_trainer.data.reading.json_text",
+    "qlora_trainer.data.reading.unpacking",
     "qlora_trainer.data.rendering.markers",
     "qlora_trainer.data.rendering.omissions",
     "qlora_trainer.data.rendering.pieces",

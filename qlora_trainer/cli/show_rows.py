@@ -1,12 +1,13 @@
 """Print what `qlora inspect` shows: the data in numbers, lengths as a plot, rows with their trained tokens marked.
 
-Trained tokens are marked by color if the terminal has colors, else by brackets. Control characters of a row are
-escaped, so that the terminal does not act on them. Left out: computing the numbers (data/preparation/overview.py, and
-preparation's report).
+Trained tokens are marked by color if the terminal has colors, else by brackets, and text that spells a control token
+otherwise than the token. Control characters of a row are escaped, so that the terminal does not act on them. Left out:
+computing the numbers (data/preparation/overview.py, and preparation's report).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.text import Text
@@ -23,9 +24,10 @@ from qlora_trainer.data.preparation.overview import (
 )
 from qlora_trainer.data.preparation.reports import PreparationReport
 from qlora_trainer.data.preparation.store import ExampleSet
+from qlora_trainer.data.rendering.encoding import Encoder
 from qlora_trainer.data.types import IGNORED_LABEL
 
-TRAINED, READ = "bold green", "dim"
+TRAINED, READ, SPELLED = "bold green", "dim", "underline yellow"
 BAR_WIDTH = 40
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -84,28 +86,37 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
     has_color = console.color_system is not None and not console.no_color
     opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
     text = Text()
-    for span in row["spans"]:
-        shown = _visible(span["text"])
+    for trained, spans in groupby(row["spans"], key=lambda span: span["trained"]):
         if has_color:
-            text.append(shown, style=TRAINED if span["trained"] else READ)
+            for span in spans:
+                style = SPELLED if span["spelled"] else TRAINED if trained else READ
+                text.append(_visible(span["text"]), style=style)
         else:
-            text.append(f"{opening}{shown}{closing}" if span["trained"] else shown)
+            shown = "".join(_spelled_out(span["text"]) if span["spelled"] else _visible(span["text"]) for span in spans)
+            text.append(f"{opening}{shown}{closing}" if trained else shown)
     console.print(text, soft_wrap=True)
 
 
 def legend() -> Text:
-    """Explain how trained tokens are marked in this terminal.
+    """Explain how tokens are marked in this terminal.
 
     Returns:
         The line to print above rows.
     """
     if console.color_system is not None and not console.no_color:
-        return Text.assemble(("trained", TRAINED), ", ", ("read only", READ))
-    return Text("⟦trained⟧ and read only" if _is_unicode() else "[[trained]] and read only")
+        return Text.assemble(
+            ("trained", TRAINED), ", ", ("read only", READ), ", ", ("text that spells a control token", SPELLED)
+        )
+    trained = "⟦trained⟧" if _is_unicode() else "[[trained]]"
+    return Text(f"{trained} and read only; {_spelled_out('text that spells a control token')}")
+
+
+def _spelled_out(text: str) -> str:
+    return f"⟨{text}⟩" if _is_unicode() else f"{{{{{text}}}}}"
 
 
 def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) -> dict[str, Any]:
-    """Describe a row by its tokens, and by its text in spans that are trained or not.
+    """Describe a row by its tokens, and by its text in spans.
 
     Args:
         tokenizer: decodes the row's tokens.
@@ -124,33 +135,53 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
         raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
     trained = [label != IGNORED_LABEL for label in example.labels]
+    encoder = Encoder(tokenizer)
+    control_ids = frozenset(map(tokenizer.convert_tokens_to_ids, encoder.control_tokens))
     return {
         "set": name,
         "index": index,
         "where": examples.where(index),
         "tokens": len(trained),
         "trained_tokens": example.trained_tokens,
-        "spans": _spans(tokenizer, example.input_ids, trained),
+        "spans": _with_spelled(_spans(tokenizer, example.input_ids, trained, control_ids), encoder.control_pattern),
         "input_ids": example.input_ids,
         "trained": trained,
     }
 
 
-def _spans(tokenizer: Any, ids: list[int], trained: Sequence[bool]) -> list[dict[str, Any]]:
-    """Split a row's text into spans, trained or not, each decoded whole: a character may be several tokens."""
+def _spans(
+    tokenizer: Any, ids: list[int], trained: Sequence[bool], control_ids: Collection[int] = frozenset()
+) -> list[dict[str, Any]]:
+    """Split a row's text into spans, trained or not and control tokens or not: a character may be several tokens."""
     spans = []
     context = start = 0
+    kinds = [(bool(is_trained), token in control_ids) for is_trained, token in zip(trained, ids, strict=True)]
     for end in range(1, len(ids) + 1):
-        if end == len(ids) or trained[end] != trained[start]:
+        if end == len(ids) or kinds[end] != kinds[start]:
             # Some decoders drop the space that a text begins with, so a span's text is what it adds to the span before
             # it. Decoding all text before it each time would take time quadratic in the row's length.
             before = tokenizer.decode(ids[context:start], skip_special_tokens=False)
             until = tokenizer.decode(ids[context:end], skip_special_tokens=False)
             alone = tokenizer.decode(ids[start:end], skip_special_tokens=False)
             text = until[len(before) :] if until.startswith(before) else alone
-            spans.append({"text": text, "trained": bool(trained[start])})
+            spans.append({"text": text, "trained": kinds[start][0], "control": kinds[start][1]})
             context, start = start, end
     return spans
+
+
+def _with_spelled(spans: Sequence[dict[str, Any]], control: re.Pattern[str]) -> list[dict[str, Any]]:
+    """Cut out of the spans what spells a control token in ordinary tokens; join the rest."""
+    pieces: list[tuple[bool, bool, str]] = []
+    for span in spans:
+        position, text = 0, span["text"]
+        for match in () if span["control"] else control.finditer(text):
+            pieces += [(span["trained"], False, text[position : match.start()]), (span["trained"], True, match[0])]
+            position = match.end()
+        pieces.append((span["trained"], False, text[position:]))
+    return [
+        {"text": "".join(text for _, _, text in group), "trained": trained, "spelled": spelled}
+        for (trained, spelled), group in groupby((piece for piece in pieces if piece[2]), key=lambda piece: piece[:2])
+    ]
 
 
 def _visible(text: str) -> str:

@@ -15,18 +15,13 @@ from typing import Any
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 
-def compile_chat_template(source: str) -> Any:
-    """Compile a chat template as transformers does.
-
-    Text that is no template raises jinja2.TemplateSyntaxError.
-
-    Args:
-        source: the template's text.
+def chat_template_environment() -> Any:
+    """Make the Jinja environment that transformers compiles chat templates in, a new one at each call.
 
     Returns:
-        The Jinja template, with a method `render`.
+        The environment, with a method `from_string`.
     """
-    return _compile_jinja_template(source)
+    return _compile_jinja_template.__wrapped__("").environment
 
 
 def render_with_answer_spans(
@@ -35,7 +30,7 @@ def render_with_answer_spans(
     """Render a conversation, and find what the template itself marks with {% generation %}.
 
     Args:
-        template: as `compile_chat_template` gives it.
+        template: of `chat_template_environment`.
         messages: of the conversation.
         tools: that the conversation offers.
         variables: what else the template reads, by name.

@@ -26,6 +26,9 @@ def _encoding_is_known(value: str | None) -> str | None:
 
 
 Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
+Scalar = bool | int | float | str
+RenderedText = Literal["auto", "turns", "text"]
+RoleName = Literal["system", "user", "assistant", "tool"]
 
 
 class Section(BaseModel):
@@ -38,15 +41,24 @@ class SourceFile(Section):
     """Name a file or hub data set, and say how to read it."""
 
     path: str = Field(
-        description="A file (.jsonl, .json, .csv, .tsv, .parquet, .txt; also .gz, .zst) or a hub data set's name."
+        description="A file (.jsonl, .json, .csv, .tsv, .txt, also .gz, .bz2, .xz, .zst; .parquet, .arrow, .xlsx), a "
+        "folder, .zip or .tar of such files of one kind, a pattern such as rows/*.jsonl, or a hub data set's name."
     )
     format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
     columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
     template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    ignore: list[str] = Field([], description="As data.ignore, for this source.")
+    keep: dict[str, Scalar | list[Scalar]] = Field({}, description="As data.keep, for this source.")
+    roles: dict[str, RoleName] = Field({}, description="As data.roles, for this source.")
+    rendered: RenderedText | None = Field(None, description="As data.rendered, for this source.")
     header: list[str] = Field([], description="As data.header, for this source.")
     encoding: Encoding = Field(None, description="As data.encoding, for this source.")
-    split: str = Field("train", description="Which split of a hub data set; a file has none.")
-    subset: str | None = Field(None, description="Which subset (configuration) of a hub data set that has several.")
+    rows: str | None = Field(None, description="As data.rows, for this source.")
+    split: str = Field("train", description="Which split of a hub data set, or of a saved one; a file has none.")
+    subset: str | None = Field(
+        None,
+        description="Which subset (configuration) of a hub data set that has several, or which sheet of a workbook.",
+    )
 
 
 class Source(SourceFile):
@@ -76,27 +88,54 @@ class Source(SourceFile):
 class DataConfig(Section):
     """Configure the rows and which of their tokens are trained."""
 
-    train: str | list[Source] = Field(description="A file, a hub data set's name, or a list of sources.")
-    eval: float | str | SourceFile = Field(
+    train: str | list[Source] = Field(
+        description="A file, folder, archive or pattern, or a hub data set's name; or a list of these, or of sources."
+    )
+    eval: float | str | SourceFile | list[SourceFile] = Field(
         0.05,
         description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
-        "as its part in an epoch; or a file of them; or a source of its own, {path, …}.",
+        "as its part in an epoch; or a file of them; or a source of its own, {path, …}; or a list of these.",
     )
     format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
     columns: dict[str, str] = Field(
         {},
         description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
-        "path ending in ? may be absent. Here and in the three below, what a source says itself comes first.",
+        "path ending in ? may be absent. Here and in those down to encoding, what a source says itself comes first.",
     )
     template: dict[str, str] = Field(
         {},
         description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
     )
+    ignore: list[str] = Field(
+        [],
+        description="Columns, and keys of turns such as messages[].mask, that are left out on purpose. A column whose "
+        "name has a meaning to other formats or trainers (label, score, weight, system, …) stops the run if it is "
+        "neither read nor named here.",
+    )
+    keep: dict[str, Scalar | list[Scalar]] = Field(
+        {},
+        description="Which rows are kept: {column: value}, or {column: [values]}, such as {label: true}; the others "
+        "are counted as dropped.",
+    )
+    roles: dict[str, RoleName] = Field(
+        {}, description="Who speaks, where turns name it otherwise than is known: such as {Chatbot: assistant}."
+    )
+    rendered: RenderedText = Field(
+        "auto",
+        description="What is done with text or prompt and completion that is a conversation already written by a chat "
+        "template. auto: read it back into turns where the model's template writes exactly this text, stop otherwise; "
+        "turns: read it into turns all the same; text: train on it as plain text.",
+    )
     header: list[str] = Field(
-        [], description="The columns' names of CSV and TSV files that have no line of them, in order."
+        [], description="The columns' names of CSV, TSV and Excel files that have no line of them, in order."
     )
     encoding: Encoding = Field(
         None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. Nothing is guessed."
+    )
+    rows: str | None = Field(
+        None,
+        description="Where the rows of JSON files are that have them inside an object: keys with dots between them, "
+        "such as data.examples; * is each item of a list, or each value of an object.",
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
@@ -109,6 +148,9 @@ class DataConfig(Section):
         "error",
         description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
         "directory's skipped_rows.jsonl.",
+    )
+    max_skipped: float = Field(
+        0.1, ge=0.0, le=1.0, description="Largest share of a source's rows that may be skipped; more stop the run."
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
     train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
@@ -129,6 +171,14 @@ class DataConfig(Section):
             raise ValueError("is an empty list; use assistant, last, all, or a list of roles such as [assistant, tool]")
         return value
 
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _names_are_sources(cls, value: object) -> object:
+        """Read a plain name in a list as a source."""
+        if not isinstance(value, list):
+            return value
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+
     @field_validator("eval", mode="before")
     @classmethod
     def _number_is_a_share(cls, value: object) -> object:
@@ -140,7 +190,9 @@ class DataConfig(Section):
 
     @field_validator("eval")
     @classmethod
-    def _eval_is_a_share_or_path(cls, value: float | str | SourceFile) -> float | str | SourceFile:
+    def _eval_is_a_share_or_path(
+        cls, value: float | str | SourceFile | list[SourceFile]
+    ) -> float | str | SourceFile | list[SourceFile]:
         if isinstance(value, float) and not 0.0 <= value < 1.0:
             raise ValueError("must be a share from 0 up to (not including) 1, or the path of a file")
         return value

@@ -5,6 +5,7 @@ so that the copy in the run directory is valid from any current directory. Left 
 """
 
 import difflib
+import glob
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         node[leaf] = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
+        if text.startswith("*"):  # to YAML an alias, which one value alone cannot have: a pattern of files
+            node[leaf] = text
+            return
         raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
 
 
@@ -200,7 +204,7 @@ def _nearest_key(unknown: str, keys: list[str]) -> str | None:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make paths that exist on disk absolute; other names stay, as they may be names on the hub."""
+    """Make paths and patterns of what is on disk absolute; other names stay, as they may be names on the hub."""
     data = config.data
     train = (
         _absolute(data.train)
@@ -221,7 +225,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _absolute_eval(eval_set: float | str | SourceFile) -> float | str | SourceFile:
+def _absolute_eval(
+    eval_set: float | str | SourceFile | list[SourceFile],
+) -> float | str | SourceFile | list[SourceFile]:
+    if isinstance(eval_set, list):
+        return [source.model_copy(update={"path": _absolute(source.path)}) for source in eval_set]
     if isinstance(eval_set, SourceFile):
         return eval_set.model_copy(update={"path": _absolute(eval_set.path)})
     return _absolute(eval_set) if isinstance(eval_set, str) else eval_set
@@ -229,4 +237,5 @@ def _absolute_eval(eval_set: float | str | SourceFile) -> float | str | SourceFi
 
 def _absolute(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    is_local = path.exists() or (glob.has_magic(name) and bool(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    return str(path.absolute()) if is_local else name

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,23 @@ def test_bars_are_in_proportion_and_no_row_is_without_one() -> None:
     assert one == "20-29 │▏ 1"
     assert none == "30-39 │ 0"
     assert bars(lengths, is_unicode=False)[1:3] == ["10-19 |" + "#" * 20 + " 400", "20-29 |# 1"]
+
+
+def test_text_that_spells_a_control_token_is_shown_otherwise_than_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, data = prepared(tmp_path, text="What is <|im_end|>?")
+    spans = describe_row(tokenizer, data.train, 0, "training")["spans"]
+    assert [span["text"] for span in spans if span["spelled"]] == ["<|im_end|>"]
+    assert "".join(span["text"] for span in spans) == tokenizer.decode(data.train[0].input_ids)
+    out = terminal(monkeypatch, force_terminal=False)
+    show_row(tokenizer, data.train, 0)
+    inspection.console.print(inspection.legend())
+    assert re.search(r"What is (⟨<\|im_end\|>⟩|{{<\|im_end\|>}})\?<\|im_end\|>", out.getvalue())
+    assert "text that spells a control token" in out.getvalue()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = terminal(monkeypatch, force_terminal=True, color_system="standard")
+    show_row(tokenizer, data.train, 0)
+    inspection.console.print(inspection.legend())
+    assert "\x1b[4;33m<|im_end|>\x1b[0m" in out.getvalue()
+    assert "\x1b[4;33mtext that spells a control token" in out.getvalue()

@@ -21,11 +21,11 @@ from qlora_trainer.common import transformers_internals
 
 def test_transformers_has_chat_templates_with_answer_spans() -> None:
     source = "{% for m in messages %}<{% generation %}{{ m.content }}{% endgeneration %}>{{ mark }}{% endfor %}"
-    template = transformers_internals.compile_chat_template(source)
+    template = transformers_internals.chat_template_environment().from_string(source)
     text, spans = transformers_internals.render_with_answer_spans(template, [{"content": "four"}], None, {"mark": "!"})
     assert (text, spans) == ("<four>!", [(1, 5)])
     with pytest.raises(jinja2.TemplateSyntaxError):
-        transformers_internals.compile_chat_template("{% if %}")
+        transformers_internals.chat_template_environment().from_string("{% if %}")
 
 
 @pytest.fixture(scope="module")

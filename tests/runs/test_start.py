@@ -34,7 +34,7 @@ def test_skipped_rows_are_listed_in_the_run_directory(tiny_config: Config, rows:
     run = start_run(tiny_config(data={"on_bad_row": "skip"}))
     (line,) = (run.directory / "skipped_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["where"] == "rows.jsonl, line 1"
-    assert [warning for warning in run.warnings if "1 bad rows were skipped" in warning]
+    assert [warning for warning in run.warnings if "1 bad row was skipped" in warning]
 
 
 def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_directory(

@@ -1,9 +1,9 @@
-"""Read the tools that a row offers, and the calls of them, in OpenAI's and ShareGPT's shapes.
+"""Read the tools that a row offers, and the calls of them, in OpenAI's, Anthropic's, Gemini's and ShareGPT's shapes.
 
 Left out: which turn may call (turns.py), and what a template makes of tools and calls (rendering).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
@@ -31,16 +31,34 @@ def read_tools(value: Any, column: str, where: str) -> tuple[str, ...]:
     if not isinstance(given, list):
         raise DataError(f"{where}: {column} should be a list of functions, and is {kind(value)}.")
     tools = []
-    for index, tool in enumerate(given):
-        place = f"{column}[{index}]"
-        if isinstance(tool, str):
-            tool = from_json_text(tool, place, where)
+    for place, tool in _each_tool(given, column, where):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f"{where}: {place} should be an object with name, description and parameters.")
         whole = tool if "function" in tool else {"type": "function", "function": tool}
         tools.append(json_text(whole, place, where))
     return tuple(tools)
+
+
+def _each_tool(given: Sequence[Any], column: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Give each tool with its place: Gemini lists several in one object, Bedrock wraps each in another."""
+    for index, tool in enumerate(given):
+        place = f"{column}[{index}]"
+        tool = from_json_text(tool, place, where) if isinstance(tool, str) else tool
+        declared = tool.get("functionDeclarations") if isinstance(tool, Mapping) else None
+        for one in declared if isinstance(declared, list) else [tool]:
+            inner = one.get("toolSpec", one) if isinstance(one, Mapping) else one
+            yield place, _with_parameters(inner) if isinstance(inner, Mapping) else inner
+
+
+def _with_parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put the schema of a tool's arguments where OpenAI has it: Anthropic and Bedrock call it otherwise."""
+    key = next((key for key in ("input_schema", "inputSchema") if key in tool and "parameters" not in tool), None)
+    if key is None:
+        return tool
+    schema = tool[key]
+    schema = schema["json"] if isinstance(schema, Mapping) and schema.keys() == {"json"} else schema
+    return {**{name: value for name, value in tool.items() if name not in (key, "cache_control")}, "parameters": schema}
 
 
 def read_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:

@@ -6,14 +6,21 @@ formats are mixed is an error at the first row that differs. Left out: reading t
 
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from pathlib import PurePath
 from typing import Any
 
 from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.data_schema import DataFormat
+from qlora_trainer.config.override import override
+from qlora_trainer.data.formats.advice import near_miss, preferred_line, text_path
 from qlora_trainer.data.formats.columns import parts
+from qlora_trainer.data.formats.meanings import has_meaning, is_empty
+from qlora_trainer.data.reading.data_file import HEADER_KINDS, kind_of
+from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
 from qlora_trainer.data.reading.values import listed
 
 _TOOLS = ("tools", "functions")
+_MOST_NAMED = 20
 
 # The columns each format must have, in the order they are tried, and those it may have.
 COLUMNS: dict[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -25,8 +32,21 @@ COLUMNS: dict[DataFormat, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "question_answer": (("question", "answer"), ("system", *_TOOLS)),
     "text": (("text",), ()),
 }
-_PREFERENCES = (("chosen", "rejected"), ("response_j", "response_k"))
-_PROMPTS = ("prompt", "question", "instruction", "messages", "conversations")
+# The better answer's column, and the worse one's.
+_PREFERENCES = (
+    ("chosen", "rejected"),
+    ("response_j", "response_k"),
+    ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+    ("answer_chosen", "answer_rejected"),
+    ("preferred", "dispreferred"),
+    ("preferred_output", "non_preferred_output"),
+)
+
+
+class UnknownFormatError(DataError):
+    """Report a row whose columns are of no known format, so that it may be the settings that are wrong, not the row."""
+
 
 KNOWN = (
     "Known formats: "
@@ -34,7 +54,8 @@ KNOWN = (
         f"{name} ({', '.join(required + tuple(f'{column}?' for column in optional if column not in _TOOLS))})"
         for name, (required, optional) in COLUMNS.items()
     )
-    + ". data.columns renames columns, such as {prompt: query}, and data.template writes text around them."
+    + ". data.columns renames columns, such as 'data.columns={prompt: query}', and data.template writes text "
+    "around them."
 )
 
 
@@ -91,18 +112,25 @@ def resolve_format(
         DataError: no format fits, or the record is of a kind that supervised training cannot use.
     """
     made = _made(tuple(columns), tuple((template or {}).items()))
+    check_paths(record, columns.values(), where)
     if format in ("chat", "sharegpt"):
         # Two names of one thing: turns are read in either naming, under either column.
         return detect_format({*record, *made} & {"messages", "conversations"}) or format
     if format != "auto":
         return format
     found = [name for name, value in record.items() if value is not None]
-    if not made:
-        _refuse_preferences(record, found, where)
     detected = detect_format(made) or detect_format({*found, *made})
+    if not made:
+        _refuse_preferences(record, detected, where)
     if detected is None:
-        raise DataError(f"{where}: the columns {listed(record)} are of no known format.{_hint(record)} {KNOWN}")
+        hint = _hint(record, made, where) or f" {KNOWN}"
+        raise UnknownFormatError(f"{where}: the columns {_shortened(record)} are of no known format.{hint}")
     return detected
+
+
+def _shortened(record: Mapping[str, Any]) -> str:
+    names = [name if name.strip() else repr(name) for name in record]
+    return listed(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else "")
 
 
 def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -> DataError | None:
@@ -121,15 +149,16 @@ def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -
     if not missing:
         return None
     other = detect_format([name for name, value in record.items() if value is not None])
-    hint = (
-        f"By its columns it is of the format {other}, but all rows of one source have the format of the first one, "
-        "or the one that is named. Put each format into a file of its own, and list them in data.train."
-        if other and other != format
-        else KNOWN
-    )
-    return DataError(
-        f"{where}: {listed(missing)} is missing or null, which {format} rows need; the row has {listed(record)}. {hint}"
-    )
+    nulls = [column for column in missing if column in record]
+    absent = [column for column in missing if column not in record]
+    problems = [f"{listed(nulls)} is null"] * bool(nulls) + [f"{listed(absent)} is missing"] * bool(absent)
+    hint = f"{format} rows need {listed(required)}; the row has {listed(record)}." if absent else ""
+    if other and other != format:
+        hint = (
+            f"By its columns it is of the format {other}, but all rows of one source have the format of the first one, "
+            "or the one that is named. Put each format into a file of its own, and list them in data.train."
+        )
+    return DataError(f"{where}: {' and '.join(problems)}. {hint}".rstrip())
 
 
 @lru_cache(maxsize=64)
@@ -149,58 +178,48 @@ def _made(columns: tuple[str, ...], template: tuple[tuple[str, str], ...]) -> fr
     return frozenset(columns) | {name for name, _ in template}
 
 
-def _refuse_preferences(record: Mapping[str, Any], found: Collection[str], where: str) -> None:
-    for chosen, rejected in _PREFERENCES:
-        if {chosen, rejected} <= set(found):
-            prompt = next((name for name in _PROMPTS if name in found), "the prompt's column")
-            answers = record[chosen]
-            whole = isinstance(answers, list) and len(answers) > 1  # a conversation with its prompt
-            ours = ("question", "answer") if prompt in ("question", "instruction") else ("prompt", "completion")
-            pair = f"{{{ours[0]}: {prompt}, {ours[1]}: {chosen}}}"
-            columns = f"{{messages: {chosen}}}" if whole else pair
-            raise DataError(
-                f"{where}: columns {chosen} and {rejected} hold preferences, and this trains on answers. To train on "
-                f"the {chosen} ones: data.columns {columns}."
-            )
-    if "messages" in found and isinstance(record.get("label"), bool):
-        raise DataError(
-            f"{where}: messages with a label of true or false look like preferences, some rows of which are answers "
-            "to avoid. Keep the good rows only; to train on every row all the same, set data.format to chat."
+def _refuse_preferences(record: Mapping[str, Any], detected: DataFormat | None, where: str) -> None:
+    """Refuse a row with a better and a worse answer, or with a better one alone, unless a format reads another."""
+    present = {name for name, value in record.items() if not is_empty(value)}
+    pairs = [(chosen, rejected) for chosen, rejected in _PREFERENCES if {chosen, rejected} <= present]
+    alone = [(chosen, "") for chosen, _ in _PREFERENCES if chosen in present and detected is None]
+    for chosen, rejected in [*pairs, *alone]:
+        leftover = [name for name in record if name != chosen and name in present and has_meaning(name)]
+        both = f"columns {chosen} and {rejected} hold" if rejected else f"the column {chosen} holds one side of"
+        raise ConfigError(
+            f"{where}: {both} preferences, and this trains on answers. To train on the {chosen} ones: "
+            f"{preferred_line(record, chosen, leftover)}."
         )
 
 
-def _hint(record: Mapping[str, Any]) -> str:
+def _hint(record: Mapping[str, Any], made: Collection[str], where: str) -> str:
     """Say what a row of no known format most likely is, and the way out."""
+    if inside := rows_inside(record):
+        return inside
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
             return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
-        if len(record) == 1 and isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            return f" If the rows are in {name}, take them out: jq -c '.{name}[]' FILE > rows.jsonl."
-    for required, optional in COLUMNS.values():
+    is_table = kind_of(PurePath(where.rpartition(", ")[0])) in HEADER_KINDS
+    if is_table and any(len(name) > 40 or name.strip().lstrip("-").isdecimal() for name in record):
+        names = override("data.header", [f"column{number + 1}" for number in range(len(record))])
+        return f" Is the first line of the file a row, not the columns' names? Then name them, such as: {names}."
+    lines = "" if made else near_miss(record, [name for name in record if has_meaning(name)])
+    return lines or _incomplete(record)
+
+
+def _incomplete(record: Mapping[str, Any]) -> str:
+    """Say which column of a format is there, which is not, and where text is that it could be made from."""
+    for required, _ in COLUMNS.values():
         there = [column for column in required if record.get(column) is not None]
-        if there and len(required) > 1:
-            lacking = [column for column in required if column not in there]
-            if nulls := [column for column in lacking if column in record]:
-                return f" {listed(there)} is there, but {listed(nulls)} is null."
-            nested = {column: path for column in (*lacking, *optional) if (path := _nested(record, column))}
-            ways = ", ".join(f"{column}: {path}" for column, path in ({lacking[0]: "PATH"} | nested).items())
-            paths = listed(path for name, value in record.items() if name not in there for path in _paths(name, value))
-            return (
-                f" {listed(there)} is there, but nothing called {listed(lacking)}. Where is it? "
-                f"data.columns {{{ways}}}; there are {paths}."
-            )
-    if any(len(name) > 40 or name.strip().lstrip("-").isdecimal() for name in record):
-        return " Is the first line of the file a row, not the columns' names? Then name them: data.header [id, text]."
+        lacking = [column for column in required if column not in there]
+        if not there or not lacking:
+            continue
+        if nulls := [column for column in lacking if column in record]:
+            return f" {listed(there)} is there, but {listed(nulls)} is null."
+        others = {name: text_path(name, value) for name, value in record.items() if name not in there}
+        ways = [override("data.columns", {lacking[0]: path}) for path in others.values() if path]
+        found = (
+            f"If it is in another column, such as: {'; or '.join(ways[:3])}." if ways else "No other column has text."
+        )
+        return f" {listed(there)} is there, but nothing called {listed(lacking)}. {found}"
     return ""
-
-
-def _paths(name: str, value: Any) -> list[str]:
-    """List where text may be in a column: the path of each field of an object, or of the first item of a list."""
-    if isinstance(value, list) and value:
-        return _paths(f"{name}.0", value[0])
-    return [f"{name}.{key}" for key in value] if isinstance(value, Mapping) else [name]
-
-
-def _nested(record: Mapping[str, Any], column: str) -> str | None:
-    paths = [path for name, value in record.items() for path in _paths(name, value)]
-    return next((path for path in paths if path.endswith(f".{column}")), None)

@@ -6,16 +6,20 @@ makes of them is rendering's business. Left out: which format a record has (dete
 """
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.data_schema import DataFormat
+from qlora_trainer.config.data_schema import DataFormat, Scalar
+from qlora_trainer.config.override import override
+from qlora_trainer.data.formats.advice import settings_line, text_path
 from qlora_trainer.data.formats.calls import read_tools
-from qlora_trainer.data.formats.columns import mapped, source_columns
-from qlora_trainer.data.formats.detect import COLUMNS, known_columns, missing_columns, resolve_format
+from qlora_trainer.data.formats.columns import look_up, mapped, source_columns
+from qlora_trainer.data.formats.detect import COLUMNS, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (
+    ROLE_NAMES,
     check_no_media,
     has_unread_call,
     read_turn,
@@ -24,17 +28,35 @@ from qlora_trainer.data.formats.turns import (
     turns_of,
     unread_keys,
 )
+from qlora_trainer.data.formats.unread import UnreadColumns
 from qlora_trainer.data.reading.values import kind, listed, optional_text, text
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
 
-_TURNS = {"messages", "conversations", "prompt", "completion"}  # columns of ours that may hold turns
+# Columns of ours that may hold turns.
+TURNS: dict[DataFormat, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": (),
+    "dolly": (),
+    "question_answer": (),
+    "text": (),
+}
 CALL_IS_TEXT = (
     "a function_call turn holds no JSON of name and arguments, and is trained as the text that it is, not as a call"
 )
 TEXT_IS_TURNS = (
-    "prompt or completion is the JSON text of turns, and is read as these; to train on it as text: data.template "
-    '{prompt: "{prompt}", completion: "{completion}"}'
+    "prompt or completion is the JSON text of turns, and is read as these; to train on it as text: "
+    + override("data.template", {"prompt": "{prompt}", "completion": "{completion}"})
 )
+NOT_KEPT = "data.keep leaves the row out"
+EMPTY_PROMPT = "the prompt is empty"
+EMPTY_ANSWER = "the answer is empty"
+EMPTY_TURN = "a turn of the user or the assistant is empty"
+
+
+class LeftOutError(DataError):
+    """Report a row that can be read and is not used; it is counted with its place, and never stops the run."""
 
 
 def _ours(
@@ -51,7 +73,7 @@ def _ours(
 def _with_turns(ours: Mapping[str, Any], format: DataFormat, template: Mapping[str, str], where: str) -> dict[str, Any]:
     """Parse turns that are given as JSON text, as tables hold them. What a template writes as a prompt is text."""
     parsed = dict(ours)
-    for column in _TURNS & known_columns(format):
+    for column in TURNS[format]:
         if column in ("messages", "conversations"):
             parsed[column] = turns_of(ours[column], column, where)
         elif column not in template:
@@ -59,15 +81,18 @@ def _with_turns(ours: Mapping[str, Any], format: DataFormat, template: Mapping[s
     return parsed
 
 
-def _row(record: Mapping[str, Any], format: DataFormat, where: str) -> Row:
+def _row(record: Mapping[str, Any], format: DataFormat, roles: Mapping[str, str], where: str) -> Row:
     match format:
         case "text":
-            return Document(text(record["text"], "text", where))
+            return Document(_text(record, "text", where))
         case "prompt_completion" if _is_plain(record):
-            prompt, completion = (text(record[column], column, where) for column in ("prompt", "completion"))
+            prompt, completion = (_text(record, column, where) for column in ("prompt", "completion"))
+            for said, reason in ((prompt, EMPTY_PROMPT), (completion, EMPTY_ANSWER)):
+                if not said or said.isspace():
+                    raise LeftOutError(reason)
             return PromptCompletion(prompt, completion)
         case "prompt_completion":
-            messages = _prompted(record, where)
+            messages = _prompted(record, roles, where)
         case "alpaca":
             messages = [
                 *_history(record.get("history"), where),
@@ -79,8 +104,46 @@ def _row(record: Mapping[str, Any], format: DataFormat, where: str) -> Row:
             messages = _asked(record, "question", "", "answer", where)
         case _:
             (column,), _ = COLUMNS[format]
-            messages = read_turns(record[column], column, where)
-    return _conversation(_with_system(messages, record.get("system"), where), _tools(record, where), where)
+            messages = read_turns(record[column], column, where, roles)
+    given = _with_system(messages, record.get("system"), where)
+    check_no_empty_turn(given, is_pair=format in ("alpaca", "dolly", "question_answer"))
+    return _conversation(given, _tools(record, where), where)
+
+
+def check_no_empty_turn(messages: Sequence[Message], is_pair: bool = False) -> None:
+    """Leave out a row with a turn that says nothing: neither what is asked nor what is answered may be empty.
+
+    Args:
+        messages: of a conversation.
+        is_pair: whether the last two are a row's prompt and answer, and named so.
+
+    Raises:
+        LeftOutError: a turn of the user or the assistant is empty.
+    """
+    for index, message in enumerate(messages):
+        content = message.content
+        if message.role not in ("user", "assistant") or (content and not content.isspace()):
+            continue
+        if not message.tool_calls and not (message.reasoning or "").strip():
+            if not is_pair or index < len(messages) - 2:
+                raise LeftOutError(EMPTY_TURN)
+            raise LeftOutError(EMPTY_PROMPT if message.role == "user" else EMPTY_ANSWER)
+
+
+def _text(record: Mapping[str, Any], column: str, where: str) -> str:
+    """Return the text of a column; for another value, say by which line it is written or where a text is in it."""
+    value = record[column]
+    if isinstance(value, str):
+        return text(value, column, where)
+    line = ""
+    if isinstance(value, list | Mapping):
+        path = text_path(column, value)
+        line = f" If a part of it is meant: {override('data.columns', {column: path})}." if path else ""
+    elif isinstance(value, float) and math.isnan(value):
+        return text(value, column, where)  # which raises
+    elif isinstance(value, int | float):
+        line = f" To have it written as text: {override('data.template', {column: f'{{{column}}}'})}."
+    raise DataError(f"{where}: {column} should be text, and is {kind(value)}.{line}")
 
 
 class RecordReader:
@@ -93,19 +156,41 @@ class RecordReader:
         format: a format's name, or "auto".
         columns: {our column: path in the record}, see columns.py.
         template: {our column: text with {path} fields}, see columns.py.
+        ignore: columns, and keys of turns as messages[].id, that are read as if they were not there.
+        keep: {path: value or values} of the rows that are kept.
+        roles: {name of a speaker: role}, next to those that are known.
+        is_named: whether the format is named by the config; None: where it is not "auto".
     """
 
-    def __init__(self, format: DataFormat, columns: Mapping[str, str], template: Mapping[str, str]) -> None:
-        self.format, self.columns, self.template = format, columns, template
-        self.unused: Counter[str] = Counter()
+    def __init__(
+        self,
+        format: DataFormat,
+        columns: Mapping[str, str],
+        template: Mapping[str, str],
+        *,
+        ignore: Collection[str] = (),
+        keep: Mapping[str, Scalar | list[Scalar]] | None = None,
+        roles: Mapping[str, str] | None = None,
+        is_named: bool | None = None,
+    ) -> None:
+        self.format, self.columns, self.template, self.keep = format, columns, template, keep or {}
         self.warnings: Counter[str] = Counter()
+        is_named = format != "auto" if is_named is None else is_named
+        self._unread = UnreadColumns(columns, template, self.keep, list(ignore), is_named)
+        self._ignored = frozenset(ignore)
+        self._roles = {**ROLE_NAMES, **{name.lower(): role for name, role in (roles or {}).items()}}
+
+    @property
+    def unused(self) -> Counter[str]:
+        """Return the rows that hold each column or key that is not read."""
+        return self._unread.unused
 
     def read(self, record: Mapping[str, Any], where: str) -> Row:
         """Read one record.
 
-        A ConfigError says that columns or template make what no format has; a DataError, that a column is missing or of
-        the wrong type, a role is unknown, nothing is to be trained, or the row is of another format than those before
-        it.
+        A ConfigError says that columns or template make what no format has, or that a column has a meaning and is not
+        read; a DataError, that a column is missing or of the wrong type, a role is unknown, nothing is to be trained,
+        or the row is of another format than those before it.
 
         Args:
             record: column name to value.
@@ -113,30 +198,66 @@ class RecordReader:
 
         Returns:
             The row.
+
+        Raises:
+            LeftOutError: the row is not to be kept, or a prompt, an answer or a turn is empty.
         """
-        format = resolve_format(record, self.format, self.columns, where, self.template)
+        if self.keep and not _is_kept(record, self.keep, where):
+            raise LeftOutError(NOT_KEPT)
+        columns, template = self.columns, self.template
+        if self._ignored:
+            sources = source_columns(record, columns, template)
+            record = {name: value for name, value in record.items() if name in sources or name not in self._ignored}
+        format = resolve_format(record, self.format, columns, where, template)
         if self.format == "auto":
             self.format = format
-        ours = _ours(record, format, self.columns, self.template, where)
-        parsed = _with_turns(ours, format, self.template, where)
-        row = _row(parsed, format, where)
-        self.unused.update(sorted(self._unused(record, parsed, format)))
+        ours = _ours(record, format, columns, template, where)
+        parsed = self._without_ignored(_with_turns(ours, format, template, where), format)
+        row = _row(parsed, format, self._roles, where)
+        is_plain = format == "prompt_completion" and _is_plain(parsed)
+        keys: dict[str, bool] = {}
+        for column in () if is_plain else TURNS[format]:
+            unread = unread_keys(parsed[column], self._roles)
+            keys |= {f"{column}[].{key}": is_meant for key, is_meant in unread.items()}
+        self._unread.check(record, format, is_plain, row, keys, where)
         self.warnings.update(_warnings(ours, parsed, format))
         return row
 
-    def _unused(self, record: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> set[str]:
-        """Find what of a record is not used and not null: columns, and keys of turns as messages[].id."""
-        is_plain = format == "prompt_completion" and _is_plain(parsed)
-        used = {"prompt", "completion"} if is_plain else known_columns(format)
-        used = used | source_columns(record, self.columns, self.template)
-        found = {name for name, value in record.items() if name not in used and value is not None}
-        for name in _TURNS & known_columns(format):
-            found |= {f"{name}[].{key}" for key in unread_keys(parsed[name])}
-        return found
+    def _without_ignored(self, parsed: dict[str, Any], format: DataFormat) -> dict[str, Any]:
+        """Leave out the keys of turns that the config ignores."""
+        for column in TURNS[format]:
+            ignored = {name.removeprefix(f"{column}[].") for name in self._ignored if name.startswith(f"{column}[].")}
+            if ignored and isinstance(parsed[column], list):
+                parsed[column] = [
+                    {key: value for key, value in turn.items() if key not in ignored}
+                    if isinstance(turn, Mapping)
+                    else turn
+                    for turn in parsed[column]
+                ]
+        return parsed
+
+
+def _is_kept(record: Mapping[str, Any], keep: Mapping[str, Scalar | list[Scalar]], where: str) -> bool:
+    """Return True if every column has one of the values wanted."""
+    return all(
+        any(_equals(look_up(record, path, f"data.keep {path}", where), one) for one in _as_list(wanted))
+        for path, wanted in keep.items()
+    )
+
+
+def _as_list(wanted: Scalar | list[Scalar]) -> list[Scalar]:
+    return wanted if isinstance(wanted, list) else [wanted]
+
+
+def _equals(value: Any, wanted: Scalar) -> bool:
+    """Compare a value with one of the config; a table's text with how that is written: True, 1."""
+    if isinstance(value, str):
+        return value.strip().casefold() == str(wanted).strip().casefold()
+    return bool(value == wanted and isinstance(value, bool) == isinstance(wanted, bool))
 
 
 def _warnings(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:
-    columns = _TURNS & known_columns(format)
+    columns = TURNS[format]
     warnings = [CALL_IS_TEXT] if any(has_unread_call(parsed[column]) for column in columns) else []
     if format == "prompt_completion" and any(ours[column] is not parsed[column] for column in columns):
         warnings.append(TEXT_IS_TURNS)
@@ -149,9 +270,9 @@ def _is_plain(record: Mapping[str, Any]) -> bool:
 
 def _asked(record: Mapping[str, Any], instruction: str, context: str, answer: str, where: str) -> list[Message]:
     """Make turns of one question, with its context a blank line below, and its answer."""
-    given = [text(record[instruction], instruction, where), optional_text(record.get(context), context, where)]
+    given = [_text(record, instruction, where), optional_text(record.get(context) if context else None, context, where)]
     asked = "\n\n".join(part for part in given if part)
-    return [Message("user", asked), Message("assistant", text(record[answer], answer, where))]
+    return [Message("user", asked), Message("assistant", _text(record, answer, where))]
 
 
 def _history(pairs: Any, where: str) -> list[Message]:
@@ -168,15 +289,15 @@ def _history(pairs: Any, where: str) -> list[Message]:
     return messages
 
 
-def _prompted(record: Mapping[str, Any], where: str) -> list[Message]:
+def _prompted(record: Mapping[str, Any], roles: Mapping[str, str], where: str) -> list[Message]:
     """Read a prompt of turns or text, and what answers it. Answers inside the prompt are not trained."""
-    context = _turns_or_text(record["prompt"], "prompt", "user", where)
-    answer = _turns_or_text(record["completion"], "completion", "assistant", where)
+    context = _turns_or_text(record["prompt"], "prompt", "user", roles, where)
+    answer = _turns_or_text(record["completion"], "completion", "assistant", roles, where)
     if answer and answer[0].role in ("system", "user"):
         raise DataError(
             f"{where}: completion begins with a turn of {answer[0].role}, so it seems to hold the prompt too. To train "
-            "on the whole conversation's answers: data.columns {messages: NAME of that column}. To train on it as "
-            'text: data.template {completion: "{completion}"}.'
+            f"on the whole conversation's answers: {settings_line({'messages': 'completion'}, ignore=['prompt'])}. To "
+            f"train on it as text: {settings_line({}, {'completion': '{completion}'})}."
         )
     return [_as_context(message) for message in context] + answer
 
@@ -185,10 +306,12 @@ def _as_context(message: Message) -> Message:
     return dataclasses.replace(message, learn=bool(message.learn)) if message.role == "assistant" else message
 
 
-def _turns_or_text(value: Any, column: str, role: str, where: str) -> list[Message]:
+def _turns_or_text(value: Any, column: str, role: str, roles: Mapping[str, str], where: str) -> list[Message]:
     if isinstance(value, Mapping):
-        return [read_turn(value, f"{where}, {column}")]
-    return read_turns(value, column, where) if isinstance(value, list) else [Message(role, text(value, column, where))]
+        return [read_turn(value, f"{where}, {column}", roles)]
+    if isinstance(value, list):
+        return read_turns(value, column, where, roles)
+    return [Message(role, text(value, column, where))]
 
 
 def _with_system(messages: list[Message], value: Any, where: str) -> list[Message]:

@@ -1,8 +1,8 @@
 """Read one turn of a conversation as a Message, whatever its file calls things.
 
-Read are role/content and from/value, content as text or as a list of parts, reasoning under its several names, tool
-calls as OpenAI writes them and as ShareGPT writes them into the text, and what a turn says of being trained. Left out:
-images and other parts that are no text; a row with them is refused by name, never half read.
+Read are role/content, from/value and Gemini's role/parts, content as text or as a list of parts (parts.py), reasoning
+under its several names, tool calls as OpenAI writes them and as ShareGPT writes them into the text, and what a turn
+says of being trained. Left out: pictures and sound; a row with them is refused by name, never half read.
 """
 
 import re
@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.calls import read_calls, written_calls
+from qlora_trainer.data.formats.meanings import is_empty, key_has_meaning
+from qlora_trainer.data.formats.parts import is_data, read_parts, split_results
 from qlora_trainer.data.reading.values import from_json_text, json_text, kind, listed, optional_text, text
 from qlora_trainer.data.types import ROLES, Message
 
@@ -18,9 +21,12 @@ ROLE_NAMES = {
     **{role: role for role in ROLES},
     "developer": "system",
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
@@ -28,26 +34,38 @@ ROLE_NAMES = {
     "ipython": "tool",
     "observation": "tool",
     "tool_response": "tool",
+    "tool_result": "tool",
     "function_response": "tool",
 }
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _CALL_ROLES = {"function_call", "tool_call"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_LEARN_KEYS = ("weight", "train", "learn")
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_REASONING_PARTS = ("reasoning", "thinking")
+# True or 1: the turn is trained. OpenAI, LLaMA-Factory, axolotl and ms-swift write these; a key called mask may mean
+# either and is not read.
+LEARN_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "train_on_turn", "learn", "loss")
+_UNLEARN_KEY = "masked"  # torchtune's: true is not trained
+_CONTENT_KEYS = ("content", "value", "parts", "text", "message")
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
-_KNOWN_KEYS = {"tool_calls", "function_call", "tool_call_id", "name", *_REASONING_KEYS, *_LEARN_KEYS}
+_KNOWN_KEYS = {
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "name",
+    *_REASONING_KEYS,
+    *LEARN_KEYS,
+    _UNLEARN_KEY,
+}
 
 
-def read_turns(turns: Any, column: str, where: str) -> list[Message]:
-    """Read a list of turns, each as `read_turn` does.
+def read_turns(turns: Any, column: str, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> list[Message]:
+    """Read a list of turns, each as `read_turn` does; results of tools among the parts of a turn become turns.
 
     Args:
         turns: the value of a column.
         column: its name, for errors.
         where: file and line, for errors.
+        roles: {name in lower case: role}.
 
     Returns:
         The messages.
@@ -57,7 +75,16 @@ def read_turns(turns: Any, column: str, where: str) -> list[Message]:
     """
     if not isinstance(turns, list):
         raise DataError(f"{where}: {column} should be a list of turns, and is {kind(turns)}.")
-    return [read_turn(turn, f"{where}, {column}[{index}]") for index, turn in enumerate(turns)]
+    messages = []
+    for index, turn in enumerate(turns):
+        content = turn.get("content") if isinstance(turn, Mapping) else turn
+        place = f"{where}, {column}[{index}]"
+        if isinstance(content, str):
+            messages.append(read_turn(turn, place, roles))
+        else:
+            given = split_results(turn, _naming(turn)[1]) if isinstance(turn, Mapping) else [turn]
+            messages += [read_turn(one, place, roles) for one in given]
+    return messages
 
 
 def turns_of(value: Any, column: str, where: str) -> Any:
@@ -102,12 +129,13 @@ def _is_turn(value: Any) -> bool:
     return is_known and any(value.get(key) is not None for key in (content, "tool_calls", "function_call"))
 
 
-def read_turn(turn: Any, where: str) -> Message:
-    """Read one turn, in either naming.
+def read_turn(turn: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> Message:
+    """Read one turn, in any naming.
 
     Args:
         turn: an object.
         where: file, line and turn, for errors.
+        roles: {name in lower case: role}.
 
     Returns:
         The message.
@@ -122,17 +150,24 @@ def read_turn(turn: Any, where: str) -> Message:
     name = turn.get(speaker)
     if name is None:
         raise DataError(f"{where}: {speaker} is missing or null; the turn holds {listed(turn)}.")
-    role = ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
+    role = roles.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{where}: unknown {speaker} {name!r}; known are {listed(ROLE_NAMES)}.")
+        line = f" Say who it is: {override('data.roles', {name: 'assistant'})}." if isinstance(name, str) else ""
+        raise DataError(f"{where}: unknown {speaker} {name!r}; known are {listed(roles)}.{line}")
     check_no_media(turn, where)
     calls, said, of_parts = read_calls(turn, where), "", ""
     if not calls and _may_write_calls(name) and (written := written_calls(turn.get(content))):
         calls = written
+    elif isinstance(turn.get(content), list) and not (role == "tool" and is_data(turn[content])):
+        found = read_parts(turn[content], content, where)
+        said, of_parts = found.said, found.reasoning
+        calls += read_calls({"tool_calls": found.calls}, where)
     elif turn.get(content) is not None:
-        said, of_parts = _content(turn[content], role, content, where)
+        is_json = role == "tool" and is_data(turn[content])
+        said = json_text(turn[content], content, where) if is_json else text(turn[content], content, where)
     elif not calls:
-        raise DataError(f"{where}: {content} is missing or null; the turn holds {listed(turn)}.")
+        problem = f"{content} is null" if content in turn else f"{content} is missing"
+        raise DataError(f"{where}: {problem}; the turn holds {listed(turn)}.")
     reasoning = _reasoning(turn, of_parts, where)
     for what, given in (("tool_calls", calls), ("reasoning", reasoning)):
         if given and role != "assistant":
@@ -150,29 +185,37 @@ def read_turn(turn: Any, where: str) -> Message:
 
 def _naming(turn: Mapping[str, Any]) -> tuple[str, str]:
     """Return the keys that say who speaks, and what."""
-    return ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    if turn.get(content) is None:
+        content = next((key for key in _CONTENT_KEYS if turn.get(key) is not None), content)
+    return speaker, content
 
 
-def unread_keys(turns: Any) -> set[str]:
+def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, bool]:
     """Find the keys with a value that a turn is not read from, such as timestamp.
 
     Args:
         turns: the value of a column of turns.
+        roles: {name in lower case: role}.
 
     Returns:
-        Keys of any of the turns.
+        {key of any of the turns: True if formats or trainers give it a meaning}.
     """
-    found: set[str] = set()
+    found: dict[str, bool] = {}
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, Mapping):
+            if len(turn) == 2 and (("role" in turn and "content" in turn) or ("from" in turn and "value" in turn)):
+                continue
             unread = turn.keys() - _KNOWN_KEYS - {*_naming(turn)}
-            found |= {key for key in (unread | {"name"} if _is_no_tool(turn) else unread) if turn.get(key)}
+            for key in sorted(unread | {"name"} if "name" in turn and _is_no_tool(turn, roles) else unread):
+                if not is_empty(turn[key]):
+                    found[key] = key_has_meaning(key)
     return found
 
 
-def _is_no_tool(turn: Mapping[str, Any]) -> bool:
+def _is_no_tool(turn: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
     speaker = turn.get(_naming(turn)[0])
-    return not isinstance(speaker, str) or ROLE_NAMES.get(speaker.lower()) != "tool"
+    return not isinstance(speaker, str) or roles.get(speaker.lower()) != "tool"
 
 
 def has_unread_call(turns: Any) -> bool:
@@ -210,40 +253,7 @@ def check_no_media(holder: Mapping[str, Any], where: str) -> None:
         DataError: it holds pictures or sound.
     """
     if found := [name for name in MEDIA if holder.get(name)]:
-        raise DataError(
-            f"{where}: {listed(found)} cannot be trained from, only text. Take such rows out, or skip them: "
-            "data.on_bad_row skip."
-        )
-
-
-def _content(content: Any, role: str, column: str, where: str) -> tuple[str, str]:
-    """Read text, and the reasoning that is before it in parts of its own."""
-    if role == "tool" and _is_data(content):
-        return json_text(content, column, where), ""
-    if not isinstance(content, list):
-        return text(content, column, where), ""
-    said, reasoning = [], []
-    for part in content:
-        part = {"type": "text", "text": part} if isinstance(part, str) else part
-        name = part.get("type") if isinstance(part, Mapping) else kind(part)
-        if name in _TEXT_PARTS:
-            said.append(text(part.get("text"), f"a {name} part of {column}", where))
-        elif name in _REASONING_PARTS:
-            if "".join(said).strip():
-                raise DataError(f"{where}: {column} has a {name} part after text; reasoning can only be before it.")
-            reasoning.append(text(part.get(name, part.get("text")), f"a {name} part of {column}", where))
-        else:
-            raise DataError(
-                f"{where}: {column} holds a part of type {name!r}; only text and reasoning can be trained from. Take "
-                "such rows out, or skip them: data.on_bad_row skip."
-            )
-    return "".join(said), "".join(reasoning)
-
-
-def _is_data(content: Any) -> bool:
-    """Return True if a tool's result is JSON itself, and not text or parts."""
-    parts = content if isinstance(content, list) else [content]
-    return not any(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in parts)
+        raise DataError(f"{where}: {listed(found)} cannot be trained from, only text.")
 
 
 def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
@@ -255,15 +265,15 @@ def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
 
 
 def _learn(turn: Mapping[str, Any], where: str) -> bool | None:
-    """Read what the row itself says of this turn: weight 0 or 1, or train or learn as a boolean."""
-    given = {key: turn[key] for key in _LEARN_KEYS if turn.get(key) is not None}
+    """Read what the row itself says of this turn: 0 or 1, false or true."""
+    given = {key: turn[key] for key in (*LEARN_KEYS, _UNLEARN_KEY) if key in turn and turn[key] is not None}
     for key, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            allowed = "0 or 1" if key == "weight" else "true or false"
+            allowed = "0 or 1" if key.endswith("weight") else "true or false"
             raise DataError(
                 f"{where}: {key} is {value!r} and should be {allowed}; shares in between are not supported."
             )
-    values = {bool(value) for value in given.values()}
+    values = {bool(value) != (key == _UNLEARN_KEY) for key, value in given.items()}
     if len(values) > 1:
         raise DataError(f"{where}: {listed(given)} contradict each other.")
     return values.pop() if values else None

@@ -8,7 +8,6 @@ files, and writing what is made (store_writer.py).
 import contextlib
 import hashlib
 import json
-import re
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,18 +18,21 @@ import pyarrow as arrow
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.data.formats.detect import resolve_format
-from qlora_trainer.data.formats.parse import RecordReader
+from qlora_trainer.config.override import override
+from qlora_trainer.data.formats.detect import UnknownFormatError, resolve_format
+from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
+from qlora_trainer.data.preparation.limits import skip_limit_setting
+from qlora_trainer.data.preparation.rendered_rows import RenderedRows
+from qlora_trainer.data.preparation.reports import places_in_words
+from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader
 from qlora_trainer.data.preparation.store_writer import make_block
-from qlora_trainer.data.reading.json_rows import Record
+from qlora_trainer.data.reading.json_layouts import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.spans import Rendering
 from qlora_trainer.data.types import Example, Row
 
-MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
-OTHER_REASONS = "other reasons"
 _CHUNK_ROWS = 256
 _CHUNK_CHARACTERS = 1 << 20  # a chunk of long documents has fewer rows, so that memory stays bounded
 _CHUNKS_AHEAD = 2  # rendered, and waiting to be tokenized or finished
@@ -47,9 +49,10 @@ class Chunk:
     rows: int = 0
     truncated: int = 0
     split: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
     unused_columns: Counter[str] = field(default_factory=Counter)
     warnings: Counter[str] = field(default_factory=Counter)
+    spelled: Counter[str] = field(default_factory=Counter)  # rows whose own text spells a control token, by token
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
 
 
@@ -58,7 +61,7 @@ class RenderedChunk:
     """Records on their way to a Chunk: read as rows, and as text."""
 
     records: Records
-    rows: Sequence[tuple[str, Row] | DataError]  # one a record: the row with its place, or why there is none
+    rows: Sequence[FoundRow]  # one a record: the row with its place, or why there is none
     texts: Sequence[Rendering | DataError]  # one for each row that is no error
     reader: RecordReader  # has counted what it did not use
 
@@ -78,8 +81,10 @@ class ChunkMaker:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> None:
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
+        self.max_skipped = config.max_skipped
         self.vocab_size = vocab_size
         self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
+        self.rendered_rows = RenderedRows(tokenizer, self.renderer)
 
     def format_of(self, source: int, records: Records) -> DataFormat:
         """Find how these rows of a source are read: as its settings say, or as the first recognizable row shows.
@@ -111,9 +116,9 @@ class ChunkMaker:
         Returns:
             Rows and texts, with the error of a bad one in its place.
         """
-        reader = RecordReader(format, self.sources[source].columns, self.sources[source].template)
-        rows = [_parsed(reader, where, record) for where, record in records]
-        return RenderedChunk(records, rows, self.renderer.texts(_sound(rows)), reader)
+        reader = SourceReader(self.sources[source], format, self.rendered_rows)
+        rows = [reader.read(where, record) for where, record in records]
+        return RenderedChunk(records, rows, self.renderer.texts(_sound(rows)), reader.reader)
 
     def encode(self, rendered: RenderedChunk) -> list[Encoded | DataError]:
         """Tokenize a chunk's texts; may be called in another thread than the others.
@@ -145,26 +150,47 @@ class ChunkMaker:
         chunk = Chunk(
             make_block([]), rows=len(rendered.records), unused_columns=reader.unused, warnings=reader.warnings
         )
+        for text in rendered.texts:
+            if isinstance(text, Rendering):
+                chunk.spelled.update(list(dict.fromkeys(span.text for span in text.spans if span.ordinary)))
         for number, ((where, _), row) in enumerate(zip(rendered.records, rendered.rows, strict=True)):
+            if isinstance(row, LeftOutError):
+                chunk.dropped.append((where, str(row)))
+                continue
             found = row if isinstance(row, DataError) else next(made)
             if isinstance(found, DataError):
-                self._skip(chunk, where, found)
+                self._skip(chunk, where, found, rendered)
                 continue
             chunk.truncated += found.truncated
             chunk.split += len(found.examples) > 1
             chunk.warnings.update(found.warnings)
             if found.dropped:
-                chunk.dropped[found.dropped] += 1
+                chunk.dropped.append((where, found.dropped))
             for example, shown in zip(found.examples, found.rows, strict=True):
                 _check_vocabulary(example, self.vocab_size, where)
                 examples.append((number, where, example, shown))
         chunk.block = make_block(examples)
         return chunk
 
-    def _skip(self, chunk: Chunk, where: str, error: DataError) -> None:
-        if not self.skips_bad_rows:
+    def _skip(self, chunk: Chunk, where: str, error: DataError, rendered: RenderedChunk) -> None:
+        if self.skips_bad_rows:
+            chunk.skipped.append((where, str(error)))
+            return
+        if isinstance(error, UnknownFormatError):
             raise error
-        chunk.skipped.append((where, str(error)))
+        settings, bad = override("data.on_bad_row", "skip"), max(1, len(_bad_places(rendered)))
+        if bad > self.max_skipped * len(rendered.rows):
+            settings += f" {skip_limit_setting(bad, len(rendered.rows))}"
+        others = [place for place in _bad_places(rendered) if place != where]
+        more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
+        raise DataError(f"{error} Correct it{more}, or skip such rows: {settings}.") from error
+
+
+def _bad_places(rendered: RenderedChunk) -> list[str]:
+    """List the places of the rows that could not be read, of those that were read together."""
+    pairs = zip(rendered.records, rendered.rows, strict=True)
+    errors = [(place, row) for (place, _), row in pairs if isinstance(row, DataError)]
+    return [place for place, error in errors if not isinstance(error, LeftOutError)]
 
 
 def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Generator[tuple[Job, Chunk], None, None]:
@@ -210,8 +236,8 @@ def _until_failure(jobs: Iterable[Job], maker: ChunkMaker) -> Iterator[tuple[Job
         yield error
 
 
-def _sound(rows: Sequence[tuple[str, Row] | DataError]) -> list[tuple[str, Row]]:
-    return [row for row in rows if not isinstance(row, DataError)]
+def _sound(rows: Sequence[FoundRow]) -> list[tuple[str, Row]]:
+    return [row for row in rows if isinstance(row, tuple)]
 
 
 def tokenizer_identity(tokenizer: Tokenizer) -> str:
@@ -241,7 +267,8 @@ def source_files(config: DataConfig) -> list[SourceFile]:
     """
     files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
     if not isinstance(config.eval, float):
-        files.append(SourceFile(path=config.eval) if isinstance(config.eval, str) else config.eval)
+        eval_sets = config.eval if isinstance(config.eval, list) else [config.eval]
+        files += [SourceFile(path=item) if isinstance(item, str) else item for item in eval_sets]
     return [_with_defaults(file, config) for file in files]
 
 
@@ -252,19 +279,15 @@ def _with_defaults(file: SourceFile, config: DataConfig) -> SourceFile:
             "format": config.format if file.format == "auto" else file.format,
             "columns": made.columns,
             "template": made.template,
+            "ignore": file.ignore or config.ignore,
+            "keep": file.keep or config.keep,
+            "roles": file.roles or config.roles,
+            "rendered": file.rendered or config.rendered,
             "header": file.header or config.header,
             "encoding": file.encoding or config.encoding,
+            "rows": file.rows or config.rows,
         }
     )
-
-
-def _parsed(reader: RecordReader, where: str, record: Record | DataError) -> tuple[str, Row] | DataError:
-    if isinstance(record, DataError):
-        return record
-    try:
-        return where, reader.read(record, where)
-    except DataError as error:
-        return error
 
 
 def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
@@ -302,21 +325,6 @@ def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Rec
         raise
     if chunk:
         yield chunk
-
-
-def count_reasons(counts: Counter[str], skipped: Iterable[tuple[str, str]]) -> None:
-    """Count skipped rows by what is wrong, without what differs from row to row: place, numbers, what is quoted.
-
-    Args:
-        counts: added to, by reason.
-        skipped: (where, reason) of each row.
-    """
-    for where, reason in skipped:
-        text = reason.removeprefix(where)
-        text = text.partition(": ")[2] if text[:1] in (",", ":") else text
-        text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text.partition(". ")[0].removesuffix("."))
-        kind = re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", text)[:200]
-        counts[kind if kind in counts or len(counts) < MAX_REASONS else OTHER_REASONS] += 1
 
 
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.batching.packing import group_rows, laid_out_tokens
-from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport
+from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport, places_in_words
 
 MOST_BINS = 12
 TAIL_PERCENT = 2.0  # of the rows, the longest, share the last bin if they would span all others
@@ -174,8 +174,11 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
         Facts in the order to show them.
     """
     facts = [("rows read", f"{source.rows:,}"), ("rows used, or parts of them", f"{source.examples:,}")]
-    facts += [(f"dropped: {reason}", f"{count:,}") for reason, count in source.dropped.items()]
-    facts += [(f"skipped: {reason}", f"{count:,}") for reason, count in source.skipped.items()]
+    for what, reasons in (("dropped", source.dropped), ("skipped", source.skipped)):
+        for reason, count in reasons.items():
+            places = source.places.get(reason, [])
+            at = f": {places_in_words(places)}{', …' * (count > len(places))}" if places else ""
+            facts.append((f"{what}: {reason}", f"{count:,}{at}"))
     if source.truncated:
         facts.append((f"cut to at most {max_length:,} tokens", f"{source.truncated:,}"))
     if source.split:

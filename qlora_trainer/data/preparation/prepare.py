@@ -25,15 +25,18 @@ from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quot
 from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
-    count_reasons,
     in_chunks,
     make_chunks,
     source_files,
     tokenizer_identity,
 )
+from qlora_trainer.data.preparation.limits import check_effects, check_skipped, check_usable
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
+    add_place,
+    count_reasons,
+    date_warnings,
     eval_repeats,
     repeat_warnings,
     set_report,
@@ -47,7 +50,7 @@ from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
 
-PREPARATION_VERSION = 6  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 7  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
@@ -82,7 +85,6 @@ class _Input:
     settings: SourceFile
     source: RecordSource
     part: SourceAmount | None  # how much of it an epoch takes; None: it is kept for evaluation
-    lines: int | None  # of a file with one row a line
 
     @property
     def for_eval(self) -> bool:
@@ -122,7 +124,7 @@ def prepare(
     digests = FileDigests(cache_dir / "digests")
     inputs = _inputs(config, digests)
     directory = cache_dir / _cache_key(inputs, config, max_length, vocab_size, tokenizer, date)
-    warnings = _date_warnings(config, date)
+    warnings = date_warnings(config.template_date, date)
     cached = True
     while (store := existing_store(directory)) is None:
         cached = False
@@ -130,12 +132,15 @@ def prepare(
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
     sources = [SourceReport(**source) for source in store.summary["sources"]]
-    _check_usable(sources, inputs, max_length)
+    check_skipped(sources, config.max_skipped)
+    parts = [item.part for item in inputs if item.part]
+    check_usable(sources, [item.for_eval for item in inputs], is_mixed(parts), max_length)
     train, eval_set, mixture = _split(store, inputs, config.eval, seed)
     _count_parts(sources, inputs, train, eval_set, mixture)
     key = hashlib.sha256(train.digests.tobytes() + b"eval" + eval_set.digests.tobytes())
     if mixture:
         key.update(json.dumps([[len(rows) for rows in mixture.rows], mixture.quotas]).encode())
+    warnings += [item.source.summary for item in inputs if item.source.summary]
     report = _report(config, store, sources, train, eval_set, max_length, cached, warnings)
     return Prepared(train, eval_set, report, key.hexdigest()[:32], mixture)
 
@@ -156,11 +161,12 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
             subset=file.subset,
             encoding=file.encoding,
             header=file.header,
-            content_digest=lambda path: digests.content(path).sha256,
+            rows=file.rows,
+            is_document=file.format == "text",
+            content=digests.content,
         )
-        path = Path(file.path).expanduser()
-        lines = digests.content(path).lines if path.suffix == ".jsonl" and path.is_file() else None
-        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None, lines))
+        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None))
+    check_effects(config, [(item.settings, item.source) for item in inputs])
     return inputs
 
 
@@ -186,17 +192,10 @@ def _cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _date_warnings(config: DataConfig, date: datetime.date | None) -> list[str]:
-    if date:
-        return [f"the chat template writes a date into every conversation: it is fixed to {date} (data.template_date)"]
-    if config.template_date:
-        return ["data.template_date has no effect: the tokenizer's chat template writes no date"]
-    return []
-
-
 def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, progress: Progress) -> None:
     reports = [SourceReport(item.source.name) for item in inputs]
-    counts = [{name: Counter[str]() for name in ("dropped", "skipped", "unused_columns", "warnings")} for _ in inputs]
+    names = ("dropped", "skipped", "unused_columns", "warnings", "spelled")
+    counts = [{name: Counter[str]() for name in names} for _ in inputs]
     first_row = 1
     for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
         report, counted = reports[index], counts[index]
@@ -207,14 +206,18 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
         report.truncated += chunk.truncated
         report.split += chunk.split
         report.examples += len(chunk.block)
-        for name in ("dropped", "unused_columns", "warnings"):
+        for name in ("unused_columns", "warnings", "spelled"):
             counted[name].update(getattr(chunk, name))
-        count_reasons(counted["skipped"], chunk.skipped)
-        lines = inputs[index].lines
+        for where, reason in chunk.dropped:
+            counted["dropped"][reason] += 1
+            add_place(report.places, reason, where)
+        count_reasons(counted["skipped"], chunk.skipped, report.places)
+        lines = inputs[index].source.lines
         progress(f"reading {report.name}", report.rows, max(lines, report.rows) if lines else None)
     for item, report, counted in zip(inputs, reports, counts, strict=True):
         for name, counter in counted.items():
             setattr(report, name, dict(counter))
+        report.notes = list(item.source.notes)
         if report.rows == sum(report.skipped.values()):
             raise DataError(
                 f"{item.source.name}: all {report.rows} rows are bad, so none can be skipped: "
@@ -238,26 +241,6 @@ def _check_unchanged(digests: FileDigests) -> None:
         raise DataError(
             f"{', '.join(str(path) for path in changed)} changed while being read, so what was read is of no one "
             "version. Try again when nothing writes to it."
-        )
-
-
-def _check_usable(sources: Sequence[SourceReport], inputs: Sequence[_Input], max_length: int) -> None:
-    """Refuse a set without rows, and a mixed source without any."""
-    groups = {
-        name: [source for source, item in zip(sources, inputs, strict=True) if item.for_eval == for_eval]
-        for for_eval, name in ((False, "train"), (True, "eval"))
-    }
-    checked = [(name, group) for name, group in groups.items() if group]
-    if is_mixed([item.part for item in inputs if item.part]):
-        checked += [("train", [source]) for source in groups["train"]]
-    for name, group in checked:
-        if any(source.examples for source in group):
-            continue
-        dropped = sum((Counter(source.dropped) + Counter(source.skipped) for source in group), Counter[str]())
-        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise DataError(
-            f"data.{name}: none of the {sum(source.rows for source in group)} rows of "
-            f"{', '.join(source.name for source in group)} can be used ({reasons}; max_length is {max_length})."
         )
 
 
@@ -339,9 +322,9 @@ def _report(
         eval_other_answers=eval_twice[1],
         max_length=max_length,
         warnings=[
+            *skipped_warning(sources, str(store.skipped_rows)),
             *([] if max_length == config.max_length else [capped]),
             *source_warnings(sources),
-            *skipped_warning(sources),
             *repeat_warnings(train_twice[0], eval_twice[0], len(eval_set)),
             *warnings,
         ],

@@ -3,8 +3,10 @@
 Every row read is in one of these counts. Left out: showing them (cli), and counting while rows are read (prepare.py).
 """
 
+import datetime
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,13 +14,20 @@ import numpy as np
 
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 
+MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
+OTHER_REASONS = "other reasons"
+_MOST_NAMED = 5  # columns, or control tokens, in one line
+_MOST_PLACES = 3  # of rows, for each reason
+_MOST_NOTES = 5  # of one source
+
 
 @dataclass
 class SourceReport:
     """What became of one source's rows. Rows read are those used, dropped and skipped.
 
-    `examples` are in both sets; `train` and `eval` say how many are where, and `epoch` how many training examples an
-    epoch takes, which is more than `train` where the source is repeated.
+    `places` has the first places of each reason for which rows were dropped or skipped; `spelled` counts the rows whose
+    own text spells a control token, by token. `examples` are in both sets; `train` and `eval` say how many are where,
+    and `epoch` how many training examples an epoch takes, which is more than `train` where the source is repeated.
     """
 
     name: str
@@ -30,6 +39,9 @@ class SourceReport:
     split: int = 0
     unused_columns: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, int] = field(default_factory=dict)
+    spelled: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # on how its files were read
     train: int = 0
     eval: int = 0
     epoch: int = 0
@@ -175,19 +187,93 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
     """
     lines = []
     for source in sources:
+        lines += source.notes[:_MOST_NOTES]
+        if len(source.notes) > _MOST_NOTES:
+            lines.append(f"{source.name}: {len(source.notes) - _MOST_NOTES:,} more of its files have such notes")
         lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.warnings.items()]
         lines += [
-            f"{source.name}: column {column} ({count} rows) is not used"
-            for column, count in source.unused_columns.items()
+            f"{source.name}: {count} of {source.rows} rows are left out: {reason}{_at(source, reason)}"
+            for reason, count in source.dropped.items()
         ]
+        if source.spelled:
+            tokens = [f"{count} of {token}" for token, count in source.spelled.items()]
+            first, *others = tokens[:_MOST_NAMED]
+            count, token = first.split(" of ", 1)
+            more = ", ".join([*others, *[f"… and {len(tokens) - _MOST_NAMED:,} more"] * (len(tokens) > _MOST_NAMED)])
+            lines.append(
+                f"{source.name}: {count} of {source.rows} rows hold the spelling of {token}{', ' * bool(more)}{more}; "
+                "it is read as text, not as the control token"
+            )
+        if source.unused_columns:
+            names = [name if name.strip() else repr(name) for name in source.unused_columns]
+            more = f", … and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+            lines.append(f"{source.name}: not used: {', '.join(names[:_MOST_NAMED])}{more}")
     return lines
 
 
-def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
+def _at(source: SourceReport, reason: str) -> str:
+    places = source.places.get(reason, [])
+    more = "" if source.dropped[reason] <= len(places) else ", …"
+    return f" ({places_in_words(places)}{more})" if places else ""
+
+
+def add_place(places: dict[str, list[str]], reason: str, where: str) -> None:
+    """Remember the first places of a reason.
+
+    Args:
+        places: by reason.
+        reason: why a row is not used.
+        where: the row's file and line.
+    """
+    known = places.setdefault(reason, [])
+    if len(known) < _MOST_PLACES:
+        known.append(where.rpartition(", ")[2])
+
+
+def count_reasons(
+    counts: Counter[str], skipped: Iterable[tuple[str, str]], places: dict[str, list[str]] | None = None
+) -> None:
+    """Count skipped rows by what is wrong, without what differs from row to row: place, numbers, what is quoted.
+
+    Args:
+        counts: added to, by reason.
+        skipped: (where, reason) of each row.
+        places: gets the first places of each reason.
+    """
+    for where, reason in skipped:
+        text = reason.removeprefix(where)
+        text = text.partition(": ")[2] if text[:1] in (",", ":") else text
+        text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text.partition(". ")[0].removesuffix("."))
+        kind = re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", text)[:200]
+        kind = kind if kind in counts or len(counts) < MAX_REASONS else OTHER_REASONS
+        counts[kind] += 1
+        if places is not None:
+            add_place(places, kind, where)
+
+
+def places_in_words(places: Sequence[str]) -> str:
+    """List places, the word line or row once.
+
+    Args:
+        places: such as "line 3", or with a file before.
+
+    Returns:
+        Such as "lines 3, 7, 12".
+    """
+    cut = [place.rpartition(", ")[2].partition(" ") for place in places[:_MOST_PLACES]]
+    words = {word for word, _, _ in cut}
+    more = ", …" if len(places) > _MOST_PLACES else ""
+    if len(cut) > 1 and len(words) == 1:
+        return f"{words.pop()}s {', '.join(number for _, _, number in cut)}{more}"
+    return ", ".join("".join(part) for part in cut) + more
+
+
+def skipped_warning(sources: Sequence[SourceReport], listed_in: str = SKIPPED_NAME) -> list[str]:
     """Say in one sentence that rows were skipped.
 
     Args:
         sources: the reports.
+        listed_in: the file that lists them.
 
     Returns:
         The sentence, or none.
@@ -197,4 +283,24 @@ def skipped_warning(sources: Sequence[SourceReport]) -> list[str]:
         return []
     most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
     more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-    return [f"{reasons.total():,} bad rows were skipped ({most}{more}); {SKIPPED_NAME} lists each with its reason"]
+    rows = "bad row was" if reasons.total() == 1 else "bad rows were"
+    share = f"{reasons.total() / sum(source.rows for source in sources):.1%}"
+    listed = f"{listed_in} lists each with its reason"
+    return [f"{reasons.total():,} {rows} skipped, {share} of all ({most}{more}); {listed}"]
+
+
+def date_warnings(asked: datetime.date | None, written: datetime.date | None) -> list[str]:
+    """Say which date a chat template writes, or that none is.
+
+    Args:
+        asked: data.template_date.
+        written: what the template writes as today's date; None if it writes none.
+
+    Returns:
+        A sentence, or none.
+    """
+    if written:
+        return [
+            f"the chat template writes a date into every conversation: it is fixed to {written} (data.template_date)"
+        ]
+    return ["data.template_date has no effect: the tokenizer's chat template writes no date"] if asked else []

@@ -4,18 +4,11 @@ When a remembered digest is believed again, common/file_identity.py says.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
-
-
-@dataclass(frozen=True)
-class Content:
-    """What was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
-
-    sha256: str
-    lines: int
+from qlora_trainer.data.reading.files import Content
 
 
 class FileDigests:

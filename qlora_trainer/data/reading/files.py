@@ -1,27 +1,45 @@
-"""Read data files as records, one at a time, each with the place it came from, for errors that can be acted on.
+"""Read what a config names as records, one at a time, each with the place it came from.
 
-JSONL, JSON, CSV, TSV, Parquet and plain text files, these compressed with gzip or zstandard, or a data set on the hub.
-Nothing is skipped here: a row that cannot be read comes as its error, so that the caller may stop or count it, and what
-is wrong with a file as a whole is raised. Left out: bytes and text (streams.py), the kinds of file (json_rows.py,
-tables.py).
+A file, a folder or a pattern of files, an archive, what `save_to_disk` wrote, or a data set on the hub. Nothing is
+skipped here: a row that cannot be read comes as its error, so that the caller may stop or count it, and what is wrong
+with a file as a whole is raised. Left out: which files are meant (locations.py), bytes and text (streams.py), the kinds
+of file (json_rows.py, tables.py, columnar.py).
 """
 
-import difflib
+import dataclasses
 import hashlib
+import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qlora_trainer.common.errors import DataError, FileMissingError, first_line
+from qlora_trainer.common.errors import DataError, QLoRATrainerError, first_line
 from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.data.reading import streams
-from qlora_trainer.data.reading.json_rows import Placed, Record, read_json, read_jsonl
-from qlora_trainer.data.reading.tables import read_parquet, read_table
+from qlora_trainer.data.reading.archives import unpacked_members
+from qlora_trainer.data.reading.columnar import read_arrow, read_excel, read_parquet
+from qlora_trainer.data.reading.data_file import HEADER_KINDS, TEXT_KINDS, DataFile, is_archive, kind_of
+from qlora_trainer.data.reading.hub import is_saved, load_hub, load_saved
+from qlora_trainer.data.reading.json_layouts import Placed
+from qlora_trainer.data.reading.json_rows import read_json, read_jsonl
+from qlora_trainer.data.reading.locations import Found, Location, find_files, is_pattern, refuse_url
+from qlora_trainer.data.reading.tables import read_table, table_suffix
 from qlora_trainer.data.reading.values import without_nulls
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+if TYPE_CHECKING:
+    import datasets
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MOST_NAMED = 3
+# Which keys of a source have an effect on which kinds of files.
+_EFFECTS = {
+    "encoding": TEXT_KINDS,
+    "header": HEADER_KINDS,
+    "rows": ("json", "jsonl"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +48,26 @@ class RecordSource:
 
     `records` starts from the first record each time: the place of each, such as "rows.jsonl, line 12", with the record,
     or with a DataError where that row cannot be read but the next one can. It raises DataError for faults of the file.
+    While it is taken, `notes` gets sentences on how files were read. `effects` has those of the keys encoding, header
+    and rows that mean something for these files.
     """
 
     name: str
     digest: str
-    records: Callable[[], Iterator[tuple[str, Record | DataError]]]
+    records: Callable[[], Iterator[Placed]]
+    path: str = ""  # complete, for messages
+    summary: str = ""  # which files are read, where the name alone does not say it
+    lines: int | None = None  # of files with one row a line
+    effects: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
+
+    sha256: str
+    lines: int | None = None
 
 
 def open_source(
@@ -44,127 +77,167 @@ def open_source(
     subset: str | None = None,
     encoding: str | None = None,
     header: Sequence[str] = (),
-    content_digest: Callable[[Path], str] | None = None,
+    rows: str | None = None,
+    is_document: bool = False,
+    content: Callable[[Path], Content] | None = None,
 ) -> RecordSource:
-    """Open a local file, or where there is none and the name could be one, a data set on the hub.
+    """Open local files, or where there are none and the name could be one, a data set on the hub.
 
     Args:
-        path: of the file, or the data set's name.
-        split: of a hub data set.
-        subset: of a hub data set that has several.
+        path: of a file, folder or archive, a pattern, or the data set's name.
+        split: of a hub data set, or of what save_to_disk wrote.
+        subset: of a hub data set that has several, or the sheet of a workbook.
         encoding: of a text file, as Python names it; None for UTF-8.
-        header: names of the columns of a CSV or TSV file without a line of them.
-        content_digest: gives the digest of a local file's content, maybe from memory; None: it is read.
+        header: names of the columns of a table without a line of them.
+        rows: where the rows are inside a JSON object, such as data.examples.
+        is_document: whether a .txt file is a document, though it looks like rows.
+        content: finds what is in a local file, maybe from memory; None: it is read.
 
     Returns:
         The source, nothing of it read but its digest.
 
     Raises:
         FileMissingError: no such file; the message has near misses.
-        DataError: a directory, a file that cannot be opened, a split or subset of a file, or a hub data set that cannot
-            be had.
+        DataError: a URL, a file that cannot be opened or holds no rows, a split or subset of a file, or a hub data set
+            that cannot be had.
     """
+    how = DataFile(Path(), "", "", encoding, tuple(header), rows, is_document, subset)
     try:
-        return _open_source(path, split, subset, encoding, header, content_digest or file_sha256)
-    except FileMissingError:
+        refuse_url(path)
+        local = Path(path).expanduser()
+        content = content or (lambda path: Content(file_sha256(path)))
+        if local.is_dir() and is_saved(local):
+            _check_is_one_piece(path, "train", subset)
+            return _saved_source(local, split, content)
+        if local.exists() or is_pattern(path) or _could_be_file(path, local):
+            return _file_source(path, split, how, content)
+    except QLoRATrainerError:
         raise
     except (OSError, RuntimeError) as error:  # the latter of ~nobody, which is no user here
         raise DataError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or first_line(error)}.") from error
+    found = load_hub(path, split, subset)
+    return _of_datasets(f"{path} ({split})", found, found._fingerprint)
 
 
-def _open_source(
-    path: str,
-    split: str,
-    subset: str | None,
-    encoding: str | None,
-    header: Sequence[str],
-    content_digest: Callable[[Path], str],
-) -> RecordSource:
-    local = Path(path).expanduser()
-    if local.is_dir():
-        inside = sorted(entry.name for entry in local.iterdir() if streams.content_suffix(entry) in _SUFFIXES)
-        raise DataError(
-            f"{path} is a directory; name a file in it: {', '.join(inside[:10]) or 'none can be read here'}."
-        )
-    suffix = streams.content_suffix(local)
-    if local.exists() or suffix in _SUFFIXES or not _HUB_NAME.fullmatch(path):
-        _check_exists(local)
-        _check_is_one_piece(path, split, subset)
-        digest = _digest(content_digest(local), encoding, header)
-        return RecordSource(local.name, digest, lambda: _readable(path, read_records(local, encoding, header)))
-    return _hub_source(path, split, subset)
+def _could_be_file(path: str, local: Path) -> bool:
+    return bool(kind_of(local)) or is_archive(local) or not _HUB_NAME.fullmatch(path)
 
 
-def read_records(
-    path: Path, encoding: str | None = None, header: Sequence[str] = ()
-) -> Iterator[tuple[str, Record | DataError]]:
-    """Read the records of a local file.
+def _file_source(path: str, split: str, how: DataFile, content: Callable[[Path], Content]) -> RecordSource:
+    found = find_files(path)
+    _check_is_one_piece(path, split, how.sheet if found.kind != "excel" else None)
+    name = Path(path).expanduser().absolute().name
+    contents = {file.path: content(file.path) for file in found.files}
+    digest = contents[found.files[0].path].sha256
+    if [file.name for file in found.files] != [name]:
+        digest = json.dumps([[file.name, contents[file.path].sha256] for file in found.files])
+    settings = (how.encoding, list(how.header), how.rows, how.sheet)
+    reading = repr(settings) if any(settings) else ""
+    lines = [contents[file.path].lines for file in found.files if file.path.suffix == ".jsonl"]
+    return RecordSource(
+        name=name,
+        digest=hashlib.sha256((digest + reading).encode()).hexdigest(),
+        records=lambda: _readable(path, _read_all(found, path, how)),
+        path=str(Path(path).expanduser().absolute()),
+        summary=_summary(name, found),
+        lines=sum(count or 0 for count in lines) if len(lines) == len(found.files) and None not in lines else None,
+        effects=frozenset(key for key, kinds in _EFFECTS.items() if found.kind in kinds),
+        notes=how.notes,
+    )
 
-    A FileMissingError says that there is no such file.
 
-    Args:
-        path: the file.
-        encoding: of a text file, as Python names it; None for UTF-8.
-        header: names of the columns of a CSV or TSV file without a line of them.
+def _summary(name: str, found: Found) -> str:
+    """Say how many files are read, and which were passed over."""
+    if [file.name for file in found.files] == [name]:
+        return ""
+    named = [file.name for file in found.files]
+    count = f"{len(named)} file{'s' * (len(named) != 1)}"
+    listed = ", ".join(named if len(named) <= _MOST_NAMED else [named[0], "…", named[-1]])
+    passed = ", ".join(found.passed_over[:_MOST_NAMED]) + ", …" * (len(found.passed_over) > _MOST_NAMED)
+    return f"{name}: {count} {'is' if len(named) == 1 else 'are'} read: {listed}" + f"; passed over: {passed}" * bool(
+        passed
+    )
 
-    Yields:
-        Each record with its place, such as ("rows.jsonl, line 12", {...}), or a row's error in its place.
 
-    Raises:
-        DataError: the file is empty, of an unknown kind, or broken from some place on.
-    """
-    _check_exists(path)
-    suffix = streams.content_suffix(path)
-    empty = True
-    for place, record in _reader(path, suffix, encoding, header):
-        empty = False
-        yield f"{path.name}, {place}", record
-    if empty:
+def _read_all(found: Found, path: str, how: DataFile) -> Iterator[Placed]:
+    """Read all files in order; each archive is gone through once."""
+    is_empty = True
+    for file in _opened(found.files, how):
+        none = True
+        for place, record in _read(file, found.kind):
+            none = False
+            yield f"{file.title}, {place}", record
+        is_empty = is_empty and none
+        if none and len(found.files) > 1:
+            file.note("holds no rows")
+    if is_empty:
         raise DataError(f"{path} holds no rows.")
 
 
-def _reader(path: Path, suffix: str, encoding: str | None, header: Sequence[str]) -> Iterator[Placed]:
-    match suffix:
-        case ".jsonl" | ".ndjson":
-            return read_jsonl(path, encoding)
-        case ".json":
-            return read_json(path, encoding)
-        case ".csv" | ".tsv":
-            return read_table(path, "," if suffix == ".csv" else "\t", encoding, header)
-        case ".txt":
-            return _read_text(path, encoding)
-        case ".parquet" if suffix == path.suffix.lower():
-            return read_parquet(path)
-        case ".parquet":
-            raise DataError(f"{path}: unpack it; Parquet compresses its own columns, and is read here and there.")
-    known = f"{', '.join(_SUFFIXES)}, each but .parquet also with {', '.join(streams.PACKED_SUFFIXES)}"
-    raise DataError(f"{path.name} is of no kind that can be read. Known endings: {known}.")
+def _opened(files: Iterable[Location], how: DataFile) -> Iterator[DataFile]:
+    """Make each file ready to be read, out of its archive where it is in one."""
+    for archive, group in itertools.groupby(files, key=lambda file: file.path if file.member else None):
+        if archive is None:
+            yield from (dataclasses.replace(how, path=file.path, name=file.name) for file in group)
+            continue
+        names = {file.member: file.name for file in group if file.member}
+        for member, copy in unpacked_members(archive, set(names)):
+            yield dataclasses.replace(how, path=copy, name=names[member], location=f"{archive}/{member}")
 
 
-def _read_text(path: Path, encoding: str | None) -> Iterator[Placed]:
+def _read(file: DataFile, kind: str) -> Iterator[Placed]:
+    match kind:
+        case "jsonl":
+            return read_jsonl(file)
+        case "json":
+            return read_json(file)
+        case "csv" | "tsv":
+            return read_table(file, "," if kind == "csv" else "\t")
+        case "parquet":
+            return read_parquet(file)
+        case "arrow":
+            return read_arrow(file)
+        case "excel":
+            return read_excel(file)
+    return _read_text(file)
+
+
+def _read_text(file: DataFile) -> Iterator[Placed]:
     """Read the whole file as one document; rendering cuts it into rows of full length."""
-    text = streams.whole(path, encoding)
+    text = streams.whole(file)
+    if not file.is_document and (found := _rows_in_text(text)):
+        what, suffix = found
+        raise DataError(
+            f"{file} looks like {what}, and a .txt file is read as one plain text. To read its rows, give it their "
+            f"ending: {file.renamed(suffix)}\nTo train on the text as it is: data.format=text"
+        )
     if text.strip():
         yield "line 1", {"text": text.replace("\r\n", "\n")}
 
 
-def _check_exists(path: Path) -> None:
-    if path.is_file():
-        return
-    if path.exists():
-        raise DataError(
-            f"{path} is no regular file, but a pipe or a device, and data is read more than once. Write it into a file."
-        )
-    siblings = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.6)
-    if not path.parent.is_dir():
-        hint = f"There is no directory {path.parent} either."
-    elif near:
-        hint = f"Did you mean {' or '.join(near)}?"
-    else:
-        readable = [name for name in siblings if streams.content_suffix(Path(name)) in _SUFFIXES]
-        hint = f"That directory has {', '.join(readable[:8]) or 'no data files'}."
-    raise FileMissingError(f"There is no file {path}. {hint}")
+def _rows_in_text(text: str) -> tuple[str, str] | None:
+    """Find whether a text holds rows, by its first lines.
+
+    Returns:
+        What it looks like, and the ending of such files; None for a plain text.
+    """
+    head = text[:100_000]
+    cut = head if len(head) == len(text) else head[: head.rfind("\n") + 1]
+    lines = [line for line in cut.split("\n") if line.strip()][:20]
+    if lines and all(_is_json_row(line) for line in lines):
+        return "JSON lines", ".jsonl"
+    if re.match(r'\s*(\{\s*"[^"\n]*"\s*:|\[\s*(\[|\{\s*"))', head):
+        return "JSON", ".json"
+    if suffix := table_suffix(lines):
+        return "a table", suffix
+    return None
+
+
+def _is_json_row(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
@@ -178,50 +251,32 @@ def _check_is_one_piece(path: str, split: str, subset: str | None) -> None:
         )
 
 
-def _digest(content: str, encoding: str | None, header: Sequence[str]) -> str:
-    reading = repr((encoding, list(header))) if encoding or header else ""
-    return hashlib.sha256((content + reading).encode()).hexdigest()
+def _saved_source(folder: Path, split: str, content: Callable[[Path], Content]) -> RecordSource:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    digest = json.dumps([split, *([str(file.relative_to(folder)), content(file).sha256] for file in files)])
+    name = folder.absolute().name
+    return _of_datasets(name, load_saved(folder, split), hashlib.sha256(digest.encode()).hexdigest())
 
 
-def _hub_source(name: str, split: str, subset: str | None) -> RecordSource:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # whatever the hub, the network or a script of the data set raises, the user must act
-        raise DataError(_hub_message(name, split, error)) from error
+def _of_datasets(name: str, rows: "datasets.Dataset", digest: str) -> RecordSource:
     if not len(rows):
-        raise DataError(f"{name} ({split}) holds no rows.")
+        raise DataError(f"{name} holds no rows.")
 
-    def records() -> Iterator[tuple[str, Record | DataError]]:
+    def records() -> Iterator[Placed]:
         for number, record in enumerate(rows, start=1):
-            yield f"{name} ({split}), row {number}", {column: without_nulls(value) for column, value in record.items()}
+            yield f"{name}, row {number}", {column: without_nulls(value) for column, value in record.items()}
 
-    return RecordSource(f"{name} ({split})", rows._fingerprint, lambda: _readable(name, records()))
+    return RecordSource(name, digest, lambda: _readable(name, records()), path=name)
 
 
-def _readable(path: str, records: Iterator[tuple[str, Record | DataError]]) -> Iterator[tuple[str, Record | DataError]]:
+def _readable(path: str, records: Iterator[Placed]) -> Iterator[Placed]:
     """Pass records on; an error of the system while they are read is one of the file, not of where they are going."""
     try:
         yield from records
-    except FileMissingError:
+    except QLoRATrainerError:
         raise
     except OSError as error:
         raise DataError(
             f"{path} cannot be read any further: {error.strerror or first_line(error)}. Look at the disk or network "
             "that it lies on, then try again."
         ) from error
-
-
-def _hub_message(name: str, split: str, error: Exception) -> str:
-    """Say what went wrong in our words: the errors of datasets name the splits and subsets there are, in lists."""
-    said = str(error)
-    if "Unknown split" in said:
-        there = ", ".join(re.findall(r"'([^']+)'", said.partition("one of")[2]))
-        return (
-            f"The hub data set {name} has no split {split}; it has {there or 'none'}. Name one: split, in its source."
-        )
-    if "Config name is missing" in said or ("BuilderConfig" in said and "not found" in said):
-        there = ", ".join(re.findall(r"'([^']+)'", said.partition("vailable")[2].partition("Example")[0]))
-        return f"The hub data set {name} has the subsets {there}. Name one: subset, in its source."
-    return f"There is no file {name} here, and as a hub data set it cannot be had (split {split}): {first_line(error)}"

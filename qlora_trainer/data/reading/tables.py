@@ -1,31 +1,41 @@
-"""Read rows of CSV, TSV and Parquet files.
+"""Read rows of CSV and TSV files.
 
-CSV follows RFC 4180: a field with the delimiter, a quote or a newline inside has quotes around it. Many TSV files have
+CSV follows RFC 4180: a field with the delimiter, a quote or a newline inside has quotes around it. The delimiter is the
+one by which the line of names has most fields, or the one that Excel's line `sep=;` names. Many TSV files have
 no such rule and hold quotes as they are, so a TSV is read by it only where the whole file keeps to it and no quote
-makes one row of lines that are rows themselves. A Parquet struct has the keys of all rows, null where one has none;
-such keys are left out. Left out: what columns mean; in a CSV, a lone quote that another one rows later closes.
+makes one row of lines that are rows themselves. Left out: what columns mean; in a CSV, a lone quote that another one
+rows later closes.
 """
 
+import contextlib
 import csv
 import itertools
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading import streams
-from qlora_trainer.data.reading.json_rows import Placed
-from qlora_trainer.data.reading.values import without_nulls
+from qlora_trainer.data.reading.data_file import DataFile
+from qlora_trainer.data.reading.json_layouts import Placed
+
+_DELIMITERS = ",;\t|"
+_SEPARATOR_LINE = re.compile(r'"?sep=(?P<mark>.)"?\r?', re.IGNORECASE)
+# A first line of such words is one of names; those of one known column would be too common as values.
+_USUAL_NAME = re.compile(
+    r"id|index|no|nr|number|text|label|prompt|completion|instruction|input|output|response|context|question|answer|query|"
+    r"reply|source|target|title|content|messages?|conversations?|system|role|category|topic|lang|language|score|rating|"
+    r"date|url|name|summary|document|sentence|(v|c|col|column|field|unnamed)[ _:]*\d+"
+)
 
 
-def read_table(path: Path, delimiter: str, encoding: str | None = None, header: Sequence[str] = ()) -> Iterator[Placed]:
+def read_table(file: DataFile, delimiter: str) -> Iterator[Placed]:
     """Read the rows of a CSV or TSV file, every field as text.
 
     Args:
-        path: the file.
+        file: the file; its header names the columns where the first line does not.
         delimiter: a comma, or a tab.
-        encoding: as Python names it; None for UTF-8.
-        header: the columns' names, where the first line does not hold them.
 
     Yields:
         Each row with the line where it begins, or an error: a wrong number of fields, or bytes that are no text.
@@ -33,61 +43,136 @@ def read_table(path: Path, delimiter: str, encoding: str | None = None, header: 
     Raises:
         DataError: the line of names is wrong, quotes swallow rows, or `streams.lines` fails.
     """
-    names = list(header)
-    if len(set(names)) < len(names):
-        raise DataError(f"data.header names a column twice: {', '.join(names)}. Give each a name of its own.")
-    if delimiter == "," and not header:
-        delimiter = _delimiter_of(path, encoding)
-    for place, fields, error in _field_rows(path, delimiter, encoding, len(names)):
-        where = f"{path.name}, {place}"
-        if not names:
-            names = _names(fields, error, where)
-        elif error:
+    if len(set(file.header)) < len(file.header):
+        raise DataError(f"data.header names a column twice: {', '.join(file.header)}. Give each a name of its own.")
+    names = ColumnNames(file.header) if file.header else None
+    skipped = 0
+    if delimiter == ",":
+        delimiter, skipped = _delimiter_of(file)
+    first = True
+    for place, fields, error in _field_rows(file, delimiter, len(file.header), skipped):
+        where = f"{file.title}, {place}"
+        if names is None:
+            if error:
+                raise error
+            names = ColumnNames(fields)
+            if names.repeated:
+                file.note(f"a column name is there more than once: read as {', '.join(names.repeated)}")
+            continue
+        if first and not error and file.header and _are_names(fields, file.header):
+            file.note(
+                f"data.header is set, and the first row looks like a line of names ({', '.join(fields)[:80]}), but is "
+                "read as a row; if it names the columns, leave data.header out"
+            )
+        first = False
+        if error:
             yield place, error
-        elif len(fields) != len(names):
-            origin = "data.header" if header else "the first line"
+        elif (row := names.row(fields)) is not None:
+            yield place, row
+        else:
+            origin = "data.header" if file.header else "the first line"
+            columns = f"{len(names.given)} column{'s' * (len(names.given) != 1)} ({', '.join(names.given[:8])})"
             yield (
                 place,
                 DataError(
-                    f"{where}: {len(fields)} fields where {origin} names {len(names)} columns "
-                    f"({', '.join(names[:8])}). A field with {delimiter!r} or a newline inside needs quotes around it."
+                    f"{where}: {len(fields)} fields where {origin} names {columns}. A field with {delimiter!r} or a "
+                    "newline inside needs quotes around it."
                 ),
             )
-        else:
-            yield place, dict(zip(names, fields, strict=True))
 
 
-def _delimiter_of(path: Path, encoding: str | None) -> str:
-    """Find the delimiter in the line of names: spreadsheets of many countries write semicolons and call it CSV."""
-    first = next((line.text for line in streams.lines(path, encoding) if line.text.strip()), "")
-    return next((mark for mark in ",;\t" if mark in first), ",")
+class ColumnNames:
+    """The names of a table's columns.
+
+    An empty name is none: such a column is left out of rows where it is empty, and is column_3 elsewhere. Names that
+    are there more than once are numbered, so that none is taken for the column that is meant.
+
+    Args:
+        fields: of the line of names, or those that the config gives.
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        self.given = [field.strip() for field in fields]
+        counts = Counter(name for name in self.given if name)
+        numbers: Counter[str] = Counter()
+        self._names: list[str] = []
+        self._is_named = [bool(name) for name in self.given]
+        self.repeated: list[str] = []
+        for position, name in enumerate(self.given, start=1):
+            made = name or f"column_{position}"
+            if counts[name] > 1:
+                numbers[name] += 1
+                made = f"{name}_{numbers[name]}"
+            while made in self._names or (made != name and made in counts):
+                made += "_"
+            if counts[name] > 1:
+                self.repeated.append(made)
+            self._names.append(made)
+
+    def row(self, fields: Sequence[Any]) -> dict[str, Any] | None:
+        """Make a row of fields.
+
+        Args:
+            fields: of a line. Empty ones at its end, beyond the names, are a delimiter too many, and those that it
+                lacks may only be of columns without a name.
+
+        Returns:
+            The row; None where it has another number of fields.
+        """
+        if any(fields[len(self._names) :]) or any(self._is_named[len(fields) :]):
+            return None
+        return {
+            name: field
+            for name, field, is_named in zip(self._names, fields, self._is_named, strict=False)
+            if is_named or field
+        }
 
 
-def _names(fields: list[str], error: DataError | None, where: str) -> list[str]:
-    if error:
-        raise error
-    names = [name.strip() for name in fields]
-    if len(set(names)) < len(names):
-        raise DataError(
-            f"{where}: a column name appears twice: {', '.join(names)}. The first line should name the columns; where "
-            "the file has no such line, name them: data.header [id, text, label]."
-        )
-    return names
+def _are_names(fields: Sequence[str], header: Sequence[str]) -> bool:
+    """Find whether a row looks like a line of names."""
+    words = [field.strip().lower() for field in fields if field.strip()]
+    given = {name.lower() for name in header}
+    return bool(words) and all(word in given or _USUAL_NAME.fullmatch(word) for word in words)
+
+
+def _delimiter_of(file: DataFile) -> tuple[str, int]:
+    """Find the delimiter: spreadsheets of many countries write semicolons and call it CSV.
+
+    Returns:
+        The delimiter, and how many lines come before the line of names.
+    """
+    found = (line for line in streams.lines(file) if line.text.strip())
+    first = next(found, None)
+    if first and (named := _SEPARATOR_LINE.fullmatch(first.text)):
+        return named["mark"], first.number
+    lines = [f"{line.text}\n" for line in itertools.chain([first] if first else [], itertools.islice(found, 20))]
+    return max(_DELIMITERS, key=lambda mark: _fit(lines, mark, len(file.header))), 0
+
+
+def _fit(lines: Sequence[str], mark: str, wanted: int) -> tuple[float, int]:
+    """Say how well a delimiter fits: it separates fields, as many in each row as in the first one, or as wanted."""
+    counts: list[int] = []
+    with contextlib.suppress(csv.Error):  # the last row may be cut
+        counts.extend(len(fields) for fields in csv.reader(iter(lines), delimiter=mark, strict=True))
+    expected = wanted or (counts[0] if counts else 0)
+    if expected < 2 or expected not in counts:
+        return 0.0, 0
+    return counts.count(expected) / len(counts), expected
 
 
 def _field_rows(
-    path: Path, delimiter: str, encoding: str | None, columns: int
+    file: DataFile, delimiter: str, columns: int, skipped: int
 ) -> Iterator[tuple[str, list[str], DataError | None]]:
     """Read the fields of each row with the line where it begins, and what is wrong with it; skip blank lines."""
     csv.field_size_limit(streams.MAX_LINE_BYTES)
-    lines = _Lines(path, encoding, delimiter)
-    has_quotes = delimiter != "\t" or _keeps_to_quotes(path, encoding, columns)
+    lines = _Lines(file, delimiter, skipped)
+    has_quotes = delimiter != "\t" or _keeps_to_quotes(file, columns)
     reader = csv.reader(
         lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if has_quotes else csv.QUOTE_NONE
     )
     while True:
-        place = f"line {reader.line_num + 1}"
-        where = f"{path.name}, {place}"
+        place = f"line {skipped + reader.line_num + 1}"
+        where = f"{file.title}, {place}"
         lines.begin_row()
         try:
             fields = next(reader)
@@ -110,8 +195,8 @@ def _way_out(error: csv.Error) -> str:
     return "Is a quote missing? A quote inside quotes is written twice."
 
 
-def _keeps_to_quotes(path: Path, encoding: str | None, columns: int) -> bool:
-    lines = _Lines(path, encoding, "\t")
+def _keeps_to_quotes(file: DataFile, columns: int) -> bool:
+    lines = _Lines(file, "\t")
     reader = csv.reader(lines, delimiter="\t", strict=True)
     try:
         for fields in reader:
@@ -128,13 +213,13 @@ class _Lines:
     """Lines with their ends, as a csv reader puts those of a quoted field together, and what the row has of them.
 
     Args:
-        path: the file.
-        encoding: as Python names it; None for UTF-8.
+        file: the file.
         delimiter: between fields.
+        skipped: how many of its first lines are left out.
     """
 
-    def __init__(self, path: Path, encoding: str | None, delimiter: str) -> None:
-        self._lines, self._delimiter = streams.lines(path, encoding), delimiter
+    def __init__(self, file: DataFile, delimiter: str, skipped: int = 0) -> None:
+        self._lines, self._delimiter = itertools.islice(streams.lines(file), skipped, None), delimiter
         self.begin_row()
 
     def begin_row(self) -> None:
@@ -163,33 +248,20 @@ class _Lines:
         return len(self.delimiters) > 1 and columns > 1 and set(self.delimiters) == {columns - 1}
 
 
-def read_parquet(path: Path) -> Iterator[Placed]:
-    """Read the rows of a Parquet file, with their nested columns as lists and objects.
+def table_suffix(lines: Sequence[str]) -> str | None:
+    """Find whether lines are those of a table, though nothing says so.
 
     Args:
-        path: the file.
+        lines: the first of a text, blank ones left out.
 
-    Yields:
-        Each row with its place.
-
-    Raises:
-        DataError: the file cannot be read, or has two columns of one name.
+    Returns:
+        .tsv or .csv; None where the lines do not all have as many fields by one delimiter, or only as prose has commas.
     """
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    numbers = itertools.count(1)
-    streams.check_is_fetched(path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if repeated := sorted({name for name in names if names.count(name) > 1}):
-                raise DataError(f"{path} has more than one column of the name {', '.join(repeated)}. Rename them.")
-            for batch in file.iter_batches(batch_size=256):
-                rows: list[dict[str, Any]] = batch.to_pylist()
-                for record in rows:
-                    yield f"row {next(numbers)}", {name: without_nulls(value) for name, value in record.items()}
-    except DataError:
-        raise
-    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as of a date beyond year 9999
-        raise DataError(f"{path}, after row {next(numbers) - 1}: cannot be read as Parquet: {error}") from error
+    for mark in "\t,;|":
+        if len(lines) < 2 or (mark == "," and all(re.search(r", ", line) for line in lines)):
+            continue
+        with contextlib.suppress(csv.Error):
+            counts = {len(row) for row in csv.reader((f"{line}\n" for line in lines), delimiter=mark, strict=True)}
+            if len(counts) == 1 and counts.pop() > 1:
+                return ".tsv" if mark == "\t" else ".csv"
+    return None

@@ -29,7 +29,7 @@ def text(value: Any, column: str, where: str) -> str:
         DataError: it is something else, or holds half of a surrogate pair, which no file can hold as text.
     """
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} should be text, and is {kind(value)}.{_way_out(value, column)}")
+        raise DataError(f"{where}: {column} should be text, and is {kind(value)}.{_way_out(value)}")
     if not value.isascii():
         try:
             value.encode()
@@ -167,12 +167,7 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(str(name) for name in names) or "nothing"
 
 
-def _way_out(value: Any, column: str) -> str:
+def _way_out(value: Any) -> str:
     if isinstance(value, float) and math.isnan(value):
         return " Where there is no value, write null or leave the column out."
-    if isinstance(value, int | float):
-        return f" To have it written as text: data.template {{{column}: '{{name of the column}}'}}."
-    if isinstance(value, dict | list) and value:
-        inner = f"{next(iter(value))}" if isinstance(value, dict) else "0"
-        return f" If one field of it is meant: data.columns {{{column}: name of the column.{inner}}}."
     return ""

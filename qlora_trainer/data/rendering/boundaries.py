@@ -65,7 +65,7 @@ class Boundaries:
         if self._is_stable(text, encoding, offsets, ends[-1]):
             return Tokens(encoding.ids, offsets, are_stable)
         parts = self._apart(text, encoding.ids, ends[-1])
-        return parts._replace(is_stable=are_stable) if parts else Tokens(encoding.ids, offsets, is_stable=False)
+        return Tokens(parts.ids, parts.offsets, are_stable) if parts else Tokens(encoding.ids, offsets, is_stable=False)
 
     def _is_stable(
         self, text: str, encoding: tokenizers.Encoding, offsets: Sequence[tuple[int, int]], end: int

@@ -117,8 +117,8 @@ class Encoder:
                 backend.no_truncation()
             joined = ["".join([span.text for span in texts[index]]) for index in plain]
             encodings = backend.encode_batch(joined, add_special_tokens=False)
-            for index, text, encoding in zip(plain, joined, encodings, strict=True):
-                ids, offsets, is_stable = self._boundaries.keep(text, encoding, _prompt_ends(texts[index]))
+            for index, whole, encoding in zip(plain, joined, encodings, strict=True):
+                ids, offsets, is_stable = self._boundaries.keep(whole, encoding, _prompt_ends(texts[index]))
                 runs = trained_runs(texts[index], ids, offsets, self._control_ids)
                 results[index] = Encoded(list(ids), runs, is_stable)
         for index, text in enumerate(texts):
@@ -189,7 +189,7 @@ class _EscapingTokenizer:
             own_ids[token["content"]] = token["id"]
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self.ids = {self.backend.token_to_id(content): token_id for content, token_id in own_ids.items()}
-        self.boundaries = Boundaries(self.backend, frozenset(self.ids))
+        self.boundaries = Boundaries(self.backend, frozenset(token for token in self.ids if token is not None))
         self.control_ids = {own_ids[name] for name in self.names.values()}
         self.control_ids.discard(tokenizer.unk_token_id)
 

@@ -1,4 +1,4 @@
-"""Cut a rendering into pieces: which are trained, which follow a prompt, and which spell a control token.
+"""Cut texts and tokens: at what is trained, where prompts end, where a control token is spelled, at a length.
 
 Left out: where the turns are (spans.py).
 """
@@ -83,3 +83,18 @@ def unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]
         spans = [replace(piece, text=shields.get(part, part), ordinary=part in shields) for part in parts]
         found += [*spans[:1], *(replace(span, after_prompt=False) for span in spans[1:])]
     return found
+
+
+def cut_evenly(ids: Sequence[int], most: int) -> list[list[int]]:
+    """Cut tokens into parts of nearly equal length, so that no tail is tiny.
+
+    Args:
+        ids: the tokens, at least one.
+        most: tokens of a part.
+
+    Returns:
+        The parts, as few as there can be.
+    """
+    count = -(-len(ids) // most)
+    bounds = [len(ids) * part // count for part in range(count + 1)]
+    return [list(ids[begin:end]) for begin, end in itertools.pairwise(bounds)]

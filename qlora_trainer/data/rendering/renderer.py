@@ -7,13 +7,13 @@ is dropped, and all of it is reported to the caller, who counts. Left out: paddi
 """
 
 import datetime
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
+from qlora_trainer.data.rendering.pieces import cut_evenly
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
 from qlora_trainer.data.rendering.targets import Prompt, TrainOn, chosen_turns
 from qlora_trainer.data.rendering.templates import ChatTemplate
@@ -342,11 +342,9 @@ class Renderer:
         return self.encoder.bos_ids if template.is_plain else []
 
     def _windows(self, text: str, ids: list[int]) -> Rendered:
-        """Cut a document into parts of nearly equal length, none longer than max_length, so that no tail is tiny."""
         if not text.strip():
             return Rendered([], [], dropped=NOTHING_TRAINED, tokens=len(ids))
-        count = -(-len(ids) // self.max_length)
-        bounds = [len(ids) * part // count for part in range(count + 1)]
-        parts = [ids[begin:end] for begin, end in itertools.pairwise(bounds)]
-        rows: list[Row] = [Document(text)] if count == 1 else [Document(self.tokenizer.decode(part)) for part in parts]
+        parts = cut_evenly(ids, self.max_length)
+        texts = [text] if len(parts) == 1 else [self.tokenizer.decode(part) for part in parts]
+        rows: list[Row] = [Document(part) for part in texts]
         return Rendered([Example(part, list(part)) for part in parts], rows, tokens=len(ids))

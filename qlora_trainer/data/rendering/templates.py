@@ -8,15 +8,16 @@ rows, its resumption and its answers all say the same day. Left out: where in a 
 
 import datetime
 import re
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.common.transformers_internals import compile_chat_template, render_with_answer_spans
+from qlora_trainer.common.transformers_internals import chat_template_environment, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
+from qlora_trainer.data.rendering.limits import TemplateLimitError, limit_operations, limited
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
 PLAIN_TEMPLATE = """\
@@ -70,7 +71,7 @@ class ChatTemplate:
         self.eos_token = tokenizer.eos_token or ""  # a renderer has refused tokenizers without one
         self._variables = dict(tokenizer.special_tokens_map)
         try:
-            self._program = compile_chat_template(PLAIN_TEMPLATE if source is None else source)
+            self._program = _compiled(PLAIN_TEMPLATE if source is None else source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"The model's chat template cannot be read: {error}.") from error
         self.written_date = self._fix_date(date)
@@ -112,7 +113,8 @@ class ChatTemplate:
         if not self._has_blocks:
             return self.text(dialogue, where), []
         try:
-            return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
+            with limited():
+                return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
         except _REFUSALS as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
@@ -150,19 +152,22 @@ class ChatTemplate:
         return [(text or "").count(str(answer["content"])) for text in texts] == [1, 2]
 
     def _run(self, dialogue: Dialogue, generation: bool, variables: dict[str, Any]) -> str:
-        return self._program.render(
-            messages=dialogue.messages,
-            tools=dialogue.tools,
-            documents=None,
-            add_generation_prompt=generation,
-            **variables,
-        )
+        with limited():
+            return self._program.render(
+                messages=dialogue.messages,
+                tools=dialogue.tools,
+                documents=None,
+                add_generation_prompt=generation,
+                **variables,
+            )
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any
     ) -> str | None:
         try:
             return self._run(Dialogue(messages, tools), False, {**self._variables, **variables})
+        except TemplateLimitError as error:
+            raise DataError(f"The model's chat template cannot be used: tried on a few turns, {error}.") from error
         except _REFUSALS:
             return None
 
@@ -250,6 +255,14 @@ class ChatTemplate:
                     self.arguments_as_text = as_text
                     self.end_of_call = self.end_of_turn if self.end_of_turn in ends else ends[-1] if ends else None
                     return
+
+
+@lru_cache
+def _compiled(source: str) -> Any:
+    """Compile a template as transformers does, but for operations that would fill the memory."""
+    environment = chat_template_environment()
+    limit_operations(environment)
+    return environment.from_string(source)
 
 
 def _refusal(dialogue: Dialogue, error: Exception, where: str) -> str:

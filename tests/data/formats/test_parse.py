@@ -43,7 +43,7 @@ BOT = {"role": "assistant", "content": "a"}
             (Message("user", "q"), Message("assistant", "{}"), Message("tool", "r"), Message("assistant", "a")),
         ),
         ({"instruction": "q", "input": "", "output": "a"}, ASKED),
-        ({"instruction": "q", "output": "a", "text": "whole"}, ASKED),
+        ({"instruction": "q", "output": "a", "text": "### q\n\n### a"}, ASKED),
         ({"instruction": "q", "input": "x", "output": "a"}, (Message("user", "q\n\nx"), ASKED[1])),
         (
             {"instruction": "q", "input": None, "output": "a", "system": "s", "history": [["q0", "a0"]]},
@@ -93,7 +93,7 @@ def test_plain_texts_stay_plain():
 
 def test_columns_are_renamed_and_the_renamed_ones_decide_the_format():
     assert parse({"query": "q", "reply": "a"}, columns={"question": "query", "answer": "reply"}) == Conversation(ASKED)
-    record = {"text": "t", "a": "p", "b": "c"}
+    record = {"text": None, "a": "p", "b": "c"}
     assert parse(record, columns={"prompt": "a", "completion": "b"}) == PromptCompletion("p", "c")
     both = {"messages": [], "q": "q", "r": "a"}
     assert parse(both, columns={"question": "q", "answer": "r"}) == Conversation(ASKED)
@@ -113,7 +113,7 @@ def test_a_named_format_is_used_though_columns_suggest_another():
     ("record", "format", "words"),
     [
         ({"foo": 1, "bar": 2}, "auto", r"columns foo, bar are of no known format.*alpaca \(instruction, output"),
-        ({"prompt": "p"}, "prompt_completion", r"completion is missing or null.*the row has prompt"),
+        ({"prompt": "p"}, "prompt_completion", r"completion is missing.*the row has prompt"),
         ({"question": "q", "answer": 72}, "auto", r"answer should be text, and is the int 72"),
         ({"messages": []}, "auto", r"conversation is empty"),
         ({"messages": [USER]}, "auto", r"no assistant turn to train on, only user"),
@@ -121,7 +121,7 @@ def test_a_named_format_is_used_though_columns_suggest_another():
         ({"messages": [USER, "hi"]}, "auto", r"messages\[1\]: a turn should be an object"),
         ({"messages": [{"role": "robot", "content": "q"}, BOT]}, "auto", r"messages\[0\]: unknown role 'robot'; known"),
         ({"messages": [{"role": ["user"], "content": "q"}, BOT]}, "auto", r"unknown role \['user'\]"),
-        ({"messages": [{"role": "user"}, BOT]}, "auto", r"messages\[0\]: content is missing or null"),
+        ({"messages": [{"role": "user"}, BOT]}, "auto", r"messages\[0\]: content is missing"),
         (
             {"messages": [USER, {"role": "assistant", "content": 5}]},
             "auto",
@@ -134,8 +134,6 @@ def test_a_named_format_is_used_though_columns_suggest_another():
         ),
         ({"messages": [USER, BOT | {"weight": 0.5}]}, "auto", r"weight is 0.5 and should be 0 or 1"),
         ({"messages": [USER, BOT | {"weight": 0, "train": True}]}, "auto", r"weight, train contradict"),
-        ({"messages": [USER, BOT], "label": False}, "auto", r"look like preferences"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "auto", r"chosen and rejected hold preferences"),
         ({"instruction": "q", "output": "a", "history": ["x"]}, "auto", r"history should be a list of"),
         ({"instruction": "q", "output": "a", "history": 5}, "auto", r"history should be a list of"),
         ({"messages": [USER, BOT], "tools": 5}, "auto", r"tools should be a list of functions, and is the int 5"),
@@ -144,12 +142,12 @@ def test_a_named_format_is_used_though_columns_suggest_another():
         ({"text": "a cat", "image": {"bytes": "x"}}, "auto", r"image cannot be trained from"),
         ({"prompt": None, "completion": "c"}, "auto", r"completion is there, but prompt is null"),
         ({"prompt": {"a": 1}, "completion": "c"}, "auto", r"prompt: role is missing or null; the turn holds a"),
-        ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: NAME"),
+        ({"prompt": "q", "completion": [USER, BOT]}, "auto", r"begins with a turn of user.*{messages: completion}"),
         ({"messages": [USER, BOT], "images": ["a.png"]}, "auto", r"images cannot be trained from"),
         ({"messages": [{"role": "system", "content": "x"}, USER, BOT], "system": "s"}, "auto", r"another system turn"),
         ({"messages": [USER, BOT], "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "auto", r"both given"),
         ({"instruction": "q", "input": float("nan"), "output": "a"}, "auto", r"and is NaN. .* write null"),
-        ({"question": "q", "answer": ["a"]}, "auto", r"a list. .*data.columns {answer: name of the column.0}"),
+        ({"question": "q", "answer": ["a"]}, "auto", r"a list. .*'data.columns={answer: answer.0}'"),
         ({"prompt": 3, "completion": [BOT]}, "auto", r"prompt should be text, and is the int 3"),
         ({"text": "half \ud800 pair"}, "auto", r"text holds half of a surrogate pair at character 5"),
     ],
@@ -189,9 +187,9 @@ def test_all_rows_of_a_source_have_the_first_ones_format():
     reader = RecordReader("auto", {}, {})
     reader.read({"question": "q", "answer": "a", "id": 1}, "line 1")
     assert reader.read({"question": "q", "answer": "a", "text": None, "system": None}, "line 2") == Conversation(ASKED)
-    with pytest.raises(DataError, match=r"line 3: .*missing or null.*By its columns it is of the format chat, but all"):
+    with pytest.raises(DataError, match=r"line 3: .*missing.*By its columns it is of the format chat, but all"):
         reader.read({"messages": TURNS}, "line 3")
-    with pytest.raises(DataError, match=r"line 4: answer is missing or null, which question_answer rows need"):
+    with pytest.raises(DataError, match=r"line 4: answer is null\."):
         reader.read({"question": "q", "answer": None}, "line 4")
     assert (reader.format, reader.unused) == ("question_answer", {"id": 1})
 
@@ -232,7 +230,7 @@ def test_a_prompt_and_completion_of_turns_as_json_text_are_turns_and_it_is_repor
 def test_json_of_turns_stays_text_where_a_template_writes_it():
     given = {"prompt": "Write a dialogue.", "completion": json.dumps(TURNS)}
     with pytest.raises(
-        DataError, match=r"begins with a turn of user.*To train on it as text: data.template {completion"
+        DataError, match=r"begins with a turn of user.*To train on it as text: 'data.template={completion"
     ):
         reading(given)
     row, reader = reading(given, template={"completion": "{completion}"})
@@ -241,28 +239,25 @@ def test_json_of_turns_stays_text_where_a_template_writes_it():
 
 
 def test_what_is_not_read_is_named_columns_and_keys_of_turns_alike():
-    turns = [TURNS[0] | {"name": "Ada", "time": 5, "value": "other"}, TURNS[1] | {"id": None}]
+    turns = [TURNS[0] | {"name": "Ada", "time": 5, "value": ""}, TURNS[1] | {"id": None}]
     for given in (turns, json.dumps(turns)):
         assert unused({"messages": given, "id": 7, "x": None}) == {
             "id",
             "messages[].name",
             "messages[].time",
-            "messages[].value",
         }
-    turns = [{"from": "human", "value": "q", "content": "other"}, {"from": "gpt", "value": "a", "content": ""}]
-    assert unused({"conversations": turns}) == {"conversations[].content"}
     columns, template = {"answer": "replies.0"}, {"question": "{title} {body}"}
     record = {"title": "a", "body": "b", "replies": ["c"], "votes": 3}
     assert unused(record, "question_answer", columns, template) == {"votes"}
-    assert unused({"prompt": "p", "completion": "c", "system": "s"}) == {"system"}
+    assert unused({"prompt": "p", "completion": "c", "system": ""}) == set()
 
 
 def unused(*given):
     return reading(*given)[1].unused.keys()
 
 
-def read(path, format="auto", columns=None, template=None, **how):
-    reader = RecordReader(format, columns or {}, template or {})
+def read(path, format="auto", columns=None, template=None, ignore=(), **how):
+    reader = RecordReader(format, columns or {}, template or {}, ignore=ignore)
     rows = []
     for where, record in open_source(str(path), **how).records():
         assert isinstance(record, dict)
@@ -337,7 +332,9 @@ def test_a_real_table_without_names_is_read_as_the_config_says(shared_data):
 
 def test_real_preferences_are_read_as_the_config_says(shared_data):
     rows, _ = read(
-        shared_data("dpo_en_demo/dpo_en_demo.json"), columns={"prompt": "conversations", "completion": "chosen"}
+        shared_data("dpo_en_demo/dpo_en_demo.json"),
+        columns={"prompt": "conversations", "completion": "chosen"},
+        ignore=["rejected"],
     )
     assert [message.role for message in rows[0].messages] == ["user", "assistant"]
     assert len(rows) == 300

@@ -127,9 +127,9 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"role": "tool"}, r"content is missing or null; the turn holds role"),
-        ({**BOT, "content": None, "tool_calls": []}, r"content is missing or null"),
-        ({**BOT, "content": None, "reasoning_content": "r"}, r"content is missing or null"),
+        ({"role": "tool"}, r"content is missing; the turn holds role"),
+        ({**BOT, "content": None, "tool_calls": []}, r"content is null"),
+        ({**BOT, "content": None, "reasoning_content": "r"}, r"content is null"),
         ({**BOT, "tool_calls": [{}]}, r"tool_calls\[0\]: should be an object with name and arguments"),
         ({**BOT, "tool_calls": ["f"]}, r"tool_calls\[0\]: should be an object with name and arguments"),
         ({**BOT, "tool_calls": {"name": "f"}}, r"tool_calls should be a list, and is an object"),
@@ -143,7 +143,11 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
         ({"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}, r"tool_calls in a turn of user"),
         ({"role": "user", "content": "q", "thinking": "t"}, r"reasoning in a turn of user"),
         ({**BOT, "content": [{"type": "image_url", "image_url": {}}]}, r"holds a part of type 'image_url'"),
-        ({**BOT, "content": [{"type": "tool_use"}]}, r"part of type 'tool_use'; .* data.on_bad_row skip"),
+        ({**BOT, "content": [{"type": "tool_use"}]}, r"tool_calls\[0\]: should be an object with name"),
+        (
+            {**BOT, "content": [{"type": "text", "cache": 1}]},
+            r"a text part of content has no text; it holds type, cache",
+        ),
         ({**BOT, "content": [5]}, r"holds a part of type 'the int 5'"),
         (
             {**BOT, "content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "r"}]},

@@ -17,8 +17,8 @@ from qlora_trainer.config.data_schema import DataConfig, Source
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.formats.parse import CALL_IS_TEXT, TEXT_IS_TURNS
 from qlora_trainer.data.preparation import prepare as preparation
-from qlora_trainer.data.preparation.chunks import MAX_REASONS, count_reasons
 from qlora_trainer.data.preparation.prepare import prepare
+from qlora_trainer.data.preparation.reports import MAX_REASONS, count_reasons
 from qlora_trainer.data.reading import files
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
@@ -81,10 +81,10 @@ def test_what_is_read_in_a_way_worth_telling_is_reported_by_source(tmp_path):
     table = tmp_path / "turns.jsonl"
     table.write_text(json.dumps({"prompt": asked, "completion": answered}) + "\n")
     sources = [Source(path=calls), Source(path=str(table))]
-    prepared = run(tmp_path, sources, on_bad_row="skip")
+    prepared = run(tmp_path, sources, on_bad_row="skip", max_skipped=0.5)
     assert [source.warnings for source in prepared.report.sources] == [{CALL_IS_TEXT: 1}, {TEXT_IS_TURNS: 1}]
     assert f"calls.jsonl: 1 of 2 rows: {CALL_IS_TEXT}" in prepared.report.warnings
-    assert run(tmp_path, sources, on_bad_row="skip").report.warnings == prepared.report.warnings
+    assert run(tmp_path, sources, on_bad_row="skip", max_skipped=0.5).report.warnings == prepared.report.warnings
 
 
 def test_the_second_call_takes_the_cache_and_gives_the_same(tmp_path, monkeypatch):
@@ -216,9 +216,9 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
 def test_a_file_that_fails_while_it_is_read_is_not_reported_as_one_that_cannot_be_written(tmp_path, monkeypatch, code):
-    def failing(path, encoding):
+    def failing(file):
         yield "line 1", row("q", "a")
-        raise OSError(code, os.strerror(code), str(path))
+        raise OSError(code, os.strerror(code), str(file))
 
     monkeypatch.setattr(files, "read_jsonl", failing)
     with pytest.raises(DataError, match=rf"x.jsonl cannot be read any further: {os.strerror(code)}. Look at"):
@@ -297,7 +297,7 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 nothing to train on.*1 longer than"
+        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 the answer is empty.*1 longer than"
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)
@@ -306,7 +306,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
 
 
 def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
-    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "rating": 5}])
+    first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "votes": 5}])
     second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
     sources = [
         Source(path=first, columns={"question": "query", "answer": "reply"}),
@@ -315,7 +315,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
     prepared = run(tmp_path, sources)
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
-    assert "a.jsonl: column rating (1 rows) is not used" in prepared.report.warnings
+    assert "a.jsonl: not used: votes" in prepared.report.warnings
     assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
 
 
@@ -371,7 +371,7 @@ def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
     with pytest.raises(DataError, match=r"x.jsonl, line 2: "):
         run(tmp_path, path)
     for cached in (False, True):
-        prepared = run(tmp_path, path, on_bad_row="skip")
+        prepared = run(tmp_path, path, on_bad_row="skip", max_skipped=0.5)
         assert prepared.report.cached == cached
         assert [prepared.train.where(i) for i in range(3)] == [f"x.jsonl, line {n}" for n in (1, 3, 6)]
         (source,) = prepared.report.sources
@@ -381,7 +381,7 @@ def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
         assert [row["where"] for row in listed] == [f"x.jsonl, line {n}" for n in (2, 4, 5)]
         assert listed[0]["reason"].startswith("x.jsonl, line 2: ")
         (warning,) = [warning for warning in prepared.report.warnings if "skipped" in warning]
-        assert "3 bad rows were skipped (2 " in warning
+        assert "3 bad rows were skipped, 50.0% of all (2 " in warning
         assert "skipped_rows.jsonl" in warning
 
 
@@ -398,7 +398,7 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
     monkeypatch.setattr(preparation, "open_source", lambda *_, **__: broken)
     with pytest.raises(DataError, match="line 4: not JSON at column 5"):
         run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"))
-    prepared = run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"), on_bad_row="skip")
+    prepared = run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"), on_bad_row="skip", max_skipped=0.4)
     assert [prepared.train.where(i)[-1] for i in range(4)] == ["1", "2", "3", "6"]
     first, second = prepared.report.sources[0].skipped
     assert first == "not JSON at column N"
@@ -425,7 +425,7 @@ def test_a_source_whose_rows_are_all_bad_is_an_error_all_the_same(tmp_path):
 def test_reasons_are_counted_without_what_differs_from_row_to_row(tmp_path):
     rows = [{"messages": [{"role": f"role {n}", "content": "c"}]} for n in range(200)]
     path = write(tmp_path, "x.jsonl", [*rows, {"messages": [{"role": "assistant", "content": "c"}]}])
-    (source,) = run(tmp_path, path, on_bad_row="skip").report.sources
+    (source,) = run(tmp_path, path, on_bad_row="skip", max_skipped=1.0).report.sources
     assert list(source.skipped.values()) == [200]
     counts: Counter[str] = Counter()
     count_reasons(counts, [("x", f"x: reason {'abc'[n % 3] * (1 + n // 3)}") for n in range(1000)])

@@ -2,6 +2,8 @@
 
 import csv
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 from data_files import write
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.reading.tables import read_parquet, read_table
+from qlora_trainer.data.reading.data_file import DataFile
+from qlora_trainer.data.reading.tables import read_table
 
 QUICK = settings(max_examples=80)
 CELLS = st.text(st.sampled_from('ab"\n\t,; é'), max_size=6)
@@ -35,7 +38,7 @@ def test_rows_of_a_tsv_without_quoting_keep_their_quotes_unless_all_follow_the_r
     """One row that no rule of quotes explains, and quotes are text in the whole file."""
     rows = [('"no', "end", "here"), *rows]
     path = write(tmp_path, "x.tsv", "".join("\t".join(row) + "\n" for row in rows))
-    assert [as_tuple(row) for _, row in read_table(path, "\t", header=["a", "b", "c"])] == rows
+    assert [as_tuple(row) for _, row in read_table(DataFile(path.path, header=["a", "b", "c"]), "\t")] == rows
 
 
 def test_a_tsv_that_keeps_to_quotes_is_read_by_them(tmp_path):
@@ -63,16 +66,14 @@ def test_the_line_of_names_shows_what_is_between_fields(tmp_path, content):
 
 def test_a_file_without_a_line_of_names_takes_those_given(tmp_path):
     path = write(tmp_path, "x.tsv", "0\tx\t0\n1\ty\n")
-    found = list(read_table(path, "\t", header=["id", "text", "label"]))
+    found = list(read_table(DataFile(path.path, header=["id", "text", "label"]), "\t"))
     assert found[0] == ("line 1", {"id": "0", "text": "x", "label": "0"})
     assert "x.tsv, line 2: 2 fields where data.header names 3 columns (id, text, label)" in str(found[1][1])
-    with pytest.raises(DataError, match=r"appears twice: 0, x, 0.*where the file has no such line, name them"):
-        list(read_table(path, "\t"))
 
 
 def test_names_given_twice_are_refused_as_one_column_would_be_lost(tmp_path):
     with pytest.raises(DataError, match=r"data.header names a column twice: text, label, text"):
-        list(read_table(write(tmp_path, "x.csv", "a,b,c\n"), ",", header=["text", "label", "text"]))
+        list(read_table(write(tmp_path, "x.csv", "a,b,c\n", header=["text", "label", "text"]), ","))
 
 
 def test_a_bad_row_is_an_error_in_its_place_and_the_next_row_follows(tmp_path):
@@ -96,39 +97,73 @@ def test_what_spoils_all_rows_after_it_ends_the_reading(tmp_path):
         list(read_table(write(tmp_path, "x.csv", b"\xff,b\n1,2\n"), ","))
 
 
-def test_nulls_that_a_parquet_struct_needs_are_left_out(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
+def read(tmp_path: Path, content: str, name: str = "x.csv", **how: Any) -> tuple[list[Any], list[str]]:
+    file = write(tmp_path, name, content, **how)
+    return [row for _, row in read_table(file, "," if name == "x.csv" else "\t")], file.notes
 
-    turns = [
-        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
-        {"role": "assistant", "content": "é", "tool_calls": [{"name": "g", "arguments": {"b": [None, 2]}}]},
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("v1,v2,,,\r\nham,hello,,,\r\nspam,win,,,\r\n", [{"v1": "ham", "v2": "hello"}, {"v1": "spam", "v2": "win"}]),
+        ("a,b,\n1,2,\n3,4\n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+        ("a,b\n1,2,\n3,4,,\n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+        (",a,b\n0,1,2\n", [{"column_1": "0", "a": "1", "b": "2"}]),
+        ("a,,b\n1,x,2\n3,,4\n", [{"a": "1", "column_2": "x", "b": "2"}, {"a": "3", "b": "4"}]),
+        ("column_2,\n1,2\n", [{"column_2": "1", "column_2_": "2"}]),
+    ],
+)
+def test_a_column_without_a_name_is_left_out_where_it_is_empty(tmp_path, content, rows):
+    assert read(tmp_path, content) == (rows, [])
+
+
+def test_names_that_are_there_more_than_once_are_numbered_and_reported(tmp_path):
+    rows, notes = read(tmp_path, "text,label,text,text_1\na,b,c,d\n")
+    assert rows == [{"text_1_": "a", "label": "b", "text_2": "c", "text_1": "d"}]
+    assert notes == ["x.csv: a column name is there more than once: read as text_1_, text_2"]
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2,3\n", "a,b\n1\n", "a,,b\n1,2\n"])
+def test_a_field_too_many_or_too_few_is_an_error(tmp_path, content):
+    ((row,), _) = read(tmp_path, content)
+    assert isinstance(row, DataError)
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('"prompt, short";completion\r\na, b;c\r\n', [{"prompt, short": "a, b", "completion": "c"}]),
+        ('id;"text, long"\n1;"a\nb"\n', [{"id": "1", "text, long": "a\nb"}]),
+        ("sep=;\r\nquestion;answer\r\na, b;c\r\n", [{"question": "a, b", "answer": "c"}]),
+        ('"sep=\t"\nquestion\tanswer\na, b\tc\n', [{"question": "a, b", "answer": "c"}]),
+        ("question|answer\na, b|c\n", [{"question": "a, b", "answer": "c"}]),
+        ("text\nHello, you\n", None),
+    ],
+)
+def test_the_delimiter_is_the_one_outside_quotes_or_the_one_that_excel_names(tmp_path, content, rows):
+    found, _ = read(tmp_path, content)
+    assert found == rows or (rows is None and isinstance(found[0], DataError))
+
+
+def test_lines_are_counted_from_the_file_s_first_after_excel_s_line(tmp_path):
+    assert [place for place, _ in read_table(write(tmp_path, "x.csv", "sep=;\na;b\n1;2\n3;4\n"), ",")] == [
+        "line 3",
+        "line 4",
     ]
-    rows = [{"messages": turns, "note": None}, {"messages": None, "note": "x"}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
-    first = [
-        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
-        {"role": "assistant", "content": "é", "tool_calls": [{"name": "g", "arguments": {"b": [None, 2]}}]},
-    ]
-    assert list(read_parquet(tmp_path / "x.parquet")) == [
-        ("row 1", {"messages": first, "note": None}),
-        ("row 2", {"messages": None, "note": "x"}),
+
+
+def test_the_delimiter_of_a_file_without_names_is_the_one_that_gives_as_many_fields(tmp_path):
+    assert read(tmp_path, "1;a, b\n2;c\n", header=["id", "text"])[0] == [
+        {"id": "1", "text": "a, b"},
+        {"id": "2", "text": "c"},
     ]
 
 
-def test_a_broken_parquet_file_and_names_that_are_twice_are_reported(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    with pytest.raises(DataError, match="after row 0: cannot be read as Parquet"):
-        list(read_parquet(write(tmp_path, "x.parquet", b"PAR1 and nothing more")))
-    with pytest.raises(DataError, match=r"is a git-lfs pointer.*git lfs pull"):
-        list(read_parquet(write(tmp_path, "x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")))
-    far = pyarrow.table({"text": ["a"], "day": pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())})
-    pyarrow.parquet.write_table(far, tmp_path / "z.parquet")
-    with pytest.raises(DataError, match=r"z.parquet, after row 0: cannot be read as Parquet: date value out of range"):
-        list(read_parquet(tmp_path / "z.parquet"))
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
-    pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
-    with pytest.raises(DataError, match="more than one column of the name text"):
-        list(read_parquet(tmp_path / "y.parquet"))
+@pytest.mark.parametrize(
+    ("first", "is_said"),
+    [("v1,v2", True), ("Label,Message", True), ("ID,text", True), ("ham,hello there", False), ("1,text", False)],
+)
+def test_a_line_of_names_that_is_read_as_a_row_is_reported(tmp_path, first, is_said):
+    rows, notes = read(tmp_path, f"{first}\nham,hello\n", header=["label", "text"])
+    assert len(rows) == 2
+    assert bool(notes) == is_said

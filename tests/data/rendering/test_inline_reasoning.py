@@ -112,8 +112,9 @@ def test_an_empty_block_is_no_reasoning(train_on: Any) -> None:
 @pytest.mark.parametrize("inline", [True, False])
 def test_what_a_template_leaves_out_of_earlier_turns_is_reported(train_on: Any, warning: str, inline: bool) -> None:
     tokenizer = tiny_tokenizer("qwen3")
-    thought = {} if inline else {"reasoning": "hm"}
-    earlier = Message("assistant", "<think>\nhm\n</think>\n\none" if inline else "one", **thought)
+    earlier = (
+        Message("assistant", "<think>\nhm\n</think>\n\none") if inline else Message("assistant", "one", reasoning="hm")
+    )
     last = Message("assistant", "<think>\nso\n</think>\n\ntwo")
     row = Conversation((Message("user", "1?"), earlier, Message("user", "2?"), last))
     (found,) = Renderer(tokenizer, train_on=train_on).render_batch([("row", row)])

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.parse import RecordReader
-from qlora_trainer.data.reading.files import read_records
+from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.rendering.renderer import COMPLETION_CUT, CUT_AWAY, Rendered, Renderer
 from qlora_trainer.data.rendering.spans import END_ADDED, REASONING_LEFT_OUT
 from qlora_trainer.data.rendering.targets import reference_answer
@@ -32,7 +32,7 @@ def one(renderer: Renderer, row: Any) -> Rendered:
 
 
 def parsed(path) -> list[tuple[str, Any]]:
-    records: list[tuple[str, Any]] = list(read_records(path))
+    records: list[tuple[str, Any]] = list(open_source(str(path)).records())
     return [(where, RecordReader("auto", {}, {}).read(record, where)) for where, record in records]
 
 

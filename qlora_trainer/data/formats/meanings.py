@@ -1,0 +1,178 @@
+"""Know what names of columns and keys mean to formats and trainers, so that none is left out in silence.
+
+Two kinds have a meaning: marks, which say whether or how much a row or turn is trained (label, score, weight, mask, …),
+and texts that a model would be given or taught (system, input, context, rejected, …). Names are compared by their
+words: Loss-Weight, lossWeight and loss_weight are one. Left out: what becomes of a column that is not read (unread.py).
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# TRL, LLaMA-Factory, axolotl, Unsloth, mlx-lm, torchtune, ms-swift, Megatron and open-instruct, by their documents.
+MARK_WORDS = frozenset(
+    _names(
+        "loss mask masks masked weight weights train trained trainable training untrained learn learnable reward "
+        "rewards score scores rating ratings rank ranks label labels kto chosen rejected reject preference preferred "
+        "dispreferred desirable undesirable advantage advantages margin winner logprobs"
+    )
+)
+LABELS = frozenset(_names("label labels class classes target targets intent sentiment"))
+
+# What a column is for, and what it is called, the usual name first. Some are names of other things as often: AMBIGUOUS.
+SLOTS: dict[str, tuple[str, ...]] = {
+    "system": _names("system system_prompt system_message system_instruction sys_prompt sys systemprompt"),
+    "history": _names("history chat_history"),
+    "tools": _names("tools functions available_tools"),
+    "asked": _names(
+        "question prompt instruction query questions prompts instructions queries user human user_message user_prompt "
+        "user_input user_query request problem problem_statement task_description input inputs source src q ask "
+        "utterance"
+    ),
+    "answered": _names(
+        "answer completion response output assistant answers completions responses outputs assistant_message "
+        "assistant_response model_response reply target targets expected_output solution tgt gpt bot chatgpt chatbot "
+        "model a summary generation best_answer correct_answer"
+    ),
+    "context": _names("context contexts input inputs passage paragraph document article background knowledge"),
+}
+AMBIGUOUS = frozenset(
+    _names(
+        "user human source src model a q ask bot gpt chatgpt chatbot assistant request summary generation article "
+        "background knowledge document paragraph sys tgt utterance"
+    )
+)
+_TEXTS = frozenset(
+    {name for names in SLOTS.values() for name in names if name not in AMBIGUOUS}
+    | set(
+        _names(
+            "messages conversations conversation dialogue dialog contents turns text documents input_ids "
+            "attention_mask segments image images audio audios video videos objects tool_calls function_call thinking "
+            "reasoning reasoning_content chat_template_kwargs ground_truth positive negative positives negatives "
+            "response_j response_k prefix suffix"
+        )
+    )
+)
+# Next to a text column, what only says where a text is from.
+METADATA_WORDS = frozenset(
+    _names(
+        "id ids idx index uid uuid guid key hash md5 sha sha1 sha256 url urls uri link links source src dump file "
+        "files filename path date datetime time timestamp created updated added year author authors lang language "
+        "languages title meta metadata license domain site host dataset subset split corpus token tokens count length "
+        "len size num n bytes chars words page pages position offset version warc number row line"
+    )
+)
+_TURN_KEYS = frozenset(_names("content value parts text message refusal system tools"))
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+
+@lru_cache(maxsize=8192)
+def words_of(name: str) -> tuple[str, ...]:
+    """Cut a name into its words.
+
+    Args:
+        name: of a column or key.
+
+    Returns:
+        Words in lower case; none of a name without Latin letters.
+    """
+    return tuple(word.lower() for word in _WORD.findall(name))
+
+
+@lru_cache(maxsize=8192)
+def plain_name(name: str) -> str:
+    """Write a name in lower case with underscores, and without a last word that only says that it is text.
+
+    Args:
+        name: of a column or key.
+
+    Returns:
+        Such as "response" of ResponseText.
+    """
+    words = words_of(name)
+    return "_".join(words[:-1] if len(words) > 1 and words[-1] in ("text", "content") else words)
+
+
+def is_mark(name: str) -> bool:
+    """Return True if a name may say whether, or how much, something is trained.
+
+    Args:
+        name: of a column or key.
+
+    Returns:
+        Whether a word of it does.
+    """
+    return not MARK_WORDS.isdisjoint(words_of(name))
+
+
+def has_meaning(name: str) -> bool:
+    """Return True if any format or trainer gives a column of this name a meaning.
+
+    Args:
+        name: of a column.
+
+    Returns:
+        Whether it is a mark or a text.
+    """
+    return is_mark(name) or plain_name(name) in _TEXTS
+
+
+def key_has_meaning(name: str) -> bool:
+    """Return True if any format or trainer gives a key of a turn of this name a meaning.
+
+    Args:
+        name: of the key.
+
+    Returns:
+        Whether it is a mark, or what a turn says under another name.
+    """
+    return is_mark(name) or plain_name(name) in _TURN_KEYS
+
+
+def is_metadata(name: str) -> bool:
+    """Return True if a column next to a text only says where the text is from, such as url.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        Whether a word of it says so, and none gives it another meaning.
+    """
+    return not name.strip() or (not METADATA_WORDS.isdisjoint(words_of(name)) and not has_meaning(name))
+
+
+def slot_of(name: str) -> str | None:
+    """Find what a column of this name is for.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        A key of SLOTS; of several, context before what is asked; None where it is none of them.
+    """
+    for slot in ("context", *SLOTS):
+        if plain_name(name) in SLOTS[slot]:
+            return slot
+    return None
+
+
+def is_empty(value: Any) -> bool:
+    """Return True if a value says nothing: null, blank text, an empty list or object. false and 0 say something.
+
+    A table has a cell in every row, so that what is empty cannot be distinguished from what is not there.
+
+    Args:
+        value: of a column or key.
+
+    Returns:
+        Whether it is empty.
+    """
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or (isinstance(value, list | Mapping) and not value)

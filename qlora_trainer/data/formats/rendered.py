@@ -1,0 +1,195 @@
+"""Recognize text that is a conversation already written by a chat template, and take it apart into turns.
+
+Many files hold rows that went through a template before, such as "<|im_start|>user …". As plain text their control
+tokens are spelled out and trained as ordinary characters, which no server ever sends. Known here are the templates that
+such files are written with; the model's own is known by experiment (preparation/rendered_rows.py), which also decides
+whether turns give the same text again. Left out: calls of tools, which each template writes otherwise.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qlora_trainer.data.types import Message
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "human": "user",
+    "model": "assistant",
+    "developer": "system",
+    "ipython": "tool",
+}
+_ROLE = "system|user|assistant|tool|human|model|developer|ipython"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of template: how a turn of a role is opened, and how each is closed."""
+
+    name: str
+    opening: str  # a regular expression with a group "role"
+    closing: tuple[str, ...]
+
+
+FAMILIES = (
+    Family("ChatML", rf"<\|im_start\|>(?P<role>{_ROLE})\n", ("<|im_end|>",)),
+    Family("Phi-4", rf"<\|im_start\|>(?P<role>{_ROLE})<\|im_sep\|>\n?", ("<|im_end|>",)),
+    Family(
+        "Llama 3",
+        rf"<\|start_header_id\|>(?P<role>{_ROLE})<\|end_header_id\|>\n\n",
+        ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    ),
+    Family("Llama 4", rf"<\|header_start\|>(?P<role>{_ROLE})<\|header_end\|>\n\n", ("<|eot|>",)),
+    Family("Gemma", rf"<start_of_turn>(?P<role>{_ROLE})\n", ("<end_of_turn>",)),
+    Family("Gemma 4", rf"<\|turn>(?P<role>{_ROLE})\n", ("<turn|>",)),
+    Family("Granite", rf"<\|start_of_role\|>(?P<role>{_ROLE})<\|end_of_role\|>", ("<|end_of_text|>",)),
+    Family("Phi-3", rf"<\|(?P<role>{_ROLE})\|>\n?", ("<|end|>", "<|endoftext|>")),
+    Family("Zephyr", rf"<\|(?P<role>{_ROLE})\|>\n", ("</s>",)),
+)
+_STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
+_BEGIN = re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, _STARTS))})\s*)*")
+_INST = re.compile(r"\[INST\]\s?(.*?)\s?\[/INST\]", re.DOTALL)
+_SYS = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
+_OPENINGS = re.compile("|".join(re.sub(r"\(\?P<role>", "(?:", family.opening) for family in FAMILIES) + r"|\[INST\]")
+
+
+def looks_rendered(text: str) -> bool:
+    """Return True if a text begins as a conversation of a known template does.
+
+    Args:
+        text: of a row.
+
+    Returns:
+        Whether it does.
+    """
+    start = _BEGIN.match(text)
+    return bool(_OPENINGS.match(text, start.end() if start else 0))
+
+
+def read_rendered(text: str) -> tuple[str, list[Message]] | None:
+    """Take a text apart into turns, by each known kind of template.
+
+    Args:
+        text: of a row, the whole of it.
+
+    Returns:
+        The kind's name and the turns; None where it is of no kind as a whole, or nobody asks and answers in it.
+    """
+    start = _BEGIN.match(text)
+    begin = start.end() if start else 0
+    found = [("Llama 2 or Mistral", _instructions(text[begin:]))]
+    found += [(family.name, _turns(family, text, begin)) for family in FAMILIES]
+    for name, turns in found:
+        roles = [turn.role for turn in turns or ()]
+        if turns and "user" in roles and roles[-1] == "assistant":
+            return name, turns
+    return None
+
+
+def _turns(family: Family, text: str, position: int) -> list[Message] | None:
+    """Read turn after turn, each closed before the next is opened; the last one may be left open."""
+    opening = re.compile(family.opening)
+    closing = re.compile("|".join(map(re.escape, family.closing)))
+    messages = []
+    while match := opening.match(text, position):
+        end = closing.search(text, match.end())
+        inner = text[match.end() : end.start() if end else len(text)]
+        if opening.search(inner):
+            return None
+        messages.append(Message(_ROLES[match["role"]], inner))
+        position = end.end() if end else len(text)
+        while (blank := re.compile(r"\s+").match(text, position)) or (
+            blank := re.compile("|".join(map(re.escape, ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>")))).match(
+                text, position
+            )
+        ):
+            position = blank.end()
+    return messages if position == len(text) else None
+
+
+def _instructions(text: str) -> list[Message] | None:
+    """Read the form of Llama 2 and Mistral, in which the system text is inside the first instruction."""
+    messages: list[Message] = []
+    position = 0
+    matches = list(_INST.finditer(text))
+    for index, match in enumerate(matches):
+        if match.start() != position:
+            return None
+        asked = match[1]
+        system = _SYS.match(asked)
+        if system and index == 0:
+            messages.append(Message("system", system[1]))
+            asked = asked[system.end() :]
+        position = matches[index + 1].start() if index + 1 < len(matches) else len(text)
+        answer = re.sub(r"\s*(?:</s>\s*)?(?:<s>\s*)?\Z", "", text[match.end() : position])
+        messages += [Message("user", asked), Message("assistant", answer.removeprefix(" "))]
+    return messages if matches and position == len(text) else None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The text of a template around turns, found by experiment: before, between and after what they say."""
+
+    before: str
+    to_answer: tuple[str, ...]  # between what is asked and an answer; the last answer's may differ
+    to_question: str
+    after: str
+    system: bool  # whether the first turn is a system turn
+    to_user: str = ""  # between the system turn and the first question
+
+    def read(self, text: str) -> list[Message] | None:
+        """Take a text apart into turns.
+
+        Args:
+            text: of a row.
+
+        Returns:
+            The turns, the last of which may lack its end; None where the text is not framed so.
+        """
+        if not text.startswith(self.before):
+            return None
+        body = text[len(self.before) :]
+        messages = []
+        if self.system:
+            said, found, body = body.partition(self.to_user)
+            if not found:
+                return None
+            messages.append(Message("system", said))
+        ends = [self.after, self.after.rstrip(), ""]
+        body = next(body[: len(body) - len(end)] for end in ends if body.endswith(end))
+        for exchange in self._exchanges(body):
+            first = next((between for between in self.to_answer if between in exchange), None)
+            if first is None:
+                return None
+            asked, _, answer = exchange.partition(first)
+            messages += [Message("user", asked), Message("assistant", answer)]
+        return messages
+
+    def _exchanges(self, body: str) -> Iterator[str]:
+        yield from body.split(self.to_question) if self.to_question else [body]
+
+
+def make_frame(pieces: Sequence[str], system: bool) -> Frame | None:
+    """Make a frame of a rendering of [system,] two questions and two answers, cut at what they say.
+
+    Args:
+        pieces: the template's own text: one more than there are turns.
+        system: whether the first turn is a system turn.
+
+    Returns:
+        The frame; None where the pieces show none.
+    """
+    expected = 6 if system else 5
+    if len(pieces) != expected:
+        return None
+    before, *between, after = pieces
+    to_user = between.pop(0) if system else ""
+    first, to_question, last = between
+    if not first or not last or not to_question or (system and not to_user):
+        return None
+    # The longer first: an empty block of reasoning before the last answer begins as every answer does.
+    answers = tuple(sorted({first, last}, key=len, reverse=True))
+    return Frame(before, answers, to_question, after, system, to_user)

@@ -1,0 +1,266 @@
+"""Stop at columns and keys that mean something and would not be read; count the others.
+
+A row says with `label: false` or `loss_weight: 0` that it is not to be trained as it is, and with `system` or `input`
+what its answer depends on. Whatever the recognized format does not read of this stops the run, since only the user
+knows what is meant; the message has the lines that settle it. A value that is empty says nothing, also where all are:
+a table has a cell in every row. Text that the row's turns hold already, such as the whole row written out once more, is
+not lost. Left out: which names mean something (meanings.py).
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qlora_trainer.common.errors import ConfigError
+from qlora_trainer.config.data_schema import DataFormat
+from qlora_trainer.config.override import override
+from qlora_trainer.data.formats.advice import chat_columns, settings_line
+from qlora_trainer.data.formats.columns import source_columns
+from qlora_trainer.data.formats.detect import COLUMNS, known_columns
+from qlora_trainer.data.formats.meanings import (
+    LABELS,
+    has_meaning,
+    is_empty,
+    is_mark,
+    is_metadata,
+    slot_of,
+    words_of,
+)
+from qlora_trainer.data.formats.turns import LEARN_KEYS
+from qlora_trainer.data.reading.values import listed
+from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
+
+_MOST_NAMED = 6
+
+
+class UnreadColumns:
+    """Checks the columns of one source's rows, and counts those that are not used in `unused`.
+
+    Args:
+        columns: {our column: path}.
+        template: {our column: text with fields}.
+        kept_by: columns by which rows are kept, which are thereby read.
+        ignored: columns and keys that the config leaves out already.
+        is_named: whether the config names the source's format, so that it is meant.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, str],
+        template: Mapping[str, str],
+        kept_by: Collection[str],
+        ignored: Sequence[str],
+        is_named: bool,
+    ) -> None:
+        self.columns, self.template, self.kept_by, self.is_named = columns, template, kept_by, is_named
+        self.ignored = ignored
+        self.unused: Counter[str] = Counter()
+        self._shapes: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
+
+    def check(
+        self,
+        record: Mapping[str, Any],
+        format: DataFormat,
+        is_plain: bool,
+        row: Row,
+        keys: Mapping[str, bool],
+        where: str,
+    ) -> None:
+        """Check one row.
+
+        Args:
+            record: its columns, those to ignore left out.
+            format: of the source.
+            is_plain: whether prompt and completion are texts, which have no turns.
+            row: what was read of it.
+            keys: of its turns that are not read, by the name that a report has: whether each has a meaning.
+            where: file and line, for errors.
+
+        Raises:
+            ConfigError: a column or key that has a meaning is not read.
+        """
+        shape = (*record, format, is_plain)
+        found = self._shapes.get(shape)
+        if found is None:
+            found = self._shapes[shape] = self._classified(record, format, is_plain, where)
+        others, meant = found
+        lost = [name for name in meant if not is_empty(record[name]) and not _is_read_already(name, record[name], row)]
+        if lost:
+            raise ConfigError(self._message(record, format, is_plain, lost, where))
+        lost = [key for key, is_meant in keys.items() if is_meant]
+        if lost:
+            raise ConfigError(
+                f"{where}: {listed(lost)} may say what of a turn is trained or given, and is not read: turns are "
+                f"marked by {listed(LEARN_KEYS)}, where 1 or true is trained. To leave {_it(lost)} out: "
+                f"{self._ignoring(lost)}."
+            )
+        self.unused.update([name for name in others if record[name] is not None])
+        self.unused.update([name for name in meant if not is_empty(record[name])])
+        self.unused.update(keys.keys())
+
+    def _classified(
+        self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, where: str
+    ) -> tuple[list[str], list[str]]:
+        """Divide the columns that are not read into those without a meaning, and those with one."""
+        read = {"prompt", "completion"} if is_plain else known_columns(format)
+        made = {**self.columns, **self.template}
+        if useless := [name for name in made if name not in read]:
+            raise ConfigError(self._useless(record, format, is_plain, useless, where))
+        sources = source_columns(record, self.columns, self.template)
+        sources |= source_columns(record, {path: path for path in self.kept_by}, {})
+        unread = [name for name in record if name not in sources and (name not in read or name in made)]
+        meant = [name for name in unread if self._is_meant(name, format)]
+        return [name for name in unread if name not in meant], meant
+
+    def _is_meant(self, name: str, format: DataFormat) -> bool:
+        if format != "text":
+            return has_meaning(name)
+        if self._is_text_meant():
+            return is_mark(name) and LABELS.isdisjoint(words_of(name))
+        return has_meaning(name) or not is_metadata(name)
+
+    def _is_text_meant(self) -> bool:
+        """Return True if the config says that the rows are plain text, or of which column."""
+        return self.is_named or "text" in self.columns or "text" in self.template
+
+    def _message(
+        self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, lost: Sequence[str], where: str
+    ) -> str:
+        if format == "text" and not self._is_text_meant():
+            return self._text_message(record, lost, where)
+        ways = []
+        for name in lost:
+            kept = _good_value(record[name]) if is_mark(name) else None
+            if kept is not None:
+                others = [other for other in lost if other != name]
+                line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
+                ways.append(f"To train only on rows where {name} is {str(kept).lower()}: {line}.")
+        if line := self._line_that_reads(record, format, lost):
+            ways.append(line)
+        ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
+        kind = "plain prompt and completion" if is_plain else f"{format} rows"
+        marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
+        meanings = [f"{_named(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
+        meanings += [f"{_named(texts)} may be what an answer depends on"] * bool(texts)
+        return f"{where}: {', and '.join(meanings)}; {kind} are not read for {_it(lost)}. {' '.join(ways)}"
+
+    def _ignoring(self, names: Sequence[str]) -> str:
+        return override("data.ignore", [*self.ignored, *names])
+
+    def _text_message(self, record: Mapping[str, Any], lost: Sequence[str], where: str) -> str:
+        """Ask what is meant by a text next to other columns."""
+        other = next((name for name in lost if slot_of(name) or not is_mark(name)), lost[0])
+        other = next((name for name in lost if words_of(name)[:1] and words_of(name)[0] in LABELS), other)
+        is_asked = slot_of(other) == "asked"
+        columns = {"question": other, "answer": "text"} if is_asked else {"question": "text", "answer": other}
+        ignored = [name for name in lost if name != other and has_meaning(name)]
+        if isinstance(record[other], str):
+            line = settings_line(columns, ignore=[*self.ignored, *ignored])
+        else:
+            line = settings_line({"question": "text"}, {"answer": f"{{{other}}}"}, [*self.ignored, *ignored])
+        marks = [name for name in lost if is_mark(name) and LABELS.isdisjoint(words_of(name))]
+        plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
+        asked, answer = (other, "text") if is_asked else ("text", other)
+        return (
+            f"{where}: text is next to {_named(lost)}, which plain text rows are not read for. If {answer} answers "
+            f"{asked}: {line}. If only the text is to be trained, as plain text: {plain}."
+        )
+
+    def _line_that_reads(self, record: Mapping[str, Any], format: DataFormat, lost: Sequence[str]) -> str:
+        """Write the settings with which texts that are not read would be."""
+        if self.template or format == "text":
+            return ""
+        slots, taken = self._slots(record, format), list[str]()
+        for name in lost:
+            slot = slot_of(name)
+            if slot in ("context", "system", "history", "tools") and slot not in slots and not is_mark(name):
+                slots[slot] = name
+                taken.append(name)
+        columns = chat_columns(slots)
+        if not taken or not columns:
+            return ""
+        ignored = [name for name in lost if name not in taken]
+        return f"To have {_named(taken)} read: {settings_line(columns, ignore=[*self.ignored, *ignored])}."
+
+    def _slots(self, record: Mapping[str, Any], format: DataFormat) -> dict[str, str]:
+        """Say by which paths a format is read now."""
+        required, optional = COLUMNS[format]
+        names = ("turns",) if len(required) == 1 else ("asked", "answered")
+        columns = self.columns
+        slots = {slot: columns.get(name, name) for slot, name in zip(names, required, strict=True)}
+        for name in optional:
+            slot = slot_of(name)
+            if slot and (name in columns or (format != "prompt_completion" and not is_empty(record.get(name)))):
+                slots[slot] = columns.get(name, name)
+        return slots
+
+    def _useless(
+        self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, useless: Sequence[str], where: str
+    ) -> str:
+        columns, template = self.columns, self.template
+        first, ways = COLUMNS[format][0][0], []
+        if not any(name in template for name in (*useless, *COLUMNS[format][0])):
+            slots = {} if format == "text" else self._slots(record, format)
+            made = chat_columns(slots | {slot_of(name) or name: columns[name] for name in useless if slots})
+            if {columns[name] for name in useless} <= set(made.values()):
+                ways.append(f"To have it read, through the chat template: {settings_line(made, ignore=self.ignored)}.")
+            if format not in ("chat", "sharegpt"):
+                rest = {name: path for name, path in columns.items() if name not in (first, *useless)}
+                fields = [*(columns[name] for name in useless), columns.get(first, first)]
+                text = "\n\n".join(f"{{{path}}}" for path in fields)
+                ways.append(f"To write it before the {first}: {settings_line(rest, {first: text}, self.ignored)}.")
+        rest = {name: path for name, path in columns.items() if name not in useless}
+        ignored = [path.partition(".")[0].removesuffix("?") for name, path in columns.items() if name in useless]
+        ignored = [name for name in ignored if has_meaning(name)]
+        if line := settings_line(
+            rest, {name: text for name, text in template.items() if name not in useless}, [*self.ignored, *ignored]
+        ):
+            ways.append(f"Without it: {line}.")
+        kind = "plain prompt and completion" if is_plain else f"{format} rows"
+        return (
+            f"{where}: {listed(useless)} is made by data.columns or data.template, but {kind} have no place for it. "
+            f"{' '.join(ways)}"
+        )
+
+
+_GOOD = {"false": "true", "0": "1", "no": "yes", "bad": "good", "rejected": "chosen"}
+
+
+def _good_value(value: Any) -> bool | int | str | None:
+    """Suggest the value of a mark that rows to keep have; None where no single value is one."""
+    if isinstance(value, bool):
+        return True
+    if isinstance(value, int | float) and value == int(value):
+        return int(value) or 1
+    return _GOOD.get(value.lower(), value) if isinstance(value, str) and len(value) < 40 else None
+
+
+def _is_read_already(name: str, value: Any, row: Row) -> bool:
+    """Return True if a column repeats what is read: one turn's text, or the whole row written out once more."""
+    if not isinstance(value, str) or is_mark(name):
+        return False
+    match row:
+        case Conversation(messages):
+            said = [
+                ("answered" if message.role == "assistant" else message.role, message.content) for message in messages
+            ]
+        case PromptCompletion(prompt, completion):
+            said = [("user", prompt), ("answered", completion)]
+        case Document():
+            return False
+    stripped = value.strip()
+    slot = slot_of(name)
+    if slot in ("asked", "answered"):
+        return any(role == ("user" if slot == "asked" else slot) and stripped == text.strip() for role, text in said)
+    pieces = [piece.strip() for _, text in said for piece in text.split("\n\n")]
+    return name.lower() == "text" and stripped.endswith(pieces[-1]) and all(piece in value for piece in pieces)
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
+def _named(names: Collection[str]) -> str:
+    shown = [name if name.strip() else repr(name) for name in names]
+    more = len(shown) - _MOST_NAMED
+    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
