@@ -55,7 +55,7 @@ class Preparation:
 def ours(job: PreparationJob) -> Callable[[], int]:
     from qlora_trainer.config.data_schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
-    from qlora_trainer.model.source import load_tokenizer
+    from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.weights.model_directory import ModelDirectory
 
     tokenizer = load_tokenizer(ModelDirectory.open(Path(job.model)))

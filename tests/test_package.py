@@ -76,7 +76,7 @@ LONG_TESTS = {
 """Still to be split by module; what is short again is taken out here."""
 PROVED_BY_THEIR_USERS = {
     "qlora_kernels.probe_triton",
-    "qlora_trainer.config.renamed",
+    "qlora_trainer.adapters.alternatives",
     "qlora_trainer.data.formats.advice",
     "qlora_trainer.data.preparation.row_reading",
     "qlora_trainer.data.reading.hub",
@@ -86,6 +86,7 @@ PROVED_BY_THEIR_USERS = {
     "qlora_trainer.data.rendering.omissions",
     "qlora_trainer.data.rendering.pieces",
     "qlora_trainer.model.pretrained",
+    "qlora_trainer.model.sentencepiece_model",
     "qlora_trainer.runs.report.style",
     "qlora_trainer.training.memory.paged_trial",
     "qlora_trainer.weights.gguf.layout",

@@ -6,9 +6,13 @@ familiar list match half of what was meant. Experts are no targets (model/module
 """
 
 import re
+import shlex
+from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
+from qlora_trainer.adapters.alternatives import alternatives
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
 from qlora_trainer.model.modules.experts import SplitExperts
@@ -21,7 +25,8 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
     Args:
         model: any, of transformers or not.
         target_modules: "all-linear", experts left out; "attention" or "mlp", those in a decoder layer's attention, or
-            outside it; a list of names, each the end of a path; or a regular expression that a whole path must match.
+            outside it; a list of names, each the end of a path; or a regular expression that a whole path must match,
+            each of its alternatives one at least.
 
     Returns:
         Their paths.
@@ -41,37 +46,68 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
     names = sorted({path.rsplit(".", 1)[-1] for path in candidates})
     if isinstance(target_modules, list):
         if unmatched := [name for name in target_modules if not any(ends_in(path, name) for path in candidates)]:
-            embedding = getattr(model, "get_input_embeddings", lambda: None)()
-            excluded = [
-                path for path, m in model.named_modules() if m in (head, embedding) or isinstance(m, nn.Embedding)
-            ]
-            reason = (
-                " Embeddings and the LM head are not adapted: they may share one weight, and merging would change both."
-                if any(ends_in(path, name) for path in excluded for name in unmatched)
-                else " Experts are not adapted."
-                if any(ends_in(path, name) for path in linear for name in unmatched)
-                else ""
-            )
+            reasons = [_why_not_adapted(model, partial(ends_in, end=name)) for name in unmatched]
             raise AdapterError(
                 f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
-                f"There are: {', '.join(names)}.{reason}"
+                f"There are: {', '.join(names)}.{max(reasons, key=bool)}"
             )
         return [path for path in candidates if any(ends_in(path, name) for name in target_modules)]
     if target_modules == "all-linear":
         return candidates
     if target_modules in ("attention", "mlp"):
         found = [path for path in candidates if _part(model, path) == target_modules]
-    else:
-        found = [path for path in candidates if re.fullmatch(target_modules, path)]
-    if not found:
-        hint = f" To name layers, give a list: adapter.target_modules=[{target_modules}]."
-        if target_modules in ("attention", "mlp"):
+        if not found:
             hint = " Experts are not adapted." if of_experts else ""
-        raise AdapterError(
-            f"adapter.target_modules={target_modules} matches no linear layer of this model. Their paths look like "
-            f"{candidates[0]}, and their names are: {', '.join(names)}.{hint}"
-        )
+            raise AdapterError(f"adapter.target_modules={target_modules} {_matches_nothing(candidates, names)}{hint}")
+        return found
+    return _matching(model, target_modules, candidates, names)
+
+
+def _matching(model: nn.Module, pattern: str, candidates: list[str], names: list[str]) -> list[str]:
+    """Return the candidates that a regular expression matches; each of its alternatives must match one."""
+    found = [path for path in candidates if re.fullmatch(pattern, path)]
+    if not found:
+        reason = _why_not_adapted(model, lambda path: re.fullmatch(pattern, path) is not None)
+        hint = reason or f" To name layers, give a list: {shlex.quote(f'adapter.target_modules=[{pattern}]')}."
+        raise AdapterError(f"adapter.target_modules={pattern} {_matches_nothing(candidates, names)}{hint}")
+    for alternative, alone in alternatives(pattern):
+        matches = _matcher(alone)
+        if matches is not None and not any(matches(path) for path in candidates):
+            raise AdapterError(
+                f"adapter.target_modules={pattern} has the alternative {alternative}, which "
+                f"{_matches_nothing(candidates, names)}{_why_not_adapted(model, matches)} Leave it out."
+            )
     return found
+
+
+def _matcher(pattern: str) -> Callable[[str], bool] | None:
+    """Return what tests a path; None for a part of a pattern that is no expression without the others."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return None
+    return lambda path: compiled.fullmatch(path) is not None
+
+
+def _matches_nothing(candidates: list[str], names: list[str]) -> str:
+    return (
+        f"matches no linear layer of this model. Their paths look like {candidates[0]}, and their names are: "
+        f"{', '.join(names)}."
+    )
+
+
+def _why_not_adapted(model: nn.Module, matches: Callable[[str], bool]) -> str:
+    """Say why what a name or pattern matches is not adapted, as a sentence; "" where it matches nothing at all."""
+    ends = [getattr(model, name, lambda: None)() for name in ("get_output_embeddings", "get_input_embeddings")]
+    modules = {path: module for path, module in model.named_modules() if path and matches(path)}
+    parameters = [path for path, _ in model.named_parameters() if matches(path)]
+    if any(module in ends or isinstance(module, nn.Embedding) for module in modules.values()):
+        return " Embeddings and the LM head are not adapted: they may share one weight, and merging would change both."
+    if any("expert" in path.lower() for path in [*modules, *parameters]):
+        return " Experts are not adapted."
+    if modules or parameters:
+        return f" {next(iter([*modules, *parameters]))} is no linear layer."
+    return ""
 
 
 def _part(model: nn.Module, path: str) -> str | None:

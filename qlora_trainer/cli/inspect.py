@@ -37,7 +37,8 @@ def inspect(
     from qlora_trainer.config.load import load_config
     from qlora_trainer.data.batching.loader import StepLoader
     from qlora_trainer.data.preparation.overview import make_overview
-    from qlora_trainer.model.source import TOKENIZER_FILES, load_tokenizer, resolve_model
+    from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
+    from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.empty_run import keeps_apart
     from qlora_trainer.runs.directory import prepare_data
     from qlora_trainer.training.state import micro_batch_tokens

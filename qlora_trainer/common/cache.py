@@ -13,11 +13,22 @@ def user_cache() -> Path:
         $XDG_CACHE_HOME/qlora-trainer, or ~/.cache/qlora-trainer where that is not set.
 
     Raises:
-        DiskError: neither variable is set, and the system knows no home directory of this user.
+        DiskError: neither variable is set, and the system knows no home directory of this user; or the directory is
+            behind a link that leads nowhere, such as to a disk that is not mounted.
     """
     if root := os.environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "qlora-trainer"
-    try:
-        return Path.home() / ".cache" / "qlora-trainer"
-    except RuntimeError as error:  # a container's user that is not in the system's list of users
-        raise DiskError("This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written.") from error
+        directory = Path(root) / "qlora-trainer"
+    else:
+        try:
+            directory = Path.home() / ".cache" / "qlora-trainer"
+        except RuntimeError as error:  # a container's user that is not in the system's list of users
+            raise DiskError(
+                "This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written."
+            ) from error
+    for path in (directory, *directory.parents):
+        if path.is_symlink() and not path.exists():
+            raise DiskError(
+                f"The cache {directory} is behind a link that leads nowhere: {path} leads to {path.readlink()}. Mount "
+                "that disk, or set XDG_CACHE_HOME to another folder."
+            )
+    return directory

@@ -8,6 +8,8 @@ with a traceback and exit code 1.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"  # of what git leaves in place of a file that git-lfs keeps
+
 
 class QLoRATrainerError(Exception):
     """Report something the user can fix: the message says what was found, where, and what to do."""

@@ -41,6 +41,22 @@ def render_with_answer_spans(
     return _render_with_assistant_indices(template, messages, tools, None, False, **variables)
 
 
+def tokenizer_class(name: str | None, model_type: str) -> type | None:
+    """Find the class that transformers makes a tokenizer of.
+
+    Args:
+        name: that tokenizer_config.json has for it; None where it has none.
+        model_type: of the model, whose class is taken where the name is unknown.
+
+    Returns:
+        The class; None where there is none.
+    """
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    names = [each for each in (name, TOKENIZER_MAPPING_NAMES.get(model_type)) if isinstance(each, str)]
+    return next((found for each in names if (found := tokenizer_class_from_name(each)) is not None), None)
+
+
 def attention_name(config: Any) -> str:
     """Return the name in transformers' registry of the attention that a model uses.
 

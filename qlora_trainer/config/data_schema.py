@@ -5,9 +5,18 @@ Left out: all other sections (schema.py), and reading what the keys name (data/p
 
 import codecs
 import datetime
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
 
@@ -31,10 +40,26 @@ RenderedText = Literal["auto", "turns", "text"]
 RoleName = Literal["system", "user", "assistant", "tool"]
 
 
+def _types(annotation: Any) -> set[Any]:
+    """Return the types that an annotation names, those in unions and lists too."""
+    return {annotation}.union(*(_types(part) for part in get_args(annotation)))
+
+
 class Section(BaseModel):
     """Refuse unknown keys, changes after construction, NaN and infinities, in every section of a config."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse for a number what Pydantic would turn into one: true, false, and digits after a zero."""
+        taken = _types(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and taken & {int, float} and bool not in taken:
+            raise ValueError("should be a number; YAML reads yes, no, on and off as true and false")
+        if isinstance(value, str) and int in taken and re.fullmatch(r"\s*[-+]?0\d+\s*", value):
+            raise ValueError(f"should be a number in plain digits, such as {int(value)}")
+        return value
 
 
 class SourceFile(Section):

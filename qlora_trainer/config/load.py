@@ -6,6 +6,9 @@ so that the copy in the run directory is valid from any current directory. Left 
 
 import difflib
 import glob
+import json
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,21 +43,26 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)
+        texts = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
     for override in overrides:
-        _apply_override(raw, override)
-    return make_config(raw, origin=str(path))
+        _apply_override(raw, override, _UniqueKeyLoader)
+        _apply_override(texts, override, yaml.BaseLoader)
+    return make_config(raw, origin=str(path), texts=texts)
 
 
-def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig:
+def make_config(
+    raw: Mapping[str, Any], origin: str = "the config", texts: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Check a nested mapping and make the config from it.
 
     Args:
         raw: values by section and key.
         origin: of the mapping, for the error message.
+        texts: the same, each value as text as it was written, where that is known.
 
     Returns:
         The config, with absolute local paths.
@@ -65,7 +73,7 @@ def make_config(raw: Mapping[str, Any], origin: str = "the config") -> RunConfig
     try:
         config = RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = _describe(error.errors())
+        lines = _describe(error.errors(), raw, raw if texts is None else texts)
         raise ConfigError(
             f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
         ) from None
@@ -108,8 +116,24 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        # YAML 1.1 takes 010 for octal and 1:30 for minutes and seconds: what could mean another number is refused.
+        make = self.construct_yaml_float if node.tag.endswith("float") else self.construct_yaml_int
+        number = make(node)
+        if re.fullmatch(r"[-+]?0[0-7_]+|.*:.*", node.value):
+            problem = (
+                f"{node.value} is the number {number} in YAML. Write the number you mean in plain digits, or put it in "
+                f'quotes if it is text: "{node.value}"'
+            )
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return number
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+
+for _tag in ("int", "float"):
+    _UniqueKeyLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _UniqueKeyLoader.construct_decimal)
+
+
+def _apply_override(raw: dict[str, Any], override: str, loader: type[yaml.SafeLoader | yaml.BaseLoader]) -> None:
     """Set the value of one `section.key=value` in a nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -117,13 +141,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = raw
     for parent in parents:
-        if node.get(parent) is None:  # absent, or a bare section
+        if not node.get(parent):  # absent, or a bare section
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
             raise ConfigError(f"{override!r}: {parent} is a value in the config, not a section.")
     try:
-        node[leaf] = yaml.load(text, _UniqueKeyLoader)
+        node[leaf] = yaml.load(text, loader)
     except yaml.YAMLError as error:
         if text.startswith("*"):  # to YAML an alias, which one value alone cannot have: a pattern of files
             node[leaf] = text
@@ -131,7 +155,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
 
 
-def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+def _describe(problems: Sequence[Mapping[str, Any]], raw: Mapping[str, Any], texts: Mapping[str, Any]) -> list[str]:
     """Make one sentence from the errors of Pydantic at each key.
 
     If a key takes several types, Pydantic reports the errors of each type. Errors at deeper keys replace those above
@@ -141,7 +165,7 @@ def _describe(problems: Sequence[Mapping[str, Any]]) -> list[str]:
     for problem in problems:
         by_place.setdefault(_place(problem), []).append(problem)
     return [
-        _sentence(place, found)
+        _sentence(place, found) + _quoting(found[0], problems, raw, texts)
         for place, found in by_place.items()
         if not any(other.startswith(f"{place}.") for other in by_place)
     ]
@@ -159,6 +183,29 @@ def _sentence(place: str, problems: Sequence[Mapping[str, Any]]) -> str:
     if renamed := renamed_value(place, first["input"]):
         return f"{place}: {renamed}"
     return f"{place}: {', or '.join(m[0].lower() + m[1:] for m in messages)} (found {first['input']!r})"
+
+
+def _quoting(
+    problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]], raw: Mapping[str, Any], texts: Mapping[str, Any]
+) -> str:
+    """Return the override to write for text that YAML takes for a number, a date, or true or false; else ""."""
+    if problem["type"] != "string_type" or isinstance(problem["input"], Mapping | list | None):
+        return ""
+    places = {tuple(p for p in each["loc"] if p != "[key]" and not _is_union_label(p)) for each in problems}
+    section, key = problem["loc"][:2]
+
+    def quoted(value: Any, text: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, Mapping):
+            by_key = text.values() if isinstance(text, Mapping) and len(text) == len(value) else value.values()
+            return {k: quoted(v, t, (*place, k)) for (k, v), t in zip(value.items(), by_key, strict=True)}
+        if isinstance(value, list):
+            in_order = text if isinstance(text, list) and len(text) == len(value) else value
+            return [quoted(v, t, (*place, i)) for i, (v, t) in enumerate(zip(value, in_order, strict=True))]
+        return str(text) if place in places else value
+
+    value = quoted(raw[section][key], texts.get(section, {}).get(key), (section, key))
+    override = f"{section}.{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+    return f"; if it is text, put it in quotes: {shlex.quote(override)}"
 
 
 def _place(problem: Mapping[str, Any]) -> str:

@@ -223,8 +223,8 @@ def _count_flushed(
 
 
 def _write_config(plan: MergePlan, work: Path) -> None:
-    """Copy config.json without its quantization, and with the dtype under its new name and its old one."""
-    config = dict(plan.inputs.base.config_json)
+    """Copy config.json as the weights are: without quantization, with the dtype under its new name and its old one."""
+    config = {**plan.inputs.base.config_json, **plan.config_corrections}
     config.pop("quantization_config", None)
     config |= {"dtype": dtype_name(plan.dtype), "torch_dtype": dtype_name(plan.dtype)}
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from qlora_trainer.merging.trained_weights import (
     trained_weights,
 )
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.load import config_corrections
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
@@ -94,6 +95,7 @@ class MergePlan:
     dtype: torch.dtype  # of the merged weights
     tensors: list[TensorPlan]  # in the order of the source checkpoint
     copied: list[Path]  # files of the base that go along as they are
+    config_corrections: Mapping[str, Any]  # keys of config.json that the weights contradict, and what is written
     has_original: bool  # the checkpoint holds the weights as they were before they were quantized
 
     @property
@@ -144,7 +146,7 @@ def plan_merge(inputs: MergeInputs, output: Path, dtype: torch.dtype = torch.flo
     needed = sum(plan.output.nbytes for plan in tensors) + sum(path.stat().st_size for path in copied)
     refuse_full_disk(output, needed, "The merged model")
     has_original = not (base.quant_states or base.facts.is_prequantized)
-    return MergePlan(inputs, output, dtype, tensors, copied, has_original)
+    return MergePlan(inputs, output, dtype, tensors, copied, config_corrections(base), has_original)
 
 
 def _plan_tensors(inputs: MergeInputs, dtype: torch.dtype) -> list[TensorPlan]:

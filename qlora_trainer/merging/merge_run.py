@@ -33,7 +33,8 @@ from qlora_trainer.merging.verify import (
 from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.fingerprint import config_identity
 from qlora_trainer.model.load import load_dense_model
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.trained import read_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.shard_writer import DEFAULT_SHARD_BYTES
@@ -131,7 +132,11 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
         },
         progress=progress,
     )
-    return Deployment(report, choice, difference, run.warnings)
+    corrected = [
+        f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
+        for key, value in run.plan.config_corrections.items()
+    ]
+    return Deployment(report, choice, difference, [*run.warnings, *corrected])
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:

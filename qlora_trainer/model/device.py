@@ -192,10 +192,8 @@ def kernel_warnings(device_type: str) -> list[str]:
     Raises:
         ConfigError: QLORA_KERNELS holds an unknown word, or asks for fast versions that cannot be had.
     """
-    try:
-        found = operations_by_version(device_type)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    refuse_unknown_kernels()
+    found = operations_by_version(device_type)
     lines = [
         f"Plain torch takes the place of faster kernels for {', '.join(operations)}: "
         f"{version.removeprefix('reference: ')}."
@@ -219,6 +217,18 @@ def _runs_on(code: str, capability: tuple[int, int]) -> bool:
     return version <= capability and (code.startswith("compute_") or version[0] == capability[0])
 
 
+def refuse_unknown_kernels() -> None:
+    """Refuse an environment variable QLORA_KERNELS that holds an unknown word.
+
+    Raises:
+        ConfigError: it does.
+    """
+    try:
+        kernel_choice()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def choose_device(wanted: str) -> torch.device:
     """Choose the device to train on.
 
@@ -234,6 +244,7 @@ def choose_device(wanted: str) -> torch.device:
     Raises:
         ModelError: CUDA is asked for and absent, or the card cannot be used.
     """
+    refuse_unknown_kernels()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees. "

@@ -10,11 +10,14 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.common.boundary import library_boundary
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.model.modules.cpu_embedding import keeps_own_dtype
 from qlora_trainer.model.modules.experts import split_experts
-from qlora_trainer.model.pretrained import LOADING_ERRORS, loading_error
+from qlora_trainer.model.modules.row_positions import forget_longer_rows
+from qlora_trainer.model.pretrained import not_loadable
+from qlora_trainer.weights.model_config import make_model_config
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
@@ -36,15 +39,21 @@ def empty_model(
         The model.
 
     Raises:
-        loading_error: transformers cannot make it; this is a ModelError.
+        ModelError: transformers cannot make it.
     """
     config = config or directory.config()
-    try:
+
+    def make(config: Any) -> Any:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise loading_error(error, directory) from error
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+    def make_from(values: dict[str, Any]) -> Any:
+        return make(make_model_config(values, directory.path))
+
+    with library_boundary(not_loadable(directory), directory.config_json, make_from):
+        model = make(config)
     split_experts(model, stored)
+    forget_longer_rows(model)
     model.tie_weights()
     model.requires_grad_(False)
     model.config.use_cache = False

@@ -28,7 +28,15 @@ OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values
 SCALES_TOLERANCE = 1e-5  # relative; means of block scales, of which a few may have the neighboring code
 
 # Keys of config.json that do not say what function the model is: where it came from, and how it was written or run.
-_NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"}
+# Tied or not is seen by the tensors, and a copy in 4 bits may say it otherwise than the config it was made with.
+_NOT_IDENTITY = {
+    "tie_word_embeddings",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "use_cache",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +107,7 @@ class BaseFingerprint:
         if changed:
             reported = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
             return reported + self._origin(other)
-        keys = sorted(self.config.keys() | other.config.keys())
+        keys = sorted((self.config.keys() | other.config.keys()) - _NOT_IDENTITY)  # of earlier versions' records, too
         if changed := [key for key in keys if self.config.get(key) != other.config.get(key)]:
             key = changed[0]
             return (

@@ -28,6 +28,7 @@ from qlora_trainer.model.modules.packed_attention import (
     packed_documents,
     refusals_as_model_error,
 )
+from qlora_trainer.model.modules.row_positions import longest_with_own_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ForwardPlan:
 
 
 def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
-    """Try packing and the loss path on a few tokens, in five short forward passes; ModelError if a plain forward fails.
+    """Try packing and the loss path in seven forward passes of a few tokens; ModelError if a plain forward fails.
 
     Args:
         model: of transformers, with weights.
@@ -64,7 +65,7 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
     loss_path = find_loss_path(model)
     warnings = []
-    limit = _longest_with_own_positions(model)
+    limit = longest_with_own_positions(model.config.get_text_config())
     if limit is not None and max_length is not None and max_length > limit:
         warnings.append(
             f"This model encodes positions otherwise in a forward pass with a row of more than {limit} tokens, and in "
@@ -122,18 +123,6 @@ def find_loss_path(model: Any) -> LossPath:
         return LossPath(own_logits=True)  # its hidden states are not the head's input
     tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
-
-
-def _longest_with_own_positions(model: Any) -> int | None:
-    """Find the row length, in tokens, up to which rotary frequencies do not depend on other rows; None: no limit.
-
-    LongRoPE (Ding et al. 2024, arXiv:2402.13753), as transformers has it, takes other frequencies for the whole forward
-    pass if its longest row is beyond the original positions. Dynamic NTK does so only beyond all positions, where rows
-    are cut.
-    """
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # one, or one for each type of layer
-    return min((k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"), default=None)
 
 
 def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32

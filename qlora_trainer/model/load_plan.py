@@ -7,6 +7,7 @@ holds several and they differ, they are not tied, as in transformers.
 Left out: tensors that transformers merges or splits while loading. They are listed, and nothing is done about them.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +24,13 @@ from qlora_trainer.common.units import dtype_name
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
+from qlora_trainer.weights.listing import checkpoint_name
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.reading import read_ahead, same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
 RECORD_NAME = "qlora_quantize.json"  # in the directory of a 4-bit copy that this trainer made
+UNTIED = {"tie_word_embeddings": False}
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +54,7 @@ class LoadPlan:
     converted: list[str]  # tensors that transformers merges or splits while loading
     unused: list[str]  # tensors that the model has no place for, and does not expect
     original: dict[str, str]  # sha256 of the tensors that a 4-bit checkpoint was made of, where it says so
+    untied: list[str] = dataclasses.field(default_factory=list)  # parameters that the config ties and the file does not
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -82,12 +86,18 @@ class LoadPlan:
     @property
     def warnings(self) -> list[str]:
         """Return what a user should know of the checkpoint."""
-        if not self.unused:
-            return []
-        return [
-            f"{self.directory} holds {len(self.unused)} tensor(s) that this model has no place for, such as "
-            f"{self.unused[0]}. They take no part in training; a merged model keeps them as they are."
-        ]
+        warnings = [untied_warning(self.directory, self.untied[0])] if self.untied else []
+        if self.unused:
+            warnings.append(
+                f"{self.directory} holds {len(self.unused)} tensor(s) that this model has no place for, such as "
+                f"{self.unused[0]}. They take no part in training; a merged model keeps them as they are."
+            )
+        return warnings
+
+    @property
+    def config_corrections(self) -> dict[str, Any]:
+        """Return the keys of config.json that the weights contradict, with the values to write in a copy."""
+        return dict(UNTIED) if self.untied else {}
 
     @property
     def used(self) -> list[str]:
@@ -163,6 +173,7 @@ def plan_load(
     four_bit: dict[str, str] = {}
     dense: dict[str, list[str]] = {}
     missing: list[str] = []
+    untied: list[str] = []
     for names in _names_of_tensors(model):
         stored = {match.found[name]: name for name in names if name in match.found}  # the checkpoint's -> the model's
         if not stored:
@@ -176,6 +187,7 @@ def plan_load(
         else:
             apart = [stored[other] for other in others]
             _untie(model, apart)
+            untied += apart
             dense[first] = [name for name in names if name not in apart]
             dense |= {other: [stored[other]] for other in others}
 
@@ -183,6 +195,7 @@ def plan_load(
     shapes = {name: state[names[0]].shape for name, names in dense.items()}
     shapes |= {name: state[f"{path}.weight"].shape for name, path in four_bit.items() if name not in statistics}
     others = [f"{name} {tensors[name].shape}" for name, shape in shapes.items() if tensors[name].shape != shape]
+    _refuse_contradicting_config(model, directory, missing, shapes)
     refuse_incomplete(directory, missing, others)
     if wrong := [name for name in statistics if name not in four_bit]:
         raise ModelError(
@@ -209,7 +222,54 @@ def plan_load(
         converted=list(match.converted),
         unused=[name for name in match.unused if not _is_expected_extra(model, name)],
         original=_original_hashes(directory) if statistics else {},
+        untied=untied,
     )
+
+
+def untied_warning(directory: ModelDirectory, name: str) -> str:
+    """Say that a checkpoint has a tensor of its own for a parameter that its config ties to another.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the parameter.
+
+    Returns:
+        A warning.
+    """
+    return (
+        f"{directory.path / 'config.json'} says that {name} is the embedding (tie_word_embeddings), but the checkpoint "
+        "has another tensor for it. Both are used as they are stored, and a merged model says "
+        '"tie_word_embeddings": false. vLLM and transformers 4 would use the embedding for both: to use the adapter '
+        "there, write that into the base's config.json."
+    )
+
+
+def _refuse_contradicting_config(
+    model: Any, directory: ModelDirectory, missing: Sequence[str], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse a config that gives another size of the vocabulary, or an LM head of its own, than the weights have."""
+    config_path, config = directory.path / "config.json", model.config.get_text_config()
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = (
+        f"{paths.get(id(module))}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if head in missing and embedding not in missing:
+        raise ModelError(
+            f"{directory} has no {head}, and {config_path} does not say that it is the embedding: it would be random. "
+            'If the model was saved without it because the two are one, write "tie_word_embeddings": true there; '
+            "else fetch the checkpoint again."
+        )
+    for name in (embedding, head):
+        stored = checkpoint_name(name, directory.tensors)
+        if stored is None or not shapes.get(stored):
+            continue
+        rows = directory.tensors[stored].shape[0]
+        if shapes[stored][0] == getattr(config, "vocab_size", None) != rows:
+            raise ModelError(
+                f"{config_path} says that the model has {config.vocab_size} tokens, and {stored} has {rows} rows. If "
+                f'the weights are right, as after tokens were added, write "vocab_size": {rows} there; else fetch the '
+                "checkpoint again."
+            )
 
 
 def refuse_incomplete(directory: ModelDirectory, missing: Sequence[str], mismatched: Sequence[str]) -> None:
@@ -263,6 +323,7 @@ def _untie(model: Any, names: Sequence[str]) -> None:
         shared = model.get_parameter(name)
         setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(shared), requires_grad=False))
         tied_weight_names(model).pop(name, None)
+    model.config.get_text_config().tie_word_embeddings = False
 
 
 def _may_be_missing(model: Any, name: str) -> bool:

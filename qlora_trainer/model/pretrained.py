@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_trainer.common.errors import ModelError, first_line, is_out_of_memory, memory_errors
+from qlora_trainer.common.boundary import library_boundary
+from qlora_trainer.common.errors import memory_errors
 from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.model.fill import check_finite
 from qlora_trainer.model.fingerprint import BaseFingerprint, base_fingerprint
 from qlora_trainer.model.load_plan import LoadPlan, refuse_incomplete
 from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
+from qlora_trainer.model.modules.row_positions import forget_longer_rows
 from qlora_trainer.weights.model_directory import ModelDirectory
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError)
 
 
 def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
-    """Load a model by transformers, from safetensors alone; ModelError if a weight would stay random.
+    """Load a model by transformers, from safetensors alone; ModelError if it cannot, or a weight would stay random.
 
     Args:
         directory: the model.
@@ -31,27 +31,24 @@ def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torc
 
     Returns:
         The model.
-
-    Raises:
-        LOADING_ERRORS: memory ran out.
-        loading_error: loading failed otherwise; this is a ModelError.
     """
-    with memory_errors(f"Loading {directory} on {device}"), quiet_transformers():
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                directory.path,
-                config=directory.config(),
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-        except LOADING_ERRORS as error:
-            if is_out_of_memory(error):
-                raise
-            raise loading_error(error, directory) from error
+    config = directory.config()
+    with (
+        memory_errors(f"Loading {directory} on {device}"),
+        quiet_transformers(),
+        library_boundary(not_loadable(directory)),
+    ):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory.path,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    forget_longer_rows(model)
     refuse_incomplete(directory, sorted(info.get("missing_keys", ())), [*map(str, info.get("mismatched_keys", ()))])
     return model
 
@@ -104,14 +101,13 @@ def nf4_config(compute_dtype: torch.dtype, kept_dense: list[str] | None = None) 
     )
 
 
-def loading_error(error: Exception, directory: ModelDirectory) -> ModelError:
-    """Make the error that is raised for one of LOADING_ERRORS.
+def not_loadable(directory: ModelDirectory) -> str:
+    """Begin the message on a model that transformers cannot make or load.
 
     Args:
-        error: the one that was caught.
         directory: the model.
 
     Returns:
-        A ModelError.
+        The beginning of a sentence.
     """
-    return ModelError(f"{directory} cannot be loaded as a causal language model: {first_line(error)}")
+    return f"{directory} cannot be loaded as a causal language model"

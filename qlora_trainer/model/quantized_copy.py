@@ -28,8 +28,8 @@ from qlora_trainer.common.units import dtype_name
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import choose_device, device_with_memory
 from qlora_trainer.model.fill import check_finite, quantize_arrival
-from qlora_trainer.model.load import Base, load_base_model, plan_base
-from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan
+from qlora_trainer.model.load import Base, config_corrections, load_base_model, plan_base
+from qlora_trainer.model.load_plan import RECORD_NAME, LoadPlan, untied_warning
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.pretrained import nf4_config
@@ -119,14 +119,17 @@ def quantize_checkpoint(
             sources = _write_tensors(plan, writer, device, progress)
         verify_files(work, written, writer.checksums, progress, "quantized model")
         copy_files(directory.path, copied, work)
-        _write_config(directory, work, plan.source_dtype, kept_dense)
+        _write_config(plan, work, kept_dense)
         report = QuantizeReport(
             weights=len(plan.four_bit),
             dense=len(plan.tensors) - len(plan.four_bit),
             bytes=total,
             source_bytes=sum(info.nbytes for info in plan.tensors.values()),
             source_dtype=dtype_name(plan.source_dtype),
-            warnings=[FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else [],
+            warnings=[
+                *([untied_warning(directory, plan.untied[0])] if plan.untied else []),
+                *([FUSED_EXPERTS] if any(isinstance(module, SplitExperts) for module in model.modules()) else []),
+            ],
         )
         record = report.to_json() | {"model": str(directory.path.absolute()), "sources": sources}
         write_text(work / RECORD_NAME, json.dumps(record, indent=1) + "\n")
@@ -165,7 +168,10 @@ def load_base(
             return dataclasses.replace(base, warnings=[*base.warnings, *([] if plan.statistics else [again])])
         _make_copy(directory, kept, settings, progress)
     base = load_base_model(ModelDirectory.open(kept), settings, cache_dir, progress)
-    return dataclasses.replace(base, directory=directory)
+    warnings = [*base.warnings]
+    if config_corrections(directory):  # which the copy has
+        warnings.append(untied_warning(directory, "the LM head"))
+    return dataclasses.replace(base, directory=directory, warnings=warnings)
 
 
 def _make_copy(directory: ModelDirectory, kept: Path, settings: ModelConfig, progress: Progress) -> None:
@@ -261,11 +267,11 @@ def _linear_modules(model: Any) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _write_config(directory: ModelDirectory, work: Path, source_dtype: torch.dtype, kept_dense: list[str]) -> None:
-    """Write config.json as it was, with what transformers needs to know of the quantization."""
-    config = dict(directory.config_json)
+def _write_config(plan: LoadPlan, work: Path, kept_dense: list[str]) -> None:
+    """Write config.json as the weights are, with what transformers needs to know of the quantization."""
+    config = {**plan.directory.config_json, **plan.config_corrections}
     # Where a 16-bit model has a tensor in fp32, it was not made to be computed with in fp32.
     named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
-    compute_dtype = named if named in (torch.bfloat16, torch.float16) else source_dtype
+    compute_dtype = named if named in (torch.bfloat16, torch.float16) else plan.source_dtype
     config["quantization_config"] = nf4_config(compute_dtype, kept_dense).to_dict()
     write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

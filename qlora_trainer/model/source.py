@@ -1,14 +1,11 @@
-"""Find a base model by its name, and read what is known before the weights: directory, config, tokenizer.
+"""Find a base model by its name: a hub name, a directory of safetensors or a GGUF file becomes a directory.
 
-A hub name, a directory of safetensors or a GGUF file becomes a directory here; everything else works on that. Left
-out: the weights (load.py).
+Left out: what is in the directory (weights/model_directory.py), and its tokenizer (tokenizer.py).
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_trainer.common.atomic import refuse_unwritable
 from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
@@ -107,22 +104,3 @@ def hub_variable() -> str:
         Its name.
     """
     return next((name for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if name in os.environ), "HF_HOME")
-
-
-def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory.
-
-    Args:
-        directory: of the model.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: it or the config cannot be read.
-    """
-    config = directory.config()
-    try:
-        return AutoTokenizer.from_pretrained(directory.path, config=config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"The tokenizer in {directory} cannot be read: {first_line(error)}") from error

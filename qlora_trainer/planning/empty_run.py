@@ -8,14 +8,13 @@ import dataclasses
 import torch
 
 from qlora_kernels.card import Card
-from qlora_kernels.registry import kernel_choice
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
-from qlora_trainer.common.errors import ConfigError, ModelError
+from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
-from qlora_trainer.model.device import compute_dtype_of, current_card
+from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_unknown_kernels
 from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
@@ -38,10 +37,7 @@ def planned_card(config: RunConfig) -> Card | None:
     Raises:
         ConfigError: QLORA_KERNELS holds an unknown word.
     """
-    try:
-        kernel_choice()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    refuse_unknown_kernels()
     if config.model.device == "cpu":
         return None
     return dataclasses.replace(card_here(), is_deterministic=config.training.deterministic)

@@ -20,6 +20,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.fingerprint import BaseFingerprint
+from qlora_trainer.model.tokenizer import own_token_ids
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -98,6 +99,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progr
         seed=config.training.seed,
         cache_dir=user_cache() / "data",
         vocab_size=model.facts.vocabulary,
+        own_ids=lambda: own_token_ids(model),
         progress=progress,
     )
 

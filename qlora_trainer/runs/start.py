@@ -26,7 +26,8 @@ from qlora_trainer.model.device import choose_device, kernel_warnings, missing_c
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
@@ -34,6 +35,7 @@ from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
 from qlora_trainer.runs.run import Run
+from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
 from qlora_trainer.training.determinism import set_up_cublas
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
@@ -164,6 +166,7 @@ def _assemble(
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
     warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
+    warnings += untrained_token_warnings(base, renderer.tokenizer, prepared.train)
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         warnings.append(

@@ -17,7 +17,8 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.model.load import Base
 from qlora_trainer.model.quantized_copy import load_base
-from qlora_trainer.model.source import load_tokenizer, resolve_model
+from qlora_trainer.model.source import resolve_model
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.checkpoint import newest_checkpoint
 from qlora_trainer.runs.directory import (
     RUN_CONFIG_NAME,

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.gguf.reader import open_weights
-from qlora_trainer.weights.tensors import TensorFile, TensorInfo
+from qlora_trainer.weights.tensors import TensorFile, TensorInfo, refuse_pointer_text
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -134,7 +134,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that are read.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        refuse_pointer_text(path, text)
+        content = json.loads(text.decode("utf-8"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
-from qlora_trainer.common.errors import ModelError, first_line
+from qlora_trainer.common.boundary import library_boundary
+from qlora_trainer.common.errors import ModelError
 
+_LENGTHENING = ("yarn", "linear", "dynamic")  # of rotary embeddings
 _FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
 
 
@@ -22,7 +23,7 @@ _FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
 class ModelFacts:
     """Hold what a config says of its model."""
 
-    positions: int | None  # that the model was made for; None where the config does not say
+    positions: int | None  # that the model was made for, scaled; None where the config does not say
     vocabulary: int | None  # rows of the embedding; None where the config does not say
     layer_kinds: tuple[str, ...]  # of each decoder layer, such as attention windows; all "layer" where they are alike
     is_prequantized: bool  # the weights are quantized already
@@ -50,11 +51,13 @@ def make_model_config(config_json: Mapping[str, Any], directory: Path) -> Any:
             f"{directory / 'config.json'} names the model type {kind!r}, which transformers {transformers.__version__} "
             "does not know. Choose another model, or install a newer transformers."
         )
-    try:
-        return CONFIG_MAPPING[kind].from_dict(values, name_or_path=str(directory))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = first_line(error.__cause__ or error)
-        raise ModelError(f"{directory / 'config.json'} cannot be read as a model's config: {reason}") from error
+
+    def make(values: dict[str, Any]) -> Any:
+        # A copy, as the config object keeps and changes what it is given.
+        return CONFIG_MAPPING[kind].from_dict(_with_floats(values), name_or_path=str(directory))
+
+    with library_boundary(f"{directory / 'config.json'} cannot be read as a model's config", config_json, make):
+        return make(values)
 
 
 def read_facts(config: Any) -> ModelFacts:
@@ -69,11 +72,41 @@ def read_facts(config: Any) -> ModelFacts:
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["layer"] * text.num_hidden_layers
     return ModelFacts(
-        positions=getattr(text, "max_position_embeddings", None),
+        positions=scaled_positions(text),
         vocabulary=getattr(text, "vocab_size", None),
         layer_kinds=tuple(kinds),
         is_prequantized=getattr(config, "quantization_config", None) is not None,
     )
+
+
+def scaled_positions(config: Any) -> int | None:
+    """Return the positions that a model was made for, with those that scaling its rotary embedding adds.
+
+    The rule is vLLM's, and that of transformers' own checks. YaRN reaches its factor times the original positions. For
+    linear and dynamic scaling, max_position_embeddings is the original, unless the config names an original that is
+    less. For llama3, longrope and Gemma 3, max_position_embeddings has the scaling in it.
+
+    Args:
+        config: transformers', of a text model.
+
+    Returns:
+        The positions; None where the config does not say.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(positions, int) or not isinstance(rope, Mapping) or "gemma3" in config.model_type:
+        return positions
+    by_kind = [each for each in rope.values() if isinstance(each, Mapping)]  # of layers, where they differ
+    for each in by_kind or [rope]:
+        kind, factor = each.get("rope_type", each.get("type")), each.get("factor")
+        if kind not in _LENGTHENING or not isinstance(factor, int | float) or factor < 1:
+            continue
+        original = each.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if kind == "yarn" or original is None or original >= positions:
+            return int((original or positions) * factor)
+    return positions
 
 
 def _with_floats(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from qlora_trainer.common.boundary import library_boundary
 from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.weights.listing import list_tensors, read_json_object, weight_statistics
@@ -96,7 +97,9 @@ class ModelDirectory:
         Returns:
             The facts.
         """
-        return read_facts(self.config())
+        config = self.config()
+        with library_boundary(f"{self.path / CONFIG_NAME} cannot be read as a model's config"):
+            return read_facts(config)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -6,6 +6,7 @@ Left out: a whole directory (listing.py), and reading by blocks (reading.py).
 import dataclasses
 import math
 import mmap
+import shlex
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.boundary import is_from_library
+from qlora_trainer.common.errors import LFS_HEADER, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 
 _DTYPES = {
@@ -116,9 +118,12 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            refuse_pointer(path)
             self.identity = FileIdentity.of(path.resolve())
             self.tensors = {info.name: info for info in self._list()}  # in the order they lie there
-        except (SafetensorError, OSError) as error:
+        except BaseException as error:
+            if not is_from_library(error):
+                raise
             raise ModelError(f"{path} is damaged or cut short ({error}). Fetch the file again.") from error
         self._mapped: Callable[[], np.ndarray | None] = lambda: None  # the file's bytes, while a tensor holds them
 
@@ -177,6 +182,36 @@ class TensorFile:
         """
         if not self.identity.is_current():
             raise changed(self.path)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse the few lines that git leaves in place of a file that is kept by git-lfs.
+
+    Args:
+        path: of a file that can be read.
+
+    Raises:
+        ModelError: it is a git-lfs pointer.
+    """
+    with path.open("rb") as file:
+        refuse_pointer_text(path, file.read(len(LFS_HEADER)))
+
+
+def refuse_pointer_text(path: Path, text: bytes) -> None:
+    """Refuse a file that begins as a git-lfs pointer does.
+
+    Args:
+        path: of the file.
+        text: its first bytes, or all.
+
+    Raises:
+        ModelError: it is a git-lfs pointer.
+    """
+    if text.startswith(LFS_HEADER):
+        raise ModelError(
+            f"{path} is a git-lfs pointer, not the file itself. Fetch it: "
+            f"{shlex.join(['git', '-C', str(path.parent), 'lfs', 'pull'])}"
+        )
 
 
 def changed(path: Path) -> ModelError:

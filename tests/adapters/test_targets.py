@@ -1,10 +1,12 @@
 """Which layers are adapted: found by what they are, and refused with what exists."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_models import FAMILIES
 from torch import nn
 
@@ -14,6 +16,7 @@ from qlora_trainer.adapters.inject import (
 from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -49,7 +52,17 @@ def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, ti
         ("llama", ["q_proj", "lm_head"], "names lm_head.*LM head are not adapted"),
         ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
         ("llama", ["proj"], "names proj, which"),
-        ("llama", "q_proj", r"matches no linear layer.* give a list: adapter\.target_modules=\[q_proj\]"),
+        ("llama", ["input_layernorm"], "names input_layernorm.*no linear layer"),
+        ("llama", r".*\.q_proj|lm_head", "has the alternative lm_head.*LM head are not adapted.* Leave it out"),
+        ("llama", r"lm_head", "matches no linear layer.*LM head are not adapted"),
+        ("llama", r".*\.(q_proj|(v_proj|embed_tokens))", "has the alternative embed_tokens.*Embeddings"),
+        ("llama", r".*(?:_proj|_head)", "has the alternative _head.*LM head"),
+        ("llama", r".*(?P<kind>_proj|norm)", "has the alternative norm.*layernorm is no linear layer"),
+        ("llama", r".*\.(q_proj|k_porj)", "has the alternative k_porj, which matches no linear layer"),
+        ("llama", r".*[|]?(up_proj|[)|(]x)", r"has the alternative \[\)\|\(\]x, which"),
+        ("mixtral", r".*\.(q_proj|gate_up_proj)", "has the alternative gate_up_proj"),
+        ("mixtral", r".*self_attn\..*|.*\.experts\..*", "has the alternative .*experts.*Experts are not adapted"),
+        ("llama", "q_proj", r"matches no linear layer.* give a list: 'adapter\.target_modules=\[q_proj\]'"),
     ],
 )
 def test_a_target_that_matches_nothing_is_reported_with_what_exists(
@@ -78,6 +91,32 @@ def test_a_regular_expression_matches_whole_paths(tiny_models: Models) -> None:
     model = base_model(tiny_models("llama"))
     found = find_targets(model, r"model\.layers\.1\..*(q|v)_proj")
     assert found == [f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [
+        (r".*", 14),
+        (r"model\.layers\..*", 14),
+        (r"(?!.*(lm_head|down_proj)).*", 12),
+        (r".*\.(self_attn|mlp)\.(q_proj|up_proj)", 4),  # not each of one with each of the other
+        (r".*[.|](q|k)_proj", 4),
+        (r".*layers\.(?P<n>0|1)\.(?:mlp|self_attn)\.(?i:UP|Q)_proj", 4),
+    ],
+)
+def test_a_pattern_may_match_more_than_is_adapted(pattern: str, layers: int, tiny_models: Models) -> None:
+    assert len(find_targets(base_model(tiny_models("llama")), pattern)) == layers
+
+
+def test_the_advice_to_give_a_list_can_be_followed(tiny_models: Models) -> None:
+    model = base_model(tiny_models("llama"))
+    with pytest.raises(AdapterError) as caught:
+        find_targets(model, "q_proj")
+    advice = shlex.split(str(caught.value).partition("give a list: ")[2].removesuffix("."))
+    raw: dict[str, Any] = {"model": {"name": "x"}, "data": {"train": "x"}}
+    key, _, value = advice[0].partition("=")
+    raw["adapter"] = {key.removeprefix("adapter."): yaml.safe_load(value)}
+    assert len(find_targets(model, make_config(raw).adapter.target_modules)) == 2
 
 
 def test_a_lone_linear_says_where_to_put_it() -> None:

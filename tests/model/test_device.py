@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from qlora_trainer.cli import doctor_machine
 from qlora_trainer.common.errors import ConfigError, ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model import device
-from qlora_trainer.model.device import kernel_warnings, kernels_in_words, unusable
+from qlora_trainer.model.device import choose_device, kernel_warnings, kernels_in_words, unusable
 from qlora_trainer.runs.start import resume_run, start_run
 
 CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -204,3 +205,15 @@ def test_unknown_choice_of_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("QLORA_KERNELS", "triton")
     with pytest.raises(ConfigError, match="QLORA_KERNELS is 'triton'; it can be auto, reference, fast"):
         kernel_warnings("cpu")
+
+
+def test_an_unknown_word_for_the_kernels_is_a_problem_of_the_settings(
+    config_file: Path, qlora: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever loads a model chooses a device first: evaluate, generate and merge as well."""
+    monkeypatch.setenv("QLORA_KERNELS", "quick")
+    with pytest.raises(ConfigError, match="QLORA_KERNELS is 'quick'; it can be auto, reference, fast"):
+        choose_device("cpu")
+    code, _, error = qlora("train", config_file)
+    assert code == 2
+    assert "QLORA_KERNELS is 'quick'; it can be auto, reference, fast" in error

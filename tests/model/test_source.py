@@ -1,14 +1,11 @@
 """Promises of finding a base: a directory, or a name on the hub, and a message for everything else."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError, QLoRATrainerError
-from qlora_trainer.model.source import load_tokenizer, resolve_model
-from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.model.source import resolve_model
 
 
 def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
@@ -82,13 +79,3 @@ def test_weights_in_other_formats_next_to_the_shards_are_not_fetched() -> None:
     others = ["consolidated.safetensors", "original/params.json", "original/consolidated.00.pth", "onnx/config.json"]
     kept = filter_repo_objects(files + others, allow_patterns=[*WEIGHT_FILES], ignore_patterns=[*NOT_FETCHED])
     assert list(kept) == files
-
-
-def test_a_tokenizer_is_the_one_that_transformers_loads(tiny_models: Callable[[str], Path]) -> None:
-    for family in ("llama", "gpt2", "gemma3"):
-        ours = load_tokenizer(ModelDirectory.open(tiny_models(family)))
-        theirs = AutoTokenizer.from_pretrained(tiny_models(family))
-        assert type(ours) is type(theirs)
-        text = "Hello, wörld!\n  x+1 🙂"
-        assert ours(text).input_ids == theirs(text).input_ids
-        assert ours.special_tokens_map == theirs.special_tokens_map

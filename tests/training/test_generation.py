@@ -12,7 +12,7 @@ from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.load import load_base_model
-from qlora_trainer.model.source import load_tokenizer
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.training import generation
 from qlora_trainer.training.evaluation import Answer, exact_match, perplexity
 from qlora_trainer.training.generation import generate_answers, stream_answer

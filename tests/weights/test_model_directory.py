@@ -1,6 +1,7 @@
 """A model directory is opened once: its config is what transformers reads, and a run lists and reads it only once."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,56 @@ def test_every_model_that_is_made_from_a_directory_reads_its_config_once(tmp_pat
     with opened_files() as paths:
         load_dense_model(ModelDirectory.open(directory), torch.device("cpu"))
     assert paths.count(str(directory / "config.json")) == 1
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "rope", "expected"),
+    [  # as vLLM derives the length of a model
+        ("qwen2", 64, YARN | {"original_max_position_embeddings": 64}, 256),  # as Qwen's instructions write it
+        ("qwen2", 64, YARN, 256),
+        ("qwen2", 256, YARN | {"original_max_position_embeddings": 64}, 256),  # as DeepSeek writes it
+        ("qwen2", 64, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 128),
+        ("llama", 64, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 128),
+        ("llama", 128, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        ("llama", 64, {"rope_type": "linear", "factor": 1.5, "rope_theta": 1e4}, 96),
+        ("llama", 256, LLAMA3 | {"original_max_position_embeddings": 64}, 256),
+        ("phi3", 256, {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}, 256),
+        ("llama", 64, {"rope_type": "default", "rope_theta": 1e4}, 64),
+        ("gemma3", 256, {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}, 256),
+        ("gpt2", 64, None, 64),
+    ],
+)
+def test_positions_count_what_scaling_adds_and_count_it_once(
+    family: str,
+    positions: int,
+    rope: dict[str, object] | None,
+    expected: int,
+    tiny_models: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    config = json.loads((tiny_models(family) / "config.json").read_text())
+    config |= {"n_positions" if family == "gpt2" else "max_position_embeddings": positions}
+    if family == "phi3":
+        config["original_max_position_embeddings"] = 64
+    if rope:
+        config.pop("rope_parameters", None)
+        config["rope_scaling" if "type" in rope else "rope_parameters"] = rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ModelDirectory.open(tmp_path).facts.positions == expected
+
+
+def test_rows_are_as_long_as_the_scaled_model_takes_them(
+    tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_models("qwen2"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 32}
+    config["rope_parameters"] = YARN | {"original_max_position_embeddings": 32}
+    (base / "config.json").write_text(json.dumps(config))
+    run = start_run(tiny_config(model={"name": str(base)}, data={"max_length": 256}))
+    assert run.prepared.report.max_length == 128

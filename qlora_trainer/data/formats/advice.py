@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.meanings import SLOTS, is_empty, is_mark, is_metadata, plain_name, slot_of
+from qlora_trainer.data.formats.meanings import SLOTS, is_class, is_empty, is_mark, is_metadata, plain_name, slot_of
 
 _Record = Mapping[str, Any]
 _SPEAKERS = ("role", "from")
@@ -169,7 +169,7 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
         plain = settings_line({"prompt": slots["asked"], "completion": slots["answered"]}, ignore=ignored)
         return f" Through the chat template: {line}; as plain text without it: {plain}."
     texts = [name for name, value in record.items() if isinstance(value, str) and not is_empty(value)]
-    texts = [name for name in texts if not is_metadata(name) and not is_mark(name)]
+    texts = [name for name in texts if not is_metadata(name) and (not is_mark(name) or is_class(name))]
     if len(texts) == 2:
         first, second = _in_order(texts)
         columns = {"question": first, "answer": second}
@@ -182,7 +182,12 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
 
 def _in_order(texts: list[str]) -> list[str]:
     """Put what is asked first, by the names."""
-    return sorted(texts, key=lambda name: {"asked": 0, "context": 0, "answered": 2}.get(slot_of(name) or "", 1))
+    return sorted(
+        texts,
+        key=lambda name: {"asked": 0, "context": 0, "answered": 2}.get(
+            "answered" if is_class(name) else slot_of(name) or "", 1
+        ),
+    )
 
 
 def _ignored(leftover: Iterable[str], columns: Mapping[str, str], slots: Mapping[str, str]) -> list[str]:

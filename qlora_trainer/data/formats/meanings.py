@@ -23,7 +23,7 @@ MARK_WORDS = frozenset(
         "dispreferred desirable undesirable advantage advantages margin winner logprobs"
     )
 )
-LABELS = frozenset(_names("label labels class classes target targets intent sentiment"))
+_CLASSES = frozenset(_names("label labels class classes target targets intent sentiment"))
 
 # What a column is for, and what it is called, the usual name first. Some are names of other things as often: AMBIGUOUS.
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -80,7 +80,7 @@ def words_of(name: str) -> tuple[str, ...]:
         name: of a column or key.
 
     Returns:
-        Words in lower case; none of a name without Latin letters.
+        Words in lower case; none of a name in another script than Latin.
     """
     return tuple(word.lower() for word in _WORD.findall(name))
 
@@ -109,6 +109,18 @@ def is_mark(name: str) -> bool:
         Whether a word of it does.
     """
     return not MARK_WORDS.isdisjoint(words_of(name))
+
+
+def is_class(name: str) -> bool:
+    """Return True if a column of this name may hold a class, which can be the answer to a text.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        Whether a word of it says so.
+    """
+    return not _CLASSES.isdisjoint(words_of(name))
 
 
 def has_meaning(name: str) -> bool:

@@ -18,8 +18,8 @@ from qlora_trainer.data.formats.advice import chat_columns, settings_line
 from qlora_trainer.data.formats.columns import source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
 from qlora_trainer.data.formats.meanings import (
-    LABELS,
     has_meaning,
+    is_class,
     is_empty,
     is_mark,
     is_metadata,
@@ -116,7 +116,7 @@ class UnreadColumns:
         if format != "text":
             return has_meaning(name)
         if self._is_text_meant():
-            return is_mark(name) and LABELS.isdisjoint(words_of(name))
+            return is_mark(name) and not is_class(name)
         return has_meaning(name) or not is_metadata(name)
 
     def _is_text_meant(self) -> bool:
@@ -130,7 +130,8 @@ class UnreadColumns:
             return self._text_message(record, lost, where)
         ways = []
         for name in lost:
-            kept = _good_value(record[name]) if is_mark(name) else None
+            has_values = is_mark(name) and _WITHOUT_A_GOOD_VALUE.isdisjoint(words_of(name))
+            kept = _good_value(record[name]) if has_values else None
             if kept is not None:
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
@@ -150,7 +151,7 @@ class UnreadColumns:
     def _text_message(self, record: Mapping[str, Any], lost: Sequence[str], where: str) -> str:
         """Ask what is meant by a text next to other columns."""
         other = next((name for name in lost if slot_of(name) or not is_mark(name)), lost[0])
-        other = next((name for name in lost if words_of(name)[:1] and words_of(name)[0] in LABELS), other)
+        other = next((name for name in lost if is_class(name)), other)
         is_asked = slot_of(other) == "asked"
         columns = {"question": other, "answer": "text"} if is_asked else {"question": "text", "answer": other}
         ignored = [name for name in lost if name != other and has_meaning(name)]
@@ -158,7 +159,7 @@ class UnreadColumns:
             line = settings_line(columns, ignore=[*self.ignored, *ignored])
         else:
             line = settings_line({"question": "text"}, {"answer": f"{{{other}}}"}, [*self.ignored, *ignored])
-        marks = [name for name in lost if is_mark(name) and LABELS.isdisjoint(words_of(name))]
+        marks = [name for name in lost if is_mark(name) and not is_class(name)]
         plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
@@ -223,6 +224,10 @@ class UnreadColumns:
         )
 
 
+# Marks of which no one value is known to say that a row is good.
+_WITHOUT_A_GOOD_VALUE = frozenset(
+    {"mask", "masks", "masked", "chosen", "rejected", "reject", "rank", "ranks", "margin", "logprobs"}
+)
 _GOOD = {"false": "true", "0": "1", "no": "yes", "bad": "good", "rejected": "chosen"}
 
 

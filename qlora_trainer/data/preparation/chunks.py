@@ -29,6 +29,7 @@ from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.reading.json_layouts import Record
 from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
+from qlora_trainer.data.rendering.own_ids import OwnIds, refuse_other_ids
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.spans import Rendering
 from qlora_trainer.data.types import Example, Row
@@ -79,6 +80,7 @@ class ChunkMaker:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, max_length: int, vocab_size: int | None) -> None:
+        self.own_ids: OwnIds | None = None  # by the tokenizer's own file; the first chunk is compared with it
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.max_skipped = config.max_skipped
@@ -123,13 +125,19 @@ class ChunkMaker:
     def encode(self, rendered: RenderedChunk) -> list[Encoded | DataError]:
         """Tokenize a chunk's texts; may be called in another thread than the others.
 
+        A ModelError says that the tokenizer gives other ids than its own file does.
+
         Args:
             rendered: from `render`.
 
         Returns:
             Tokens of each text that is no error.
         """
-        return self.renderer.encode(rendered.texts)
+        encoded = self.renderer.encode(rendered.texts)
+        if self.own_ids is not None:
+            refuse_other_ids(rendered.texts, self.renderer.tokenizer.backend_tokenizer, self.own_ids)
+            self.own_ids = None
+        return encoded
 
     def finish(self, rendered: RenderedChunk, encoded: Sequence[Encoded | DataError]) -> Chunk:
         """Make examples of a chunk's rows, and count what became of them.

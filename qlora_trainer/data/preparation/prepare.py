@@ -11,7 +11,7 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +49,7 @@ from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
 from qlora_trainer.data.reading.digests import FileDigests
 from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
+from qlora_trainer.data.rendering.own_ids import OwnIds
 
 PREPARATION_VERSION = 7  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
@@ -99,6 +100,7 @@ def prepare(
     seed: int,
     cache_dir: Path,
     vocab_size: int | None = None,
+    own_ids: Callable[[], OwnIds | None] = lambda: None,
     progress: Progress = silent,
 ) -> Prepared:
     """Read, render and tokenize the data of a run, or take it from the cache.
@@ -113,6 +115,7 @@ def prepare(
         seed: chooses the eval rows.
         cache_dir: where prepared sets are kept, each in a directory of its own.
         vocab_size: rows of the model's embedding; a token beyond is an error.
+        own_ids: returns what gives ids by the tokenizer's own file; called where rows are prepared, to compare some.
         progress: is called with rows read.
 
     Returns:
@@ -129,6 +132,7 @@ def prepare(
     while (store := existing_store(directory)) is None:
         cached = False
         with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
+            maker.own_ids = own_ids()
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
     sources = [SourceReport(**source) for source in store.summary["sources"]]

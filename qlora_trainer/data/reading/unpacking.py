@@ -13,11 +13,10 @@ import re
 import zlib
 from typing import Any, BinaryIO
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import LFS_HEADER, DataError
 from qlora_trainer.data.reading.data_file import PACKED_SUFFIXES, DataFile
 
 READ_BYTES = 1 << 20
-_LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 _PACKED = {
     rb"\x1f\x8b": "gzip",
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bzip2",
@@ -42,7 +41,7 @@ def open_unpacked(file: DataFile) -> "io.BufferedReader[Any]":
     """
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(file.path.open("rb"))
-        head = raw.peek(len(_LFS_HEADER))
+        head = raw.peek(len(LFS_HEADER))
         _check_is_no_pointer(file, head)
         packing = _packing(head)
         suffix = "." + str(file).lower().rpartition(".")[2]
@@ -68,7 +67,7 @@ def check_is_fetched(file: DataFile) -> None:
         file: the file.
     """
     with file.path.open("rb") as opened:
-        _check_is_no_pointer(file, opened.peek(len(_LFS_HEADER)))
+        _check_is_no_pointer(file, opened.peek(len(LFS_HEADER)))
 
 
 def _packing(head: bytes) -> str | None:
@@ -76,7 +75,7 @@ def _packing(head: bytes) -> str | None:
 
 
 def _check_is_no_pointer(file: DataFile, head: bytes) -> None:
-    if head.startswith(_LFS_HEADER):
+    if head.startswith(LFS_HEADER):
         raise DataError(f"{file} is a git-lfs pointer, not the data itself. Fetch it: git lfs pull")
 
 

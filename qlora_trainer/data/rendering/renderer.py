@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, first_line
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
 from qlora_trainer.data.rendering.pieces import cut_evenly
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
@@ -230,8 +230,8 @@ class Renderer:
         if self.tokenizer.chat_template is not None:
             try:
                 source = self.tokenizer.get_chat_template(tools=[] if tools else None)
-            except ValueError as error:
-                raise DataError(f"The tokenizer's chat template cannot be chosen: {error}") from error
+            except Exception as error:  # transformers', of whatever kind
+                raise DataError(f"The tokenizer's chat template cannot be chosen: {first_line(error)}") from error
         if source not in self._finders:
             template = ChatTemplate(self.tokenizer, source, self.encoder.control_pattern, self._date)
             self._finders[source] = SpanFinder(template)

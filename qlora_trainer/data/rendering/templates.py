@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import DataError, first_line
 from qlora_trainer.common.transformers_internals import chat_template_environment, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
@@ -33,7 +33,6 @@ PLAIN_TEMPLATE = """\
 """
 
 Blocks = list[tuple[int, int]]  # (start, end) in characters
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _MARKER = "Qm0Q"
 _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "lookup", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}
@@ -72,8 +71,11 @@ class ChatTemplate:
         self._variables = dict(tokenizer.special_tokens_map)
         try:
             self._program = _compiled(PLAIN_TEMPLATE if source is None else source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"The model's chat template cannot be read: {error}.") from error
+        except Exception as error:  # a template is a program of others: whatever it raises is its fault
+            raise DataError(
+                f"The model's chat template (chat_template.jinja, or chat_template in tokenizer_config.json) cannot be "
+                f"read: {_said(error)}."
+            ) from error
         self.written_date = self._fix_date(date)
         self._has_blocks = False
         self._probe()
@@ -94,7 +96,7 @@ class ChatTemplate:
         """
         try:
             return self._run(dialogue, generation, self._variables)
-        except _REFUSALS as error:
+        except Exception as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
     def text_and_blocks(self, dialogue: Dialogue, where: str) -> tuple[str, Blocks]:
@@ -115,7 +117,7 @@ class ChatTemplate:
         try:
             with limited():
                 return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
-        except _REFUSALS as error:
+        except Exception as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
     @cached_property
@@ -168,7 +170,7 @@ class ChatTemplate:
             return self._run(Dialogue(messages, tools), False, {**self._variables, **variables})
         except TemplateLimitError as error:
             raise DataError(f"The model's chat template cannot be used: tried on a few turns, {error}.") from error
-        except _REFUSALS:
+        except Exception:
             return None
 
     def _fix_date(self, date: datetime.date | None) -> datetime.date | None:
@@ -269,6 +271,14 @@ def _refusal(dialogue: Dialogue, error: Exception, where: str) -> str:
     roles = ", ".join(message["role"] for message in dialogue.messages)
     is_of_system = "system" in roles and "system" in f"{error}".lower()
     hint = " Put the system text into the first user turn." if is_of_system else ""
+    if not isinstance(error, jinja2.TemplateError):
+        hint = " Mend it: chat_template.jinja in the model's directory, or chat_template in tokenizer_config.json."
     return (
-        f"{where}: the model's chat template cannot render a conversation of the roles {roles}. It says: {error}.{hint}"
+        f"{where}: the model's chat template cannot render a conversation of the roles {roles}. "
+        f"It says: {_said(error)}.{hint}"
     )
+
+
+def _said(error: Exception) -> str:
+    """Return what a template itself says where it raises an error, else the error with its kind."""
+    return str(error) if isinstance(error, jinja2.TemplateError) else first_line(error)

@@ -25,7 +25,14 @@ from qlora_trainer.data.types import Conversation
             ("user-message", "reply"),
             ("q", "a"),
         ],
-        *[("inputs", "targets"), ("en", "fr"), ("questionText", "answerText"), ("Frage", "Antwort"), ("yes", "a: b")],
+        *[
+            ("inputs", "targets"),
+            ("en", "fr"),
+            ("questionText", "answerText"),
+            ("Frage", "Antwort"),
+            ("review", "label"),
+            ("yes", "a: b"),
+        ],
     ],
 )
 def test_a_question_and_its_answer_by_other_names_get_a_line_to_copy(tmp_path, asked, answered):

@@ -74,6 +74,7 @@ def test_bad_rows_that_are_skipped_do_not_hide_a_column_that_means_something(tmp
         ({**PAIR, "context": "c", "score": 3}, ["user: q | assistant: a", "user: q\n\nc | assistant: a", "user: q | "]),
         ({**CHAT, "label": True}, ["user: q | assistant: a"] * 2),
         ({**PLAIN, "label": 0}, ["q -> a"]),
+        ({**PAIR, "rejected_response": "b"}, ["user: q | assistant: a"]),
         ({**PAIR, "rating": "bad"}, ["user: q | assistant: a"]),
     ],
 )

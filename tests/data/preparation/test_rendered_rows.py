@@ -150,14 +150,14 @@ def test_an_empty_prompt_and_an_empty_answer_leave_the_row_out_and_are_counted_w
 
 
 def test_a_null_value_is_named_with_the_way_out_and_the_other_bad_rows(tmp_path):
-    rows = [{"question": "q", "answer": answer} for answer in ("a", None, "b", 5, None)]
+    rows = [{"question": "q", "answer": answer} for answer in ("a", None, "b", 5, None, *"c" * 35)]
     message = refusal(tmp_path, rows)
     assert message == (
         "rows.jsonl, line 2: answer is null. Correct it (and 2 more: lines 4, 5), or skip such rows: "
         "'data.on_bad_row=skip' 'data.max_skipped=0.6'."
     )
     found = prepared(tmp_path, rows, ways(message)[-1])
-    assert len(found.train) == 2
+    assert len(found.train) == 37
     (warning,) = [line for line in found.report.warnings if "skipped" in line]
     assert found.report.skipped_rows
     assert f"; {found.report.skipped_rows} lists each" in warning

@@ -13,7 +13,7 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.modules.cpu_embedding import CpuEmbedding, tensors_on_cpu
-from qlora_trainer.model.source import load_tokenizer
+from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.generation import generate_answers

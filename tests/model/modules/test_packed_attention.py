@@ -91,6 +91,29 @@ def test_what_cannot_be_packed_is_padded_without_changing_loss_or_gradients(kind
     assert_same(loss_and_gradients(model, packing=False, limit=1000), loss_and_gradients(model, packing=False, limit=1))
 
 
+LEAKING: dict[str, dict[str, Any]] = {  # states that pass from one document to the next
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "head_dim": 16},
+    "recurrent_gemma": {"lru_width": 64, "head_dim": 16, "block_types": ["recurrent", "attention"]},
+    "jamba": {"num_experts": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", LEAKING)
+def test_what_leaks_is_seen_in_any_dtype_however_little_it_is(kind: str, dtype: torch.dtype) -> None:
+    model = tiny_model(kind, LEAKING[kind])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(0.17)  # the usual size of initial weights, with which a leak is a percent or less
+    assert not attends_apart(model.to(dtype).eval(), 64)
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "mixtral", "qwen3"])
+def test_what_packs_in_fp32_packs_in_bf16(kind: str) -> None:
+    assert attends_apart(tiny_model(kind, PACKED[kind]).bfloat16().eval(), 64)
+
+
 @pytest.mark.parametrize("kind", [*PACKED, "falcon"])
 def test_changing_one_document_changes_no_logit_of_another(kind: str) -> None:
     packing = kind in PACKED

@@ -1,0 +1,93 @@
+"""Turn whatever a library raises while it reads a model directory into a ModelError that names the file and the key.
+
+Libraries raise what they like for a file that they cannot read: ValueError, AssertionError, errors of their own, plain
+Exception, a panic of their Rust code. So nothing is caught here by its type. What passes is what says nothing about the
+file: our own errors, memory that ran out, and an interruption.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qlora_trainer.common.errors import ModelError, QLoRATrainerError, first_line, is_out_of_memory
+
+_SECONDS_OF_TRIES = 5.0
+_PANIC = "PanicException"  # of Rust code under Python; it is no Exception, and has no class that could be imported
+
+
+def is_from_library(error: BaseException) -> bool:
+    """Return True if an error says that a library could not do its work with what it was given.
+
+    Args:
+        error: any.
+
+    Returns:
+        False for our own errors, for memory that ran out, and for what interrupts a program.
+    """
+    if isinstance(error, QLoRATrainerError) or is_out_of_memory(error):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == _PANIC
+
+
+@contextmanager
+def library_boundary(
+    what: str, values: Mapping[str, Any] | None = None, attempt: Callable[[dict[str, Any]], object] | None = None
+) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a ModelError.
+
+    Args:
+        what: begins the message: the file and what it cannot be read as, such as "base/config.json cannot be read".
+        values: what the file holds, by key.
+        attempt: does the work of the block again with other values, to find the key at fault.
+
+    Raises:
+        ModelError: a library raised something.
+        BaseException: what is not a library's, as it was raised in the block.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_from_library(error):
+            raise
+        key = key_at_fault(values, attempt, error) if values and attempt else None
+        named = "" if key is None or values is None else f" The key at fault is {key}: {values[key]!r:.80}."
+        raise ModelError(f"{what}: {first_line(error.__cause__ or error).rstrip('.')}.{named}") from error
+
+
+def key_at_fault(
+    values: Mapping[str, Any], attempt: Callable[[dict[str, Any]], object], error: BaseException
+) -> str | None:
+    """Find the key of a file without which a library can read it, by trying; keys that the error names come first.
+
+    Args:
+        values: what the file holds, by key.
+        attempt: reads other values in place of the file's.
+        error: that reading the file raised.
+
+    Returns:
+        The key; None where no single one is at fault, or it was not found within seconds.
+    """
+    text = _alphanumeric(f"{error} {error.__cause__ or ''}")
+
+    def is_named(key: str) -> bool:
+        value = values[key]
+        return _alphanumeric(key) in text or (isinstance(value, str) and bool(value) and _alphanumeric(value) in text)
+
+    deadline = time.monotonic() + _SECONDS_OF_TRIES
+    for key in sorted(values, key=lambda key: not is_named(key)):
+        try:
+            attempt({other: value for other, value in values.items() if other != key})
+        except BaseException as other:
+            if not is_from_library(other) and not isinstance(other, QLoRATrainerError):
+                raise
+        else:
+            return key
+        if time.monotonic() > deadline:
+            break
+    return None
+
+
+def _alphanumeric(text: str) -> str:
+    """Drop all but what names are made of, so that pre_tokenizer is found in PreTokenizerUntagged."""
+    return "".join(character for character in text.lower() if character.isalnum())
