@@ -56,7 +56,7 @@ class Compiled:
 
     @property
     def fuses_rounding(self) -> bool:
-        """A multiplication fused into an addition outside tensor cores, or small numbers flushed to zero."""
+        """Find a multiplication fused into an addition outside tensor cores, or small numbers flushed to zero."""
         return "fma" in self.ptx or ".ftz" in self.ptx
 
 

@@ -189,7 +189,7 @@ def trl(job: Job) -> Result:
     shared = _read_shared(job)
 
     class Clock(TrainerCallback):
-        """Times each step; its loss comes with the log after it."""
+        """Time each step; its loss comes with the log after it."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.meter = Meter()

@@ -1,4 +1,4 @@
-"""What data costs: preparing it next to `datasets.map`, and packed against padded training.
+"""Measure what data costs: preparing it, next to `datasets.map`, and packed against padded training.
 
     python -m benchmarks.data prepare MODEL ROWS [--rows N ...] [--processes N] [--without NAME ...]
     python -m benchmarks.data train MODEL ROWS [--steps N] [--batch-size N] …

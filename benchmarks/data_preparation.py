@@ -1,4 +1,4 @@
-"""Speed and memory of preparing rows: ours next to `datasets.map` with the same tokenizer and chat template.
+"""Compare the speed and memory of preparing rows: ours with `datasets.map` with the same tokenizer and chat template.
 
     python -m benchmarks.data prepare MODEL ROWS [--rows N ...] [--processes N] [--without NAME ...]
 

@@ -1,4 +1,4 @@
-"""Useful tokens a second of packed against padded training on a CPU.
+"""Compare packed with padded training on a CPU, in useful tokens a second.
 
 All train the same rows in the same steps, from the same adapter, each in a process of its own; so their losses must
 agree, and the command fails where they differ by more than 1e-4, relatively.
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4  # of losses, relative
 
 @dataclasses.dataclass(frozen=True)
 class LayoutJob:
-    """What one process does."""
+    """Hold what one process does."""
 
     layout: str
     model: str
@@ -181,7 +181,7 @@ def train(job: LayoutJob) -> Result:
 
 
 def _in_order(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Rows as they come, as many as fit when padded to the longest of them."""
+    """Group rows in their order, as many as fit when padded to the longest of them."""
     groups: list[list[int]] = []
     for index, length in enumerate(lengths):
         if groups and (len(groups[-1]) + 1) * max(length, *(lengths[i] for i in groups[-1])) <= limit:

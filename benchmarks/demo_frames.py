@@ -1,10 +1,10 @@
-"""The demo's commands, and the sentences that ask for them, all our own."""
+"""Define the demo's commands, and the sentences that ask for them, all our own."""
 
 from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """One command: its keys after "action", in their order, with the slot that fills each, and its sentences."""
+    """Hold one command: its keys after "action", in their order, with the slot that fills each, and its sentences."""
 
     slots: dict[str, str]
     train_frames: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The values that fill the slots of the demo's requests (demo_frames.py), our own words.
+"""List the values that fill the slots of the demo's requests (demo_frames.py), our own words.
 
 Training and eval values share no word, messages apart, which are compared whole.
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Values(NamedTuple):
-    """The values of one slot. Integers are written as digits in the request and as numbers in the command."""
+    """Hold the values of one slot. Integers are written as digits in the request and as numbers in the command."""
 
     train: tuple[str | int, ...]
     eval: tuple[str | int, ...]

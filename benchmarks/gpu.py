@@ -14,8 +14,8 @@ and the projection over a 4-bit weight in FLOP/s of the card's own bf16 product.
 launching one from Python takes longer than a fast kernel; and calls take copies of their inputs in turn, as many as no
 cache holds, since a weight that was just read is read again from the cache.
 
-`--dry-run` needs no GPU: the same tables on fake tensors, memory as planned, times as computed for an RTX 4090. This
-has not run on a GPU yet.
+`--dry-run` needs no GPU: the same tables on fake tensors, memory as planned, times as computed for an RTX 4090. The
+other trainers have not been compared on a GPU yet; docs/measured.md says what has run there.
 """
 
 import argparse

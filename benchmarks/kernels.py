@@ -47,7 +47,10 @@ class Card:
 
     @property
     def flops(self) -> float:
-        """Of bf16 tensor cores with fp32 sums, dense. Every GeForce card since Ampere has 512 a cycle and processor."""
+        """Compute the operations a second of bf16 tensor cores with fp32 sums, dense.
+
+        Every GeForce card since Ampere has 512 a cycle and processor.
+        """
         return 512 * self.multiprocessors * self.boost
 
 
@@ -240,7 +243,7 @@ def print_matrix() -> None:
 
 def print_bytes(rows: dict[str, Row]) -> None:
     print(f"MiB moved and passes (kernels) on the tensors of a 7B's layer, {TOKENS} tokens (computed)\n")
-    print(f"{'operation':32}{'ours':>18}{'next_to it':>18}   what that is")
+    print(f"{'operation':32}{'ours':>18}{'next to it':>18}   what that is")
     for name, row in rows.items():
         for other, theirs in row.others.items():
             cells = [f"{m.bytes / 2**20:.1f} in {m.passes}" for m in (row.ours, theirs)]

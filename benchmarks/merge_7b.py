@@ -169,7 +169,7 @@ class _NoChecks(Background):
     """Drop what a merge checks besides: the arithmetic alone is measured."""
 
     def submit(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def arithmetic_seconds(plan: MergePlan) -> float:

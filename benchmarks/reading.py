@@ -1,4 +1,4 @@
-"""Ways to read a large file: once, hashed, and again and again with little memory for the page cache.
+"""Compare ways to read a large file: once, hashed, and again and again with little memory for the page cache.
 
     python -m benchmarks.reading FILE [--hash] [--passes 3] [--limit 2GiB] [--ways direct readinto ...]
 
@@ -52,7 +52,7 @@ def read_file(path: Path, use: Use, flags: int = 0, drop: bool = False) -> None:
     window, size, done = memoryview(memory), path.stat().st_size, 0
     with (
         io.FileIO(path, opener=lambda name, mode: os.open(name, mode | flags)) as file,
-        Background() as next_to,
+        Background() as worker,
     ):
         while done < size:
             begin = done % MEMORY_BYTES
@@ -60,7 +60,7 @@ def read_file(path: Path, use: Use, flags: int = 0, drop: bool = False) -> None:
             assert count, "the file became shorter"
             if drop:
                 os.posix_fadvise(file.fileno(), done, count, os.POSIX_FADV_DONTNEED)
-            next_to.submit(use, window[begin : begin + count])
+            worker.submit(use, window[begin : begin + count])
             done += count
 
 
@@ -73,15 +73,15 @@ def map_file(path: Path, use: Use, ahead: int = 0) -> None:
         ahead: bytes to ask for before they are used.
     """
     size = path.stat().st_size
-    with path.open("rb") as file, Background(most_waiting=1) as next_to:
+    with path.open("rb") as file, Background(most_waiting=1) as worker:
         mapped = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
         mapped.madvise(mmap.MADV_SEQUENTIAL)
         window = memoryview(mapped)
         for begin in range(0, size, PIECE_BYTES):
             if ahead and begin % ahead == 0 and begin + ahead < size:
                 mapped.madvise(mmap.MADV_WILLNEED, begin + ahead, min(ahead, size - begin - ahead))
-            next_to.submit(use, window[begin : begin + PIECE_BYTES])
-        next_to.finish()
+            worker.submit(use, window[begin : begin + PIECE_BYTES])
+        worker.finish()
 
 
 WAYS: dict[str, Callable[[Path, Use], None]] = {

@@ -1,4 +1,4 @@
-"""A CUDA card as torch's device functions tell of it, without one."""
+"""Pretend a CUDA card to torch's device functions."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every listed family goes the whole way: load, train, stop and resume, merge, and plain transformers answers the same.
+"""Every listed family goes the whole way: load, train, stop, resume, merge; plain transformers gives the same logits.
 
 Tiny random models of the real config classes, whose structure is what differs between families: biases, tied weights,
 soft-capping, scalings, fused projections, experts. What a family's layers keep for backward is test_patches.py's.
@@ -62,7 +62,7 @@ def linear_layers(directory: Path) -> set[str]:
     slow_but([*((family, {}) for family in DENSE + EXPERTS), *FUSED.items()], ("llama", {})),
     ids=[*DENSE, *EXPERTS, *(f"{family}_in_parts" for family in FUSED)],
 )
-def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers_alike(
+def test_a_family_trains_resumes_and_merges_into_the_same_logits_in_plain_transformers(
     family: str, fused_parts: dict[str, list[str]], tiny_config: Config, tiny_models: Models, tmp_path: Path
 ) -> None:
     directory = tiny_models(family)
@@ -87,15 +87,15 @@ def test_a_family_trains_resumes_and_merges_into_what_plain_transformers_answers
     )
     merge_to(inputs, tmp_path / "float32", dtype=torch.float32)
 
-    trained, base = answers(whole.base.model.eval()), answers(plain_model(directory))
+    trained, base = logits_of(whole.base.model.eval()), logits_of(plain_model(directory))
     assert compare_logits(trained, base).relative_error > 1e-2, "training and NF4 must matter"
-    assert compare_logits(trained, answers(plain_model(tmp_path / "float32"))).relative_error < 1e-5
-    assert compare_logits(trained, answers(plain_model(tmp_path / "float16"))).kl <= bound
+    assert compare_logits(trained, logits_of(plain_model(tmp_path / "float32"))).relative_error < 1e-5
+    assert compare_logits(trained, logits_of(plain_model(tmp_path / "float16"))).kl <= bound
     assert ModelDirectory.open(tmp_path / "float16").tensors.keys() == ModelDirectory.open(directory).tensors.keys()
 
 
 @torch.no_grad()
-def answers(model: Any) -> WholeLogits:
+def logits_of(model: Any) -> WholeLogits:
     return WholeLogits.of_rows([model(input_ids=torch.tensor([row]), use_cache=False).logits for row in ROWS])
 
 

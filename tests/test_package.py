@@ -135,16 +135,30 @@ def test_no_public_name_is_defined_in_two_files() -> None:
     assert {name: files for name, files in homes.items() if len(files) > 1} == {}
 
 
-OTHER_WORDS = re.compile(
-    "(A|After|All|An|As|At|Before|Both|By|Each|For|From|How|If|In|Is|It|No|Of|On|One|The|Those|To|Two|What|When|Where|"
-    r"Whether|Which|Who|Whose|Why|With|Within|Without)\b"
-)
+# What a first line may begin with; add the verb that is missing.
+VERBS = """
+Adapt Add Advise Allocate Allow Answer Append Apply Ask Assert Assign Attach Attend Average Begin Bind Build Cache Call
+Cast Check Choose Clear Clip Clone Close Collect Compare Compile Compute Concatenate Configure Connect Continue
+Convert Copy Count Create Cut Decide Declare Decode Define Delete Dequantize Derive Describe Detect Determine
+Digest Disable Divide Download Draw Drop Emit Enable Encode End Ensure Enter Escape Estimate Evaluate Examine
+Execute Exit Expand Experiment Explain Export Extend Extract Fetch Fill Filter Find Fine-tune Finish Flatten
+Flush Fold Follow Forget Format Free Freeze Gather Generate Give Group Guess Hand Handle Hash Hide Hold Identify
+Ignore Import Infer Initialize Insert Inspect Install Invert Join Keep Launch Lay Leave Let Limit List Load
+Locate Lock Log Look Lower Make Map Mark Mask Match Measure Merge Mix Move Multiply Name Normalize Note Open
+Order Pack Pad Page Parse Pass Pause Pick Plan Predict Prepare Pretend Print Process Prune Pull Push Put
+Quantize Query Raise Rank Read Rebuild Receive Recognize Recompute Record Reduce Refuse Register Reject Release
+Remember Remove Rename Render Repeat Replace Report Represent Reset Resolve Restore Resume Return Reverse Rotate
+Round Run Sample Save Say Scale Seal Search Seed Select Send Serve Set Share Shift Show Shuffle Silence Simulate
+Skip Smooth Sort Split Start Stop Store Stream Strip Suggest Sum Summarize Swap Switch Take Test Thin Time
+Tokenize Trace Track Train Transform Translate Transpose Trim Truncate Try Turn Undo Unpack Update Upload Use
+Validate Verify Visit Wait Walk Warn Wrap Write Yield Zero
+"""
 
 
 def begins_with_a_verb(docstring: str) -> bool:
-    """Tell an imperative by what it is not: no symbol or name, no article or question, no plural or third person."""
-    first = re.match(r"[A-Z][a-z-]*([a-rt-z]|ss)(?=[ ,.:])", docstring)
-    return first is not None and OTHER_WORDS.match(docstring) is None
+    """Compare the first word with the list: by its form alone, "Optimizer steps of an epoch" would pass."""
+    first = re.match(r"[\w-]+(?=[ ,.:])", docstring)
+    return first is not None and first[0] in VERBS.split()
 
 
 @pytest.mark.parametrize(
@@ -159,20 +173,26 @@ def begins_with_a_verb(docstring: str) -> bool:
         ("Returns the rows.", False),
         ("`weight`, dequantized.", False),
         ("config.json of a model.", False),
+        ("Optimizer steps of an epoch.", False),
     ],
 )
-def test_a_verb_is_known_by_its_form(docstring: str, expected: bool) -> None:
+def test_a_verb_is_known_by_the_list(docstring: str, expected: bool) -> None:
     assert begins_with_a_verb(docstring) == expected
 
 
-def test_docstrings_of_functions_begin_with_a_verb() -> None:
-    functions = [
-        (f"{path.relative_to(ROOT)}: {node.name}: {docstring.splitlines()[0]}", docstring)
-        for path in OURS
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node))
-    ]
-    assert [where for where, docstring in functions if not begins_with_a_verb(docstring)] == []
+def test_docstrings_begin_with_a_verb() -> None:
+    """Of modules, classes, functions, methods and properties; a folder's says its subject."""
+    found = []
+    for path in OURS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module) and path.name == "__init__.py":
+                continue
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = ast.get_docstring(node)
+                if docstring and not begins_with_a_verb(docstring):
+                    name = getattr(node, "name", "the file itself")
+                    found.append(f"{path.relative_to(ROOT)}: {name}: {docstring.splitlines()[0]}")
+    assert found == [], "\n" + "\n".join(found)
 
 
 def version_questions(source: str) -> set[str]:

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).relative_to(ROOT).as_posix()
 
-# A pattern of words that are not used, and what is written instead; < and > are the ends of a word, where identifiers
-# have an underscore.
+# A pattern of words that are not used, and what is written instead; < and > are the ends of a word, also inside an
+# identifier, where an underscore or a capital follows.
 BANNED = {
     "held[-_ ]?out": "eval",
     "learned[-_ ]tokens?": "trained tokens",
@@ -26,10 +26,9 @@ BANNED = {
     "<stands?>(?!-)": "is",
     "<stretch(es)?>": "span",
     "<twins?>": "duplicate",
-    "(?:quant|token|normal|initial|optim|recogn|serial|summar|organ|synchron|general|special|parallel|vector|util|minim|"
-    "maxim|material|memor|capital|categor|custom|final|emphas|prior|visual|central|real)is(?:e[ds]?|ers?|ing|ation)>": (
-        "-ize"
-    ),
+    "(?:quant|token|normal|initial|optim|recogn|serial|summar|organ|synchron|general|special|parallel|vector|util|"
+    "minim|maxim|material|memor|capital|categor|custom|final|emphas|prior|visual|central|real)"
+    "is(?:e[ds]?|ers?|ings?|ations?)>": "-ize",
     "colour|behaviour|neighbour|favour|honour|labour|<centre|<grey>|catalogue|<licences?>|artefact|labelled|"
     "modelled|cancelled|travelled|<analys(e[ds]?|ing)>|<whilst>|<programme>": "American spelling",
 }
@@ -64,6 +63,7 @@ def project_files() -> list[Path]:
 def banned_words(text: str) -> list[str]:
     """Return "line: word, write …" for each banned word of a text."""
     found = []
+    text = re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", text)  # SomeName is two words, as some_name is
     for pattern, instead in BANNED.items():
         pattern = pattern.replace("(?<", "(?\0").replace("<", "(?<![a-z])").replace(">", "(?![a-z])").replace("\0", "<")
         for match in re.finditer(pattern, text, re.IGNORECASE):
@@ -85,6 +85,10 @@ def banned_words(text: str) -> list[str]:
         ("a stand-in, letter-spacing, besides, broom, understands", ""),
         ("the leanest way", "leanest"),
         ("adapter.targets=all", "targets"),
+        ("_PLAIN_INITIALISATIONS", "INITIALISATIONS"),
+        ("class QuantisedLinear", "Quantised"),
+        ("class LeanLayer", "Lean"),
+        ("def tokenisers_of", "tokenisers"),
     ],
 )
 def test_a_banned_word_is_found_and_no_other(text: str, word: str) -> None:
@@ -96,4 +100,5 @@ def test_source_messages_and_docs_use_the_words_of_the_field() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}" for path in project_files() for line in banned_words(path.read_text("utf-8"))
     ]
+    found += [f"the name {path}" for path in project_files() if banned_words(path.relative_to(ROOT).as_posix())]
     assert found == [], "\n" + "\n".join(found)

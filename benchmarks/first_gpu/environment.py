@@ -2,7 +2,7 @@
 
 Expandable segments and managed memory may be refused, by a virtual machine for one. Each is tried here, and a line is
 printed where it works; first_gpu.sh looks for the lines and goes on without what has none. Managed memory is tried as
-every run tries it, in a process of its own (training/managed_memory.py), and before this one uses the card.
+every run tries it, in a process of its own (training/memory/managed_memory.py), and before this one uses the card.
 """
 
 import importlib.metadata

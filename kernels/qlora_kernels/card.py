@@ -144,7 +144,7 @@ _PLANNED_FOR: ContextVar[Card | None] = ContextVar("planned_for", default=None)
 
 @contextmanager
 def planned_for(card: Card | None) -> Iterator[None]:
-    """Have attention in the block treat tensors that are on no card, those of a plan, as it would on `card`.
+    """Make attention in the block treat tensors that are on no card, those of a plan, as it would on `card`.
 
     Args:
         card: to plan for; None: a CPU.

@@ -54,8 +54,8 @@ def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise UnavailableError(
-            f"the compiled {source.name} cannot be kept or opened: {error}; set XDG_CACHE_HOME to a folder that can be "
-            "written and run from"
+            f"the compiled {source.name} cannot be kept or opened: {error}; set XDG_CACHE_HOME to a writable folder "
+            "that programs may run from"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Dropout's mask as a function of a seed, so that backward makes it again instead of keeping it."""
+"""Make dropout's mask from a seed, so that backward makes it again instead of keeping it."""
 
 import torch
 from torch import Tensor

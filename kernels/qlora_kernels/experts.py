@@ -106,7 +106,7 @@ class _GatedExperts(torch.autograd.Function):
 
 
 def expert_turns(order: Tensor, counts: Sequence[int], slots_of_token: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Go through the experts that have tokens.
+    """Yield the experts that have tokens.
 
     Args:
         order: slots, expert after expert, as `expert_order` gives them.

@@ -30,7 +30,13 @@ class HeadRows(Protocol):
     """Describe a frozen matrix (V, H), in whatever form it is held."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """Return (V, H).
+
+        Returns:
+            Rows and columns of the matrix.
+        """
+        ...
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
         """Return rows of the matrix, a view where they are held in `dtype`.
@@ -54,9 +60,24 @@ class DenseRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return (V, H).
+
+        Returns:
+            Rows and columns of the matrix.
+        """
         return self.weight.shape[0], self.weight.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return rows of the matrix, a view if it has `dtype`.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of the result.
+
+        Returns:
+            The rows, (stop - start, H).
+        """
         return self.weight[start:stop].to(dtype)
 
 

@@ -28,6 +28,11 @@ class Int8Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Return (O, I).
+
+        Returns:
+            Rows and columns of the matrix.
+        """
         return self.codes.shape[0], self.codes.shape[1]
 
 

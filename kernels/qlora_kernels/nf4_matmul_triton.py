@@ -45,6 +45,7 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    """Multiply a few tokens with some rows of the weight, and add the bias."""  # noqa: DOC101, DOC103, DOC107
     half: tl.constexpr = BLOCK_SIZE // 2
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)

@@ -23,7 +23,8 @@ NF4_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 def load_scale(  # type: ignore[no-untyped-def]
     absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, block, inside, NESTED_BLOCK_SIZE: tl.constexpr
 ):
-    # The scale of each block; of those outside, the offset. It is rounded twice: launch without floating-point fusion.
+    """Load the scale of each block; of those outside, the offset."""  # noqa: DOC101, DOC103, DOC107, DOC201
+    # It is rounded twice: launch without floating-point fusion.
     absmax = tl.load(absmax_ptr + block, mask=inside, other=0)
     nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCK_SIZE, mask=inside, other=0.0)
     return tl.load(nested_code_ptr + absmax.to(tl.int32)) * nested_absmax + tl.load(offset_ptr)
@@ -45,6 +46,7 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     NESTED_BLOCK_SIZE: tl.constexpr,
     BYTES: tl.constexpr,
 ):
+    """Dequantize some bytes of a weight, two elements each."""  # noqa: DOC101, DOC103, DOC107
     # 64-bit from the start: a weight may hold more than 2**31 elements.
     begin = tl.program_id(0).to(tl.int64) * BYTES
     index = begin + tl.arange(0, BYTES)

@@ -43,7 +43,7 @@ def why_unavailable() -> str:
     except OSError as error:
         return (
             f"Triton's cache {knobs.cache.dir} cannot be written ({error.strerror or error}): set TRITON_CACHE_DIR to "
-            "a folder that can"
+            "a writable folder"
         )
     try:
         # What ptxas refuses, Triton prints with a whole program.

@@ -55,6 +55,18 @@ class Op:
         return self._made[device_type]
 
     def run(self, device_type: str, *arguments: Any) -> Any:
+        """Compute by the version that QLORA_KERNELS and the kind of device choose.
+
+        Args:
+            device_type: cpu or cuda.
+            *arguments: of the operation.
+
+        Returns:
+            Its result.
+
+        Raises:
+            UnavailableError: QLORA_KERNELS is fast, and this device has no fast version.
+        """
         choice = kernel_choice()
         if choice == "reference":
             return self.reference(*arguments)

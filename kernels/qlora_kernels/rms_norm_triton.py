@@ -37,6 +37,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
+    """Normalize some rows, and keep the inverse of each row's root mean square."""  # noqa: DOC101, DOC103, DOC107
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, FEATURES)
     inside = (row < rows)[:, None] & (feature < features)[None, :]
@@ -66,6 +67,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
+    """Compute the gradient of some rows."""  # noqa: DOC101, DOC103, DOC107
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, FEATURES)
     inside = (row < rows)[:, None] & (feature < features)[None, :]

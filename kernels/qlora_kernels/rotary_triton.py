@@ -38,6 +38,7 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     PLACES: tl.constexpr,  # tokens and heads, heads the faster
     HALF: tl.constexpr,
 ):
+    """Rotate the heads of some tokens, or with TRANSPOSED their gradients."""  # noqa: DOC101, DOC103, DOC107
     row = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
     token, head = (place // heads).to(tl.int64), (place % heads).to(tl.int64)  # heads may lie 2**31 elements apart

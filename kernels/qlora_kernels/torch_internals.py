@@ -105,13 +105,13 @@ def is_reading_of_a_number(operation: Any) -> bool:
         operation: of torch.
 
     Returns:
-        Whether it is that one.
+        True if it is that one.
     """
     return operation is torch.ops.aten._local_scalar_dense.default
 
 
 def release_saved_tensors(node: Any) -> None:
-    """Let go of what a node of autograd saved for backward, unless its graph is to be used again.
+    """Release what a node of autograd saved for backward, unless its graph is to be used again.
 
     Args:
         node: of a function written in Python.
@@ -165,7 +165,7 @@ def has_onednn_linear() -> bool:
     """Return True where torch has `onednn_linear`.
 
     Returns:
-        Whether it has.
+        True if it has it.
     """
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -254,7 +254,7 @@ def pinned_memory_release() -> Callable[[], None] | None:
 
 
 def sleep_on_device(cycles: int) -> None:
-    """Have the current CUDA stream wait.
+    """Make the current CUDA stream wait.
 
     Args:
         cycles: of the card's clock.

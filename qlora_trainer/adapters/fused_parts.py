@@ -66,7 +66,7 @@ def trained_rows(
         if not layers:
             adapted = sorted({path.rsplit(".", 1)[-1] for path in paths})
             raise AdapterError(
-                f"adapter.fused_parts names {name}, which no adapted layer is called. Adapted are: "
+                f"adapter.fused_parts names {name}, but no adapted layer has that name. Adapted are: "
                 f"{', '.join(adapted)}."
             )
         for path in layers:

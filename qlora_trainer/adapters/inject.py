@@ -102,7 +102,7 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Go through all that trains, in the model's order.
+    """Yield all that trains, in the model's order.
 
     Args:
         model: with adapters.

@@ -98,6 +98,14 @@ class LoRALinear(nn.Module):
         self,
         x: Tensor,  # (..., I)
     ) -> Tensor:  # (..., O)
+        """Compute the layer's output with its adapter's.
+
+        Args:
+            x: input, (..., I).
+
+        Returns:
+            Output, (..., O).
+        """
         base = self.base
         if isinstance(base, NF4Linear):
             return nf4_linear(x, base.nf4_weight, base.bias, self.adapter())
@@ -130,6 +138,11 @@ class LoRALinear(nn.Module):
         return Adapter(self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling, dropout, seed, casts)
 
     def extra_repr(self) -> str:
+        """Describe the adapter, as `print(model)` shows it.
+
+        Returns:
+            Rank, scaling and dropout.
+        """
         return f"rank={self.lora_B.in_features}, scaling={self.scaling:g}, dropout={self.dropout:g}"
 
 
@@ -148,6 +161,15 @@ class TrainableBias(nn.Module):
         self.bias = nn.Parameter(base.get_parameter("bias").detach().float())
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the module with the bias in the dtype of its weights.
+
+        Args:
+            *inputs: of the module.
+            **named: of the module, by name.
+
+        Returns:
+            The module's output.
+        """
         bias = self.bias.to(self.base.get_parameter("bias").dtype)
         return torch.func.functional_call(self.base, {"bias": bias}, inputs, named)
 

@@ -18,7 +18,7 @@ from qlora_trainer.common.errors import AdapterError
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
-MAX_RANK = 3 * 1024  # of three parts of a fused layer at the largest adapter.rank
+MAX_RANK = 3 * 1024  # three fused parts times the largest adapter.rank
 
 # Keys of PEFT's config that say how an adapter came about or where it was put, which its tensors show better.
 _IGNORED = {
@@ -34,13 +34,13 @@ _IGNORED = {
 _REFUSED = {
     "use_dora": "DoRA is not supported yet",
     "modules_to_save": "modules saved whole are not supported; train it without them, or merge it with PEFT first",
-    "trainable_token_indices": "trained tokens are not supported; merge it with PEFT first",
+    "trainable_token_indices": "trained token embeddings are not supported; merge it with PEFT first",
     "target_parameters": "adapters on bare parameters are not supported; merge it with PEFT first",
     "layer_replication": "replicated layers are not supported; merge it with PEFT first",
     "lora_bias": "a bias on lora_B is not supported; merge it with PEFT first",
     "alora_invocation_tokens": "activated LoRA is not supported",
 }
-_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
+_PLAIN_INITIALIZATIONS = (None, True, False, "gaussian", "orthogonal")  # others change the base's weights, or may
 
 
 class AdapterFileConfig(BaseModel):
@@ -126,7 +126,7 @@ def read_config(path: Path) -> AdapterFileConfig:
             problems.append(
                 f"{key} is {_short(value)}: this key is not known here, and may change what the adapter does"
             )
-    if known.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+    if known.get("init_lora_weights") not in _PLAIN_INITIALIZATIONS:
         problems.append(
             f"init_lora_weights is {_short(known['init_lora_weights'])}, which may change the base's weights "
             "too; convert it to a plain LoRA (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"

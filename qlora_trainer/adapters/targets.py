@@ -48,8 +48,8 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
         if unmatched := [name for name in target_modules if not any(ends_in(path, name) for path in candidates)]:
             reasons = [_why_not_adapted(model, partial(ends_in, end=name)) for name in unmatched]
             raise AdapterError(
-                f"adapter.target_modules names {', '.join(unmatched)}, which no linear layer of this model is called. "
-                f"There are: {', '.join(names)}.{max(reasons, key=bool)}"
+                f"adapter.target_modules names {', '.join(unmatched)}, but no linear layer of this model has that "
+                f"name. There are: {', '.join(names)}.{max(reasons, key=bool)}"
             )
         return [path for path in candidates if any(ends_in(path, name) for name in target_modules)]
     if target_modules == "all-linear":

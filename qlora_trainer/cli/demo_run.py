@@ -80,7 +80,7 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     settings["training"]["max_steps"] = steps
     config = make_config(settings)
 
-    _say("Loading the base in 4-bit, and asking it the eval requests")
+    _say("Loading the base in 4 bits and answering the eval requests")
     with ProgressBars() as progress:
         run = start_run(config, progress)
         before = _answer(run, run.base.model, progress)
@@ -174,7 +174,7 @@ def _measured(
         ("exact match before", f"{exact_match(before):.1%} of {len(before)} eval requests"),
         ("exact match after", f"{exact_match(after):.1%}"),
         ("exact match, merged model", f"{exact_match(from_merged):.1%}, in plain transformers"),
-        ("adapter next to base", f"{gibibytes(adapter_bytes)} next to {gibibytes(base_bytes)} (4-bit base in memory)"),
+        ("adapter size", f"{gibibytes(adapter_bytes)} (4-bit base in memory: {gibibytes(base_bytes)})"),
         ("peak memory", gibibytes(max(record["peak_memory_bytes"] for record in metrics))),
         ("training speed", f"{tokens / seconds:.0f} tokens/s over {tokens:,} tokens, {len(metrics)} steps"),
         (

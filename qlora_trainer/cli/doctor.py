@@ -13,16 +13,14 @@ from qlora_trainer.cli.findings import Finding
 
 def doctor(
     run: Annotated[
-        Path | None, typer.Argument(help="A run directory: read its whole base, and verify that it is what it was.")
+        Path | None, typer.Argument(help="A run directory: check that its base is unchanged, byte for byte.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine this machine: versions, devices, and that 4-bit weights are right. Exit 1 if something is wrong.
+    """Examine this machine: versions, devices, and that 4-bit weights are exact. Exit 1 if there is a problem.
 
-    With a run directory, its base is verified too, byte for byte; each start takes it as known while its files keep
-    their size and times.
-
-    The JSON is a list of findings: name, status (ok, note, problem), detail, advice.
+    With a run directory, check too that the run's base is unchanged, byte for byte. A run's start skips this while file
+    sizes and times are unchanged.
     """
     from dataclasses import asdict
 

@@ -34,9 +34,9 @@ def verified_base(run_directory: Path, progress: Progress) -> Finding:
     except FAILURES as error:
         return Finding(_NAME, "problem", str(error) or first_line(error), advice)
     if difference := run.fingerprint.difference(base.fingerprint):
-        return Finding(_NAME, "problem", f"{directory} is not what the run trains on: {difference}", advice)
+        return Finding(_NAME, "problem", f"{directory} is not the base that this run trains on: {difference}", advice)
     now = base.fingerprint.sources  # a byte may change that no quantized weight shows
     if other := [name for name, sha256 in run.fingerprint.sources.items() if now.get(name, sha256) != sha256]:
-        detail = f"{len(other)} tensor(s) of {directory} hold other bytes than when the run started, such as {other[0]}"
+        detail = f"{len(other)} tensor(s) of {directory} have other bytes than when the run started, such as {other[0]}"
         return Finding(_NAME, "problem", detail, advice)
-    return Finding(_NAME, "ok", f"{directory} was read and is what the run trains on")
+    return Finding(_NAME, "ok", f"{directory} was read: it is the base that this run trains on")

@@ -30,8 +30,8 @@ def examine(cache_dir: Path | None = None) -> list[Finding]:
     for kind in kinds:
         findings += [packages.kernels(kind), packages.attention(kind), packages.nf4(kind)]
     findings += [paging, packages.triton(), packages.tensorboard(), machine.processors(), machine.memory()]
-    findings.append(machine.disk("Disk here", Path.cwd(), "Start in a folder that can be, or set training.output_dir."))
+    findings.append(machine.disk("Disk here", Path.cwd(), "Start in a writable folder, or set training.output_dir."))
     if cache_dir is not None:
-        findings.append(machine.disk("Disk of the cache", cache_dir, "Set XDG_CACHE_HOME to a folder that can be."))
+        findings.append(machine.disk("Disk of the cache", cache_dir, "Set XDG_CACHE_HOME to a writable folder."))
     findings.append(packages.hub())
     return findings

@@ -82,7 +82,7 @@ def _cards_seen() -> list[Finding]:
             Finding(
                 "GPU used",
                 "note",
-                f"GPU {used} alone, the first that torch sees: a run takes one card",
+                f"a run uses one GPU, the first that torch sees: GPU {used}",
                 f"{way}With CUDA_DEVICE_ORDER=PCI_BUS_ID the numbers are those of nvidia-smi.",
             )
         )
@@ -123,7 +123,7 @@ def paged_optimizer() -> Finding:
     """
     name = "Paged optimizer"
     if not torch.cuda.is_available():
-        return Finding(name, "note", "there is nothing to page on a CPU: its state is in host memory anyway")
+        return Finding(name, "note", "on a CPU nothing is paged: optimizer state is in host memory anyway")
     try:
         refusal = paging_refusal_here()
     except FAILURES as error:
@@ -163,7 +163,7 @@ def memory() -> Finding:
     detail = f"{gibibytes(found.available)} of {gibibytes(found.total)} available"
     notes = []
     if found.is_limited:
-        detail += ", by a limit of this container or job, below what the machine has"
+        detail += ", limited by this container or job to less than the machine has"
         notes.append(
             "docker run --memory=..., resources.limits.memory of a Kubernetes pod, sbatch --mem=... or systemd's "
             "MemoryMax raise it."

@@ -105,7 +105,7 @@ def bitsandbytes_library() -> Finding:
         return Finding("bitsandbytes' library", "problem", "the native library did not load", advice)
     with_cuda = bool(getattr(library, "compiled_with_cuda", False))
     if torch.cuda.is_available() and not with_cuda:
-        return Finding("bitsandbytes' library", "problem", "loaded for the CPU only, next to a GPU", advice)
+        return Finding("bitsandbytes' library", "problem", "loaded without CUDA, though this machine has a GPU", advice)
     return Finding("bitsandbytes' library", "ok", f"loaded, for {'CUDA' if with_cuda else 'the CPU'}")
 
 
@@ -131,7 +131,7 @@ def kernels(kind: str) -> Finding:
     parts = {
         "fast": found.get(FAST, []),
         "plain torch, which is the only version": found.get(ONLY_VERSION, []),
-        "plain torch in the place of a faster version": sorted(name for names in slower.values() for name in names),
+        "plain torch instead of a faster version": sorted(name for names in slower.values() for name in names),
     }
     detail = "; ".join(f"{part}: {', '.join(operations)}" for part, operations in parts.items() if operations)
     # The reason why an operation does not use its fast version says what to do.
@@ -191,9 +191,14 @@ def nf4(kind: str) -> Finding:
     if not torch.equal(found.packed.cpu(), codes):
         tested = f"Use the tested version: pip install bitsandbytes=={TESTED_VERSIONS['bitsandbytes']}"
         advice = tested if kind == "cuda" else "Set QLORA_KERNELS=reference, and please report this."
-        return Finding(name, "problem", f"a weight on {kind} is quantized to other codes than it should be", advice)
+        return Finding(name, "problem", f"a weight on {kind} is quantized to wrong codes", advice)
     if warnings:
-        return Finding(name, "note", "ours is right; " + " ".join(warnings), "Nothing to do: training takes ours.")
+        return Finding(
+            name,
+            "note",
+            "ours is right; " + " ".join(warnings),
+            "Nothing to do: training uses this project's own kernel.",
+        )
     return Finding(name, "ok", "quantized and dequantized as defined, in fp32, bf16 and fp16")
 
 
@@ -238,6 +243,6 @@ def hub() -> Finding:
     if constants.HF_HUB_OFFLINE:
         return Finding(name, "note", f"{detail}; HF_HUB_OFFLINE is set, so only those are used")
     if reason := unwritable(Path(constants.HF_HUB_CACHE)):
-        advice = f"Set {hub_variable()} to a folder that can be, or name directories instead of hub names."
+        advice = f"Set {hub_variable()} to a writable folder, or name directories instead of hub names."
         return Finding(name, "note", f"{detail}, which cannot be written: {reason}", advice)
     return Finding(name, "ok", f"{detail}; the network is used only for hub names")

@@ -12,15 +12,10 @@ from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings,
 
 def evaluate(
     run_dir: RunDirectory,
-    answers: Annotated[
-        int, typer.Option(help="Also answer so many eval rows and count exact matches; -1 for all.")
-    ] = 0,
+    answers: Annotated[int, typer.Option(help="Also answer this many eval rows and count exact matches; -1: all.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match.
-
-    The JSON has eval_loss, perplexity, rows, label_tokens and, with --answers, exact_match and answered.
-    """
+    """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match."""
     from qlora_trainer.runs.trained import evaluate_trained, open_trained
 
     with ProgressBars() as progress:

@@ -20,17 +20,8 @@ def inspect(
 ) -> None:
     """Show the data as the model will see it, what became of every row, and the size of an epoch.
 
-    Trained tokens are in color, or in brackets if the terminal has no colors; text that spells a control token, such as
-    <|im_end|> in a question, is marked otherwise than the token.
-
-    The JSON has preparation's report on the rows (sources, train, eval, train_duplicates, eval_duplicates,
-    max_length, warnings, …); lengths: {edges, train, eval}, where bin i counts rows from edge i up to below edge i+1;
-    epoch: {rows, global_batch_size, steps, tokens_per_step, micro_batch_tokens, packing, can_pack, packed, padded,
-    fill_of_whole_steps, steps_laid_out}, where packing is whether rows are packed, can_pack whether the model's
-    attention keeps packed rows apart (null: not known), and packed and padded have micro_batches (a step) and fill (the
-    share of computed tokens that is no padding); and with --row also row: {set, index, where, tokens, trained_tokens,
-    spans, input_ids, trained}, where a span is {text, trained, spelled}, spelled if it is text that spells a control
-    token.
+    Trained tokens are in color, or in brackets if the terminal has no colors. Text that spells a control token, such as
+    <|im_end|> in a question, is marked differently from the token.
     """
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache

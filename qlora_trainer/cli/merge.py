@@ -47,10 +47,7 @@ def merge_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fold the adapter into the base, verify the result, and write a plain transformers model.
-
-    The JSON has report, choice, difference_from_trained and warnings; the same is in qlora_merge.json of the output.
-    """
+    """Fold the adapter into the base, verify the result, and write a plain transformers model."""
     import torch
 
     from qlora_trainer.common.units import parse_bytes

@@ -21,28 +21,23 @@ def plan(
     gpu_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the card (with model.device=cpu: of the host), such as 24GiB; what is here by default."
+            help="Memory of the GPU (with model.device=cpu: of the host), such as 24GiB; default: this machine's."
         ),
     ] = None,
     host_memory: Annotated[
-        str | None, typer.Option(help="Host memory for what is offloaded, such as 32GiB; what is free here by default.")
+        str | None, typer.Option(help="Host memory for offloaded tensors, such as 32GiB; default: what is free.")
     ] = None,
     search: Annotated[
         bool,
         typer.Option(
-            help="Find the longest rows and largest micro-batch that fit; that larger ones do not is an estimate."
+            help="Find the longest rows and the largest micro-batch that fit. That nothing larger fits is an estimate."
         ),
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the memory that a run needs, before it takes any, from its training step on tensors without data.
+    """Compute the memory that a run needs, by running its training step on tensors without data.
 
-    Computed for a GPU, or with model.device=cpu for host memory.
-
-    The JSON has plan, gpu_memory and fits, and longest_context and largest_micro_batch, each a plan or null. A plan has
-    total, components (all in bytes, they sum to total), host, operation, allocated, reserved, max_length,
-    micro_batch_tokens, policy, activations (the policy in words), base_parameters, adapter_parameters, card (the
-    GPU that is planned for, and whether it was assumed), attention (how packed rows are attended to) and elsewhere.
+    It plans GPU memory; with model.device=cpu, host memory.
     """
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.units import parse_bytes
@@ -80,7 +75,7 @@ def plan(
         return
     print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
     if budget and search and longest is None:
-        console.print("No length of rows fits this card.")
+        console.print("No row length fits in this memory.")
 
 
 def describe(
@@ -106,28 +101,25 @@ def describe(
     rows = [
         (
             "planned",
-            f"{plan.micro_batch_tokens:,} tokens at once, rows of up to {plan.max_length:,}",
+            f"a micro-batch of {plan.micro_batch_tokens:,} tokens, rows of up to {plan.max_length:,}",
         ),
         (
-            "backward",
+            "activation checkpointing",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
-        *([("card", plan.card)] if plan.card else []),
+        *([("GPU", plan.card)] if plan.card else []),
         ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
-        ("all that the card must hold" if on_card else "all that host memory must hold", gib(plan.total)),
-        (
-            ("of it reserved by torch", f"{gib(plan.reserved)}, with {gib(plan.allocated)} alive at {plan.operation}")
-            if on_card
-            else ("the fullest moment", plan.operation)
-        ),
+        ("total on the GPU" if on_card else "total in host memory", gib(plan.total)),
+        *([("reserved by torch", f"{gib(plan.reserved)}, {gib(plan.allocated)} of it in use")] if on_card else []),
+        ("peak at", plan.operation),
     ]
     if budget:
-        verdict, margin = ("it fits", "to spare") if plan.total <= budget.card else ("it does not fit", "too much")
-        place = f"on a card of {gib(budget.card)}" if on_card else f"with {gib(budget.card)} of memory"
-        rows.append((place, f"{verdict}, {gib(abs(budget.card - plan.total))} {margin}"))
+        margin = gib(abs(budget.card - plan.total))
+        place = f"on a GPU of {gib(budget.card)}" if on_card else f"in {gib(budget.card)} of host memory"
+        rows.append((place, f"fits, {margin} to spare" if plan.total <= budget.card else f"does not fit, by {margin}"))
         if plan.host > budget.host:
-            rows.append((f"with {gib(budget.host)} of host memory", "what is offloaded does not fit there"))
+            rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
         rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
     if largest:

@@ -19,15 +19,13 @@ def quantize(
     output: Annotated[Path, typer.Option(help="A new or empty directory for the 4-bit model.")],
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch on the hub.")] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto takes CUDA where it is.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to quantize; auto: CUDA if there is a GPU.")
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Write a model in 4 bits (NF4) that loads in seconds, here and in plain transformers with bitsandbytes.
 
-    It trains as the original does, and takes a third of its space. The JSON has output, weights (how many are in 4
-    bits), dense (how many tensors were copied as they were), bytes and source_bytes (of all tensors, written and
-    original), source_dtype (the dtype that the weights were quantized from), and warnings.
+    It trains as the original does, and takes a third of its space.
     """
     from qlora_trainer.common.atomic import refuse_existing
     from qlora_trainer.common.cache import user_cache

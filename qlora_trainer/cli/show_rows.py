@@ -125,13 +125,13 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
         name: of the set.
 
     Returns:
-        A mapping that JSON can hold; `qlora inspect --help` lists its keys.
+        A mapping that JSON can hold; docs/json.md lists its keys.
 
     Raises:
         DataError: there is no such row.
     """
     if not 0 <= index < len(examples):
-        has = f"they go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
+        has = f"rows go from 0 to {len(examples) - 1}" if len(examples) else "there are none"
         raise DataError(f"There is no {name} row {index}; {has}.")
     example = examples[index]
     trained = [label != IGNORED_LABEL for label in example.labels]

@@ -55,7 +55,7 @@ def _train(run: "Run") -> None:
         print_warnings(run.warnings[reported:])
     report = write_run_report(run)
     if not finished:
-        say(f"Stopped at step {run.state.step} and saved. To go on: ", command=f"qlora resume {run.directory}")
+        say(f"Stopped at step {run.state.step} and saved. To continue: ", command=f"qlora resume {run.directory}")
         return
     say(f"Adapter: {run.directory / 'adapter'}")
     say(f"Report:  {report}")

@@ -1,4 +1,4 @@
-"""What every module may use: errors, progress, files written whole, hashing, units, facts about the machine.
+"""Share errors, progress, files written whole, hashing, units, facts about the machine.
 
-No module below this one; nothing here knows of models, data or runs.
+The lowest folder: it imports none of the others, and knows nothing of models, data or runs.
 """

@@ -37,7 +37,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, replaces: bool = False) -> Iterator[Path]:
-    """Work in a temporary sibling of `path`, which becomes `path` when the block ends well, and is removed otherwise.
+    """Write in a temporary sibling of `path`, which becomes `path` when the block ends well, and is removed otherwise.
 
     A `path` that is a file, or a directory that is not empty and not to be replaced, raises OutputExistsError; a disk
     that is full or cannot be written raises DiskError.
@@ -234,7 +234,6 @@ def disk_errors(
 
     Raises:
         DiskError: writing failed.
-        OSError: another one, as it was raised in the block.
     """
     try:
         yield
@@ -287,7 +286,7 @@ def refuse_unwritable(directory: Path, variable: str) -> None:
         DiskError: it cannot be written.
     """
     if reason := unwritable(directory):
-        raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a folder that can be.")
+        raise DiskError(f"{directory} cannot be written: {reason}. Set {variable} to a writable folder.")
 
 
 def sync_tree(directory: Path) -> None:

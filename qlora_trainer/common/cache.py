@@ -22,9 +22,7 @@ def user_cache() -> Path:
         try:
             directory = Path.home() / ".cache" / "qlora-trainer"
         except RuntimeError as error:  # a container's user that is not in the system's list of users
-            raise DiskError(
-                "This user has no home. Set HOME or XDG_CACHE_HOME to a folder that can be written."
-            ) from error
+            raise DiskError("This user has no home. Set HOME or XDG_CACHE_HOME to a writable folder.") from error
     for path in (directory, *directory.parents):
         if path.is_symlink() and not path.exists():
             raise DiskError(

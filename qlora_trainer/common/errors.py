@@ -144,8 +144,6 @@ def memory_errors(what: str, advice: str = "") -> Iterator[None]:
 
     Raises:
         InsufficientMemoryError: memory ran out.
-        MemoryError: one of our own, as it was raised in the block.
-        RuntimeError: another one, as it was raised in the block.
     """
     try:
         yield

@@ -70,7 +70,7 @@ def attention_name(config: Any) -> str:
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Have a model use another attention of the registry, without transformers' checks of the name.
+    """Make a model use another attention of the registry, without transformers' checks of the name.
 
     Args:
         config: of the model.
@@ -81,7 +81,7 @@ def set_attention_name(config: Any, name: str) -> None:
 
 @contextmanager
 def masks_as_for_real_tensors() -> Iterator[None]:
-    """Have transformers take fake tensors for real ones in the block.
+    """Make transformers treat fake tensors as real ones in the block.
 
     It takes a fake tensor for one that is traced, whose position ids it must not read, and so builds a mask of tokens x
     tokens that a real row of one document never gets.

@@ -93,20 +93,20 @@ class Source(SourceFile):
         None,
         ge=1e-9,
         le=1e9,
-        description="Its share of an epoch's rows, relative to the other weights. The source that is scarcest for its "
-        "weight is used once an epoch, and none is repeated; of the others, each epoch takes other rows.",
+        description="Its share of an epoch's rows, relative to the other sources' weights. No row is repeated: the "
+        "source that runs out first ends the epoch; of the others, each epoch takes different rows.",
     )
     count: int | None = Field(
         None,
         ge=1,
-        description="So many of its rows an epoch: repeated where it has fewer, other rows each epoch where it has "
-        "more. null: all of them.",
+        description="How many of its rows an epoch takes. Rows are repeated if it has fewer; if it has more, each "
+        "epoch takes different ones. null: all of them.",
     )
 
     @model_validator(mode="after")
     def _weight_or_count(self) -> "Source":
         if self.weight is not None and self.count is not None:
-            raise ValueError("has a weight and a count; a source is mixed by one of them")
+            raise ValueError("has a weight and a count; give it only one of them")
         return self
 
 
@@ -118,18 +118,20 @@ class DataConfig(Section):
     )
     eval: float | str | SourceFile | list[SourceFile] = Field(
         0.05,
-        description="Share of an epoch's rows kept out of training for evaluation (0 for none), of each source as much "
-        "as its part in an epoch; or a file of them; or a source of its own, {path, …}; or a list of these.",
+        description="Share of an epoch's rows to keep out of training for evaluation (0: none), taken from each source "
+        "in proportion; or a file of eval rows; or a source of them, {path, …}; or a list of these.",
     )
-    format: DataFormat = Field("auto", description="How to read rows, where a source does not say; auto: by columns.")
+    format: DataFormat = Field(
+        "auto", description="How to read the rows of a source without a format; auto: by columns."
+    )
     columns: dict[str, str] = Field(
         {},
-        description="Where our columns come from: {ours: path}, such as {prompt: query, completion: answers.0.text}; a "
-        "path ending in ? may be absent. Here and in those down to encoding, what a source says itself comes first.",
+        description="Where to find each column: {column: path}, such as {prompt: query, completion: answers.0.text}; a "
+        "path that ends in ? may be absent. A source's own columns, template, header and encoding come first.",
     )
     template: dict[str, str] = Field(
         {},
-        description="Columns made of text around fields: {ours: text with {path} in it}; {{ and }} are braces.",
+        description="Columns made from several fields: {column: text with {path} in it}; write {{ and }} for braces.",
     )
     ignore: list[str] = Field(
         [],
@@ -152,27 +154,27 @@ class DataConfig(Section):
         "turns: read it into turns all the same; text: train on it as plain text.",
     )
     header: list[str] = Field(
-        [], description="The columns' names of CSV, TSV and Excel files that have no line of them, in order."
+        [], description="Names of the columns, in order, for CSV, TSV and Excel files without a header line."
     )
     encoding: Encoding = Field(
-        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. Nothing is guessed."
+        None, description="Encoding of text files, such as utf-16 or cp1252; null: UTF-8. It is never guessed."
     )
     rows: str | None = Field(
         None,
         description="Where the rows of JSON files are that have them inside an object: keys with dots between them, "
         "such as data.examples; * is each item of a list, or each value of an object.",
     )
-    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also capped by the model's positions.")
+    max_length: int = Field(2048, ge=8, description="Longest row in tokens; also limited by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
         "truncate",
-        description="What happens to a longer row. truncate: a conversation loses whole turns from its end, a "
-        "completion its end; what would lose all that is trained is dropped. Plain text is split into rows of "
-        "max_length instead.",
+        description="What to do with a longer row. truncate: cut whole turns from the end of a conversation, or the "
+        "end of a completion, and drop the row if nothing to train is left; drop: leave it out; error: stop. Plain "
+        "text is split into rows of max_length under all three.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
-        description="A row that cannot be read or rendered: stop there, or skip it, count it, and list it in the run "
-        "directory's skipped_rows.jsonl.",
+        description="What to do with a row that cannot be read or rendered. error: stop; skip: leave it out, count it, "
+        "and list it in skipped_rows.jsonl of the run directory.",
     )
     max_skipped: float = Field(
         0.1, ge=0.0, le=1.0, description="Largest share of a source's rows that may be skipped; more stop the run."
@@ -181,7 +183,7 @@ class DataConfig(Section):
     train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(
         "assistant",
         description="Which tokens carry loss: all assistant turns, the last one, all turns of a list of roles such as "
-        "[assistant, tool], or every token. What a message says of itself (weight, train, learn) comes first.",
+        "[assistant, tool], or every token. A message's own weight, train or learn comes first.",
     )
     template_date: datetime.date | None = Field(
         None,

@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: not YAML, or wrong keys or values; the message lists all of them.
     """
     if not path.is_file():
-        raise FileMissingError(f"There is no config file {path}. configs/ in the project has some to start from.")
+        raise FileMissingError(f"There is no config file {path}. configs/ in the project has examples to start from.")
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)
@@ -111,7 +111,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    problem = f"the key {key.value} is there twice in one section; join them"
+                    problem = f"the key {key.value} occurs twice in one section; keep one"
                     raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return node

@@ -26,26 +26,26 @@ class ModelConfig(Section):
         0.9,
         ge=0.0,
         le=1.0,
-        description="Refuse a base of which less than this share of the linear weights (LM head left out) "
-        "becomes 4-bit, for example one whose experts are fused on disk.",
+        description="Refuse a base if less than this share of its linear weights (without the LM head) becomes "
+        "4-bit, as with one whose experts are fused on disk.",
     )
     cache_quantized: bool = Field(
         False,
-        description="Keep the base in 4 bits in the user's cache at its first use, and load that copy from then on, in "
-        "seconds. It is the same base; it takes about a third of the 16-bit checkpoint's space on disk.",
+        description="Write a 4-bit copy of the base to the user's cache at its first use, and load that from then on, "
+        "in seconds. It is the same base; it takes about a third of the 16-bit checkpoint's space on disk.",
     )
     verify_bytes: bool = Field(
         False,
-        description="Hash the base's files again at this start, even where they are known by their size and times.",
+        description="Hash the base's files again at this start, even if their sizes and times are unchanged.",
     )
     embeddings: Literal["device", "cpu"] = Field(
         "device",
-        description="Where the input embedding is kept. cpu: in host memory, from where the rows of a micro-batch "
-        "are copied; the results are the same.",
+        description="Where the input embedding is kept. cpu: in host memory; the rows that a micro-batch needs are "
+        "copied to the device. The results are the same.",
     )
     lm_head: Literal["dense", "8bit", "4bit"] = Field(
         "dense",
-        description="How the LM head is held. 8bit (a scale a row) and 4bit (NF4) approximate it in training; the "
+        description="How the LM head is kept. 8bit (one scale per row) and 4bit (NF4) approximate it in training; the "
         "merged model has the original one.",
     )
 
@@ -64,8 +64,8 @@ class AdapterConfig(Section):
     )
     fused_parts: dict[str, list[str]] = Field(
         {},
-        description="Parts to adapt alone in layers that compute several projections at once, by the layer's name, "
-        "such as {c_attn: [query, value]}; each has the rank. Layers not named are adapted whole.",
+        description="Parts to adapt in layers that compute several projections at once: {layer: parts}, such as "
+        "{c_attn: [query, value]}. Each part has an adapter of this rank. Layers not named are adapted whole.",
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023).")
     bias: Literal["none", "lora_only", "all"] = Field(
@@ -73,9 +73,12 @@ class AdapterConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 halves both and loses small updates.",
+        description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
+        "updates.",
     )
-    init_from: str | None = Field(None, description="Directory of a PEFT adapter to start from, optimizer fresh.")
+    init_from: str | None = Field(
+        None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -120,7 +123,9 @@ class TrainingConfig(Section):
     """Configure the training run: its length, batches, memory and output."""
 
     output_dir: str = Field("runs/my-run", description="The run directory; must be new or empty.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps; null: by epochs.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after this many optimizer steps; null: after the epochs."
+    )
     epochs: int = Field(1, ge=1, description="Passes over the training rows.")
     global_batch_size: int = Field(
         16, ge=1, description="Over all devices and micro-batches, the rows of one optimizer step."
@@ -137,20 +142,20 @@ class TrainingConfig(Section):
     uncheckpointed_layers: int = Field(
         0,
         ge=0,
-        description="So many of the last decoder layers keep everything; the others follow activation_checkpointing.",
+        description="How many of the last decoder layers keep everything; the others follow activation_checkpointing.",
     )
     offload_every_n_layers: int = Field(
         1,
         ge=1,
-        description="Under offload and tiled: offload the input of every so many layers; the layers between are "
-        "computed from it again.",
+        description="Under offload and tiled: offload the input of every n-th layer; the inputs of the layers between "
+        "are computed from it again.",
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
-    deterministic: bool = Field(
-        False, description="On CUDA sum in a fixed order too, so that runs repeat bit for bit; takes time and memory."
+    deterministic: bool = Field(False, description="On CUDA too, repeat runs bit for bit; this takes time and memory.")
+    evaluate_every: int = Field(
+        100, ge=1, description="Steps between measurements of the eval loss; the end is always measured."
     )
-    evaluate_every: int = Field(100, ge=1, description="Measure the eval loss every so many steps, and at the end.")
-    save_every: int = Field(100, ge=1, description="Write a checkpoint every so many steps, and at the end.")
+    save_every: int = Field(100, ge=1, description="Steps between checkpoints; the end always has one.")
 
     @model_validator(mode="after")
     def _settings_of_a_level_have_effect(self) -> "TrainingConfig":
@@ -170,14 +175,18 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Configure what is measured in addition to the eval loss."""
 
-    samples: int = Field(3, ge=0, description="Eval rows answered before and after training, for the report.")
+    samples: int = Field(
+        3, ge=0, description="How many eval rows are answered before and after training, for the report."
+    )
     max_new_tokens: int = Field(128, ge=1, description="Longest generated answer, in tokens.")
 
 
 class CheckpointConfig(Section):
     """Configure how many checkpoints are kept."""
 
-    keep: int = Field(3, ge=1, description="Checkpoints kept; older ones are deleted after a new one is safe.")
+    keep: int = Field(
+        3, ge=1, description="How many checkpoints are kept; older ones are deleted after a new one is safe."
+    )
 
 
 class RunConfig(Section):
@@ -232,6 +241,6 @@ class RunConfig(Section):
         if limit != "auto" and limit < self.data.max_length:
             raise ValueError(
                 f"training.micro_batch_tokens is {limit}, less than data.max_length {self.data.max_length}: a row of "
-                "full length would fit no micro-batch. Raise the former or lower the latter"
+                "full length would fit no micro-batch. Raise training.micro_batch_tokens or lower data.max_length"
             )
         return self

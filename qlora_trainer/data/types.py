@@ -15,7 +15,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function that the assistant asks to be called."""
+    """Hold a function that the assistant asks to be called."""
 
     name: str
     arguments: str  # a JSON object, as text
@@ -24,7 +24,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation.
+    """Hold one turn of a conversation.
 
     `learn` overrides the run's setting of what is trained for this turn; None leaves it to that.
     """
@@ -40,7 +40,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, and the tools that the assistant may call in them."""
+    """Hold turns, and the tools that the assistant may call in them."""
 
     messages: tuple[Message, ...]
     tools: tuple[str, ...] = ()  # the functions that the assistant may call, each a JSON object as text
@@ -48,7 +48,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Plain text without a chat template: the completion is trained, and that the text ends after it."""
+    """Hold plain text without a chat template: the completion and the end-of-text token after it are trained."""
 
     prompt: str
     completion: str
@@ -56,7 +56,7 @@ class PromptCompletion:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text, all of it trained."""
+    """Hold plain text, all of it trained."""
 
     text: str
 
@@ -106,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens: labels[i] is input_ids[i] where that is trained, else -100. Labels are not shifted yet."""
+    """Hold one row as tokens: labels[i] is input_ids[i] where that is trained, else -100; not shifted yet."""
 
     input_ids: list[int]
     labels: list[int]
@@ -119,7 +119,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens before an answer, and which tokens end the answer."""
+    """Hold the tokens before an answer, and which tokens end the answer."""
 
     input_ids: list[int]
     stop_token_ids: list[int]  # rising

@@ -49,7 +49,7 @@ PROVENANCE_NAME = "qlora_merge.json"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did; also in qlora_merge.json of its output."""
+    """Report what a merge did; it is also in qlora_merge.json of the output."""
 
     base: MergeBase
     dtype: str

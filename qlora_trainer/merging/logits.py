@@ -22,7 +22,7 @@ BLOCK_LOGITS = 2**18  # compared at a time: 2 MiB in fp64, and a few such tensor
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """How the logits of two models differ over some tokens."""
+    """Report how the logits of two models differ over some tokens."""
 
     relative_error: float  # norm of the difference over the norm of the reference
     kl: float  # KL(reference || merged) in nats, mean over tokens
@@ -31,7 +31,7 @@ class LogitDifference:
 
 
 class Logits(Protocol):
-    """A model's logits at some tokens."""
+    """Give a model's logits at some tokens."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +52,7 @@ class Logits(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class HeadLogits:
-    """Logits = softcap(scale * (hidden @ head^T + bias)), made when they are asked for."""
+    """Compute logits when they are asked for: softcap(scale * (hidden @ head^T + bias))."""
 
     hidden: Tensor  # (N, H), on the head's device
     head: HeadRows
@@ -92,7 +92,7 @@ class HeadLogits:
 
 @dataclass(frozen=True, eq=False)
 class WholeLogits:
-    """Logits that a model gave whole; they take N x V."""
+    """Hold logits that a model gave whole; they take N x V."""
 
     values: Tensor  # (N, V), on the CPU
 

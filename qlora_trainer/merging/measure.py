@@ -1,4 +1,4 @@
-"""Measure what is merged: a run's logits on sample rows and its eval loss, on either base, in fp32.
+"""Measure base + adapter for a merge: logits on sample rows and eval loss, on both bases, in fp32.
 
 No model is ever whole in memory, neither 4-bit nor dense: each pass reads the weights from disk (streamed_model.py), so
 there are few passes, of many tokens. What is kept of a model's logits is what its LM head takes. So memory is that of
@@ -61,7 +61,7 @@ ON_CPU = "The GPU has too little memory for measuring in fp32, so the merge ran 
 
 @dataclasses.dataclass
 class MergeRun:
-    """A trained adapter, and the plan of its merge."""
+    """Hold a trained adapter, and the plan of its merge."""
 
     trained: TrainedAdapter
     model: str  # what the base is called
@@ -79,7 +79,7 @@ class MergeRun:
 
 @dataclasses.dataclass(frozen=True)
 class SampleRows:
-    """What models are measured on."""
+    """Hold what models are measured on."""
 
     rows: list[list[int]]  # tokens to compare logits on
     eval: ExampleSet | None
@@ -88,7 +88,7 @@ class SampleRows:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A model's logits at every token of the sample rows, its eval loss, and whether it has experts."""
+    """Hold a model's logits at every token of the sample rows, its eval loss, and whether it has experts."""
 
     logits: Logits
     loss: float | None

@@ -43,7 +43,7 @@ _ADAPTER_KEY = re.compile(r"base_model\.model\.(?P<path>.+?)\.(?:(?P<factor>lora
 
 @dataclass(frozen=True)
 class MergeInputs:
-    """What was trained, and on what."""
+    """Hold what was trained, and on what."""
 
     base: ModelDirectory  # the checkpoint to merge from
     fingerprint: BaseFingerprint  # of the base as trained
@@ -75,7 +75,7 @@ class MergeInputs:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of one tensor of the source checkpoint."""
+    """Hold what becomes of one tensor of the source checkpoint."""
 
     source: TensorInfo
     output: TensorSpec
@@ -88,7 +88,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All that a merge will do, but for which of the two bases it folds into; made once, by `plan_merge`."""
+    """Hold all that a merge will do, but for which of the two bases it folds into; made once, by `plan_merge`."""
 
     inputs: MergeInputs
     output: Path

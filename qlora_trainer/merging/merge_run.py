@@ -44,7 +44,7 @@ Wanted = Literal["auto", "dequantized", "original"]
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """What a merge did, and what was measured on the way."""
+    """Report what a merge did, and what was measured on the way."""
 
     report: MergeReport
     choice: BaseChoice

@@ -27,7 +27,7 @@ MatrixSource = TensorInfo | TrainedWeight  # as the checkpoint holds it, or as i
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """An empty model and where its values are; `fill_model` fills it, once."""
+    """Hold an empty model and where its values are; `fill_model` fills it, once."""
 
     model: Any  # its parameters are on meta
     sources: dict[str, MatrixSource] | None  # by parameter or stored buffer; None: the model cannot be streamed

@@ -38,7 +38,7 @@ from qlora_trainer.weights.tensors import TensorInfo
 
 
 class StreamedMatrix(nn.Parameter):
-    """A parameter of two dimensions or more, fp32 and frozen, that has its values only while it is in use."""
+    """Represent a parameter of two dimensions or more, fp32 and frozen, that has its values only while it is in use."""
 
     source: MatrixSource
     users: int  # a matrix tied to two modules may be in use by both
@@ -99,11 +99,7 @@ class StreamedMatrix(nn.Parameter):
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
-        """Give the matrix its values as long as the block runs.
-
-        Yields:
-            Nothing.
-        """
+        """Give the matrix its values as long as the block runs."""
         if self.users == 0:
             self.data = _read(self.source, self.device)
         self.users += 1
@@ -220,7 +216,7 @@ def fill_model(plan: StreamPlan) -> Any:
 
 
 def read_original_weights(model: Any) -> None:
-    """Have a streamed model read, from here on, the checkpoint's own weights in the place of those of training.
+    """Make a streamed model read the checkpoint's own weights from here on, in place of those of training.
 
     Args:
         model: of `fill_model`, from a checkpoint that is not prequantized; its adapters stay.

@@ -1,4 +1,4 @@
-"""A base's 4-bit weights as training had them, made again from its checkpoint, one at a time.
+"""Make a base's 4-bit weights again as training had them, from its checkpoint, one at a time.
 
 From a plain checkpoint a weight is cast to the recorded dtype and quantized, exactly as it was for training; from a
 prequantized one its packed codes are taken as they are. Either way what comes out is compared with the fingerprint, so
@@ -28,7 +28,7 @@ from qlora_trainer.weights.tensors import TensorInfo
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """How one weight was 4-bit in training, and where it comes from."""
+    """Hold how one weight was 4-bit in training, and where it comes from."""
 
     source: TensorInfo  # the weight, or the packed codes of a prequantized one
     statistics: Mapping[str, TensorInfo]  # of a prequantized one; else none
@@ -118,7 +118,7 @@ class TrainedWeight:
 
 @dataclass(frozen=True)
 class RecordedTensor:
-    """A tensor that was not 4-bit in training, and its recorded hash."""
+    """Hold a tensor that was not 4-bit in training, and its recorded hash."""
 
     source: TensorInfo
     sha256: str

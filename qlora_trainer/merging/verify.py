@@ -39,7 +39,7 @@ _MOST_OFF = 1e-4  # relative, of logits made of hidden states next to the model'
 
 @dataclass(frozen=True)
 class Verification:
-    """A comparison that passed; `kl_bound` is None where the difference is only reported."""
+    """Hold a comparison that passed; `kl_bound` is None where the difference is only reported."""
 
     rows: int
     difference: LogitDifference
@@ -48,7 +48,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which base `auto` took, and the eval losses it saw."""
+    """Report which base `auto` took, and the eval losses it saw."""
 
     base: Literal["dequantized", "original"]
     eval_loss: dict[str, float]

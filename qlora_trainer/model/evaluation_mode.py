@@ -12,9 +12,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: of which all modules are in one mode, as `train` and `eval` leave them.
-
-    Yields:
-        Nothing.
     """
     was_training = model.training
     model.eval()

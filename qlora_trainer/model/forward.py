@@ -68,9 +68,9 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     limit = longest_with_own_positions(model.config.get_text_config())
     if limit is not None and max_length is not None and max_length > limit:
         warnings.append(
-            f"This model encodes positions otherwise in a forward pass with a row of more than {limit} tokens, and in "
-            "all its rows: shorter ones change with what lies in their micro-batch. data.max_length="
-            f"{limit} keeps every row on its own."
+            f"If any row of a micro-batch has more than {limit} tokens, this model encodes the positions of all its "
+            "rows differently, so the result for a row depends on the rows next to it. To avoid that, set "
+            f"data.max_length={limit}."
         )
     if not can_pack:
         warnings.append(

@@ -1,4 +1,4 @@
-"""Plan what becomes of each tensor of a checkpoint when the base is loaded, so that what cannot be is refused first.
+"""Decide, before reading any weight, how each tensor will be loaded, and reject a checkpoint that does not match.
 
 The model's parameters are matched with the checkpoint's tensors by name (names.py) and shape. A linear
 weight becomes 4-bit, or is so already; everything else stays dense. Tied parameters are one tensor; where a checkpoint

@@ -53,8 +53,8 @@ def match_names(model: Any, directory: ModelDirectory) -> NameMatch:
             new_name, pattern = name, None
         if new_name in match.found:
             raise ModelError(
-                f"{directory} stores {new_name} twice, as {match.found[new_name]} and as {name}; which "
-                "one counts is left to chance. Fetch the checkpoint again, or remove the stale tensor."
+                f"{directory} stores {new_name} twice, as {match.found[new_name]} and as {name}; it "
+                "is undefined which one is loaded. Fetch the checkpoint again, or remove the stale tensor."
             )
         if new_name not in state:
             match.unused.append(name)

@@ -46,7 +46,8 @@ from qlora_trainer.weights.stream import stream_tensors
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
 
 FUSED_EXPERTS = (
-    "This copy loads here alone: transformers fuses the model's experts while loading, and reads none in 4 bits."
+    "Only this trainer can load this copy: transformers fuses the model's experts while loading, and cannot read them "
+    "in 4 bits."
 )
 _KEPT_FORMAT = 1  # raise it where other layers become 4-bit than before, so that copies are made anew
 

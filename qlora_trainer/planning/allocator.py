@@ -31,7 +31,7 @@ def uses_expandable_segments() -> bool:
     """Return True if the environment asks this process's allocator for expandable segments.
 
     Returns:
-        Whether it does.
+        True if it does.
     """
     settings = next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), "")
     return "expandable_segments:true" in settings.replace(" ", "").lower()
@@ -98,6 +98,12 @@ class CachingAllocator:
         return self
 
     def allocate(self, number: int, size: int) -> None:
+        """Take a block, from a free one or a new segment.
+
+        Args:
+            number: of the block, to free it by.
+            size: bytes asked for.
+        """
         size = -(-size // self.ROUNDING) * self.ROUNDING
         is_small = size <= self.SMALL
         block = self._best_fit(size, is_small) or self._grown(size, is_small)
@@ -116,6 +122,11 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
     def free(self, number: int) -> None:
+        """Give a block back, and join it with free neighbors.
+
+        Args:
+            number: of the block.
+        """
         block = self._used.pop(number)
         self.allocated -= block.size
         if block.after is not None and block.after.is_free:

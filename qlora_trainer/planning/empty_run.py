@@ -22,7 +22,7 @@ from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-ASSUMED_CARD = Card((8, 0), processors=128)  # where there is none: the first that bf16 is fast on, an RTX 4090's size
+ASSUMED_CARD = Card((8, 0), processors=128)  # where there is no GPU: sm_80, first with fast bf16; an RTX 4090's size
 
 
 def planned_card(config: RunConfig) -> Card | None:

@@ -37,7 +37,7 @@ Again = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # an operation's argu
 class FakeRun:
     """Make tensors without memory in the block; a number read from one is 1.
 
-    Training reads a loss, a norm, and whether it is finite; to a plan, all is well.
+    Training reads a loss, a norm, and whether it is finite; so a plan sees a finite loss and norm.
 
     Args:
         card: attention goes as on this card; None: as where the tensors are.

@@ -42,7 +42,7 @@ class Budget:
             plan: of a run.
 
         Returns:
-            Whether it does.
+            True if it does.
         """
         return plan.total <= self.card and plan.host <= self.host
 
@@ -196,8 +196,8 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
             f"{_as_overrides(shorter.policy, config)}."
         )
     raise InsufficientMemoryError(
-        f"{found} No length of rows fits. Take a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
-        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save some."
+        f"{found} No row length fits. Choose a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
+        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save memory."
     )
 
 
@@ -256,6 +256,15 @@ def plan_as_lowered(
 
 
 def with_length(config: RunConfig, max_length: int) -> RunConfig:
+    """Return the config with another length of rows, and the default micro-batches for it.
+
+    Args:
+        config: of the run.
+        max_length: of a row, in tokens.
+
+    Returns:
+        The config.
+    """
     return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
@@ -286,6 +295,15 @@ def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> Memor
 
 
 def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    """Return the config with another policy of what backward keeps.
+
+    Args:
+        config: of the run.
+        policy: instead of the config's.
+
+    Returns:
+        The config.
+    """
     return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 

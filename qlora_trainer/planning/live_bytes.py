@@ -35,8 +35,8 @@ class Peak:
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of live storages in the block.
 
-    Around fake tensors: `with FakeTensorMode(), LiveBytes() as live:`. Tensors that exist already are counted once they
-    are handed to `watch`. What is of the kind `host` is counted apart, and is in no peak and no trace.
+    With fake tensors: `with FakeTensorMode(), LiveBytes() as live:`. Tensors that exist already are counted once they
+    are handed to `watch`. What is of the kind `host` is counted separately, outside peak and trace.
 
     Args:
         kinds: of what an operation makes, by operation; others make what is of the kind `other`.

@@ -98,6 +98,11 @@ class MemoryPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
+        """Write the plan as JSON types; docs/json.md lists the keys.
+
+        Returns:
+            Values by name.
+        """
         return {
             **dataclasses.asdict(self),
             "activation_checkpointing": str(self.policy),

@@ -35,7 +35,7 @@ Workspaces = dict[OpOverload, Workspace]
 
 
 def cublas_bytes(card: Card, setting: str | None = None) -> int:
-    """Compute what torch's allocator holds for cuBLAS: a workspace a thread that multiplies (CublasHandlePool.cpp).
+    """Compute what torch's allocator holds for cuBLAS: one workspace per thread that calls it (CublasHandlePool.cpp).
 
     cuBLASLt shares it. On sm_120 some versions of torch take the smaller size; counted is the larger.
 

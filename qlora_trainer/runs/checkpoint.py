@@ -81,15 +81,15 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         reason = error.__cause__ if isinstance(error, DiskError) else error
         raise DiskError(
-            f"The checkpoint of step {step} could not be written to {checkpoints}, or what it replaces not be deleted: "
-            f"{reason}. Earlier checkpoints are untouched. Free some space or mend the directory's permissions, then "
-            "resume; a smaller checkpoint.keep needs less space."
+            f"The checkpoint of step {step} could not be written to {checkpoints}, or the checkpoint it replaces could "
+            f"not be deleted: {reason}. Earlier checkpoints are untouched. Free some space or fix the directory's "
+            "permissions, then resume; a smaller checkpoint.keep needs less space."
         ) from error
     try:
         _prune(checkpoints, step, keep)
     except OSError as error:
         raise DiskError(
-            f"The checkpoint {final} is written, but older ones could not be deleted: {error}. Mend the permissions "
+            f"The checkpoint {final} is written, but older ones could not be deleted: {error}. Fix the permissions "
             f"of {checkpoints}, then resume."
         ) from error
     return final
@@ -119,8 +119,8 @@ def newest_checkpoint(run_dir: Path) -> FoundCheckpoint:
             return FoundCheckpoint(path, step, passed_over)
     if not candidates:
         raise CheckpointError(
-            f"There is no checkpoint in {checkpoints}. If training stopped before its first one, start it anew; else "
-            "check that this is a run directory."
+            f"There is no checkpoint in {checkpoints}. If training stopped before its first one, start the run "
+            "again; otherwise check that this is a run directory."
         )
     raise CheckpointError(
         f"No checkpoint in {checkpoints} can be used:\n" + "\n".join(f"  - {reason}" for reason in passed_over)

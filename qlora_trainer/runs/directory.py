@@ -142,8 +142,8 @@ def read_base_record(directory: Path) -> BaseRecord | None:
         return BaseRecord(base, step, str(content["run"]), str(content["data"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it; "
-            "without it the adapter is taken as it is, for whatever base."
+            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it. "
+            "If you delete it, the adapter loads without any check of the base."
         ) from error
 
 

@@ -63,8 +63,9 @@ def check_base(initial: StoredAdapter, config: RunConfig, base: BaseFingerprint)
     if record:
         if difference := record.fingerprint.difference(base):
             raise AdapterError(
-                f"The adapter {source} was trained on another base than {config.model.name}: {difference}. Name its "
-                "own base as model.name. (To try it on this base all the same, copy the adapter's two files alone.)"
+                f"The adapter {source} was trained on another base than {config.model.name}: {difference}. Set "
+                "model.name to that base. (To try the adapter on this base anyway, copy only adapter_config.json and "
+                "adapter_model.safetensors to another directory.)"
             )
         return []
     named = initial.config.base_model_name_or_path

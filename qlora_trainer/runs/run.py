@@ -76,7 +76,6 @@ class Run:
 
         Raises:
             InsufficientMemoryError: torch's allocator failed for good after memory ran out.
-            RuntimeError: any other, passed on.
         """
         try:
             with deterministic_algorithms(self.config.training.deterministic):
@@ -126,8 +125,8 @@ class Run:
             reason = f"{reason} Saving step {self.state.step} failed too: {first_line(error)}"
         saved = newest_checkpoint(self.directory).step
         return (
-            f"Memory ran out on {self.base.device}, and after that torch's allocator failed for good, as it can with "
-            f"expandable segments ({reason}). A new process without them goes on after step {saved}: "
+            f"Memory ran out on {self.base.device}, and torch's allocator can no longer be used, which may happen with "
+            f"expandable segments ({reason}). Resume after step {saved} in a new process, without them: "
             f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False qlora resume {self.directory}"
         )
 
@@ -165,10 +164,6 @@ class Run:
         Args:
             when: the answers' place in the report.
             progress: is called as answers are generated.
-
-        Raises:
-            MemoryError: one that does not mean that memory ran out, passed on.
-            RuntimeError: one that does not mean that memory ran out, passed on.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)
@@ -195,7 +190,7 @@ class Run:
                     give_back_memory()
             self.warnings.append(
                 f"The samples have no answers {when} training, as memory ran out ({reason}). Nothing else depends on "
-                "them; fewer evaluation.max_new_tokens need less, and evaluation.samples=0 leaves them out."
+                "them. Lower evaluation.max_new_tokens, or set evaluation.samples=0."
             )
             return
         kept = {(sample["prompt"], sample["reference"]): sample for sample in read_samples(self.directory)}

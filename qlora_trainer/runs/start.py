@@ -107,7 +107,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     if refused:
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
-            f"These settings are not those of {found.path}, and would make it another run:\n{changes}\n"
+            f"These settings differ from those of {found.path} and would make it a different run:\n{changes}\n"
             f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
         )
     model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
@@ -128,8 +128,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     run.state.load_state_dict(tensors, state["training"])
     if run.plan and run.plan.policy != run.state.policy:
         run.warnings.append(
-            f"The run goes on with activation checkpointing {run.state.policy}, as its checkpoint was made with, where "
-            f"{run.plan.policy} would fit. To choose otherwise, name training.activation_checkpointing."
+            f"The run continues with activation checkpointing {run.state.policy}, as in its checkpoint, although "
+            f"{run.plan.policy} would fit. To change it, set training.activation_checkpointing."
         )
         run.plan = plan_as_lowered(
             model, config, run.base.device, run.state.policy, run.state.loader.micro_batch_tokens
@@ -170,13 +170,13 @@ def _assemble(
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
     if names := named_as_experts(base.model, adapted):
         warnings.append(
-            f"PEFT takes this model's adapters on {', '.join(names)} for adapters on its experts, and will not load "
+            f"PEFT mistakes this model's adapters on {', '.join(names)} for adapters on experts and will not load "
             "them. Use the merged model there, or leave these layers out: adapter.target_modules=attention."
         )
     if base.device.type == "cuda" and not config.training.deterministic:
         warnings.append(
-            "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run repeats "
-            "the uninterrupted one closely, not bit for bit; set training.deterministic=true where it must."
+            "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run is "
+            "close to the uninterrupted one, not equal to it. To resume bit for bit, set training.deterministic=true."
         )
     return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
 

@@ -149,8 +149,8 @@ def prepare_trained(
     if run.data_key == prepared.key:
         return prepared, []
     return prepared, [
-        "The run's data changed since training, so rows kept for evaluation now may have been trained on: the eval "
-        "loss and answers are not what they were. Restore the data."
+        "The run's data changed since training, so rows that are now kept for evaluation may have been trained on, "
+        "and the eval loss and answers are not those of before. Restore the data."
     ]
 
 

@@ -23,10 +23,10 @@ REPEATING = (CUBLAS_DETERMINISTIC, ":16:8")  # torch takes no others
 
 
 def set_up_cublas(device: str) -> None:
-    """Have cuBLAS repeat its results, by the environment; before CUDA is first used, and once a process.
+    """Set the environment variable under which cuBLAS repeats its results. Call it before CUDA is first used.
 
     Args:
-        device: model.device; nothing to do for a run on a CPU.
+        device: model.device; on a CPU nothing is set.
 
     Raises:
         ConfigError: it is too late, or the user has another setting.
@@ -52,7 +52,7 @@ def set_up_cublas(device: str) -> None:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch take deterministic algorithms in the block, and afterwards what it took before.
+    """Make torch use deterministic algorithms in the block, and afterwards what it used before.
 
     Memory that a tensor begins with is not filled, as torch would do besides: no operation here reads what nothing has
     written (a test fills it with NaN and compares), and filling costs time at every allocation.
@@ -65,7 +65,6 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
 
     Raises:
         TrainingError: the model has an operation that has no deterministic version.
-        RuntimeError: another one of torch's, as it was raised in the block.
     """
     if not wanted:
         yield
@@ -85,7 +84,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
             raise
         raise TrainingError(
             f"training.deterministic is true, but {str(error).split(',')[0]}, and this model needs it. Set "
-            "training.deterministic=false; a run that has begun goes on with it too."
+            "training.deterministic=false; a run that has started can be resumed with it."
         ) from error
     finally:
         torch.use_deterministic_algorithms(is_enabled, warn_only=only_warns)

@@ -24,7 +24,7 @@ from qlora_trainer.training.generation import generate_answers
 
 @dataclasses.dataclass(frozen=True)
 class EvalPrompt:
-    """The prompt of a row, as text and as tokens, and the answer that is expected."""
+    """Hold the prompt of a row, as text and as tokens, and the answer that is expected."""
 
     request: str
     tokens: PromptTokens
@@ -33,7 +33,7 @@ class EvalPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The request of an eval row, the answer that was expected, and the one that the model gave."""
+    """Hold the request of an eval row, the answer that was expected, and the one that the model gave."""
 
     request: str
     expected: str
@@ -44,7 +44,7 @@ class Answer:
         """Return True if the answer equals what was expected, blanks around it aside.
 
         Returns:
-            Whether it does.
+            True if it does.
         """
         return self.answer.strip() == self.expected.strip()
 

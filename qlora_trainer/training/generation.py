@@ -142,7 +142,8 @@ def _greedy(stop_token_ids: Sequence[int], max_new_tokens: int) -> GenerationCon
 def _no_hidden_settings(model: Any) -> Iterator[None]:
     """Put the model's own generation settings aside: transformers fills in from them whatever a call leaves open.
 
-    A repetition penalty that some models ship would punish the repeated quotes of JSON, and greedy were not greedy.
+    A repetition penalty that some models ship would punish the repeated quotes of JSON, and greedy decoding would not
+    be greedy.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()

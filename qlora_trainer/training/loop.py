@@ -112,7 +112,7 @@ def check_skipped_steps(state: TrainState, metrics: dict[str, float]) -> None:
         raise TrainingError(
             f"The gradient was not finite in {state.skipped_in_a_row} steps in a row (step {state.step}, loss "
             f"{metrics['loss']}); nothing was updated in them. Lower optimizer.learning_rate, or compute in bfloat16 "
-            "or float32 (model.compute_dtype). The last checkpoint is sound."
+            "or float32 (model.compute_dtype). The last checkpoint is intact."
         )
 
 

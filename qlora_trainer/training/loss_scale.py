@@ -29,6 +29,14 @@ class GradScale:
         self.good_steps = 0
 
     def scale(self, loss: Tensor) -> Tensor:
+        """Multiply the loss by the scale, if it is in use.
+
+        Args:
+            loss: of a micro-batch.
+
+        Returns:
+            The loss to take gradients of.
+        """
         return loss * self.value if self.enabled else loss
 
     def unscale_(self, groups: Sequence[FlatGroup]) -> None:
@@ -59,6 +67,11 @@ class GradScale:
             self.good_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint saves.
+
+        Returns:
+            Values by name.
+        """
         return {"enabled": self.enabled, "value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ class Optimizer:
         self.optimizer.step()
 
     def zero_grad(self) -> None:
+        """Zero all gradients in place."""
         for group in self.groups:
             group.zero_grad()
 
@@ -97,7 +98,7 @@ class Optimizer:
         """Return True if state is asked for that pages where the device can.
 
         Returns:
-            Whether it is.
+            True if it is.
         """
         return is_paged(self.optimizer)
 

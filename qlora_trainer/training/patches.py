@@ -43,9 +43,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
-        return ", ".join(
-            f"{memory_efficient} of {count} {kind}" for kind, (memory_efficient, count) in kinds.items() if count
-        )
+        return ", ".join(f"{replaced} of {count} {kind}" for kind, (replaced, count) in kinds.items() if count)
 
 
 class GatedMLP:
@@ -64,6 +62,14 @@ class GatedMLP:
         self.tiles = 1  # take the tokens in so many parts, or more
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Run the MLP, in tiles of tokens if `tiles` is more than 1.
+
+        Args:
+            x: input, (..., H).
+
+        Returns:
+            Output, (..., H).
+        """
         tokens = x.numel() // x.shape[-1]
         tile = tokens if self.tiles == 1 else _tile_tokens(tokens, self.tiles)
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
@@ -127,7 +133,7 @@ def patch_model(model: nn.Module) -> PatchReport:
 
 
 def tile_mlps(model: nn.Module, tiles: int) -> None:
-    """Have every replaced MLP take the tokens in parts.
+    """Make every replaced MLP take the tokens in parts.
 
     Args:
         model: patched.

@@ -124,7 +124,7 @@ def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) 
 
 
 def lower(state: TrainState, row_lengths: list[int]) -> bool:
-    """Let a micro-batch that failed need less from here on: half its tokens, or a policy with less memory.
+    """Lower the memory that later micro-batches need: half the tokens, or a policy that keeps less.
 
     Args:
         state: of the run.
@@ -170,7 +170,7 @@ def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], afte
     return (
         f"Memory ran out in {what}, on {_rows(row_lengths)}. It was tried again with {' and '.join(changes)}, "
         "which the run keeps. Its steps train on the same rows; only last bits differ (and dropout's masks, where "
-        "there is dropout). To choose otherwise, resume with another training.micro_batch_tokens or "
+        "there is dropout). To change that, resume with another training.micro_batch_tokens or "
         "training.activation_checkpointing."
     )
 

@@ -30,18 +30,18 @@ def patch_rotary(modules: Iterable[nn.Module]) -> int:
     Returns:
         How many of them do.
     """
-    memory_efficient: dict[types.CodeType, types.FunctionType | None] = {}
+    replaced: dict[types.CodeType, types.FunctionType | None] = {}
     count = 0
     for module in modules:
         method = type(module).forward
         if not isinstance(method, types.FunctionType) or ROTARY_FUNCTION not in method.__code__.co_names:
             continue
-        if method.__code__ not in memory_efficient:
+        if method.__code__ not in replaced:
             theirs = method.__globals__.get(ROTARY_FUNCTION)
-            memory_efficient[method.__code__] = (
+            replaced[method.__code__] = (
                 _calling(method, _rotation(theirs)) if theirs and _rotates_halves(theirs) else None
             )
-        if (function := memory_efficient[method.__code__]) is not None:
+        if (function := replaced[method.__code__]) is not None:
             module.forward = types.MethodType(function, module)
             count += 1
     return count

@@ -48,6 +48,11 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the adapters.
+
+        Returns:
+            The device.
+        """
         return self.groups[0].data.device
 
     def set_memory(self, micro_batch_tokens: int, policy: Policy) -> None:

@@ -84,8 +84,6 @@ def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
 
     Raises:
         MicroBatchError: memory ran out.
-        MemoryError: any other, passed on.
-        RuntimeError: any other, passed on.
     """
     try:
         on_device = pack.to(state.device)

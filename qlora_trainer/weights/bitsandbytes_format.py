@@ -125,7 +125,7 @@ def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         stored = ", ".join(sorted(statistics)) or "nothing"
         raise QuantizationError(
             f"{name} is quantized otherwise than this trainer keeps its base, or its quantization keys cannot be read "
-            f"(next to it are {stored}). Use the model's 16-bit checkpoint, which is quantized while loading."
+            f"(stored with it: {stored}). Use the model's 16-bit checkpoint, which is quantized while loading."
         ) from error
 
 

@@ -32,7 +32,7 @@ def makes_state_early(optimizer: torch.optim.Optimizer) -> bool:
         optimizer: of torch or bitsandbytes.
 
     Returns:
-        Whether it is one.
+        True if it is one.
     """
     return isinstance(optimizer, bitsandbytes.optim.optimizer.Optimizer8bit)
 
@@ -55,7 +55,7 @@ def is_paged(optimizer_or_state: Any) -> bool:
         optimizer_or_state: of bitsandbytes; others are not paged.
 
     Returns:
-        Whether it is.
+        True if it is.
     """
     return bool(getattr(optimizer_or_state, "is_paged", False))
 

@@ -76,12 +76,12 @@ class FileReader:
         memory = self._memory.take(info.nbytes)
         window = memory.numpy().data
         hashed = hashlib.sha256()
-        with Background() as next_to:  # the piece before is hashed while one is read
+        with Background() as hashing:  # the piece before is hashed while one is read
             for begin in range(0, info.nbytes, PIECE_BYTES):
                 piece = window[begin : begin + PIECE_BYTES]
                 _read_into(file, piece, info.offset + begin, info)
                 if self._hashes:
-                    next_to.submit(hashed.update, piece)
+                    hashing.submit(hashed.update, piece)
         tensor = memory.view(info.dtype).view(info.shape)
         return Read(tensor, hashed.hexdigest() if self._hashes else None)
 

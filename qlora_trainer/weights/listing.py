@@ -50,7 +50,7 @@ def list_tensors(
             if info.name in tensors:
                 raise ModelError(
                     f"{directory}: tensor {info.name} is both in {tensors[info.name].file.name} and in {file_name}; "
-                    "which one counts is left to chance. Fetch the model again."
+                    "it is undefined which one is loaded. Fetch the model again."
                 )
             tensors[info.name] = info
     for name, file_name in (index or {}).items():
@@ -106,7 +106,10 @@ def file_inside(directory: Path, name: str) -> Path:
         ModelError: `name` is not a plain file name, or the file is missing or leads outside.
     """
     if Path(name).name != name or "\\" in name or name in {"", ".", ".."}:
-        raise ModelError(f"{directory} names a file outside of itself, {name!r}. That is not read; mend the index.")
+        raise ModelError(
+            f"{directory} names a file outside of itself, {name!r}. Only files in the model directory are read; fix "
+            "the index."
+        )
     path = directory / name
     if not path.is_file():
         raise ModelError(f"{directory} should hold {name}, but the file is missing. Fetch the model again.")
@@ -129,7 +132,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelError: it cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
-        ValueError: only as a ModelError, for a file that is too large.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:

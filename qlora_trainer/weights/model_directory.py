@@ -49,8 +49,8 @@ class ModelDirectory:
             raise FileMissingError(f"There is no model directory {path}.")
         if (path / "adapter_config.json").exists():
             raise ModelError(
-                f"{path} holds adapter_config.json: it is an adapter, or a model that loaders would apply an adapter "
-                "to a second time. Give the directory of the base model alone."
+                f"{path} holds adapter_config.json: it is an adapter, or a merged model with an adapter left "
+                "in it, which loaders would apply again. Name the directory of the base model."
             )
         return cls(path)
 

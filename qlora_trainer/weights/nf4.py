@@ -1,7 +1,7 @@
 """Quantize one weight to NF4 with double quantization (QLoRA, Dettmers et al. 2023), and import bitsandbytes.
 
-On every device qlora_kernels gives the codes that bitsandbytes gives on a CPU. bitsandbytes is imported in this file
-only, so that what it prints and registers at import is handled once.
+On every device qlora_kernels gives the codes that bitsandbytes gives on a CPU. bitsandbytes is imported here and in
+training/memory/paged_trial.py only, so that what it prints and registers at import is handled in one place.
 
 Legend: O out features, I in features.
 """

@@ -220,7 +220,7 @@ def test_a_run_starts_from_an_adapter_of_parts(tiny_config: Config, tiny_models:
         (
             "gpt2",
             {"qkv_proj": ["query"]},
-            "names qkv_proj, which no adapted layer is called. Adapted are: c_attn, c_fc",
+            "names qkv_proj, but no adapted layer has that name. Adapted are: c_attn, c_fc",
         ),
         ("gpt2", {"c_attn": ["query", "output"]}, "c_attn has no part output. Its parts are: query, key, value"),
         ("phi3", {"gate_up_proj": ["query"]}, "gate_up_proj has no part query. Its parts are: gate, up"),

@@ -47,11 +47,11 @@ def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, ti
         (
             "phi3",
             ["q_proj", "down_proj"],
-            r"names q_proj, which .* There are: down_proj, gate_up_proj, o_proj, qkv_proj",
+            r"names q_proj, but .* There are: down_proj, gate_up_proj, o_proj, qkv_proj",
         ),
         ("llama", ["q_proj", "lm_head"], "names lm_head.*LM head are not adapted"),
         ("llama", ["embed_tokens"], "names embed_tokens.*Embeddings"),
-        ("llama", ["proj"], "names proj, which"),
+        ("llama", ["proj"], "names proj, but"),
         ("llama", ["input_layernorm"], "names input_layernorm.*no linear layer"),
         ("llama", r".*\.q_proj|lm_head", "has the alternative lm_head.*LM head are not adapted.* Leave it out"),
         ("llama", r"lm_head", "matches no linear layer.*LM head are not adapted"),

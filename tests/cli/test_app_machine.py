@@ -49,7 +49,7 @@ def test_compiled_kernels_that_cannot_be_kept_are_a_warning(
     code, _, reported = qlora("train", config_file, "training.max_steps=1")
     assert code == 0
     assert "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4" in reported
-    assert "set XDG_CACHE_HOME to a folder that can be written" in reported
+    assert "set XDG_CACHE_HOME to a writable folder" in reported
 
 
 def test_unknown_choice_of_kernels_ends_a_run_before_it_begins(

@@ -1,4 +1,4 @@
-"""`qlora doctor` tells what is well and what is not, and never falls over what is broken."""
+"""`qlora doctor` reports what works and what does not, and survives broken packages."""
 
 import importlib.metadata
 import sys
@@ -74,7 +74,7 @@ def test_which_attention_a_card_takes_is_reported_and_why_no_better_one(
 def test_a_missing_compiler_is_a_note_that_says_what_to_install() -> None:
     finding = doctor_packages.kernels("cpu")
     assert finding.status == "note"
-    assert "plain torch in the place of a faster version: dequantize_nf4, quantize_nf4" in finding.detail
+    assert "plain torch instead of a faster version: dequantize_nf4, quantize_nf4" in finding.detail
     assert finding.advice.startswith("there is no")
     assert "install g++" in finding.advice
 
@@ -92,7 +92,7 @@ def test_wrong_codes_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "quantize_weight", lambda weight: right(-weight))
     finding = doctor_packages.nf4("cpu")
     assert finding.status == "problem"
-    assert "other codes" in finding.detail
+    assert "wrong codes" in finding.detail
 
 
 def test_untested_version_is_a_note_and_a_missing_package_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

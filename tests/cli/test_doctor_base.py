@@ -46,7 +46,7 @@ def base_finding(qlora: Qlora, run: Path) -> tuple[int, str, str]:
 
 
 def test_a_base_that_is_what_it_was_is_ok(qlora: Qlora, run: Path, base: Path) -> None:
-    assert base_finding(qlora, run) == (0, "ok", f"{base} was read and is what the run trains on")
+    assert base_finding(qlora, run) == (0, "ok", f"{base} was read: it is the base that this run trains on")
     code, out, reported = qlora("doctor", run)
     assert (code, out) == (0, "")
     assert "ok Base of the run" in reported
@@ -58,7 +58,7 @@ def test_another_value_is_a_problem(qlora: Qlora, run: Path, base: Path, tensor:
     change(base, tensor, 3.0)
     code, status, detail = base_finding(qlora, run)
     assert (code, status) == (1, "problem")
-    assert f"{base} is not what the run trains on: 1 of " in detail
+    assert f"{base} is not the base that this run trains on: 1 of " in detail
 
 
 def test_a_byte_that_no_quantized_weight_shows_is_a_problem(qlora: Qlora, run: Path, base: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_byte_that_no_quantized_weight_shows_is_a_problem(qlora: Qlora, run: P
     change(base, name, float(bits.view(torch.bfloat16)))
     code, status, detail = base_finding(qlora, run)
     assert (code, status) == (1, "problem")
-    assert detail == f"1 tensor(s) of {base} hold other bytes than when the run started, such as {name}"
+    assert detail == f"1 tensor(s) of {base} have other bytes than when the run started, such as {name}"
 
 
 def test_a_base_that_cannot_be_read_is_a_problem(qlora: Qlora, run: Path, base: Path) -> None:

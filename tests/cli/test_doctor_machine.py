@@ -50,7 +50,7 @@ def test_of_several_cards_the_one_used_is_named_and_how_to_take_another(monkeypa
     assert list(findings) == ["GPU 0", "GPU 1", "GPU 2", "GPU used"]
     assert findings["GPU 1"].status == "note", "an old card that nobody uses"
     assert findings["GPU used"].status == "note"
-    assert "GPU 0 alone" in findings["GPU used"].detail
+    assert "a run uses one GPU, the first that torch sees: GPU 0" in findings["GPU used"].detail
     assert "CUDA_VISIBLE_DEVICES=2 " in findings["GPU used"].advice, "the next that can be used"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert "CUDA_VISIBLE_DEVICES=7 " in named(doctor_machine.cards())["GPU used"].advice
@@ -155,7 +155,7 @@ def test_limit_of_a_container_is_named_with_how_to_raise_it(groups: Path) -> Non
     write(groups, memory__max=16 * GIB, memory__current=2 * GIB)
     finding = doctor_machine.memory()
     assert finding.status == "note"
-    assert finding.detail.startswith("14.0 GiB of 16.0 GiB available, by a limit of this container or job")
+    assert finding.detail.startswith("14.0 GiB of 16.0 GiB available, limited by this container or job")
     assert "docker run --memory=" in finding.advice
     write(groups, memory__max=32 * GIB, memory__current=2 * GIB)  # as advised
     assert doctor_machine.memory().detail.startswith("30.0 GiB of 32.0 GiB")

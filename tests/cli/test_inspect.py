@@ -107,7 +107,7 @@ def test_what_a_row_holds_is_shown_and_never_obeyed(tmp_path: Path, monkeypatch:
 
 def test_a_row_that_is_not_there_is_said(tmp_path: Path) -> None:
     tokenizer, data = prepared(tmp_path)
-    with pytest.raises(DataError, match="no training row 7; they go from 0 to 0"):
+    with pytest.raises(DataError, match="no training row 7; rows go from 0 to 0"):
         show_row(tokenizer, data.train, 7)
     with pytest.raises(DataError, match="no eval row 0; there are none"):
         show_row(tokenizer, data.eval, 0, "eval")

@@ -1,4 +1,4 @@
-"""Promises of a thread next to: calls run in order, few wait, and no failure is lost."""
+"""Promises of the background thread: calls run in order, few wait, and no failure is lost."""
 
 import threading
 import time

@@ -16,6 +16,6 @@ def test_memory_is_read_in_both_kinds_of_units(text: str, expected: int) -> None
 @pytest.mark.parametrize(
     "text", ["24", "a lot", "24G", "-1GiB", "0GiB", "", "5iB", "5 \u212aB", "9" * 400 + "B", "0.1B"]
 )
-def test_no_amount_of_memory_is_a_message(text: str) -> None:
+def test_no_amount_of_memory_ends_with_an_error_message(text: str) -> None:
     with pytest.raises(ConfigError, match="no amount of memory"):
         parse_bytes(text)

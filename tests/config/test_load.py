@@ -80,7 +80,7 @@ def test_a_bare_section_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_key_that_is_twice_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"the key (adapter|rank) is there twice[^$]*c\.yaml\", line [34]"):
+    with pytest.raises(ConfigError, match=r"the key (adapter|rank) occurs twice[^$]*c\.yaml\", line [34]"):
         load_config(path)
 
 
@@ -149,7 +149,7 @@ def test_local_paths_become_absolute_and_hub_names_stay(tmp_path: Path, monkeypa
     assert config.training.output_dir == str(tmp_path / "runs" / "a")
 
 
-def test_a_missing_or_broken_file_is_a_message(tmp_path: Path) -> None:
+def test_a_missing_or_broken_file_ends_with_an_error_message(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no config file"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("model: [unclosed")

@@ -47,7 +47,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.mark.skipif(private_bytes() is None, reason="the system does not say what a process holds")
 @pytest.mark.parametrize("base", [PLAIN, FOUR_BIT])
 def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[int], Path], tmp_path: Path) -> None:
-    """Neither to merge, nor to compare answers, nor for the loss."""
+    """Neither to merge, nor to compare logits, nor for the loss."""
     grown = []
     for vocabulary in (SMALL.vocabulary, VOCABULARY):
         directory = bases(vocabulary)

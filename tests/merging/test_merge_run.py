@@ -1,4 +1,4 @@
-"""Promises of the merge command: the base is chosen by measurement, and what is written answers as trained."""
+"""Promises of the merge command: the base is chosen by measurement, and what is written gives the trained logits."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def run_dir(tiny_config: Config) -> Path:
     return run.directory
 
 
-def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_dir: Path, tmp_path: Path) -> None:
+def test_the_merged_model_gives_the_trained_logits_in_plain_transformers(run_dir: Path, tmp_path: Path) -> None:
     done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
     assert done.report.verification is not None
     assert done.report.verification.difference.kl < 1e-5
@@ -85,7 +85,7 @@ def test_the_merged_model_answers_as_the_trained_one_in_plain_transformers(run_d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_4_bit_model_itself_answers_as_the_merge_in_plain_transformers(
+def test_the_4_bit_model_itself_gives_the_merged_logits_in_plain_transformers(
     family: str, tiny_config: Config, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Nothing streamed, no code of the merge on either side; square weights, and Conv1D's, stored (I, O)."""

@@ -1,4 +1,4 @@
-"""Promises of the streamed model: the dense model's answers, in the memory of one matrix."""
+"""Promises of the streamed model: the dense model's logits, in the memory of one matrix."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 IDS = torch.arange(5, 65).reshape(3, 20)
 
 
-def assert_same_answers(streamed: Any, dense: Any) -> None:
+def assert_same_logits(streamed: Any, dense: Any) -> None:
     with torch.no_grad():
         found, expected = streamed(input_ids=IDS).logits, dense(input_ids=IDS).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-6
@@ -65,9 +65,9 @@ def matrices(model: nn.Module) -> list[StreamedMatrix]:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
-def test_a_streamed_model_answers_as_the_dense_one(family: str, tiny_models: Callable[[str], Path]) -> None:
+def test_a_streamed_model_gives_the_dense_models_logits(family: str, tiny_models: Callable[[str], Path]) -> None:
     streamed = load_streamed_model(ModelDirectory.open(tiny_models(family)), CPU)
-    assert_same_answers(streamed, load_dense_model(ModelDirectory.open(tiny_models(family)), CPU))
+    assert_same_logits(streamed, load_dense_model(ModelDirectory.open(tiny_models(family)), CPU))
     assert all(isinstance(parameter, StreamedMatrix) == (parameter.ndim >= 2) for parameter in streamed.parameters())
     assert all(torch.isnan(matrix).all() for matrix in matrices(streamed))
     assert not any(parameter.requires_grad for parameter in streamed.parameters())
@@ -79,7 +79,7 @@ def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], 
     assert "wte.weight" in load_file(tmp_path / "gpt2" / "model.safetensors")
     streamed = load_streamed_model(ModelDirectory.open(tmp_path / "gpt2"), CPU)
     assert len(matrices(streamed)) == 2 + 4 * 2
-    assert_same_answers(streamed, load_dense_model(ModelDirectory.open(tmp_path / "gpt2"), CPU))
+    assert_same_logits(streamed, load_dense_model(ModelDirectory.open(tmp_path / "gpt2"), CPU))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -148,7 +148,7 @@ def test_a_matrix_is_dropped_when_the_forward_fails(tiny_llama: Path) -> None:
 
 
 def test_a_failed_fetch_is_forgotten(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a disk that fails once: the forward after it answers."""
+    """As of a disk that fails once: the forward after it gives logits."""
     streamed = load_streamed_model(ModelDirectory.open(tiny_llama), CPU)
     idle = live_bytes(streamed)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_weights_that_are_taken_without_calling_their_modules_are_there_or_it_is
     assert has_finite_logits(dense)
     assert has_finite_logits(streamed) == (family not in ("mamba", "falcon_mamba"))
     if has_finite_logits(streamed):
-        assert_same_answers(streamed, dense)
+        assert_same_logits(streamed, dense)
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
@@ -216,7 +216,7 @@ def test_adapters_work_on_a_streamed_model(bias: str, tiny_models: Callable[[str
     streamed = load_streamed_model(ModelDirectory.open(tiny_models("qwen2")), CPU)
     add_adapters(streamed, settings, seed=0)
     load_adapter_state(streamed, adapter_state_dict(dense))
-    assert_same_answers(streamed, dense)
+    assert_same_logits(streamed, dense)
 
 
 def test_a_head_stored_next_to_its_embedding_is_tied_only_where_both_are_equal(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_head_stored_next_to_its_embedding_is_tied_only_where_both_are_equal(t
     embedding = tensors["model.embed_tokens.weight"]
     for head in (embedding.clone(), embedding.flip(0).contiguous()):
         save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
-        assert_same_answers(
+        assert_same_logits(
             load_streamed_model(ModelDirectory.open(directory), CPU),
             load_dense_model(ModelDirectory.open(directory), CPU),
         )
@@ -238,7 +238,7 @@ def test_experts_stream_one_matrix_at_a_time_under_the_names_of_the_checkpoint(
     sources = [matrix.source for matrix in matrices(model)]
     of_experts = [source for source in sources if isinstance(source, TensorInfo) and ".experts." in source.name]
     assert len(of_experts) == 2 * 4 * 3
-    assert_same_answers(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
+    assert_same_logits(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
 
 
 def test_what_is_fused_while_loading_is_loaded_whole(
@@ -247,10 +247,10 @@ def test_what_is_fused_while_loading_is_loaded_whole(
     monkeypatch.setattr(empty, "split_experts", lambda model, stored: [])
     model = load_streamed_model(ModelDirectory.open(tiny_models("mixtral")), CPU)
     assert matrices(model) == []
-    assert_same_answers(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
+    assert_same_logits(model, load_dense_model(ModelDirectory.open(tiny_models("mixtral")), CPU))
 
 
-def test_a_tensor_of_another_shape_is_a_message(tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_ends_with_an_error_message(tmp_path: Path) -> None:
     directory = make_model_directory(tmp_path / "m")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
@@ -268,13 +268,13 @@ def test_too_little_memory_for_one_matrix_is_reported(tiny_llama: Path, monkeypa
 @pytest.mark.parametrize(
     "family", slow_but(["llama", "llama_tied", "qwen2", "gemma2", "phi3", "gpt2"], "llama_tied", "gpt2")
 )
-def test_weights_as_trained_give_the_4_bit_models_answers(family: str, tiny_models: Callable[[str], Path]) -> None:
+def test_weights_as_trained_give_the_4_bit_models_logits(family: str, tiny_models: Callable[[str], Path]) -> None:
     directory = tiny_models(family)
     base = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), device="cpu"), user_cache())
     conv1d = family == "gpt2"
     weights = trained_weights(base.directory, base.fingerprint, fan_in_fan_out=conv1d)
     streamed = load_streamed_model(ModelDirectory.open(directory), CPU, weights)
-    assert_same_answers(streamed, base.model)
+    assert_same_logits(streamed, base.model)
     with torch.no_grad():  # and they are not the dense model's
         dense = load_dense_model(ModelDirectory.open(directory), CPU)(input_ids=IDS).logits
         assert float((streamed(input_ids=IDS).logits - dense).norm() / dense.norm()) > 1e-2
@@ -298,7 +298,7 @@ def test_some_of_the_layers_are_the_first_ones(deep_llama: Path) -> None:
     whole = load_dense_model(ModelDirectory.open(deep_llama), CPU)
     whole.model.layers = whole.model.layers[:2]
     assert len(cut.model.layers) == 2
-    assert_same_answers(cut, whole)
+    assert_same_logits(cut, whole)
 
 
 def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> None:
@@ -318,7 +318,7 @@ def test_rows_of_what_cannot_be_mapped_are_read_one_by_one(tiny_llama: Path) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "gpt2"])
-def test_a_streamed_model_answers_alike_on_a_gpu_and_leaves_it_empty(
+def test_a_streamed_model_gives_the_same_logits_on_a_gpu_and_leaves_it_empty(
     family: str, tiny_models: Callable[[str], Path]
 ) -> None:
     directory = tiny_models(family)

@@ -63,7 +63,7 @@ def test_a_spoiled_file_fails_the_verification(
 
 
 def test_one_wrong_tensor_in_sound_files_fails_the_verification(tmp_path: Path, llama: Run) -> None:
-    """All bytes are fine, but one layer of 14 lost its adapter: only the answers can tell."""
+    """All bytes are fine, but one layer of 14 lost its adapter: only the logits show it."""
 
     def lose_an_adapter(tensors: dict[str, Tensor]) -> None:
         lora_A, lora_B = (

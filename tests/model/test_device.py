@@ -161,7 +161,7 @@ def test_doctor_names_a_driver_that_cannot_be_loaded(
     ("visible", "found", "advice"),
     [("", "CUDA_VISIBLE_DEVICES=''", "Unset CUDA_VISIBLE_DEVICES."), (None, "sees no card", "nvidia-smi says whether")],
 )
-def test_a_driver_that_shows_no_card_is_distinguished_from_one_that_is_missing(
+def test_a_driver_that_shows_no_card_and_one_that_is_missing_get_their_own_messages(
     visible: str | None, found: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built_for(monkeypatch, "13.0")

@@ -242,7 +242,9 @@ def test_what_cannot_be_is_refused_before_a_weight_is_read(
         load(tiny_models("llama_tied"), embeddings="cpu")
 
 
-def test_memory_that_runs_out_while_loading_is_a_message(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_while_loading_ends_with_an_error_message(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

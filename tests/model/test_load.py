@@ -88,7 +88,9 @@ def cut_short(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", [broken_config, unknown_architecture, missing_tensor, other_shape, cut_short])
-def test_an_unreadable_model_directory_is_a_message(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
+def test_an_unreadable_model_directory_ends_with_an_error_message(
+    tmp_path: Path, damage: Callable[[Path], Path]
+) -> None:
     directory = damage(make_model_directory(tmp_path / "m"))
     for opener in (load, lambda path: load_dense_model(ModelDirectory.open(path), CPU)):
         with pytest.raises(ModelError) as caught:

@@ -70,7 +70,7 @@ def test_plain_transformers_loads_the_copy_to_the_same_logits(
     ids = torch.arange(5, 25)[None]
     expected = ours(ids).logits.float()
     error = (theirs(ids).logits.float() - expected).abs().max() / expected.abs().max()
-    assert error < 0.01, float(error)  # roundings of bf16; other weights would give other answers
+    assert error < 0.01, float(error)  # roundings of bf16; other weights would give other logits
     assert AutoTokenizer.from_pretrained(kept)("hello")["input_ids"]
 
 
@@ -230,7 +230,7 @@ def test_a_16_bit_model_with_a_tensor_in_fp32_is_computed_with_in_16_bits(tmp_pa
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
-def test_memory_that_is_too_little_or_runs_out_while_quantizing_is_a_message(
+def test_memory_that_is_too_little_or_runs_out_while_quantizing_ends_with_an_error_message(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:

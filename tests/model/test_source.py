@@ -8,7 +8,7 @@ from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError,
 from qlora_trainer.model.source import resolve_model
 
 
-def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
+def test_each_kind_of_path_without_a_base_model_gets_its_own_message(tmp_path: Path) -> None:
     with pytest.raises(FileMissingError, match="no model at"):
         resolve_model(str(tmp_path / "nowhere"), None, tmp_path)
     (tmp_path / "empty").mkdir()
@@ -20,7 +20,9 @@ def test_what_is_no_base_model_is_distinguished(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "adapter"), None, tmp_path)
 
 
-def test_a_hub_name_that_cannot_be_fetched_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_that_cannot_be_fetched_ends_with_an_error_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -35,7 +37,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_a_message(tmp_path: Path, monkeypa
         resolve_model("owner/model", None, tmp_path)
 
 
-def test_a_download_that_breaks_off_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_breaks_off_ends_with_an_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -61,7 +63,9 @@ def test_a_hub_cache_that_cannot_be_written_is_named_with_what_moves_it(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/dev/null/hub")
-    with pytest.raises(DiskError, match=r"^/dev/null/hub cannot be written: Not a directory\. Set HF_HOME to a folder"):
+    with pytest.raises(
+        DiskError, match=r"^/dev/null/hub cannot be written: Not a directory\. Set HF_HOME to a writable folder"
+    ):
         resolve_model("owner/model", None, tmp_path)
 
 

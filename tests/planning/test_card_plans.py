@@ -91,11 +91,11 @@ def test_without_a_card_a_plan_says_which_it_assumes(
     assert plan.to_json()["card"] == f"{assumed} built for CUDA"
     assert plan.to_json()["attention"] == "flash attention over packed documents"
     rows = dict(describe(plan, None))
-    assert rows["card"] == plan.card
+    assert rows["GPU"] == plan.card
     assert rows["attention"] == plan.attention
     cpu = plan_memory(ModelDirectory.open(tiny_llama), tiny_config(model={"device": "cpu"}))
     assert cpu.card == ""
-    assert "card" not in dict(describe(cpu, None))
+    assert "GPU" not in dict(describe(cpu, None))
 
 
 @pytest.mark.parametrize(

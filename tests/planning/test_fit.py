@@ -130,7 +130,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
     )
     with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(**rows), Budget(tiled.total - 1, host))
-    with pytest.raises(InsufficientMemoryError, match="No length of rows fits"):
+    with pytest.raises(InsufficientMemoryError, match="No row length fits"):
         check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
 
 

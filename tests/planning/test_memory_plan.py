@@ -203,8 +203,8 @@ def test_the_larger_configs_fit_their_cards(llama_8b: Path, size: int) -> None:
     """By two models of a few layers, and along the line that the next test shows."""
     settings = load_config(CONFIGS / f"{size}gb.yaml")
     fewer, more = (plan_memory(ModelDirectory.open(llama_8b), settings, layers) for layers in (2, 3))
-    memory_efficient = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
-    whole = memory_efficient[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (memory_efficient[1] - memory_efficient[0])
+    without_slack = [plan.total - plan.components[planning.SLACK] for plan in (fewer, more)]
+    whole = without_slack[0] + (LLAMA_8B["num_hidden_layers"] - 2) * (without_slack[1] - without_slack[0])
     assert 1.15 * whole <= parse_bytes(f"{size}GB"), "the allocator wastes 5 to 10% in their whole plans"
     assert fewer.micro_batch_tokens == settings.data.max_length
 
@@ -238,7 +238,7 @@ def test_a_plan_for_a_cpu_is_what_its_step_takes(tiny_config: Config, tiny_llama
     live, _ = track_steps(run.state, pack)
     assert plan.total == plan.allocated == plan.reserved == live.peak.bytes
     assert plan.host == plan.components[planning.CONTEXT] == plan.components[planning.SLACK] == 0
-    assert describe(plan, Budget(2**40, 0))[-3][0] == f"with {gib(2**40)} of memory"
+    assert describe(plan, Budget(2**40, 0))[-3][0] == f"in {gib(2**40)} of host memory"
 
 
 def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,7 @@ def test_a_missing_or_shortened_file_is_noticed(tmp_path: Path, name: str) -> No
     assert f"{name} is missing" in found.passed_over[0]
 
 
-def test_no_checkpoint_and_only_damaged_ones_are_distinguished(tmp_path: Path) -> None:
+def test_no_checkpoint_and_only_damaged_ones_get_their_own_messages(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no checkpoint in"):
         newest_checkpoint(tmp_path)
     path = save(tmp_path, 1)

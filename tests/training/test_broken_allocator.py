@@ -56,7 +56,7 @@ def test_a_run_whose_allocator_broke_is_saved_and_goes_on_bit_for_bit(wide_confi
         run.train(quiet)
     assert "INTERNAL ASSERT FAILED" in str(raised.value)
     command = f"PYTORCH_ALLOC_CONF=expandable_segments:False qlora resume {run.directory}"
-    assert str(raised.value).endswith(f"goes on after step 2: {command}")
+    assert str(raised.value).endswith(f"Resume after step 2 in a new process, without them: {command}")
 
     torch.manual_seed(12345)
     resumed = resume_run(run.directory)
@@ -70,7 +70,7 @@ def test_an_allocator_that_breaks_later_ends_the_run_in_the_same_way(wide_config
     """Memory runs out in the first step and the check fails when the eval rows are measured after the fourth."""
     run = start_run(wide_config(training={"evaluate_every": 4, "save_every": 100}))
     BrokenAllocator(run, lambda: True, fails=lambda: not run.base.model.training)
-    with pytest.raises(InsufficientMemoryError, match="goes on after step 4: "):
+    with pytest.raises(InsufficientMemoryError, match="Resume after step 4 in a new process, without them: "):
         run.train(quiet)
     assert resume_run(run.directory).state.step == 4
 
@@ -92,7 +92,7 @@ def test_where_a_broken_run_cannot_be_saved_the_last_checkpoint_is_named(
     with pytest.raises(InsufficientMemoryError) as raised:
         run.train(quiet)
     assert "Saving step 3 failed too: DiskError: " in str(raised.value)
-    assert "goes on after step 2: " in str(raised.value)
+    assert "Resume after step 2 in a new process, without them: " in str(raised.value)
 
 
 def test_an_update_that_failed_between_its_groups_is_not_saved(
@@ -111,7 +111,7 @@ def test_an_update_that_failed_between_its_groups_is_not_saved(
         real(group, p, gindex, pindex)
 
     optimizer.update_step = update_step
-    with pytest.raises(InsufficientMemoryError, match="goes on after step 2: "):
+    with pytest.raises(InsufficientMemoryError, match="Resume after step 2 in a new process, without them: "):
         run.train(quiet)
 
 

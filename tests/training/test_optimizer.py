@@ -85,8 +85,8 @@ def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_
         named = {key: nn.Parameter(p.detach().bfloat16().to(dtype)) for key, p in parameters().items()}
         return named, build_optimizer(config(name=name), groups_of(named))
 
-    (low, memory_efficient), (full, wide) = built(torch.bfloat16), built(torch.float32)
-    for optimizer in (memory_efficient, wide):
+    (low, narrow), (full, wide) = built(torch.bfloat16), built(torch.float32)
+    for optimizer in (narrow, wide):
         for group in optimizer.groups:
             for index, parameter in enumerate(group.parameters.values()):
                 generator = torch.Generator().manual_seed(index)
@@ -95,10 +95,10 @@ def test_bf16_parameters_take_the_fp32_step_rounded_and_keep_their_state_in_its_
         optimizer.step(learning_rate=1e-2)
     for key, parameter in full.items():
         assert torch.equal(low[key], parameter.bfloat16())
-    (patched_state, _), (wide_state, _) = memory_efficient.state_dict(), wide.state_dict()
-    assert patched_state.keys() == wide_state.keys()
-    assert all(patched_state[k].dtype == wide_state[k].dtype for k in wide_state)
-    assert torch.float32 in {tensor.dtype for tensor in patched_state.values()}
+    (narrow_state, _), (wide_state, _) = narrow.state_dict(), wide.state_dict()
+    assert narrow_state.keys() == wide_state.keys()
+    assert all(narrow_state[k].dtype == wide_state[k].dtype for k in wide_state)
+    assert torch.float32 in {tensor.dtype for tensor in narrow_state.values()}
 
 
 def test_padding_stays_zero() -> None:
@@ -204,7 +204,7 @@ class CudaLooking(nn.Parameter):
 
 
 class CudaLookingGroups:
-    """A group of 100,000 elements, which bitsandbytes pages; only what is asked of CUDA is stood in for."""
+    """A group of 100,000 elements, which bitsandbytes pages; only what is asked of CUDA is replaced."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.paged: list[Tensor] = []
@@ -239,7 +239,7 @@ class CudaLookingGroups:
 def test_restored_state_lies_in_the_buffers_that_bitsandbytes_pages(
     monkeypatch: pytest.MonkeyPatch, bitsandbytes_of_the_child: Callable[..., Path]
 ) -> None:
-    """bitsandbytes' own code runs; only its C calls for managed memory are stood in for."""
+    """bitsandbytes' own code runs; only its C calls for managed memory are replaced."""
     bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
     groups = CudaLookingGroups(monkeypatch)
     paged = groups.paged

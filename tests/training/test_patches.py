@@ -49,8 +49,8 @@ def test_every_layer_of_every_listed_family_is_patched_and_gives_the_same_logits
         report = patch_model(model)
         assert torch.equal(model(ids).logits, before)
     layers = model.config.num_hidden_layers
-    for memory_efficient, count in (report.projections, report.mlps, report.norms):
-        assert memory_efficient == count >= layers
+    for replaced, count in (report.projections, report.mlps, report.norms):
+        assert replaced == count >= layers
     assert report.mlps[1] == layers
     assert patch_model(model) == report, "twice is as once"
 
@@ -79,7 +79,7 @@ def test_what_has_no_patched_form_is_counted_and_left_alone(
 
 def test_a_run_says_how_many_modules_keep_little(tiny_config: Callable[..., RunConfig]) -> None:
     summary = dict(summarize(start_run(tiny_config())))
-    assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["backward"]
+    assert "14 of 14 projections, 2 of 2 MLPs, 5 of 5 norms" in summary["activation checkpointing"]
 
 
 def test_a_run_says_which_attention_and_kernels_it_takes(
@@ -190,7 +190,7 @@ def test_a_gated_mlp_in_tiles_has_the_same_gradients(monkeypatch: pytest.MonkeyP
     expected = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
     mlp.tiles = 4
     found = torch.autograd.grad(F.silu(mlp(x)).sum(), x)[0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # products of other sizes round otherwise
 
 
 def test_a_tile_of_a_long_context_has_a_bounded_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

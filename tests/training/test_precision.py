@@ -90,7 +90,7 @@ def test_a_resumed_fp16_run_equals_the_uninterrupted_one(tiny_config: Config, ti
 
 
 def test_an_overflow_in_fp16_halves_the_scale_and_leaves_everything_else(tiny_config: Config, tiny_llama: Path) -> None:
-    """A scale that is too large is found and mended; the schedule and the adapters wait for it."""
+    """A scale that is too large is found and lowered; the schedule and the adapters wait for it."""
     state = run_in(tiny_config, tiny_llama, "float16").state
     state.model.train()
     packs = state.loader.next()

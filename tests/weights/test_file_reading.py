@@ -134,7 +134,7 @@ def test_a_very_large_tensors_memory_is_not_kept(tmp_path: Path, monkeypatch: py
         assert [len(block) for block in reader._memory._free] == [2**14]
 
 
-def test_a_disk_that_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_ends_with_an_error_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(io.FileIO):
         def readinto(self, memory: Any) -> int:
             raise OSError(5, "Input/output error")

@@ -16,7 +16,7 @@ from qlora_trainer.data.types import Example
 
 
 class Examples(Protocol):
-    """What rows are taken from: an ExampleSet, or a plain list."""
+    """Give rows by index: an ExampleSet, or a plain list."""
 
     def __len__(self) -> int: ...
 
@@ -24,7 +24,7 @@ class Examples(Protocol):
 
 
 class StepLoader:
-    """Endless steps over `examples`: after an epoch's last step comes the next epoch's first.
+    """Give endless steps over `examples`: after an epoch's last step comes the next epoch's first.
 
     `epoch` and `step` say what `next` gives next; `step` counts from 0 in each epoch. `micro_batch_tokens` may be set
     anew at any time, and holds from the next packs on: it changes no step's rows.
@@ -65,7 +65,7 @@ class StepLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Return the optimizer steps of an epoch."""
         return -(-self.epoch_rows // self.global_batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -158,7 +158,7 @@ class StepLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go to where `state` was taken.
+        """Continue from where `state` was taken.
 
         Args:
             state: from `state_dict`.

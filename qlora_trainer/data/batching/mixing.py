@@ -18,7 +18,7 @@ _STREAM = 0x6D6978  # keeps these draws apart from the order of an epoch, which 
 
 @dataclass(frozen=True)
 class SourceAmount:
-    """What the config says of one source: a weight, a count, or neither (all its rows)."""
+    """Hold what the config says of one source: a weight, a count, or neither (all its rows)."""
 
     weight: float | None = None
     count: int | None = None
@@ -26,7 +26,7 @@ class SourceAmount:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The rows of each source and how many of them an epoch takes."""
+    """Hold the rows of each source and how many of them an epoch takes."""
 
     rows: tuple[np.ndarray, ...]  # S arrays (n,) int64: which examples of the training set
     quotas: tuple[int, ...]  # S; their sum is K
@@ -81,7 +81,7 @@ def is_mixed(parts: Sequence[SourceAmount]) -> bool:
         parts: one for each source.
 
     Returns:
-        Whether any source has a weight or a count.
+        True if any source has a weight or a count.
     """
     return any(part.weight is not None or part.count is not None for part in parts)
 

@@ -18,7 +18,7 @@ from qlora_trainer.data.types import IGNORED_LABEL, Example
 
 @dataclass(frozen=True)
 class Pack:
-    """The tensors of one forward pass.
+    """Hold the tensors of one forward pass.
 
     labels[t] is the token after t in the same document, or -100; it is always -100 at a document's last token.
     """

@@ -147,7 +147,7 @@ def _text(record: Mapping[str, Any], column: str, where: str) -> str:
 
 
 class RecordReader:
-    """Reads the records of one source: all in one format, that of the first where none is named.
+    """Read the records of one source: all in one format, that of the first where none is named.
 
     `format` is what was decided so far; `unused` counts the rows that hold each column or key that is not read, and
     `warnings` the rows that are read in a way worth reporting.

@@ -225,7 +225,7 @@ def has_unread_call(turns: Any) -> bool:
         turns: the value of a column of turns.
 
     Returns:
-        Whether there is one.
+        True if there is one.
     """
     turns = turns if isinstance(turns, list) else []
     return any(isinstance(turn, Mapping) and _is_unread_call(turn) for turn in turns)

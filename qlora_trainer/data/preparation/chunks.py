@@ -44,7 +44,7 @@ Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and s
 
 @dataclass
 class Chunk:
-    """What some rows became, in the order of the rows."""
+    """Hold what some rows became, in the order of the rows."""
 
     block: arrow.RecordBatch  # the examples
     rows: int = 0
@@ -59,7 +59,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RenderedChunk:
-    """Records on their way to a Chunk: read as rows, and as text."""
+    """Hold records on their way to a Chunk: read as rows, and as text."""
 
     records: Records
     rows: Sequence[FoundRow]  # one a record: the row with its place, or why there is none
@@ -68,7 +68,7 @@ class RenderedChunk:
 
 
 class ChunkMaker:
-    """Makes chunks under one config: `render`, then `encode`, then `finish`.
+    """Make chunks under one config: `render`, then `encode`, then `finish`.
 
     A DataError says that the tokenizer cannot be used.
 

@@ -25,7 +25,7 @@ Fact = tuple[str, str]  # what, and its value in words
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many rows have how many tokens: bin i those from edges[i] to edges[i + 1] - 1."""
+    """Count rows by length: bin i those from edges[i] to edges[i + 1] - 1."""
 
     edges: list[int]  # (bins + 1,)
     train: list[int]  # (bins,)
@@ -34,7 +34,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the rows of an epoch's steps become micro-batches of at most `micro_batch_tokens` tokens."""
+    """Report how the rows of an epoch's steps become micro-batches of at most `micro_batch_tokens` tokens."""
 
     micro_batches: float  # a step, on average
     fill: float  # of the tokens computed, the share that belongs to rows
@@ -42,7 +42,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training rows. The layouts are of its first `steps_laid_out` steps.
+    """Describe one pass over the training rows. The layouts are of its first `steps_laid_out` steps.
 
     `packing` says whether rows are packed: the config asks for it, and the model is not known to need padding.
     `can_pack` says whether the model's attention keeps packed rows apart, None where that is not known.
@@ -64,7 +64,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Overview:
-    """The lengths of all rows, and an epoch of them."""
+    """Report the lengths of all rows, and an epoch of them."""
 
     lengths: Lengths
     epoch: Epoch

@@ -57,7 +57,7 @@ RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version
 
 @dataclass(frozen=True)
 class Prepared:
-    """The training and eval examples of a run, and what became of the rows.
+    """Hold the training and eval examples of a run, and what became of the rows.
 
     `key` is a hash of the examples of both sets, in order, and of the mixture: equal keys, equal epochs. `mixture` is
     None where an epoch takes every training row once.
@@ -81,7 +81,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Input:
-    """One source, and what of it is known before it is read."""
+    """Hold one source, and what is known of it before it is read."""
 
     settings: SourceFile
     source: RecordSource

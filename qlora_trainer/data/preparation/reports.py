@@ -23,7 +23,7 @@ _MOST_NOTES = 5  # of one source
 
 @dataclass
 class SourceReport:
-    """What became of one source's rows. Rows read are those used, dropped and skipped.
+    """Report what became of one source's rows. Rows read are those used, dropped and skipped.
 
     `places` has the first places of each reason for which rows were dropped or skipped; `spelled` counts the rows whose
     own text spells a control token, by token. `examples` are in both sets; `train` and `eval` say how many are where,
@@ -49,7 +49,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class SetReport:
-    """One set in numbers; lengths in tokens."""
+    """Report one set in numbers; lengths in tokens."""
 
     examples: int
     tokens: int
@@ -61,7 +61,7 @@ class SetReport:
 
 @dataclass(frozen=True)
 class PreparationReport:
-    """All that preparation has to report.
+    """Report what preparation did.
 
     `train_duplicates` counts examples that repeat an earlier one of training, `eval_duplicates` eval examples that
     training also has, token for token. `train_other_answers` and `eval_other_answers` count, of the rest, those whose

@@ -34,7 +34,7 @@ SCHEMA = arrow.schema(
 
 
 class ExampleStore:
-    """All prepared examples of a directory, read-only.
+    """Read all prepared examples of a directory.
 
     An OSError or pyarrow.ArrowException says that a file cannot be read.
 
@@ -134,7 +134,7 @@ class ExampleStore:
 
 
 class ExampleSet:
-    """Some of the prepared examples: a list of Example, with the rows that they show.
+    """Select some of the prepared examples: a list of Example, with the rows that they show.
 
     Args:
         store: has them.

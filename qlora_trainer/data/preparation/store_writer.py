@@ -65,7 +65,7 @@ def _prompt_hash(ids: np.ndarray, trained: np.ndarray) -> int:
 
 
 class StoreWriter:
-    """Appends examples to the files of a new store.
+    """Append examples to the files of a new store.
 
     Args:
         directory: gets the files.

@@ -12,7 +12,7 @@ from qlora_trainer.data.reading.files import Content
 
 
 class FileDigests:
-    """Digests of the files of one preparation.
+    """Digest the files of one preparation.
 
     Args:
         directory: remembers digests; made at need.

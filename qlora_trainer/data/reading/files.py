@@ -44,7 +44,7 @@ _EFFECTS = {
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Where records come from. `digest` names the content and how it is read.
+    """Name where records come from. `digest` names the content and how it is read.
 
     `records` starts from the first record each time: the place of each, such as "rows.jsonl, line 12", with the record,
     or with a DataError where that row cannot be read but the next one can. It raises DataError for faults of the file.

@@ -39,7 +39,7 @@ _MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--|er
 
 
 class Line(NamedTuple):
-    """One line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
+    """Hold one line without its newline. With `error`, `text` has replacement characters where bytes are no text."""
 
     number: int  # from 1
     start: int | None  # bytes before it in the unpacked file; None where the encoding hides that

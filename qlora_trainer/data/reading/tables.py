@@ -210,7 +210,7 @@ def _keeps_to_quotes(file: DataFile, columns: int) -> bool:
 
 
 class _Lines:
-    """Lines with their ends, as a csv reader puts those of a quoted field together, and what the row has of them.
+    """Yield lines with their ends, as a csv reader puts those of a quoted field together, and what the row has of them.
 
     Args:
         file: the file.

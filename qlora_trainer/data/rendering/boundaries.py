@@ -18,7 +18,7 @@ _MOST_KNOWN = 4096
 
 
 class Tokens(NamedTuple):
-    """Tokens of a text, with the characters that each covers."""
+    """Hold tokens of a text, with the characters that each covers."""
 
     ids: Sequence[int]
     offsets: Sequence[tuple[int, int]]

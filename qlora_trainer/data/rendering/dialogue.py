@@ -26,7 +26,7 @@ _INLINE_REASONING = re.compile(rf"\s*(?:<think>)?(.*?){END_OF_REASONING}\n*", re
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What a template is given: plain JSON, not to be changed in place."""
+    """Hold what a template is given: plain JSON, not to be changed in place."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -73,7 +73,7 @@ def says_something(message: Message) -> bool:
         message: the turn.
 
     Returns:
-        Whether it has a call, or text or reasoning that is not blank.
+        True if it has a call, or text or reasoning that is not blank.
     """
     return bool(message.tool_calls or message.content.strip() or (message.reasoning or "").strip())
 

@@ -23,7 +23,7 @@ from qlora_trainer.data.rendering.boundaries import Boundaries
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer, which this module needs not import."""
+    """Name what is used of a transformers tokenizer, so that this module need not import it."""
 
     is_fast: bool
     backend_tokenizer: tokenizers.Tokenizer
@@ -35,18 +35,56 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     unk_token_id: int | None
 
-    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]: ...
+    def __call__(self, text: Any, **options: Any) -> Mapping[str, Any]:
+        """Encode text.
 
-    def decode(self, ids: list[int]) -> str: ...
+        Args:
+            text: one or several.
+            **options: of transformers.
 
-    def convert_tokens_to_ids(self, token: str) -> int: ...
+        Returns:
+            Lists of values, such as input_ids.
+        """
+        ...
 
-    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens.
+
+        Args:
+            ids: of the tokens.
+
+        Returns:
+            The text.
+        """
+        ...
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Look up a token.
+
+        Args:
+            token: its text.
+
+        Returns:
+            Its id; the unknown token's if there is none.
+        """
+        ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[dict] | None = None) -> str:
+        """Choose the chat template.
+
+        Args:
+            chat_template: a name or a template; None: the tokenizer's own.
+            tools: of the conversation, for which a tokenizer may have another template.
+
+        Returns:
+            The template's text.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text.
+    """Hold a piece of text.
 
     `ordinary` text spells a control token and must not become one. `after_prompt`: all text before it is a prompt that
     is given alone when the model is used.
@@ -60,7 +98,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens, and which of them are trained: [begin, end) of each unbroken run, in order.
+    """Hold tokens, and which of them are trained: [begin, end) of each unbroken run, in order.
 
     `begins_with_prompts`: the tokens begin with those that each of its prompts has when it is given alone.
     """
@@ -71,7 +109,7 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes text for one fast tokenizer.
+    """Encode text for one fast tokenizer.
 
     `bos_ids` is what the tokenizer itself puts before a text (nothing, for many); chat templates write it themselves.
 
@@ -121,10 +159,10 @@ class Encoder:
                 ids, offsets, is_stable = self._boundaries.keep(whole, encoding, _prompt_ends(texts[index]))
                 runs = trained_runs(texts[index], ids, offsets, self._control_ids)
                 results[index] = Encoded(list(ids), runs, is_stable)
-        for index, text in enumerate(texts):
+        for index, spans in enumerate(texts):
             if index not in results:
                 try:
-                    results[index] = self._escaping_tokenizer(text).encode(text)
+                    results[index] = self._escaping_tokenizer(spans).encode(spans)
                 except DataError as error:
                     results[index] = error
         return [results[index] for index in range(len(texts))]
@@ -162,7 +200,7 @@ class Encoder:
 
 
 class _EscapingTokenizer:
-    """The same tokenizer with its control tokens under secret names, so that their usual spelling is plain text.
+    """Wrap a tokenizer, with its control tokens under secret names, so that their usual spelling is plain text.
 
     The text is still encoded whole: splitting it at such places would change the tokens around them.
 

@@ -21,7 +21,7 @@ _MOST_SHAPES = 4096
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part of a turn is in the text, in characters."""
+    """Locate a part of a turn in the text, in characters."""
 
     part: Part
     start: int
@@ -29,7 +29,7 @@ class Place:
 
 
 class Markers:
-    """Experiments with one template, each made once.
+    """Experiment with one template, and keep each result.
 
     Args:
         template: to be tried.
@@ -105,7 +105,7 @@ def _match(text: str, start: int, words: str, after: str) -> int | None:
 
 
 def spellings(words: str) -> Iterator[str]:
-    """Go through the ways in which templates write a text: as it is, trimmed, or as JSON.
+    """Yield the ways in which templates write a text: as it is, trimmed, or as JSON.
 
     Args:
         words: the text.

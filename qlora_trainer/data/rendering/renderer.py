@@ -31,17 +31,14 @@ from qlora_trainer.data.types import (
 NOTHING_TRAINED = "nothing to train on: no turn is trained, or the answers are empty"
 CUT_AWAY = "longer than max_length, and not even the first answer fits in"
 TOO_LONG = "longer than max_length"
-COMPLETION_CUT = "the completion was cut at max_length: its end, and that the text ends, are not trained"
-PROMPT_TOKENS_DIFFER = (
-    "the tokenizer joins the end of a prompt with its answer: an answer is trained after other tokens than its prompt "
-    "has when it is given alone"
-)
+COMPLETION_CUT = "the completion was cut at max_length: its end and the end-of-text token are not trained"
+PROMPT_TOKENS_DIFFER = "the tokenizer joins a prompt's end with its answer, which follows other tokens in generation"
 PLAIN_FORMAT_USED = "the tokenizer has no chat template: turns are written as ### Instruction: and ### Response:"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What became of one row: no example (then `dropped` says why), one, or for a long document several.
+    """Report what became of one row: no example (then `dropped` says why), one, or for a long document several.
 
     `rows` holds for each example what it shows, for display: the row, what was left of a conversation, or a document's
     part. `tokens` is the length of the row before anything was cut.
@@ -56,7 +53,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows for one tokenizer and one choice of what is trained.
+    """Render rows for one tokenizer and one choice of what is trained.
 
     Args:
         tokenizer: of transformers.

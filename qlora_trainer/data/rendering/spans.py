@@ -48,8 +48,8 @@ REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turn
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
 REASONING_NOT_SHOWN = "the chat template leaves out the reasoning of earlier turns, which are not trained"
 PROMPT_DIFFERS = (
-    "the template's generation prompt goes on, such as by opening the reasoning, where the last answer has none of it: "
-    "it is trained after another prompt than it will be given"
+    "the chat template's generation prompt adds text, such as an opened reasoning block, that the last answer lacks: "
+    "training and generation use different prompts"
 )
 
 _Result = TypeVar("_Result")
@@ -57,14 +57,14 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation as text, in spans, with what should be reported about how its turns were found."""
+    """Hold a conversation as text, in spans, and warnings about how its turns were found."""
 
     spans: list[Span]
     warnings: tuple[str, ...] = ()
 
 
 class SpanFinder:
-    """Renders conversations by one template, and finds their turns.
+    """Render conversations by one template, and find their turns.
 
     Args:
         template: of the tokenizer.

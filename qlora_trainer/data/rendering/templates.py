@@ -41,7 +41,7 @@ _DATES = (datetime.date(1999, 12, 31), datetime.date(2011, 3, 5))
 
 
 class ChatTemplate:
-    """A chat template of one tokenizer.
+    """Render by the chat template of one tokenizer.
 
     `header` is what the generation prompt adds before an answer ("" where a template has none of it), `end_of_turn` the
     control token after an answer, or None; `ends` are those that end a turn of any kind.

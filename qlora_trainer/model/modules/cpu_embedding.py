@@ -51,12 +51,25 @@ class CpuEmbedding(nn.Module):
         return self.embedding.get_parameter("weight")
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, H)
+        """Look up rows in host memory, and copy them to the device.
+
+        Args:
+            input_ids: (B, T).
+
+        Returns:
+            Rows of the embedding, (B, T, H).
+        """
         found: Tensor = self.embedding(input_ids.to("cpu")).to(self.dtype)
         if self.device.type == "cuda":
             found = found.pin_memory()
         return found.to(self.device, non_blocking=True)
 
     def extra_repr(self) -> str:
+        """Describe the embedding, as `print(model)` shows it.
+
+        Returns:
+            The embedding and its place.
+        """
         return f"{self.embedding} on the host"
 
 
@@ -108,7 +121,7 @@ def refuse_tied_embedding(model: Any) -> None:
 
 
 def tensors_on_cpu(model: nn.Module) -> Iterator[Tensor]:
-    """Go through the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
+    """Yield the parameters and buffers that `keep_embeddings_on_cpu` keeps in host memory.
 
     Args:
         model: any.

@@ -84,10 +84,23 @@ class QuantizedHead(nn.Module):
         self,
         hidden: Tensor,  # (..., H)
     ) -> Tensor:  # (..., V), dtype of hidden
+        """Compute logits.
+
+        Args:
+            hidden: (..., H).
+
+        Returns:
+            Logits, (..., V), in the dtype of `hidden`.
+        """
         logits = head_logits(hidden, self)
         return logits if self.bias is None else logits + self.bias.to(hidden.dtype)
 
     def extra_repr(self) -> str:
+        """Describe the head, as `print(model)` shows it.
+
+        Returns:
+            Its sizes.
+        """
         return f"vocabulary={self.shape[0]}, hidden_size={self.shape[1]}, bias={self.bias is not None}"
 
 

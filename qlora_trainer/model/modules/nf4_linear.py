@@ -86,6 +86,14 @@ class NF4Linear(nn.Module):
         self,
         x: Tensor,  # (..., I)
     ) -> Tensor:  # (..., O), dtype of x
+        """Multiply with the dequantized weight, and add the bias.
+
+        Args:
+            x: input, (..., I).
+
+        Returns:
+            Output, (..., O), in the dtype of `x`.
+        """
         return nf4_linear(x, self.nf4_weight, self.bias)
 
     def __getattr__(self, name: str) -> Any:
@@ -98,6 +106,11 @@ class NF4Linear(nn.Module):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
+        """Describe the layer, as `print(model)` shows it.
+
+        Returns:
+            Its sizes.
+        """
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 

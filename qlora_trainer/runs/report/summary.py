@@ -47,7 +47,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
-        ("backward", f"{run.state.policy}; little is kept by {run.state.patches}"),
+        ("activation checkpointing", f"{run.state.policy}; memory-efficient: {run.state.patches}"),
         ("optimizer", f"{run.config.optimizer.name}, state {gibibytes(optimizer.state_bytes)}, {pages}"),
         (
             "training rows",

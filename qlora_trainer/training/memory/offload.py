@@ -31,6 +31,17 @@ class RecomputedLayer:
         self.inputs = inputs
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; in training keep only its input, from which backward runs it again.
+
+        Args:
+            hidden: the layer's input.
+            *args: other arguments of the layer.
+            **kwargs: other arguments by name.
+
+        Returns:
+            The layer's output.
+        """
+
         def run(hidden: Tensor, *args: Any) -> Any:
             return type(self.layer).forward(self.layer, hidden, *args, **kwargs)
 
@@ -72,7 +83,7 @@ class OffloadedInputs:
         last = None if self._last is None else self._last()
         if last is not None:
             last.release()
-        before = last if last is not None and last.gave(hidden) else None  # else a new forward pass has begun
+        before = last if last is not None and last.produced(hidden) else None  # else a new forward pass has begun
         kept = KeptInput(hidden, run, before, self.every)
         self._last = weakref.ref(kept)
         return kept
@@ -84,7 +95,7 @@ class KeptInput:
     Args:
         hidden: the input.
         run: the layer's forward.
-        before: the input of the layer whose output this is; None where it is none's.
+        before: the input of the layer whose output this is; None if it is no layer's output.
         every: one input of so many is on the host.
     """
 
@@ -99,18 +110,23 @@ class KeptInput:
         self._copy = HostCopy(hidden.detach()) if self.depth == 0 else None
         self._again: Tensor | None = None  # made again, until this layer's backward takes it
 
-    def gave(self, hidden: Tensor) -> bool:
+    def produced(self, hidden: Tensor) -> bool:
         """Return True if `hidden` is this layer's own output, untouched.
 
         Args:
             hidden: input of another layer.
 
         Returns:
-            Whether it is.
+            True if it is.
         """
         return self._output is not None and self._output() is hidden
 
     def note_output(self, output: Any) -> None:
+        """Remember the layer's output, to recognize it as the next layer's input.
+
+        Args:
+            output: of the layer.
+        """
         self._output = weakref.ref(_first(output))
 
     def release(self) -> None:
@@ -130,6 +146,14 @@ class KeptInput:
         return self if tensor is self._input() else tensor
 
     def unpack(self, packed: "Tensor | KeptInput") -> Tensor:
+        """Give backward the layer's input again; called by autograd.
+
+        Args:
+            packed: what `pack` returned.
+
+        Returns:
+            The tensor that was saved.
+        """
         if isinstance(packed, Tensor):
             return packed
         hidden, self._again = self.value(), None
@@ -155,6 +179,11 @@ class KeptInput:
         return self._again
 
     def output_again(self) -> Tensor:
+        """Run the layer again for the input of the layer after it.
+
+        Returns:
+            The layer's output, without a graph.
+        """
         assert self._random is not None
         hidden = self.value()
         with torch.no_grad(), self._random.restored():

@@ -54,7 +54,7 @@ def try_paging(index: int) -> None:
     F.fill(buffer, VALUE)
     torch.cuda.synchronize()
     if not bool((buffer == VALUE).all()):
-        sys.exit("managed memory that was filled on the card reads otherwise on the host")
+        sys.exit("managed memory that was filled on the card reads differently on the host")
     print(SUCCESS, flush=True)
 
 

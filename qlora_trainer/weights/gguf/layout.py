@@ -96,7 +96,10 @@ def translate_tensors(
             f"{', '.join(missing[:3])}. It may be damaged, or of a variant that transformers does not know."
         )
     if doubled := sorted(name for name in expected if made[name] > 1):
-        raise ModelError(f"{path} holds more than one tensor for {', '.join(doubled[:3])}.")
+        raise ModelError(
+            f"{path} holds more than one tensor for {', '.join(doubled[:3])}. Download it again, or use the model's "
+            "safetensors directory."
+        )
     return {gguf_name: found for gguf_name, found in translations.items() if found.name in expected}
 
 

@@ -115,7 +115,7 @@ def test_what_killed_preparations_left_is_removed_and_the_work_of_living_ones_is
         assert sorted(entry.name for entry in tmp_path.iterdir()) == [alive.name, "set"]
 
 
-def test_a_cache_that_is_a_file_is_a_message(tmp_path):
+def test_a_cache_that_is_a_file_ends_with_an_error_message(tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(DiskError, match="set XDG_CACHE_HOME to another folder"), new_store(tmp_path / "cache" / "set"):
         raise AssertionError("there is nowhere to write")

@@ -142,7 +142,7 @@ def test_what_is_no_json_is_named_by_row_line_and_column(tmp_path, monkeypatch, 
         ("[" * 10 + "{", r"begins a JSON array"),
     ],
 )
-def test_a_file_that_is_another_kind_of_json_is_reported_so(tmp_path, content, words):
+def test_a_file_that_is_another_kind_of_json_gets_its_own_message(tmp_path, content, words):
     with pytest.raises(DataError, match=words):
         raise_first(read_jsonl(write(tmp_path, "x.jsonl", content)))
 

@@ -295,4 +295,4 @@ def test_what_peft_takes_for_experts_is_reported(
     """A layer without experts has an MLP whose projections are called as an expert's."""
     run = start_run(tiny_config(model={"name": str(tiny_models("qwen3_moe"))}))
     (reported,) = [warning for warning in run.warnings if "PEFT" in warning]
-    assert "adapters on down_proj, gate_proj, up_proj for adapters on its experts" in reported
+    assert "adapters on down_proj, gate_proj, up_proj for adapters on experts" in reported

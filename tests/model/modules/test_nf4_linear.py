@@ -44,7 +44,7 @@ def test_a_layer_quantized_otherwise_is_refused(settings: dict, reason: str) -> 
         adopt_linear4bit(quantized(**settings))
 
 
-def test_a_model_that_reads_a_4_bit_layers_weight_is_reported_so() -> None:
+def test_a_model_that_reads_a_4_bit_layers_weight_is_refused() -> None:
     """As the fused path of a Mamba does: the error message comes in whatever forward is the first."""
     layer = NF4Linear(quantize_weight(torch.ones(96, 64)), None)
     assert not hasattr(layer, "weight")

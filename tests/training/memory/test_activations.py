@@ -101,7 +101,7 @@ def test_inputs_that_are_no_layers_output_are_let_go_of_too(state: TrainState, m
         copies.append(copy)
 
     monkeypatch.setattr(HostCopy, "__init__", noting)
-    monkeypatch.setattr(KeptInput, "gave", lambda kept, hidden: False)
+    monkeypatch.setattr(KeptInput, "produced", lambda kept, hidden: False)
     assert torch.equal(gradient(state, Policy("offload", offload_every_n_layers=2)), kept)
     assert len(copies) >= 5
 

@@ -54,7 +54,7 @@ def test_memory_that_reads_otherwise_than_it_was_filled_is_refused(
     bitsandbytes_of_the_child: Callable[..., Path],
 ) -> None:
     bitsandbytes_of_the_child("return torch.zeros(shape, dtype=dtype)", fill="buffer[:-1] = value")
-    assert "reads otherwise on the host" in paging_refusal(CARD)
+    assert "reads differently on the host" in paging_refusal(CARD)
 
 
 def test_a_child_without_an_answer_is_ended(
