@@ -85,6 +85,7 @@ PROVED_BY_THEIR_USERS = {
     "qlora_trainer.data.rendering.markers",
     "qlora_trainer.data.rendering.omissions",
     "qlora_trainer.data.rendering.pieces",
+    "qlora_trainer.data.rendering.prompts",
     "qlora_trainer.model.pretrained",
     "qlora_trainer.model.sentencepiece_model",
     "qlora_trainer.runs.report.style",
