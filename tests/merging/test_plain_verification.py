@@ -139,7 +139,7 @@ def base_without_template(directory: Path) -> Path:
 
 
 def check_what_others_read(directory: Path, stops: list[int]) -> None:
-    """By the rules of llama.cpp's converter and of vLLM: ids below the embedding's rows, a template, a list of stops."""
+    """By the rules of llama.cpp's converter and of vLLM: ids that the embedding has, a template, a list of stops."""
     rows = json.loads((directory / "config.json").read_text())["vocab_size"]
     added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
     assert all(token["id"] < rows for token in added)
