@@ -37,48 +37,71 @@ class TemplateLimitError(TemplateRuntimeError):
 
 
 class _Watch:
-    """Limit the renderings of one thread at a time, from another that lives while there are any."""
+    """Limit the renderings of one thread at a time, from another that lives while there are any.
+
+    A rendering takes no lock, as there are millions: only an error that is being raised makes it wait.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._current: tuple[int, float] | None = None  # the thread, and its processor time when the rendering began
+        self._raising = False
         self._thread: threading.Thread | None = None
         self._last = 0.0
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Raise TemplateLimitError in the block where it takes too long, or too much memory."""
-        thread = threading.get_ident()
-        with self._lock:
-            self._current = thread, time.thread_time()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="template watch", daemon=True)
-                self._thread.start()
+        self._current = threading.get_ident(), time.thread_time()
+        if self._thread is None:
+            self._start()
         try:
             yield
         finally:
-            with self._lock:
-                self._current, self._last = None, time.monotonic()
-                _raise_in(thread, None)  # an error that comes too late is none
+            self._current = None
+            if self._raising:
+                with self._lock:  # an error that comes too late is none
+                    self._raising = False
+                    _raise_in(threading.get_ident(), None)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._last = time.monotonic()
+                self._thread = threading.Thread(target=self._look, name="template watch", daemon=True)
+                self._thread.start()
 
     def _look(self) -> None:
         process = psutil.Process()
         seen: tuple[int, float] | None = None
-        memory = 0
+        memory: int | None = None
         while True:
             time.sleep(_LOOK_EVERY)
-            with self._lock:
-                if self._current is None and time.monotonic() - self._last > _IDLE:
+            current = self._current
+            if current is None:
+                if time.monotonic() - self._last > _IDLE:
                     self._thread = None
                     return
-                if self._current is not seen:
-                    seen, memory = self._current, process.memory_info().rss
-                elif seen is not None:
-                    thread, began = seen
-                    took = _processor_time(thread) - began
-                    if took > SECONDS or process.memory_info().rss - memory > BYTES:
-                        _raise_in(thread, TemplateLimitError)
-                        seen = self._current = None
+                continue
+            self._last = time.monotonic()
+            if current is not seen:
+                seen, memory = current, None
+            elif memory is None:
+                memory = process.memory_info().rss
+            elif (
+                _processor_time(current[0]) - current[1] > SECONDS or process.memory_info().rss - memory > BYTES
+            ) and self._end(current):
+                seen = None
+
+    def _end(self, rendering: tuple[int, float]) -> bool:
+        """Raise the error in a rendering, if it is still going on."""
+        with self._lock:
+            self._raising = True
+            if self._current is not rendering:
+                self._raising = False
+                return False
+            _raise_in(rendering[0], TemplateLimitError)
+            return True
 
 
 _WATCH = _Watch()

@@ -43,8 +43,8 @@ def is_prompt(
 
     place = None if end is None else next((place for place in places or () if place.start >= end), None)
     if place and end is not None and (found := markers.prompt_and_text(dialogue, parts, place.part)) is not None:
-        prompt, before = found
-        return is_same(prompt, before[: len(before) - (place.start - end)])
+        given, before = found
+        return is_same(given, before[: len(before) - (place.start - end)])
     answers = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
     turn = place.part[0] if place else max(answers, default=0)
     prompt = prompt_of(template, dialogue, turn)
