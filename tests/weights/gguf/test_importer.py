@@ -210,14 +210,6 @@ def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
     assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
 
 
-def test_rope_divisors_of_another_kind_are_recorded_as_unused(tmp_path: Path) -> None:
-    divisors = np.linspace(1.0, 3.0, HEAD_DIM // 2, dtype=np.float32)
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == ["rope_freqs.weight"]
-    assert json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
-
-
 def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
     first = import_gguf(path, tmp_path / "cache", silent)
