@@ -26,11 +26,10 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ import torch
 
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
+from benchmarks.processes import forget_pages, run_part
 from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
@@ -208,14 +208,6 @@ def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:
             os.fsync(file.fileno())
 
 
-def forget_pages(files: Iterable[Path]) -> None:
-    """Drop files from the page cache, as far as the system lets us."""
-    for path in files:
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the step in a process of its own; say why it was left out, where memory is short."""
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
@@ -223,12 +215,8 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
         reason = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return {"left_out": reason}
-    command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
-    done = subprocess.run(
-        [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = ("--directory", str(directory), "--shard-size", arguments.shard_size)
+    return run_part("benchmarks.merge_7b", "--step", step, *options)
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

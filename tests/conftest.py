@@ -122,6 +122,12 @@ def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_base(tmp_path: Path) -> Path:
+    """A model directory that a test may change."""
+    return make_model_directory(tmp_path / "own-base")
+
+
+@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Twenty chat rows of uneven length."""
     path = tmp_path / "rows.jsonl"

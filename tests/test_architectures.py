@@ -13,6 +13,7 @@ import torch
 from marks import slow_but
 from merge_runs import merge_to
 from safetensors.torch import load_file
+from tiny_runs import quiet
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -37,10 +38,6 @@ DENSE = [
 EXPERTS = ["mixtral", "qwen3_moe"]
 FUSED = {"gpt2": {"c_attn": ["query", "value"]}, "phi3": {"qkv_proj": ["query", "value"], "gate_up_proj": ["up"]}}
 ROWS = [list(range(3, 45)), [9, 8, 7, 6, 5], list(range(120, 60, -2))]
-
-
-def quiet(_metrics: dict[str, Any]) -> None:
-    pass
 
 
 def config_of(tiny_config: Config, directory: Path, output: str = "run", **adapter: Any) -> RunConfig:

@@ -4,6 +4,7 @@ A source has one format. Whoever reads it asks for the first row's and holds the
 formats are mixed is an error at the first row that differs. Left out: reading the row (parse.py).
 """
 
+import re
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import PurePath
@@ -19,6 +20,7 @@ from qlora_trainer.data.reading.data_file import HEADER_KINDS, kind_of
 from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
 from qlora_trainer.data.reading.values import listed
 
+_NUMBER = re.compile(r"-?[0-9]+(_[0-9]+)?")  # and what a repeated one is called
 _TOOLS = ("tools", "functions")
 _MOST_NAMED = 20
 
@@ -200,7 +202,7 @@ def _hint(record: Mapping[str, Any], made: Collection[str], where: str) -> str:
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
             return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
     is_table = kind_of(PurePath(where.rpartition(", ")[0])) in HEADER_KINDS
-    if is_table and any(len(name) > 40 or name.strip().lstrip("-").isdecimal() for name in record):
+    if is_table and any(len(name) > 40 or _NUMBER.fullmatch(name.strip()) for name in record):
         names = override("data.header", [f"column{number + 1}" for number in range(len(record))])
         return f" Is the first line of the file a row, not the columns' names? Then name them, such as: {names}."
     lines = "" if made else near_miss(record, [name for name in record if has_meaning(name)])

@@ -1,4 +1,4 @@
-"""Know what names of columns and keys mean to formats and trainers, so that none is left out in silence.
+"""List what names of columns and keys mean to formats and trainers, so that none is left out in silence.
 
 Two kinds have a meaning: marks, which say whether or how much a row or turn is trained (label, score, weight, mask, …),
 and texts that a model would be given or taught (system, input, context, rejected, …). Names are compared by their

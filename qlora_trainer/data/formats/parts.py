@@ -22,7 +22,7 @@ _NAMED = frozenset((*_CALLS, *_RESULTS))
 
 @dataclass(frozen=True)
 class PartsContent:
-    """What the parts of one turn say."""
+    """Hold what the parts of one turn say."""
 
     said: str
     reasoning: str

@@ -27,7 +27,7 @@ _ROLE = "system|user|assistant|tool|human|model|developer|ipython"
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of template: how a turn of a role is opened, and how each is closed."""
+    """Describe a kind of template: how a turn of a role is opened, and how each is closed."""
 
     name: str
     opening: str  # a regular expression with a group "role"
@@ -131,7 +131,7 @@ def _instructions(text: str) -> list[Message] | None:
 
 @dataclass(frozen=True)
 class Frame:
-    """The text of a template around turns, found by experiment: before, between and after what they say."""
+    """Hold the text of a template around turns, found by experiment: before, between and after what they say."""
 
     before: str
     to_answer: tuple[str, ...]  # between what is asked and an answer; the last answer's may differ

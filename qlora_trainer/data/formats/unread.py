@@ -34,7 +34,7 @@ _MOST_NAMED = 6
 
 
 class UnreadColumns:
-    """Checks the columns of one source's rows, and counts those that are not used in `unused`.
+    """Check the columns of one source's rows, and count those that are not used in `unused`.
 
     Args:
         columns: {our column: path}.

@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as arrow
 
@@ -24,21 +23,17 @@ from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
 from qlora_trainer.data.preparation.limits import skip_limit_setting
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
 from qlora_trainer.data.preparation.reports import places_in_words
+from qlora_trainer.data.preparation.row_chunks import Records
 from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader
 from qlora_trainer.data.preparation.store_writer import make_block
-from qlora_trainer.data.reading.json_layouts import Record
-from qlora_trainer.data.reading.values import MOST_LEVELS
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.own_ids import OwnIds, refuse_other_ids
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.spans import Rendering
 from qlora_trainer.data.types import Example, Row
 
-_CHUNK_ROWS = 256
-_CHUNK_CHARACTERS = 1 << 20  # a chunk of long documents has fewer rows, so that memory stays bounded
 _CHUNKS_AHEAD = 2  # rendered, and waiting to be tokenized or finished
 
-Records = Sequence[tuple[str, Record | DataError]]
 Job = tuple[int, DataFormat, Records]  # a source's index, how it is read, and some of its records
 
 
@@ -298,56 +293,9 @@ def _with_defaults(file: SourceFile, config: DataConfig) -> SourceFile:
     )
 
 
-def in_chunks(records: Iterable[tuple[str, Record | DataError]]) -> Iterator[Records]:
-    """Collect records in chunks of bounded size: a bound on rows, and one on their text.
-
-    Args:
-        records: each with its place.
-
-    Yields:
-        Some records.
-
-    Raises:
-        DataError: reading failed. What was read before comes first, so that a bad row there is reported rather than
-            what follows.
-    """
-    chunk: list[tuple[str, Record | DataError]] = []
-    characters = 0
-    try:
-        for where, record in records:
-            if not isinstance(record, DataError):
-                try:
-                    characters += _characters(record)
-                except RecursionError:
-                    message = (
-                        f"{where}: its objects and lists lie in each other more than {MOST_LEVELS} deep. Flatten it."
-                    )
-                    record = DataError(message)
-            chunk.append((where, record))
-            if len(chunk) == _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-                yield chunk
-                chunk, characters = [], 0
-    except DataError:
-        if chunk:
-            yield chunk
-        raise
-    if chunk:
-        yield chunk
-
-
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:
     if vocab_size is not None and max(example.input_ids) >= vocab_size:
         raise DataError(
             f"{where}: the tokenizer gives token {max(example.input_ids)}, but the model has only {vocab_size} "
             "embeddings. Use the tokenizer that belongs to the model."
         )
-
-
-def _characters(value: Any, depth: int = 0) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if depth > MOST_LEVELS:
-        raise RecursionError
-    if isinstance(value, dict):
-        return sum(_characters(inner, depth + 1) for inner in value.values())
-    return sum(_characters(inner, depth + 1) for inner in value) if isinstance(value, list) else 0

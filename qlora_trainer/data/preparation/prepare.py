@@ -25,7 +25,6 @@ from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quot
 from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
-    in_chunks,
     make_chunks,
     source_files,
     tokenizer_identity,
@@ -44,6 +43,7 @@ from qlora_trainer.data.preparation.reports import (
     source_warnings,
     train_repeats,
 )
+from qlora_trainer.data.preparation.row_chunks import in_chunks
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
 from qlora_trainer.data.reading.digests import FileDigests

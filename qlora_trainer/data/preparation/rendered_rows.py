@@ -28,7 +28,7 @@ _MARKERS = re.compile(r"Qr7f[0-9]Q")
 
 
 class RenderedRows:
-    """Reads rows of one model.
+    """Read rows of one model.
 
     Args:
         tokenizer: of the model.

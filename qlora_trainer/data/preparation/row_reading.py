@@ -14,7 +14,7 @@ FoundRow = tuple[str, Row] | LeftOutError | DataError
 
 
 class SourceReader:
-    """Reads the records of one source; `reader` counts what it did not use.
+    """Read the records of one source; `reader` counts what it did not use.
 
     Args:
         settings: of the source.

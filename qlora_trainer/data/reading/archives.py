@@ -32,7 +32,7 @@ _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class Member(NamedTuple):
-    """One file of an archive."""
+    """Describe one file of an archive."""
 
     name: str
     size: int  # unpacked bytes
@@ -149,7 +149,7 @@ def _tar_members(path: Path) -> Generator[Member, None, None]:
 
 
 class _Watched:
-    """Reads a stream for tarfile, and keeps the last bytes of it.
+    """Read a stream for tarfile, and keep the last bytes of it.
 
     Args:
         stream: a tar file.

@@ -68,7 +68,7 @@ def read_arrow(file: DataFile) -> Iterator[Placed]:
 
 
 class _Places:
-    """Number the rows of a file."""
+    """Count the rows of a file."""
 
     def __init__(self) -> None:
         self.done = 0

@@ -64,7 +64,7 @@ class RecordSource:
 
 @dataclass(frozen=True)
 class Content:
-    """What was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
+    """Hold what was found in a file: its sha256 in hexadecimal, and how many newline characters it has."""
 
     sha256: str
     lines: int | None = None

@@ -23,7 +23,7 @@ _ROLES = re.compile(
 
 
 class WholeFile(Record):
-    """A row that is all that its file holds: perhaps the rows that are meant are inside it."""
+    """Represent a row that is all that its file holds: perhaps the rows that are meant are inside it."""
 
 
 def is_turn(value: Any) -> bool:

@@ -25,7 +25,7 @@ _LONGEST_LITERAL = 16  # characters of -Infinity and some more: an error so near
 
 
 class RowDecoder:
-    """Decodes one JSON value at a time, and notes a key that is there twice in one object."""
+    """Decode one JSON value at a time, and note a key that is there twice in one object."""
 
     def __init__(self) -> None:
         self.repeated: list[str] = []  # keys, in the value decoded last
@@ -110,7 +110,7 @@ def _way_out(line: str, file: DataFile) -> str:
 
 
 class Window:
-    """The part of a long text that is in memory, with its place in the whole.
+    """Hold the part of a long text that is in memory, with its place in the whole.
 
     Args:
         file: the file.

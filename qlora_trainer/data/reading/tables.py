@@ -82,7 +82,7 @@ def read_table(file: DataFile, delimiter: str) -> Iterator[Placed]:
 
 
 class ColumnNames:
-    """The names of a table's columns.
+    """Hold the names of a table's columns.
 
     An empty name is none: such a column is left out of rows where it is empty, and is column_3 elsewhere. Names that
     are there more than once are numbered, so that none is taken for the column that is meant.

@@ -80,7 +80,7 @@ def _check_is_no_pointer(file: DataFile, head: bytes) -> None:
 
 
 class _Unpacking(io.RawIOBase):
-    """What comes out of a compressed file; the error where that fails says how far it went.
+    """Read what comes out of a compressed file; the error where that fails says how far it went.
 
     Args:
         file: for errors.

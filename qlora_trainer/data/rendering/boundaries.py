@@ -82,7 +82,7 @@ class Boundaries:
         alone = self._known.get(known)
         if alone is None:
             found = self._backend.encode(text[start:end], add_special_tokens=False)
-            alone = found.ids if first == second else found.ids[_second_word(found.words, 0, len(found.ids)) :]
+            alone = found.ids if first == second else found.ids[_second_word(found.word_ids, 0, len(found.ids)) :]
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[known] = alone
@@ -98,7 +98,7 @@ class Boundaries:
         for index in range(stop - 1, max(stop - _WORDS, 0) - 1, -1):
             if ids[index] in self._added:
                 return index, index
-        words = encoding.words
+        words = encoding.word_ids
         count = 0
         for index in range(stop - 1, 0, -1):
             if ids[index] in self._added:

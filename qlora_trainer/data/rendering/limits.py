@@ -33,7 +33,7 @@ class TemplateLimitError(TemplateRuntimeError):
 
 
 class _Watch:
-    """Watch the renderings of one thread at a time, from another that lives while there are any."""
+    """Limit the renderings of one thread at a time, from another that lives while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -89,12 +89,12 @@ def _processor_time(thread: int) -> float:
 
 
 def _raise_in(thread: int, error: type[Exception] | None) -> None:
-    """Have a thread raise an error before its next step in Python; with None, take that back."""
+    """Make a thread raise an error before its next step in Python; with None, take that back."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
 def limit_operations(environment: Any) -> None:
-    """Have an environment refuse operations whose value would be huge: products, powers, padding, formats.
+    """Make an environment refuse operations whose value would be huge: products, powers, padding, formats.
 
     Args:
         environment: jinja2's SandboxedEnvironment, changed in place; templates that are compiled in it from now on are

@@ -38,6 +38,7 @@ class Markers:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._experiments: dict[object, list[str] | None] = {}  # by shape
+        self._prompts: dict[tuple[object, Part], tuple[str, str]] = {}
 
     def places(self, dialogue: Dialogue, text: str, parts: Mapping[Part, str]) -> list[Place] | None:
         """Find every place in a rendering where a part is.
@@ -65,12 +66,38 @@ class Markers:
             position = end + len(after)
         return places if position == len(text) else None
 
+    def prompt_and_text(self, dialogue: Dialogue, parts: Mapping[Part, str], part: Part) -> tuple[str, str] | None:
+        """Render the turns before an answer as a prompt, and the whole up to a part of that answer, with markers.
+
+        Args:
+            dialogue: that was rendered.
+            parts: text by (turn, part); markers take their place.
+            part: of an answer.
+
+        Returns:
+            Both texts; None where they depend on the row's own words, or the template refuses one of them.
+        """
+        shape = _shape(dialogue, parts)
+        if shape is None:
+            return None
+        if (shape, part) not in self._prompts:
+            marked = _marked(dialogue, parts, _NONCE)
+            try:
+                prompt = self.template.text(marked.beginning(part[0]), "an experiment", generation=True)
+                text = self.template.text(marked, "an experiment").partition(_marker(_NONCE, part))[0]
+            except DataError:
+                return None
+            if len(self._prompts) >= _MOST_SHAPES:
+                self._prompts.clear()
+            self._prompts[shape, part] = prompt, text
+        return self._prompts[shape, part]
+
     def _experiment(self, dialogue: Dialogue, parts: Mapping[Part, str], nonce: str) -> list[str] | None:
         """Render markers in the place of `parts`, and cut at them: text, turn, part, text, turn, part, text."""
         shape = _shape(dialogue, parts) if nonce == _NONCE else None
         if shape is not None and shape in self._experiments:
             return self._experiments[shape]
-        marked = with_parts(dialogue, {part: f"Q{nonce}m{part[0]}p{part[1]}Q" for part in parts})
+        marked = _marked(dialogue, parts, nonce)
         try:
             pieces = re.split(f"Q{nonce}m([0-9]+)p([0-9]+)Q", self.template.text(marked, "an experiment"))
         except DataError:
@@ -80,6 +107,14 @@ class Markers:
                 self._experiments.clear()
             self._experiments[shape] = pieces
         return pieces
+
+
+def _marker(nonce: str, part: Part) -> str:
+    return f"Q{nonce}m{part[0]}p{part[1]}Q"
+
+
+def _marked(dialogue: Dialogue, parts: Mapping[Part, str], nonce: str) -> Dialogue:
+    return with_parts(dialogue, {part: _marker(nonce, part) for part in parts})
 
 
 def _shape(dialogue: Dialogue, parts: Mapping[Part, str]) -> object | None:

@@ -19,6 +19,7 @@ from qlora_trainer.data.rendering.dialogue import (
     CONTENT,
     REASONING,
     Dialogue,
+    Part,
     make_dialogue,
     nonce_for,
     shielded,
@@ -37,6 +38,7 @@ from qlora_trainer.data.rendering.omissions import (
     turns_without_reasoning,
 )
 from qlora_trainer.data.rendering.pieces import cut, shared_ends, unshielded
+from qlora_trainer.data.rendering.prompts import PROMPT_DIFFERS, is_prompt, prompt_of
 from qlora_trainer.data.rendering.templates import Blocks, ChatTemplate
 from qlora_trainer.data.types import Conversation
 
@@ -47,10 +49,6 @@ END_ADDED = "the chat template ends no turn with a control token: the end-of-tex
 REASONING_LEFT_OUT = "the chat template leaves out the reasoning of earlier turns: those turns are not trained"
 IDS_NUMBERED = "the chat template asks for ids of tool calls of nine characters: calls were numbered"
 REASONING_NOT_SHOWN = "the chat template leaves out the reasoning of earlier turns, which are not trained"
-PROMPT_DIFFERS = (
-    "the chat template's generation prompt adds text, such as an opened reasoning block, that the last answer lacks: "
-    "training and generation use different prompts"
-)
 
 _Result = TypeVar("_Result")
 
@@ -102,7 +100,8 @@ class SpanFinder:
         dialogue, shields = self._dialogue(conversation, where)
         (text, blocks), dialogue, warnings = self._accepted(dialogue, template.text_and_blocks, where)
         check_tools(template, dialogue, text, where)
-        chosen, left_out, places = self._places(dialogue, text, set(targets), others, wanted, where)
+        parts = text_parts(dialogue)
+        chosen, left_out, places = self._places(dialogue, text, parts, set(targets), others, wanted, where)
         warnings += left_out
         spans = None if places is None else self._spans(dialogue, text, places, chosen)
         whole = spans
@@ -114,9 +113,10 @@ class SpanFinder:
             text, spans = self._last_turn_alone(dialogue, chosen, set(wanted), others, where)
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
             warnings.append(LAST_TURN_ONLY)
-        elif whole and not others and self._prompt_goes_on(text, max(whole), dialogue, whole):
-            warnings.append(PROMPT_DIFFERS)
         ends = self._prompt_ends(dialogue, text, places, whole or spans, others)
+        end = ends[-1] if ends else None
+        if (ends or others) and not is_prompt(self.markers, dialogue, text, parts, places, end):
+            warnings.append(PROMPT_DIFFERS)
         if template.end_of_turn is None and dialogue.messages[-1]["role"] == "assistant":
             pieces = cut(text.rstrip(), spans.values(), others, ends)
             pieces.append(Span(template.eos_token, trained=(len(dialogue.messages) - 1 in chosen) != others))
@@ -126,14 +126,20 @@ class SpanFinder:
         return Rendering(unshielded(pieces, shields), tuple(warnings))
 
     def _places(
-        self, dialogue: Dialogue, text: str, chosen: set[int], others: bool, wanted: Collection[int], where: str
+        self,
+        dialogue: Dialogue,
+        text: str,
+        parts: dict[Part, str],
+        chosen: set[int],
+        others: bool,
+        wanted: Collection[int],
+        where: str,
     ) -> tuple[set[int], list[str], list[Place] | None]:
         """Find what the turns say, and refuse or report what the template leaves out: (chosen turns, warnings, places).
 
         There are no places where the template defeats markers.
         """
         template = self.template
-        parts = text_parts(dialogue)
         places = self.markers.places(dialogue, text, parts)
         if places is None:
             check_nothing_left_out(template, dialogue, text, where)
@@ -262,8 +268,12 @@ class SpanFinder:
             return [blocks[0][0] for turn, blocks in spans.items() if dialogue.messages[turn]["role"] == "assistant"]
         last = _last_answer(dialogue)
         found = self._spans(dialogue, text, places, {last}) if places else None
-        is_trained = last not in spans and dialogue.messages[last]["role"] == "assistant"
-        return [found[last][0][0]] if found and last in found and is_trained else []
+        if last in spans or dialogue.messages[last]["role"] != "assistant":
+            return []
+        if found and last in found:
+            return [found[last][0][0]]
+        prompt = prompt_of(self.template, dialogue, last)
+        return [len(prompt)] if prompt and text.startswith(prompt) else []
 
     def _start(self, dialogue: Dialogue, text: str, places: Sequence[Place], index: int) -> int | None:
         """Find where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""
@@ -295,12 +305,6 @@ class SpanFinder:
         last = len(dialogue.messages) - 1
         marked = with_parts(dialogue, {(last, CONTENT): marker})
         return self.template.text(marked, "an experiment", generation=True).rpartition(marker)[2].rstrip(" ")
-
-    def _prompt_goes_on(self, text: str, turn: int, dialogue: Dialogue, spans: Mapping[int, Blocks]) -> bool:
-        header = self.template.header
-        if dialogue.messages[turn]["role"] != "assistant" or not header:
-            return False
-        return not text.endswith(header, 0, spans[turn][0][0])
 
     def _end(self, message: Mapping[str, object], text: str, places: Sequence[Place], index: int) -> int | None:
         """Find the end of the token that ends the turn; where a template has none, of what the turn says."""

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on how long the rows of a forward pass are.
+"""Handle rotary embeddings whose frequencies depend on how long the rows of a forward pass are.
 
 LongRoPE (Ding et al. 2024, arXiv:2402.13753), as transformers has it, takes other frequencies for the whole forward
 pass if its longest row is beyond the original positions. Dynamic NTK takes others for each length beyond them, and

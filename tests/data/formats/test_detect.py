@@ -69,7 +69,7 @@ def first_row(path):
         ),
         ("e2e/test.jsonl", r"nothing called completion. .*'data.columns={completion: references.0}'"),
         ("poem_sentiment/train.tsv", r"name them, such as: 'data.header=\[column1, column2, column3"),
-        ("poem_sentiment/dev.tsv", r"where the file has no such line, name them: data.header"),
+        ("poem_sentiment/dev.tsv", r"name them, such as: 'data.header=\[column1, column2, column3"),
     ],
 )
 def test_real_files_that_cannot_be_read_as_they_are_say_what_to_do(shared_data, name, words):

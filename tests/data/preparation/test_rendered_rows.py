@@ -154,7 +154,7 @@ def test_a_null_value_is_named_with_the_way_out_and_the_other_bad_rows(tmp_path)
     message = refusal(tmp_path, rows)
     assert message == (
         "rows.jsonl, line 2: answer is null. Correct it (and 2 more: lines 4, 5), or skip such rows: "
-        "'data.on_bad_row=skip' 'data.max_skipped=0.6'."
+        "'data.on_bad_row=skip'."
     )
     found = prepared(tmp_path, rows, ways(message)[-1])
     assert len(found.train) == 37
