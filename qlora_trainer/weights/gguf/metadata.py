@@ -42,10 +42,8 @@ class Metadata:
         Returns:
             Warnings for the user.
         """
-        if not self.others:
-            return []
-        shown = ", ".join(self.others[:5])
-        return [f"Metadata of the GGUF file that say nothing of its model are not read: {shown}."]
+        what = "Metadata of the GGUF file that say nothing of its model are not read"
+        return [f"{what}: {', '.join(self.others[:5])}."] if self.others else []
 
 
 @dataclass

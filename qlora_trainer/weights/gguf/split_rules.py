@@ -81,7 +81,11 @@ _RULES: dict[tuple[str, ...], str] = {
     (
         r"\p{Han}+",
         _cased_words(
-            r"\p{N}{1,3}", f"{_SHORT_FORMS}?", *(f"{each[:-1]}{_NOT_HAN}]" for each in (_UPPER, _LOWER)), r"[\r\n]*"
+            r"\p{N}{1,3}",
+            f"{_SHORT_FORMS}?",
+            upper=f"{_UPPER[:-1]}{_NOT_HAN}]",
+            lower=f"{_LOWER[:-1]}{_NOT_HAN}]",
+            after=r"[\r\n]*",
         ),
     ): "kimi-k2",
     (

@@ -1,6 +1,7 @@
 """The config of an imported GGUF file says what its metadata say: the imported model computes what the file's does."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ KEYS: dict[str, object] = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
 }
-RMS, NORM = {"attention.layer_norm_rms_epsilon": 1e-3}, {"attention.layer_norm_epsilon": 1e-3}
+RMS: dict[str, object] = {"attention.layer_norm_rms_epsilon": 1e-3}
+NORM: dict[str, object] = {"attention.layer_norm_epsilon": 1e-3}
 SCALING = "rope.scaling."
-YARN = {f"{SCALING}type": "yarn", f"{SCALING}factor": 4.0, f"{SCALING}original_context_length": 64}
+YARN: dict[str, object] = {f"{SCALING}type": "yarn", f"{SCALING}factor": 4.0, f"{SCALING}original_context_length": 64}
 FACTORS = {
     "rope_factors_long.weight": np.array([1.0, 2.0, 4.0, 8.0, 9.0, 10.0], np.float32),
     "rope_factors_short.weight": np.array([1.0, 1.5, 2.0, 2.5, 2.5, 3.0], np.float32),
@@ -71,7 +73,7 @@ class Kind:
     architecture: str
     config: type[PretrainedConfig]
     settings: dict[str, Any]
-    keys: dict[str, object]
+    keys: Mapping[str, object]
     factors: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -86,7 +88,7 @@ def of_layers(full: dict[str, Any], local_theta: float = 10000.0) -> dict[str, A
 
 EPSILON = {"rms_norm_eps": 1e-3}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8} | EPSILON
-GEMMA_KEYS = {"attention.key_length": 32, "attention.value_length": 32, "attention.sliding_window": 8} | RMS
+GEMMA_KEYS = RMS | {"attention.key_length": 32, "attention.value_length": 32, "attention.sliding_window": 8}
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 KINDS = {
     "linear scaling": Kind(
@@ -233,7 +235,7 @@ def test_imported_model_computes_what_the_metadata_say(tmp_path: Path, name: str
     kind = KINDS[name]
     path = tmp_path / "model.gguf"
     config = kind.config(**{**SHAPE, **kind.settings})
-    model = write_model(path, kind.architecture, config, KEYS | kind.keys, kind.factors)
+    model = write_model(path, kind.architecture, config, {**KEYS, **kind.keys}, kind.factors)
     directory, ours = imported(path, tmp_path / "cache")
     tokens = torch.arange(100)[None]
     with torch.no_grad():
