@@ -13,15 +13,15 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _NOT_HAN = r"&&[^\p{Han}]"
 
 
-def _words(digits: str, letters: str = r"\p{L}+", other: str = r"[^\s\p{L}\p{N}]", after: str = r"[\r\n]*") -> str:
+def _words(digits: str, word: str = r"\p{L}+", other: str = r"[^\s\p{L}\p{N}]", after: str = r"[\r\n]*") -> str:
     """Return the rule of Llama 3 and its many relatives; a word takes the one character before it."""
-    return rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?{letters}|{digits}| ?{other}+{after}|{_ENDS}"
+    return rf"{_SHORT_FORMS}|[^\r\n\p{{L}}\p{{N}}]?{word}|{digits}| ?{other}+{after}|{_ENDS}"
 
 
 def _cased_words(
     digits: str, short_forms: str, upper: str = _UPPER, lower: str = _LOWER, after: str = r"[\r\n/]*"
 ) -> str:
-    """Return the rule of GPT-4o and its relatives, which begins a word at a capital letter."""
+    """Return the rule of GPT-4o and its relatives, which begins a word where capitals begin."""
     first = r"[^\r\n\p{L}\p{N}]?"
     return (
         rf"{first}{upper}*{lower}+{short_forms}|{first}{upper}+{lower}*{short_forms}"
@@ -44,7 +44,7 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
     + _ENDS,
 )
-_ALPHABETS = (  # of DeepSeek LLM: letters that have cases
+_ALPHABETS = (  # of DeepSeek LLM: alphabets that have cases
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbe"
     "ῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ\uff21-\uff3a\uff41-\uff5a"
     "\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2"

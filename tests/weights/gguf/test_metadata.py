@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import TOKENS, tiny_weights, write_gguf, write_model
+from gguf_files import TOKENS, write_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
-    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     NemotronConfig,
@@ -335,22 +334,3 @@ def test_keys_of_another_program_are_named_in_a_warning(tmp_path: Path) -> None:
 def test_every_architecture_that_transformers_reads_has_a_table_or_is_refused() -> None:
     spelled_otherwise = {"qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2", "mistral", "umt5"}
     assert {*readable_architectures()} - {*TABLES} - {*REFUSED} <= spelled_otherwise
-
-
-@pytest.mark.parametrize(
-    ("named", "stops"),
-    [({}, 2), ({"eot": 0}, [2, 0]), ({"eot": 2}, 2), ({"eot": 1, "eom": 0}, [2, 1, 0]), ({"eom": 4000000}, 2)],
-)
-def test_ends_of_turns_and_messages_stop_generation_beside_the_end_of_text(
-    tmp_path: Path, named: dict[str, int], stops: int | list[int]
-) -> None:
-    keys = {f"tokenizer__ggml__{name}_token_id": token for name, token in named.items()}
-    directory = import_gguf(write_llama(tmp_path / "model.gguf", **keys), tmp_path / "cache", silent)
-    assert GenerationConfig.from_pretrained(directory).eos_token_id == stops
-    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 2
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind_of_file="adapter")
-    with pytest.raises(ModelError, match=r"holds no model: its general\.type is 'adapter'"):
-        import_gguf(path, tmp_path / "cache", silent)

@@ -143,8 +143,8 @@ def test_a_named_rule_splits_as_its_expressions_do(tokenizer: PreTrainedTokenize
         (" two\n\nlines", [" two", "\n", "\n", "lines"]),
         ("\ta", ["\ta"]),
         ("Привет, мир", ["Привет", ",", " мир"]),
-        ("Հայ", ["Հ", "այ"]),  # small Armenian letters are not among its letters
-        ("ὕδωρ", ["ὕ", "δωρ"]),  # a letter of its own, but also within the span of its Chinese characters
+        ("Հայ", ["Հ", "այ"]),  # small Armenian characters are not among its alphabets
+        ("ὕδωρ", ["ὕ", "δωρ"]),  # also within the span of its Chinese characters
         ("中文字。好", ["中文字", "。", "好"]),
         ("end  ", ["end", "  "]),
     ],
