@@ -10,7 +10,7 @@ import regex  # type: ignore[import-untyped]
 from gguf import GGUFWriter
 from gguf_files import add_key, byte_alphabet, tiny_weights, write_gguf
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.progress import silent
@@ -244,3 +244,17 @@ def test_a_file_without_a_rule_has_the_default_one_and_the_advice_gives_it_anoth
     again = import_gguf(tmp_path / "named.gguf", tmp_path / "c", silent)
     assert import_warnings(again) == []
     assert pieces_of(AutoTokenizer.from_pretrained(again), text) == ["x", "=", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(("begins", "tokens"), [(None, ["▁a", "▁a"]), (True, ["▁a", "▁a"]), (False, ["a", "▁a"])])
+def test_a_space_is_put_before_a_sentencepiece_text_unless_the_file_says_no(
+    begins: bool | None, tokens: list[str]
+) -> None:
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a"])}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")])
+    keys = {"ggml.model": "llama", "ggml.pre": "default"} | (
+        {} if begins is None else {"ggml.add_space_prefix": begins}
+    )
+    assert restore_split(tokenizer, keys, Path("x.gguf")) == []
+    assert tokenizer.tokenize("a a") == tokens
+    assert tokenizer.decode(tokenizer.convert_tokens_to_ids(tokens)) == "a a"
