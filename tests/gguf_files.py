@@ -155,7 +155,7 @@ def write_model(
     )
     writer = GGUFWriter(path, architecture)
     for key, value in keys.items():
-        add_key(writer, key if key.startswith(("tokenizer.", "other.")) else f"{architecture}.{key}", value)
+        add_key(writer, key if key.startswith(("tokenizer.", "general.", "other.")) else f"{architecture}.{key}", value)
     add_tokenizer(writer)
     for name, values in (factors or {}).items():
         writer.add_tensor(name, values)
@@ -167,6 +167,10 @@ def write_model(
                 values = interleaved(values, config.num_attention_heads)
             if architecture == "llama" and ".k_proj." in name:
                 values = interleaved(values, config.num_key_value_heads)
+            if name.endswith("A_log"):
+                values = -np.exp(values)
+            if name.endswith("conv1d.weight"):
+                values = values[:, 0]
             if architecture == "gpt2" and values.ndim == 2 and ".h." in name:
                 values = np.ascontiguousarray(values.T)
             if parameter.ndim == 1 and "norm.weight" in name and architecture in ("gemma2", "gemma3", "nemotron"):

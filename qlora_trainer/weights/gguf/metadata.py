@@ -178,8 +178,9 @@ def restore_config(config: PretrainedConfig, changes: Changes) -> PretrainedConf
         # llama.cpp does not write which part of the heads is rotated; all of this architecture have transformers'.
         full = values["rope_parameters"]["full_attention"]
         changes.values["rope_parameters"]["full_attention"] = full | changes.values["rope_parameters"]["full_attention"]
-    size = changes.head_dim
-    if size is not None and ("head_dim" in values or size != changes.key("embedding_length") // _heads(changes)):
+    if (size := changes.head_dim) is not None and (
+        "head_dim" in values or size != changes.key("embedding_length") // _heads(changes)
+    ):
         values["head_dim"] = size
     values |= changes.values
     with library_boundary(f"The metadata of {path} make no config"):
@@ -214,8 +215,7 @@ def stop_tokens(metadata: Metadata, config: PretrainedConfig, vocabulary: int) -
 
 def _refuse_tokenizer_keys(changes: Changes) -> None:
     for name, value in changes.metadata.tokenizer.items():
-        known = name in table.TOKENIZER or name in table.TOKENIZER_NO_MATTER or name.startswith("chat_template.")
-        if not known:
+        if name not in table.TOKENIZER | table.TOKENIZER_NO_MATTER and not name.startswith("chat_template."):
             changes.problems.append(f"tokenizer.{name} = {_short(value)}")
 
 
@@ -260,7 +260,10 @@ def _set_heads(changes: Changes, keys: Table) -> None:
     if keys.get("feed_forward_length") is Rule.FOUR_TIMES and length != 4 * hidden:
         changes.add_problem("feed_forward_length", length)
     if keys.get("ssm.inner_size") is Rule.STATE_SIZE and hidden:
-        changes.values["expand"] = changes.key("ssm.inner_size", 2 * hidden) / hidden
+        inner = changes.key("ssm.inner_size", 2 * hidden)
+        changes.values["expand"] = inner // hidden
+        if inner % hidden:
+            changes.add_problem("ssm.inner_size", inner)
     if not heads:
         return
     size = changes.key("attention.key_length", hidden // heads)
@@ -329,14 +332,13 @@ def _set_rope(changes: Changes, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _heads(changes: Changes) -> int:
-    """Return the number of heads, 0 where the layers have different ones or none."""
+    """Return the number of heads; 0 where layers differ."""
     heads = changes.key("attention.head_count", 0)
     return 0 if _is_list(heads) else int(heads)
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    values = {*value} if _is_list(value) else {value}
-    return values <= {*table.NEUTRAL.get(name, ())}
+    return {*(value if _is_list(value) else [value])} <= {*table.NEUTRAL.get(name, ())}
 
 
 def _is_list(value: Any) -> bool:
@@ -344,6 +346,5 @@ def _is_list(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return "a list"
-    return str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
+    text = "a list" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
