@@ -20,6 +20,7 @@ from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.merging import plain_check, plain_verification
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 WORDS = [
@@ -95,6 +96,13 @@ def shared_data() -> Callable[[str], Path]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def plain_transformers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge asks plain transformers in this process, without seconds of imports, but where a test is marked."""
+    if not request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr(plain_verification, "run_job", plain_check.check)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.fold import MergeReport, merge
 from qlora_trainer.merging.logits import WholeLogits, compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
-from qlora_trainer.merging.verify import KL_BOUNDS, verify_merge
+from qlora_trainer.merging.rounding import rounded_weights
+from qlora_trainer.merging.verify import verify_merge
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -113,14 +114,17 @@ def reference(run: Run) -> WholeLogits:
     return WholeLogits.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
 
 
-def verifier(run: Run, kl_bound: float | None = KL_BOUNDS[torch.float16]) -> Any:
+def verifier(run: Run) -> Any:
+    """What verifies a merge of the run into float16."""
+    with rounded_weights(run.model, torch.float16):
+        rounded = reference(run)
     return functools.partial(
         verify_merge,
         sample_rows=ROWS,
         reference=reference(run),
+        rounded=rounded,
         load_merged=lambda merged: load_plain(merged.path),
         loss_path=LossPath(),
-        kl_bound=kl_bound,
     )
 
 

@@ -126,3 +126,19 @@ def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object
 def scale_tensor(directory: Path, name: str, factor: float) -> None:
     """Multiply one tensor of a model directory."""
     change_tensors(directory, lambda tensors: tensors.update({name: tensors[name] * factor}))
+
+
+def make_model_beyond_float16(directory: Path, where: str = "MLP") -> Path:
+    """A Llama whose weights fit float16 and whose activations do not; in fp32 and bfloat16 it computes.
+
+    "MLP": the product inside an MLP, which is no module's output, and what comes of it; "hidden": the states alone.
+    """
+    make_model_directory(directory, hidden_size=64, intermediate_size=96)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    if where == "MLP":
+        tensors["model.layers.0.mlp.gate_proj.weight"] *= 300
+        tensors["model.layers.0.mlp.up_proj.weight"] *= 1000
+    assert max(float(tensor.abs().max()) for tensor in tensors.values()) < torch.finfo(torch.float16).max
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -58,5 +58,7 @@ def _train(run: "Run") -> None:
         say(f"Stopped at step {run.state.step} and saved. To continue: ", command=f"qlora resume {run.directory}")
         return
     say(f"Adapter: {run.directory / 'adapter'}")
+    for change in run.changes:
+        say(f"         {change}")
     say(f"Report:  {report}")
     say("Next:    ", command=f"qlora merge {run.directory} --output {run.directory}-merged")

@@ -70,6 +70,7 @@ def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_l
     merged = json.loads(out)
     assert merged.keys() == documented("qlora merge")
     assert merged["report"].keys() == documented("qlora merge", "report")
+    assert merged["report"]["verification"].keys() == documented("qlora merge", "verification")
     assert merged["report"]["verification"]["difference"].keys() == documented("qlora merge", "difference")
     assert merged["report"]["verification"]["difference"]["kl"] < 1e-5
     code, _, reported = qlora(

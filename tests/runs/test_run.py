@@ -89,7 +89,8 @@ def write_half(final: Path) -> None:
 def test_the_final_adapter_is_replaced_whole_or_not_at_all(finished: Path) -> None:
     final = finished / "adapter"
     before = {path.name: path.read_bytes() for path in final.iterdir()}
-    assert before.keys() == {"adapter_config.json", "adapter_model.safetensors", "base.json"}
+    of_turns = {"generation_config.json", "chat_template.jinja"}
+    assert before.keys() == {"adapter_config.json", "adapter_model.safetensors", "base.json"} | of_turns
     with pytest.raises(ZeroDivisionError):
         write_half(final)
     assert {path.name: path.read_bytes() for path in final.iterdir()} == before

@@ -100,7 +100,7 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
         model = ModelDirectory.open(Path(config.model.name))
         return runs._assemble(
-            config, model.path, model, run_renderer(config, runs.load_tokenizer(model)), silent
+            config, model.path, model, run_renderer(config, runs.load_tokenizer(model), model), silent
         ).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -145,9 +145,10 @@ def test_a_run_under_wsl_says_that_nothing_is_paged(
 
 def test_the_day_a_run_starts_is_recorded_where_the_template_writes_it(tiny_config: Config) -> None:
     config = tiny_config()
-    assert runs._with_date(config, run_renderer(config, tiny_tokenizer("llama3"))) == config
-    dated = runs._with_date(config, run_renderer(config, tiny_tokenizer("llama3_2")))
+    model = ModelDirectory.open(Path(config.model.name))
+    assert runs._with_date(config, run_renderer(config, tiny_tokenizer("llama3"), model)) == config
+    dated = runs._with_date(config, run_renderer(config, tiny_tokenizer("llama3_2"), model))
     assert dated.data.template_date == datetime.date.today()
     named = tiny_config(data={"template_date": "2024-02-29"})
-    assert runs._with_date(named, run_renderer(named, tiny_tokenizer("llama3_2"))) == named
+    assert runs._with_date(named, run_renderer(named, tiny_tokenizer("llama3_2"), model)) == named
     assert make_config(yaml.safe_load(dump_config(dated))) == dated

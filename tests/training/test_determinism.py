@@ -151,7 +151,7 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
 
 def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer]:
     model = ModelDirectory.open(Path(config.model.name))
-    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model))
+    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model), model)
 
 
 def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:
