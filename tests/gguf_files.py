@@ -1,10 +1,13 @@
-"""Write small GGUF files of a one-layer Llama."""
+"""Write small GGUF files: of a one-layer Llama, and of a random model of any architecture."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -24,11 +27,11 @@ HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, INTERMEDIATE = 64, 4, 2, 16, 96
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "he", "ll", "hell", "Ġw"]
 
 
-def tiny_weights(seed: int = 0, untied: bool = False) -> dict[str, np.ndarray]:
+def tiny_weights(seed: int = 0, untied: bool = False, vocabulary: int = len(TOKENS)) -> dict[str, np.ndarray]:
     """A one-layer Llama's weights by the checkpoint's names, in the checkpoint's layout."""
     generator = np.random.default_rng(seed)
     shapes = {
-        "model.embed_tokens.weight": (len(TOKENS), HIDDEN),
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
         "model.layers.0.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
         "model.layers.0.self_attn.k_proj.weight": (KEY_HEADS * HEAD_DIM, HIDDEN),
         "model.layers.0.self_attn.v_proj.weight": (KEY_HEADS * HEAD_DIM, HIDDEN),
@@ -41,7 +44,7 @@ def tiny_weights(seed: int = 0, untied: bool = False) -> dict[str, np.ndarray]:
         "model.norm.weight": (HIDDEN,),
     }
     if untied:
-        shapes["lm_head.weight"] = (len(TOKENS), HIDDEN)
+        shapes["lm_head.weight"] = (vocabulary, HIDDEN)
     return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -67,12 +70,17 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def add_tokenizer(writer: GGUFWriter) -> None:
+def add_tokenizer(
+    writer: GGUFWriter,
+    tokens: Sequence[str] = TOKENS,
+    merges: Sequence[str] = MERGES,
+    add_keys: Callable[[GGUFWriter], None] | None = None,
+) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(MERGES)
+    (add_keys or (lambda writer: writer.add_tokenizer_pre("smollm")))(writer)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -95,8 +103,13 @@ def write_gguf(
     architecture: str = "llama",
     leave_out: str | None = None,
     rope_divisors: np.ndarray | None = None,
+    kind_of_file: str = "model",
+    tokens: Sequence[str] = TOKENS,
+    merges: Sequence[str] = MERGES,
+    add_keys: Callable[[GGUFWriter], None] | None = None,
 ) -> Path:
     writer = GGUFWriter(path, architecture)
+    writer.add_type(kind_of_file)
     writer.add_name("tiny")
     writer.add_context_length(256)
     writer.add_block_count(1)
@@ -107,8 +120,8 @@ def write_gguf(
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(TOKENS))
-    add_tokenizer(writer)
+    writer.add_vocab_size(len(tokens))
+    add_tokenizer(writer, tokens, merges, add_keys)
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors)
     for name, weight in weights.items():
@@ -124,3 +137,58 @@ def write_gguf(
         else:
             writer.add_tensor(GGUF_NAMES[name], gguf.quants.quantize(values, kind), raw_dtype=kind)
     return finish(writer, path)
+
+
+def write_model(
+    path: Path,
+    architecture: str,
+    config: PretrainedConfig,
+    keys: Mapping[str, object],
+    factors: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Write a random model of any architecture as llama.cpp's converter does; return the model."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    names = gguf.get_tensor_name_map(
+        {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture], config.num_hidden_layers
+    )
+    writer = GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add_key(writer, key if key.startswith(("tokenizer.", "general.", "other.")) else f"{architecture}.{key}", value)
+    add_tokenizer(writer)
+    for name, values in (factors or {}).items():
+        writer.add_tensor(name, values)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
+            values = parameter.numpy()
+            if architecture == "llama" and ".q_proj." in name:
+                values = interleaved(values, config.num_attention_heads)
+            if architecture == "llama" and ".k_proj." in name:
+                values = interleaved(values, config.num_key_value_heads)
+            if name.endswith("A_log"):
+                values = -np.exp(values)
+            if name.endswith("conv1d.weight"):
+                values = values[:, 0]
+            if architecture == "gpt2" and values.ndim == 2 and ".h." in name:
+                values = np.ascontiguousarray(values.T)
+            if parameter.ndim == 1 and "norm.weight" in name and architecture in ("gemma2", "gemma3", "nemotron"):
+                values = values + np.float32(1)
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
+    finish(writer, path)
+    return model
+
+
+def add_key(writer: GGUFWriter, name: str, value: object) -> None:
+    """Add a key of metadata, of the type that llama.cpp's converter gives it."""
+    if isinstance(value, bool):
+        writer.add_bool(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    elif isinstance(value, float):
+        writer.add_float32(name, value)
+    elif isinstance(value, str):
+        writer.add_string(name, value)
+    else:
+        writer.add_array(name, value)

@@ -90,7 +90,6 @@ PROVED_BY_THEIR_USERS = {
     "qlora_trainer.model.sentencepiece_model",
     "qlora_trainer.runs.report.style",
     "qlora_trainer.training.memory.paged_trial",
-    "qlora_trainer.weights.gguf.layout",
     "qlora_trainer.weights.model_config",
     "qlora_trainer.weights.read_back",
 }

@@ -1,7 +1,8 @@
 """Import a .gguf file as a model directory: its config, its tokenizer, and a record of where each tensor is.
 
 Training, fingerprints and the merge read a checkpoint by its own names, and so they read a GGUF base too. transformers
-knows how a file's names, head permutations, norms and metadata translate; its tables are used here tensor by tensor.
+knows how a file's names, head permutations and norms translate; its tables are used here tensor by tensor. What it
+drops of the metadata is restored (metadata.py, pre_tokenizer.py).
 The weights stay in the file and are dequantized when they are read (reader.py), so the whole model is never in 16 bits,
 in memory or on disk. The values are those of `from_pretrained(gguf_file=...)`, cast once to the dtype that the record
 names. That dtype decides the NF4 codes: float16 for quantized tensors (their scales are float16, so it keeps more of
@@ -31,29 +32,25 @@ from transformers import (
 )
 
 from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
+from qlora_trainer.common.boundary import is_from_library, library_boundary
 from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.common.units import dtype_name
-from qlora_trainer.weights.gguf.layout import (
-    ROPE_DIVISORS,
-    Translation,
-    readable_architectures,
-    restore_rope_scaling,
-    translate_tensors,
-)
+from qlora_trainer.weights.gguf.layout import Translation, readable_architectures, translate_tensors
+from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
+from qlora_trainer.weights.gguf.pre_tokenizer import restore_split
 from qlora_trainer.weights.gguf.reader import (
     IMPORT_RECORD,
-    READ_ERRORS,
     ImportedTensor,
     StoredTensor,
     examine_values,
 )
 
-FOLDER = (
-    "gguf-2"  # in the cache; the older folder `gguf` has copies in 16 bits, which are no longer read and may be deleted
-)
+# In the cache. The older folders `gguf`, with copies in 16 bits, and `gguf-2`, whose configs lack what transformers
+# drops of a file's metadata, are no longer read and may be deleted.
+FOLDER = "gguf-3"
 FLOAT16_OVERFLOW = 65520.0  # the smallest number that rounds to infinity
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -91,19 +88,23 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
         reader = _open(path)
-        config = _read_config(path)
-        used = {ROPE_DIVISORS} if restore_rope_scaling(config, reader) else set()
+        metadata = read_metadata(reader, path)
+        changes = read_changes(metadata, reader, path)
+        config = restore_config(_read_config(path), changes)
         with torch.device("meta"):
             model = _build_model(config, path)
-        architecture = reader.get_field("general.architecture").contents()
-        translations = translate_tensors(architecture, [tensor.name for tensor in reader.tensors], model, path)
-        tensors = _examine_tensors(path, reader, translations, progress)
+        names = [tensor.name for tensor in reader.tensors]
+        with library_boundary(f"The tensors in {path} cannot be translated"):
+            translations = translate_tensors(metadata.architecture, names, model, path)
         tokenizer = _read_tokenizer(path, config)
+        warnings = restore_split(tokenizer, metadata.tokenizer, path) + metadata.warnings()
+        tensors = _examine_tensors(path, reader, translations, progress)
         try:
             with new_directory(directory) as temporary:
-                _write_config(temporary, config, model, tensors)
+                _write_config(temporary, config, model, tensors, stop_tokens(metadata, config, len(tokenizer)))
                 _write_tokenizer(temporary, tokenizer, path)
-                _write_record(temporary, path, digest, reader, used | set(translations), tensors)
+                used = changes.used_tensors | set(translations)
+                _write_record(temporary, path, digest, reader, used, tensors, warnings)
         except OutputExistsError:
             # Another process made the same import meanwhile; only a complete one can have this name.
             if not (directory / IMPORT_RECORD).is_file():
@@ -153,7 +154,9 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'. Download it again?")
     try:
         reader = GGUFReader(path)
-    except READ_ERRORS as error:
+    except BaseException as error:
+        if not is_from_library(error):
+            raise
         raise ModelError(
             f"{path} cannot be read as GGUF: it is damaged, or was not downloaded to its end "
             f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
@@ -170,7 +173,9 @@ def _open(path: Path) -> Any:
 def _read_config(path: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except READ_ERRORS as error:
+    except BaseException as error:
+        if not is_from_library(error):
+            raise
         raise ModelError(
             f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
             f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
@@ -185,7 +190,9 @@ def _read_config(path: Path) -> PretrainedConfig:
 def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    except BaseException as error:
+        if not is_from_library(error):
+            raise
         raise ModelError(
             f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
         ) from error
@@ -225,13 +232,19 @@ def _examine_tensors(
 
 
 def _write_config(
-    directory: Path, config: PretrainedConfig, model: PreTrainedModel, tensors: dict[str, ImportedTensor]
+    directory: Path,
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    tensors: dict[str, ImportedTensor],
+    stops: int | list[int] | None,
 ) -> None:
     """Write generation_config.json, and config.json with the model's class and the dtype of most of its values."""
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(model, tensors)
     config.save_pretrained(directory)
-    GenerationConfig.from_model_config(config).save_pretrained(directory)
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = stops
+    generation.save_pretrained(directory)
 
 
 def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
@@ -246,7 +259,9 @@ def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> t
 def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except READ_ERRORS as error:
+    except BaseException as error:
+        if not is_from_library(error):
+            raise
         raise ModelError(
             f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
         ) from error
@@ -285,6 +300,7 @@ def _write_record(
     reader: Any,
     used: set[str],
     tensors: dict[str, ImportedTensor],
+    warnings: list[str],
 ) -> None:
     """Write down what the directory represents, for people and for reader.py; last, so its presence means complete."""
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
@@ -294,6 +310,7 @@ def _write_record(
         "architecture": reader.get_field("general.architecture").contents(),
         "gguf_types": dict(types.most_common()),
         "unused_tensors": [tensor.name for tensor in reader.tensors if tensor.name not in used],
+        "warnings": warnings,
         "storage_dtypes": dict(dtypes.most_common()),
         "transformers": transformers.__version__,
         "tensors": {name: tensor.to_json() for name, tensor in tensors.items()},
@@ -313,7 +330,9 @@ def import_warnings(directory: Path) -> list[str]:
     record = directory / IMPORT_RECORD
     if not record.is_file():
         return []
-    unused = json.loads(record.read_text(encoding="utf-8"))["unused_tensors"]
-    if not unused:
-        return []
-    return [f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {', '.join(unused[:3])}."]
+    values = json.loads(record.read_text(encoding="utf-8"))
+    unused, warnings = values["unused_tensors"], list(values["warnings"])
+    if unused:
+        shown = ", ".join(unused[:3])
+        warnings.append(f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {shown}.")
+    return warnings

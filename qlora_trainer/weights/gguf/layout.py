@@ -5,7 +5,6 @@ that by architecture, in two kinds of tables (older ones with processors of nump
 conversions). Both are used here for one tensor at a time; transformers' own loader takes the whole model into memory.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +25,8 @@ from qlora_trainer.common.transformers_internals import (
     gguf_table,
     gguf_table_architectures,
     renamed,
-    rope_frequencies,
     tied_weight_names,
 )
-
-ROPE_DIVISORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -146,44 +142,6 @@ def _newer_translations(architecture: str, names: list[str], model: PreTrainedMo
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def restore_rope_scaling(config: PretrainedConfig, reader: Any) -> bool:
-    """Set Llama 3's rope scaling in the config where the file has it.
-
-    llama.cpp writes the divisor of each rotary frequency into a tensor, not the settings, and transformers ignores that
-    tensor: Llama 3.1 and 3.2 would run with other positions than they were trained with. All of them were published
-    with the settings below except for the factor, so these are tried, and taken only if transformers' formula for the
-    rope type "llama3" gives the file's divisors with them.
-
-    Args:
-        config: transformers', changed in place.
-        reader: gguf's reader of the file.
-
-    Returns:
-        True if the scaling was set, so that the file's tensor of divisors is used.
-    """
-    tensor = next((tensor for tensor in reader.tensors if tensor.name == ROPE_DIVISORS), None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if tensor is None or rope.get("rope_type") != "default":
-        return False
-    divisors = torch.from_numpy(np.array(tensor.data, dtype=np.float32))  # (head_dim / 2,)
-    settings = rope | {
-        "rope_type": "llama3",
-        "factor": round(float(divisors.max()), 4),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    candidate = copy.deepcopy(config)
-    candidate.rope_parameters = settings
-    scaled = rope_frequencies("llama3", candidate, torch.device("cpu"))
-    places = torch.arange(0, 2 * len(scaled), 2) / (2 * len(scaled))
-    plain = settings["rope_theta"] ** -places
-    if divisors.shape != scaled.shape or not torch.allclose(plain / scaled, divisors, rtol=1e-4):
-        return False
-    config.rope_parameters = settings
-    return True
 
 
 def readable_architectures() -> list[str]:

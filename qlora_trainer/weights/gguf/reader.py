@@ -275,6 +275,8 @@ def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Ten
         order = convert(
             np.arange(len(values), dtype=np.float32)[:, None]
         )  # the rows' numbers, in the order of the result
+        if not order.isfinite().all():
+            return "otherwise"
         written = ",".join(str(int(row)) for row in order.flatten())
         if torch.equal(order.flatten().sort().values, torch.arange(len(values)).float()):
             return written if torch.equal(values[_permutation(written)], converted) else "otherwise"

@@ -154,6 +154,30 @@ def test_tokenizer_and_chat_template_read_back_the_same_without_the_gguf_file(tm
     assert ours.model_max_length == 256
 
 
+@pytest.mark.parametrize(
+    ("named", "stops"),
+    [({}, 2), ({"eot": 0}, [2, 0]), ({"eot": 2}, 2), ({"eot": 1, "eom": 0}, [2, 1, 0]), ({"eom": 4000000}, 2)],
+)
+def test_ends_of_turns_and_messages_stop_generation_as_the_end_of_a_text_does(
+    tmp_path: Path, named: dict[str, int], stops: int | list[int]
+) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_pre("smollm")
+        for name, token in named.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), add_keys=add)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == stops
+    assert json.loads((directory / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind_of_file="adapter")
+    with pytest.raises(ModelError, match=r"holds no model: its general\.type is 'adapter'"):
+        import_gguf(path, tmp_path / "cache", silent)
+
+
 def test_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
     with pytest.raises(DiskError, match=r"^/dev/null/gguf.* cannot be written: Not a directory\. Set XDG_CACHE_HOME"):
@@ -208,14 +232,6 @@ def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
     plain = 50000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     assert rotary.inv_freq.numpy() == pytest.approx(plain / divisors, rel=1e-5)
     assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
-
-
-def test_rope_divisors_of_another_kind_are_recorded_as_unused(tmp_path: Path) -> None:
-    divisors = np.linspace(1.0, 3.0, HEAD_DIM // 2, dtype=np.float32)
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == ["rope_freqs.weight"]
-    assert json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
 
 
 def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_path: Path) -> None:
