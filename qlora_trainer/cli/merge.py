@@ -54,7 +54,8 @@ def merge_command(
     from qlora_trainer.merging.merge_run import merge_run
 
     max_shard_bytes = parse_bytes(shard_size)
-    with ProgressBars() as progress:
+    left = f"A part of it may be left next to {output}; the next start deletes it."
+    with ProgressBars("No merged model is written.", left) as progress:
         done = merge_run(
             run_dir,
             output,

@@ -34,7 +34,8 @@ def quantize(
     from qlora_trainer.model.source import resolve_model
 
     refuse_existing(output)  # before anything is fetched
-    with ProgressBars() as progress:
+    left = f"A part of it may be left next to {output}; the next start deletes it."
+    with ProgressBars("No 4-bit model is written.", left) as progress:
         directory = resolve_model(model, revision, user_cache(), progress)
         report = quantize_checkpoint(directory, output, device=choose_device(device), progress=progress)
     if as_json:

@@ -85,6 +85,26 @@ class NotInstalledError(QLoRATrainerError, ImportError):
     """Report an optional package that is needed for what was asked; the message has the pip command."""
 
 
+@contextmanager
+def missing_files_name(key: str) -> Iterator[None]:
+    """Begin the message of a FileMissingError from the block with the key of the config that names the file.
+
+    Args:
+        key: such as data.eval.
+
+    Raises:
+        FileMissingError: a file is missing.
+    """
+    try:
+        yield
+    except FileMissingError as error:
+        message = str(error)
+        begins_with_a_word = message[:2].istitle() or message.startswith("No ")
+        raise FileMissingError(
+            f"{key}: {message[0].lower() if begins_with_a_word else message[0]}{message[1:]}"
+        ) from error
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if the device's or the host's memory ran out.
 

@@ -134,7 +134,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
         ("learning_rate", "Learning rate", "", 1.0),
         ("grad_norm", "Gradient norm", "before clipping", 1.0),
         ("tokens_per_second", "Speed", "tokens/s", 1.0),
-        ("peak_memory_bytes", "Peak memory", memory_unit, unit_bytes),
+        ("peak_memory_bytes", "Peak memory of a GPU's tensors, or of a CPU's process", memory_unit, unit_bytes),
     ):
         if points := _series(metrics, key, unit):
             figures.append(
