@@ -40,7 +40,7 @@ class ProgressConsole(Console):
             self.quiet = True
 
     def on_broken_pipe(self) -> None:
-        """Go on without printing, where the reader has left."""
+        """Continue without printing, as the reader has left."""
         self.quiet = True
         _leave_to_nobody(sys.stderr)
 

@@ -17,7 +17,7 @@ from qlora_trainer.cli.train import peak_memory_of, say_stopped, train_with_bar
 from qlora_trainer.common.atomic import disk_errors
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.override import command_line
 from qlora_trainer.merging.merge_run import Deployment, merge_run
@@ -178,12 +178,15 @@ def _measured(
     verification = merged.report.verification
     assert verification is not None
     return [
-        ("exact match before", f"{exact_match(before):.1%} of {len(before)} eval requests"),
+        ("exact match before", f"{exact_match(before):.1%} of {counted(len(before), 'eval request')}"),
         ("exact match after", f"{exact_match(after):.1%}"),
         ("exact match, merged model", f"{exact_match(from_merged):.1%}, in plain transformers"),
         ("adapter size", f"{gibibytes(adapter_bytes)} (4-bit base in memory: {gibibytes(base_bytes)})"),
         (f"peak {peak_memory_of(run)}", gibibytes(max(record["peak_memory_bytes"] for record in metrics))),
-        ("training speed", f"{tokens / seconds:.0f} tokens/s over {tokens:,} tokens, {len(metrics)} steps"),
+        (
+            "training speed",
+            f"{tokens / seconds:.0f} tokens/s over {counted(tokens, 'token')}, {counted(len(metrics), 'step')}",
+        ),
         (
             "merge difference",
             f"KL {verification.difference.kl:.1e}, relative error {verification.difference.relative_error:.1e}",

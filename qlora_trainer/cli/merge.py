@@ -9,7 +9,7 @@ import typer
 
 from qlora_trainer.cli.arguments import AsJson, RunDirectory
 from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 
 
 class MergeDtype(StrEnum):
@@ -84,7 +84,10 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
     report, difference = done.report, done.report.verification.difference
     rows = [
         ("base", f"{report.base}: {done.choice.reason}"),
-        ("weights", f"{report.tensors} tensors, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded"),
+        (
+            "weights",
+            f"{counted(report.tensors, 'tensor')}, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded",
+        ),
         (
             "verified",
             f"KL {difference.kl:.1e} (bound {report.verification.kl_bound:.0e}), relative error "
@@ -92,7 +95,13 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
         ),
     ]
     if report.flushed_to_zero:
-        rows.append(("flushed", f"{report.flushed_to_zero} values became zero in {report.dtype}; bfloat16 keeps them"))
+        rows.append(
+            (
+                "flushed",
+                f"{counted(report.flushed_to_zero, 'value')} became zero in {report.dtype}; bfloat16 does not "
+                f"lose them",
+            )
+        )
     if done.difference_from_trained:
         rows.append(("trained vs original base", f"KL {done.difference_from_trained.kl:.1e}"))
     return rows

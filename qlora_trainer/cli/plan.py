@@ -8,7 +8,7 @@ import typer
 
 from qlora_trainer.cli.arguments import AsJson, Overrides
 from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_out
-from qlora_trainer.common.units import gib
+from qlora_trainer.common.units import counted, gib
 
 if TYPE_CHECKING:
     from qlora_trainer.planning.fit import Budget
@@ -103,7 +103,7 @@ def describe(
     rows = [
         (
             "planned",
-            f"a micro-batch of {plan.micro_batch_tokens:,} tokens, rows of up to {plan.max_length:,}",
+            f"a micro-batch of {counted(plan.micro_batch_tokens, 'token')}, rows of up to {plan.max_length:,}",
         ),
         (
             "activation checkpointing",
@@ -123,10 +123,15 @@ def describe(
         if plan.host > budget.host:
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
-        rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)} in total)"))
+        rows.append(
+            ("longest rows that fit", f"{counted(longest.max_length, 'token')} ({gib(longest.total)} in total)")
+        )
     if largest:
         rows.append(
-            ("largest micro-batch that fits", f"{largest.micro_batch_tokens:,} tokens ({gib(largest.total)} in total)")
+            (
+                "largest micro-batch that fits",
+                f"{counted(largest.micro_batch_tokens, 'token')} ({gib(largest.total)} in total)",
+            )
         )
     rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
     rows += [(f"{name} would need", f"{gib(count)} in total ({rules[name]})") for name, count in plan.elsewhere.items()]

@@ -11,7 +11,7 @@ import typer
 
 from qlora_trainer.cli.arguments import AsJson
 from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 
 
 def quantize(
@@ -44,7 +44,11 @@ def quantize(
     print_table(
         f"4-bit model in {output}",
         [
-            ("weights", f"{report.weights} in NF4, quantized from {report.source_dtype}; {report.dense} tensors as is"),
+            (
+                "weights",
+                f"{report.weights} in NF4, quantized from {report.source_dtype}; "
+                f"{counted(report.dense, 'tensor')} as is",
+            ),
             ("size", f"{gibibytes(report.bytes)}, of {gibibytes(report.source_bytes)}"),
         ],
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qlora_trainer.cli.console import answers, print_table, print_warnings
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.preparation.overview import (
     Lengths,
     Overview,
@@ -81,7 +82,7 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
         name: of the set, for the header.
     """
     row = describe_row(tokenizer, examples, index, name)
-    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
+    header = f"{name} row {index}, {row['where']}: {counted(row['tokens'], 'token')}, {row['trained_tokens']:,} trained"
     answers.rule(Text(_visible(header)), align="left")
     has_color = answers.color_system is not None and not answers.no_color
     opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")

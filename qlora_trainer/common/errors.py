@@ -63,7 +63,8 @@ class MicroBatchError(InsufficientMemoryError):
         self.row_lengths = row_lengths  # tokens of each of its rows, padding counted
         self.reason = first_line(error)
         super().__init__(
-            f"Memory ran out in a micro-batch of {len(row_lengths)} rows, {sum(row_lengths):,} tokens ({self.reason}). "
+            f"Memory ran out in a micro-batch of {len(row_lengths)} row{'s' * (len(row_lengths) != 1)}, "
+            f"{sum(row_lengths):,} tokens in all ({self.reason}). "
             "Lower training.micro_batch_tokens or data.max_length, or set training.activation_checkpointing to a "
             "level that needs less memory."
         )

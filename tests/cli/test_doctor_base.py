@@ -68,7 +68,7 @@ def test_a_byte_that_no_quantized_weight_shows_is_a_problem(qlora: Qlora, run: P
     change(base, name, float(bits.view(torch.bfloat16)))
     code, status, detail = base_finding(qlora, run)
     assert (code, status) == (1, "problem")
-    assert detail == f"1 tensor(s) of {base} have other bytes than when the run started, such as {name}"
+    assert detail == f"{base} has other bytes than when the run started in 1 tensor, such as {name}"
 
 
 def test_a_base_that_cannot_be_read_is_a_problem(qlora: Qlora, run: Path, base: Path) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from qlora_trainer.common.errors import DataError, OutputExistsError, missing_files_name
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
@@ -226,7 +227,8 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
         report.notes = list(item.source.notes)
         if report.rows == sum(report.skipped.values()):
             raise DataError(
-                f"{item.source.name}: all {report.rows} rows are bad, so none can be skipped: "
+                f"{item.source.name}: {'the only row is' if report.rows == 1 else f'all {report.rows:,} rows are'} "
+                "bad, so none can be skipped: "
                 f"{'; '.join(f'{count} {reason}' for reason, count in counted['skipped'].most_common(3))}."
             )
     writer.finish({"sources": [asdict(report) for report in reports]})
@@ -316,7 +318,9 @@ def _report(
     warnings: Sequence[str],
 ) -> PreparationReport:
     train_twice, eval_twice = train_repeats(train), eval_repeats(eval_set, train)
-    capped = f"data.max_length is {config.max_length}, but the model has {max_length} positions: rows end there"
+    capped = (
+        f"data.max_length is {config.max_length}, but the model has {counted(max_length, 'position')}: rows end there"
+    )
     return PreparationReport(
         sources=sources,
         train=set_report(train),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.atomic import write_text
+from qlora_trainer.common.units import counted
 from qlora_trainer.runs.report.plot import PlotLine, draw_bars, draw_plot, in_words, smooth
 from qlora_trainer.runs.report.style import SCRIPT, STYLE
 
@@ -171,7 +172,11 @@ def _figure(
     if len(lines) > 1:
         keys = "".join(f'<li class="{line.style}">{escape(line.name)}</li>' for line in lines)
         legend = f'<ul class="legend">{keys}</ul>'
-    missing = f'<p class="gaps">{gaps} value(s) were not finite and are not drawn.</p>' if gaps else ""
+    missing = (
+        f'<p class="gaps">{counted(gaps, "value is not finite and", "values are not finite and")} not drawn</p>'
+        if gaps
+        else ""
+    )
     drawing = draw_plot(lines, label=label, from_zero=from_zero, width=1140 if wide else 560)
     return (
         f'<figure class="{"wide" if wide else ""}"><figcaption><h3>{escape(name)} <small>{escape(note)}</small></h3>'

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_kernels.card import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
-from qlora_trainer.common.units import dtype_name, gib, gibibytes
+from qlora_trainer.common.units import counted, dtype_name, gib, gibibytes
 from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
@@ -44,7 +44,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("compute", f"{dtype_name(run.base.compute_dtype)} on {run.base.device}"),
         (
             "adapters",
-            f"rank {settings.rank} on {len(run.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
+            f"rank {settings.rank} on {counted(len(run.adapted), 'layer')}, {trainable:,} numbers in {settings.dtype}",
         ),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
@@ -52,11 +52,11 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{run.config.optimizer.name}, state {gibibytes(optimizer.state_bytes)}, {pages}"),
         (
             "training rows",
-            f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.trained_tokens:,} trained",
+            f"{data.train.examples:,}, {counted(data.train.tokens, 'token')}, {data.train.trained_tokens:,} trained",
         ),
         *([("rows of an epoch", _rows_by_source(run.prepared))] if run.prepared.mixture else []),
-        ("eval rows", f"{data.eval.examples:,}, {data.eval.tokens:,} tokens"),
-        ("steps", f"{run.state.total_steps:,}, each of up to {run.config.training.global_batch_size} rows"),
+        ("eval rows", f"{data.eval.examples:,}, {counted(data.eval.tokens, 'token')}"),
+        ("steps", f"{run.state.total_steps:,}, each of up to {counted(run.config.training.global_batch_size, 'row')}"),
         *([("planned memory", _planned(run.plan, run.base.device.type))] if run.plan else []),
     ]
 

@@ -35,7 +35,7 @@ from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstall
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.weights.gguf.layout import (
     ROPE_DIVISORS,
     Translation,
@@ -316,4 +316,7 @@ def import_warnings(directory: Path) -> list[str]:
     unused = json.loads(record.read_text(encoding="utf-8"))["unused_tensors"]
     if not unused:
         return []
-    return [f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {', '.join(unused[:3])}."]
+    return [
+        f"{counted(len(unused), 'tensor')} of the GGUF file without a place in transformers' model: "
+        f"{', '.join(unused[:3])}."
+    ]

@@ -241,7 +241,7 @@ def test_a_fingerprint_survives_json_and_says_what_differs(tiny_llama: Path) -> 
     layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
     layer.packed[0] ^= 1
     changed = base_fingerprint(base.model, {}, torch.bfloat16)
-    assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in (again.difference(changed) or "")
+    assert "1 of 14 layers holds other weights, such as model.layers.0.mlp.up_proj" in (again.difference(changed) or "")
 
 
 def broken_config(directory: Path) -> Path:
