@@ -90,10 +90,8 @@ def duration(seconds: float) -> str:
         seconds: from 0.
 
     Returns:
-        Such as "less than 1 s", "18 s", "3 min" or "2.5 h".
+        Such as "1 s", "18 s", "3 min" or "2.5 h".
     """
-    if seconds < 1:
-        return "less than 1 s"
     if seconds < 119.5:
-        return f"{seconds:.0f} s"
+        return f"{max(seconds, 1.0):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -102,7 +102,7 @@ def test_a_signal_in_training_says_how_long_it_takes_saves_and_prints_a_command_
     monkeypatch.setattr(running, "take_step", take_step)
     code, out, reported = qlora("train", config_file, f"training.output_dir={run}", "evaluation.samples=0")
     assert code == 0, reported
-    assert "Stopping when step 3 has ended and is saved: about less than 1 s, by the 2 steps so far." in reported
+    assert "Stopping when step 3 has ended and is saved: about 1 s, by the 2 steps so far." in reported
     assert "Press Ctrl-C again to stop without saving." in reported
     pasted = shlex.split(out.partition("Stopped at step 3 and saved. To continue: ")[2])
     assert pasted == ["qlora", "resume", str(run)]
