@@ -9,7 +9,6 @@ another it would count as that one's memory.
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Row, load_peer, longest, peer_step, plain_checkpoint, rows_of_step, trainable_parameters
+from benchmarks.processes import cpu_seconds, end_job
 from qlora_trainer.common.process_memory import peak_private_bytes, restart_peak
 from qlora_trainer.common.units import dtype_name
 
@@ -101,12 +101,6 @@ class Meter:
             peak_bytes=self.peak_bytes,
             settings=settings,
         )
-
-
-def cpu_seconds() -> float:
-    """Return this process's processor time so far, user and system, over all threads."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def ours(job: Job, activations: str) -> Result:
@@ -268,9 +262,8 @@ def _read_shared(job: Job) -> Shared:
 
 
 def main() -> None:
-    name, job, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    measured = CONTENDERS[name](Job(**json.loads(job.read_text(encoding="utf-8"))))
-    result.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+    name, described, result = sys.argv[1:]
+    end_job(described, result, lambda job: CONTENDERS[name](Job(**job)))
 
 
 if __name__ == "__main__":

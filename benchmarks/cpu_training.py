@@ -18,8 +18,6 @@ not of what the allocator kept; that costs all contenders time. `--allocator def
 """
 
 import argparse
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import ON_CPU, Job, Result
+from benchmarks.processes import run_job
 from qlora_trainer.runs.resume_rules import cpu_name
 
 PEER = "hand-written loop"
@@ -39,16 +38,8 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 def measure(name: str, job: Job, python: str, environment: Mapping[str, str]) -> Result | None:
     """Run a contender in a process of its own; None where it failed, after its last lines."""
-    work = Path(job.work)
-    described, result = work / "job.json", work / "result.json"
-    described.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    result.unlink(missing_ok=True)
-    command = [python, "-m", "benchmarks.contenders", name, str(described), str(result)]
-    done = subprocess.run(command, env=dict(environment), capture_output=True, text=True)
-    if done.returncode:
-        print(f"{name} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]), file=sys.stderr)
-        return None
-    return Result(**json.loads(result.read_text(encoding="utf-8")))
+    found = run_job(name, [python, "-m", "benchmarks.contenders", name], job, Path(job.work), environment)
+    return Result(**found) if found else None
 
 
 def child_environment(threads: int, allocator: str) -> dict[str, str]:

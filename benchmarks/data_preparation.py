@@ -17,8 +17,7 @@ second; next to it what the process held at its start, nearly all of it torch. T
 import argparse
 import dataclasses
 import json
-import resource
-import subprocess
+import os
 import sys
 import tempfile
 import time
@@ -28,15 +27,15 @@ from typing import Any
 
 import psutil
 
+from benchmarks.processes import cpu_seconds, end_job, run_job
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.runs.resume_rules import cpu_name
 
-SAMPLE_SECONDS = 0.2
 MAX_LENGTH = 100_000  # nothing is cut, by any contender
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PreparationJob:
     model: str  # a directory
     rows: str  # JSONL, chat messages
     work: str  # an empty directory
@@ -44,7 +43,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Preparation:
     tokens: int
     seconds: float
     cpu_seconds: float
@@ -53,7 +52,7 @@ class Result:
     peak_bytes: int = 0
 
 
-def ours(job: Job) -> Callable[[], int]:
+def ours(job: PreparationJob) -> Callable[[], int]:
     from qlora_trainer.config.data_schema import DataConfig
     from qlora_trainer.data.preparation.prepare import prepare
     from qlora_trainer.model.tokenizer import load_tokenizer
@@ -65,7 +64,7 @@ def ours(job: Job) -> Callable[[], int]:
     return lambda: prepare(config, tokenizer, max_positions=None, seed=0, cache_dir=cache).report.train.tokens
 
 
-def peer(job: Job, processes: int | None) -> Callable[[], int]:
+def peer(job: PreparationJob, processes: int | None) -> Callable[[], int]:
     import datasets
     from transformers import AutoTokenizer
 
@@ -85,7 +84,7 @@ def peer(job: Job, processes: int | None) -> Callable[[], int]:
     return prepare
 
 
-def contenders(processes: int) -> dict[str, Callable[[Job], Callable[[], int]]]:
+def contenders(processes: int) -> dict[str, Callable[[PreparationJob], Callable[[], int]]]:
     """List what is compared.
 
     Args:
@@ -101,7 +100,7 @@ def contenders(processes: int) -> dict[str, Callable[[Job], Callable[[], int]]]:
     }
 
 
-def measure_here(name: str, job: Job) -> Result:
+def measure_here(name: str, job: PreparationJob) -> Preparation:
     """Measure in a contender's own process.
 
     Args:
@@ -112,17 +111,17 @@ def measure_here(name: str, job: Job) -> Result:
         Figures without the peak, which is seen from outside.
     """
     prepare = contenders(job.processes)[name](job)
-    start_bytes, cpu = private_bytes(psutil.Process()), cpu_seconds()
+    start_bytes, cpu = private_bytes(os.getpid()), cpu_seconds(of_children=True)
     started = time.perf_counter()
     tokens = prepare()
-    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
+    seconds, cpu = time.perf_counter() - started, cpu_seconds(of_children=True) - cpu
     time.sleep(2.1)  # a file written just now is not believed to be the same
     started = time.perf_counter()
     assert prepare() == tokens
-    return Result(tokens, seconds, cpu, time.perf_counter() - started, start_bytes)
+    return Preparation(tokens, seconds, cpu, time.perf_counter() - started, start_bytes)
 
 
-def measure(name: str, job: Job) -> Result | None:
+def measure(name: str, job: PreparationJob) -> Preparation | None:
     """Measure in a process of its own, whose memory is watched; its last lines are printed where it failed.
 
     Args:
@@ -132,40 +131,33 @@ def measure(name: str, job: Job) -> Result | None:
     Returns:
         Figures; None where it failed.
     """
-    result = Path(job.work) / "result.json"
-    described = json.dumps(dataclasses.asdict(job))
     code = "import sys; from benchmarks.data_preparation import contender; contender(*sys.argv[1:])"
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, name, described, str(result)], stdout=said, stderr=subprocess.STDOUT
-        )
-        peak, root = 0, psutil.Process(process.pid)
-        while process.poll() is None:
-            peak = max(peak, private_bytes(root))
-            time.sleep(SAMPLE_SECONDS)
-        if process.returncode:
-            said.seek(0)
-            print(f"{name} failed:\n" + "\n".join(said.read().splitlines()[-15:]), file=sys.stderr)
-            return None
-    return Result(**{**json.loads(result.read_text(encoding="utf-8")), "peak_bytes": peak})
+    peak = 0
+
+    def watch(process: int) -> None:
+        nonlocal peak
+        peak = max(peak, private_bytes(process))
+
+    found = run_job(name, [sys.executable, "-c", code, name], job, Path(job.work), watch=watch)
+    return Preparation(**{**found, "peak_bytes": peak}) if found else None
 
 
 def contender(name: str, described: str, result: str) -> None:
-    measured = measure_here(name, Job(**json.loads(described)))
-    Path(result).write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+    end_job(described, result, lambda job: measure_here(name, PreparationJob(**job)))
 
 
-def private_bytes(root: psutil.Process) -> int:
+def private_bytes(process_id: int) -> int:
     """Count the anonymous memory of a process and all below it; what several share counts once.
 
     Args:
-        root: the process.
+        process_id: of the process.
 
     Returns:
         Bytes.
     """
     total = 0
     try:
+        root = psutil.Process(process_id)
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
@@ -176,11 +168,6 @@ def private_bytes(root: psutil.Process) -> int:
             continue
         total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss_Anon"))
     return total
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def conversations(path: str) -> Iterator[list[dict[str, str]]]:
@@ -242,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
                 if name.startswith(tuple(options.without)):
                     continue
                 with tempfile.TemporaryDirectory(dir=directory) as work:
-                    result = measure(name, Job(model, str(rows), work, options.processes))
+                    result = measure(name, PreparationJob(model, str(rows), work, options.processes))
                 if result is None:
                     failed = True
                     continue

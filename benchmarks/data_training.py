@@ -14,9 +14,7 @@ peak of what the processes held privately in the steps.
 
 import argparse
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ import torch
 
 from benchmarks.contenders import Meter, Result
 from benchmarks.cpu_training import child_environment, rate
+from benchmarks.processes import end_job, run_job
 from qlora_trainer.runs.resume_rules import cpu_name
 
 LAYOUTS = ("packed", "padded, sorted", "padded, in order")
@@ -33,7 +32,7 @@ TOLERANCE = 1e-4  # of losses, relative
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LayoutJob:
     """Hold what one process does."""
 
     layout: str
@@ -67,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as work:
         for layout in LAYOUTS:
-            job = Job(
+            job = LayoutJob(
                 layout,
                 options.model,
                 str(options.rows.resolve()),
@@ -125,18 +124,14 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(f"{name:18}" + "".join(f"{cell:>14}" for cell in line) for name, *line in cells)
 
 
-def _measure(job: Job, threads: int) -> Result:
+def _measure(job: LayoutJob, threads: int) -> Result:
     """Run a job in a process of its own; exits with its last lines where it fails."""
-    described, result = Path(job.work) / "job.json", Path(job.work) / "result.json"
-    described.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    command = [sys.executable, "-m", "benchmarks.data_training", str(described), str(result)]
-    done = subprocess.run(command, env=child_environment(threads, "returning"), capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{job.layout} failed:\n" + "\n".join(done.stderr.splitlines()[-15:]))
-    return Result(**json.loads(result.read_text(encoding="utf-8")))
+    command = [sys.executable, "-m", "benchmarks.data_training"]
+    found = run_job(job.layout, command, job, Path(job.work), child_environment(threads, "returning"))
+    return Result(**found) if found else sys.exit(1)
 
 
-def train(job: Job) -> Result:
+def train(job: LayoutJob) -> Result:
     """Train as the job says, at the trainer's defaults otherwise, in fp32.
 
     Args:
@@ -197,6 +192,4 @@ def _in_order(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    described, written = map(Path, sys.argv[1:])
-    measured = train(Job(**json.loads(described.read_text(encoding="utf-8"))))
-    written.write_text(json.dumps(dataclasses.asdict(measured)), encoding="utf-8")
+    end_job(sys.argv[1], sys.argv[2], lambda job: train(LayoutJob(**job)))

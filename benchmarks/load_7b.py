@@ -26,7 +26,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.llama_checkpoint import SIZES, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
+from benchmarks.processes import forget_pages, run_part
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.process_memory import return_freed_memory
 from qlora_trainer.config.load import make_config
@@ -73,7 +73,7 @@ STEP_PEAK = 7 * 10**9
 def measure_here(name: str, directory: Path) -> dict[str, Any]:
     """Measure one of LABELS in this process: seconds, peak private bytes, and what else there is to say."""
     kind, _, source = name.partition("-")
-    forget_pages(directory)
+    forget_pages(directory.glob("*/*.safetensors"))
     with PrivatePeak() as memory:
         started = time.perf_counter()
         found = MEASURED[kind](directory, source or PLAIN)
@@ -158,22 +158,10 @@ def step_config(directory: Path) -> RunConfig:
     )
 
 
-def forget_pages(directory: Path) -> None:
-    """Drop the checkpoints from the page cache, as far as the system lets us."""
-    for path in directory.glob("*/*.safetensors"):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(name: str, directory: Path) -> dict[str, Any]:
     """Call `measure_here` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.load_7b", "--run", name, "--directory", str(directory)]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as `qlora` sets it: threads that wait do not spin
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=env)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_part("benchmarks.load_7b", "--run", name, "--directory", str(directory), environment=env)
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:

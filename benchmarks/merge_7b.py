@@ -1,6 +1,7 @@
 """Measure the merge of a large base on a small machine: time, private memory and bytes, against a copy and peft.
 
-    python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--json]
+    python -m benchmarks.merge_7b [--size 7.4B] [--directory DIR] [--shard-size 2GB] [--skip STEP ...] [--faults]
+                                  [--json]
 
 A Llama-shaped checkpoint of random weights is made (llama_checkpoint.py), a copy of it by `qlora quantize`, and a
 random rank-16 adapter on all linear layers, all of it a tensor at a time. Then, each in a process of its own, one after
@@ -11,7 +12,10 @@ the other:
 - arithmetic: what a merge computes, to quantize or read, dequantize, fold and cast, with the pages of the source in
   memory and nothing written;
 - ours: the merge into fp16 from the plain base, and from the prequantized copy, files read back from the disk;
-- logits: of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared;
+- logits: of eight rows of 64 tokens, of base + adapter and of the merged model, both streamed, compared; and what
+  rounding alone costs, with the bound that this gives;
+- with --faults, the same for a scale 5 % off, one layer's adapter missing, and one row of a weight 5 % off: what is
+  beyond rounding must then be beyond the bound;
 - peer: transformers loads the base in 16 bits on the CPU, peft merges and unloads, save_pretrained writes shards, which
   are flushed. It folds into the original weights, another function than the one trained, and reads nothing back.
 
@@ -26,19 +30,20 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.llama_checkpoint import SIZES, LlamaShape, make_checkpoint
 from benchmarks.private_memory import PrivatePeak
-from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
+from benchmarks.processes import forget_pages, run_part
+from qlora_trainer.adapters.inject import add_adapters, load_adapter_state, lora_layers
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import read_adapter, write_adapter
 from qlora_trainer.common.atomic import new_directory, write_text
@@ -50,9 +55,10 @@ from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.merging.fold import merge, merged_blocks
 from qlora_trainer.merging.logits import compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, MergePlan, plan_merge
+from qlora_trainer.merging.rounding import rounded_head, rounded_weights
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.trained_weights import trained_weights
-from qlora_trainer.merging.verify import row_logits
+from qlora_trainer.merging.verify import kl_bound, row_logits
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity, tensor_fingerprint
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
@@ -70,8 +76,12 @@ LABELS = {
     "ours-plain": "ours, plain base",
     "ours-4bit": "ours, 4-bit base",
     "logits": "logits compared",
+    "logits-scale": "a scale 5 % off",
+    "logits-adapter": "an adapter missing",
+    "logits-row": "a row 5 % off",
     "peer": "peft, 16 bits",
 }
+FAULTS = {"logits-scale": "scale", "logits-adapter": "adapter", "logits-row": "row"}
 CPU = torch.device("cpu")
 
 
@@ -130,7 +140,7 @@ def merge_inputs(directory: Path, base: str) -> MergeInputs:
 def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]:
     """Run one step in this process: seconds, bytes written, and peak private memory."""
     kind, _, base = step.partition("-")
-    base = base or PLAIN
+    base = base if base in (PLAIN, FOUR_BIT) else PLAIN
     output = directory / f"output-{step}"
     shutil.rmtree(output, ignore_errors=True)
     forget_pages([*(directory / base).iterdir(), *directory.glob("output-*/*")])
@@ -144,7 +154,7 @@ def run_step(step: str, directory: Path, max_shard_bytes: int) -> dict[str, Any]
         elif kind == "arithmetic":
             measured["seconds"] = arithmetic_seconds(plan_merge(merge_inputs(directory, base), output))
         elif kind == "logits":
-            measured["kl"] = compare_streamed(directory, directory / "output-ours-plain")
+            measured |= compare_streamed(directory, directory / "output-ours-plain", FAULTS.get(step, ""))
         else:
             merge_by_peft(directory, output, max_shard_bytes)
     measured = {"seconds": time.perf_counter() - started, "peak": memory.peak, "before": memory.before} | measured
@@ -184,16 +194,36 @@ def arithmetic_seconds(plan: MergePlan) -> float:
     return total
 
 
-def compare_streamed(directory: Path, output: Path) -> float:
-    """Compute the KL of the model merged from the plain base and of base + adapter, both streamed."""
+def compare_streamed(directory: Path, output: Path, fault: str = "") -> dict[str, float]:
+    """Compute the KLs by which a merge from the plain base is verified, streamed as there.
+
+    A fault is made in base + adapter, not in the files: it differs from the merged model as much.
+    """
     inputs = merge_inputs(directory, PLAIN)
-    weights = trained_weights(inputs.base, inputs.fingerprint)
-    trained = load_streamed_model(inputs.base, CPU, weights)
-    add_adapters(trained, AdapterConfig(rank=RANK, alpha=ALPHA))
-    load_adapter_state(trained, dict(inputs.adapter))
-    reference = row_logits(trained.eval(), SAMPLE.tolist(), LossPath())
-    merged = load_streamed_model(ModelDirectory.open(output), CPU)
-    return compare_logits(reference, row_logits(merged, SAMPLE.tolist(), LossPath())).kl
+    model = load_streamed_model(inputs.base, CPU, trained_weights(inputs.base, inputs.fingerprint))
+    add_adapters(model, AdapterConfig(rank=RANK, alpha=ALPHA * (1.05 if fault == "scale" else 1.0)))
+    load_adapter_state(model.eval(), dict(inputs.adapter))
+    layer = list(lora_layers(model).values())[-1]
+    if fault == "adapter":
+        layer.lora_B.weight.data.zero_()
+    elif fault == "row":
+        layer.register_forward_hook(_spoil_a_row)
+    reference = row_logits(model, SAMPLE.tolist(), LossPath())
+    with rounded_weights(model, torch.float16):
+        rounded = rounded_head(row_logits(model, SAMPLE.tolist(), LossPath()), torch.float16)
+    merged = row_logits(load_streamed_model(ModelDirectory.open(output), CPU), SAMPLE.tolist(), LossPath())
+    rounding = compare_logits(reference, rounded)
+    return {
+        "kl": compare_logits(reference, merged).kl,
+        "rounding": rounding.kl,
+        "beyond": compare_logits(rounded, merged).kl,
+        "bound": kl_bound(rounding, is_routed=False),
+    }
+
+
+def _spoil_a_row(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    output[..., 3] *= 1.05
+    return output
 
 
 def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:
@@ -208,14 +238,6 @@ def merge_by_peft(directory: Path, output: Path, max_shard_bytes: int) -> None:
             os.fsync(file.fileno())
 
 
-def forget_pages(files: Iterable[Path]) -> None:
-    """Drop files from the page cache, as far as the system lets us."""
-    for path in files:
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the step in a process of its own; say why it was left out, where memory is short."""
     base_bytes = sum(file.stat().st_size for file in (directory / PLAIN).glob("*.safetensors"))
@@ -223,12 +245,8 @@ def measure(step: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     if step == "peer" and free < 1.2 * base_bytes + 10**9:
         reason = f"left out: it holds the base in 16 bits, {base_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return {"left_out": reason}
-    command = [sys.executable, "-m", "benchmarks.merge_7b", "--step", step, "--directory", str(directory)]
-    done = subprocess.run(
-        [*command, "--shard-size", arguments.shard_size], stdout=subprocess.PIPE, check=True, text=True
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    options = ("--directory", str(directory), "--shard-size", arguments.shard_size)
+    return run_part("benchmarks.merge_7b", "--step", step, *options)
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
@@ -243,7 +261,10 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
         line += f"{found.get('files', ''):>7}"
         if goal := goal_seconds(step, results):
             line += f"{goal:8.1f}{found['seconds'] / goal:9.2f}"
-        lines.append(line + (f"  KL {found['kl']:.1e}" if "kl" in found else ""))
+        if "kl" in found:
+            line += f"  KL {found['kl']:.1e}, rounding {found['rounding']:.1e}, beyond it {found['beyond']:.1e}"
+            line += f" (bound {found['bound']:.1e})"
+        lines.append(line)
     return lines
 
 
@@ -265,6 +286,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="keep what is made here; default: a temporary one")
     parser.add_argument("--shard-size", default="2GB")
     parser.add_argument("--skip", nargs="*", choices=LABELS, default=[])
+    parser.add_argument("--faults", action="store_true", help="compare the logits of wrong merges too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--step", choices=LABELS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -279,7 +301,7 @@ def main() -> None:
         make_inputs(directory, shape, arguments.seed)
         results = {}
         for step in LABELS:
-            if step not in arguments.skip:
+            if step not in arguments.skip and (arguments.faults or step not in FAULTS):
                 print(LABELS[step], file=sys.stderr)
                 results[step] = measure(step, directory, arguments)
         shutil.rmtree(directory / "output-ours-plain", ignore_errors=True)

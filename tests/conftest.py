@@ -20,6 +20,7 @@ from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
 from qlora_trainer.config.load import make_config, save_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.merging import plain_check, plain_verification
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 
 WORDS = [
@@ -97,6 +98,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def plain_transformers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge asks plain transformers in this process, without seconds of imports, but where a test is marked."""
+    if not request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr(plain_verification, "run_job", plain_check.check)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The directory of a tiny random model by family, made once a session."""
@@ -119,6 +127,12 @@ def tiny_llama(tiny_models: Callable[[str], Path]) -> Path:
 def deep_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of five layers, where what is done for every second or third differs."""
     return make_model_directory(tmp_path_factory.mktemp("models") / "deep", "llama", num_hidden_layers=5)
+
+
+@pytest.fixture
+def own_base(tmp_path: Path) -> Path:
+    """A model directory that a test may change."""
+    return make_model_directory(tmp_path / "own-base")
 
 
 @pytest.fixture

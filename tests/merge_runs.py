@@ -1,10 +1,13 @@
-"""Small trained runs to merge, and their bases."""
+"""Small trained runs to merge, their bases, and the merged model in the hands of plain transformers."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -14,13 +17,19 @@ from qlora_trainer.adapters.peft_format import StoredAdapter
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.schema import AdapterConfig, ModelConfig
 from qlora_trainer.merging.fold import MergeReport, merge
+from qlora_trainer.merging.logits import WholeLogits, compare_logits
 from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.rounding import rounded_weights
+from qlora_trainer.merging.verify import verify_merge
+from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.load import load_base_model
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
 
 LLAMA = {**SHAPE, "intermediate_size": 640, "num_key_value_heads": 2}
+
+ROWS = [list(range(5, 60)), [3, 1, 4, 1, 5, 9, 2, 6], list(range(100, 20, -1))]
 
 
 @dataclasses.dataclass
@@ -78,3 +87,57 @@ def on_base(inputs: MergeInputs, directory: Path) -> MergeInputs:
 
 def stored(directory: Path) -> dict[str, Tensor]:
     return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
+
+
+def load_plain(directory: Path) -> Any:
+    """What any user of transformers gets, in fp32."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def by_hand(run: Run, name: str, source: Tensor) -> Tensor:
+    """A merged tensor in fp32, by bitsandbytes and three lines of arithmetic on whole tensors."""
+    weight = source
+    if name.removesuffix(".weight") in run.inputs.fingerprint.tensors:
+        packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+        state.dtype = torch.float32
+        weight = dequantize_4bit(packed, state)
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    if f"{key}.lora_A.weight" in run.inputs.adapter:
+        lora_A, lora_B = (run.inputs.adapter[f"{key}.lora_{factor}.weight"] for factor in "AB")
+        weight = weight + 2.0 * (lora_B @ lora_A)
+    return weight.float()
+
+
+def reference(run: Run) -> WholeLogits:
+    return WholeLogits.of_rows([run.logits(torch.tensor([row])) for row in ROWS])
+
+
+def verifier(run: Run) -> Any:
+    """What verifies a merge of the run into float16."""
+    with rounded_weights(run.model, torch.float16):
+        rounded = reference(run)
+    return functools.partial(
+        verify_merge,
+        sample_rows=ROWS,
+        reference=reference(run),
+        rounded=rounded,
+        load_merged=lambda merged: load_plain(merged.path),
+        loss_path=LossPath(),
+    )
+
+
+def check_logits(run: Run, directory: Path, kl: float) -> None:
+    model = load_plain(directory)
+    with torch.no_grad():
+        merged = WholeLogits.of_rows([model(input_ids=torch.tensor([row])).logits for row in ROWS])
+    difference = compare_logits(reference(run), merged)
+    assert difference.kl < kl
+    assert difference.top1_agreement == 1.0
+
+
+def altered(inputs: MergeInputs, changes: Mapping[str, Tensor | None]) -> MergeInputs:
+    both = {**inputs.adapter, **changes}
+    adapter = {name: tensor for name, tensor in both.items() if tensor is not None}
+    return dataclasses.replace(inputs, adapter=adapter)

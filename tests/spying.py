@@ -1,4 +1,4 @@
-"""Note what a function is called with, and call it; and which files Python opens."""
+"""Note what a function is called with, what operations torch runs and what they make, and which files Python opens."""
 
 import functools
 import os
@@ -6,6 +6,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
+
+from qlora_kernels.torch_internals import OpOverload, TorchDispatchMode
 
 _listening: list[list[str]] = []  # a hook cannot be taken away, so one is there for all, and adds to these
 
@@ -23,6 +27,36 @@ def noting(function: Callable[..., Any], note: Callable[..., object]) -> Callabl
 def unchanged(value: Any) -> Any:
     """Return the value, as a hook on saved tensors does that only looks at them."""
     return value
+
+
+class Operations(TorchDispatchMode):
+    """List the operations of torch that run in the block, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[OpOverload] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [operation.name() for operation in self.seen]
+
+
+class TensorSizes(TorchDispatchMode):
+    """List the number of elements of every tensor that an operation makes in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        self.sizes += [output.numel() for output in outputs if isinstance(output, Tensor)]
+        return result
 
 
 @contextmanager
@@ -43,6 +77,6 @@ def _install_hook() -> None:
 
 
 def _note_open(event: str, args: tuple[Any, ...]) -> None:
-    if event == "open" and isinstance(args[0], str | bytes):
+    if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
         for paths in _listening:
             paths.append(os.fsdecode(args[0]))

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from marks import slow
+from tiny_runs import quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_trainer.cli.demo_run import packaged_model
@@ -18,10 +18,6 @@ from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:

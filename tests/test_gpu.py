@@ -1,7 +1,7 @@
 """What only a GPU can show of a whole run: its plan, its paging, its resuming, its numbers. `make test-gpu` runs all.
 
 Operations and kernels are compared with their references in test_operations.py and test_triton_kernels.py, memory that
-runs out is provoked in test_recovery.py, and copies to host memory in test_activations.py.
+runs out is provoked in test_recovery_from_real_failures.py, and copies to host memory in test_activations.py.
 """
 
 import gc
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_models import make_model_directory
+from tiny_runs import final_adapter, quiet
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
@@ -25,7 +25,6 @@ from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
 from qlora_trainer.planning.step_memory import PAGED
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
-from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import with_micro_batch
@@ -34,10 +33,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 Config = Callable[..., RunConfig]
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +56,6 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "the quick brown fox jumps over a lazy dog " * 500
     path.write_text("".join(json.dumps({"text": f"{index} {text}"}) + "\n" for index in range(8)))
     return path
-
-
-def final_adapter(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.directory / "adapter" / "adapter_model.safetensors")
 
 
 def clear() -> None:
@@ -151,7 +142,7 @@ def test_a_deterministic_run_resumed_on_cuda_is_the_uninterrupted_one(
     assert second.state.optimizer.paged_bytes == paged == whole.state.optimizer.paged_bytes
     assert (paged > 0) == optimizer.startswith("paged")
     second.train(quiet)
-    wanted, found = final_adapter(whole), final_adapter(second)
+    wanted, found = final_adapter(whole.directory), final_adapter(second.directory)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     losses = [[r["loss"] for r in read_metrics(run.directory / "metrics.jsonl")] for run in (whole, second)]
     assert losses[0] == losses[1]

@@ -37,7 +37,7 @@ EXEMPT = (
     HERE,
     "CHANGELOG.md",
     "qlora_trainer/config/renamed.py",
-    "tests/config/test_load.py",
+    "tests/config/test_renamed.py",
     "tests/chat_templates/",
     "tests/data/rows/",
     "benchmarks/models/",

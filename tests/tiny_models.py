@@ -1,9 +1,12 @@
 """Tiny random models of every family the project lists, as directories that the trainer loads like any other."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_tokenizers import tiny_tokenizer
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -25,6 +28,11 @@ from transformers import (
     SmolLM3Config,
     Starcoder2Config,
 )
+
+from qlora_trainer.common.cache import user_cache
+from qlora_trainer.config.schema import ModelConfig
+from qlora_trainer.model.load import Base, load_base_model
+from qlora_trainer.weights.model_directory import ModelDirectory
 
 SHAPE = {
     "hidden_size": 64,
@@ -100,4 +108,37 @@ def make_model_directory(
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path, **settings: object) -> Base:
+    """Load a model directory as a run does, with these keys of the config's section `model`."""
+    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Have `change` alter the tensors of a model directory of one file, which is written anew."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def scale_tensor(directory: Path, name: str, factor: float) -> None:
+    """Multiply one tensor of a model directory."""
+    change_tensors(directory, lambda tensors: tensors.update({name: tensors[name] * factor}))
+
+
+def make_model_beyond_float16(directory: Path, where: str = "MLP") -> Path:
+    """A Llama whose weights fit float16 and whose activations do not; in fp32 and bfloat16 it computes.
+
+    "MLP": the product inside an MLP, which is no module's output, and what comes of it; "hidden": the states alone.
+    """
+    make_model_directory(directory, hidden_size=64, intermediate_size=96)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e5
+    if where == "MLP":
+        tensors["model.layers.0.mlp.gate_proj.weight"] *= 300
+        tensors["model.layers.0.mlp.up_proj.weight"] *= 1000
+    assert max(float(tensor.abs().max()) for tensor in tensors.values()) < torch.finfo(torch.float16).max
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

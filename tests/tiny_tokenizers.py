@@ -3,10 +3,13 @@
 import json
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from qlora_trainer.data.types import Example
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 
@@ -142,3 +145,9 @@ def tiny_tokenizer(
         chat_template=template or None,
         clean_up_tokenization_spaces=False,
     )
+
+
+def trained_texts(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[str]:
+    """The text of each unbroken run of trained tokens."""
+    runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
+    return [tokenizer.decode([example.labels[i] for i in run]) for trained, run in runs if trained]

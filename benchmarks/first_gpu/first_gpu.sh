@@ -172,7 +172,9 @@ if is_wanted make && { [ "$WANTED" != "  " ] || [ ! -e "$DONE/make" ]; }; then
 fi
 
 pytests tests-kernels 150 40 8 tests/kernels/test_operations.py tests/kernels/test_triton_kernels.py tests/kernels/test_varlen_attention.py \
-  tests/model/modules/test_nf4_linear.py tests/training/memory/test_activations.py tests/runs/test_checkpoint.py tests/training/test_optimizer.py
+  tests/kernels/test_varlen_attention_on_cards.py \
+  tests/model/test_fingerprint.py tests/weights/test_nf4.py tests/weights/test_stream.py \
+  tests/training/memory/test_activations.py tests/training/test_rng.py tests/training/test_optimizer.py
 
 if [ -n "$MAKING" ]; then
   wait "$MAKING"
@@ -183,7 +185,7 @@ if [ -n "$MAKING" ]; then
 fi
 
 big 230 2k-recompute 2k-8gb profile 2k-keep 16k-12gb resume generate paging keep_adapter
-pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery.py tests/runs/test_start.py tests/model/test_fill.py \
+pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery_from_real_failures.py tests/model/test_fill.py \
   tests/merging/test_streamed_model.py tests/model/modules/test_cpu_embedding.py tests/merging/test_fold.py tests/cli/test_doctor.py
 stage peer 110 45 "$PY" "$KIT/gpu_run.py" peer
 stage kernels 60 25 "$PY" "$KIT/gpu_run.py" kernels

@@ -1,7 +1,8 @@
 """Gather every private name of torch that this project uses, each behind a function or a name of its own.
 
-A private name may change with any release. So it is used here and nowhere else, and tests/test_library_names.py has a
-test for each that fails by its name after an upgrade. Another test finds private names outside this module.
+A private name may change with any release. So it is used here and nowhere else, and each has a test in
+tests/kernels/test_torch_internals.py that fails by its name after an upgrade. tests/test_library_names.py finds private
+names elsewhere.
 
 Four classes are passed on as they are, since others derive from them or ask for them by isinstance: `FakeTensor` and
 `FakeTensorMode` (tensors with a shape and no memory), `TorchDispatchMode` (sees every operation), and `OpOverload` (an

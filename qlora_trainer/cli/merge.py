@@ -31,7 +31,10 @@ class MergeBaseChoice(StrEnum):
 def merge_command(
     run_dir: RunDirectory,
     output: Annotated[Path, typer.Option(help="A new or empty directory for the merged model.")],
-    dtype: Annotated[MergeDtype, typer.Option(help="Dtype of the merged weights.")] = MergeDtype.float16,
+    dtype: Annotated[
+        MergeDtype | None,
+        typer.Option(help="Dtype of the merged weights; default: float16, or bfloat16 where that is too narrow."),
+    ] = None,
     base: Annotated[
         MergeBaseChoice,
         typer.Option(help="Fold into the dequantized base that was trained, or the original; auto measures both."),
@@ -59,7 +62,7 @@ def merge_command(
         done = merge_run(
             run_dir,
             output,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype.value) if dtype else None,
             base=base.value,
             model=model,
             max_shard_bytes=max_shard_bytes,
@@ -81,7 +84,8 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
     Returns:
         (name, value) pairs.
     """
-    report, difference = done.report, done.report.verification.difference
+    report, checked = done.report, done.report.verification
+    difference = checked.difference
     rows = [
         ("base", f"{report.base}: {done.choice.reason}"),
         (
@@ -90,10 +94,14 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
         ),
         (
             "verified",
-            f"KL {difference.kl:.1e} (bound {report.verification.kl_bound:.0e}), relative error "
-            f"{difference.relative_error:.1e}, same first choice {difference.top1_agreement:.1%}",
+            f"KL {difference.kl:.1e}, of which rounding to {report.dtype} costs {checked.rounding.kl:.1e} and "
+            f"{checked.beyond_rounding.kl:.0e} is beyond it (at most {checked.kl_bound:.0e}); same first choice "
+            f"{difference.top1_agreement:.1%}",
         ),
     ]
+    if checked.plain:
+        rows.append(("transformers", str(checked.plain)))
+    rows += [("changed", change) for change in report.changes]
     if report.flushed_to_zero:
         rows.append(
             (

@@ -61,6 +61,8 @@ def _train(run: "Run") -> None:
         say_stopped(run)
         return
     say(f"Adapter: {run.directory / 'adapter'}", to=answers)
+    for change in run.changes:
+        say(f"         {change}", to=answers)
     say(f"Report:  {report}", to=answers)
     directory = run.directory if run.directory.name not in ("", "..") else run.directory.resolve()
     merged = directory.with_name(f"{directory.name}-merged")

@@ -43,6 +43,18 @@ class MergeError(QLoRATrainerError, ValueError):
     """Report a merge that cannot be made, or a merged model that failed its verification."""
 
 
+class DtypeRangeError(MergeError):
+    """Report a merge whose dtype cannot hold a weight or an activation, where bfloat16 can.
+
+    Args:
+        reason: what does not fit, in sentences.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason} Merge with --dtype bfloat16, which has the range. Nothing was kept.")
+
+
 class TrainingError(QLoRATrainerError, ArithmeticError):
     """Report that training cannot go on, for example after several non-finite gradients in a row."""
 

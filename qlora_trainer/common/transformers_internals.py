@@ -1,8 +1,8 @@
 """Gather every private name of transformers that this project uses, each behind a function or a name of its own.
 
 Private is what has a leading underscore, and what a module offers that transformers' documentation does not describe:
-it may change with any release. So it is used here and nowhere else, and tests/test_library_names.py has a test for each
-that fails by its name after an upgrade. Another test finds private names outside this module.
+it may change with any release. So it is used here and nowhere else, and tests/common/test_transformers_internals.py has
+a test for each that fails by its name after an upgrade. tests/test_library_names.py finds private names elsewhere.
 
 Most modules are imported inside a function: they import torch, which whoever renders chat templates does not need.
 """

@@ -127,7 +127,7 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         {},
         description="Where to find each column: {column: path}, such as {prompt: query, completion: answers.0.text}; a "
-        "path that ends in ? may be absent. A source's own columns, template, header and encoding come first.",
+        "path that ends in ? may be absent. A source's own settings come first, here and down to encoding.",
     )
     template: dict[str, str] = Field(
         {},
@@ -135,23 +135,23 @@ class DataConfig(Section):
     )
     ignore: list[str] = Field(
         [],
-        description="Columns, and keys of turns such as messages[].mask, that are left out on purpose. A column whose "
-        "name has a meaning to other formats or trainers (label, score, weight, system, …) stops the run if it is "
-        "neither read nor named here.",
+        description="Columns, and keys of turns such as messages[].mask, to leave out. A column whose name has a "
+        "meaning in other formats or trainers (label, score, weight, system, …) stops the run if it is neither read "
+        "nor named here.",
     )
     keep: dict[str, Scalar | list[Scalar]] = Field(
         {},
-        description="Which rows are kept: {column: value}, or {column: [values]}, such as {label: true}; the others "
+        description="Which rows to keep: {column: value}, or {column: [values]}, such as {label: true}; the others "
         "are counted as dropped.",
     )
     roles: dict[str, RoleName] = Field(
-        {}, description="Who speaks, where turns name it otherwise than is known: such as {Chatbot: assistant}."
+        {}, description="Roles of speakers whose names are not known, such as {Chatbot: assistant}."
     )
     rendered: RenderedText = Field(
         "auto",
-        description="What is done with text or prompt and completion that is a conversation already written by a chat "
-        "template. auto: read it back into turns where the model's template writes exactly this text, stop otherwise; "
-        "turns: read it into turns all the same; text: train on it as plain text.",
+        description="What to do with plain text that a chat template already wrote from a conversation. auto: read it "
+        "back into turns if the model's template writes exactly this text, else stop; turns: read it into turns in any "
+        "case; text: train on it as plain text.",
     )
     header: list[str] = Field(
         [], description="Names of the columns, in order, for CSV, TSV and Excel files without a header line."
@@ -161,8 +161,8 @@ class DataConfig(Section):
     )
     rows: str | None = Field(
         None,
-        description="Where the rows of JSON files are that have them inside an object: keys with dots between them, "
-        "such as data.examples; * is each item of a list, or each value of an object.",
+        description="Where to find the rows of JSON files that hold them inside an object: keys joined by dots, such "
+        "as data.examples; * is each item of a list, or each value of an object.",
     )
     max_length: int = Field(2048, ge=8, description="Longest row in tokens; also limited by the model's positions.")
     too_long: Literal["truncate", "drop", "error"] = Field(
@@ -177,7 +177,7 @@ class DataConfig(Section):
         "and list it in skipped_rows.jsonl of the run directory.",
     )
     max_skipped: float = Field(
-        0.1, ge=0.0, le=1.0, description="Largest share of a source's rows that may be skipped; more stop the run."
+        0.1, ge=0.0, le=1.0, description="Largest share of a source's rows to skip; if more are bad, the run stops."
     )
     packing: bool = Field(True, description="Lay rows end to end without padding; attention keeps them apart.")
     train_on: Literal["assistant", "last", "all"] | list[Literal["system", "user", "assistant", "tool"]] = Field(

@@ -33,7 +33,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.adapters.formulas import fold_lora
 from qlora_trainer.common.atomic import new_directory, write_text
 from qlora_trainer.common.background import Background
-from qlora_trainer.common.errors import MergeError
+from qlora_trainer.common.errors import DtypeRangeError, MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan, TensorPlan
@@ -58,6 +58,7 @@ class MergeReport:
     folded: int  # weights that took in an adapter
     dequantized: int  # weights taken through NF4
     flushed_to_zero: int  # elements that became zero in the output dtype
+    changes: tuple[str, ...]  # of files that are not the base's, a sentence each
     verification: Verification | None
 
 
@@ -97,6 +98,8 @@ def merge(
     with new_directory(plan.output) as work:
         flushed, checksums = _write_tensors(plan, base, device, work, max_shard_bytes, progress)
         copy_files(plan.inputs.base.path, plan.copied, work)
+        for name, text in plan.changed.items():
+            write_text(work / name, text)
         _write_config(plan, work)
         verify_files(work, [each.output for each in plan.tensors], checksums, progress)
         report = MergeReport(
@@ -107,6 +110,7 @@ def merge(
             folded=sum(each.lora is not None for each in plan.tensors),
             dequantized=len(plan.trained) if base == "dequantized" else 0,
             flushed_to_zero=flushed,
+            changes=plan.changes,
             verification=verify(ModelDirectory.open(work)) if verify else None,
         )
         record = dataclasses.asdict(report) | dict(provenance or {})
@@ -203,9 +207,8 @@ def _check_finite(name: str, block: Tensor, dtype: torch.dtype) -> None:
     if torch.isfinite(extremes.to(dtype)).all():
         return
     if torch.isfinite(extremes).all():
-        raise MergeError(
-            f"{name} has a value of {float(extremes.abs().max()):.6g}, too large for {dtype_name(dtype)}. Merge with "
-            "--dtype bfloat16, which has the range."
+        raise DtypeRangeError(
+            f"{name} has a value of {float(extremes.abs().max()):.6g}, too large for {dtype_name(dtype)}."
         )
     raise MergeError(f"{name} holds values that are not finite. The base or the adapter is damaged.")
 

@@ -9,7 +9,7 @@ Legend: N tokens, H hidden size, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -38,6 +38,17 @@ class Logits(Protocol):
         """Return (N, V)."""
         ...
 
+    def at(self, tokens: Tensor) -> "Logits":
+        """Keep the logits of some tokens.
+
+        Args:
+            tokens: their numbers, below N.
+
+        Returns:
+            The logits, in that order.
+        """
+        ...
+
     def columns(self, vocabulary: slice) -> Tensor:  # (N, columns), on the CPU
         """Return the logits of a part of the vocabulary.
 
@@ -64,6 +75,17 @@ class HeadLogits:
     def shape(self) -> tuple[int, int]:
         """Return (N, V)."""
         return self.hidden.shape[0], self.head.shape[0]
+
+    def at(self, tokens: Tensor) -> Self:
+        """Keep the logits of some tokens.
+
+        Args:
+            tokens: their numbers, below N.
+
+        Returns:
+            The logits, in that order, not made yet.
+        """
+        return replace(self, hidden=self.hidden[tokens.to(self.hidden.device)])
 
     def columns(self, vocabulary: slice) -> Tensor:
         """Make the logits of a part of the vocabulary, with few rows of the head at a time.
@@ -112,6 +134,17 @@ class WholeLogits:
     def shape(self) -> tuple[int, int]:
         """Return (N, V)."""
         return self.values.shape[0], self.values.shape[1]
+
+    def at(self, tokens: Tensor) -> Self:
+        """Keep the logits of some tokens.
+
+        Args:
+            tokens: their numbers, below N.
+
+        Returns:
+            The logits, in that order.
+        """
+        return replace(self, values=self.values[tokens])
 
     def columns(self, vocabulary: slice) -> Tensor:
         """Return the logits of a part of the vocabulary.
@@ -198,3 +231,32 @@ def compare_logits(reference: Logits, merged: Logits) -> LogitDifference:
         top1_agreement=float((expected_softmax.choice == found_softmax.choice).double().mean()),
         tokens=tokens,
     )
+
+
+@torch.no_grad()
+def first_choices(
+    found: Logits,
+    tokens: Tensor | None = None,  # (N,)
+) -> tuple[Tensor, Tensor]:  # (N,), (N,) fp64
+    """Find the most likely successor of each token, and how much less likely others are.
+
+    Args:
+        found: (N, V).
+        tokens: those others; None: the successors themselves.
+
+    Returns:
+        (the most likely ones; nats that `tokens` are below these: 0 where they are the same, NaN where a logit is).
+    """
+    count, vocabulary = found.shape
+    largest = torch.full((count,), -math.inf, dtype=torch.float64)
+    choice, of_tokens = torch.zeros(count, dtype=torch.int64), torch.full_like(largest, math.nan)
+    width = max(BLOCK_LOGITS // max(count, 1), 1)
+    for start in range(0, vocabulary, width):
+        block = found.columns(slice(start, min(start + width, vocabulary))).double()
+        values, places = block.max(dim=1)
+        choice = torch.where(values > largest, places + start, choice)
+        largest = torch.maximum(largest, values)
+        if tokens is not None:
+            here = ((tokens >= start) & (tokens < start + block.shape[1])).nonzero()[:, 0]
+            of_tokens[here] = block[here, tokens[here] - start]
+    return choice, largest - (largest if tokens is None else of_tokens)

@@ -26,25 +26,34 @@ from qlora_trainer.common.errors import (
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
+from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Example
+from qlora_trainer.merging.check_prompts import CheckPrompt, choose_prompts, fallback_prompts
 from qlora_trainer.merging.logits import Logits, WholeLogits
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan
+from qlora_trainer.merging.rounding import rounded_head, rounded_weights
 from qlora_trainer.merging.stream_plan import StreamPlan, plan_stream
 from qlora_trainer.merging.streamed_model import (
     fill_model,
     has_finite_logits,
     load_streamed_model,
     read_original_weights,
+    read_trained_weights,
 )
 from qlora_trainer.merging.verify import logits_of_hidden, row_logits
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
 from qlora_trainer.model.load import load_base_model, load_dense_model
+from qlora_trainer.model.modules.activation_range import ActivationRange, watched_activations
 from qlora_trainer.model.modules.experts import has_experts
+from qlora_trainer.model.tokenizer import plain_tokenizer
+from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
+from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE, base_stop_ids
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row
@@ -84,15 +93,19 @@ class SampleRows:
     rows: list[list[int]]  # tokens to compare logits on
     eval: ExampleSet | None
     forward: ForwardPlan
+    prompts: list[CheckPrompt]  # for plain transformers to answer
+    left_out: int  # rows whose prompts spell a control token
+    stops: list[int]  # tokens that end an answer, rising
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Hold a model's logits at every token of the sample rows, its eval loss, and whether it has experts."""
+    """Hold a model's logits at every token of the sample rows, its eval loss, and its activations' range on both."""
 
     logits: Logits
     loss: float | None
-    is_routed: bool
+    is_routed: bool  # it has experts
+    activations: ActivationRange
 
 
 def plan_streaming(run: MergeRun, device: torch.device) -> None:
@@ -178,21 +191,73 @@ def measure_original(run: MergeRun, sample: SampleRows, base: str, progress: Pro
         give_back_memory()
 
 
+def reference_model(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
+    """Return base + adapter in fp32 once more, after both bases were measured.
+
+    Args:
+        run: what is merged.
+        base: which.
+        progress: is called as a model is loaded.
+
+    Returns:
+        The streamed model, or one loaded whole.
+    """
+    if run.stream is None:
+        return _with_adapter(run, base, progress)
+    if base == "original":
+        read_original_weights(run.stream.model)
+    else:
+        read_trained_weights(run.stream.model, run.plan.trained)
+    return run.stream.model
+
+
+@torch.no_grad()
+def measure_rounded(run: MergeRun, sample: SampleRows, base: MergeBase, progress: Progress) -> Logits:
+    """Measure base + adapter with its weights rounded to the merge's dtype, on the sample rows.
+
+    Args:
+        run: what is merged.
+        sample: what to measure on.
+        base: which.
+        progress: is called when measuring begins.
+
+    Returns:
+        The logits.
+    """
+    model = reference_model(run, base, progress)
+    progress("measuring what rounding costs", 0, None)
+    with rounded_weights(model, run.plan.dtype):
+        return rounded_head(_sample_logits(model, sample), run.plan.dtype)
+
+
 def _sample(run: MergeRun, progress: Progress) -> SampleRows:
     """Choose eval rows to measure on, and rows to compare on: eval ones, else training's, else fixed sentences."""
     forward = _examine_forward(run, progress)
+    renderer = run_renderer(run.trained.config, run.tokenizer, run.base)
     try:
         prepared, reported = prepare_trained(run.trained, run.tokenizer, run.base, progress)
     except (DataError, FileMissingError) as error:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
-        return SampleRows([run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES], None, forward)
+        had_turns = (run.trained.directory / "adapter" / CHAT_TEMPLATE).is_file()  # as training found
+        stops = _take_turns(run, renderer, had_turns)
+        prompts = fallback_prompts(renderer, plain_tokenizer(run.base), FALLBACK_SAMPLES, had_turns)
+        rows = [run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
+        return SampleRows(rows, None, forward, prompts, 0, stops)
     run.warnings += reported
+    stops = _take_turns(run, renderer, prepared.train.has_conversations())
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
+    prompts, left_out = choose_prompts(renderer, plain_tokenizer(run.base), examples)
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):
         run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")
-        return SampleRows(rows, None, forward)
-    return SampleRows(rows, prepared.eval, forward)
+    return SampleRows(rows, prepared.eval if len(prepared.eval) else None, forward, prompts, left_out, stops)
+
+
+def _take_turns(run: MergeRun, renderer: Renderer, has_conversations: bool) -> list[int]:
+    """Let the merged files say what training taught about turns; return the tokens that end an answer."""
+    taught = taught_turns(renderer, has_conversations)
+    run.plan = run.plan.with_turns(taught)
+    return sorted({*base_stop_ids(run.base), *taught.stop_tokens})
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
@@ -236,14 +301,17 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 def _measure(model: Any, run: MergeRun, sample: SampleRows, progress: Progress) -> Measured:
     """Measure in one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring logits", 0, None)
-    found, is_routed = _sample_logits(model, sample), has_experts(model)
-    if sample.eval is None:
-        return Measured(found, None, is_routed)
+    with watched_activations(model) as seen:
+        found, is_routed = _sample_logits(model, sample), has_experts(model)
+        loss = None if sample.eval is None else _eval_loss(model, run, sample, sample.eval, progress)
+    return Measured(found, loss, is_routed, seen)
+
+
+def _eval_loss(model: Any, run: MergeRun, sample: SampleRows, rows: ExampleSet, progress: Progress) -> float:
     # Whole logits of a large pack would take more memory than the weights.
     least = 0 if sample.forward.loss_path.own_logits else STREAMED_TOKENS
     most_tokens = max(micro_batch_tokens(run.trained.config), least)
-    loss = eval_loss(model, sample.eval, sample.forward, most_tokens, progress)
-    return Measured(found, loss, is_routed)
+    return eval_loss(model, rows, sample.forward, most_tokens, progress)
 
 
 def _sample_logits(model: Any, sample: SampleRows) -> Logits:

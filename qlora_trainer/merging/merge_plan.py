@@ -10,7 +10,7 @@ Legend: O out features, I in features, R rank.
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,6 +34,7 @@ from qlora_trainer.model.load import config_corrections
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.side_files import files_to_copy, refuse_full_disk
 from qlora_trainer.weights.tensors import TensorInfo, TensorSpec
+from qlora_trainer.weights.turn_files import TaughtTurns, turn_files
 
 MergeBase = Literal["dequantized", "original"]
 OUTPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -97,11 +98,43 @@ class MergePlan:
     copied: list[Path]  # files of the base that go along as they are
     config_corrections: Mapping[str, Any]  # keys of config.json that the weights contradict, and what is written
     has_original: bool  # the checkpoint holds the weights as they were before they were quantized
+    changed: Mapping[str, str] = field(default_factory=dict)  # text of files in place of the base's, by name
+    changes: tuple[str, ...] = ()  # a sentence on each of these
 
     @property
     def trained(self) -> dict[str, TrainedWeight]:
         """Return the weights that were 4-bit in training, by the checkpoint's names."""
         return {plan.source.name: plan.trained_as for plan in self.tensors if plan.trained_as}
+
+    def with_turns(self, taught: TaughtTurns) -> Self:
+        """Let the merged model's files say what training taught about turns.
+
+        Args:
+            taught: of the run.
+
+        Returns:
+            The plan with the files that change.
+        """
+        files, changes = turn_files(self.inputs.base, taught)
+        copied = [path for path in self.copied if str(path.relative_to(self.inputs.base.path)) not in files]
+        return dataclasses.replace(self, copied=copied, changed=files, changes=tuple(changes))
+
+    def with_dtype(self, dtype: torch.dtype) -> Self:
+        """Write the weights in another dtype.
+
+        Args:
+            dtype: one of 16 bits for another of 16 bits, as space was looked for.
+
+        Returns:
+            The plan.
+        """
+        tensors = [
+            dataclasses.replace(each, output=dataclasses.replace(each.output, dtype=dtype))
+            if each.output.dtype == self.dtype
+            else each
+            for each in self.tensors
+        ]
+        return dataclasses.replace(self, dtype=dtype, tensors=tensors)
 
     def refuse_missing_original(self) -> None:
         """Check that there is an original base to fold into.

@@ -8,6 +8,7 @@ clearly worse it is refused. The plan is made once, before a weight is read, and
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +16,27 @@ import torch
 
 from qlora_trainer.common.atomic import refuse_existing
 from qlora_trainer.common.cache import user_cache
-from qlora_trainer.common.errors import CheckpointError, memory_errors
+from qlora_trainer.common.errors import CheckpointError, DtypeRangeError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.fold import MergeReport, merge
-from qlora_trainer.merging.logits import LogitDifference, compare_logits
-from qlora_trainer.merging.measure import Measured, MergeRun, measure_original, measure_trained, plan_streaming
-from qlora_trainer.merging.merge_plan import MergeInputs, plan_merge
+from qlora_trainer.merging.logits import LogitDifference, Logits, compare_logits
+from qlora_trainer.merging.measure import (
+    Measured,
+    MergeRun,
+    SampleRows,
+    measure_original,
+    measure_rounded,
+    measure_trained,
+    plan_streaming,
+    reference_model,
+)
+from qlora_trainer.merging.merge_plan import MergeBase, MergeInputs, plan_merge
+from qlora_trainer.merging.plain_verification import PlainCheckInputs, verify_by_transformers
 from qlora_trainer.merging.streamed_model import load_streamed_model
 from qlora_trainer.merging.verify import (
-    KL_BOUNDS,
-    ROUTED_KL_BOUNDS,
     BaseChoice,
+    Verification,
     check_original,
     choose_base,
     verify_merge,
@@ -33,6 +44,7 @@ from qlora_trainer.merging.verify import (
 from qlora_trainer.model.device import choose_device
 from qlora_trainer.model.fingerprint import config_identity
 from qlora_trainer.model.load import load_dense_model
+from qlora_trainer.model.modules.activation_range import ActivationRange
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.runs.trained import read_trained
@@ -64,7 +76,7 @@ def merge_run(
     run_dir: Path,
     output: Path,
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = None,
     base: Wanted = "auto",
     model: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -75,7 +87,7 @@ def merge_run(
     Args:
         run_dir: the run directory.
         output: a new or empty directory for the merged model.
-        dtype: of the merged weights.
+        dtype: of the merged weights; None: float16, or bfloat16 where float16 has not the range.
         base: what to fold into; auto measures both and takes the better.
         model: another copy of the run's base, such as a prequantized one, to merge from; by default the run's own.
         max_shard_bytes: of a file of weights; a larger tensor has one of its own.
@@ -89,12 +101,14 @@ def merge_run(
             failed, or the original base was asked for and is clearly worse; nothing was left.
     """
     refuse_existing(output)
-    run = _open_run(run_dir, output, dtype, model, progress)
+    run = _open_run(run_dir, output, dtype or torch.float16, model, progress)
     with memory_errors(f"Merging {run_dir}", "Free memory and merge again; nothing was written."):
-        return _merge_run(run, base, max_shard_bytes, progress)
+        return _merge_run(run, base, dtype is None, max_shard_bytes, progress)
 
 
-def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Progress) -> Deployment:
+def _merge_run(
+    run: MergeRun, base: Wanted, dtype_is_open: bool, max_shard_bytes: int, progress: Progress
+) -> Deployment:
     if base == "original":
         run.plan.refuse_missing_original()
     _check_recorded(run, progress)
@@ -110,33 +124,106 @@ def _merge_run(run: MergeRun, base: Wanted, max_shard_bytes: int, progress: Prog
         reference = on_original
         difference = compare_logits(as_trained.logits, on_original.logits)
 
-    report = merge(
-        run.plan,
-        base=choice.base,
-        device=run.device,
-        max_shard_bytes=max_shard_bytes,
-        verify=lambda written: verify_merge(
-            written,
-            sample.rows,
-            reference.logits,
-            lambda directory: _load_written(directory, run),
-            sample.forward.loss_path,
-            (ROUTED_KL_BOUNDS if as_trained.is_routed else KL_BOUNDS)[run.plan.dtype],
-            progress,
-        ),
-        provenance={
-            "base_model": run.model,
-            "adapter": run.trained.source,
-            "base_choice": dataclasses.asdict(choice),
-            "difference_from_trained": dataclasses.asdict(difference) if difference else None,
-        },
-        progress=progress,
-    )
+    provenance = {
+        "base_model": run.model,
+        "adapter": run.trained.source,
+        "base_choice": dataclasses.asdict(choice),
+        "difference_from_trained": dataclasses.asdict(difference) if difference else None,
+    }
+
+    def write() -> MergeReport:
+        refuse_out_of_range(reference.activations, run.plan.dtype)
+        rounded = measure_rounded(run, sample, choice.base, progress)
+        return merge(
+            run.plan,
+            base=choice.base,
+            device=run.device,
+            max_shard_bytes=max_shard_bytes,
+            verify=lambda written: _verify(written, run, sample, reference, rounded, choice.base, progress),
+            provenance=provenance,
+            progress=progress,
+        )
+
+    too_narrow = ""
+    try:
+        report = write()
+    except DtypeRangeError as error:
+        if not dtype_is_open:
+            raise
+        too_narrow = error.reason
+    if too_narrow:  # outside the except block, whose traceback would keep the tensors alive
+        run.warnings.append(f"The merged model is in bfloat16, as no --dtype was named. {too_narrow}")
+        run.plan = run.plan.with_dtype(torch.bfloat16)
+        report = write()
     corrected = [
         f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
         for key, value in run.plan.config_corrections.items()
     ]
     return Deployment(report, choice, difference, [*run.warnings, *corrected])
+
+
+def refuse_out_of_range(seen: ActivationRange, dtype: torch.dtype) -> None:
+    """Refuse a dtype that cannot hold a model's activations.
+
+    Args:
+        seen: the activations, computed in fp32.
+        dtype: of the merged weights, in which others will compute.
+
+    Raises:
+        DtypeRangeError: an activation is beyond it.
+    """
+    limit = torch.finfo(dtype).max
+    first, largest = seen.first_beyond(limit), seen.largest()
+    if first is None or largest is None or not math.isfinite(largest.value):
+        return  # what is not finite in fp32 is found by the comparison of logits
+    most = f", and the most {largest}" if largest != first else ""
+    raise DtypeRangeError(
+        f"In {dtype_name(dtype)}, which ends at {limit:,.0f}, this model's activations do not fit: the first that is "
+        f"beyond is {first}{most} (on the eval rows, computed in float32)."
+    )
+
+
+def _verify(
+    written: ModelDirectory,
+    run: MergeRun,
+    sample: SampleRows,
+    reference: Measured,
+    rounded: Logits,
+    base: MergeBase,
+    progress: Progress,
+) -> Verification:
+    """Compare logits, then let plain transformers answer prompts."""
+    loss_path = sample.forward.loss_path
+    compared = verify_merge(
+        written,
+        sample.rows,
+        reference.logits,
+        rounded,
+        lambda directory: _load_written(directory, run),
+        loss_path,
+        reference.is_routed,
+        progress,
+    )
+    if not sample.prompts:
+        run.warnings.append("No row has a prompt that plain transformers could be asked, so it answered none.")
+        return compared
+    if given := [prompt.where for prompt in sample.prompts if "ids" in prompt.asked]:
+        run.warnings.append(
+            f"The base's own template does not ask as training and evaluate do, such as the prompt of {given[0]}, so "
+            "a server will ask the merged model otherwise. The check took the tokens of training."
+        )
+    inputs = PlainCheckInputs(
+        prompts=sample.prompts,
+        stops=sample.stops,
+        left_out=sample.left_out,
+        max_new_tokens=run.trained.config.evaluation.max_new_tokens,
+        loss_path=loss_path,
+        decode=run.tokenizer.decode,
+        load_reference=lambda: reference_model(run, base, progress),
+        load_merged=lambda directory: _load_written(directory, run),
+    )
+    agreement = verify_by_transformers(written, inputs, run.device, progress)
+    return dataclasses.replace(compared, plain=agreement)
 
 
 def _open_run(run_dir: Path, output: Path, dtype: torch.dtype, model: str | None, progress: Progress) -> MergeRun:

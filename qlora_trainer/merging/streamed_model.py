@@ -42,6 +42,7 @@ class StreamedMatrix(nn.Parameter):
 
     source: MatrixSource
     users: int  # a matrix tied to two modules may be in use by both
+    rounding: Callable[[Tensor], Tensor] | None = None  # done to values that were read (rounding.py)
 
     @classmethod
     def of(cls, source: MatrixSource, shape: torch.Size, device: torch.device) -> "StreamedMatrix":
@@ -95,13 +96,16 @@ class StreamedMatrix(nn.Parameter):
         """
         assert isinstance(self.source, TensorInfo), "embeddings and LM heads are dense"
         read = self.source.read(index) if isinstance(index, slice) else read_rows(self.source, index)
-        return read.to(self.device).to(dtype)
+        return self._rounded(read.to(self.device)).to(dtype)
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        return values if self.rounding is None else self.rounding(values.float())
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
         """Give the matrix its values as long as the block runs."""
         if self.users == 0:
-            self.data = _read(self.source, self.device)
+            self.data = self._rounded(_read(self.source, self.device))
         self.users += 1
         try:
             yield
@@ -213,6 +217,18 @@ def fill_model(plan: StreamPlan) -> Any:
         elif not isinstance(module, nn.Embedding) and _matrices(module):
             module.forward = functools.partial(_run_with_matrices, module, module.forward)
     return model
+
+
+def read_trained_weights(model: Any, trained: Mapping[str, TrainedWeight]) -> None:
+    """Make a streamed model read its weights as they were in training from here on: undo `read_original_weights`.
+
+    Args:
+        model: of `fill_model`; its adapters stay.
+        trained: by the checkpoint's names.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, StreamedMatrix) and isinstance(parameter.source, TensorInfo):
+            parameter.source = trained.get(parameter.source.name, parameter.source)
 
 
 def read_original_weights(model: Any) -> None:

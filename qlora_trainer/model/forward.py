@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.common.errors import is_out_of_host_memory
-from qlora_trainer.common.units import counted
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
@@ -63,7 +63,7 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     Returns:
         Loss path, packing, and warnings for the user.
     """
-    can_pack = attends_apart(model, model.config.get_text_config().vocab_size)
+    apart = attends_apart(model, model.config.get_text_config().vocab_size)
     loss_path = find_loss_path(model)
     warnings = []
     limit = longest_with_own_positions(model.config.get_text_config())
@@ -74,7 +74,13 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
             "rows differently, so the result for a row depends on the rows next to it. To avoid that, set "
             f"data.max_length={limit}."
         )
-    if not can_pack:
+    if apart is None:
+        warnings.append(
+            "This model's values on the tokens that were tried are not finite in "
+            f"{dtype_name(model.get_input_embeddings().weight.dtype)}, so it could not be seen whether its attention "
+            "keeps packed documents apart; its rows are padded on the right instead."
+        )
+    elif not apart:
         warnings.append(
             "This model's attention cannot keep packed documents apart; its rows are padded on the right instead."
         )
@@ -82,7 +88,7 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
         warnings.append(
             "This model computes its logits in a way of its own; the loss takes them whole, which needs more memory."
         )
-    return ForwardPlan(loss_path, can_pack, tuple(warnings))
+    return ForwardPlan(loss_path, bool(apart), tuple(warnings))
 
 
 @torch.no_grad()
@@ -123,6 +129,8 @@ def find_loss_path(model: Any) -> LossPath:
         if is_out_of_host_memory(error):
             raise
         return LossPath(own_logits=True)  # its hidden states are not the head's input
+    if not torch.isfinite(theirs):
+        return path  # nothing to compare with; the first step says what is not finite
     tolerance = 1e-4 if model.get_input_embeddings().weight.dtype == torch.float32 else 2e-2
     return path if torch.isclose(ours, theirs, rtol=tolerance) else LossPath(own_logits=True)
 

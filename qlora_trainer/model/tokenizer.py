@@ -74,6 +74,22 @@ def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
 
 
+def plain_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model directory as whoever loads it with transformers does.
+
+    Args:
+        directory: of the model.
+
+    Returns:
+        The tokenizer, whose ids may be others than those of the directory's file; None where transformers has none.
+    """
+    try:
+        with library_boundary(f"The tokenizer in {directory} cannot be read"), quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory.path, trust_remote_code=False)
+    except ModelError:
+        return None
+
+
 def own_tokenizer(directory: ModelDirectory) -> tokenizers.Tokenizer | None:
     """Read the tokenizer.json of a model directory, as the library `tokenizers` does.
 

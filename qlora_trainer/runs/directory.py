@@ -23,6 +23,7 @@ from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.tokenizer import own_token_ids
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.turn_files import base_stop_ids
 
 RUN_CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
@@ -67,17 +68,18 @@ def write_run_config(config: RunConfig, directory: Path) -> None:
     write_text(directory / RUN_CONFIG_NAME, dump_config(config))
 
 
-def run_renderer(config: RunConfig, tokenizer: Any) -> Renderer:
+def run_renderer(config: RunConfig, tokenizer: Any, model: ModelDirectory) -> Renderer:
     """Make the renderer that renders a run's prompts as its rows were, and knows which tokens end an answer.
 
     Args:
         config: of the run.
         tokenizer: of the run's model.
+        model: the directory of the run's model, whose own settings name tokens that end a text too.
 
     Returns:
         The renderer.
     """
-    return Renderer(tokenizer, template_date=config.data.template_date)
+    return Renderer(tokenizer, template_date=config.data.template_date, model_stops=base_stop_ids(model))
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, model: ModelDirectory, progress: Progress = silent) -> Prepared:

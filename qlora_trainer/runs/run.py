@@ -40,11 +40,13 @@ from qlora_trainer.runs.directory import BaseRecord, read_samples, write_base_re
 from qlora_trainer.runs.initial_adapter import target_names
 from qlora_trainer.runs.metrics import RunLog
 from qlora_trainer.runs.resume_rules import environment
+from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.determinism import deterministic_algorithms
 from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
+from qlora_trainer.weights.turn_files import write_turn_files
 
 
 @dataclasses.dataclass
@@ -61,6 +63,7 @@ class Run:
     warnings: list[str]
     plan: MemoryPlan | None = None  # None if the run does not follow it, or none was made
     program_bytes: int | None = None  # of host memory, before the base was loaded
+    changes: list[str] = dataclasses.field(default_factory=list)  # of the base's files on turns, next to the adapter
 
     def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
         """Train to the end or until interrupted; at the end write adapter/.
@@ -90,6 +93,8 @@ class Run:
                 self.write_adapter(work)
                 belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
                 write_base_record(work, belongs_to)
+                taught = taught_turns(self.renderer, self.prepared.train.has_conversations())
+                self.changes = write_turn_files(self.base.directory, taught, work)
         return finished
 
     def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:

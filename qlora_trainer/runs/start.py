@@ -71,7 +71,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     if initial:
         check_settings(initial, config, model)
     tokenizer = load_tokenizer(model)
-    renderer = run_renderer(config, tokenizer)
+    renderer = run_renderer(config, tokenizer, model)
     config = _with_date(config, renderer)
     run = _assemble(config, directory, model, renderer, progress)
     if initial:
@@ -120,7 +120,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     with missing_files_name("model.name"):
         model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     planned = as_lowered(config, state["training"]["memory"], longest_row(model, config))
-    run = _assemble(config, directory, model, run_renderer(config, load_tokenizer(model)), progress, planned)
+    run = _assemble(config, directory, model, run_renderer(config, load_tokenizer(model), model), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "

@@ -111,7 +111,7 @@ def open_trained(directory: Path, progress: Progress = silent, **model_settings:
     add_adapters(base.model, run.config.adapter, run.config.training.seed)
     load_adapter_state(base.model, run.adapter.tensors)
     base.model.eval()
-    return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer), base=base)
+    return Trained(**vars(run), renderer=run_renderer(run.config, tokenizer, model), base=base)
 
 
 def _newest_adapter(directory: Path) -> tuple[Path, BaseRecord]:

@@ -27,6 +27,7 @@ from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError
 from qlora_trainer.common.units import counted, gib
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
+from qlora_trainer.training.not_finite import refuse_loss_not_finite
 from qlora_trainer.training.rng import restore_rng, rng_state
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import accumulate_gradients, train_step
@@ -38,7 +39,7 @@ def take_step(state: TrainState) -> dict[str, float]:
     """Take the loader's next step, with less memory where it runs out, and move the cursor on.
 
     Where a row does not fit by itself under any policy, InsufficientMemoryError is raised and the state is that before
-    the step.
+    the step. Where the loss shows that the model cannot compute in its dtype, TrainingError is raised.
 
     Args:
         state: of the run.
@@ -47,6 +48,7 @@ def take_step(state: TrainState) -> dict[str, float]:
         The step's metrics.
     """
     metrics = until_it_fits(state, lambda: train_step(state, state.loader.peek()), f"step {state.step + 1}")
+    refuse_loss_not_finite(state, metrics, state.loader.peek)
     state.loader.advance()
     return metrics
 

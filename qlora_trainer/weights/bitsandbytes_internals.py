@@ -1,8 +1,9 @@
 """Gather every private name of bitsandbytes that this project uses, each behind a function of its own.
 
 Private is what bitsandbytes' documentation does not describe: it may change with any release. So it is used here and
-nowhere else, and tests/test_library_names.py has a test for each that fails by its name after an upgrade. One exception
-is training/memory/paged_trial.py, a program that imports bitsandbytes alone; what it calls is tested there too.
+nowhere else, and tests/weights/test_bitsandbytes_internals.py has a test for each that fails by its name after an
+upgrade. One exception is training/memory/paged_trial.py, a program that imports bitsandbytes alone; what it calls is
+tested there too.
 """
 
 from collections.abc import Iterable

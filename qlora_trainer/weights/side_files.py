@@ -8,6 +8,7 @@ from qlora_trainer.common.atomic import disk_errors, real_path
 from qlora_trainer.common.errors import DiskError
 from qlora_trainer.common.units import gib
 from qlora_trainer.weights.listing import file_inside
+from qlora_trainer.weights.turn_files import MORE_TEMPLATES
 
 _COPIED_SUFFIXES = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 _COPIED_STEMS = {"LICENSE", "NOTICE"}
@@ -39,7 +40,7 @@ def files_to_copy(directory: Path) -> list[Path]:
     Returns:
         Paths of files inside it.
     """
-    templates = directory / "additional_chat_templates"
+    templates = directory / MORE_TEMPLATES
     names = [path for path in sorted(directory.iterdir()) if path.is_file()]
     copied = [
         path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from marks import slow, slow_but
 from safetensors.torch import load_file
+from tiny_runs import quiet
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -29,10 +30,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
 QUERY_AND_VALUE = {"c_attn": ["query", "value"]}
-
-
-def quiet(_metrics: dict[str, Any]) -> None:
-    pass
 
 
 def config_of(tiny_config: Config, model: Path, output: str = "run", **adapter: Any) -> RunConfig:

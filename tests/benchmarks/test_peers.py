@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_runs import quiet
 from transformers import AutoModelForCausalLM
 
 from benchmarks import contenders
@@ -16,10 +16,6 @@ from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.weights.model_directory import ModelDirectory
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 @pytest.mark.slow

@@ -1,43 +1,14 @@
 """The config's promises: every problem is reported at once, with the near miss, and nothing unknown is swallowed."""
 
-import datetime
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from pydantic import ValidationError
+from minimal_config import MINIMAL, problems_of, write
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.load import load_config, make_config, save_config
-from qlora_trainer.config.schema import RunConfig
-
-MINIMAL = {"model": {"name": "owner/model"}, "data": {"train": "rows.jsonl"}}
-
-
-def write(path: Path, content: object) -> Path:
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
-def problems_of(raw: dict[str, object]) -> str:
-    with pytest.raises(ConfigError) as caught:
-        make_config(raw)
-    return str(caught.value)
-
-
-def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
-    assert config.adapter.rank == 16
-    assert config.optimizer.name == "paged_adamw_32bit"
-    assert config.model.name == "owner/model"
-
-
-def test_adams_moments_in_bfloat16_are_refused() -> None:
-    message = problems_of({**MINIMAL, "adapter": {"dtype": "bfloat16"}, "optimizer": {"name": "adamw"}})
-    assert "Set optimizer.name to paged_adamw_32bit" in message
 
 
 def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
@@ -61,35 +32,6 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "'long'" in message
     assert "did you mean training.global_batch_size?" in message
     assert "3 problems" in message
-
-
-@pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [
-        ("adapter", "rank", 0),
-        ("adapter", "rank", 2000),
-        ("adapter", "dropout", 1.0),
-        ("adapter", "target_modules", []),
-        ("data", "eval", 1.5),
-        ("optimizer", "name", "sgd"),
-        ("data", "eval", "1.5"),
-        ("data", "eval", float("nan")),
-        ("optimizer", "learning_rate", -1.0),
-        ("optimizer", "learning_rate", float("inf")),
-        ("optimizer", "weight_decay", float("nan")),
-        ("training", "seed", 2**63),
-        ("training", "micro_batch_tokens", "some"),
-        ("training", "max_steps", 0),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(section: str, key: str, value: object) -> None:
-    raw = {**MINIMAL, section: {**MINIMAL.get(section, {}), key: value}}
-    assert f"{section}.{key}" in problems_of(raw)
-
-
-def test_a_micro_batch_that_holds_no_full_row_is_refused() -> None:
-    message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": 100}})
-    assert "would fit no micro-batch" in message
 
 
 def test_overrides_reach_every_field_and_keep_their_types(tmp_path: Path) -> None:
@@ -183,17 +125,6 @@ def test_a_problem_inside_the_eval_source_is_reported_of_it() -> None:
     assert "data.eval.path is missing" in problems_of({**MINIMAL, "data": {"train": "x", "eval": {}}})
 
 
-def test_sources_are_all_weighted_or_none() -> None:
-    sources = [{"path": "a", "weight": 0.5}, {"path": "b"}, {"path": "c", "count": 5}]
-    message = problems_of({**MINIMAL, "data": {"train": sources}})
-    assert "data.train: some sources have a weight, but not b, c; give one to all, or to none" in message
-    both = problems_of({**MINIMAL, "data": {"train": [{"path": "a", "weight": 1, "count": 5}]}})
-    assert "a weight and a count" in both
-    assert make_config({**MINIMAL, "data": {"train": [{"path": "a", "count": 5}, {"path": "b"}]}})
-    for wrong in ({"weight": 0}, {"weight": -1}, {"weight": float("inf")}, {"count": 0}, {"count": 1.5}):
-        assert "data.train.0" in problems_of({**MINIMAL, "data": {"train": [{"path": "a", **wrong}]}})
-
-
 def test_the_path_of_a_eval_source_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("")
@@ -229,97 +160,11 @@ def test_a_missing_or_broken_file_ends_with_an_error_message(tmp_path: Path) -> 
         load_config(tmp_path / "list.yaml")
 
 
-def test_every_field_says_what_it_is() -> None:
-    for section in RunConfig.model_fields.values():
-        for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
-            assert field.description, name
-
-
 def test_every_shipped_config_is_valid() -> None:
     shipped = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     assert shipped
     for path in shipped:
         load_config(path)
-
-
-def test_the_configs_readme_explains_every_key_as_it_is() -> None:
-    """One table row a field, with its description word for word."""
-    text = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
-    for section, info in RunConfig.model_fields.items():
-        for name, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
-            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{section}.{name}` |")]
-            assert row.endswith(f"| {field.description} |")
-
-
-def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
-    raw = {
-        "model": {"name": "m"},
-        "data": {"train": "x", "train_on": ["assistant", "tool"], "template_date": "2026-01-31"},
-    }
-    config = make_config(raw)
-    assert config.data.train_on == ["assistant", "tool"]
-    assert config.data.template_date == datetime.date(2026, 1, 31)
-    mistakes: list[dict[str, Any]] = [{"train_on": []}, {"train_on": ["robot"]}, {"template_date": "today"}]
-    for wrong in mistakes:
-        with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
-            make_config({**raw, "data": {"train": "x", **wrong}})
-
-
-@pytest.mark.parametrize(
-    ("section", "old", "value", "refusal"),
-    [
-        ("model", "output_head", "4bit", "model.output_head was renamed to model.lm_head"),
-        ("model", "minimum_4bit_share", 0.5, "model.minimum_4bit_share was renamed to model.min_quantized_fraction"),
-        ("model", "keep_quantized", True, "model.keep_quantized was renamed to model.cache_quantized"),
-        ("model", "embeddings", "host", "model.embeddings: its value host was renamed to cpu"),
-        ("adapter", "targets", ["q_proj"], "adapter.targets was renamed to adapter.target_modules"),
-        ("data", "heldout", 0.1, "data.heldout was renamed to data.eval"),
-        ("data", "learn", "all", "data.learn was renamed to data.train_on"),
-        ("data", "workers", 2, "data.workers was removed: rows are prepared by one process"),
-        ("training", "batch_size", 8, "training.batch_size was renamed to training.global_batch_size"),
-        ("training", "kept_layers", 2, "training.kept_layers was renamed to training.uncheckpointed_layers"),
-        ("training", "offload_every", 2, "training.offload_every was renamed to training.offload_every_n_layers"),
-        (
-            "training",
-            "activations",
-            "recompute",
-            "training.activations was renamed to training.activation_checkpointing, and its value recompute was "
-            "renamed to full",
-        ),
-        (
-            "training",
-            "activation_checkpointing",
-            "tile",
-            "training.activation_checkpointing: its value tile was renamed to tiled",
-        ),
-    ],
-)
-def test_an_old_key_is_refused_with_its_new_name(section: str, old: str, value: object, refusal: str) -> None:
-    raw = {**MINIMAL, section: {**MINIMAL.get(section, {}), old: value}}
-    message = problems_of(raw)
-    assert refusal in message
-    assert message.count("renamed") == refusal.count("renamed")
-    assert "unknown key" not in message
-
-
-def test_replaced_values_are_checked_as_those_of_a_file() -> None:
-    sources = [{"path": "a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 2.0}]
-    config = make_config({**MINIMAL, "data": {"train": sources}})
-    replaced = config.replace({"training.max_steps": 3, "adapter.rank": 8, "data.template_date": "2026-01-31"})
-    assert (replaced.training.max_steps, replaced.adapter.rank) == (3, 8)
-    assert replaced.data.template_date == datetime.date(2026, 1, 31)
-    assert replaced.data.train == config.data.train
-    assert (config.training.max_steps, config.adapter.rank) == (None, 16), "a config itself does not change"
-    assert replaced.replace({"training.max_steps": None, "adapter.rank": 16, "data.template_date": None}) == config
-    for values in (
-        {"adapter.rank": 0},
-        {"adapter.rnk": 8},
-        {"adapters.rank": 8},
-        {"training.micro_batch_tokens": config.data.max_length - 1},
-        {"training.uncheckpointed_layers": 2, "training.activation_checkpointing": "none"},
-    ):
-        with pytest.raises(ValidationError):
-            config.replace(values)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from random_tensors import normal
+from torch import nn
 from transformers.activations import ACT2FN
 
 from qlora_kernels.gated import ACTIVATIONS, Name, activate, gated_gradients, gated_product
 from qlora_trainer.model.modules.same_bits import named_activation
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

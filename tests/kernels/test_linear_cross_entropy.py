@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from random_tensors import normal64
+from spying import TensorSizes
 from torch import Tensor
 
 from qlora_kernels import head_rows
@@ -12,22 +14,18 @@ from qlora_kernels.head_rows import HeadRows, head_logits
 from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 TOKENS, WIDTH, VOCABULARY = 37, 20, 101
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden (T, H), head (V, H), labels (T,) of which a third are -100, bias (V,)."""
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
     labels[::3] = -100
-    hidden = normal(TOKENS, WIDTH, seed=0, dtype=dtype).requires_grad_()
-    return hidden, normal(VOCABULARY, WIDTH, seed=1, dtype=dtype), labels, normal(VOCABULARY, seed=2, dtype=dtype)
+    hidden = normal64(TOKENS, WIDTH, seed=0, dtype=dtype).requires_grad_()
+    return hidden, normal64(VOCABULARY, WIDTH, seed=1, dtype=dtype), labels, normal64(VOCABULARY, seed=2, dtype=dtype)
 
 
 def plain_loss(
@@ -121,23 +119,9 @@ def test_trained_head_is_refused() -> None:
         linear_cross_entropy(hidden, head, labels, bias=bias.clone().requires_grad_())
 
 
-class LargestTensors(TorchDispatchMode):
-    """Notes the number of elements of every tensor that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        outputs = result if isinstance(result, (tuple, list)) else (result,)
-        self.sizes += [output.numel() for output in outputs if isinstance(output, Tensor)]
-        return result
-
-
 def test_logits_of_all_tokens_never_exist() -> None:
     hidden, head, labels, _ = problem()
-    with LargestTensors() as made:
+    with TensorSizes() as made:
         linear_cross_entropy(hidden, head, labels, chunk_tokens=5, softcap=3.0).backward()
     assert max(made.sizes) == head.numel()  # its own alias; a chunk of logits is smaller still
     assert 5 * VOCABULARY in made.sizes
@@ -146,7 +130,7 @@ def test_logits_of_all_tokens_never_exist() -> None:
 
 def test_without_grad_mode_no_gradient_is_made() -> None:
     hidden, head, labels, _ = problem()
-    with torch.no_grad(), LargestTensors() as made:
+    with torch.no_grad(), TensorSizes() as made:
         value = linear_cross_entropy(hidden, head, labels, chunk_tokens=5)
     torch.testing.assert_close(value, plain_loss(hidden, head, labels).detach(), rtol=1e-13, atol=0)
     assert TOKENS * WIDTH not in made.sizes
@@ -205,7 +189,7 @@ def test_a_quantized_heads_logits_and_gradient_are_those_of_its_dequantized_rows
     plain = batch.detach().clone().requires_grad_()
     wanted = F.linear(plain, Quantized(quantize(head)).whole(torch.float64))
     torch.testing.assert_close(logits, wanted, rtol=1e-13, atol=1e-13)
-    incoming = normal(4, 9, VOCABULARY, seed=5)
+    incoming = normal64(4, 9, VOCABULARY, seed=5)
     logits.backward(incoming)
     wanted.backward(incoming)
     torch.testing.assert_close(batch.grad, plain.grad, rtol=1e-12, atol=1e-12)
@@ -218,8 +202,8 @@ def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
     held: str, softcap: float | None, dtype: torch.dtype
 ) -> None:
     tokens, width, vocabulary, chunk_tokens = 300, 64, 8192, 128
-    hidden = normal(tokens, width, seed=0, dtype=dtype).requires_grad_()
-    dense = normal(vocabulary, width, seed=1, dtype=dtype)
+    hidden = normal64(tokens, width, seed=0, dtype=dtype).requires_grad_()
+    dense = normal64(vocabulary, width, seed=1, dtype=dtype)
     head = {
         "dense": lambda w: w,
         "nf4": lambda w: Quantized(quantize_nf4(w)),
@@ -243,10 +227,10 @@ def test_the_peak_beyond_hidden_states_and_their_gradient_is_one_chunk(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_products_are_widened_and_gradients_narrowed_in_place(dtype: torch.dtype) -> None:
     """To the bit what a second tensor would give, though each overwrites what it is read from."""
-    hidden, weight = normal(96, 64, seed=0, dtype=dtype), normal(9001, 64, seed=1, dtype=dtype)
+    hidden, weight = normal64(96, 64, seed=0, dtype=dtype), normal64(9001, 64, seed=1, dtype=dtype)
     product = head_rows.multiply_by_head(hidden, head_rows.DenseRows(weight), torch.float32)
     assert torch.equal(product, (hidden @ weight.T).float())
-    grad = normal(96, 9001, seed=2, dtype=torch.float32)
+    grad = normal64(96, 9001, seed=2, dtype=torch.float32)
     expected = grad.to(dtype) @ weight
     assert torch.equal(head_rows.multiply_by_head_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
 

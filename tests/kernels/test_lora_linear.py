@@ -1,34 +1,23 @@
 """The frozen NF4 layer, alone and with its adapter: exact gradients, little kept, recomputation, a base that stays."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from spying import noting, unchanged
+from adapted_layers import SCALING, Inputs, adapter_inputs, fused, mask_like, output_and_gradients, plain, saved_by
+from random_tensors import normal
+from spying import Operations, noting, unchanged
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kernels import gated as gated_space
-from qlora_kernels import gated_linear, lora_linear
-from qlora_kernels.dropout import draw_seed, keep_mask
-from qlora_kernels.gated_linear import gated_nf4_linear
+from qlora_kernels.dropout import draw_seed
 from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from qlora_kernels.torch_internals import FakeTensorMode, TorchDispatchMode
+from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-@pytest.fixture
-def weight() -> NF4Weight:
-    return quantize_nf4(normal(7, 45) / 45**0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -124,59 +113,6 @@ def test_weight_is_not_changed_by_training_through_it(weight: NF4Weight) -> None
     assert torch.equal(bias, normal(7))
 
 
-# With its adapter. `Inputs` are x (..., I), bias (O,), lora_A (R, I), lora_B (O, R).
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-SCALING = 1.7
-SEED = torch.tensor(11)
-
-
-def adapter_inputs(
-    *lead: int,
-    dtype: torch.dtype = torch.float64,
-    parameters: torch.dtype | None = None,
-    trained: str = "x bias A B",
-    sizes: tuple[int, int, int] = (7, 45, 3),  # O, I, R
-) -> Inputs:
-    """x of `dtype`; bias, A and B of dtype `parameters` or x's; those named in `trained` require gradients."""
-    kind = parameters or dtype
-    O, I, R = sizes  # noqa: E741
-    tensors = {
-        "x": normal(*lead, I, dtype=dtype),
-        "bias": normal(O, seed=1, dtype=kind),
-        "A": normal(R, I, seed=3, dtype=kind) / I**0.5,
-        "B": normal(O, R, seed=4, dtype=kind),
-    }
-    x, bias, A, B = (tensor.requires_grad_(name in trained.split()) for name, tensor in tensors.items())
-    return x, bias, A, B
-
-
-def fused(weight: NF4Weight, dropout: float = 0.0) -> Callable[..., Tensor]:
-    seed = SEED if dropout else None
-    return lambda x, bias, A, B: nf4_linear(x, weight, bias, Adapter(A, B, SCALING, dropout, seed))
-
-
-def mask_like(x: Tensor, dropout: float) -> Tensor:
-    return keep_mask(x.reshape(-1, x.shape[-1]), x.shape[-1], dropout, SEED).view(x.shape)
-
-
-def plain(weight: NF4Weight, dropout: float = 0.0) -> Callable[..., Tensor]:
-    """The formula in plain torch; dropout by an explicit mask."""
-
-    def formula(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        base = F.linear(x, dequantize_nf4(weight, x.dtype), bias.to(x.dtype))
-        mask = mask_like(x, dropout)
-        return add_lora(base, x * mask / (1.0 - dropout), A, B, SCALING)
-
-    return formula
-
-
-def output_and_gradients(function: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
-    """Output, then the gradients of x, bias, A and B for a random gradient of the output."""
-    output = function(*inputs)
-    trained = [tensor for tensor in inputs if tensor.requires_grad]
-    return [output.detach(), *torch.autograd.grad(output, trained, normal(*output.shape, seed=2, dtype=output.dtype))]
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,)])
 def test_layer_with_adapter_is_the_plain_formula(weight: NF4Weight, lead: tuple[int, ...], dropout: float) -> None:
@@ -256,17 +192,6 @@ def test_first_layers_backward_does_not_dequantize(weight: NF4Weight, monkeypatc
     assert inputs[2].grad is not None
 
 
-def saved_by(function: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
-    """What autograd saves for backward; asserts that the node itself holds parameters and a seed, and no activation."""
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(noting(unchanged, kept.append), unchanged):
-        output = function(*inputs)
-    assert output.grad_fn is not None
-    held = [value for value in vars(output.grad_fn).values() if isinstance(value, Tensor)]
-    assert all(any(value is parameter for parameter in (*inputs[1:], SEED)) for value in held)
-    return kept
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_input_and_a_rank_sized_product_are_all_that_is_saved(
@@ -298,35 +223,6 @@ def test_without_grad_mode_the_adapted_layer_makes_no_graph(weight: NF4Weight) -
         output = fused(weight, 0.3)(*adapter_inputs(4))
     assert output.grad_fn is None
     torch.testing.assert_close(output, plain(weight, 0.3)(*adapter_inputs(4)).detach(), rtol=1e-12, atol=1e-13)
-
-
-def test_dropout_is_the_same_under_the_same_global_random_state() -> None:
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    first, second = draw_seed(), draw_seed()
-    torch.set_rng_state(state)
-    assert (draw_seed(), draw_seed()) == (first, second)
-    assert first != second
-    like = normal(50, 7)
-    assert torch.equal(keep_mask(like, 64, 0.3, first), keep_mask(like, 64, 0.3, first))
-    assert not torch.equal(keep_mask(like, 64, 0.3, first), keep_mask(like, 64, 0.3, second))
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_the_share_asked_for_everywhere(dropout: float, dtype: torch.dtype) -> None:
-    kept = keep_mask(normal(1000, 7, dtype=dtype), 402, dropout, SEED)
-    assert (kept.shape, kept.dtype) == ((1000, 402), dtype)
-    assert set(kept.unique().tolist()) <= {0.0, 1.0}
-    variance = dropout * (1.0 - dropout)
-    parts = {"all": kept.double().view(1, -1), "rows": kept.double(), "columns": kept.double().T}
-    parts |= {f"each fourth from {lane}": kept.view(-1)[lane::4].double().view(1, -1) for lane in range(4)}
-    for name, part in parts.items():
-        bound = 5.0 * (variance / part.shape[1]) ** 0.5 + 1e-5  # five standard deviations, and the rounding
-        assert float((part.mean(1) - (1.0 - dropout)).abs().max()) <= bound, name
-    if dropout == 0.5:  # neighbors, drawn together, are independent
-        together = (kept[:, 1:] * kept[:, :-1]).double().mean()
-        assert float(together) == pytest.approx(0.25, abs=5.0 * (0.25 * 0.75 / kept.numel()) ** 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -431,92 +327,6 @@ def test_casts_made_beforehand_change_no_bit(weight: NF4Weight) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
-# The end of a gated MLP: gate and up (..., I) in the place of x.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,  # has no name of its own
-}
-
-
-def gated_inputs(*lead: int, dtype: torch.dtype = torch.float64, parameters: torch.dtype | None = None) -> list[Tensor]:
-    x, *others = adapter_inputs(*lead, dtype=dtype, parameters=parameters)
-    return [x, normal(*lead, 45, seed=9, dtype=dtype).requires_grad_(), *others]
-
-
-def gated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[..., Tensor]:
-    seed = SEED if dropout else None
-
-    def function(gate: Tensor, up: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        adapter = Adapter(A, B, SCALING, dropout, seed)
-        named = activation if activation in gated_space.ACTIVATIONS else ACTIVATIONS[activation]
-        return gated_nf4_linear(gate, up, named, weight, bias, adapter)
-
-    return function
-
-
-def ungated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[..., Tensor]:
-    """The same with the product as autograd keeps it."""
-    return lambda gate, up, *others: fused(weight, dropout)(ACTIVATIONS[activation](gate) * up, *others)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_making_the_gated_product_again_changes_no_bit(
-    weight: NF4Weight, activation: str, dropout: float, dtype: torch.dtype
-) -> None:
-    inputs = gated_inputs(2, 3, dtype=dtype, parameters=None if dtype == torch.float64 else torch.float32)
-    found = output_and_gradients(gated(weight, activation, dropout), inputs)  # type: ignore[arg-type]
-    expected = output_and_gradients(ungated(weight, activation, dropout), inputs)  # type: ignore[arg-type]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-
-
-def test_gated_gradients_are_those_of_finite_differences(weight: NF4Weight) -> None:
-    assert torch.autograd.gradcheck(gated(weight, "silu", 0.3), gated_inputs(2))
-
-
-def test_a_gated_layer_without_an_adapter_has_the_same_gradients(weight: NF4Weight) -> None:
-    gate, up, *_ = gated_inputs(4)
-    grad = normal(4, 7, seed=2, dtype=torch.float64)
-    found = torch.autograd.grad(gated_nf4_linear(gate, up, "silu", weight, None), (gate, up), grad)
-    expected = torch.autograd.grad(nf4_linear(F.silu(gate) * up, weight, None), (gate, up), grad)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-
-
-def test_gate_up_and_a_rank_sized_product_are_all_that_a_gated_layer_saves(weight: NF4Weight) -> None:
-    inputs = gated_inputs(4, 5)
-    kept = saved_by(gated(weight, "silu", 0.3), inputs)  # type: ignore[arg-type]
-    assert [tensor.shape for tensor in kept] == [(4, 5, 45), (4, 5, 45), (20, 3)]
-    assert [tensor.data_ptr() for tensor in kept[:2]] == [tensor.data_ptr() for tensor in inputs[:2]]
-
-
-def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two projections run forward; recomputed, only the first: backward needs nothing from the second's output."""
-    inputs = gated_inputs(4)
-    outputs = 0
-
-    def counting(*arguments: Any, **settings: Any) -> Tensor:
-        nonlocal outputs
-        outputs += 1
-        return original(*arguments, **settings)
-
-    original = lora_linear.output_of
-    for module in (lora_linear, gated_linear):
-        monkeypatch.setattr(module, "output_of", counting)
-
-    def block(gate: Tensor, up: Tensor, *others: Tensor) -> Tensor:
-        first = F.pad(nf4_linear(gate, weight, None), (0, 38))
-        return gated(weight, "silu")(first, up, *others)
-
-    output = checkpoint(block, *inputs, use_reentrant=False)
-    assert outputs == 2
-    output.sum().backward()
-    assert outputs == 3
-    assert all(tensor.grad is not None for tensor in inputs)
-
-
 @pytest.mark.parametrize(
     ("tokens", "is_training", "is_fused"), [(16, False, True), (17, False, False), (4, True, False)]
 )
@@ -526,17 +336,9 @@ def test_few_tokens_without_gradients_take_the_operation_for_them(
     """Which a GPU runs in one pass over the four bits; here it is the same product to the last bit."""
     monkeypatch.setenv("QLORA_KERNELS", "reference")
 
-    class Seen(TorchDispatchMode):
-        names: ClassVar[list[str]] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     x = normal(tokens, 45).requires_grad_(is_training)
     bias = normal(7, seed=5)
-    Seen.names.clear()
-    with torch.set_grad_enabled(is_training), Seen():
+    with torch.set_grad_enabled(is_training), Operations() as seen:
         output = nf4_linear(x, weight, bias)
-    assert ("qlora_kernels::nf4_matmul_few" in Seen.names) == is_fused
+    assert ("qlora_kernels::nf4_matmul_few" in seen.names) == is_fused
     assert torch.equal(output, F.linear(x, dequantize_nf4(weight, x.dtype), bias))

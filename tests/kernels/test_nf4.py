@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from random_tensors import normal
 from torch import Tensor
 
 from qlora_kernels import nf4_cpu, registry
@@ -22,10 +23,6 @@ from qlora_kernels.torch_internals import FakeTensorMode
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
 # Whole blocks; rows that share blocks; a short last block; an odd number of elements; more than one chunk of either.
 SHAPES = [(1, 1), (1, 2), (1, 63), (1, 64), (1, 65), (3, 43), (7, 64), (256, 64), (257, 65), (3, (1 << 17) + 7)]
-
-
-def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def compiled_for(*flags: str) -> dict[str, Callable[..., None]]:
@@ -74,11 +71,11 @@ def ties() -> Tensor:
     midpoints = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
     steps = [midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))]
     row = torch.cat([torch.ones(1), *steps, torch.zeros(18)])
-    return torch.cat([row * torch.ones(8, 1), row * normal((300, 1))])
+    return torch.cat([row * torch.ones(8, 1), row * normal(300, 1)])
 
 
 def some_equal_blocks() -> Tensor:
-    weight = normal((600, 64))
+    weight = normal(600, 64)
     weight[3] = 0
     weight[256:512] = 1  # a whole nested block of equal maxima
     return weight
@@ -91,17 +88,17 @@ AWKWARD = {
     "one value, short last block": torch.full((5, 63), 3.0),
     "equal blocks": some_equal_blocks(),
     "ties": ties(),
-    "at the clamp": normal((300, 64)) * 1e-38,
-    "subnormal": normal((300, 65)) * 1e-41,
-    "huge": normal((300, 64)) * 1e30,
-    "an outlier": normal((300, 64)).index_put((torch.tensor(7), torch.tensor(7)), torch.tensor(1e4)),
+    "at the clamp": normal(300, 64) * 1e-38,
+    "subnormal": normal(300, 65) * 1e-41,
+    "huge": normal(300, 64) * 1e30,
+    "an outlier": normal(300, 64).index_put((torch.tensor(7), torch.tensor(7)), torch.tensor(1e4)),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantizing_gives_the_bits_of_bitsandbytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    weight = normal(shape).to(dtype)
+    weight = normal(*shape).to(dtype)
     assert_same_bits(quantize_nf4(weight), quantize_with_bitsandbytes(weight)[0])
 
 
@@ -132,12 +129,12 @@ def test_dynamic_code_is_that_of_bitsandbytes() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dequantizing_gives_the_bits_of_bitsandbytes(shape: tuple[int, int]) -> None:
-    weight, state = quantize_with_bitsandbytes(normal(shape))
+    weight, state = quantize_with_bitsandbytes(normal(*shape))
     assert torch.equal(dequantize_nf4(weight, torch.float32), dequantize_with_bitsandbytes(weight, state))
 
 
 def test_dequantized_value_is_two_rounded_operations() -> None:
-    weight = quantize_nf4(normal((9, 64)))
+    weight = quantize_nf4(normal(9, 64))
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(9, 64)
     scale = weight.nested_code[weight.absmax.int()] * weight.nested_absmax[0]
     scale = scale + weight.offset
@@ -147,13 +144,13 @@ def test_dequantized_value_is_two_rounded_operations() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_the_fp32_value_cast_once(dtype: torch.dtype) -> None:
     for shape in SHAPES:
-        weight = quantize_nf4(normal(shape))
+        weight = quantize_nf4(normal(*shape))
         assert torch.equal(dequantize_nf4(weight, dtype), dequantize_nf4(weight, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(50, 64), (51, 65), (9, 43), (5, (1 << 17) + 7)])
 def test_rows_have_the_bits_of_the_whole(shape: tuple[int, int]) -> None:
-    weight = quantize_nf4(normal(shape))
+    weight = quantize_nf4(normal(*shape))
     for dtype in (torch.float32, torch.float16):
         whole = dequantize_nf4(weight, dtype)
         for rows in (slice(0, 1), slice(1, 4), slice(3, None), slice(None, -1), slice(2, 2), slice(-1, None)):
@@ -161,7 +158,7 @@ def test_rows_have_the_bits_of_the_whole(shape: tuple[int, int]) -> None:
 
 
 def test_dequantizing_reads_only_the_rows_asked_for() -> None:
-    weight = quantize_nf4(normal((512, 64)))
+    weight = quantize_nf4(normal(512, 64))
     wanted = dequantize_nf4(weight, torch.float32)[300:310]
     spoiled = weight.packed.clone()
     spoiled[: 300 * 32], spoiled[310 * 32 :] = 255, 255
@@ -169,7 +166,7 @@ def test_dequantizing_reads_only_the_rows_asked_for() -> None:
 
 
 def test_fake_tensors_give_shapes_without_a_value() -> None:
-    real = quantize_nf4(normal((6, 43)))
+    real = quantize_nf4(normal(6, 43))
     with FakeTensorMode() as mode:
         tables: Any = {name: mode.from_tensor(getattr(real, name)) for name in TABLES}
         fake = replace(real, **tables)
@@ -178,7 +175,7 @@ def test_fake_tensors_give_shapes_without_a_value() -> None:
 
 
 def test_op_is_registered_as_torch_asks() -> None:
-    weight = quantize_nf4(normal((6, 44)))
+    weight = quantize_nf4(normal(6, 44))
     tables = [getattr(weight, name) for name in TABLES]
     out = torch.empty(88, dtype=torch.float16)
     torch.library.opcheck(torch.ops.qlora_kernels.dequantize_nf4.default, (*tables, 44, 64, 256, out))
@@ -188,13 +185,13 @@ def test_op_is_registered_as_torch_asks() -> None:
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_value_that_is_not_finite_shows_in_the_offset(bad: float, dtype: torch.dtype) -> None:
     for shape, place in (((70, 64), (69, 63)), ((3, 43), (2, 42)), ((40000, 64), (20000, 1))):
-        weight = normal(shape).to(dtype)
+        weight = normal(*shape).to(dtype)
         weight[place] = bad
         assert not torch.isfinite(quantize_nf4(weight).offset)
 
 
 def test_a_transposed_weight_is_read_in_its_own_order() -> None:
-    weight = normal((128, 96))
+    weight = normal(128, 96)
     assert_same_bits(quantize_nf4(weight.T), quantize_nf4(weight.T.contiguous()))
 
 
@@ -219,7 +216,7 @@ def test_importing_needs_neither_triton_nor_bitsandbytes() -> None:
 )
 def test_compiled_code_is_given_no_table_that_it_would_read_past(table: dict[str, Tensor]) -> None:
     dequantize = compiled_for()["dequantize_nf4"]
-    weight = quantize_nf4(normal((3, 64)))
+    weight = quantize_nf4(normal(3, 64))
     tables = {name: getattr(weight, name) for name in TABLES}
     dequantize(*tables.values(), 0, 64, 256, torch.empty(3, 64))
     with pytest.raises(AssertionError):

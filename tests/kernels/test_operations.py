@@ -5,15 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_tensors import normal
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.registry import NAMESPACE, implementations
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def nf4_tables() -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_tensors import normal
 from torch import Tensor
 
 from qlora_kernels import products
@@ -17,10 +18,6 @@ from qlora_kernels.registry import Op, UnavailableError
 from qlora_kernels.torch_internals import has_onednn_linear
 
 pytestmark = pytest.mark.skipif(not has_onednn_linear(), reason="needs torch's oneDNN")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_tensors import normal
 from spying import noting, unchanged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,10 +24,6 @@ LIBRARY: dict[Form, type[nn.Module]] = {
 }
 FORMS = list(LIBRARY)
 EPS = 1e-5
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def formula(x: Tensor, weight: Tensor, form: Form) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_tensors import normal64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,17 +14,13 @@ from qlora_kernels.tiling import tiled
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 class Wide(nn.Module):
     """(n, 8) -> (n, 6) by way of (n, 64), with a parameter and dropout inside."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.up = nn.Parameter(normal(64, 8))
-        self.down = normal(6, 64)
+        self.up = nn.Parameter(normal64(64, 8))
+        self.down = normal64(6, 64)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +30,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize("tile_tokens", [1, 4, 5, 20, 100])
 @pytest.mark.parametrize("lead", [(20,), (2, 10), (1, 20), (0,)])
 def test_tiles_of_any_size_give_the_same_gradients(lead: tuple[int, ...], tile_tokens: int) -> None:
-    wide, x, grad = Wide(), normal(*lead, 8).requires_grad_(), normal(*lead, 6, seed=1)
+    wide, x, grad = Wide(), normal64(*lead, 8).requires_grad_(), normal64(*lead, 6, seed=1)
     wide(x).backward(grad)
     assert wide.up.grad is not None
     expected, wide.up.grad = (x.grad, wide.up.grad), torch.zeros_like(wide.up)
@@ -46,7 +43,7 @@ def test_tiles_of_any_size_give_the_same_gradients(lead: tuple[int, ...], tile_t
 
 def test_dropout_in_tiles_is_the_same_forward_and_backward() -> None:
     """With a mask of its own in backward, the gradient would not be that of the output."""
-    wide, x = Wide(dropout=0.5), normal(20, 8).requires_grad_()
+    wide, x = Wide(dropout=0.5), normal64(20, 8).requires_grad_()
     torch.manual_seed(3)
     output = tiled(wide, x, 6)
     torch.manual_seed(99)
@@ -61,14 +58,14 @@ def test_dropout_in_tiles_is_the_same_forward_and_backward() -> None:
 
 def test_a_frozen_input_still_gives_parameters_their_gradient() -> None:
     wide = Wide()
-    tiled(wide, normal(20, 8), 6).sum().backward()
+    tiled(wide, normal64(20, 8), 6).sum().backward()
     found, wide.up.grad = wide.up.grad, None
-    wide(normal(20, 8)).sum().backward()
+    wide(normal64(20, 8)).sum().backward()
     torch.testing.assert_close(found, wide.up.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_tiles_inside_a_recomputed_layer_give_the_same_gradient() -> None:
-    wide, x = Wide(), normal(20, 8).requires_grad_()
+    wide, x = Wide(), normal64(20, 8).requires_grad_()
     expected = torch.autograd.grad(tiled(wide, x.sin(), 6).sum(), x)[0]
     found = torch.autograd.grad(checkpoint(lambda x: tiled(wide, x.sin(), 6), x, use_reentrant=False).sum(), x)[0]
     assert torch.equal(found, expected)
@@ -83,29 +80,29 @@ def test_recomputing_a_layer_does_not_run_its_tiles_forward_again() -> None:
         return rows * 2.0
 
     checkpoint(
-        lambda x: tiled(counting, x.sin(), 5), normal(20, 8).requires_grad_(), use_reentrant=False
+        lambda x: tiled(counting, x.sin(), 5), normal64(20, 8).requires_grad_(), use_reentrant=False
     ).sum().backward()
     assert calls == 8, "four tiles forward, and four for backward"
 
 
 def test_recomputing_a_layer_does_not_run_adapted_tiles_forward_again() -> None:
     """Adapters inside keep nothing in forward, where no gradient is asked for: recomputing must not wait for them."""
-    calls, weight = 0, quantize_nf4(normal(64, 64).float())
-    A, B = normal(4, 64, seed=1).float().requires_grad_(), normal(64, 4, seed=2).float().requires_grad_()
+    calls, weight = 0, quantize_nf4(normal64(64, 64).float())
+    A, B = normal64(4, 64, seed=1).float().requires_grad_(), normal64(64, 4, seed=2).float().requires_grad_()
 
     def adapted(rows: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         return gated_nf4_linear(nf4_linear(rows, weight, None, Adapter(A, B, 1.0)), rows, F.silu, weight, None)
 
-    x = normal(20, 64).float().requires_grad_()
+    x = normal64(20, 64).float().requires_grad_()
     checkpoint(lambda x: tiled(adapted, x.sin(), 5), x, use_reentrant=False).sum().backward()
     assert calls == 8
     assert A.grad is not None
 
 
 def test_what_lies_inside_exists_for_a_tile_only() -> None:
-    wide, x = Wide(), normal(64, 8).requires_grad_()
+    wide, x = Wide(), normal64(64, 8).requires_grad_()
     inside = 64 * 64 * 8  # bytes of the wide tensor for all tokens
     peaks = []
     for tile_tokens in (64, 8):

@@ -15,6 +15,7 @@ from marks import slow_but
 from safetensors.torch import load_file, save_file
 from spying import noting
 from tiny_models import make_model_directory
+from tiny_runs import quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from qlora_trainer.common.errors import (
@@ -46,10 +47,6 @@ from qlora_trainer.weights import side_files as model_files
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Promises of loading a tensor at a time: every tensor as transformers and bitsandbytes would have it, and no more."""
 
-import dataclasses
 import gc
 import json
 import shutil
@@ -15,38 +14,26 @@ import pytest
 import torch
 from cards import pretend_free_memory
 from marks import slow, slow_but
-from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, make_model_directory
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, change_tensors, load, make_model_directory
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.llama_checkpoint import LlamaShape, make_checkpoint
 from qlora_kernels.nf4 import dequantize_nf4
-from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError, QuantizationError
-from qlora_trainer.common.hashing import bytes_sha256
 from qlora_trainer.common.process_memory import private_bytes
-from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model import fill as streaming_load
 from qlora_trainer.model.device import choose_device
-from qlora_trainer.model.fingerprint import base_fingerprint
-from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.load_plan import widest_dtype
 from qlora_trainer.model.modules.lm_head import quantize_head
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import quantize_checkpoint
-from qlora_trainer.weights import stream as tensor_stream
 from qlora_trainer.weights.file_reading import FileReader
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.stream import stream_tensors
-from qlora_trainer.weights.tensors import TensorInfo
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 def load_by_transformers(directory: Path) -> nn.Module:
@@ -113,9 +100,7 @@ def test_what_a_model_computes_for_itself_is_as_transformers_has_it_in_that_dtyp
 def changed(source: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: object) -> Path:
     """A copy of a model directory in which `change` has been at the tensors."""
     shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(target, change)
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return target
@@ -174,18 +159,6 @@ def test_shards_are_one_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     assert load(tmp_path / "shards").fingerprint == load(tiny_llama).fingerprint
-
-
-def test_the_fingerprint_made_while_loading_is_that_of_the_loaded_model(tiny_models: Callable[[str], Path]) -> None:
-    """The tensors of the checkpoint as they lie on disk, the packed codes, and what stayed dense, before the cast."""
-    for family in ("llama_tied", "qwen2", "gpt2"):
-        directory = tiny_models(family)
-        found = load(directory, compute_dtype="bfloat16")
-        config = json.loads((directory / "config.json").read_text())
-        again = base_fingerprint(found.model, config, torch.bfloat16)  # nothing was cast
-        assert dataclasses.replace(found.fingerprint, sources={}) == again
-        source = load_file(directory / "model.safetensors")
-        assert found.fingerprint.sources == {name: bytes_sha256(tensor) for name, tensor in source.items()}
 
 
 def test_tensors_that_no_parameter_takes_are_reported(tiny_llama: Path, tmp_path: Path) -> None:
@@ -280,23 +253,6 @@ def test_memory_that_runs_out_while_loading_ends_with_an_error_message(
         load(tiny_llama)
 
 
-def test_no_more_than_one_tensor_is_read_ahead(tiny_llama: Path) -> None:
-    infos = list(ModelDirectory.open(tiny_llama).tensors.values())
-    seen: list[str] = []
-
-    def noted(info: TensorInfo) -> bool:  # asked when a tensor is about to be read
-        seen.append(info.name)
-        return info.name.endswith("norm.weight")
-
-    arrivals = stream_tensors(infos, CPU, stays_on_host=lambda info: False, stays_in_file=noted)
-    for taken, arrival in enumerate(arrivals, start=1):
-        assert arrival.info is infos[taken - 1]
-        assert torch.equal(arrival.values, arrival.info.read())
-        assert (arrival.sha256 is None) == arrival.info.name.endswith("norm.weight")
-        assert len(seen) <= taken + 1
-    assert seen == [info.name for info in infos]
-
-
 PEAKS = """
 import sys
 from pathlib import Path
@@ -356,18 +312,6 @@ def test_16_bit_weights_never_gather_on_a_card(settings: dict[str, str], tmp_pat
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < on_card + sizes[-1] + sizes[-2] + 14 * 2**21 < sum(sizes)
     assert base.fingerprint.difference(load(plain, device="cpu").fingerprint) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_tensor_larger_than_the_staging_buffers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_stream, "STAGING_BYTES", 1000)
-    path = make_checkpoint(tmp_path / "plain", LlamaShape(128, 256, 2, 4, 2, 512))
-    infos = list(ModelDirectory.open(path).tensors.values())
-    arrivals = stream_tensors(infos, torch.device("cuda"), stays_on_host=lambda info: "norm" in info.name)
-    for arrival in arrivals:
-        assert arrival.values.device.type == ("cpu" if "norm" in arrival.info.name else "cuda")
-        assert torch.equal(arrival.values.cpu(), arrival.info.read())
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """Promises of the training forward: packed documents never meet, and the memory-efficient loss is the model's own
 loss."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
-from tiny_models import FAMILIES, SHAPE
+from packed_losses import examples, loss_and_gradient
+from tiny_models import FAMILIES, SHAPE, load
 from tiny_tokenizers import tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,58 +17,34 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
-    Gemma3TextConfig,
     GPTJConfig,
     GraniteConfig,
     LlamaConfig,
-    MistralConfig,
     MptConfig,
     Phi3Config,
 )
 
 from qlora_trainer.adapters.inject import add_adapters, trainable_parameters
-from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.config.schema import AdapterConfig, ModelConfig, RunConfig
+from qlora_trainer.config.schema import AdapterConfig, RunConfig
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
 from qlora_trainer.model.forward import LossPath, examine_forward, find_loss_path, logits, loss_sum
-from qlora_trainer.model.load import load_base_model
-from qlora_trainer.model.modules.packed_attention import attends_apart, packed_documents
+from qlora_trainer.model.modules.packed_attention import attends_apart
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.weights.model_directory import ModelDirectory
 
 Models = Callable[[str], Path]
 
 
 def trainable_model(directory: Path) -> Any:
     """A tiny NF4 model whose adapters are not zero."""
-    model = load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory)), user_cache()).model
+    model = load(directory).model
     add_adapters(model, AdapterConfig(rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in trainable_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.train()
-
-
-def examples(vocab_size: int) -> list[Example]:
-    """Documents longer and shorter than the sliding window of 6, with prompts that are not trained."""
-    generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in (21, 5, 13, 2, 30)]
-    return [Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows]
-
-
-def loss_and_gradient(model: Any, rows: list[Example], packing: bool, limit: int) -> tuple[Tensor, Tensor]:
-    path = find_loss_path(model)
-    model.zero_grad()
-    total = torch.zeros(())
-    for pack in make_packs(rows, limit, packing):
-        loss = loss_sum(model, pack, path)
-        loss.backward()
-        total += loss.detach()
-    grads = [parameter.grad for _, parameter in trainable_parameters(model)]
-    return total, torch.cat([grad.flatten() for grad in grads if grad is not None])
 
 
 @pytest.mark.parametrize("family", slow_but(sorted(FAMILIES), "gemma2", "gpt2", "llama"))
@@ -79,8 +55,8 @@ def test_packing_does_not_change_loss_or_gradients(family: str, tiny_models: Mod
     alone, expected = loss_and_gradient(model, rows, packing=False, limit=1)
     packed, gradient = loss_and_gradient(model, rows, packing=True, limit=1000)
     padded, also = loss_and_gradient(model, rows, packing=False, limit=1000)
-    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
-    assert float(padded) == pytest.approx(float(alone), rel=1e-5)
+    assert packed == pytest.approx(alone, rel=1e-5)
+    assert padded == pytest.approx(alone, rel=1e-5)
     assert float((gradient - expected).norm() / expected.norm()) < 1e-5
     assert float((also - expected).norm() / expected.norm()) < 1e-5
 
@@ -136,7 +112,7 @@ class OddHead(nn.Module):
 
 
 def test_a_model_with_a_loss_of_its_own_keeps_it(tiny_llama: Path) -> None:
-    model = OddHead(load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model)
+    model = OddHead(load(tiny_llama).model)
     plan = examine_forward(model)
     assert plan.loss_path == LossPath(own_logits=True)
     assert "logits in a way of its own" in plan.warnings[0]
@@ -164,48 +140,6 @@ def test_a_model_that_needs_a_mask_is_padded_and_reported() -> None:
     torch.manual_seed(0)
     config = MptConfig(d_model=64, n_heads=4, n_layers=1, vocab_size=64)
     assert not examine_forward(AutoModelForCausalLM.from_config(config)).can_pack
-
-
-def windowed_model(window: int, handed: int | None) -> Any:
-    """A Mistral whose mask has the window, and whose layers hand `handed` to the attention function."""
-    torch.manual_seed(0)
-    config = MistralConfig(**SHAPE, vocab_size=64, sliding_window=window)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.12)
-    for layer in model.model.layers:
-        layer.self_attn.config = copy.copy(config)
-        layer.self_attn.config.sliding_window = handed
-    return model
-
-
-@pytest.mark.parametrize(
-    ("window", "handed", "expected"),
-    [(6, 6, True), (6, None, False), (100, 100, True), (100, 200, False), (4096, 4096, True), (4096, None, False)],
-)
-def test_a_window_that_packing_would_lose_is_found_out(window: int, handed: int | None, expected: bool) -> None:
-    assert attends_apart(windowed_model(window, handed), 64) is expected
-
-
-def test_chunked_attention_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layer hands its chunk to the attention function, so a packed forward would lose it."""
-    model = windowed_model(4096, 4096)
-    monkeypatch.setattr(model.config, "sliding_window", None)
-    monkeypatch.setattr(model.config, "attention_chunk_size", 8192, raising=False)
-    for layer in model.model.layers:
-        layer.self_attn.config.sliding_window = None
-    assert not attends_apart(model, 64)
-
-
-def test_layer_types_say_whether_a_window_is_used() -> None:
-    """A config may name a window that none of its layers has."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        **SHAPE, vocab_size=64, head_dim=16, sliding_window=4096, layer_types=["full_attention"] * 2
-    )
-    assert attends_apart(AutoModelForCausalLM.from_config(config), 64)
 
 
 def raising_model(error: Exception, when: Callable[[dict[str, Any]], bool]) -> Any:
@@ -327,14 +261,6 @@ def test_a_run_with_such_rows_says_so(tiny_config: Callable[..., RunConfig], tmp
     assert any("data.max_length=16" in warning for warning in run.warnings)
 
 
-def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
-    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model
-    before = model.config._attn_implementation
-    with packed_documents(model):
-        assert model.config._attn_implementation != before
-    assert model.config._attn_implementation == before
-
-
 def test_no_mask_matrix_is_made(tiny_llama: Path) -> None:
     """The largest tensor of a packed forward grows with the tokens, not with their square."""
     from torch.utils._pytree import tree_leaves
@@ -351,7 +277,7 @@ def test_no_mask_matrix_is_made(tiny_llama: Path) -> None:
                     self.numel = max(self.numel, leaf.untyped_storage().nbytes())
             return out
 
-    model = load_base_model(ModelDirectory.open(tiny_llama), ModelConfig(name="x"), user_cache()).model
+    model = load(tiny_llama).model
     rows = [Example(list(range(3, 43)), list(range(3, 43)))] * 50  # 2,000 tokens in documents of 40
     (pack,) = make_packs(rows, 10_000, packing=True)
     with Largest() as largest, torch.no_grad():

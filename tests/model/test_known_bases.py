@@ -13,7 +13,7 @@ import torch
 from gguf_files import tiny_weights, write_gguf
 from safetensors.torch import load_file
 from spying import noting
-from tiny_models import make_model_directory
+from tiny_models import load, make_model_directory
 
 from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.common import file_identity
@@ -24,7 +24,7 @@ from qlora_trainer.common.progress import silent
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.model import fill, quantized_copy
 from qlora_trainer.model import load as load_module
-from qlora_trainer.model.load import Base, load_base_model, plan_base
+from qlora_trainer.model.load import load_base_model, plan_base
 from qlora_trainer.model.load_plan import widest_dtype
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base, quantize_checkpoint
@@ -76,10 +76,6 @@ def kept(tiny_llama: Path, tmp_path: Path) -> Path:
 def quantize(directory: Path, output: Path) -> Path:
     quantize_checkpoint(ModelDirectory.open(directory), output, device=CPU)
     return output
-
-
-def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 def records() -> list[Path]:

@@ -13,7 +13,7 @@ from cards import pretend_free_memory
 from gguf_files import tiny_weights, write_gguf
 from marks import slow_but
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model_directory
+from tiny_models import load, make_model_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig
 
 from qlora_trainer.common.cache import user_cache
@@ -29,7 +29,6 @@ from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.model import fill as streaming_load
 from qlora_trainer.model import quantized_copy as prequantize
-from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.load_plan import RECORD_NAME
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.quantized_copy import load_base, quantize_checkpoint
@@ -40,10 +39,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2", "phi3", "gemma3")
-
-
-def load(directory: Path, **settings: object) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig(name=str(directory), **settings), user_cache())
 
 
 def quantize(directory: Path, output: Path, **options: Any) -> Path:

@@ -11,6 +11,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tiny_tokenizers import tiny_tokenizer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
@@ -245,3 +246,13 @@ def test_a_sentencepiece_model_that_no_fast_tokenizer_follows_is_refused(tmp_pat
     (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match=r"tokenizer\.model gives other tokens than sentencepiece does"):
         load_tokenizer(ModelDirectory.open(tmp_path / "m"))
+
+
+def test_a_tokenizer_is_the_one_that_transformers_loads(tiny_models: Callable[[str], Path]) -> None:
+    for family in ("llama", "gpt2", "gemma3"):
+        ours = load_tokenizer(ModelDirectory.open(tiny_models(family)))
+        theirs = AutoTokenizer.from_pretrained(tiny_models(family))
+        assert type(ours) is type(theirs)
+        text = "Hello, wörld!\n  x+1 🙂"
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours.special_tokens_map == theirs.special_tokens_map

@@ -1,6 +1,5 @@
 """What a plan takes from the card: how attention goes there, what its backward needs inside, and cuBLAS' share."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,6 @@ from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
-LLAMA_8B: dict[str, Any] = json.loads(
-    (Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text()
-)
 MIB = 2**20
 TOKENS = 1024
 
@@ -36,13 +32,6 @@ def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where plans are for the fast ones; and no setting of cuBLAS but the plan's own."""
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-
-
-@pytest.fixture
-def llama_8b(tmp_path: Path) -> Path:
-    """A directory that holds nothing but the config.json of an 8B model."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
-    return tmp_path
 
 
 def config_of(directory: Path, tokens: int = TOKENS, **training: Any) -> Any:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from large_models import LLAMA_8B
 from marks import slow
 
 from qlora_trainer.config.load import make_config
@@ -19,7 +20,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 NOWHERE = ModelDirectory(Path())
 SHAPE = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 8, "num_key_value_heads": 2}
-WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3.1-8b" / "config.json").read_text())
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ WIDE = json.loads((Path(__file__).parents[2] / "benchmarks" / "models" / "llama-
 def test_what_is_alive_is_estimated_to_the_byte(tmp_path: Path, layers: int, training: dict[str, Any]) -> None:
     """Of a run on a CPU, where nothing is wasted."""
     shape = SHAPE | {"num_hidden_layers": layers, "vocab_size": 512}
-    (tmp_path / "config.json").write_text(json.dumps(WIDE | shape))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | shape))
     data, model = {"train": "rows.jsonl", "max_length": 512}, {"name": str(tmp_path), "device": "cpu"}
     config = make_config({"model": model, "data": data, "training": training})
     directory = ModelDirectory.open(tmp_path)
@@ -73,7 +73,7 @@ def test_what_a_search_finds_fits_by_its_plan_and_it_plans_little(monkeypatch: p
 
 
 def test_a_search_needs_no_estimate_to_say_that_nothing_fits(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(WIDE | SHAPE | {"num_hidden_layers": 1, "vocab_size": 64}))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | SHAPE | {"num_hidden_layers": 1, "vocab_size": 64}))
     config = make_config({"model": {"name": str(tmp_path)}, "data": {"train": "rows.jsonl", "max_length": 64}})
 
     def sized(size: int) -> RunConfig:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import random
 import resource
 import signal
 import stat
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from marks import slow_but
@@ -21,7 +19,6 @@ from safetensors.torch import save_file
 from qlora_trainer.common.errors import CheckpointError, DiskError
 from qlora_trainer.runs import checkpoint
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from qlora_trainer.training.rng import restore_rng, rng_state
 
 FILES = {
     "adapter_model.safetensors",
@@ -333,31 +330,3 @@ def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 1, write_adapter=interrupted, tensors={}, state={}, keep=1)
     assert names(tmp_path) == []
-
-
-def test_random_numbers_continue_after_a_restart(tmp_path: Path) -> None:
-    def draw() -> list[float]:
-        return [random.gauss(0, 1), float(np.random.standard_normal()), float(torch.randn(()))]
-
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        draw()  # leaves half a pair in the gaussian generators, which must survive too
-        tensors, state = rng_state()
-        save_file(tensors, tmp_path / "rng.safetensors")
-        expected = [draw() for _ in range(3)]
-        restore_rng(checkpoint.load_file(tmp_path / "rng.safetensors"), json.loads(json.dumps(state)))
-        assert [draw() for _ in range(3)] == expected
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_random_numbers_on_cuda_continue_after_a_restart() -> None:
-    torch.rand(3, device="cuda")
-    tensors, state = rng_state()
-    expected = torch.rand(3, device="cuda")
-    restore_rng(tensors, state)
-    assert torch.equal(torch.rand(3, device="cuda"), expected)

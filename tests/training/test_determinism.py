@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
-from safetensors.torch import load_file
+from tiny_runs import final_adapter, quiet
 
 from qlora_trainer.common.errors import ConfigError, TrainingError
 from qlora_trainer.config.schema import RunConfig
@@ -22,10 +22,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
 SETTING = "CUBLAS_WORKSPACE_CONFIG"
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 def settings_of_torch() -> tuple[bool, bool, bool]:
@@ -44,13 +40,9 @@ def torch_as_it_was() -> Iterator[None]:
     torch._C._set_deterministic_fill_uninitialized_memory(before[2])
 
 
-def final_adapter(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.directory / "adapter" / "adapter_model.safetensors")
-
-
 def assert_same(found: Run, wanted: Run) -> None:
-    tensors = final_adapter(found)
-    for name, tensor in final_adapter(wanted).items():
+    tensors = final_adapter(found.directory)
+    for name, tensor in final_adapter(wanted.directory).items():
         assert torch.isfinite(tensor).all()
         assert torch.equal(tensors[name], tensor), name
 
@@ -159,7 +151,7 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
 
 def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer]:
     model = ModelDirectory.open(Path(config.model.name))
-    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model))
+    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model), model)
 
 
 def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:

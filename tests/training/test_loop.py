@@ -12,6 +12,8 @@ import pytest
 import torch
 from marks import slow_but
 from safetensors.torch import load_file
+from scarcity import started
+from tiny_runs import quiet
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError, TrainingError
@@ -19,14 +21,11 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.training.loop import stop_requests
+from qlora_trainer.training import loop as training
+from qlora_trainer.training.loop import measure_eval, stop_requests
 from qlora_trainer.training.step import train_step
 
 Config = Callable[..., RunConfig]
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 def gradient_of_one_step(config: RunConfig) -> tuple[float, Tensor]:
@@ -185,8 +184,7 @@ def test_a_step_without_a_finite_gradient_updates_nothing(tiny_config: Config) -
 
 def test_several_steps_without_a_finite_gradient_end_with_a_message(tiny_config: Config) -> None:
     run = start_run(tiny_config())
-    with torch.no_grad():
-        run.state.model.get_input_embeddings().weight.fill_(float("inf"))
+    next(iter(run.state.groups[0].parameters.values())).register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(TrainingError, match=r"5 steps in a row .* Lower optimizer\.learning_rate"):
         run.train(quiet)
 
@@ -265,3 +263,19 @@ def test_metrics_hold_what_they_promise(tiny_config: Config) -> None:
     promised = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens"}
     assert all(promised | {"tokens_per_second", "peak_memory_bytes"} <= record.keys() for record in records)
     assert [record["step"] for record in records if "eval_loss" in record] == [4, 8]
+
+
+def test_eval_rows_are_measured_in_micro_batches_of_the_size_in_force(
+    wide_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(wide_config())
+    limits: list[int] = []
+
+    def noting(model: Any, examples: Any, forward: Any, micro_batch_tokens: int) -> float:
+        limits.append(micro_batch_tokens)
+        return 1.0
+
+    monkeypatch.setattr(training, "eval_loss", noting)
+    run.state.set_memory(77, run.state.policy)
+    measure_eval(run.state, run.prepared.eval)
+    assert limits == [77]

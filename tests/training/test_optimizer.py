@@ -1,7 +1,6 @@
-"""The optimizer over flat groups: right updates, exact resume, state that stays paged; schedules; loss scaling."""
+"""The optimizer over flat groups: right updates, exact resume, state that stays paged."""
 
 import json
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
-from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
-from qlora_trainer.training.schedule import learning_rate
 from qlora_trainer.weights.nf4 import bitsandbytes
 
 NAMES = ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
@@ -329,85 +326,3 @@ def test_paged_state_stays_paged_after_resume_on_cuda(name: str, dtype: torch.dt
     take_steps(resumed, 3, 6)
     for key, parameter in whole.items():
         assert torch.equal(second[key], parameter)
-
-
-def test_warmup_rises_from_a_share_to_the_peak() -> None:
-    settings = config(learning_rate=1.0, warmup_ratio=0.25, schedule="constant")
-    rates = [learning_rate(settings, step, 16) for step in range(16)]
-    assert rates == [0.25, 0.5, 0.75, 1.0] + [1.0] * 12
-
-
-def test_linear_schedule_reaches_zero_one_step_after_the_last() -> None:
-    settings = config(learning_rate=1.0, warmup_ratio=0.0, schedule="linear")
-    assert [learning_rate(settings, step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-
-
-def test_cosine_schedule_is_half_way_down_in_the_middle() -> None:
-    settings = config(learning_rate=2.0, warmup_ratio=0.2, schedule="cosine")
-    rates = [learning_rate(settings, step, 10) for step in range(10)]
-    assert rates[:3] == [1.0, 2.0, 2.0]
-    assert rates[6] == pytest.approx(1.0, abs=1e-12)
-    assert rates[4] + rates[8] == pytest.approx(2.0, abs=1e-12)  # symmetric about the middle
-    assert rates[9] > 0
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 0.99])
-def test_every_step_learns_at_no_more_than_the_peak(schedule: str, ratio: float) -> None:
-    settings = config(schedule=schedule, warmup_ratio=ratio)
-    for total in (1, 2, 3, 10, 101):
-        rates = [learning_rate(settings, step, total) for step in range(total)]
-        assert all(0 < rate <= settings.learning_rate for rate in rates)
-        assert max(rates) == settings.learning_rate
-        peak = rates.index(max(rates))
-        assert rates[: peak + 1] == sorted(rates[: peak + 1])
-        assert rates[peak:] == sorted(rates[peak:], reverse=True)
-
-
-def test_warmup_steps_do_not_grow_by_rounding() -> None:
-    settings = config(learning_rate=1.0, warmup_ratio=0.07, schedule="constant")
-    assert math.ceil(0.07 * 100) == 8  # what rounding would make of 7 %
-    assert learning_rate(settings, 6, 100) == 1.0
-
-
-def test_loss_scaling_gives_the_same_gradient() -> None:
-    weight = nn.Parameter(torch.randn(8))
-    group = flatten_parameters([("weight", weight)], name="all", weight_decay=0.0)
-    scaler = GradScale(enabled=True)
-    scaler.scale((weight**3).sum()).backward()
-    scaler.unscale_([group])
-    (plain,) = torch.autograd.grad((weight**3).sum(), weight)
-    assert torch.equal(group.grad, plain)
-
-
-def test_loss_scale_follows_torch_amp() -> None:
-    ours, theirs = GradScale(enabled=True, growth_interval=3), torch.amp.GradScaler("cpu", growth_interval=3)
-    parameter = nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.0)
-    for bad in [False, False, True, False, False, False, True, True, False, False, False, False, False, False]:
-        theirs.scale((parameter * (math.inf if bad else 1.0)).sum()).backward()
-        theirs.step(optimizer)
-        theirs.update()
-        optimizer.zero_grad()
-        ours.update(bad)
-        assert ours.value == theirs.get_scale()
-
-
-def test_loss_scale_survives_a_restart_and_refuses_another_dtype() -> None:
-    first = GradScale(enabled=True, growth_interval=2)
-    first.update(True)
-    first.update(False)
-    second = GradScale(enabled=True, growth_interval=2)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    first.update(False)
-    second.update(False)
-    assert first.value == second.value == 2.0**16
-    with pytest.raises(CheckpointError, match="compute_dtype"):
-        GradScale(enabled=False).load_state_dict(first.state_dict())
-
-
-def test_disabled_loss_scaling_is_the_identity() -> None:
-    scaler, loss = GradScale(enabled=False), torch.ones(())
-    assert scaler.scale(loss) is loss
-    scaler.update(True)
-    assert scaler.value == 1.0

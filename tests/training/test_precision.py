@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
+from tiny_runs import quiet
 from torch import Tensor
 
 from qlora_trainer.config.schema import RunConfig
@@ -21,10 +22,6 @@ from qlora_trainer.training.step import train_step
 Config = Callable[..., RunConfig]
 Models = Callable[[str], Path]
 STEPS = 3
-
-
-def quiet(record: dict[str, Any]) -> None:
-    """A display that shows nothing."""
 
 
 def run_in(tiny_config: Config, model: Path, dtype: str, name: str = "run", **sections: Any) -> Run:

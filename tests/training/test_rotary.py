@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from random_tensors import normal
+from spying import Operations
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.cohere.modeling_cohere import CohereAttention
@@ -13,13 +14,8 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from qlora_kernels.rotary import rotary_workspace_bytes, rotate, rotate_torch
-from qlora_kernels.torch_internals import TorchDispatchMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 from qlora_trainer.training.rotary import patch_rotary
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def heads(dtype: torch.dtype) -> Tensor:
@@ -72,18 +68,6 @@ def test_what_it_uses_inside_is_what_the_formula_says() -> None:
     assert live.peak.bytes - known - x.nbytes == rotary_workspace_bytes(x)  # next to the output
 
 
-class Names(TorchDispatchMode):
-    """The operations that run within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 TURNED = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"]
 
 
@@ -95,7 +79,7 @@ def test_a_listed_familys_attention_takes_it_and_gives_the_same_bits(
     ids = torch.arange(3, 23)[None]
     before = model(ids).logits
     assert patch_rotary(model.modules()) == model.config.num_hidden_layers
-    with Names() as seen:
+    with Operations() as seen:
         after = model(ids).logits
     assert torch.equal(after, before)
     rotated = [name for name in seen.names if name == "qlora_kernels::rotate"]

@@ -1,290 +1,205 @@
-"""Promises of model directories: streams that any loader reads, and nothing read that should not be."""
+"""A model directory is opened once: its config is what transformers reads, and a run lists and reads it only once."""
 
-import dataclasses
-import errno
 import json
-import os
-import stat
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import BinaryIO, cast
+from typing import Any
 
-import psutil
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from spying import noting
-from torch import Tensor
+from spying import opened_files
+from tiny_models import FAMILIES, make_model_directory
+from tiny_runs import quiet
+from transformers import AutoConfig
 
-from qlora_trainer.common.atomic import new_directory, write_text
-from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError
-from qlora_trainer.weights import shard_writer
+from qlora_trainer.common.errors import FileMissingError, ModelError
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.load import load_dense_model
+from qlora_trainer.runs.report.summary import write_run_report
+from qlora_trainer.runs.start import resume_run, start_run
+from qlora_trainer.runs.trained import evaluate_trained, open_trained
+from qlora_trainer.weights import model_directory
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import read_rows, row_blocks, same_values
-from qlora_trainer.weights.shard_writer import ShardWriter
-from qlora_trainer.weights.tensors import TensorSpec
-
-TENSORS = {
-    "flags": torch.tensor([True, False, True]),  # three bytes, which would leave what follows unaligned
-    "weight": torch.randn(700, 8, generator=torch.Generator().manual_seed(0)),
-    "half": torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).half(),
-    "brain": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2)).bfloat16(),
-    "steps": torch.tensor(7),
-    "empty": torch.zeros(0, 4),
-    "ids": torch.arange(9),
-}
 
 
-def specs_of(tensors: dict[str, Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_is_the_one_transformers_reads(family: str, tiny_models: Callable[[str], Path]) -> None:
+    theirs = AutoConfig.from_pretrained(tiny_models(family))
+    ours = ModelDirectory.open(tiny_models(family)).config()
+    assert type(ours) is type(theirs)
+    assert vars(ours) == vars(theirs)
 
 
-def write_all(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int = 10**9) -> None:
-    with ShardWriter(directory, specs_of(tensors), max_shard_bytes) as writer:
-        for name, tensor in tensors.items():
-            for rows in row_blocks(tuple(tensor.shape), block_elements=1, minimum_rows=100):
-                writer.write(name, tensor if rows is None else tensor[rows])
-
-
-@pytest.mark.parametrize("max_shard_bytes", [10**9, 300])
-def test_safetensors_and_we_read_what_was_written_by_rows(tmp_path: Path, max_shard_bytes: int) -> None:
-    write_all(tmp_path, TENSORS, max_shard_bytes)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert (len(files) == 1) == (max_shard_bytes == 10**9)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (len(files) > 1)
-    theirs = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    ours = {name: info.read() for name, info in ModelDirectory.open(tmp_path).tensors.items()}
-    for found in (theirs, ours):
-        assert found.keys() == TENSORS.keys()
-        for name, tensor in TENSORS.items():
-            assert found[name].dtype == tensor.dtype
-            assert torch.equal(found[name], tensor), name
-    with safe_open(files[0], framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers refuses files without
-
-
-def test_every_tensor_lies_aligned_to_its_dtype(tmp_path: Path) -> None:
-    write_all(tmp_path, TENSORS)
-    raw = (tmp_path / "model.safetensors").read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    assert length % 8 == 0
-    header = json.loads(raw[8 : 8 + length])
-    for name, tensor in TENSORS.items():
-        assert header[name]["data_offsets"][0] % tensor.dtype.itemsize == 0, name
-
-
-def test_a_shard_holds_at_most_the_size_asked_for_or_one_tensor(tmp_path: Path) -> None:
-    tensors = {f"t{i}": torch.full((10, 10), float(i)) for i in range(7)} | {"large": torch.zeros(50, 50)}
-    write_all(tmp_path, tensors, max_shard_bytes=1000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
-    for file in set(index["weight_map"].values()):
-        held = [tensors[name].nbytes for name, owner in index["weight_map"].items() if owner == file]
-        assert sum(held) <= 1000 or len(held) == 1
-    assert len(set(index["weight_map"].values())) == 5
-
-
-def test_written_files_have_the_users_permissions(tmp_path: Path) -> None:
-    previous = os.umask(0o027)
-    try:
-        with new_directory(tmp_path / "out") as work:
-            write_all(work, TENSORS, max_shard_bytes=300)
-    finally:
-        os.umask(previous)
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
-    files = list((tmp_path / "out").iterdir())
-    assert files
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
-
-
-def test_rows_are_read_as_slices_of_the_whole(tmp_path: Path) -> None:
-    write_all(tmp_path, TENSORS)
-    info = ModelDirectory.open(tmp_path).tensors["weight"]
-    assert torch.equal(info.read(slice(256, 513)), TENSORS["weight"][256:513])
-    assert torch.equal(torch.cat([info.read(rows) for rows in row_blocks(info.shape, 1)]), TENSORS["weight"])
-
-
-@pytest.mark.parametrize("rows", [0, 1, 255, 256, 511, 512, 1000, 12345])
-def test_row_blocks_cover_all_rows_and_none_is_small(rows: int) -> None:
-    blocks = row_blocks((rows, 3), block_elements=1)
-    taken = [list(range(rows)[block]) for block in blocks if block is not None]
-    assert [row for block in taken for row in block] == list(range(rows))
-    assert all(len(block) >= 256 for block in taken) or len(blocks) == 1
-    assert row_blocks(()) == [None]
-
-
-def test_an_incomplete_checkpoint_is_our_own_fault(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, specs_of(TENSORS))
-    writer.write("flags", TENSORS["flags"])
-    with pytest.raises(AssertionError, match="weight"):
-        writer.close()
-    with pytest.raises(AssertionError, match="half comes before weight"):
-        writer.write("half", TENSORS["half"])
-
-
-def test_an_index_may_not_name_files_outside(tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    save_file({"secret": torch.ones(2)}, tmp_path / "outside.safetensors")
-    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..\\outside.safetensors"):
-        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": name}}))
-        with pytest.raises(ModelError, match="a file outside of itself"):
-            _ = ModelDirectory.open(model).tensors
-    (model / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": "link.safetensors"}}))
-    with pytest.raises(ModelError, match="leads outside"):
-        _ = ModelDirectory.open(model).tensors
-
-
-def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    save_file({"w": torch.ones(2)}, blobs / "0123")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
-    assert torch.equal(ModelDirectory.open(snapshot).tensors["w"].read(), torch.ones(2))
-
-
-def make_sharded(directory: Path) -> Path:
-    directory.mkdir()
-    write_all(directory, {"a": torch.ones(4, 4), "b": torch.zeros(4, 4)}, max_shard_bytes=64)
-    return directory
-
-
-def test_incomplete_or_damaged_checkpoints_are_refused_by_name(tmp_path: Path) -> None:
-    missing_file = make_sharded(tmp_path / "missing_file")
-    (missing_file / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors, but the file is missing"):
-        _ = ModelDirectory.open(missing_file).tensors
-
-    missing_tensor = make_sharded(tmp_path / "missing_tensor")
-    save_file({"c": torch.ones(1)}, missing_tensor / "model-00002-of-00002.safetensors")
-    with pytest.raises(ModelError, match="holds tensor b, but it does not"):
-        _ = ModelDirectory.open(missing_tensor).tensors
-
-    twice = make_sharded(tmp_path / "twice")
-    save_file({"a": torch.ones(1), "b": torch.ones(1)}, twice / "model-00002-of-00002.safetensors")
-    with pytest.raises(ModelError, match="tensor a is both in"):
-        _ = ModelDirectory.open(twice).tensors
-
-    for size in (0, 5, 60, -1):
-        truncated = make_sharded(tmp_path / f"truncated{size}")
-        shard = truncated / "model-00001-of-00002.safetensors"
-        shard.write_bytes(shard.read_bytes()[:size])
-        with pytest.raises(ModelError, match="damaged or cut short"):
-            _ = ModelDirectory.open(truncated).tensors
-
-    for text in ("{", "[]", "{}", '{"weight_map": {"a": 3}}'):
-        bad_index = tmp_path / "bad_index"
-        bad_index.mkdir(exist_ok=True)
-        (bad_index / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(ModelError, match=r"index\.json"):
-            _ = ModelDirectory.open(bad_index).tensors
-
-
-def test_directories_that_are_no_plain_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileMissingError, match="no model directory"):
-        _ = ModelDirectory.open(tmp_path / "nowhere").tensors
-    with pytest.raises(ModelError, match="no safetensors model"):
-        _ = ModelDirectory.open(tmp_path).tensors
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin, a pickle"):
-        _ = ModelDirectory.open(tmp_path).tensors
-
-    two_sets = make_sharded(tmp_path / "two_sets")
-    save_file({"a": torch.ones(4, 4)}, two_sets / "model.safetensors")
-    with pytest.raises(ModelError, match="one of them is stale"):
-        _ = ModelDirectory.open(two_sets).tensors
-
-    adapted = make_sharded(tmp_path / "adapted")
-    (adapted / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"adapter_config\.json"):
-        _ = ModelDirectory.open(adapted).tensors
-
-
-def test_rows_from_anywhere_are_read_in_few_spans(tmp_path: Path) -> None:
-    """Of what cannot be mapped; what can be is indexed."""
-    write_all(tmp_path, TENSORS)
-    info = ModelDirectory.open(tmp_path).tensors["weight"]
-    spans: list[slice] = []
-    source = SimpleNamespace(read=noting(lambda name, rows: TENSORS[name][rows], lambda name, rows: spans.append(rows)))
-    unmapped = dataclasses.replace(info, source=source, offset=None)
-    for wanted in ([0, 1, 2, 7, 9, 10, 699], [5], [698, 699]):
-        rows = torch.tensor(wanted)
-        assert torch.equal(read_rows(info, rows), TENSORS["weight"][rows])
-        assert torch.equal(read_rows(unmapped, rows), TENSORS["weight"][rows])
-    assert spans[:4] == [slice(0, 3), slice(7, 8), slice(9, 11), slice(699, 700)]
-    assert len(spans) == 6
-
-
-def test_same_values_are_found_by_rows_whatever_the_dtype(tmp_path: Path) -> None:
-    values = torch.arange(600.0 * 4).reshape(600, 4)
-    changed = values.clone()
-    changed[599, 3] += 1
-    write_all(tmp_path, {"a": values, "b": values.int(), "c": changed, "d": values.reshape(4, 600), "e": values[0, 0]})
-    found = ModelDirectory.open(tmp_path).tensors
-    assert [same_values(found["a"], found[name]) for name in "abcde"] == [True, True, False, False, False]
-    assert same_values(found["e"], found["e"])
-
-
-class _FullDisk:
-    """A file that takes `module` bytes and then behaves as on a full disk."""
-
-    def __init__(self, file, limit: int) -> None:
-        self.file, self.limit = file, limit
-
-    def write(self, data) -> None:
-        self.limit -= len(data)
-        if self.limit < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self.file.write(data)
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
-
-
-def write_to_full_disk(path: Path, limit: int) -> None:
-    with new_directory(path) as work, ShardWriter(work, specs_of(TENSORS)) as writer:
-        writer.write("flags", TENSORS["flags"])
-        writer._file = cast(BinaryIO, _FullDisk(writer._file, limit))
-        for rows in row_blocks((700, 8), 1):
-            writer.write("weight", TENSORS["weight"][rows])
-
-
-def test_a_disk_that_fills_up_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
-    for limit in (0, 4, 4000, 20000):
-        with pytest.raises(DiskError, match=r"No space left.*Free some space"):
-            write_to_full_disk(tmp_path / "out", limit)
-        assert not any(tmp_path.iterdir())
-    with pytest.raises(DiskError, match="permissions"):
-        write_text(tmp_path / "nowhere" / "a.txt", "text")
-
-
-def open_below(directory: Path) -> list[str]:
-    return [file.path for file in psutil.Process().open_files() if Path(file.path).is_relative_to(directory)]
-
-
-@pytest.mark.parametrize("flush", [1, 2, 3])
-def test_no_shard_stays_open_where_one_cannot_be_flushed(
-    flush: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]},
+        {"rms_norm_eps": {"__float__": "Infinity"}, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"auto_map": {"AutoConfig": "configuration_own.OwnConfig"}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    ],
+    ids=["ministral", "infinite", "with code", "prequantized"],
+)
+def test_odd_configs_too_are_the_ones_transformers_reads(
+    changes: dict[str, object], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    flushes = iter(range(1, 100))
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    theirs, ours = AutoConfig.from_pretrained(tmp_path), ModelDirectory.open(tmp_path).config()
+    assert type(ours) is type(theirs)
+    assert vars(ours) == vars(theirs)
 
-    def fail(descriptor: int) -> None:
-        if next(flushes) == flush:
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shard_writer.os, "fsync", fail)
-    writer = ShardWriter(tmp_path, specs_of(TENSORS), max_shard_bytes=40)
+def test_a_config_may_be_changed_and_the_next_is_new(tiny_llama: Path) -> None:
+    directory = ModelDirectory.open(tiny_llama)
+    first = directory.config()
+    first.num_hidden_layers = 77
+    first.rope_parameters["rope_theta"] = 1.0
+    assert directory.config().num_hidden_layers == directory.config_json["num_hidden_layers"] != 77
+    assert vars(directory.config()) == vars(AutoConfig.from_pretrained(tiny_llama))
 
-    def write() -> None:
-        with writer:
-            for name, tensor in TENSORS.items():
-                writer.write(name, tensor)
-            assert open_below(tmp_path)
 
-    with pytest.raises(DiskError, match="No space left") as caught:
-        write()
-    assert caught.tb is not None, "it keeps alive what failed"
-    assert open_below(tmp_path) == []
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, r"config\.json cannot be read: .*No such file"),
+        ("{", "is not JSON"),
+        ("[]", "should hold a JSON object"),
+        ('{"model_type": "unheard-of"}', "names the model type 'unheard-of', which transformers .* does not know"),
+        ('{"hidden_size": 4}', "names the model type None"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "cannot be read as a model's config: .*hidden_size"),
+        ('{"model_type": "llama", "transformers_weights": "x"}', "names its own weight file"),
+        ('{"model_type": "llama", "configuration_files": ["config.4.0.0.json"]}', "names other config files"),
+    ],
+)
+def test_a_config_that_is_no_models_is_named_with_its_file(content: str | None, reason: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=reason) as caught:
+        ModelDirectory.open(tmp_path).config()
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_facts_are_those_of_the_config(tiny_models: Callable[[str], Path]) -> None:
+    facts = ModelDirectory.open(tiny_models("gpt2")).facts
+    config = AutoConfig.from_pretrained(tiny_models("gpt2"))
+    assert (facts.positions, facts.vocabulary) == (config.n_positions, config.vocab_size)
+    assert facts.layer_kinds == ("layer",) * config.n_layer
+    assert not facts.is_prequantized
+    windows = AutoConfig.from_pretrained(tiny_models("gemma3")).layer_types
+    assert ModelDirectory.open(tiny_models("gemma3")).facts.layer_kinds == tuple(windows) != ("layer",) * len(windows)
+
+
+def test_what_is_no_model_directory_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(FileMissingError, match="no model directory"):
+        ModelDirectory.open(tmp_path / "nowhere")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="it is an adapter"):
+        ModelDirectory.open(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_run_reads_the_config_and_lists_the_tensors_once(
+    family: str,
+    tiny_config: Callable[..., RunConfig],
+    tiny_models: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its start to its report, once more where it is resumed and where it is evaluated, by whomever it is opened.
+
+    Of a tokenizer with more than 100,000 tokens transformers itself reads config.json once more, to see whether it is
+    an early Mistral's.
+    """
+    directory = tiny_models(family)
+    listed: list[Path] = []
+    list_tensors = model_directory.list_tensors
+
+    def counted(path: Path, *rest: Any) -> object:
+        listed.append(path)
+        return list_tensors(path, *rest)
+
+    monkeypatch.setattr(model_directory, "list_tensors", counted)
+    config = tiny_config(
+        model={"name": str(directory)}, data={"eval": 0.2}, evaluation={"samples": 1}, training={"max_steps": 2}
+    )
+
+    def begin() -> None:
+        run = start_run(config)
+        run.answer_samples("before")
+        assert not run.train(quiet, stop_after=1)
+        write_run_report(run)
+
+    def go_on() -> None:
+        run = resume_run(output)
+        assert run.train(quiet)
+        write_run_report(run)
+
+    output = Path(config.training.output_dir)
+    for part in (begin, go_on, lambda: evaluate_trained(open_trained(output), answers=1)):
+        listed.clear()
+        with opened_files() as paths:
+            part()
+        assert paths.count(str(directory / "config.json")) == 1
+        assert listed == [directory]
+
+
+def test_every_model_that_is_made_from_a_directory_reads_its_config_once(tmp_path: Path) -> None:
+    """transformers' own loader too, which is given the config."""
+    directory = make_model_directory(tmp_path / "m")
+    with opened_files() as paths:
+        load_dense_model(ModelDirectory.open(directory), torch.device("cpu"))
+    assert paths.count(str(directory / "config.json")) == 1
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "rope", "expected"),
+    [  # as vLLM derives the length of a model
+        ("qwen2", 64, YARN | {"original_max_position_embeddings": 64}, 256),  # as Qwen's instructions write it
+        ("qwen2", 64, YARN, 256),
+        ("qwen2", 256, YARN | {"original_max_position_embeddings": 64}, 256),  # as DeepSeek writes it
+        ("qwen2", 64, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, 128),
+        ("llama", 64, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 128),
+        ("llama", 128, {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        ("llama", 64, {"rope_type": "linear", "factor": 1.5, "rope_theta": 1e4}, 96),
+        ("llama", 256, LLAMA3 | {"original_max_position_embeddings": 64}, 256),
+        ("phi3", 256, {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}, 256),
+        ("llama", 64, {"rope_type": "default", "rope_theta": 1e4}, 64),
+        ("gemma3", 256, {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}, 256),
+        ("gpt2", 64, None, 64),
+    ],
+)
+def test_positions_count_what_scaling_adds_and_count_it_once(
+    family: str,
+    positions: int,
+    rope: dict[str, object] | None,
+    expected: int,
+    tiny_models: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    config = json.loads((tiny_models(family) / "config.json").read_text())
+    config |= {"n_positions" if family == "gpt2" else "max_position_embeddings": positions}
+    if family == "phi3":
+        config["original_max_position_embeddings"] = 64
+    if rope:
+        config.pop("rope_parameters", None)
+        config["rope_scaling" if "type" in rope else "rope_parameters"] = rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ModelDirectory.open(tmp_path).facts.positions == expected
+
+
+def test_rows_are_as_long_as_the_scaled_model_takes_them(
+    tiny_config: Callable[..., RunConfig], tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_models("qwen2"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 32}
+    config["rope_parameters"] = YARN | {"original_max_position_embeddings": 32}
+    (base / "config.json").write_text(json.dumps(config))
+    run = start_run(tiny_config(model={"name": str(base)}, data={"max_length": 256}))
+    assert run.prepared.report.max_length == 128

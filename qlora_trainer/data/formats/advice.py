@@ -65,7 +65,7 @@ def holds_turns(value: Any) -> bool:
         value: of a column.
 
     Returns:
-        Whether it has turns, and nothing else.
+        True if it has turns, and nothing else.
     """
     return (
         isinstance(value, list)

@@ -130,7 +130,7 @@ def has_meaning(name: str) -> bool:
         name: of a column.
 
     Returns:
-        Whether it is a mark or a text.
+        True if it is a mark or a text.
     """
     return is_mark(name) or plain_name(name) in _TEXTS
 
@@ -142,7 +142,7 @@ def key_has_meaning(name: str) -> bool:
         name: of the key.
 
     Returns:
-        Whether it is a mark, or what a turn says under another name.
+        True if it is a mark, or what a turn says under another name.
     """
     return is_mark(name) or plain_name(name) in _TURN_KEYS
 
@@ -183,7 +183,7 @@ def is_empty(value: Any) -> bool:
         value: of a column or key.
 
     Returns:
-        Whether it is empty.
+        True if it is empty.
     """
     if isinstance(value, str):
         return not value or value.isspace()

@@ -93,7 +93,7 @@ def is_data(content: Any) -> bool:
         content: of the turn.
 
     Returns:
-        Whether it is.
+        True if it is.
     """
     parts = content if isinstance(content, list) else [content]
     return not any(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in parts)

@@ -63,7 +63,7 @@ def looks_rendered(text: str) -> bool:
         text: of a row.
 
     Returns:
-        Whether it does.
+        True if it does.
     """
     start = _BEGIN.match(text)
     return bool(_OPENINGS.match(text, start.end() if start else 0))

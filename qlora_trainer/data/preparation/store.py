@@ -132,6 +132,14 @@ class ExampleStore:
         value = json.loads(self._table["row"][index].as_py())
         return value["where"], row_from_json(value["row"])
 
+    def has_conversations(self) -> bool:
+        """Find out whether any row is a conversation, without reading them as JSON.
+
+        Returns:
+            True if one is. A key's quotation marks are not escaped in JSON, as those within a text are.
+        """
+        return bool(compute.any(compute.match_substring(self._table["row"], b'"messages":')).as_py())
+
 
 class ExampleSet:
     """Select some of the prepared examples: a list of Example, with the rows that they show.
@@ -166,6 +174,14 @@ class ExampleSet:
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of each example, (len,) int64."""
         return self._store.lengths[self._indices]
+
+    def has_conversations(self) -> bool:
+        """Find out whether any of the store's rows is a conversation, without reading them as JSON.
+
+        Returns:
+            True if one is.
+        """
+        return self._store.has_conversations()
 
     @property
     def trained_counts(self) -> np.ndarray:

@@ -26,7 +26,11 @@ _WIDE = re.compile(r"%[^a-zA-Z%]*[0-9]{8}|:[^{}]*[0-9]{8}[^{}]*\}")  # a format 
 
 
 class TemplateLimitError(TemplateRuntimeError):
-    """Report a template that was ended, since it took too much time or memory."""
+    """Report a template that was ended, since it took too much time or memory.
+
+    Args:
+        message: what it did.
+    """
 
     def __init__(self, message: str = "it did not come to an end, or filled the memory, and was ended") -> None:
         super().__init__(message)
@@ -119,7 +123,14 @@ def limit_operations(environment: Any) -> None:
         return call(context, function, *args, **kwargs)
 
     def checked_format(value: Any) -> Any:
-        """Return what runs `value` in place of str.format, as the environment does; None if that is not what it is."""
+        """Choose what runs in place of str.format, as the environment does.
+
+        Args:
+            value: what a template calls.
+
+        Returns:
+            The function; None if `value` is no str.format.
+        """
         owner = getattr(value, "__self__", None)
         if isinstance(owner, str) and value.__name__ in ("format", "format_map"):
             _refuse_if(bool(_WIDE.search(owner)))

@@ -60,9 +60,9 @@ class Renderer:
         tokenizer: of transformers.
         train_on: as of `chosen_turns`.
         max_length: longest example, in tokens.
-        too_long: "truncate" (take turns off the end of a conversation, cut the end of a completion), "drop" or "error".
-            Documents are split, whatever this says.
+        too_long: "truncate" (turns off the end, or a completion's end), "drop" or "error". Documents are always split.
         template_date: the date that a chat template writes as today's; None for today.
+        model_stops: tokens that end a text by the model's own settings, in addition to those found here.
 
     Raises:
         DataError: the tokenizer is a slow one, or has no end-of-text token.
@@ -75,19 +75,19 @@ class Renderer:
         max_length: int = 2048,
         too_long: Literal["truncate", "drop", "error"] = "truncate",
         template_date: datetime.date | None = None,
+        model_stops: Sequence[int] = (),
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "The tokenizer has no end-of-text token, so no answer could be ended. Set eos_token in the model's "
                 "tokenizer_config.json, or use its instruct variant."
             )
-        self.tokenizer = tokenizer
-        self.eos_id = tokenizer.eos_token_id
+        self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_token_id
         self.train_on = train_on
         self.max_length = max_length
         self.too_long = too_long
         self.encoder = Encoder(tokenizer)
-        self._date = template_date
+        self._date, self._end_of_text = template_date, {*model_stops, tokenizer.eos_token_id}
         self._finders: dict[str | None, SpanFinder] = {}
 
     @property
@@ -95,7 +95,7 @@ class Renderer:
         """Return the tokens that end an answer: the template's ends of an answer and of a call, the end of text."""
         templates = [self._finder(tools).template for tools in self._choices()]
         ends = {end for template in templates for end in (template.end_of_turn, template.end_of_call) if end}
-        return sorted({self.eos_id, *map(self.tokenizer.convert_tokens_to_ids, ends)})
+        return sorted({*self._end_of_text, *map(self.tokenizer.convert_tokens_to_ids, ends)})
 
     @property
     def template_date(self) -> datetime.date | None:
@@ -133,9 +133,6 @@ class Renderer:
 
     def render_batch(self, rows: Sequence[tuple[str, Row]]) -> list[Rendered | DataError]:
         """Render many rows, tokenized together, which uses all cores.
-
-        A DataError says that the tokenizer or its template cannot be used, or that a row is too long and `too_long` is
-        "error".
 
         Args:
             rows: each with its place for errors.
@@ -220,7 +217,8 @@ class Renderer:
         encoded = self.encoder.encode([spans])[0]
         if isinstance(encoded, DataError):
             raise DataError(f"{where}: {encoded}") from encoded
-        return PromptTokens(start + encoded.ids, [self.eos_id] if isinstance(prompt, str) else self.stop_token_ids)
+        ends = self._end_of_text if isinstance(prompt, str) else self.stop_token_ids
+        return PromptTokens(start + encoded.ids, sorted(ends))
 
     def _finder(self, tools: Sequence[str]) -> SpanFinder:
         """Find the template as transformers does: of several named ones, "tool_use" where a row offers tools."""

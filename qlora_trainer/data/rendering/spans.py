@@ -38,7 +38,7 @@ from qlora_trainer.data.rendering.omissions import (
     turns_without_reasoning,
 )
 from qlora_trainer.data.rendering.pieces import cut, shared_ends, unshielded
-from qlora_trainer.data.rendering.prompts import PROMPT_DIFFERS, is_prompt
+from qlora_trainer.data.rendering.prompts import PROMPT_DIFFERS, is_prompt, prompt_of
 from qlora_trainer.data.rendering.templates import Blocks, ChatTemplate
 from qlora_trainer.data.types import Conversation
 
@@ -114,7 +114,8 @@ class SpanFinder:
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
             warnings.append(LAST_TURN_ONLY)
         ends = self._prompt_ends(dialogue, text, places, whole or spans, others)
-        if ends and not is_prompt(self.markers, dialogue, text, parts, places, ends[-1]):
+        end = ends[-1] if ends else None
+        if (ends or others) and not is_prompt(self.markers, dialogue, text, parts, places, end):
             warnings.append(PROMPT_DIFFERS)
         if template.end_of_turn is None and dialogue.messages[-1]["role"] == "assistant":
             pieces = cut(text.rstrip(), spans.values(), others, ends)
@@ -267,8 +268,12 @@ class SpanFinder:
             return [blocks[0][0] for turn, blocks in spans.items() if dialogue.messages[turn]["role"] == "assistant"]
         last = _last_answer(dialogue)
         found = self._spans(dialogue, text, places, {last}) if places else None
-        is_trained = last not in spans and dialogue.messages[last]["role"] == "assistant"
-        return [found[last][0][0]] if found and last in found and is_trained else []
+        if last in spans or dialogue.messages[last]["role"] != "assistant":
+            return []
+        if found and last in found:
+            return [found[last][0][0]]
+        prompt = prompt_of(self.template, dialogue, last)
+        return [len(prompt)] if prompt and text.startswith(prompt) else []
 
     def _start(self, dialogue: Dialogue, text: str, places: Sequence[Place], index: int) -> int | None:
         """Find where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""

@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from data_files import write
 from following import settings_in
 
 from qlora_trainer.common.errors import DataError, NotInstalledError
 from qlora_trainer.data.reading.columnar import read_arrow, read_excel, read_parquet
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.files import open_source
-
-
-def write(tmp_path: Path, name: str, content: bytes) -> DataFile:
-    path = tmp_path / name
-    path.write_bytes(content)
-    return DataFile(path)
 
 
 def test_nulls_that_a_parquet_struct_needs_are_left_out(tmp_path):

@@ -8,15 +8,10 @@ from typing import Any
 
 import pyarrow
 import pytest
+from data_files import write_file
 
 from qlora_trainer.common.errors import DataError, FileMissingError
 from qlora_trainer.data.reading.files import open_source
-
-
-def write(tmp_path: Path, name: str, content: bytes | str) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def records(path: Path, **how: Any) -> list[Any]:
@@ -40,11 +35,11 @@ A, B = {"text": "a"}, {"text": "b"}
     ],
 )
 def test_every_way_to_write_the_same_rows_reads_the_same(tmp_path, name, content):
-    assert records(write(tmp_path, name, content)) == [A, B]
+    assert records(write_file(tmp_path, name, content)) == [A, B]
 
 
 def test_a_single_object_is_one_row(tmp_path):
-    assert records(write(tmp_path, "x.json", '{\n"text": "a"\n}')) == [A]
+    assert records(write_file(tmp_path, "x.json", '{\n"text": "a"\n}')) == [A]
 
 
 def test_every_kind_of_text_file_may_be_compressed(tmp_path):
@@ -55,21 +50,21 @@ def test_every_kind_of_text_file_may_be_compressed(tmp_path):
         "x.csv": "text\na\nb\n",
         "x.tsv": "text\na\nb\n",
     }.items():
-        assert records(write(tmp_path, name + ".gz", gzip.compress(content.encode()))) == [A, B]
+        assert records(write_file(tmp_path, name + ".gz", gzip.compress(content.encode()))) == [A, B]
         packed = pyarrow.compress(content.encode(), codec="zstd", asbytes=True)
-        assert records(write(tmp_path, name + ".zst", packed)) == [A, B]
-        assert records(write(tmp_path, name, content.encode("utf-16")), encoding="utf-16") == [A, B]
-    source = open_source(str(write(tmp_path, "y.txt.gz", gzip.compress(b"one"))))
+        assert records(write_file(tmp_path, name + ".zst", packed)) == [A, B]
+        assert records(write_file(tmp_path, name, content.encode("utf-16")), encoding="utf-16") == [A, B]
+    source = open_source(str(write_file(tmp_path, "y.txt.gz", gzip.compress(b"one"))))
     assert (source.name, list(source.records())) == ("y.txt.gz", [("y.txt.gz, line 1", {"text": "one"})])
 
 
 def test_a_text_file_is_one_document(tmp_path):
-    assert records(write(tmp_path, "x.txt", "one\r\ntwo\n")) == [{"text": "one\ntwo\n"}]
+    assert records(write_file(tmp_path, "x.txt", "one\r\ntwo\n")) == [{"text": "one\ntwo\n"}]
 
 
 def test_lines_end_at_newlines_only(tmp_path):
     text = "a\u2028b\u0085c\x0bd"
-    path = write(tmp_path, "x.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    path = write_file(tmp_path, "x.jsonl", json.dumps({"text": text}, ensure_ascii=False) + "\n")
     assert records(path) == [{"text": text}]
 
 
@@ -88,11 +83,11 @@ def test_lines_end_at_newlines_only(tmp_path):
 )
 def test_a_file_that_holds_nothing_or_is_of_no_kind_is_refused(tmp_path, name, content, words):
     with pytest.raises(DataError, match=words):
-        records(write(tmp_path, name, content))
+        records(write_file(tmp_path, name, content))
 
 
 def test_a_row_that_cannot_be_read_comes_as_its_error_and_the_next_follows(tmp_path):
-    reader = open_source(str(write(tmp_path, "x.jsonl", '{"text": "a"}\n{\n{"text": "b"}'))).records()
+    reader = open_source(str(write_file(tmp_path, "x.jsonl", '{"text": "a"}\n{\n{"text": "b"}'))).records()
     assert next(reader) == ("x.jsonl, line 1", A)
     where, error = next(reader)
     assert where == "x.jsonl, line 2"
@@ -101,7 +96,7 @@ def test_a_row_that_cannot_be_read_comes_as_its_error_and_the_next_follows(tmp_p
 
 
 def test_a_missing_file_names_near_misses(tmp_path):
-    write(tmp_path, "train.jsonl", "{}")
+    write_file(tmp_path, "train.jsonl", "{}")
     with pytest.raises(FileMissingError, match=r"There is no file .*trian.jsonl. Did you mean train.jsonl\?"):
         open_source(str(tmp_path / "trian.jsonl"))
     with pytest.raises(FileMissingError, match=r"That directory has train.jsonl"):
@@ -116,7 +111,7 @@ def test_a_pipe_and_a_file_that_cannot_be_opened_are_reported(tmp_path, monkeypa
         open_source(str(tmp_path / "x.jsonl"))
     with pytest.raises(DataError, match=r"cannot be opened: File name too long"):
         open_source(str(tmp_path / ("x" * 300 + ".jsonl")))
-    path = write(tmp_path, "y.jsonl", "{}")
+    path = write_file(tmp_path, "y.jsonl", "{}")
 
     def refuse(*_: object) -> object:
         raise PermissionError(13, "Permission denied", str(path))
@@ -135,7 +130,7 @@ def test_a_pipe_and_a_file_that_cannot_be_opened_are_reported(tmp_path, monkeypa
     ],
 )
 def test_a_split_or_subset_of_a_file_is_refused_as_the_whole_file_would_be_read(tmp_path, part, words):
-    path = str(write(tmp_path, "x.jsonl", '{"text": "a"}'))
+    path = str(write_file(tmp_path, "x.jsonl", '{"text": "a"}'))
     with pytest.raises(DataError, match=rf"x.jsonl is a file, and {words} have no effect: .*Leave that out"):
         open_source(path, **part)
     assert [record for _, record in open_source(path, "train").records()] == [A]
@@ -174,7 +169,7 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
     import datasets
 
     for split in ("train", "test"):
-        write(tmp_path, f"{split}.jsonl", '{"text": "a"}\n')
+        write_file(tmp_path, f"{split}.jsonl", '{"text": "a"}\n')
     original = datasets.load_dataset
     monkeypatch.setattr(
         datasets,
@@ -183,7 +178,7 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
     )
     with pytest.raises(DataError, match=r"some/rows has no split dev; it has train, test. Name one: .*split: train"):
         open_source("some/rows", "dev")
-    write(
+    write_file(
         tmp_path,
         "README.md",
         "---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n"
@@ -195,8 +190,8 @@ def test_splits_and_subsets_of_a_hub_data_set_are_listed_where_none_fits(tmp_pat
 
 
 def test_the_digest_follows_the_content(tmp_path):
-    first = open_source(str(write(tmp_path, "x.jsonl", "{}"))).digest
-    assert open_source(str(write(tmp_path, "x.jsonl", "{}"))).digest == first
-    assert open_source(str(write(tmp_path, "x.jsonl", "{} "))).digest != first
-    assert open_source(str(write(tmp_path, "x.jsonl", "{}")), encoding="cp1252").digest != first
-    assert open_source(str(write(tmp_path, "x.jsonl", "{}")), header=["a"]).digest != first
+    first = open_source(str(write_file(tmp_path, "x.jsonl", "{}"))).digest
+    assert open_source(str(write_file(tmp_path, "x.jsonl", "{}"))).digest == first
+    assert open_source(str(write_file(tmp_path, "x.jsonl", "{} "))).digest != first
+    assert open_source(str(write_file(tmp_path, "x.jsonl", "{}")), encoding="cp1252").digest != first
+    assert open_source(str(write_file(tmp_path, "x.jsonl", "{}")), header=["a"]).digest != first

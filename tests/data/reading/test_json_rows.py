@@ -1,17 +1,15 @@
 """However rows are written as JSON, the same rows are read; what is no JSON is named by row, line and column."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spying import noting, unchanged
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading import streams
-from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_rows import read_json, read_jsonl
 
 QUICK = settings(max_examples=80)
@@ -21,12 +19,6 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 ROWS = st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=4), max_size=5)
-
-
-def write(tmp_path: Path, name: str, content: str | bytes, **how: Any) -> DataFile:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return DataFile(path, **how)
 
 
 def raise_first(placed):

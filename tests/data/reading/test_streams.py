@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,12 +23,6 @@ PACKED = {
 QUICK = settings(max_examples=60)
 
 
-def write(tmp_path: Path, name: str, content: bytes, encoding: str | None = None) -> DataFile:
-    path = tmp_path / name
-    path.write_bytes(content)
-    return DataFile(path, encoding=encoding)
-
-
 @QUICK
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=8), min_size=1, max_size=6),
@@ -39,7 +34,7 @@ def test_lines_are_what_is_between_newlines_in_every_encoding_and_packing(tmp_pa
     encoding, ending = way
     texts = ["#" + texts[0], *texts[1:]]  # a zero byte or a mark at the file's beginning means something else
     content = "\n".join(texts) + "\n" * ends
-    path = write(tmp_path, "x.jsonl" + ending, PACKED[ending](content.encode(encoding or "utf-8")), encoding)
+    path = write(tmp_path, "x.jsonl" + ending, PACKED[ending](content.encode(encoding or "utf-8")), encoding=encoding)
     expected = texts if ends or texts[-1] else texts[:-1]
     found = list(lines(path))
     assert [line.text for line in found] == expected
@@ -74,7 +69,7 @@ def test_wrong_bytes_of_a_whole_text_are_named_by_line_and_byte(tmp_path, monkey
     with pytest.raises(DataError, match=r"x.json, line 2: byte 5 \(0xe9\) is not UTF-8"):
         whole(write(tmp_path, "x.json", b"a\n\xc3\xa9b\xe9c\n"))
     with pytest.raises(DataError, match=r"x.json, line 1: byte 4 \(0xff\) is not utf-16-be text"):
-        whole(write(tmp_path, "x.json", "ab".encode("utf-16-be") + b"\xff", "utf-16-be"))
+        whole(write(tmp_path, "x.json", "ab".encode("utf-16-be") + b"\xff", encoding="utf-16-be"))
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -120,12 +115,12 @@ def test_compression_is_known_by_content_and_a_wrong_name_is_reported(tmp_path):
 )
 def test_what_is_no_text_is_refused_with_the_way_out(tmp_path, content, encoding, words):
     with pytest.raises(DataError, match=words):
-        whole(write(tmp_path, "x.txt", content, encoding))
+        whole(write(tmp_path, "x.txt", content, encoding=encoding))
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "U32"])
 def test_text_that_does_not_say_which_byte_is_first_is_refused_with_the_names_that_do(tmp_path, encoding):
-    path = write(tmp_path, "x.jsonl", ("hi" * 9).encode(encoding)[4:], encoding)
+    path = write(tmp_path, "x.jsonl", ("hi" * 9).encode(encoding)[4:], encoding=encoding)
     name = {"U32": "utf-32"}.get(encoding, encoding)
     for read in (whole, lambda path: list(lines(path))):
         with pytest.raises(DataError, match=f"x.jsonl has no byte-order mark.*Name {name}-le or {name}-be; or, if it"):
@@ -138,7 +133,7 @@ def test_an_endless_line_and_an_endless_text_are_refused(tmp_path, monkeypatch):
     path = write(tmp_path, "x.jsonl", b"short\n" + b"x" * (2**20 + 1))
     with pytest.raises(DataError, match="line 2: longer than 1 MiB"):
         list(lines(path))
-    path = write(tmp_path, "y.jsonl", ("short\n" + "x" * (2**20 + 1)).encode("utf-16"), "utf-16")
+    path = write(tmp_path, "y.jsonl", ("short\n" + "x" * (2**20 + 1)).encode("utf-16"), encoding="utf-16")
     with pytest.raises(DataError, match="line 2: longer than 1 MiB"):
         list(lines(path))
     with pytest.raises(DataError, match=re.escape('one document a line: {"text": ...}')):

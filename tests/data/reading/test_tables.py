@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,12 +16,6 @@ from qlora_trainer.data.reading.tables import read_table
 
 QUICK = settings(max_examples=80)
 CELLS = st.text(st.sampled_from('ab"\n\t,; é'), max_size=6)
-
-
-def write(tmp_path: Path, name: str, content: str | bytes, **how: Any) -> DataFile:
-    path = tmp_path / name
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return DataFile(path, **how)
 
 
 def as_tuple(row):

@@ -1,7 +1,6 @@
 import importlib.util
 import json
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, tiny_tokenizer
+from tiny_tokenizers import FAMILIES, tiny_tokenizer, trained_texts
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.common.errors import DataError
@@ -24,12 +23,6 @@ REWRITING = (
     "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}"
 )
 TOKENIZERS = [(family, "bytes") for family in FAMILIES] + [("mistral", "metaspace"), ("phi3", "metaspace")]
-
-
-def trained_texts(tokenizer, example: Example) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
-    runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
-    return [tokenizer.decode([example.labels[i] for i in run]) for trained, run in runs if trained]
 
 
 def one(renderer: Renderer, row: Any) -> Rendered:

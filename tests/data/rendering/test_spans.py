@@ -1,12 +1,11 @@
 import json
 from dataclasses import replace
 from functools import cache
-from itertools import groupby
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, tiny_tokenizer
+from tiny_tokenizers import FAMILIES, tiny_tokenizer, trained_texts
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.marked_blocks import NO_BLOCK
@@ -44,10 +43,9 @@ def shared_renderer(family: str, kind: str) -> Renderer:
     return Renderer(tiny_tokenizer(family, kind), max_length=10**6)
 
 
-def trained_texts(tokenizer, example) -> list[str]:
+def answers_trained(tokenizer, example) -> list[str]:
     """The text of each unbroken run of trained tokens, without blanks before it: they may belong to its first token."""
-    runs = groupby(range(len(example.labels)), key=lambda i: example.labels[i] != -100)
-    return [tokenizer.decode([example.labels[i] for i in run]).lstrip() for trained, run in runs if trained]
+    return [text.lstrip() for text in trained_texts(tokenizer, example)]
 
 
 def one(renderer: Renderer, row: Conversation):
@@ -131,7 +129,7 @@ def test_masks_cover_exactly_what_the_assistant_says_in_any_conversation(family,
     rendered = one(shared_renderer(family, kind), row)
     assert not isinstance(rendered, DataError)
     assert LAST_TURN_ONLY not in rendered.warnings
-    assert trained_texts(tokenizer, rendered.examples[0]) == said
+    assert answers_trained(tokenizer, rendered.examples[0]) == said
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,7 +197,7 @@ def test_what_a_turn_says_of_itself_is_honored_in_any_conversation(family, data)
             if text is not None and (default(index) if wish is None else wish)
         ]
         rendered = one(Renderer(tokenizer, train_on, max_length=10**6), replace(row, messages=messages))
-        assert [t for e in rendered.examples for t in trained_texts(tokenizer, e)] == expected
+        assert [t for e in rendered.examples for t in answers_trained(tokenizer, e)] == expected
 
 
 @pytest.mark.parametrize("family", WITH_CALLS)
@@ -290,7 +288,7 @@ def test_reasoning_of_earlier_turns_is_left_out_unless_the_row_wants_it_trained(
     row = Conversation((user("a"), answer("b", reasoning="r"), user("c"), answer("d", reasoning="s")))
     rendered = one(Renderer(tokenizer), row)
     assert rendered.warnings == (REASONING_LEFT_OUT,)
-    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\ns\n</think>\n\nd<|im_end|>"]
+    assert answers_trained(tokenizer, rendered.examples[0]) == ["<think>\ns\n</think>\n\nd<|im_end|>"]
     wanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=True), *row.messages[2:]))
     assert "wants turn 2 trained" in str(one(Renderer(tokenizer), wanted))
     unwanted = replace(row, messages=(row.messages[0], replace(row.messages[1], learn=False), *row.messages[2:]))
@@ -310,10 +308,10 @@ def test_a_list_of_roles_is_trained_with_the_ends_of_their_turns():
     )
     calls = f"{FAMILIES['qwen2_5'].call}<|im_end|>"
     result = "in Italy\n</tool_response><|im_end|>"
-    assert trained_texts(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
-    both = trained_texts(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))
+    assert answers_trained(tokenizer, Renderer(tokenizer, ["tool"]).render(row)) == [result]
+    both = answers_trained(tokenizer, Renderer(tokenizer, ["assistant", "tool"]).render(row))
     assert both == [calls, result, "d<|im_end|>"]
-    assert trained_texts(tokenizer, Renderer(tokenizer, ["user"]).render(row)) == ["a<|im_end|>", "c<|im_end|>"]
+    assert answers_trained(tokenizer, Renderer(tokenizer, ["user"]).render(row)) == ["a<|im_end|>", "c<|im_end|>"]
 
 
 def test_a_cut_keeps_to_the_turns_that_the_whole_row_trains():
@@ -332,7 +330,7 @@ def test_a_shorter_conversation_is_rendered_as_it_would_be_met():
     tokenizer = tiny_tokenizer("qwen3")
     row = Conversation((user("a"), answer("b", reasoning="r"), user("c"), answer("long " * 60)))
     rendered = one(Renderer(tokenizer, max_length=64), row)
-    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nr\n</think>\n\nb<|im_end|>"]
+    assert answers_trained(tokenizer, rendered.examples[0]) == ["<think>\nr\n</think>\n\nb<|im_end|>"]
     assert rendered.warnings == ()
 
 
@@ -383,7 +381,7 @@ def blocks_of(body: str) -> str:
 def test_what_a_template_marks_as_generated_is_trained_with_the_end_of_the_turn(body, trained, warnings):
     tokenizer = tiny_tokenizer("generation", template=blocks_of(body))
     rendered = one(Renderer(tokenizer), Conversation((user("a"), answer("b"), user("c"), answer("d"))))
-    assert trained_texts(tokenizer, rendered.examples[0]) == trained
+    assert answers_trained(tokenizer, rendered.examples[0]) == trained
     assert rendered.warnings == warnings
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from random_tensors import normal
 from torch import Tensor
 from triton_support import between_guards
 
@@ -26,10 +27,6 @@ CASES = {
     "one column": ((2049, 1), slice(1, None)),  # half a byte more than one program's
     "no row": ((3, 64), slice(2, 2)),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

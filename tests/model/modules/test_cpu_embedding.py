@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
+from tiny_models import load
 
-from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.config.schema import ModelConfig, RunConfig
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.types import PromptTokens
-from qlora_trainer.model.load import Base, load_base_model
 from qlora_trainer.model.modules.cpu_embedding import CpuEmbedding, tensors_on_cpu
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.memory_plan import plan_memory
@@ -30,10 +29,6 @@ def records_of(run: Any) -> list[tuple[float, float, float]]:
     records: list[tuple[float, float, float]] = []
     run.train(lambda r: records.append((r["loss"], r["grad_norm"], r.get("eval_loss", 0.0))))
     return records
-
-
-def load(directory: Path, settings: dict[str, str]) -> Base:
-    return load_base_model(ModelDirectory.open(directory), ModelConfig.model_validate(settings), user_cache())
 
 
 @pytest.mark.parametrize("dropout", slow_but([0.0, 0.1], 0.1))
@@ -62,8 +57,8 @@ def test_a_run_may_move_its_embedding_when_it_is_resumed(tiny_config: Config) ->
 @pytest.mark.parametrize("family", slow_but(["llama", "qwen3", "phi3"], "llama"))
 def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str) -> None:
     directory = tiny_models(family)
-    device = load(directory, {"name": str(directory)})
-    host = load(directory, {"name": str(directory), **HOST})
+    device = load(directory)
+    host = load(directory, **HOST)
     assert host.fingerprint.difference(device.fingerprint) is None
     assert host.fingerprint.dense.keys() == device.fingerprint.dense.keys()
     (weight,) = tensors_on_cpu(host.model)
@@ -77,9 +72,9 @@ def test_the_base_is_the_same_and_its_names_too(tiny_models: Models, family: str
 def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family: str) -> None:
     """Gemma 3 multiplies by the root of the hidden size inside; its scale goes to the host with the weight."""
     directory = tiny_models(family)
-    settings = {"name": str(directory), "lm_head": "4bit", "compute_dtype": "bfloat16"}
-    device = load(directory, settings).model
-    host = load(directory, {**settings, **HOST}).model
+    settings = {"lm_head": "4bit", "compute_dtype": "bfloat16"}
+    device = load(directory, **settings).model
+    host = load(directory, **settings, **HOST).model
     ids = torch.arange(30)[None]
     assert torch.equal(host.get_input_embeddings()(ids), device.get_input_embeddings()(ids))
     tokenizer = load_tokenizer(ModelDirectory.open(directory))
@@ -90,8 +85,7 @@ def test_what_a_model_does_in_its_embedding_is_done(tiny_models: Models, family:
 
 def test_the_models_device_is_the_one_that_computes(tiny_llama: Path) -> None:
     """transformers takes the first parameter's; the host's must not be it, nor move or be cast with the model."""
-    settings = ModelConfig.model_validate({"name": str(tiny_llama), **HOST})
-    model = load_base_model(ModelDirectory.open(tiny_llama), settings, user_cache()).model
+    model = load(tiny_llama, **HOST).model
     model.to("meta")
     assert model.device == torch.device("meta")
     (weight,) = tensors_on_cpu(model)
@@ -115,9 +109,9 @@ def test_tied_embeddings_on_the_host_are_refused(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_rows_come_to_the_card_and_the_weight_stays(tiny_models: Models) -> None:
     directory = tiny_models("gemma3")
-    settings = {"name": str(directory), "device": "cuda", "lm_head": "4bit"}
-    device = load(directory, settings).model
-    host = load(directory, {**settings, **HOST}).model
+    settings = {"device": "cuda", "lm_head": "4bit"}
+    device = load(directory, **settings).model
+    host = load(directory, **settings, **HOST).model
     assert {tensor.device.type for tensor in tensors_on_cpu(host)} == {"cpu"}
     ids = torch.arange(30, device="cuda")[None]
     found = host.get_input_embeddings()(ids)

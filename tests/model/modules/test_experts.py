@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow, slow_but
+from random_tensors import normal
 from spying import noting, unchanged
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,10 +34,6 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import empty_weight
 
 EXPERTS, HIDDEN, WIDTH, SLOTS = 5, 64, 96, 2
-
-
-def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def matrix(rows: int, columns: int, seed: int) -> NF4Weight:

@@ -4,17 +4,20 @@ Here models are dense, and every parameter's gradient is compared. test_forward.
 their adapters for the other families.
 """
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import SHAPE
+from packed_losses import examples, loss_and_gradient
+from tiny_models import SHAPE, load
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.types import Example
-from qlora_trainer.model.forward import examine_forward, find_loss_path, logits, loss_sum
+from qlora_trainer.model.forward import examine_forward, logits
 from qlora_trainer.model.modules.packed_attention import attends_apart, packed_attention, packed_documents
 
 WINDOW = {"sliding_window": 6}
@@ -57,26 +60,12 @@ def tiny_model(kind: str, settings: dict[str, Any], **options: Any) -> Any:
     return model
 
 
-def examples() -> list[Example]:
-    """Documents longer and shorter than the window of 6, with prompts that are not trained."""
-    generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (21, 5, 13, 2, 30)]
-    return [Example(row, [-100] * (len(row) // 3) + row[len(row) // 3 :]) for row in rows]
-
-
-def loss_and_gradient(model: Any, packing: bool, limit: int) -> tuple[float, Tensor]:
+def loss_and_gradients(model: Any, packing: bool, limit: int) -> tuple[float, Tensor]:
+    """Of every parameter but the head's and the embedding's: the memory-efficient loss gives a head no gradient."""
     model.requires_grad_(True)
-    head = model.get_output_embeddings()
-    for module in (head, model.get_input_embeddings()):  # the memory-efficient loss gives a head no gradient
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
         module.requires_grad_(False)
-    model.zero_grad()
-    path, total = find_loss_path(model), 0.0
-    for pack in make_packs(examples(), limit, packing):
-        loss = loss_sum(model, pack, path)
-        loss.backward()
-        total += float(loss.detach())
-    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return total, torch.cat(grads)
+    return loss_and_gradient(model, examples(64), packing, limit)
 
 
 def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor]) -> None:
@@ -88,9 +77,9 @@ def assert_same(ours: tuple[float, Tensor], theirs: tuple[float, Tensor]) -> Non
 def test_packing_gives_the_loss_and_gradients_of_one_document_at_a_time(kind: str) -> None:
     model = tiny_model(kind, PACKED[kind]).train()
     assert examine_forward(model).can_pack
-    alone = loss_and_gradient(model, packing=False, limit=1)
-    assert_same(loss_and_gradient(model, packing=True, limit=1000), alone)
-    assert_same(loss_and_gradient(model, packing=False, limit=1000), alone)
+    alone = loss_and_gradients(model, packing=False, limit=1)
+    assert_same(loss_and_gradients(model, packing=True, limit=1000), alone)
+    assert_same(loss_and_gradients(model, packing=False, limit=1000), alone)
 
 
 @pytest.mark.parametrize("kind", PADDED)
@@ -99,7 +88,7 @@ def test_what_cannot_be_packed_is_padded_without_changing_loss_or_gradients(kind
     plan = examine_forward(model)
     assert not plan.can_pack
     assert sum("padded on the right" in warning for warning in plan.warnings) == 1
-    assert_same(loss_and_gradient(model, packing=False, limit=1000), loss_and_gradient(model, packing=False, limit=1))
+    assert_same(loss_and_gradients(model, packing=False, limit=1000), loss_and_gradients(model, packing=False, limit=1))
 
 
 LEAKING: dict[str, dict[str, Any]] = {  # states that pass from one document to the next
@@ -129,7 +118,7 @@ def test_what_packs_in_fp32_packs_in_bf16(kind: str) -> None:
 def test_changing_one_document_changes_no_logit_of_another(kind: str) -> None:
     packing = kind in PACKED
     model = tiny_model(kind, PACKED.get(kind, {})).eval()
-    first, second = examples()[0], examples()[2]
+    first, second = examples(64)[0], examples(64)[2]
     other = Example([token % 50 + 3 for token in first.input_ids[::-1]], first.labels)
     with torch.no_grad():
         before, after = (logits(model, make_packs([row, second], 1000, packing)[0]) for row in (first, other))
@@ -163,3 +152,53 @@ def test_a_window_reaches_as_far_as_transformers_own_mask(kind: str) -> None:
     assert set(windows) == {6}
     assert errors[0] < 2e-6
     assert min(errors[-1], errors[1]) > 1e-3
+
+
+def windowed_model(window: int, handed: int | None) -> Any:
+    """A Mistral whose mask has the window, and whose layers hand `handed` to the attention function."""
+    torch.manual_seed(0)
+    config = MistralConfig(**SHAPE, vocab_size=64, sliding_window=window)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.12)
+    for layer in model.model.layers:
+        layer.self_attn.config = copy.copy(config)
+        layer.self_attn.config.sliding_window = handed
+    return model
+
+
+@pytest.mark.parametrize(
+    ("window", "handed", "expected"),
+    [(6, 6, True), (6, None, False), (100, 100, True), (100, 200, False), (4096, 4096, True), (4096, None, False)],
+)
+def test_a_window_that_packing_would_lose_is_found_out(window: int, handed: int | None, expected: bool) -> None:
+    assert attends_apart(windowed_model(window, handed), 64) is expected
+
+
+def test_chunked_attention_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer hands its chunk to the attention function, so a packed forward would lose it."""
+    model = windowed_model(4096, 4096)
+    monkeypatch.setattr(model.config, "sliding_window", None)
+    monkeypatch.setattr(model.config, "attention_chunk_size", 8192, raising=False)
+    for layer in model.model.layers:
+        layer.self_attn.config.sliding_window = None
+    assert not attends_apart(model, 64)
+
+
+def test_layer_types_say_whether_a_window_is_used() -> None:
+    """A config may name a window that none of its layers has."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **SHAPE, vocab_size=64, head_dim=16, sliding_window=4096, layer_types=["full_attention"] * 2
+    )
+    assert attends_apart(AutoModelForCausalLM.from_config(config), 64)
+
+
+def test_the_models_own_attention_comes_back(tiny_llama: Path) -> None:
+    model = load(tiny_llama).model
+    before = model.config._attn_implementation
+    with packed_documents(model):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before

@@ -1,0 +1,141 @@
+"""Choose the eval prompts that plain transformers answers, and write each as a server is given it.
+
+A row that spells a control token is left out: training keeps such text as text, and a template cannot.
+"""
+
+import datetime
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from qlora_trainer.data.preparation.prepare import ExampleSet
+from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_numbered_ids, with_reasoning_apart
+from qlora_trainer.data.rendering.renderer import Renderer
+from qlora_trainer.data.rendering.targets import Prompt, reference_answer
+from qlora_trainer.data.types import Conversation, Document, Message
+from qlora_trainer.merging.plain_check import render
+
+CHECKED_PROMPTS = 4
+CHECKED_ROWS = 64  # of which the shortest are taken, whose answers end early
+_PREFIX = 80  # characters of a document that make a prompt
+_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class CheckPrompt:
+    """Hold a prompt with its tokens by our evaluate, and as plain transformers is asked it."""
+
+    where: str
+    tokens: list[int]
+    asked: dict[str, Any]  # of plain_check.py's job
+    expected: list[int]  # tokens of the row's own answer, to guess the model's by
+
+
+def choose_prompts(renderer: Renderer, plain: Any, examples: ExampleSet) -> tuple[list[CheckPrompt], int]:
+    """Choose the shortest of the first rows that have a prompt.
+
+    Args:
+        renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
+        examples: eval rows, or training's where there are none.
+
+    Returns:
+        (the prompts, how many rows were left out as they spell a control token).
+    """
+    found, left_out = [], 0
+    for index in range(min(len(examples), CHECKED_ROWS)):
+        row = examples.row(index)
+        reference = reference_answer(row)
+        prompt = reference[0] if reference else row.text[:_PREFIX].rstrip() if isinstance(row, Document) else None
+        if not prompt:
+            continue
+        if renderer.encoder.control_pattern.search(_texts(prompt)):
+            left_out += 1
+            continue
+        tokens = examples[index].input_ids
+        made = make_prompt(renderer, plain, prompt, examples.where(index))
+        start = len(made.tokens)
+        expected = tokens[start:] if tokens[:start] == made.tokens else []
+        found.append(CheckPrompt(made.where, made.tokens, made.asked, expected))
+    found.sort(key=lambda each: len(each.tokens) + len(each.expected))
+    return found[:CHECKED_PROMPTS], left_out
+
+
+def fallback_prompts(
+    renderer: Renderer, plain: Any, texts: Sequence[str], has_conversations: bool
+) -> list[CheckPrompt]:
+    """Make prompts where the run's rows cannot be read.
+
+    Args:
+        renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
+        texts: questions, or beginnings of texts.
+        has_conversations: the run was trained to answer in turns.
+
+    Returns:
+        The prompts.
+    """
+    prompts: list[Prompt] = [Conversation((Message("user", text),)) if has_conversations else text for text in texts]
+    return [make_prompt(renderer, plain, prompt, f"sentence {number}") for number, prompt in enumerate(prompts, 1)]
+
+
+def make_prompt(renderer: Renderer, plain: Any, prompt: Prompt, where: str) -> CheckPrompt:
+    """Render a prompt as evaluate does, and write it as plain transformers is asked.
+
+    Templates want the arguments of calls as objects or as text, ids of calls or none, reasoning apart, the date under
+    one name or another. The form is taken that gives the tokens of evaluate by the base's own files in transformers.
+    Where none does, the base itself is asked otherwise by a server, which no merge can mend: then the tokens are given.
+
+    Args:
+        renderer: of the run.
+        plain: the base's tokenizer as transformers loads it, or None.
+        prompt: text or turns.
+        where: file and line.
+
+    Returns:
+        The prompt.
+    """
+    tokens = renderer.render_prompt(prompt, where).input_ids
+    forms: list[dict[str, Any]]
+    if isinstance(prompt, str):
+        forms = [{"text": prompt}]
+    else:
+        forms = [
+            {"messages": dialogue.messages, "tools": dialogue.tools, "variables": variables}
+            for dialogue, variables in itertools.product(_dialogues(prompt, where), _dates(renderer.template_date))
+        ]
+    same = next((form for form in forms if plain and _rendered(plain, form) == tokens), {"ids": tokens})
+    return CheckPrompt(where, tokens, same, [])
+
+
+def _rendered(plain: Any, form: dict[str, Any]) -> list[int] | None:
+    try:
+        return render(plain, form)
+    except _REFUSALS:
+        return None
+
+
+def _dialogues(prompt: Conversation, where: str) -> Iterator[Dialogue]:
+    for as_text in (False, True):
+        plain = make_dialogue(prompt, where, as_text)
+        yield plain
+        yield with_reasoning_apart(plain)
+        if (numbered := with_numbered_ids(plain)) is not None:
+            yield numbered
+
+
+def _dates(date: datetime.date | None) -> list[dict[str, str]]:
+    if date is None:
+        return [{}]
+    return [{"date": date.isoformat()}, {"date_string": date.strftime("%d %b %Y")}]
+
+
+def _texts(prompt: Prompt) -> str:
+    """Join all that a prompt says."""
+    if isinstance(prompt, str):
+        return prompt
+    parts = [[m.content, m.reasoning or "", *(call.arguments for call in m.tool_calls)] for m in prompt.messages]
+    return "\n".join([*itertools.chain.from_iterable(parts), *prompt.tools])

@@ -1,0 +1,142 @@
+"""Run base + adapter with its weights rounded as a merge rounds them, to know what the output dtype alone costs.
+
+A merged weight is W + sBA, cast once. Here the error of that cast is added to W and the adapter stays unmerged:
+W + (cast(W + sBA) - (W + sBA)), with sBA on top. So a right merge gives the same logits but for the last bits of fp32,
+however much rounding costs; and an adapter that was lost, scaled otherwise, or folded into another weight on the way
+into the merged files is no part of the reference, and shows in full.
+
+Legend: O out features, I in features, R rank.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kernels.head_rows import HeadRows
+from qlora_kernels.nf4 import dequantize_nf4
+from qlora_trainer.adapters.formulas import fold_lora
+from qlora_trainer.adapters.inject import lora_layers
+from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.merging.logits import HeadLogits, Logits
+from qlora_trainer.merging.streamed_model import StreamedMatrix
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """Add the error of casting a merged weight to the weight without its adapter."""
+
+    dtype: torch.dtype
+    layer: LoRALinear | None = None  # whose base has the weight; None: it has no adapter
+    transposed: bool = False  # the weight is stored (I, O)
+
+    def __call__(
+        self,
+        weight: Tensor,  # fp32, as it is stored
+    ) -> Tensor:
+        """Round the weight.
+
+        Args:
+            weight: all of it, or where it has no adapter some of its rows.
+
+        Returns:
+            fp32, of the same shape.
+        """
+        if self.layer is None:
+            return weight.to(self.dtype).float()
+        lora_A, lora_B = self.layer.lora_A.weight, self.layer.whole_B(self.layer.lora_B.weight)
+        merged = fold_lora(weight.T if self.transposed else weight, lora_A, lora_B, self.layer.scaling)
+        error = merged.to(self.dtype).float() - merged
+        return weight + (error.T if self.transposed else error)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedRows:
+    """Give the rows of an LM head, rounded to a dtype."""
+
+    head: HeadRows
+    rounding: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return (V, H)."""
+        return self.head.shape
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start, H)
+        """Round some rows of the weight.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            dtype: of what is returned.
+
+        Returns:
+            (stop - start, H).
+        """
+        return self.head.rows(start, stop, torch.float32).to(self.rounding).to(dtype)
+
+
+def rounded_head(found: Logits, dtype: torch.dtype) -> Logits:
+    """Round the LM head that logits are made with, where they are made when they are asked for.
+
+    Args:
+        found: logits of a model with rounded weights.
+        dtype: to round to.
+
+    Returns:
+        The logits that stay those of rounded weights after `rounded_weights`.
+    """
+    if not isinstance(found, HeadLogits):
+        return found
+    bias = None if found.bias is None else found.bias.to(dtype).float()
+    return replace(found, head=RoundedRows(found.head, dtype), bias=bias)
+
+
+@torch.no_grad()
+@contextmanager
+def rounded_weights(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model compute, in the block, with weights rounded as a merge into `dtype` rounds them.
+
+    Args:
+        model: base + adapter in fp32, streamed or whole.
+        dtype: of the merged weights.
+    """
+    adapted = {id(layer.base): layer for layer in lora_layers(model).values()}
+    factors = {id(part) for layer in adapted.values() for part in (layer.lora_A, layer.lora_B)}
+    with ExitStack() as undo:
+        for path, module in list(model.named_modules()):
+            if id(module) in factors:
+                continue
+            layer = adapted.get(id(module))
+            if isinstance(module, NF4Linear):
+                undo.callback(model.set_submodule, path, module)
+                model.set_submodule(path, _dense(module, Rounding(dtype, layer)))
+            else:
+                _round_parameters(module, dtype, layer, undo)
+        yield
+
+
+def _round_parameters(module: nn.Module, dtype: torch.dtype, layer: LoRALinear | None, undo: ExitStack) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        has_adapter = layer is not None and name == "weight"
+        transposed = has_adapter and not isinstance(module, nn.Linear)
+        rounding = Rounding(dtype, layer if has_adapter else None, transposed)
+        if isinstance(parameter, StreamedMatrix):
+            parameter.rounding = rounding
+            undo.callback(setattr, parameter, "rounding", None)
+        elif parameter.is_floating_point():
+            undo.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = rounding(parameter.data.float())
+
+
+def _dense(module: NF4Linear, rounding: Rounding) -> nn.Linear:
+    """Make a plain layer of the rounded weight, with the bias rounded too."""
+    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    dense.weight = nn.Parameter(rounding(dequantize_nf4(module.nf4_weight, torch.float32)), requires_grad=False)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.data.to(rounding.dtype).float(), requires_grad=False)
+    return dense

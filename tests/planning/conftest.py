@@ -1,0 +1,37 @@
+"""An 8B model's config, and plans that are remembered."""
+
+import json
+from pathlib import Path
+
+import pytest
+from large_models import LLAMA_8B
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning import estimate as estimating
+from qlora_trainer.planning import fit as fitting
+from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.weights.model_directory import ModelDirectory
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> Path:
+    """A directory that holds nothing but the config.json of an 8B model."""
+    directory = tmp_path / "llama-8b"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA_8B))
+    return directory
+
+
+@pytest.fixture
+def plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has planned once is not planned again."""
+    known: dict[tuple[Path, str, int | None], MemoryPlan] = {}
+
+    def remembered(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
+        key = directory.path, config.model_dump_json(exclude={"training": {"output_dir"}}), layers
+        if key not in known:
+            known[key] = plan_memory(directory, config, layers)
+        return known[key]
+
+    for module in (fitting, estimating):
+        monkeypatch.setattr(module, "plan_memory", remembered)
