@@ -21,6 +21,7 @@ from qlora_trainer.adapters.fused_parts import trained_rows
 from qlora_trainer.adapters.layers import LoRALinear, TrainableBias
 from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
@@ -176,7 +177,7 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             f"{_bias_mode(parameters)}. Set adapter.bias={_bias_mode(tensors)}."
         )
     if missing or unknown:
-        parts = [f"{len(missing)} tensor(s) missing, such as {missing[0]}"] if missing else []
+        parts = [f"{counted(len(missing), 'tensor')} missing, such as {missing[0]}"] if missing else []
         parts += [f"{len(unknown)} that this model has no place for, such as {unknown[0]}"] if unknown else []
         raise AdapterError(
             f"The adapter does not fit the model and settings: {'; '.join(parts)}. It was made for other targets, or "

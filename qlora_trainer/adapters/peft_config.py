@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.common.units import counted
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
@@ -106,7 +107,7 @@ def read_config(path: Path) -> AdapterFileConfig:
         AdapterError: the file is not what it should be.
     """
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} has {size} bytes, more than the {MAX_CONFIG_BYTES} that are read.")
+        raise AdapterError(f"{path} has {counted(size, 'byte')}, more than the {MAX_CONFIG_BYTES} that are read.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

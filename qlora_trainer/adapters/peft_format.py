@@ -27,6 +27,7 @@ from qlora_trainer.adapters.formulas import lora_scaling
 from qlora_trainer.adapters.peft_config import ADAPTER_CONFIG, AdapterFileConfig, read_config
 from qlora_trainer.common.atomic import write_text
 from qlora_trainer.common.errors import AdapterError, DiskError, FileMissingError
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.schema import AdapterConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -168,7 +169,9 @@ def _read_tensors(path: Path, config: AdapterFileConfig) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if len(names) > MAX_TENSORS:
-                raise AdapterError(f"{path} holds {len(names)} tensors, more than the {MAX_TENSORS} that are read.")
+                raise AdapterError(
+                    f"{path} holds {counted(len(names), 'tensor')}, more than the {MAX_TENSORS} that are read."
+                )
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise AdapterError(f"{path} is not a safetensors file, or is damaged: {error}") from error

@@ -1,6 +1,7 @@
 """Register the commands, set up the libraries, and turn errors into messages and exit codes.
 
-Exit code 0 when done; 2 for an error that the user can fix, with one message and no traceback; 1 for a bug of ours.
+Exit code 0 when done; 2 for an error that the user can fix, with one message and no traceback; 1 for a bug of ours; 130
+or 143 after Ctrl-C or SIGTERM, but 0 if training was stopped by it and saved.
 Each command is in the file of its name. Nothing here imports torch, so that `qlora --help` prints at once.
 """
 
@@ -9,7 +10,7 @@ import sys
 
 import typer
 
-from qlora_trainer.cli.console import print_error
+from qlora_trainer.cli.console import open_closed_streams, print_error, say
 from qlora_trainer.cli.demo import demo
 from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.evaluate import evaluate
@@ -18,6 +19,7 @@ from qlora_trainer.cli.inspect import inspect
 from qlora_trainer.cli.merge import merge_command
 from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quantize import quantize
+from qlora_trainer.cli.stopping import answered_signals
 from qlora_trainer.cli.train import resume, train_command
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 from qlora_trainer.common.machine import is_wsl
@@ -59,9 +61,11 @@ for command in (  # in the order of --help; `_command` is added where the librar
 
 def main() -> None:
     """Run the command line; an error that the user can fix becomes one message and exit code 2."""
+    open_closed_streams()
     _set_up_libraries()
     try:
-        app()
+        with answered_signals(say):
+            app()
     except QLoRATrainerError as error:
         print_error(str(error))
         sys.exit(2)

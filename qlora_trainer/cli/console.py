@@ -1,12 +1,14 @@
 """Print to the terminal: progress bars, the training line, tables. Only the command line prints.
 
-Everything goes to standard error, so that standard output holds only what a program may read (--json, generated
-text). If standard error is no terminal, a line now and then replaces the moving bars.
+Answers go to standard output: tables, rows, generated text, --json, what a run has made. Progress, warnings and errors
+go to standard error; if that is no terminal, a line now and then replaces the moving bars.
 """
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from rich.console import Console
@@ -15,16 +17,105 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from qlora_trainer.cli.stopping import Work, doing
+from qlora_trainer.common.errors import DiskError
 from qlora_trainer.common.units import gibibytes
 
-console = Console(stderr=True, highlight=False)
 SECONDS_BETWEEN_LINES = 5.0
 
 
-class ProgressBars:
-    """Show progress: a callable of type common.progress.Progress, with one bar per label, removed at the end."""
+class ProgressConsole(Console):
+    """Print to standard error; if that cannot be written to, go on without, as progress is worth no run."""
 
-    def __init__(self) -> None:
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does.
+
+        Args:
+            *objects: to print.
+            **options: rich's.
+        """
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """Continue without printing, as the reader has left."""
+        self.quiet = True
+        _leave_to_nobody(sys.stderr)
+
+
+class AnswerConsole(Console):
+    """Print to standard output; if its reader has left, end the command."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does.
+
+        Args:
+            *objects: to print.
+            **options: rich's.
+        """
+        with _written_answers():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """End the command without an error: the reader, such as `head`, has what it wants.
+
+        Raises:
+            SystemExit: always.
+        """
+        _leave_to_nobody(sys.stdout)
+        raise SystemExit(0)
+
+
+console = ProgressConsole(stderr=True, highlight=False)
+answers = AnswerConsole(highlight=False)
+
+
+def open_closed_streams() -> None:
+    """Open each standard stream that was closed (`qlora … 2>&-`), so that nothing else gets its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            mode = "w" if number else "r"
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _leave_to_nobody(stream: Any) -> None:
+    """Let what is still written to a stream go nowhere, at the end of the program too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+@contextmanager
+def _written_answers() -> Iterator[None]:
+    """Turn what standard output raises into the end of the command, or a message.
+
+    Raises:
+        DiskError: it cannot be written to, such as a file on a full disk.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        answers.on_broken_pipe()
+    except OSError as error:
+        _leave_to_nobody(sys.stdout)
+        raise DiskError(f"Standard output could not be written: {error.strerror}. Send it somewhere else.") from error
+
+
+class ProgressBars:
+    """Show progress: a callable of type common.progress.Progress, with one bar per label, removed at the end.
+
+    Args:
+        kept: says to whoever stops the work what there is then, such as "No run directory was made."
+        left: says what may be left if the process is ended at once.
+    """
+
+    def __init__(self, kept: str = "", left: str = "") -> None:
+        self._work = Work(kept, left)
+        self._stack = ExitStack()
         self._bars = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console,
             transient=True,
@@ -33,6 +124,7 @@ class ProgressBars:
         self._said: set[str] = set()
 
     def __enter__(self) -> Self:
+        self._stack.enter_context(doing(self._work))
         if console.is_terminal:
             self._bars.start()
         return self
@@ -40,6 +132,7 @@ class ProgressBars:
     def __exit__(self, *_: object) -> None:
         if console.is_terminal:
             self._bars.stop()
+        self._stack.close()
 
     def __call__(self, label: str, done: int, total: int | None) -> None:
         """Move a label's bar; where there is no terminal, print the label once.
@@ -49,6 +142,7 @@ class ProgressBars:
             done: how much of it is done.
             total: how much there is; None: not known.
         """
+        self._work.note(label)
         if not console.is_terminal:
             if label not in self._said:
                 self._said.add(label)
@@ -67,10 +161,12 @@ class TrainingBar:
     Args:
         total_steps: of the whole run.
         first_step: steps taken before, by the run that is resumed.
+        memory: names the memory whose peak the metrics have.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+    def __init__(self, total_steps: int, first_step: int = 0, memory: str = "memory") -> None:
         self.total_steps = total_steps
+        self._memory = memory
         self._bar = Progress(
             TextColumn("[bold]step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
             TimeRemainingColumn(), console=console,
@@ -95,7 +191,7 @@ class TrainingBar:
         """
         line = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.1e}  {record['tokens_per_second']:.0f} tokens/s  "
-            f"{gibibytes(record['peak_memory_bytes'])}"
+            f"peak {self._memory} {gibibytes(record['peak_memory_bytes'])}"
         )
         if console.is_terminal:
             self._bar.update(self._task, completed=record["step"], description=line)
@@ -109,19 +205,21 @@ class TrainingBar:
             console.print(f"step {record['step']}  eval loss {record['eval_loss']:.4f}")
 
 
-def print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+def print_table(title: str, rows: Sequence[tuple[str, str]], to: Console = answers) -> None:
     """Print a table of names and values.
 
     Args:
         title: printed above the table.
         rows: (name, value) pairs.
+        to: where it goes; an answer, to standard output.
     """
-    table = Table(title=escape(title), show_header=False, title_justify="left", title_style="bold")
+    to.print(Text(title, style="bold"), soft_wrap=True)
+    table = Table(show_header=False)
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:
         table.add_row(escape(name), escape(value))
-    console.print(table)
+    to.print(table)
 
 
 def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
@@ -140,7 +238,7 @@ def print_findings(findings: Sequence[tuple[str, str, str, str]]) -> None:
         if advice:
             reported.append(f"\n→ {advice}", style="dim")
         table.add_row(Text(status, style=colors[status]), Text(name), reported)
-    console.print(table)
+    answers.print(table)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
@@ -150,7 +248,7 @@ def print_warnings(warnings: Sequence[str]) -> None:
         warnings: sentences.
     """
     for warning in warnings:
-        console.print(f"[yellow]note[/] {escape(warning)}")
+        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
 
 
 def print_error(message: str) -> None:
@@ -162,14 +260,15 @@ def print_error(message: str) -> None:
     console.print(f"[bold red]error[/] {escape(message)}", soft_wrap=True)
 
 
-def say(text: str, *, command: object = "") -> None:
+def say(text: str, *, command: object = "", to: Console = console) -> None:
     """Print a line of text and, in bold, a command to copy; neither is read as markup, and neither is wrapped.
 
     Args:
         text: comes first.
         command: comes after it, in bold.
+        to: where it goes.
     """
-    console.print(Text.assemble(text, (str(command), "bold")), soft_wrap=True)
+    to.print(Text.assemble(text, (str(command), "bold")), soft_wrap=True)
 
 
 def write_out(text: str) -> None:
@@ -178,5 +277,6 @@ def write_out(text: str) -> None:
     Args:
         text: is written as it is, without a line end.
     """
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with _written_answers():
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -12,12 +12,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.cli.console import ProgressBars, TrainingBar, console, print_table, print_warnings, say
+from qlora_trainer.cli.console import ProgressBars, answers, console, print_table, print_warnings, say
+from qlora_trainer.cli.train import peak_memory_of, say_stopped, train_with_bar
 from qlora_trainer.common.atomic import disk_errors
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 from qlora_trainer.config.load import make_config
+from qlora_trainer.config.override import command_line
 from qlora_trainer.merging.merge_run import Deployment, merge_run
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.directory import write_samples
@@ -80,32 +82,37 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     settings["training"]["max_steps"] = steps
     config = make_config(settings)
 
+    kept = f"What is there of the demo stays in {output}."
     _say("Loading the base in 4 bits and answering the eval requests")
-    with ProgressBars() as progress:
+    with ProgressBars(kept) as progress:
         run = start_run(config, progress)
         before = _answer(run, run.base.model, progress)
-    print_table("Run", summarize(run))
+    print_table("Run", summarize(run), to=console)
     print_warnings(run.warnings)
     console.print(f"Exact match before training: {exact_match(before):.1%} of {len(before)}")
 
     half = run.state.total_steps // 2
     _say(f"Training to step {half}, then stopping as an interruption would")
-    with TrainingBar(run.state.total_steps) as bar:
-        run.train(bar, stop_after=half)
+    _, asked_to_stop = train_with_bar(run, stop_after=half)
+    if asked_to_stop:
+        say_stopped(run)
+        return
     run.release()
     _say(f"Resuming from the checkpoint of step {half}")
-    with ProgressBars() as progress:
+    with ProgressBars(kept) as progress:
         run = resume_run(run.directory, progress=progress)
-    with TrainingBar(run.state.total_steps, half) as bar:
-        run.train(bar)
-    with ProgressBars() as progress:
+    _, asked_to_stop = train_with_bar(run)
+    if asked_to_stop:
+        say_stopped(run)
+        return
+    with ProgressBars(kept) as progress:
         after = _answer(run, run.base.model, progress)
     console.print(f"Exact match after training: {exact_match(after):.1%} of {len(after)}")
 
     _say("Merging into fp16 weights, and verifying them")
     base_bytes = run.base.bytes
     adapter_bytes = (run.directory / "adapter" / "adapter_model.safetensors").stat().st_size
-    with ProgressBars() as progress:
+    with ProgressBars(kept) as progress:
         merged = merge_run(run.directory, output / "merged", progress=progress)
         from_merged = _answer(run, load_dense_model(ModelDirectory.open(output / "merged"), run.base.device), progress)
     print_warnings(merged.warnings)
@@ -116,8 +123,8 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     report = write_run_report(run, measured, title="Demo: spoken requests to JSON commands")
     print_table("Demo", [*measured, ("merged model", str(output / "merged")), ("report", str(report))])
     example = from_merged[0]
-    say(f"The merged model, asked {example.request!r}, answers: ", command=example.answer)
-    say("Ask it yourself: ", command=f".venv/bin/qlora generate {run.directory}")
+    say(f"The merged model, asked {example.request!r}, answers: ", command=example.answer, to=answers)
+    say("Ask it yourself: ", command=command_line(".venv/bin/qlora", "generate", run.directory), to=answers)
 
 
 def copy_demo_rows(directory: Path) -> None:
@@ -171,12 +178,15 @@ def _measured(
     verification = merged.report.verification
     assert verification is not None
     return [
-        ("exact match before", f"{exact_match(before):.1%} of {len(before)} eval requests"),
+        ("exact match before", f"{exact_match(before):.1%} of {counted(len(before), 'eval request')}"),
         ("exact match after", f"{exact_match(after):.1%}"),
         ("exact match, merged model", f"{exact_match(from_merged):.1%}, in plain transformers"),
         ("adapter size", f"{gibibytes(adapter_bytes)} (4-bit base in memory: {gibibytes(base_bytes)})"),
-        ("peak memory", gibibytes(max(record["peak_memory_bytes"] for record in metrics))),
-        ("training speed", f"{tokens / seconds:.0f} tokens/s over {tokens:,} tokens, {len(metrics)} steps"),
+        (f"peak {peak_memory_of(run)}", gibibytes(max(record["peak_memory_bytes"] for record in metrics))),
+        (
+            "training speed",
+            f"{tokens / seconds:.0f} tokens/s over {counted(tokens, 'token')}, {counted(len(metrics), 'step')}",
+        ),
         (
             "merge difference",
             f"KL {verification.difference.kl:.1e}, relative error {verification.difference.relative_error:.1e}",

@@ -35,7 +35,7 @@ def doctor(
     if run is not None:
         from qlora_trainer.cli.doctor_base import verified_base
 
-        with ProgressBars() as progress:
+        with ProgressBars("Nothing was changed.") as progress:
             findings.append(verified_base(run, progress))
     if as_json:
         write_out(json.dumps([asdict(finding) for finding in findings]) + "\n")

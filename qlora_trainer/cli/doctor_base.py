@@ -6,6 +6,7 @@ from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.progress import Progress
+from qlora_trainer.common.units import counted
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.runs.trained import read_trained
@@ -37,6 +38,9 @@ def verified_base(run_directory: Path, progress: Progress) -> Finding:
         return Finding(_NAME, "problem", f"{directory} is not the base that this run trains on: {difference}", advice)
     now = base.fingerprint.sources  # a byte may change that no quantized weight shows
     if other := [name for name, sha256 in run.fingerprint.sources.items() if now.get(name, sha256) != sha256]:
-        detail = f"{len(other)} tensor(s) of {directory} have other bytes than when the run started, such as {other[0]}"
+        detail = (
+            f"{directory} has other bytes than when the run started in {counted(len(other), 'tensor')}, "
+            f"such as {other[0]}"
+        )
         return Finding(_NAME, "problem", detail, advice)
     return Finding(_NAME, "ok", f"{directory} was read: it is the base that this run trains on")

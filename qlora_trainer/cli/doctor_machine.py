@@ -12,7 +12,7 @@ from qlora_trainer.cli.findings import FAILURES, Finding
 from qlora_trainer.common.atomic import nearest_existing, unwritable
 from qlora_trainer.common.errors import first_line
 from qlora_trainer.common.machine import host_memory, is_wsl
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 from qlora_trainer.model.device import as_only_card, card_name, missing_card, unusable, way_to_cpu
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 
@@ -146,7 +146,10 @@ def processors() -> Finding:
     """
     from qlora_kernels.products import library
 
-    detail = f"{os.cpu_count()} logical cores, torch computes with {torch.get_num_threads()} threads"
+    detail = (
+        f"{counted(os.cpu_count() or 1, 'logical core')}, torch computes with "
+        f"{counted(torch.get_num_threads(), 'thread')}"
+    )
     try:
         return Finding("Processors", "ok", f"{detail}, fp32 products by {library()}")
     except ValueError:  # QLORA_KERNELS has an unknown value, which another finding reports

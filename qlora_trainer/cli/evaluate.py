@@ -16,9 +16,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a run's adapter on its eval rows: loss, perplexity and, with --answers, exact match."""
+    from qlora_trainer.data.preparation.source_keys import check_files
+    from qlora_trainer.runs.directory import read_run_config
     from qlora_trainer.runs.trained import evaluate_trained, open_trained
 
-    with ProgressBars() as progress:
+    check_files(read_run_config(run_dir).data)  # before the base is read
+    with ProgressBars("Nothing was written.") as progress:
         trained = open_trained(run_dir, progress=progress)
         result = evaluate_trained(trained, answers, progress)
     print_warnings(trained.warnings)

@@ -25,7 +25,7 @@ def generate(
     from qlora_trainer.runs.trained import open_trained, trained_on_plain_text
     from qlora_trainer.training.generation import stream_answer
 
-    with ProgressBars() as progress:
+    with ProgressBars("Nothing was written.") as progress:
         trained = open_trained(run_dir, progress=progress)
         as_text = trained_on_plain_text(trained, progress) if raw is None else raw
     model, renderer = trained.base.model, trained.renderer

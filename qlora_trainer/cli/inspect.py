@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.arguments import AsJson, Overrides
-from qlora_trainer.cli.console import ProgressBars, console, write_out
+from qlora_trainer.cli.console import ProgressBars, answers, write_out
 
 
 def inspect(
@@ -25,9 +25,11 @@ def inspect(
     """
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.config.load import load_config
     from qlora_trainer.data.batching.loader import StepLoader
     from qlora_trainer.data.preparation.overview import make_overview
+    from qlora_trainer.data.preparation.source_keys import check_files
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.empty_run import keeps_apart
@@ -35,10 +37,12 @@ def inspect(
     from qlora_trainer.training.state import micro_batch_tokens
 
     settings = load_config(config, overrides or [])
-    with ProgressBars() as progress:
-        directory = resolve_model(
-            settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
-        )
+    with ProgressBars("Nothing was changed.") as progress:
+        check_files(settings.data)
+        with missing_files_name("model.name"):
+            directory = resolve_model(
+                settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
+            )
         tokenizer = load_tokenizer(directory)
         prepared = prepare_data(settings, tokenizer, directory, progress)
     loader = StepLoader(
@@ -61,6 +65,6 @@ def inspect(
         show_report(prepared.report, overview)
     indices = range(min(rows, len(examples))) if row is None else [row]
     if indices:
-        console.print(legend())
+        answers.print(legend())
     for index in indices:
         show_row(tokenizer, examples, index, name)

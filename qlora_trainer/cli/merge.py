@@ -9,7 +9,7 @@ import typer
 
 from qlora_trainer.cli.arguments import AsJson, RunDirectory
 from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 
 
 class MergeDtype(StrEnum):
@@ -57,7 +57,8 @@ def merge_command(
     from qlora_trainer.merging.merge_run import merge_run
 
     max_shard_bytes = parse_bytes(shard_size)
-    with ProgressBars() as progress:
+    left = f"A part of it may be left next to {output}; the next start deletes it."
+    with ProgressBars("No merged model is written.", left) as progress:
         done = merge_run(
             run_dir,
             output,
@@ -87,7 +88,10 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
     difference = checked.difference
     rows = [
         ("base", f"{report.base}: {done.choice.reason}"),
-        ("weights", f"{report.tensors} tensors, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded"),
+        (
+            "weights",
+            f"{counted(report.tensors, 'tensor')}, {gibibytes(report.bytes)}, {report.dtype}, {report.folded} folded",
+        ),
         (
             "verified",
             f"KL {difference.kl:.1e}, of which rounding to {report.dtype} costs {checked.rounding.kl:.1e} and "
@@ -99,7 +103,13 @@ def merge_rows(done: Any) -> list[tuple[str, str]]:
         rows.append(("transformers", str(checked.plain)))
     rows += [("changed", change) for change in report.changes]
     if report.flushed_to_zero:
-        rows.append(("flushed", f"{report.flushed_to_zero} values became zero in {report.dtype}; bfloat16 keeps them"))
+        rows.append(
+            (
+                "flushed",
+                f"{counted(report.flushed_to_zero, 'value')} became zero in {report.dtype}; bfloat16 does not "
+                f"lose them",
+            )
+        )
     if done.difference_from_trained:
         rows.append(("trained vs original base", f"KL {done.difference_from_trained.kl:.1e}"))
     return rows

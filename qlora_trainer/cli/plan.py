@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_trainer.cli.arguments import AsJson, Overrides
-from qlora_trainer.cli.console import ProgressBars, console, print_table, write_out
-from qlora_trainer.common.units import gib
+from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_out
+from qlora_trainer.common.units import counted, gib
 
 if TYPE_CHECKING:
     from qlora_trainer.planning.fit import Budget
@@ -40,6 +40,7 @@ def plan(
     It plans GPU memory; with model.device=cpu, host memory.
     """
     from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.common.units import parse_bytes
     from qlora_trainer.config.load import load_config
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
@@ -52,10 +53,11 @@ def plan(
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None
     planned = longest = largest = None
-    with ProgressBars() as progress:
-        directory = resolve_model(
-            settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
-        )
+    with ProgressBars("Nothing was changed.") as progress:
+        with missing_files_name("model.name"):
+            directory = resolve_model(
+                settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
+            )
         progress("planning memory", 0, None)
         if budget and settings.training.activation_checkpointing == "auto":
             planned = fitting.fastest_plan(directory, settings, budget, progress)
@@ -75,7 +77,7 @@ def plan(
         return
     print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
     if budget and search and longest is None:
-        console.print("No row length fits in this memory.")
+        answers.print("No row length fits in this memory.")
 
 
 def describe(
@@ -101,7 +103,7 @@ def describe(
     rows = [
         (
             "planned",
-            f"a micro-batch of {plan.micro_batch_tokens:,} tokens, rows of up to {plan.max_length:,}",
+            f"a micro-batch of {counted(plan.micro_batch_tokens, 'token')}, rows of up to {plan.max_length:,}",
         ),
         (
             "activation checkpointing",
@@ -111,8 +113,8 @@ def describe(
         ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
         ("total on the GPU" if on_card else "total in host memory", gib(plan.total)),
-        *([("reserved by torch", f"{gib(plan.reserved)}, {gib(plan.allocated)} of it in use")] if on_card else []),
-        ("peak at", plan.operation),
+        *([("of it reserved by torch", f"{gib(plan.reserved)}, {gib(plan.allocated)} in tensors")] if on_card else []),
+        ("the most is needed in", plan.operation),
     ]
     if budget:
         margin = gib(abs(budget.card - plan.total))
@@ -121,9 +123,16 @@ def describe(
         if plan.host > budget.host:
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
-        rows.append(("longest rows that fit", f"{longest.max_length:,} tokens ({gib(longest.total)})"))
+        rows.append(
+            ("longest rows that fit", f"{counted(longest.max_length, 'token')} ({gib(longest.total)} in total)")
+        )
     if largest:
-        rows.append(("largest micro-batch that fits", f"{largest.micro_batch_tokens:,} tokens ({gib(largest.total)})"))
+        rows.append(
+            (
+                "largest micro-batch that fits",
+                f"{counted(largest.micro_batch_tokens, 'token')} ({gib(largest.total)} in total)",
+            )
+        )
     rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
-    rows += [(f"{name} would need", f"{gib(count)} ({rules[name]})") for name, count in plan.elsewhere.items()]
+    rows += [(f"{name} would need", f"{gib(count)} in total ({rules[name]})") for name, count in plan.elsewhere.items()]
     return rows

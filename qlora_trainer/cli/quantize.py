@@ -11,7 +11,7 @@ import typer
 
 from qlora_trainer.cli.arguments import AsJson
 from qlora_trainer.cli.console import ProgressBars, print_table, print_warnings, write_out
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import counted, gibibytes
 
 
 def quantize(
@@ -34,7 +34,8 @@ def quantize(
     from qlora_trainer.model.source import resolve_model
 
     refuse_existing(output)  # before anything is fetched
-    with ProgressBars() as progress:
+    left = f"A part of it may be left next to {output}; the next start deletes it."
+    with ProgressBars("No 4-bit model is written.", left) as progress:
         directory = resolve_model(model, revision, user_cache(), progress)
         report = quantize_checkpoint(directory, output, device=choose_device(device), progress=progress)
     if as_json:
@@ -43,7 +44,11 @@ def quantize(
     print_table(
         f"4-bit model in {output}",
         [
-            ("weights", f"{report.weights} in NF4, quantized from {report.source_dtype}; {report.dense} tensors as is"),
+            (
+                "weights",
+                f"{report.weights} in NF4, quantized from {report.source_dtype}; "
+                f"{counted(report.dense, 'tensor')} as is",
+            ),
             ("size", f"{gibibytes(report.bytes)}, of {gibibytes(report.source_bytes)}"),
         ],
     )

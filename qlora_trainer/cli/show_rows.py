@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.text import Text
 
-from qlora_trainer.cli.console import console, print_table, print_warnings
+from qlora_trainer.cli.console import answers, print_table, print_warnings
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.preparation.overview import (
     Lengths,
     Overview,
@@ -44,9 +45,9 @@ def show_report(report: PreparationReport, overview: Overview) -> None:
         print_table(source.name, source_facts(source, report.max_length))
     print_table("training", train_facts(report, overview.epoch))
     print_table("kept for evaluation", eval_facts(report))
-    console.print(Text("tokens a row, training rows", style="bold"))
+    answers.print(Text("tokens a row, training rows", style="bold"))
     for line in bars(overview.lengths, is_unicode=_is_unicode()):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        answers.print(line, soft_wrap=True, highlight=False, markup=False)
     print_warnings(report.warnings)
 
 
@@ -81,9 +82,9 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
         name: of the set, for the header.
     """
     row = describe_row(tokenizer, examples, index, name)
-    header = f"{name} row {index}, {row['where']}: {row['tokens']:,} tokens, {row['trained_tokens']:,} trained"
-    console.rule(Text(_visible(header)), align="left")
-    has_color = console.color_system is not None and not console.no_color
+    header = f"{name} row {index}, {row['where']}: {counted(row['tokens'], 'token')}, {row['trained_tokens']:,} trained"
+    answers.rule(Text(_visible(header)), align="left")
+    has_color = answers.color_system is not None and not answers.no_color
     opening, closing = "⟦⟧" if _is_unicode() else ("[[", "]]")
     text = Text()
     for trained, spans in groupby(row["spans"], key=lambda span: span["trained"]):
@@ -94,7 +95,7 @@ def show_row(tokenizer: Any, examples: ExampleSet, index: int, name: str = "trai
         else:
             shown = "".join(_spelled_out(span["text"]) if span["spelled"] else _visible(span["text"]) for span in spans)
             text.append(f"{opening}{shown}{closing}" if trained else shown)
-    console.print(text, soft_wrap=True)
+    answers.print(text, soft_wrap=True)
 
 
 def legend() -> Text:
@@ -103,7 +104,7 @@ def legend() -> Text:
     Returns:
         The line to print above rows.
     """
-    if console.color_system is not None and not console.no_color:
+    if answers.color_system is not None and not answers.no_color:
         return Text.assemble(
             ("trained", TRAINED), ", ", ("read only", READ), ", ", ("text that spells a control token", SPELLED)
         )
@@ -190,4 +191,4 @@ def _visible(text: str) -> str:
 
 
 def _is_unicode() -> bool:
-    return console.encoding.startswith("utf")
+    return answers.encoding.startswith("utf")

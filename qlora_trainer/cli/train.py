@@ -1,12 +1,14 @@
 """Declare `qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlora_trainer.cli.arguments import Overrides, RunDirectory
-from qlora_trainer.cli.console import ProgressBars, TrainingBar, print_table, print_warnings, say
+from qlora_trainer.cli.console import ProgressBars, TrainingBar, answers, console, print_table, print_warnings, say
+from qlora_trainer.cli.stopping import Training, doing
+from qlora_trainer.config.override import command_line
 
 if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
@@ -20,8 +22,10 @@ def train_command(
     from qlora_trainer.runs.start import start_run
 
     settings = load_config(config, overrides or [])
-    with ProgressBars() as progress:
+    left = "A part of it may be left next to training.output_dir; the next start deletes it."
+    with ProgressBars("No run directory is made.", left) as progress:
         run = start_run(settings, progress)
+    with ProgressBars(_continue_later(run)) as progress:
         run.answer_samples("before", progress)
     _train(run)
 
@@ -34,7 +38,7 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     """
     from qlora_trainer.runs.start import resume_run
 
-    with ProgressBars() as progress:
+    with ProgressBars("The run is as it was.") as progress:
         run = resume_run(run_dir, overrides=overrides or [], progress=progress)
     say(f"Resuming {run_dir} at step {run.state.step} of {run.state.total_steps}.")
     _train(run)
@@ -45,20 +49,73 @@ def _train(run: "Run") -> None:
     from qlora_trainer.runs.report.summary import summarize, write_run_report
 
     print_warnings(run.warnings)
-    print_table("Run", summarize(run))
-    with TrainingBar(run.state.total_steps, run.state.step) as bar:
-        finished = run.train(bar)
-    if finished:
-        reported = len(run.warnings)
-        with ProgressBars() as progress:
+    print_table("Run", summarize(run), to=console)
+    finished, asked_to_stop = train_with_bar(run)
+    with ProgressBars(_continue_later(run)) as progress:
+        if finished and not asked_to_stop:
+            reported = len(run.warnings)
             run.answer_samples("after", progress)
-        print_warnings(run.warnings[reported:])
-    report = write_run_report(run)
+            print_warnings(run.warnings[reported:])
+        report = write_run_report(run)
     if not finished:
-        say(f"Stopped at step {run.state.step} and saved. To continue: ", command=f"qlora resume {run.directory}")
+        say_stopped(run)
         return
-    say(f"Adapter: {run.directory / 'adapter'}")
+    say(f"Adapter: {run.directory / 'adapter'}", to=answers)
     for change in run.changes:
-        say(f"         {change}")
-    say(f"Report:  {report}")
-    say("Next:    ", command=f"qlora merge {run.directory} --output {run.directory}-merged")
+        say(f"         {change}", to=answers)
+    say(f"Report:  {report}", to=answers)
+    directory = run.directory if run.directory.name not in ("", "..") else run.directory.resolve()
+    merged = directory.with_name(f"{directory.name}-merged")
+    say("Next:    ", command=command_line("qlora", "merge", directory, "--output", merged), to=answers)
+
+
+def train_with_bar(run: "Run", stop_after: int | None = None) -> tuple[bool, bool]:
+    """Train under a bar, and answer signals.
+
+    Args:
+        run: new or resumed.
+        stop_after: the step to stop after; None: the last one.
+
+    Returns:
+        (True if the end was reached, True if a signal asked to stop).
+    """
+    state, training = run.state, run.config.training
+    work = Training(
+        run.directory, state.step, state.total_steps, training.evaluate_every * bool(len(run.prepared.eval))
+    )
+    with doing(work), TrainingBar(state.total_steps, state.step, peak_memory_of(run)) as bar:
+
+        def on_step(record: dict[str, Any]) -> None:
+            work(record)
+            bar(record)
+
+        return run.train(on_step, stop_after), work.signals > 0
+
+
+def peak_memory_of(run: "Run") -> str:
+    """Name the memory whose peak a run's metrics have.
+
+    Args:
+        run: on a GPU or a CPU.
+
+    Returns:
+        Such as "memory of the process".
+    """
+    return "GPU memory in tensors" if run.base.device.type == "cuda" else "memory of the process"
+
+
+def say_stopped(run: "Run") -> None:
+    """Print where a run stopped and how it is continued.
+
+    Args:
+        run: stopped and saved.
+    """
+    say(f"Stopped at step {run.state.step} and saved. To continue: ", command=_resume_command(run), to=answers)
+
+
+def _resume_command(run: "Run") -> str:
+    return command_line("qlora", "resume", run.directory)
+
+
+def _continue_later(run: "Run") -> str:
+    return f"The run is saved at step {run.state.step}. To continue: {_resume_command(run)}"

@@ -75,7 +75,8 @@ class MicroBatchError(InsufficientMemoryError):
         self.row_lengths = row_lengths  # tokens of each of its rows, padding counted
         self.reason = first_line(error)
         super().__init__(
-            f"Memory ran out in a micro-batch of {len(row_lengths)} rows, {sum(row_lengths):,} tokens ({self.reason}). "
+            f"Memory ran out in a micro-batch of {len(row_lengths)} row{'s' * (len(row_lengths) != 1)}, "
+            f"{sum(row_lengths):,} tokens in all ({self.reason}). "
             "Lower training.micro_batch_tokens or data.max_length, or set training.activation_checkpointing to a "
             "level that needs less memory."
         )
@@ -95,6 +96,26 @@ class DiskError(QLoRATrainerError, OSError):
 
 class NotInstalledError(QLoRATrainerError, ImportError):
     """Report an optional package that is needed for what was asked; the message has the pip command."""
+
+
+@contextmanager
+def missing_files_name(key: str) -> Iterator[None]:
+    """Begin the message of a FileMissingError from the block with the key of the config that names the file.
+
+    Args:
+        key: such as data.eval.
+
+    Raises:
+        FileMissingError: a file is missing.
+    """
+    try:
+        yield
+    except FileMissingError as error:
+        message = str(error)
+        begins_with_a_word = message[:2].istitle() or message.startswith("No ")
+        raise FileMissingError(
+            f"{key}: {message[0].lower() if begins_with_a_word else message[0]}{message[1:]}"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

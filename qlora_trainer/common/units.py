@@ -67,3 +67,31 @@ def dtype_name(dtype: "torch.dtype") -> str:
         Such as "bfloat16".
     """
     return str(dtype).removeprefix("torch.")
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Write a number with its noun, in the singular for one.
+
+    Args:
+        count: how many.
+        noun: of one, such as "row".
+        plural: of several, where it is not the noun with an s.
+
+    Returns:
+        Such as "1 row" or "2,000 rows".
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in seconds, minutes or hours, as coarse as an estimate is.
+
+    Args:
+        seconds: from 0.
+
+    Returns:
+        Such as "1 s", "18 s", "3 min" or "2.5 h".
+    """
+    if seconds < 119.5:
+        return f"{max(seconds, 1.0):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 119.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from qlora_trainer.common.errors import ConfigError, FileMissingError
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.renamed import old_key, renamed_value
 from qlora_trainer.config.schema import RunConfig
@@ -75,7 +76,7 @@ def make_config(
     except ValidationError as error:
         lines = _describe(error.errors(), raw, raw if texts is None else texts)
         raise ConfigError(
-            f"{origin} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)
+            f"{origin} has {counted(len(lines), 'problem')}:\n" + "\n".join(f"  - {line}" for line in lines)
         ) from None
     return _with_absolute_paths(config)
 

@@ -5,6 +5,7 @@ Whatever a column is called, the shell and YAML read back the same name. Left ou
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -44,3 +45,17 @@ def _is_read_as(written: str, text: str) -> bool:
         return bool(yaml.safe_load(f"{{{written}: [{written}, a]}}") == {text: [text, "a"]})
     except (yaml.YAMLError, ValueError):
         return False
+
+
+def command_line(*words: object) -> str:
+    """Write a command as it can be pasted into a shell.
+
+    Args:
+        *words: of the command; a path that begins with a dash gets ./ before it, as it would be read as an option.
+
+    Returns:
+        The words, quoted where they need it.
+    """
+    return shlex.join(
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
+    )

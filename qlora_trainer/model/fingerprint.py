@@ -21,7 +21,7 @@ from torch import nn
 
 from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.common.hashing import bytes_sha256, values_sha256
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 OFFSET_TOLERANCE = 1e-6  # relative; the offset is a mean of thousands of values in fp32
@@ -96,16 +96,25 @@ class BaseFingerprint:
             A clause for a message; None where they are the same function.
         """
         if missing := self.tensors.keys() ^ other.tensors.keys():
-            reported = f"{len(missing)} layer(s) are 4-bit in one and not in the other, such as {min(missing)}"
+            reported = (
+                f"{counted(len(missing), 'layer is', 'layers are')} 4-bit in one and not in the other, "
+                f"such as {min(missing)}"
+            )
             return reported + self._origin(other)
         changed = [path for path, tensor in self.tensors.items() if not is_same(tensor, other.tensors[path])]
         if changed:
-            reported = f"{len(changed)} of {len(self.tensors)} layers hold other weights, such as {changed[0]}"
+            reported = (
+                f"{len(changed):,} of {counted(len(self.tensors), 'layer')} "
+                f"{'holds' if len(changed) == 1 else 'hold'} other weights, such as {changed[0]}"
+            )
             return reported + self._origin(other)
         names = sorted(self.dense.keys() | other.dense.keys())
         changed = [name for name in names if self.dense.get(name) != other.dense.get(name)]
         if changed:
-            reported = f"{len(changed)} of {len(names)} tensors that are not 4-bit differ, such as {changed[0]}"
+            reported = (
+                f"{len(changed):,} of {counted(len(names), 'tensor')} outside the 4-bit layers "
+                f"{'differs' if len(changed) == 1 else 'differ'}, such as {changed[0]}"
+            )
             return reported + self._origin(other)
         keys = sorted((self.config.keys() | other.config.keys()) - _NOT_IDENTITY)  # of earlier versions' records, too
         if changed := [key for key in keys if self.config.get(key) != other.config.get(key)]:
@@ -122,7 +131,10 @@ class BaseFingerprint:
             reported = "they were made of the same bytes: quantized otherwise, or a copy kept in 4 bits is damaged"
         elif self.sources.keys() == other.sources.keys() and self.sources:
             changed = [name for name, source in self.sources.items() if other.sources[name] != source]
-            reported = f"it is another checkpoint: {len(changed)} of its {len(self.sources)} tensors differ on disk"
+            reported = (
+                f"it is another checkpoint: {len(changed):,} of its "
+                f"{counted(len(self.sources), 'tensor')} {'differs' if len(changed) == 1 else 'differ'} on disk"
+            )
         elif self.sources and other.sources:
             reported = "the checkpoints do not hold the same tensors, or one of them is 4-bit on disk"
         else:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
 from qlora_trainer.common.errors import is_out_of_host_memory
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
@@ -69,7 +69,8 @@ def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
     limit = longest_with_own_positions(model.config.get_text_config())
     if limit is not None and max_length is not None and max_length > limit:
         warnings.append(
-            f"If any row of a micro-batch has more than {limit} tokens, this model encodes the positions of all its "
+            f"If any row of a micro-batch has more than {counted(limit, 'token')}, this model encodes the "
+            f"positions of all its "
             "rows differently, so the result for a row depends on the rows next to it. To avoid that, set "
             f"data.max_length={limit}."
         )

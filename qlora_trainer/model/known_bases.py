@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.file_identity import FileRecords
+from qlora_trainer.common.units import counted
 from qlora_trainer.model.fingerprint import BaseFingerprint, config_identity
 from qlora_trainer.model.load_plan import LoadPlan
 
@@ -95,8 +96,9 @@ class KnownBases:
         if other := sorted(name for name, sha256 in known.stored.items() if base.stored.get(name) != sha256):
             self._records.forget(_subject(plan))
             raise ModelError(
-                f"{len(other)} tensor(s) of {plan.directory} hold other bytes than when they were first read, such as "
-                f"{other[0]}, though their files have the same size and times: the disk may be failing. Fetch the "
+                f"{plan.directory} has other bytes than when it was first read in "
+                f"{counted(len(other), 'tensor')}, such as "
+                f"{other[0]}, though its files have the same sizes and times: the disk may be failing. Fetch the "
                 "model again."
             )
 

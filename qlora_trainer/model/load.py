@@ -20,7 +20,7 @@ import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError, QuantizationError, memory_errors
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.common.units import gib
+from qlora_trainer.common.units import counted, gib
 from qlora_trainer.config.schema import ModelConfig
 from qlora_trainer.model.device import (
     choose_compute_dtype,
@@ -210,7 +210,7 @@ def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:
     """
     if lost := sorted({*paths} - {*plan.four_bit.values()}):
         raise ModelError(
-            f"{plan.directory} has no tensor of its own for {len(lost)} weight(s) of the model, such as "
+            f"{plan.directory} has no tensor of its own for {counted(len(lost), 'weight')} of the model, such as "
             f"{lost[0]}.weight: transformers merges or splits tensors while loading. It could be trained, but its "
             "adapter could not be merged here. Choose another architecture."
         )

@@ -20,7 +20,7 @@ from torch import nn
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import patterns_of_extra, patterns_of_missing, tied_weight_names
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.model.modules.nf4_linear import is_transposed, linear_layers
 from qlora_trainer.model.names import match_names
 from qlora_trainer.weights.bitsandbytes_format import source_dtype_of
@@ -89,8 +89,9 @@ class LoadPlan:
         warnings = [untied_warning(self.directory, self.untied[0])] if self.untied else []
         if self.unused:
             warnings.append(
-                f"{self.directory} holds {len(self.unused)} tensor(s) that this model has no place for, such as "
-                f"{self.unused[0]}. They take no part in training; a merged model keeps them as they are."
+                f"{self.directory} holds {counted(len(self.unused), 'tensor')} that this model has no place "
+                f"for, such as "
+                f"{self.unused[0]}. Training does not use what has no place; a merged model keeps it as it is."
             )
         return warnings
 
@@ -266,7 +267,8 @@ def _refuse_contradicting_config(
         rows = directory.tensors[stored].shape[0]
         if shapes[stored][0] == getattr(config, "vocab_size", None) != rows:
             raise ModelError(
-                f"{config_path} says that the model has {config.vocab_size} tokens, and {stored} has {rows} rows. If "
+                f"{config_path} says that the model has {counted(config.vocab_size, 'token')}, and {stored} has "
+                f"{counted(rows, 'row')}. If "
                 f'the weights are right, as after tokens were added, write "vocab_size": {rows} there; else fetch the '
                 "checkpoint again."
             )
@@ -285,8 +287,9 @@ def refuse_incomplete(directory: ModelDirectory, missing: Sequence[str], mismatc
     """
     if missing or mismatched:
         raise ModelError(
-            f"{directory} lacks {len(missing)} weight(s) that the model needs and has {len(mismatched)} of another "
-            f"shape, such as {[*missing, *mismatched][0]}. They would be random; fetch the checkpoint again."
+            f"{directory} lacks {counted(len(missing), 'weight')} that the model needs and has "
+            f"{len(mismatched)} of another "
+            f"shape, such as {[*missing, *mismatched][0]}. What is lacking would be random; fetch the checkpoint again."
         )
 
 

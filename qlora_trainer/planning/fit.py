@@ -152,7 +152,9 @@ def check_fits_here(
         config = config.replace({"model.device": "cpu"})
         budget = Budget(host_memory().available, 0)
     plan = check_fits(directory, config, budget, progress)
-    progress(f"the run fits: {gib(plan.total)} planned, {plan.policy}", 0, None)
+    progress(
+        f"the run fits: {gib(plan.total)} {_place(config)} planned, activation checkpointing {plan.policy}", 0, None
+    )
     return plan
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from qlora_trainer.common.atomic import new_directory, remove_leftovers_in
 from qlora_trainer.common.errors import CheckpointError, DiskError
 from qlora_trainer.common.file_identity import file_sha256
+from qlora_trainer.common.units import counted
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -190,7 +191,9 @@ def _verify(path: Path) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing.")
         if (size := file.stat().st_size) != expected.get("bytes"):
-            raise CheckpointError(f"{file} has {size} bytes instead of {expected.get('bytes')}; it is damaged.")
+            raise CheckpointError(
+                f"{file} has {counted(size, 'byte')} instead of {expected.get('bytes')}; it is damaged."
+            )
         if file_sha256(file) != expected.get("sha256"):
             raise CheckpointError(f"{file} does not have the contents that were written (sha256 differs).")
 
@@ -200,7 +203,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     if (size := path.stat().st_size) > MAX_CHECKPOINT_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size} bytes, more than the {MAX_CHECKPOINT_JSON_BYTES} that are read.")
+        raise CheckpointError(
+            f"{path} has {counted(size, 'byte')}, more than the {MAX_CHECKPOINT_JSON_BYTES} that are read."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8

@@ -26,6 +26,7 @@ from qlora_trainer.common.errors import (
 )
 from qlora_trainer.common.process_memory import restart_peak
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.config.override import command_line
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -132,7 +133,7 @@ class Run:
         return (
             f"Memory ran out on {self.base.device}, and torch's allocator can no longer be used, which may happen with "
             f"expandable segments ({reason}). Resume after step {saved} in a new process, without them: "
-            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False qlora resume {self.directory}"
+            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False {command_line('qlora', 'resume', self.directory)}"
         )
 
     def save(self, directory: Path | None = None) -> Path:

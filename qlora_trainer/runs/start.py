@@ -16,11 +16,13 @@ from qlora_trainer.adapters.inject import add_adapters, load_adapter_state
 from qlora_trainer.adapters.peft_format import read_adapter, setting_differences
 from qlora_trainer.common.atomic import new_directory, refuse_existing
 from qlora_trainer.common.cache import user_cache
-from qlora_trainer.common.errors import CheckpointError
+from qlora_trainer.common.errors import CheckpointError, missing_files_name
 from qlora_trainer.common.process_memory import private_bytes, return_freed_memory
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.load import save_config
+from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.preparation.source_keys import check_files
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.model.device import choose_device, kernel_warnings, missing_card_warnings
 from qlora_trainer.model.fingerprint import BaseFingerprint
@@ -60,8 +62,11 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     """
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
-    initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
-    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    check_files(config.data)  # before the model, which may take minutes to fetch or import
+    with missing_files_name("adapter.init_from"):
+        initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    with missing_files_name("model.name"):
+        model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     config = _with_commit(config, model.path)
     if initial:
         check_settings(initial, config, model)
@@ -108,9 +113,12 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         changes = "\n".join(f"  - {change}" for change in refused)
         raise CheckpointError(
             f"These settings differ from those of {found.path} and would make it a different run:\n{changes}\n"
-            f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with adapter.init_from={found.path}."
+            f"Put them back in {directory / RUN_CONFIG_NAME}, or start a new run with "
+            f"{override('adapter.init_from', str(found.path))}"
         )
-    model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
+    check_files(config.data)
+    with missing_files_name("model.name"):
+        model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     planned = as_lowered(config, state["training"]["memory"], longest_row(model, config))
     run = _assemble(config, directory, model, run_renderer(config, load_tokenizer(model), model), progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
@@ -122,7 +130,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         raise CheckpointError(
             f"The data of this run changed since {found.path.name}: the files, the tokenizer or how rows are rendered. "
             "A resumed run would not be the one that was started. Restore the data, or start a new run with "
-            f"adapter.init_from={found.path}."
+            f"{override('adapter.init_from', str(found.path))}"
         )
     load_adapter_state(run.base.model, adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.common.errors import CheckpointError
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.memory.managed_memory import paging_refusal
@@ -264,7 +264,7 @@ def _first_difference(group: str, saved: Any, ours: list[dict[str, Any]]) -> str
     for index, (theirs, own) in enumerate(zip(saved, ours, strict=False)):
         if theirs != own:
             return f"parameter {index} of {group} is {theirs} in the checkpoint and {own} here"
-    return f"{group} has {len(saved)} parameters in the checkpoint and {len(ours)} here"
+    return f"{group} has {counted(len(saved), 'parameter')} in the checkpoint and {len(ours)} here"
 
 
 def _kind(tensor: Tensor) -> str:

@@ -23,6 +23,7 @@ from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_kernels.torch_internals import copy_with, with_real_tensors
 from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.common.units import counted
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
 from qlora_trainer.model.modules.same_bits import SIZES, agree, named_activation
@@ -42,8 +43,8 @@ class PatchReport:
     norms: tuple[int, int]
 
     def __str__(self) -> str:
-        kinds = {"projections": self.projections, "MLPs": self.mlps, "norms": self.norms}
-        return ", ".join(f"{replaced} of {count} {kind}" for kind, (replaced, count) in kinds.items() if count)
+        kinds = {"projection": self.projections, "MLP": self.mlps, "norm": self.norms}
+        return ", ".join(f"{replaced} of {counted(count, kind)}" for kind, (replaced, count) in kinds.items() if count)
 
 
 class GatedMLP:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, MicroBatchError, ModelError
-from qlora_trainer.common.units import gib
+from qlora_trainer.common.units import counted, gib
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Policy, offloaded_bytes, spare_host_memory
 from qlora_trainer.training.not_finite import refuse_loss_not_finite
@@ -166,7 +166,7 @@ def _host_lacks(state: TrainState, policy: Policy, tokens: int) -> bool:
 def _lowered(what: str, row_lengths: list[int], before: tuple[int, Policy], after: tuple[int, Policy]) -> str:
     changes = []
     if after[0] != before[0]:
-        changes.append(f"micro-batches of at most {after[0]:,} tokens (before: {before[0]:,})")
+        changes.append(f"micro-batches of at most {counted(after[0], 'token')} (before: {before[0]:,})")
     if after[1] != before[1]:
         changes.append(f"activation checkpointing {after[1]} (before: {before[1]})")
     return (
@@ -184,7 +184,7 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
         needed = offloaded_bytes(state.model, next_policy, row_lengths[0])
         host = f" Offloading would take {gib(needed)} of host memory, more than is free there."
     return (
-        f"A row of {row_lengths[0]:,} tokens does not fit the memory of {state.device} by itself, even with "
+        f"A row of {counted(row_lengths[0], 'token')} does not fit the memory of {state.device} by itself, even with "
         f"activation checkpointing {state.policy} ({reason}).{host} No step was lost. Close what else uses the device, "
         f"or resume on a larger one. Or start a new run with data.max_length below {row_lengths[0]} "
         "(data.too_long=drop leaves longer rows out), a smaller adapter.rank or a smaller base; adapter.init_from "
@@ -193,5 +193,5 @@ def _no_space(row_lengths: list[int], reason: str, state: TrainState) -> str:
 
 
 def _rows(row_lengths: list[int]) -> str:
-    total = f"{sum(row_lengths):,} tokens"
+    total = counted(sum(row_lengths), "token")
     return f"a row of {total}" if len(row_lengths) == 1 else f"{len(row_lengths)} rows of together {total}"

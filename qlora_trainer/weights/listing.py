@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.units import counted
 from qlora_trainer.weights.gguf.reader import open_weights
 from qlora_trainer.weights.tensors import TensorFile, TensorInfo, refuse_pointer_text
 
@@ -135,7 +136,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that are read.")
+            raise ModelError(
+                f"{path} has {counted(path.stat().st_size, 'byte')}, more than the {MAX_JSON_BYTES} that are read."
+            )
         text = path.read_bytes()
         refuse_pointer_text(path, text)
         content = json.loads(text.decode("utf-8"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from qlora_kernels.nf4 import NF4Weight, quantize_nf4
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_trainer.common.errors import QuantizationError
+from qlora_trainer.common.units import counted
 
 
 def _import_bitsandbytes() -> Any:
@@ -59,7 +60,11 @@ def quantize_weight(
     quantized = quantize_nf4(weight)
     if not torch.isfinite(quantized.offset):  # the mean of all block maxima, so not finite if one value is not
         bad = int((~torch.isfinite(weight)).sum())
-        reported = f"{bad} value(s) that are not finite" if bad else "values so large that their scales overflow"
+        reported = (
+            counted(bad, "value that is not finite", "values that are not finite")
+            if bad
+            else "values so large that their scales overflow"
+        )
         raise QuantizationError(
             f"{name} holds {reported}, and cannot be quantized. The checkpoint is damaged: fetch it again, or choose "
             "another base."

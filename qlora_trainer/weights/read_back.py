@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_trainer.common.errors import MergeError, ModelError
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import counted
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.nf4 import all_finite
 from qlora_trainer.weights.reading import tensor_bytes
@@ -41,7 +42,9 @@ def verify_files(
         wanted = {spec.name: spec for spec in expected}
         if differing := sorted(found.keys() ^ wanted.keys()):
             state = "missing" if differing[0] in wanted else "not expected"
-            raise MergeError(f"{failed}: {len(differing)} tensor(s) missing or unexpected; {differing[0]} is {state}.")
+            raise MergeError(
+                f"{failed}: {counted(len(differing), 'tensor')} missing or unexpected; {differing[0]} is {state}."
+            )
         total = sum(spec.nbytes for spec in expected)
         done = 0
         for name, info in found.items():

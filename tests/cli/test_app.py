@@ -46,10 +46,12 @@ def test_a_run_whose_samples_run_out_of_memory_trains_and_writes_its_report(
 
 def test_the_whole_way_works_as_typed(qlora: Callable, config_file: Path, tiny_llama: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, _, reported = qlora("train", config_file, "training.max_steps=4")
+    code, out, reported = qlora("train", config_file, "training.max_steps=4")
     assert code == 0, reported
     assert "eval loss" in reported
-    assert f"qlora merge {run}" in reported.replace("\n", "")
+    adapter, *_, report, following = out.splitlines()
+    assert (adapter, report) == (f"Adapter: {run}/adapter", f"Report:  {run}/report.html")
+    assert following == f"Next:    qlora merge {run} --output {run}-merged"
     page = (run / "report.html").read_text()
     assert "<svg" in page
     assert "<h2>Data</h2>" in page
@@ -94,14 +96,14 @@ def test_inspect_shows_rows_and_counts_before_any_weight_is_read(
     model = f"model.name={without_weights}"
     code, out, reported = qlora("inspect", config_file, model, "--rows", 1)
     assert code == 0
-    assert out == ""
+    assert reported == "… reading rows.jsonl"
     for words in ("rows read", "training row 0,", "<|im_start|>user", "an epoch", "fill", "tokens a row", "█"):
-        assert words in reported, words
-    assert "training row 1," not in reported
-    code, _, reported = qlora("inspect", config_file, model, "--eval", "--row", 1)
+        assert words in out, words
+    assert "training row 1," not in out
+    code, out, _ = qlora("inspect", config_file, model, "--eval", "--row", 1)
     assert code == 0
-    assert "eval row 1," in reported
-    assert "rows read" not in reported
+    assert "eval row 1," in out
+    assert "rows read" not in out
     code, _, reported = qlora("inspect", config_file, model, "--row", 99)
     assert code == 2
     assert "no training row 99" in reported
@@ -140,10 +142,10 @@ def test_plan_answers_a_program(qlora: Callable, config_file: Path, tmp_path: Pa
 def test_plan_answers_a_person(qlora: Callable, config_file: Path) -> None:
     code, out, reported = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
     assert code == 0
-    assert out == ""
-    assert "does not fit, by" in reported
-    assert "CUDA context (allowance)" in reported
-    assert "full fine-tuning would need" in reported
+    assert "│" not in reported
+    assert "does not fit, by" in out
+    assert "CUDA context (allowance)" in out
+    assert "full fine-tuning would need" in out
 
 
 def test_quantize_writes_a_model_in_4_bits(qlora: Callable, tiny_llama: Path, tmp_path: Path) -> None:

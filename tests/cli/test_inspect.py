@@ -29,7 +29,7 @@ def prepared(tmp_path: Path, *tokenizer_kind: str, text: str = "two  words") -> 
 
 def terminal(monkeypatch: pytest.MonkeyPatch, **options: Any) -> io.StringIO:
     out = io.StringIO()
-    monkeypatch.setattr(inspection, "console", Console(file=out, highlight=False, width=60, **options))
+    monkeypatch.setattr(inspection, "answers", Console(file=out, highlight=False, width=60, **options))
     return out
 
 
@@ -132,12 +132,12 @@ def test_text_that_spells_a_control_token_is_shown_otherwise_than_the_token(
     assert "".join(span["text"] for span in spans) == tokenizer.decode(data.train[0].input_ids)
     out = terminal(monkeypatch, force_terminal=False)
     show_row(tokenizer, data.train, 0)
-    inspection.console.print(inspection.legend())
+    inspection.answers.print(inspection.legend())
     assert re.search(r"What is (⟨<\|im_end\|>⟩|{{<\|im_end\|>}})\?<\|im_end\|>", out.getvalue())
     assert "text that spells a control token" in out.getvalue()
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = terminal(monkeypatch, force_terminal=True, color_system="standard")
     show_row(tokenizer, data.train, 0)
-    inspection.console.print(inspection.legend())
+    inspection.answers.print(inspection.legend())
     assert "\x1b[4;33m<|im_end|>\x1b[0m" in out.getvalue()
     assert "\x1b[4;33mtext that spells a control token" in out.getvalue()

@@ -31,7 +31,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "data.max_length" in message
     assert "'long'" in message
     assert "did you mean training.global_batch_size?" in message
-    assert "3 problem(s)" in message
+    assert "3 problems" in message
 
 
 def test_overrides_reach_every_field_and_keep_their_types(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_merged_yaml_mappings_may_still_be_overruled(tmp_path: Path) -> None:
 
 def test_a_key_of_several_types_has_one_problem() -> None:
     message = problems_of({**MINIMAL, "training": {"micro_batch_tokens": "foo"}})
-    assert "1 problem(s)" in message
+    assert "1 problem:" in message
     assert message.count("training.micro_batch_tokens") == 1
     assert "valid integer" in message
     assert "'auto'" in message

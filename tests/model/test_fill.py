@@ -167,7 +167,7 @@ def test_tensors_that_no_parameter_takes_are_reported(tiny_llama: Path, tmp_path
         tensors["mtp.weight"] = torch.ones(8)
 
     (warning,) = load(changed(tiny_llama, tmp_path / "extra", extra)).warnings
-    assert "1 tensor(s) that this model has no place for, such as mtp.weight" in warning
+    assert "1 tensor that this model has no place for, such as mtp.weight" in warning
 
 
 def test_a_parameter_that_is_stored_under_two_names_is_refused(

@@ -30,7 +30,7 @@ def test_a_fingerprint_survives_json_and_says_what_differs(tiny_llama: Path) -> 
     layer = base.model.get_submodule("model.layers.0.mlp.up_proj")
     layer.packed[0] ^= 1
     changed = base_fingerprint(base.model, {}, torch.bfloat16)
-    assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in (again.difference(changed) or "")
+    assert "1 of 14 layers holds other weights, such as model.layers.0.mlp.up_proj" in (again.difference(changed) or "")
 
 
 @pytest.mark.gpu
@@ -61,7 +61,7 @@ def test_the_fingerprint_made_while_loading_is_that_of_the_loaded_model(tiny_mod
 def test_a_base_with_another_dense_tensor_is_refused_on_resume(tiny_config: Config, own_base: Path, name: str) -> None:
     run = start_run(tiny_config(model={"name": str(own_base)}))
     scale_tensor(own_base, name, 1.5)
-    with pytest.raises(CheckpointError, match=rf"1 of 7 tensors that are not 4-bit differ, such as {name}"):
+    with pytest.raises(CheckpointError, match=rf"1 of 7 tensors outside the 4-bit layers differs, such as {name}"):
         resume_run(run.directory)
 
 
@@ -69,7 +69,9 @@ def test_a_base_with_the_same_codes_and_other_scales_is_refused_on_resume(tiny_c
     """Twice the weights have the same 4-bit codes."""
     run = start_run(tiny_config(model={"name": str(own_base)}))
     scale_tensor(own_base, "model.layers.1.mlp.up_proj.weight", 2.0)
-    with pytest.raises(CheckpointError, match=r"1 of 14 layers hold other weights, such as model\.layers\.1\.mlp\.up_"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of 14 layers holds other weights, such as model\.layers\.1\.mlp\.up_"
+    ):
         resume_run(run.directory)
 
 

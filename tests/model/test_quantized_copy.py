@@ -117,7 +117,7 @@ def test_a_difference_from_the_original_is_explained(damage: str, tiny_llama: Pa
         assert "14 of 14 layers hold other weights" in reported
         assert "another checkpoint: 21 of its 21 tensors differ on disk" in reported
     else:
-        assert "1 of 14 layers hold other weights, such as model.layers.0.mlp.up_proj" in reported
+        assert "1 of 14 layers holds other weights, such as model.layers.0.mlp.up_proj" in reported
         assert "made of the same bytes: quantized otherwise, or a copy kept in 4 bits is damaged" in reported
 
 

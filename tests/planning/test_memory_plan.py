@@ -248,7 +248,7 @@ def test_a_cpu_run_ends_with_its_peak_next_to_the_plan(tiny_config: Config, monk
     assert run.program_bytes is not None
     assert run.train(lambda record: None)
     page = write_run_report(run).read_text()
-    assert "peak of the process" in page
+    assert "memory of the process" in page
     assert f"planned {gib(run.plan.total + run.program_bytes)}" in page
 
 

@@ -48,12 +48,13 @@ def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(
     try:
         wait_for_first_step(process, run / "metrics.jsonl")
         process.send_signal(signum)
-        _, output = process.communicate(timeout=PATIENCE)
+        out, output = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 0, output
-    assert f"qlora resume {run}" in output
+    assert f"qlora resume {run}" in out
+    assert "Stopping when step" in output
     assert "Traceback" not in output
 
     stopped_at = read_metrics(run / "metrics.jsonl")[-1]["step"]

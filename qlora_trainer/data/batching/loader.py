@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from qlora_trainer.common.errors import CheckpointError, DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.batching.mixing import Mixture, shuffled
 from qlora_trainer.data.batching.packing import Pack, group_rows, laid_out_tokens, make_packs
 from qlora_trainer.data.types import Example
@@ -182,7 +183,7 @@ class StepLoader:
         if not (0 <= state["step"] < self.steps_per_epoch and state["epoch"] >= 0):
             raise CheckpointError(
                 f"The data position says step {state['step']} of epoch {state['epoch']}, but an epoch has "
-                f"{self.steps_per_epoch} steps."
+                f"{counted(self.steps_per_epoch, 'step')}."
             )
         self._move_to(state["epoch"], state["step"])
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import DataConfig, SourceFile
 from qlora_trainer.config.override import override
 from qlora_trainer.data.preparation.reports import SourceReport
@@ -70,7 +71,7 @@ def check_skipped(sources: Sequence[SourceReport], max_skipped: float) -> None:
         most = sorted(source.skipped.items(), key=lambda item: -item[1])[:3]
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in most)
         raise DataError(
-            f"{source.name}: {skipped:,} of {source.rows:,} rows ({share:.1%}) would be skipped, more than "
+            f"{source.name}: {skipped:,} of {counted(source.rows, 'row')} ({share:.1%}) would be skipped, more than "
             f"data.max_skipped allows ({max_skipped:g}): {reasons}. "
             f"Correct the rows or how they are read; or allow it: "
             f"{skip_limit_setting(skipped, source.rows)}"
@@ -114,7 +115,8 @@ def check_usable(sources: Sequence[SourceReport], for_eval: Sequence[bool], is_m
             continue
         dropped = sum((Counter(source.dropped) + Counter(source.skipped) for source in group), Counter[str]())
         reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        rows, names = sum(source.rows for source in group), ", ".join(source.name for source in group)
         raise DataError(
-            f"data.{name}: none of the {sum(source.rows for source in group)} rows of "
-            f"{', '.join(source.name for source in group)} can be used ({reasons}; max_length is {max_length})."
+            f"data.{name}: {f'none of the {rows:,} rows' if rows != 1 else 'the only row'} of "
+            f"{names} can{'not' * (rows == 1)} be used ({reasons}; max_length is {max_length})."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.batching.loader import StepLoader
 from qlora_trainer.data.batching.packing import group_rows, laid_out_tokens
 from qlora_trainer.data.preparation.reports import PreparationReport, SetReport, SourceReport, places_in_words
@@ -180,9 +181,9 @@ def source_facts(source: SourceReport, max_length: int) -> list[Fact]:
             at = f": {places_in_words(places)}{', …' * (count > len(places))}" if places else ""
             facts.append((f"{what}: {reason}", f"{count:,}{at}"))
     if source.truncated:
-        facts.append((f"cut to at most {max_length:,} tokens", f"{source.truncated:,}"))
+        facts.append((f"cut to at most {counted(max_length, 'token')}", f"{source.truncated:,}"))
     if source.split:
-        facts.append((f"split into parts of at most {max_length:,} tokens", f"{source.split:,}"))
+        facts.append((f"split into parts of at most {counted(max_length, 'token')}", f"{source.split:,}"))
     if source.epoch != source.train:
         facts.append(("training rows an epoch takes", f"{source.epoch:,} of {source.train:,}"))
     return facts
@@ -206,7 +207,7 @@ def train_facts(report: PreparationReport, epoch: Epoch) -> list[Fact]:
     facts.append(
         (
             "an epoch",
-            f"{epoch.steps:,} steps of up to {epoch.global_batch_size:,} rows, about "
+            f"{counted(epoch.steps, 'step')} of up to {counted(epoch.global_batch_size, 'row')}, about "
             f"{epoch.tokens_per_step:,.0f} tokens in "
             f"{computed.micro_batches:.1f} micro-batches of at most {epoch.micro_batch_tokens:,}",
         )

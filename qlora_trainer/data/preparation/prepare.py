@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_trainer.common.errors import DataError, OutputExistsError
+from qlora_trainer.common.errors import DataError, OutputExistsError, missing_files_name
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.data.batching.mixing import Mixture, SourceAmount, epoch_quotas, eval_counts, is_mixed, shuffled
 from qlora_trainer.data.preparation.chunks import (
@@ -44,6 +45,7 @@ from qlora_trainer.data.preparation.reports import (
     train_repeats,
 )
 from qlora_trainer.data.preparation.row_chunks import in_chunks
+from qlora_trainer.data.preparation.source_keys import source_keys
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
 from qlora_trainer.data.reading.digests import FileDigests
@@ -158,17 +160,18 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
         else [SourceAmount(file.weight, file.count) for file in config.train]
     )
     inputs = []
-    for index, file in enumerate(source_files(config)):
-        source = open_source(
-            file.path,
-            file.split,
-            subset=file.subset,
-            encoding=file.encoding,
-            header=file.header,
-            rows=file.rows,
-            is_document=file.format == "text",
-            content=digests.content,
-        )
+    for index, (key, file) in enumerate(zip(source_keys(config), source_files(config), strict=True)):
+        with missing_files_name(key):
+            source = open_source(
+                file.path,
+                file.split,
+                subset=file.subset,
+                encoding=file.encoding,
+                header=file.header,
+                rows=file.rows,
+                is_document=file.format == "text",
+                content=digests.content,
+            )
         inputs.append(_Input(file, source, parts[index] if index < len(parts) else None))
     check_effects(config, [(item.settings, item.source) for item in inputs])
     return inputs
@@ -224,7 +227,8 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
         report.notes = list(item.source.notes)
         if report.rows == sum(report.skipped.values()):
             raise DataError(
-                f"{item.source.name}: all {report.rows} rows are bad, so none can be skipped: "
+                f"{item.source.name}: {'the only row is' if report.rows == 1 else f'all {report.rows:,} rows are'} "
+                "bad, so none can be skipped: "
                 f"{'; '.join(f'{count} {reason}' for reason, count in counted['skipped'].most_common(3))}."
             )
     writer.finish({"sources": [asdict(report) for report in reports]})
@@ -314,7 +318,9 @@ def _report(
     warnings: Sequence[str],
 ) -> PreparationReport:
     train_twice, eval_twice = train_repeats(train), eval_repeats(eval_set, train)
-    capped = f"data.max_length is {config.max_length}, but the model has {max_length} positions: rows end there"
+    capped = (
+        f"data.max_length is {config.max_length}, but the model has {counted(max_length, 'position')}: rows end there"
+    )
     return PreparationReport(
         sources=sources,
         train=set_report(train),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
 
 MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
@@ -168,11 +169,14 @@ def repeat_warnings(train_repeats: int, eval_repeats: int, eval_examples: int) -
     lines = []
     if eval_repeats:
         lines.append(
-            f"{eval_repeats:,} of {eval_examples:,} eval rows are in training too, token for token: the "
+            f"{eval_repeats:,} of {counted(eval_examples, 'eval row')} {'is' if eval_repeats == 1 else 'are'} "
+            f"in training too, token for token: the "
             "eval loss is better than it would be on unseen rows"
         )
     if train_repeats:
-        lines.append(f"{train_repeats:,} training rows repeat an earlier one, token for token")
+        lines.append(
+            f"{counted(train_repeats, 'training row repeats', 'training rows repeat')} an earlier one, token for token"
+        )
     return lines
 
 
@@ -189,10 +193,18 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
     for source in sources:
         lines += source.notes[:_MOST_NOTES]
         if len(source.notes) > _MOST_NOTES:
-            lines.append(f"{source.name}: {len(source.notes) - _MOST_NOTES:,} more of its files have such notes")
-        lines += [f"{source.name}: {count} of {source.rows} rows: {text}" for text, count in source.warnings.items()]
+            lines.append(
+                f"{source.name}: "
+                f"{counted(len(source.notes) - _MOST_NOTES, 'more of its files has', 'more of its files have')} "
+                f"such notes"
+            )
         lines += [
-            f"{source.name}: {count} of {source.rows} rows are left out: {reason}{_at(source, reason)}"
+            f"{source.name}: {count:,} of {counted(source.rows, 'row')}: {text}"
+            for text, count in source.warnings.items()
+        ]
+        lines += [
+            f"{source.name}: {count:,} of {counted(source.rows, 'row')} {'is' if count == 1 else 'are'} left "
+            f"out: {reason}{_at(source, reason)}"
             for reason, count in source.dropped.items()
         ]
         if source.spelled:
@@ -201,7 +213,8 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
             count, token = first.split(" of ", 1)
             more = ", ".join([*others, *[f"… and {len(tokens) - _MOST_NAMED:,} more"] * (len(tokens) > _MOST_NAMED)])
             lines.append(
-                f"{source.name}: {count} of {source.rows} rows hold the spelling of {token}{', ' * bool(more)}{more}; "
+                f"{source.name}: {count} of {counted(source.rows, 'row')} {'holds' if count == '1' else 'hold'} "
+                f"the spelling of {token}{', ' * bool(more)}{more}; "
                 "it is read as text, not as the control token"
             )
         if source.unused_columns:
@@ -282,7 +295,7 @@ def skipped_warning(sources: Sequence[SourceReport], listed_in: str = SKIPPED_NA
     if not reasons:
         return []
     most = "; ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3))
-    more = f"; and {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    more = f"; and {counted(len(reasons) - 3, 'other reason')}" if len(reasons) > 3 else ""
     rows = "bad row was" if reasons.total() == 1 else "bad rows were"
     share = f"{reasons.total() / sum(source.rows for source in sources):.1%}"
     listed = f"{listed_in} lists each with its reason"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.common.errors import DataError, NotInstalledError, first_line
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed
@@ -184,7 +185,10 @@ def _sheet_rows(file: DataFile, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Pl
         else:
             yield (
                 place,
-                DataError(f"{file.title}, {place}: more values than the {len(names.given)} columns with names."),
+                DataError(
+                    f"{file.title}, {place}: more values than the "
+                    f"{counted(len(names.given), 'column with a name', 'columns with names')}."
+                ),
             )
 
 

@@ -111,7 +111,8 @@ def _way_out(file: DataFile, found: Survey | None) -> str:
         return f"{before}{_lines(good)} beyond ASCII can be read, and {bad:,} cannot, so {_damaged(file)}"
     if good and named == "utf-8":
         return (
-            f"{_lines(good)} beyond ASCII are UTF-8, and {bad:,} are not: parts of different encodings seem to have "
+            f"{_lines(good)} beyond ASCII {'is' if good == 1 else 'are'} UTF-8, and {bad:,} "
+            f"{'is' if bad == 1 else 'are'} not: parts of different encodings seem to have "
             "been joined. Write each part as UTF-8 before joining them."
         )
     fits = [name for name in _CANDIDATES if found.readable[name] == found.beyond_ascii]

@@ -114,9 +114,36 @@ def open_source(
     except QLoRATrainerError:
         raise
     except (OSError, RuntimeError) as error:  # the latter of ~nobody, which is no user here
-        raise DataError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or first_line(error)}.") from error
+        raise _not_opened(path, error) from error
     found = load_hub(path, split, subset)
     return _of_datasets(f"{path} ({split})", found, found._fingerprint)
+
+
+def check_path(path: str) -> None:
+    """Look for the local files that a path means, and refuse a URL; a name that may be on the hub is not looked up.
+
+    Args:
+        path: as `open_source` takes it.
+
+    Raises:
+        FileMissingError: no such file; the message has near misses.
+        DataError: a URL, or files that cannot be used.
+    """
+    try:
+        refuse_url(path)
+        local = Path(path).expanduser()
+        if not (local.is_dir() and is_saved(local)) and (
+            local.exists() or is_pattern(path) or _could_be_file(path, local)
+        ):
+            find_files(path)
+    except QLoRATrainerError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise _not_opened(path, error) from error
+
+
+def _not_opened(path: str, error: OSError | RuntimeError) -> DataError:
+    return DataError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or first_line(error)}.")
 
 
 def _could_be_file(path: str, local: Path) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed, WholeFile, is_turn, rows_of, table_by_columns
@@ -90,7 +91,7 @@ def _alone(placed: Iterator[Placed], file: DataFile) -> Iterator[Placed]:
         yield from [second] if second else ()
         yield from placed
     elif (table := table_by_columns(row)) is not None:
-        file.note(f"is one object that holds a table by its columns; it is read as {len(table):,} rows")
+        file.note(f"is one object that holds a table by its columns; it is read as {counted(len(table), 'row')}")
         yield from ((f"row {number}", made) for number, made in enumerate(table, start=1))
     else:
         yield place, WholeFile(row)

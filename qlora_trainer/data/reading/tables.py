@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed
@@ -71,11 +72,12 @@ def read_table(file: DataFile, delimiter: str) -> Iterator[Placed]:
             yield place, row
         else:
             origin = "data.header" if file.header else "the first line"
-            columns = f"{len(names.given)} column{'s' * (len(names.given) != 1)} ({', '.join(names.given[:8])})"
+            columns = f"{counted(len(names.given), 'column')} ({', '.join(names.given[:8])})"
             yield (
                 place,
                 DataError(
-                    f"{where}: {len(fields)} fields where {origin} names {columns}. A field with {delimiter!r} or a "
+                    f"{where}: {counted(len(fields), 'field')} where {origin} names {columns}. A field with "
+                    f"{delimiter!r} or a "
                     "newline inside needs quotes around it."
                 ),
             )

@@ -14,6 +14,7 @@ import zlib
 from typing import Any, BinaryIO
 
 from qlora_trainer.common.errors import LFS_HEADER, DataError
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.reading.data_file import PACKED_SUFFIXES, DataFile
 
 READ_BYTES = 1 << 20
@@ -126,7 +127,7 @@ class _Unpacking(io.RawIOBase):
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(
                 f"{self._file}: the {self._packing} data is broken or cut off near byte {self._raw.tell()} of the "
-                f"file, after {self._done} unpacked bytes ({error}). Fetch or pack it again."
+                f"file, after {counted(self._done, 'unpacked byte')} ({error}). Fetch or pack it again."
             ) from error
         buffer[: len(data)] = data
         self._done += len(data)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_trainer.common.errors import DataError, first_line
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.rendering.encoding import Encoded, Encoder, Tokenizer
 from qlora_trainer.data.rendering.pieces import cut_evenly
 from qlora_trainer.data.rendering.spans import Rendering, SpanFinder
@@ -272,7 +273,8 @@ class Renderer:
             return Rendered([example], [row], warnings=warnings, tokens=length)
         if self.too_long == "error":
             raise DataError(
-                f"{where}: the row has {length} tokens, more than {self.max_length}. Raise data.max_length, shorten "
+                f"{where}: the row has {counted(length, 'token')}, more than {self.max_length}. Raise "
+                f"data.max_length, shorten "
                 "the row, or set data.too_long to truncate or drop."
             )
         if self.too_long == "drop":

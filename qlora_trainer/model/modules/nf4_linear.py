@@ -20,6 +20,7 @@ from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, tied_weight_names
+from qlora_trainer.common.units import counted
 from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, bitsandbytes, empty_weight
 
@@ -237,7 +238,8 @@ def check_quantized_fraction(model: nn.Module, minimum: float) -> float:
     share, others = quantized_fraction(model)
     if share < minimum:
         raise ModelError(
-            f"Only {share:.1%} of this model's linear weights become 4-bit; {len(others)} tensor(s) stay 16-bit, such "
+            f"Only {share:.1%} of this model's linear weights become 4-bit; "
+            f"{counted(len(others), 'tensor stays', 'tensors stay')} 16-bit, such "
             f"as {', '.join(others[:3])}. The model would take far more memory than a 4-bit base. To train it all the "
             f"same, set model.min_quantized_fraction={max(share - 0.005, 0.0):.2f}."
         )

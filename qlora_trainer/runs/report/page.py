@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.common.atomic import write_text
+from qlora_trainer.common.units import counted
 from qlora_trainer.runs.report.plot import PlotLine, draw_bars, draw_plot, in_words, smooth
 from qlora_trainer.runs.report.style import SCRIPT, STYLE
 
@@ -134,7 +135,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
         ("learning_rate", "Learning rate", "", 1.0),
         ("grad_norm", "Gradient norm", "before clipping", 1.0),
         ("tokens_per_second", "Speed", "tokens/s", 1.0),
-        ("peak_memory_bytes", "Peak memory", memory_unit, unit_bytes),
+        ("peak_memory_bytes", "Peak memory of a GPU's tensors, or of a CPU's process", memory_unit, unit_bytes),
     ):
         if points := _series(metrics, key, unit):
             figures.append(
@@ -171,7 +172,11 @@ def _figure(
     if len(lines) > 1:
         keys = "".join(f'<li class="{line.style}">{escape(line.name)}</li>' for line in lines)
         legend = f'<ul class="legend">{keys}</ul>'
-    missing = f'<p class="gaps">{gaps} value(s) were not finite and are not drawn.</p>' if gaps else ""
+    missing = (
+        f'<p class="gaps">{counted(gaps, "value is not finite and", "values are not finite and")} not drawn</p>'
+        if gaps
+        else ""
+    )
     drawing = draw_plot(lines, label=label, from_zero=from_zero, width=1140 if wide else 560)
     return (
         f'<figure class="{"wide" if wide else ""}"><figcaption><h3>{escape(name)} <small>{escape(note)}</small></h3>'

@@ -9,11 +9,12 @@ from typing import Any
 
 from qlora_kernels.card import Card
 from qlora_trainer.common.process_memory import peak_private_bytes
-from qlora_trainer.common.units import dtype_name, gib, gibibytes
+from qlora_trainer.common.units import counted, dtype_name, gib, gibibytes
 from qlora_trainer.data.preparation.overview import bin_labels, eval_facts, make_overview, source_facts, train_facts
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.model.modules.packed_attention import attention_taken
+from qlora_trainer.planning.memory_plan import MemoryPlan
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
 from qlora_trainer.runs.report.page import DataPart, Sample, write_report
@@ -43,7 +44,7 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("compute", f"{dtype_name(run.base.compute_dtype)} on {run.base.device}"),
         (
             "adapters",
-            f"rank {settings.rank} on {len(run.adapted)} layers, {trainable:,} numbers in {settings.dtype}",
+            f"rank {settings.rank} on {counted(len(run.adapted), 'layer')}, {trainable:,} numbers in {settings.dtype}",
         ),
         ("attention", attention_taken(run.base.model, card, run.base.compute_dtype, run.state.loader.packing)),
         ("kernels", kernels_in_words(run.base.device.type)),
@@ -51,13 +52,22 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{run.config.optimizer.name}, state {gibibytes(optimizer.state_bytes)}, {pages}"),
         (
             "training rows",
-            f"{data.train.examples:,}, {data.train.tokens:,} tokens, {data.train.trained_tokens:,} trained",
+            f"{data.train.examples:,}, {counted(data.train.tokens, 'token')}, {data.train.trained_tokens:,} trained",
         ),
         *([("rows of an epoch", _rows_by_source(run.prepared))] if run.prepared.mixture else []),
-        ("eval rows", f"{data.eval.examples:,}, {data.eval.tokens:,} tokens"),
-        ("steps", f"{run.state.total_steps:,}, each of up to {run.config.training.global_batch_size} rows"),
-        *([("planned memory", f"{gib(run.plan.total)}, peak at {run.plan.operation}")] if run.plan else []),
+        ("eval rows", f"{data.eval.examples:,}, {counted(data.eval.tokens, 'token')}"),
+        ("steps", f"{run.state.total_steps:,}, each of up to {counted(run.config.training.global_batch_size, 'row')}"),
+        *([("planned memory", _planned(run.plan, run.base.device.type))] if run.plan else []),
     ]
+
+
+def _planned(plan: MemoryPlan, device_type: str) -> str:
+    what = (
+        f"{gib(plan.total)} of GPU memory: {gib(plan.allocated)} in tensors, the rest reserved by torch and CUDA"
+        if device_type == "cuda"
+        else f"{gib(plan.total)} of host memory for model and training step, without the program itself"
+    )
+    return f"{what}; the most is needed in {plan.operation}"
 
 
 def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: str | None = None) -> Path:
@@ -105,14 +115,15 @@ def _plan_and_peak(run: Run, metrics: Sequence[dict[str, Any]]) -> list[tuple[st
         return []
     if run.base.device.type == "cuda":
         peak, planned = max(record["peak_memory_bytes"] for record in metrics), run.plan.allocated
-        return [("peak allocated", f"{gib(peak)}, planned {gib(planned)} ({peak / planned - 1:+.1%})")]
+        in_words = f"{gib(peak)} at most, planned {gib(planned)} ({peak / planned - 1:+.1%})"
+        return [("GPU memory in tensors", in_words)]
     if run.program_bytes is None or (measured := peak_private_bytes()) is None:
         return []
     planned = run.program_bytes + run.plan.total
     return [
         (
-            "peak of the process",
-            f"{gib(measured)}, planned {gib(planned)} ({measured / planned - 1:+.1%}), "
+            "memory of the process",
+            f"{gib(measured)} at most, not shared with others; planned {gib(planned)} ({measured / planned - 1:+.1%}), "
             f"of it {gib(run.program_bytes)} the program itself",
         )
     ]

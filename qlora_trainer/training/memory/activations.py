@@ -67,7 +67,10 @@ class Policy:
     def __str__(self) -> str:
         parts: list[str] = [self.level]
         if self.level != "none" and self.uncheckpointed_layers:
-            parts.append(f"except for the last {self.uncheckpointed_layers} layers")
+            parts.append(
+                f"except for the last "
+                f"{'layer' if self.uncheckpointed_layers == 1 else f'{self.uncheckpointed_layers} layers'}"
+            )
         if self.level in ("offload", "tiled") and self.offload_every_n_layers > 1:
             parts.append(f"the input of one layer in {self.offload_every_n_layers} in host memory")
         return ", ".join(parts)

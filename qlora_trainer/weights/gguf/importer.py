@@ -37,7 +37,7 @@ from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstall
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
-from qlora_trainer.common.units import dtype_name
+from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.weights.gguf.layout import Translation, readable_architectures, translate_tensors
 from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
 from qlora_trainer.weights.gguf.pre_tokenizer import restore_split
@@ -334,5 +334,6 @@ def import_warnings(directory: Path) -> list[str]:
     unused, warnings = values["unused_tensors"], list(values["warnings"])
     if unused:
         shown = ", ".join(unused[:3])
-        warnings.append(f"{len(unused)} tensor(s) of the GGUF file have no place in transformers' model: {shown}.")
+        tensors = counted(len(unused), "tensor")
+        warnings.append(f"{tensors} of the GGUF file without a place in transformers' model: {shown}.")
     return warnings

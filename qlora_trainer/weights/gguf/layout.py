@@ -27,6 +27,7 @@ from qlora_trainer.common.transformers_internals import (
     renamed,
     tied_weight_names,
 )
+from qlora_trainer.common.units import counted
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def translate_tensors(
     made = Counter(translation.name for translation in translations.values())
     if missing := sorted(expected - set(made)):
         raise ModelError(
-            f"{path} lacks {len(missing)} of the {len(expected)} tensors of a {architecture} model, such as "
+            f"{path} lacks {len(missing):,} of the {counted(len(expected), 'tensor')} of a {architecture} "
+            f"model, such as "
             f"{', '.join(missing[:3])}. It may be damaged, or of a variant that transformers does not know."
         )
     if doubled := sorted(name for name in expected if made[name] > 1):

@@ -465,7 +465,7 @@ def test_a_source_with_a_count_is_repeated_to_that_count_and_others_are_used_who
 def test_a_mixed_source_without_a_usable_row_is_an_error(tmp_path):
     good, empty = write(tmp_path, "good.jsonl", ROWS), write(tmp_path, "empty.jsonl", [row("q", "")])
     run(tmp_path, [Source(path=good), Source(path=empty)])
-    with pytest.raises(DataError, match=r"data.train: none of the 1 rows of empty.jsonl"):
+    with pytest.raises(DataError, match=r"data.train: the only row of empty.jsonl cannot be used"):
         run(tmp_path, [Source(path=good, weight=1), Source(path=empty, weight=1)])
 
 
@@ -493,8 +493,8 @@ def test_an_equal_prompt_with_another_answer_is_counted_apart_from_repeats(tmp_p
     assert (report.train_duplicates, report.train_other_answers) == (1, 2)
     assert (report.eval_duplicates, report.eval_other_answers) == (1, 1)
     said = "\n".join(report.warnings)
-    assert "1 of 3 eval rows are in training too" in said
-    assert "1 training rows repeat an earlier one" in said
+    assert "1 of 3 eval rows is in training too" in said
+    assert "1 training row repeats an earlier one" in said
     assert not [n for n in run(tmp_path, write(tmp_path, "y.jsonl", ROWS)).report.warnings if "rows" in n]
 
 

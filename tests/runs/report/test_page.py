@@ -230,7 +230,7 @@ def test_page_of_an_empty_or_odd_run_is_whole(tmp_path: Path, metrics: list[dict
     if not metrics:
         assert "No step has been taken yet." in page.text
     if metrics and metrics[0].get("loss", 1.0) is None:
-        assert "2 value(s) were not finite" in page.text
+        assert "2 values are not finite" in page.text
 
 
 def test_gap_in_a_curve_is_not_joined() -> None:

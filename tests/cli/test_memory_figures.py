@@ -1,0 +1,30 @@
+"""No memory figure that a run prints is without a word on what it is."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.planning import fit
+
+
+def test_each_memory_figure_of_a_run_says_what_it_is(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "SMALLEST_PLANNED", 0)
+    code, out, reported = qlora("train", config_file, "training.max_steps=1", "evaluation.samples=0")
+    assert code == 0, reported
+    printed = reported.replace("│", " ")
+    assert re.search(r"the run fits: [\d.]+ GiB of memory planned, activation checkpointing none", printed)
+    assert re.search(r"planned memory +[\d.]+ GiB of host memory for model and training\s+step", printed)
+    assert re.search(r"tokens/s  ?peak memory of the process [\d.]+ [MG]iB", printed)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert re.search(
+        r"memory of the process.{0,30}[\d.]+ GiB at most, not shared with others; planned", page, re.DOTALL
+    )
+    assert "Peak memory of a GPU&#x27;s tensors, or of a CPU&#x27;s process" in page
+    _, out, _ = qlora("plan", config_file, "--gpu-memory", "8GiB", "--no-search", "model.device=cuda")
+    for name in ("total on the GPU", "of it reserved by torch", "in tensors", "the most is needed in", "in total"):
+        assert name in out
+    assert len(re.findall(r"[\d.]+ [GMK]iB", printed)) == 4, "the plan twice, the optimizer's state, the peak"

@@ -1,0 +1,174 @@
+"""Ctrl-C and SIGTERM: the first says at once what happens and how long it may take, the second what is lost."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_trainer.cli.stopping import Training, Work
+from qlora_trainer.merging import merge_run as merging
+from qlora_trainer.runs import run as running
+from qlora_trainer.runs import start, trained
+
+# A C function that returns to Python only after minutes, as one operation of a large step does.
+BUSY = """\
+import hashlib, sys, threading
+from qlora_trainer.cli.console import ProgressBars, say
+from qlora_trainer.cli.stopping import answered_signals
+with answered_signals(say), ProgressBars("Nothing was changed.", "A part is left.") as progress:
+    progress("reading weights", 0, None)
+    begun = threading.Event()
+    threading.Thread(target=lambda: (begun.wait(), print("busy", file=sys.stderr)), daemon=True).start()
+    sys.setswitchinterval(1000)  # the thread goes on when the function lets it, not before
+    begun.set()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+RECORD = {"tokens": 100, "tokens_per_second": 5.0}
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """SIGINT as Python has it in a terminal: a shell's background job begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_at_once_inside_an_operation_and_the_second_ends_it(signum: signal.Signals) -> None:
+    environment = {**os.environ, "COLUMNS": "500"}
+    with subprocess.Popen([sys.executable, "-c", BUSY], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr
+        try:
+            assert "reading weights" in process.stderr.readline()
+            assert process.stderr.readline() == "busy\n"
+            process.send_signal(signum)
+            first = process.stderr.readline()
+            assert process.poll() is None
+            process.send_signal(signum)
+            _, second = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert first.startswith("Stopping when the current operation (reading weights) ends, usually within seconds.")
+    assert "Press Ctrl-C again to end at once" in first
+    assert second.strip() == "Ended at once, without cleaning up. Nothing was changed. A part is left."
+    assert process.returncode == 128 + signum
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "name", "kept"),
+    [
+        ("train", start, "prepare_data", "No run directory is made."),
+        ("train", start, "load_base", "No run directory is made."),
+        ("train", running, "answer_prompts", "The run is saved at step 0. To continue: qlora resume "),
+    ],
+)
+def test_a_signal_outside_training_says_what_is_kept_and_stops(
+    qlora: Callable, config_file: Path, monkeypatch: pytest.MonkeyPatch, command: str, module: Any, name: str, kept: str
+) -> None:
+    monkeypatch.setattr(module, name, press)
+    code, out, reported = qlora(command, config_file)
+    assert (code, out) == (130, "")
+    assert "Stopping when the current operation" in reported
+    assert kept in reported
+    assert "Traceback" not in reported
+    assert list(config_file.parent.glob("**/.*partial*")) == []
+    if name != "answer_prompts":
+        assert not (config_file.parent / "run").exists()
+
+
+def test_a_signal_in_training_says_how_long_it_takes_saves_and_prints_a_command_to_paste(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "my runs" / "a[1] $HOME"
+    real = running.take_step
+
+    def take_step(state: Any) -> Any:
+        if state.step == 2:
+            press()
+        return real(state)
+
+    monkeypatch.setattr(running, "take_step", take_step)
+    code, out, reported = qlora("train", config_file, f"training.output_dir={run}", "evaluation.samples=0")
+    assert code == 0, reported
+    assert "Stopping when step 3 has ended and is saved: about 1 s, by the 2 steps so far." in reported
+    assert "Press Ctrl-C again to stop without saving." in reported
+    pasted = shlex.split(out.partition("Stopped at step 3 and saved. To continue: ")[2])
+    assert pasted == ["qlora", "resume", str(run)]
+
+    code, out, reported = qlora(*pasted[1:])
+    assert code == 0, reported
+    pasted = shlex.split(out.partition("Next:")[2])
+    assert pasted == ["qlora", "merge", str(run), "--output", f"{run}-merged"]
+
+    for module, name, argument in (
+        (trained, "eval_loss", ["evaluate", run]),
+        (merging, "plan_merge", ["merge", run, "--output", tmp_path / "merged"]),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, press)
+            code, out, reported = qlora(*argument)
+        assert (code, out) == (130, ""), reported
+        assert "Stopping when the current operation" in reported
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_second_signal_in_training_says_which_steps_are_lost(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = running.take_step
+
+    def take_step(state: Any) -> Any:
+        if state.step == 5:
+            press()
+            time.sleep(0.05)  # for two signals are one, while the first is not delivered
+            press()
+        return real(state)
+
+    monkeypatch.setattr(running, "take_step", take_step)
+    code, out, reported = qlora("train", config_file, "evaluation.samples=0")
+    assert (code, out) == (130, "")
+    lost = "Stopped without saving: the 1 step since step 4 and the one in progress are lost. To continue from step 4: "
+    assert f"{lost}qlora resume {tmp_path / 'run'}" in reported
+
+
+def test_the_estimate_is_what_is_left_of_a_usual_step_and_of_an_evaluation_that_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    work = Training(tmp_path, 0, 10, evaluate_every=3)
+    assert "no step has ended yet" in work.first_signal()
+    for step, ended in ((1, 20.0), (2, 40.0)):
+        now = ended
+        work({**RECORD, "step": step})
+    assert "step 3 has ended and is evaluated and saved: about 20 s, by the 2 steps so far, and" in work.first_signal()
+    now = 160.0
+    work({**RECORD, "step": 3, "eval_loss": 1.0})
+    now = 165.0
+    assert "step 4 has ended and is saved: about 15 s, by the 3 steps so far." in work.first_signal()
+    for step, ended in ((4, 180.0), (5, 200.0)):
+        now = ended
+        work({**RECORD, "step": step})
+    assert "step 6 has ended and is evaluated and saved: about 120 s" in work.first_signal().replace("2 min", "120 s")
+
+
+def test_the_time_that_an_operation_takes_is_estimated_by_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    work = Work()
+    for ended in (1.0, 5.0, 35.0, 36.0):
+        now = ended
+        work.note("folding")
+    assert "(folding) ends, which took up to 30 s before." in work.first_signal()
