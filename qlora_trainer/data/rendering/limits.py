@@ -11,6 +11,7 @@ import ctypes
 import re
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -22,6 +23,7 @@ BYTES = 2**30  # more in memory than at the first look
 LARGEST = 2**26  # characters or items that one operation may make, and number that it may be given
 _LOOK_EVERY = 0.05  # seconds
 _IDLE = 2.0  # seconds after which the watching thread ends
+_METHODS = (types.MethodType, types.BuiltinMethodType)
 _WIDE = re.compile(r"%[^a-zA-Z%]*[0-9]{8}|:[^{}]*[0-9]{8}[^{}]*\}")  # a format with a width of eight digits
 
 
@@ -44,7 +46,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._current: tuple[int, float] | None = None  # the thread, and its processor time when the rendering began
+        self._current: list[int] | None = None  # the thread; a new list for each rendering
         self._raising = False
         self._thread: threading.Thread | None = None
         self._last = 0.0
@@ -52,7 +54,7 @@ class _Watch:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Raise TemplateLimitError in the block where it takes too long, or too much memory."""
-        self._current = threading.get_ident(), time.thread_time()
+        self._current = [threading.get_ident()]
         if self._thread is None:
             self._start()
         try:
@@ -73,8 +75,8 @@ class _Watch:
 
     def _look(self) -> None:
         process = psutil.Process()
-        seen: tuple[int, float] | None = None
-        memory: int | None = None
+        seen: list[int] | None = None
+        began, memory = 0.0, 0
         while True:
             time.sleep(_LOOK_EVERY)
             current = self._current
@@ -85,15 +87,15 @@ class _Watch:
                 continue
             self._last = time.monotonic()
             if current is not seen:
-                seen, memory = current, None
-            elif memory is None:
+                seen, began, memory = current, _processor_time(current[0]), 0
+            elif memory == 0:  # it takes longer than others
                 memory = process.memory_info().rss
             elif (
-                _processor_time(current[0]) - current[1] > SECONDS or process.memory_info().rss - memory > BYTES
+                _processor_time(current[0]) - began > SECONDS or process.memory_info().rss - memory > BYTES
             ) and self._end(current):
                 seen = None
 
-    def _end(self, rendering: tuple[int, float]) -> bool:
+    def _end(self, rendering: list[int]) -> bool:
         """Raise the error in a rendering, if it is still going on."""
         with self._lock:
             self._raising = True
@@ -154,6 +156,8 @@ def limit_operations(environment: Any) -> None:
         Returns:
             The function; None if `value` is no str.format.
         """
+        if not isinstance(value, _METHODS):  # as nearly all are
+            return None
         owner = getattr(value, "__self__", None)
         if isinstance(owner, str) and value.__name__ in ("format", "format_map"):
             _refuse_if(bool(_WIDE.search(owner)))
