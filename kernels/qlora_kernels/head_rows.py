@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels.products import linear
 
 BLOCK_ELEMENTS = 1 << 24
+_READ_PAST = 64  # columns
 """Elements of the head made at once: 32 MiB in 16 bits."""
 
 FEWEST_BLOCKS = 16
@@ -140,6 +141,9 @@ def multiply_by_head_transposed_(
         if low.dtype != grad.dtype:
             for block in _cut(vocabulary):  # as above, from the left
                 low[:, block] = grad[:, block].to(dtype)
+            # Some processors' products of 16 bits read past an odd number of columns, and multiply that by zero: bits
+            # of old gradients may be NaN there.
+            grad.view(dtype)[:, vocabulary : vocabulary + _READ_PAST] = 0
         return linear(low, head.rows(0, vocabulary, dtype).T)
     total = grad.new_zeros((grad.shape[0], hidden_size))
     for block in _cut(*head.shape):

@@ -234,9 +234,22 @@ def test_products_are_widened_and_gradients_narrowed_in_place(dtype: torch.dtype
     product = head_rows.multiply_by_head(hidden, head_rows.DenseRows(weight), torch.float32)
     assert torch.equal(product, (hidden @ weight.T).float())
     grad = normal64(96, 9001, seed=2, dtype=torch.float32)
-    second = torch.empty(96, 2 * 9001, dtype=dtype)[:, :9001].copy_(grad)
-    expected = second @ weight
+    second = torch.zeros(96, 2 * 9001, dtype=dtype)[:, :9001].copy_(grad)
+    expected = torch.nn.functional.linear(second, weight.T)
     assert torch.equal(head_rows.multiply_by_head_transposed_(grad, head_rows.DenseRows(weight), dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [9000, 9001, 9015])
+def test_what_is_left_of_wide_gradients_reaches_no_product(dtype: torch.dtype, vocabulary: int) -> None:
+    """Whose bits, read as 16-bit numbers, may be infinite or NaN: products on AMX read past an odd row."""
+    weight = normal64(vocabulary, 64, seed=1, dtype=dtype)
+    grad = torch.full((96, vocabulary), 1.0, dtype=torch.float32)
+    grad.view(torch.int32)[:, vocabulary // 2 :] = 0x3F807FC0  # nearly 1; its lower half is a NaN of both dtypes
+    expected = grad.double() @ weight.double()
+    found = head_rows.multiply_by_head_transposed_(grad, head_rows.DenseRows(weight), dtype)
+    assert torch.isfinite(found).all()
+    assert (found.double() - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_a_chunks_logits_take_about_32_mib() -> None:
