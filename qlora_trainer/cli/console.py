@@ -4,6 +4,7 @@ Answers go to standard output: tables, rows, generated text, --json, what a run 
 go to standard error; if that is no terminal, a line now and then replaces the moving bars.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -37,7 +38,7 @@ class ProgressConsole(Console):
         try:
             super().print(*objects, **options)
         except OSError:
-            self.quiet = True
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Continue without printing, as the reader has left."""
@@ -80,6 +81,15 @@ def open_closed_streams() -> None:
         except OSError:
             mode = "w" if number else "r"
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    atexit.register(_flush_progress)
+
+
+def _flush_progress() -> None:
+    """Write what standard error still holds, or let it go: else Python itself would end the command with an error."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _leave_to_nobody(sys.stderr)
 
 
 def _leave_to_nobody(stream: Any) -> None:
