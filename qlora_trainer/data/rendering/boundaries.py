@@ -20,7 +20,7 @@ _MOST_KNOWN = 4096
 class Tokens(NamedTuple):
     """Hold tokens of a text, with the characters that each covers."""
 
-    ids: Sequence[int]
+    ids: list[int]
     offsets: Sequence[tuple[int, int]]
     is_stable: bool = True  # they begin with the tokens of each prompt that was asked about
 
@@ -58,17 +58,20 @@ class Boundaries:
         Returns:
             The tokens.
         """
-        if not ends:
-            return Tokens(encoding.ids, encoding.offsets)
-        offsets = encoding.offsets
-        are_stable = all(self._is_stable(text, encoding, offsets, end) for end in ends[:-1])
-        if self._is_stable(text, encoding, offsets, ends[-1]):
-            return Tokens(encoding.ids, offsets, are_stable)
-        parts = self._apart(text, encoding.ids, ends[-1])
-        return Tokens(parts.ids, parts.offsets, are_stable) if parts else Tokens(encoding.ids, offsets, is_stable=False)
+        ids, offsets = encoding.ids, encoding.offsets  # each a new list at each asking
+        are_stable = all(self._is_stable(text, encoding, ids, offsets, end) for end in ends[:-1])
+        if not ends or self._is_stable(text, encoding, ids, offsets, ends[-1]):
+            return Tokens(ids, offsets, are_stable)
+        parts = self._apart(text, ids, ends[-1])
+        return Tokens(parts.ids, parts.offsets, are_stable) if parts else Tokens(ids, offsets, is_stable=False)
 
     def _is_stable(
-        self, text: str, encoding: tokenizers.Encoding, offsets: Sequence[tuple[int, int]], end: int
+        self,
+        text: str,
+        encoding: tokenizers.Encoding,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        end: int,
     ) -> bool:
         """Return True if the tokens before `end` are those of the text before it, encoded alone."""
         stop = bisect_left(offsets, end, key=itemgetter(1))  # the first token that reaches the end
@@ -76,7 +79,7 @@ class Boundaries:
             stop += 1
         if stop < len(offsets) and offsets[stop][0] < end:
             return False
-        first, second = self._window(encoding, stop)
+        first, second = self._window(encoding, ids, stop)
         start = offsets[first][0] if first < stop else end
         known = text[start:end], first == second
         alone = self._known.get(known)
@@ -86,15 +89,14 @@ class Boundaries:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             self._known[known] = alone
-        return alone == encoding.ids[second:stop]
+        return alone == ids[second:stop]
 
-    def _window(self, encoding: tokenizers.Encoding, stop: int) -> tuple[int, int]:
+    def _window(self, encoding: tokenizers.Encoding, ids: Sequence[int], stop: int) -> tuple[int, int]:
         """Find the tokens before `stop` that are worth encoding again: (from which, from which to compare).
 
         They begin with an added token, or with a word well before the end; that word itself is not compared, since
         some tokenizers put a blank before the first word of a text.
         """
-        ids = encoding.ids
         for index in range(stop - 1, max(stop - _WORDS, 0) - 1, -1):
             if ids[index] in self._added:
                 return index, index
@@ -108,7 +110,7 @@ class Boundaries:
                 return index, _second_word(words, index, stop)
         return 0, 0
 
-    def _apart(self, text: str, whole: Sequence[int], end: int) -> Tokens | None:
+    def _apart(self, text: str, whole: list[int], end: int) -> Tokens | None:
         """Encode a prompt and what follows it; None where the two are not the text again."""
         prompt = self._backend.encode(text[:end], add_special_tokens=False)
         rest = self._continuation().encode(text[end:], add_special_tokens=False)
@@ -122,7 +124,7 @@ class Boundaries:
                 break
             ids.append(token)
             offsets.append((start + end, stop + end))
-        texts = [self._backend.decode(tokens, skip_special_tokens=False) for tokens in (ids, list(whole))]
+        texts = [self._backend.decode(tokens, skip_special_tokens=False) for tokens in (ids, whole)]
         return Tokens(ids, offsets) if texts[0] == texts[1] else None
 
     def _continuation(self) -> tokenizers.Tokenizer:

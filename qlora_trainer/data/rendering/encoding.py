@@ -158,7 +158,7 @@ class Encoder:
             for index, whole, encoding in zip(plain, joined, encodings, strict=True):
                 ids, offsets, is_stable = self._boundaries.keep(whole, encoding, _prompt_ends(texts[index]))
                 runs = trained_runs(texts[index], ids, offsets, self._control_ids)
-                results[index] = Encoded(list(ids), runs, is_stable)
+                results[index] = Encoded(ids, runs, is_stable)
         for index, spans in enumerate(texts):
             if index not in results:
                 try:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from qlora_trainer.data.rendering.encoding import Span
-from qlora_trainer.data.rendering.templates import Blocks
+from qlora_trainer.data.rendering.templates import Blocks, shared_beginning
 
 _OPENS = re.compile(r"[<\[({\s]|\Z")  # what a tag or another word begins with
 
@@ -51,17 +51,11 @@ def shared_ends(joint: str, left: str, right: str) -> tuple[int, int]:
     Returns:
         Characters of (the beginning, the end); fewer than all where they do not make up the text.
     """
-    most = _common(joint, left)
-    least = len(joint) - _common(joint[::-1], right[::-1])
+    most = shared_beginning(joint, left)
+    least = len(joint) - shared_beginning(joint[::-1], right[::-1])
     between = [at for at in range(min(least, most), most + 1) if _OPENS.match(joint[at:] or left[at:])]
     head = max(between, default=most)
     return head, min(len(joint) - head, len(joint) - least)
-
-
-def _common(one: str, other: str) -> int:
-    """Count the characters that two texts begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def unshielded(pieces: Sequence[Span], shields: Mapping[str, str]) -> list[Span]:

@@ -19,7 +19,7 @@ def is_prompt(
     text: str,
     parts: Mapping[Part, str],
     places: Sequence[Place] | None,
-    end: int | None,
+    end: int,
 ) -> bool:
     """Return True if a rendering begins, up to `end`, with the prompt that its template makes of the turns before.
 
@@ -31,7 +31,7 @@ def is_prompt(
         text: its rendering.
         parts: text by (turn, part).
         places: of these parts; None where the template defeats markers.
-        end: where the last trained answer begins, in characters; None where that is not known.
+        end: where the last trained answer begins, in characters.
 
     Returns:
         True if it does, or if the template makes no such prompt.
@@ -41,16 +41,14 @@ def is_prompt(
     def is_same(prompt: str, before: str) -> bool:
         return prompt == before if template.header else prompt.rstrip(" ") == before.rstrip(" ")
 
-    place = None if end is None else next((place for place in places or () if place.start >= end), None)
-    if place and end is not None and (found := markers.prompt_and_text(dialogue, parts, place.part)) is not None:
+    place = next((place for place in places or () if place.start >= end), None)
+    if place and (found := markers.prompt_and_text(dialogue, parts, place.part)) is not None:
         given, before = found
         return is_same(given, before[: len(before) - (place.start - end)])
     answers = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
     turn = place.part[0] if place else max(answers, default=0)
     prompt = prompt_of(template, dialogue, turn)
-    if prompt is None:
-        return True
-    return text.startswith(prompt) if end is None else is_same(prompt, text[:end])
+    return prompt is None or is_same(prompt, text[:end])
 
 
 def prompt_of(template: ChatTemplate, dialogue: Dialogue, turn: int) -> str | None:

@@ -113,9 +113,8 @@ class SpanFinder:
             text, spans = self._last_turn_alone(dialogue, chosen, set(wanted), others, where)
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
             warnings.append(LAST_TURN_ONLY)
-        ends = self._prompt_ends(dialogue, text, places, whole or spans, others)
-        end = ends[-1] if ends else None
-        if (ends or others) and not is_prompt(self.markers, dialogue, text, parts, places, end):
+        ends, begins_with_prompt = self._prompt_ends(dialogue, text, parts, places, whole or spans, others)
+        if not begins_with_prompt:
             warnings.append(PROMPT_DIFFERS)
         if template.end_of_turn is None and dialogue.messages[-1]["role"] == "assistant":
             pieces = cut(text.rstrip(), spans.values(), others, ends)
@@ -259,21 +258,27 @@ class SpanFinder:
         self,
         dialogue: Dialogue,
         text: str,
+        parts: Mapping[Part, str],
         places: Sequence[Place] | None,
         spans: Mapping[int, Blocks],
         others: bool,
-    ) -> list[int]:
-        """Find where the prompts of trained answers end: of all of them, or with `others` of the last answer alone."""
-        if not others:
-            return [blocks[0][0] for turn, blocks in spans.items() if dialogue.messages[turn]["role"] == "assistant"]
-        last = _last_answer(dialogue)
-        found = self._spans(dialogue, text, places, {last}) if places else None
-        if last in spans or dialogue.messages[last]["role"] != "assistant":
-            return []
-        if found and last in found:
-            return [found[last][0][0]]
-        prompt = prompt_of(self.template, dialogue, last)
-        return [len(prompt)] if prompt and text.startswith(prompt) else []
+    ) -> tuple[list[int], bool]:
+        """Find where the prompts of trained answers end, and compare the last with what a server gives.
+
+        Of all trained answers; with `others` of the last one alone.
+        """
+        answers = [turn for turn in spans if dialogue.messages[turn]["role"] == "assistant"]
+        if others:
+            last = _last_answer(dialogue)
+            is_trained = last not in spans and dialogue.messages[last]["role"] == "assistant"
+            found = self._spans(dialogue, text, places, {last}) if places and is_trained else None
+            if not found:
+                prompt = prompt_of(self.template, dialogue, last)
+                is_beginning = prompt is None or text.startswith(prompt)
+                return [len(prompt)] if prompt and is_beginning and is_trained else [], is_beginning
+            answers, spans = [last], found
+        ends = [spans[turn][0][0] for turn in answers]
+        return ends, not ends or is_prompt(self.markers, dialogue, text, parts, places, ends[-1])
 
     def _start(self, dialogue: Dialogue, text: str, places: Sequence[Place], index: int) -> int | None:
         """Find where an answer begins: at the end of the generation prompt, which leaves out spaces at its end."""

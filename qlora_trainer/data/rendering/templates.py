@@ -224,9 +224,7 @@ class ChatTemplate:
         Returns:
             Characters.
         """
-        same = 0
-        while same < min(len(one), len(other)) and one[same] == other[same]:
-            same += 1
+        same = shared_beginning(one, other)
         for match in [*self.token_pattern.finditer(one), *self.token_pattern.finditer(other)]:
             if match.start() < same < match.end():
                 same = match.start()
@@ -257,6 +255,20 @@ class ChatTemplate:
                     self.arguments_as_text = as_text
                     self.end_of_call = self.end_of_turn if self.end_of_turn in ends else ends[-1] if ends else None
                     return
+
+
+def shared_beginning(one: str, other: str) -> int:
+    """Count the characters that two texts begin with in common.
+
+    Args:
+        one: text.
+        other: text.
+
+    Returns:
+        Characters.
+    """
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @lru_cache
