@@ -132,7 +132,9 @@ class Training(Work):
         Returns:
             Sentences, with the command that continues the run.
         """
-        saved = max((int(path.name[5:]) for path in (self.directory / "checkpoints").glob("step-*[0-9]")), default=0)
+        from qlora_trainer.runs.checkpoint import list_checkpoints  # a run that has steps has imported it
+
+        saved = max((step for step, _ in list_checkpoints(self.directory / "checkpoints")), default=0)
         done = self.step - saved
         lost = f"{counted(done, 'step')} since step {saved} and the one in progress" if done > 0 else "step in progress"
         return (

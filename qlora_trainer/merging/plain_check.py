@@ -1,4 +1,4 @@
-"""Answer prompts with plain transformers, as whoever loads a merged model does: `python -I plain_check.py JOB RESULT`.
+"""Answer prompts with plain transformers, as whoever loads a merged model does: `python -P plain_check.py JOB RESULT`.
 
 A program of its own, which imports nothing of this package: that is the point of it. The model computes in the dtype
 of its config. Prompts are rendered by the directory's own template and answered greedily up to the stop tokens of its

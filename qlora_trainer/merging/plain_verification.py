@@ -48,7 +48,7 @@ class PlainCheckInputs:
     """Hold what a merged directory is compared with."""
 
     prompts: Sequence[CheckPrompt]
-    stops: Sequence[int]  # tokens that end an answer, rising
+    stops: list[int]  # tokens that end an answer, rising
     left_out: int
     max_new_tokens: int
     loss_path: LossPath
@@ -79,10 +79,10 @@ def verify_by_transformers(
     for prompt, tokens in zip(inputs.prompts, found["prompts"], strict=True):
         if tokens != prompt.tokens:
             raise MergeError(_other_prompt(prompt, tokens, inputs.decode))
-    if found["stops"] != sorted(inputs.stops):
+    if found["stops"] != inputs.stops:
         raise MergeError(
             f"The merged model stops at the tokens {found['stops']} in plain transformers, and evaluate at "
-            f"{sorted(inputs.stops)}. Nothing was kept. Please report it with the output of `qlora doctor`."
+            f"{inputs.stops}. Nothing was kept. Please report it with the output of `qlora doctor`."
         )
     if found["not_finite"]:
         raise DtypeRangeError(
@@ -121,7 +121,7 @@ def ask(directory: ModelDirectory, inputs: PlainCheckInputs, device: torch.devic
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
-    """Run plain_check.py in a fresh, isolated process.
+    """Run plain_check.py in a fresh process, which finds the packages that this one finds.
 
     Args:
         job: as it takes.
@@ -137,7 +137,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
         asked.write_text(json.dumps(job), encoding="utf-8")
         program = str(Path(__file__).with_name("plain_check.py"))
         done = subprocess.run(
-            [sys.executable, "-I", program, str(asked), str(result)],
+            [sys.executable, "-P", program, str(asked), str(result)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -186,6 +186,8 @@ def answer_streamed(model: Any, inputs: PlainCheckInputs) -> list[list[int]]:
                 answer.append(token)
                 if token in inputs.stops or len(answer) >= limit or guess[place : place + 1] != [token]:
                     break
+        if all(answer[-1] in inputs.stops or len(answer) >= limit for answer in answers):
+            break
     return answers
 
 

@@ -109,7 +109,7 @@ def newest_checkpoint(run_dir: Path) -> FoundCheckpoint:
         CheckpointError: there is none; the message says what was found.
     """
     checkpoints = run_dir / "checkpoints"
-    candidates = _checkpoints(checkpoints)
+    candidates = list_checkpoints(checkpoints)
     passed_over = []
     for step, path in candidates:
         try:
@@ -159,13 +159,20 @@ def _seal(directory: Path, step: int) -> None:
 
 def _prune(checkpoints: Path, newest: int, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints up to and with `newest`."""
-    older = [path for step, path in _checkpoints(checkpoints) if step < newest]
+    older = [path for step, path in list_checkpoints(checkpoints) if step < newest]
     for path in older[keep - 1 :]:
         shutil.rmtree(path)
 
 
-def _checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """List (step, path) of every checkpoint directory, newest first; of two of one step, the replacement first."""
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """List every checkpoint directory, newest first; of two of one step, the replacement first.
+
+    Args:
+        checkpoints: the directory that they are in.
+
+    Returns:
+        (step, path) of each; empty where there is no such directory.
+    """
     if not checkpoints.is_dir():
         return []
     matches = [(match, path) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))]

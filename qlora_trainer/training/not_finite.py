@@ -5,13 +5,13 @@ not finite before the first update shows that the model cannot compute in its dt
 """
 
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from qlora_trainer.common.errors import TrainingError
 from qlora_trainer.common.units import dtype_name
+from qlora_trainer.config.override import override
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.forward import loss_sum
@@ -66,7 +66,7 @@ def _way_out(state: TrainState, dtype: torch.dtype) -> str:
     output = state.config.training.output_dir
     if dtype == torch.float16:
         anew = [
-            f"model.compute_dtype={name} {shlex.quote(f'training.output_dir={output}-{name}')}"
+            f"model.compute_dtype={name} {override('training.output_dir', f'{output}-{name}')}"
             for name in ("float32", "bfloat16")
         ]
         return f"Start anew with {anew[0]}, or on a card that has bfloat16 with {anew[1]}."

@@ -301,7 +301,7 @@ def test_a_process_that_fails_is_reported_and_one_that_is_killed_is_run_without_
     jobs = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:2] == [sys.executable, "-I"]
+        assert command[:2] == [sys.executable, "-P"]
         jobs.append(json.loads(Path(command[3]).read_text()))
         if jobs[-1]["with_weights"]:
             return subprocess.CompletedProcess(command, code, stderr=printed)

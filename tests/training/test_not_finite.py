@@ -39,7 +39,7 @@ def test_a_first_loss_that_is_not_finite_ends_a_float16_run_and_the_advice_works
     assert run.state.updates == 0
     assert read_metrics(run.directory / "metrics.jsonl") == []
 
-    advice = re.findall(r"(model\.compute_dtype=\w+ training\.output_dir=\S+?)(?=[,.](?:\s|$))", str(refused.value))
+    advice = re.findall(r"model\.compute_dtype=\w+ 'training\.output_dir=[^']+'(?=[,.](?:\s|$))", str(refused.value))
     assert len(advice) == 2
     for settings in advice:
         given = dict(word.split("=", 1) for word in shlex.split(settings))
