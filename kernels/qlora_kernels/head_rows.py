@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels.products import linear
 
 BLOCK_ELEMENTS = 1 << 24
-_READ_PAST = 64  # columns
 """Elements of the head made at once: 32 MiB in 16 bits."""
+
+_READ_PAST = 64  # columns
 
 FEWEST_BLOCKS = 16
 """Into which a vocabulary is cut where it is not taken whole."""

@@ -137,14 +137,15 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
     example = examples[index]
     trained = [label != IGNORED_LABEL for label in example.labels]
     encoder = Encoder(tokenizer)
-    control_ids = frozenset(map(tokenizer.convert_tokens_to_ids, encoder.control_tokens))
     return {
         "set": name,
         "index": index,
         "where": examples.where(index),
         "tokens": len(trained),
         "trained_tokens": example.trained_tokens,
-        "spans": _with_spelled(_spans(tokenizer, example.input_ids, trained, control_ids), encoder.control_pattern),
+        "spans": _with_spelled(
+            _spans(tokenizer, example.input_ids, trained, encoder.control_ids), encoder.control_pattern
+        ),
         "input_ids": example.input_ids,
         "trained": trained,
     }

@@ -6,7 +6,7 @@ A row that spells a control token is left out: training keeps such text as text,
 import datetime
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -45,7 +45,8 @@ def choose_prompts(renderer: Renderer, plain: Any, examples: ExampleSet) -> tupl
     Returns:
         (the prompts, how many rows were left out as they spell a control token).
     """
-    found, left_out = [], 0
+    found: list[tuple[int, Prompt, str, list[int]]] = []  # (tokens, prompt, where, those of the row's answer)
+    left_out = 0
     for index in range(min(len(examples), CHECKED_ROWS)):
         row = examples.row(index)
         reference = reference_answer(row)
@@ -55,13 +56,14 @@ def choose_prompts(renderer: Renderer, plain: Any, examples: ExampleSet) -> tupl
         if renderer.encoder.control_pattern.search(_texts(prompt)):
             left_out += 1
             continue
-        tokens = examples[index].input_ids
-        made = make_prompt(renderer, plain, prompt, examples.where(index))
-        start = len(made.tokens)
-        expected = tokens[start:] if tokens[:start] == made.tokens else []
-        found.append(CheckPrompt(made.where, made.tokens, made.asked, expected))
-    found.sort(key=lambda each: len(each.tokens) + len(each.expected))
-    return found[:CHECKED_PROMPTS], left_out
+        where, tokens = examples.where(index), examples[index].input_ids
+        asked = renderer.render_prompt(prompt, where).input_ids
+        expected = tokens[len(asked) :] if tokens[: len(asked)] == asked else []
+        found.append((len(asked) + len(expected), prompt, where, expected))
+    found.sort(key=lambda each: each[0])
+    shortest = found[:CHECKED_PROMPTS]
+    made = [(make_prompt(renderer, plain, prompt, where), answer) for _, prompt, where, answer in shortest]
+    return [replace(each, expected=answer) for each, answer in made], left_out
 
 
 def fallback_prompts(

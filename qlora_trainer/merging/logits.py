@@ -197,7 +197,6 @@ class _Softmax:
         return self.largest + self.total.log()
 
 
-@torch.no_grad()
 def compare_logits(reference: Logits, merged: Logits) -> LogitDifference:
     """Compare over all tokens, in the memory of BLOCK_LOGITS logits and of a few of the heads' rows.
 
@@ -208,29 +207,52 @@ def compare_logits(reference: Logits, merged: Logits) -> LogitDifference:
     Returns:
         The difference; not finite where a logit is not.
     """
-    assert reference.shape == merged.shape, f"{reference.shape} against {merged.shape}"
-    tokens, vocabulary = reference.shape
-    expected_softmax, found_softmax = _Softmax(tokens), _Softmax(tokens)
-    squared_error = squared_norm = 0.0
-    excess = torch.zeros(tokens, dtype=torch.float64)  # sum of exp(expected - its largest) * (expected - found)
+    return compare_pairs([(reference, merged)])[0]
+
+
+@torch.no_grad()
+def compare_pairs(pairs: Sequence[tuple[Logits, Logits]]) -> list[LogitDifference]:
+    """Compare each pair as `compare_logits` does; what is in several pairs is made once.
+
+    Args:
+        pairs: what is right, and what is compared with it; all (N, V).
+
+    Returns:
+        The difference of each pair.
+    """
+    models = list({id(logits): logits for pair in pairs for logits in pair}.values())
+    assert len({logits.shape for logits in models}) == 1, f"shapes: {[logits.shape for logits in models]}"
+    tokens, vocabulary = models[0].shape
+    softmaxes = {id(logits): _Softmax(tokens) for logits in models}
+    errors, norms = [0.0] * len(pairs), [0.0] * len(pairs)  # squared
+    # Of each pair, the sum of exp(expected - its largest) * (expected - found).
+    excesses = [torch.zeros(tokens, dtype=torch.float64) for _ in pairs]
     width = max(BLOCK_LOGITS // tokens, 1)
     for start in range(0, vocabulary, width):
         part = slice(start, min(start + width, vocabulary))
-        expected, found = reference.columns(part).double(), merged.columns(part).double()
-        difference = expected - found
-        squared_error += float(difference.square().sum())
-        squared_norm += float(expected.square().sum())
-        weights, earlier = expected_softmax.take(expected, start)
-        excess = excess * earlier + (weights * difference).sum(dim=1)
-        found_softmax.take(found, start)
-    # KL = sum p (log p - log q), with log p = expected - its log normalizer, and log q likewise.
-    kl = excess / expected_softmax.total - expected_softmax.log_normalizer + found_softmax.log_normalizer
-    return LogitDifference(
-        relative_error=math.sqrt(squared_error / squared_norm) if squared_norm else math.nan,
-        kl=float(kl.mean()),
-        top1_agreement=float((expected_softmax.choice == found_softmax.choice).double().mean()),
-        tokens=tokens,
-    )
+        blocks = {id(logits): logits.columns(part).double() for logits in models}
+        taken = {key: softmaxes[key].take(block, start) for key, block in blocks.items()}
+        for index, (reference, merged) in enumerate(pairs):
+            expected = blocks[id(reference)]
+            difference = expected - blocks[id(merged)]
+            errors[index] += float(difference.square().sum())
+            norms[index] += float(expected.square().sum())
+            weights, earlier = taken[id(reference)]
+            excesses[index] = excesses[index] * earlier + (weights * difference).sum(dim=1)
+    found = []
+    for (reference, merged), error, norm, excess in zip(pairs, errors, norms, excesses, strict=True):
+        ours, theirs = softmaxes[id(reference)], softmaxes[id(merged)]
+        # KL = sum p (log p - log q), with log p = expected - its log normalizer, and log q likewise.
+        kl = excess / ours.total - ours.log_normalizer + theirs.log_normalizer
+        found.append(
+            LogitDifference(
+                relative_error=math.sqrt(error / norm) if norm else math.nan,
+                kl=float(kl.mean()),
+                top1_agreement=float((ours.choice == theirs.choice).double().mean()),
+                tokens=tokens,
+            )
+        )
+    return found
 
 
 @torch.no_grad()
@@ -248,15 +270,12 @@ def first_choices(
         (the most likely ones; nats that `tokens` are below these: 0 where they are the same, NaN where a logit is).
     """
     count, vocabulary = found.shape
-    largest = torch.full((count,), -math.inf, dtype=torch.float64)
-    choice, of_tokens = torch.zeros(count, dtype=torch.int64), torch.full_like(largest, math.nan)
+    seen, of_tokens = _Softmax(count), torch.full((count,), math.nan, dtype=torch.float64)
     width = max(BLOCK_LOGITS // max(count, 1), 1)
     for start in range(0, vocabulary, width):
         block = found.columns(slice(start, min(start + width, vocabulary))).double()
-        values, places = block.max(dim=1)
-        choice = torch.where(values > largest, places + start, choice)
-        largest = torch.maximum(largest, values)
+        seen.take(block, start)
         if tokens is not None:
             here = ((tokens >= start) & (tokens < start + block.shape[1])).nonzero()[:, 0]
             of_tokens[here] = block[here, tokens[here] - start]
-    return choice, largest - (largest if tokens is None else of_tokens)
+    return seen.choice, seen.largest - (seen.largest if tokens is None else of_tokens)

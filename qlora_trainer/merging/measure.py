@@ -10,6 +10,7 @@ whole, where there is space. Where the GPU is too small, all is measured on the 
 """
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.turn_files import CHAT_TEMPLATE, base_stop_ids
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE
 
 SAMPLE_ROWS = 8
 SAMPLE_TOKENS = 64  # of each row
@@ -241,23 +242,37 @@ def _sample(run: MergeRun, progress: Progress) -> SampleRows:
         had_turns = (run.trained.directory / "adapter" / CHAT_TEMPLATE).is_file()  # as training found
         stops = _take_turns(run, renderer, had_turns)
         prompts = fallback_prompts(renderer, plain_tokenizer(run.base), FALLBACK_SAMPLES, had_turns)
+        run.warnings += _prompt_warnings(prompts)
         rows = [run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
         return SampleRows(rows, None, forward, prompts, 0, stops)
     run.warnings += reported
     stops = _take_turns(run, renderer, prepared.train.has_conversations())
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
     prompts, left_out = choose_prompts(renderer, plain_tokenizer(run.base), examples)
+    run.warnings += _prompt_warnings(prompts)
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):
         run.warnings.append("The run has no eval rows, so the two bases could not be measured against each other.")
     return SampleRows(rows, prepared.eval if len(prepared.eval) else None, forward, prompts, left_out, stops)
 
 
+def _prompt_warnings(prompts: list[CheckPrompt]) -> list[str]:
+    if not prompts:
+        return ["No row has a prompt that plain transformers could be asked, so it answered none."]
+    given = next((prompt.where for prompt in prompts if "ids" in prompt.asked), None)
+    if given is None:
+        return []
+    return [
+        f"The base's own template does not ask as training and evaluate do, such as the prompt of {given}, so a server "
+        "will ask the merged model otherwise. The check took the tokens of training."
+    ]
+
+
 def _take_turns(run: MergeRun, renderer: Renderer, has_conversations: bool) -> list[int]:
     """Let the merged files say what training taught about turns; return the tokens that end an answer."""
     taught = taught_turns(renderer, has_conversations)
     run.plan = run.plan.with_turns(taught)
-    return sorted({*base_stop_ids(run.base), *taught.stop_tokens})
+    return sorted(taught.stop_tokens)
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:
@@ -301,7 +316,9 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
 def _measure(model: Any, run: MergeRun, sample: SampleRows, progress: Progress) -> Measured:
     """Measure in one pass over the sample rows, by the training forward, and one for each pack of eval rows."""
     progress("measuring logits", 0, None)
-    with watched_activations(model) as seen:
+    # Others reach as far as fp32, which is measured in.
+    is_narrow = run.plan.dtype == torch.float16
+    with watched_activations(model) if is_narrow else nullcontext(ActivationRange()) as seen:
         found, is_routed = _sample_logits(model, sample), has_experts(model)
         loss = None if sample.eval is None else _eval_loss(model, run, sample, sample.eval, progress)
     return Measured(found, loss, is_routed, seen)

@@ -8,7 +8,9 @@ clearly worse it is refused. The plan is made once, before a weight is read, and
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +135,9 @@ def _merge_run(
 
     def write() -> MergeReport:
         refuse_out_of_range(reference.activations, run.plan.dtype)
-        rounded = measure_rounded(run, sample, choice.base, progress)
+        # Weights in fp32 are not rounded.
+        is_rounded = run.plan.dtype != torch.float32
+        rounded = measure_rounded(run, sample, choice.base, progress) if is_rounded else reference.logits
         return merge(
             run.plan,
             base=choice.base,
@@ -194,24 +198,21 @@ def _verify(
 ) -> Verification:
     """Compare logits, then let plain transformers answer prompts."""
     loss_path = sample.forward.loss_path
+    load_merged: Callable[[ModelDirectory], Any] = functools.partial(_load_written, run)
+    if run.stream is not None:  # it holds no weights, so once is enough
+        load_merged = functools.cache(load_merged)
     compared = verify_merge(
         written,
         sample.rows,
         reference.logits,
         rounded,
-        lambda directory: _load_written(directory, run),
+        load_merged,
         loss_path,
         reference.is_routed,
         progress,
     )
     if not sample.prompts:
-        run.warnings.append("No row has a prompt that plain transformers could be asked, so it answered none.")
         return compared
-    if given := [prompt.where for prompt in sample.prompts if "ids" in prompt.asked]:
-        run.warnings.append(
-            f"The base's own template does not ask as training and evaluate do, such as the prompt of {given[0]}, so "
-            "a server will ask the merged model otherwise. The check took the tokens of training."
-        )
     inputs = PlainCheckInputs(
         prompts=sample.prompts,
         stops=sample.stops,
@@ -220,7 +221,7 @@ def _verify(
         loss_path=loss_path,
         decode=run.tokenizer.decode,
         load_reference=lambda: reference_model(run, base, progress),
-        load_merged=lambda directory: _load_written(directory, run),
+        load_merged=load_merged,
     )
     agreement = verify_by_transformers(written, inputs, run.device, progress)
     return dataclasses.replace(compared, plain=agreement)
@@ -255,7 +256,7 @@ def _choose(base: Wanted, as_trained: Measured, on_original: Measured | None) ->
     return BaseChoice(base, {k: v for k, v in losses.items() if v is not None}, "it was asked for")
 
 
-def _load_written(directory: ModelDirectory, run: MergeRun) -> Any:
+def _load_written(run: MergeRun, directory: ModelDirectory) -> Any:
     """Load what was merged, in fp32, as the base was loaded."""
     load = load_dense_model if run.stream is None else load_streamed_model
     return load(directory, run.device)

@@ -21,7 +21,8 @@ from torch import Tensor
 from qlora_kernels.head_rows import DenseRows
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.merging.logits import HeadLogits, LogitDifference, Logits, WholeLogits, compare_logits
+from qlora_trainer.common.units import counted
+from qlora_trainer.merging.logits import HeadLogits, LogitDifference, Logits, WholeLogits, compare_logits, compare_pairs
 from qlora_trainer.model.forward import LossPath
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -60,10 +61,9 @@ class PlainAgreement:
         """
         where = f"computing in {self.dtype}" if self.dtype else "reading all but the weights, which were streamed"
         also = f", {self.by_arithmetic} by the arithmetic of {self.dtype}" if self.by_arithmetic else ""
-        ties = "1 tie" if self.ties == 1 else f"{self.ties} ties"
         return (
             f"{where}: prompts, stops and {self.tokens} tokens of {self.prompts} answers are those of base + adapter "
-            f"({ties}{also}); {self.stopped} of the answers ended by themselves"
+            f"({counted(self.ties, 'tie')}{also}); {self.stopped} of the answers ended by themselves"
         )
 
 
@@ -132,8 +132,7 @@ def verify_merge(
     assert sample_rows, "no rows to compare on"
     progress("comparing logits", 0, None)
     merged = row_logits(load_merged(directory), sample_rows, loss_path)
-    rounding = compare_logits(reference, rounded)
-    difference, beyond = compare_logits(reference, merged), compare_logits(rounded, merged)
+    rounding, difference, beyond = compare_pairs([(reference, rounded), (reference, merged), (rounded, merged)])
     bound = kl_bound(rounding, is_routed)
     if not math.isfinite(difference.kl) or not beyond.kl <= bound:
         raise MergeError(

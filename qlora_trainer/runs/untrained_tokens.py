@@ -5,15 +5,15 @@ not change in training, since embedding and head are frozen, and such a model se
 control tokens and of some ordinary ones are read. Left out: tokens whose rows are random, as older tools made them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlora_trainer.data.preparation.store import ExampleSet
 from qlora_trainer.model.load import Base
 from qlora_trainer.weights.listing import checkpoint_name
+from qlora_trainer.weights.reading import read_rows
 from qlora_trainer.weights.tensors import TensorInfo
 
 _ROWS_COMPARED = 64  # of ordinary tokens, and of control tokens that no row uses
@@ -73,8 +73,8 @@ def _untrained(matrix: TensorInfo, wanted: Collection[int], control: Collection[
     unused = [token for token in sorted(control) if token < height and token not in wanted][:_ROWS_COMPARED]
     step = max(1, height // _ROWS_COMPARED)
     ordinary = [token for token in range(step // 2, height, step) if token not in control]
-    usual = _rows(matrix, ordinary).norm(dim=1).median() if ordinary else torch.tensor(0.0)
-    others = _rows(matrix, [*tokens, *unused])
+    usual = read_rows(matrix, torch.tensor(ordinary)).float().norm(dim=1).median() if ordinary else torch.tensor(0.0)
+    others = read_rows(matrix, torch.tensor([*tokens, *unused])).float()
     norms = others.norm(dim=1)
     found = {}
     for index, token in enumerate(tokens):
@@ -86,7 +86,3 @@ def _untrained(matrix: TensorInfo, wanted: Collection[int], control: Collection[
         if near.any():
             found[token] = "the same as of other tokens"
     return found
-
-
-def _rows(matrix: TensorInfo, tokens: Sequence[int]) -> Tensor:  # (tokens, H)
-    return torch.cat([matrix.read(slice(token, token + 1)).float() for token in tokens])

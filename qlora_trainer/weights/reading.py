@@ -19,7 +19,7 @@ from qlora_trainer.weights.tensors import TensorInfo
 
 def read_rows(
     info: TensorInfo,
-    rows: Tensor,  # (N,) numbers, ascending
+    rows: Tensor,  # (N,) numbers
 ) -> Tensor:  # (N, ...)
     """Read rows from anywhere in a tensor; of one that cannot be mapped, no others are decoded.
 

@@ -138,7 +138,8 @@ class ExampleStore:
         Returns:
             True if one is. A key's quotation marks are not escaped in JSON, as those within a text are.
         """
-        return bool(compute.any(compute.match_substring(self._table["row"], b'"messages":')).as_py())
+        blocks = self._table["row"].chunks  # the first that has one ends the search
+        return any(compute.any(compute.match_substring(rows, b'"messages":')).as_py() for rows in blocks)
 
 
 class ExampleSet:

@@ -131,7 +131,7 @@ class Encoder:
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.control_tokens = tuple(sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t)))
         self.control_pattern = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-        self._control_ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens)
+        self.control_ids = frozenset(tokenizer.convert_tokens_to_ids(token) for token in self.control_tokens)
         self.bos_ids = self._leading_ids()
         self._boundaries = Boundaries(tokenizer.backend_tokenizer, frozenset(tokenizer.added_tokens_decoder))
         self._escaping: _EscapingTokenizer | None = None
@@ -157,7 +157,7 @@ class Encoder:
             encodings = backend.encode_batch(joined, add_special_tokens=False)
             for index, whole, encoding in zip(plain, joined, encodings, strict=True):
                 ids, offsets, is_stable = self._boundaries.keep(whole, encoding, _prompt_ends(texts[index]))
-                runs = trained_runs(texts[index], ids, offsets, self._control_ids)
+                runs = trained_runs(texts[index], ids, offsets, self.control_ids)
                 results[index] = Encoded(ids, runs, is_stable)
         for index, spans in enumerate(texts):
             if index not in results:
