@@ -130,8 +130,13 @@ class Boundaries:
     def _continuation(self) -> tokenizers.Tokenizer:
         """Make the tokenizer that encodes what continues a text: it puts no blank before it."""
         if self._continuing is None:
-            definition = _unprefixed(json.loads(self._backend.to_str()))
-            self._continuing = tokenizers.Tokenizer.from_str(json.dumps(definition))
+            parts = [self._backend.normalizer, self._backend.pre_tokenizer]
+            states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+            if states == _unprefixed(states):  # as most: nothing to change, and nothing to build for a second
+                self._continuing = self._backend
+            else:
+                definition = _unprefixed(json.loads(self._backend.to_str()))
+                self._continuing = tokenizers.Tokenizer.from_str(json.dumps(definition))
         return self._continuing
 
 

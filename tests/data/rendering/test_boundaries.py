@@ -11,6 +11,7 @@ from tiny_tokenizers import FAMILIES, tiny_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from qlora_trainer.data.rendering.boundaries import Boundaries
 from qlora_trainer.data.rendering.renderer import PROMPT_TOKENS_DIFFER, Rendered, Renderer
 from qlora_trainer.data.types import Conversation, Message, PromptCompletion
 
@@ -180,3 +181,12 @@ def test_an_earlier_answer_after_other_tokens_than_its_prompt_has_is_reported() 
     server = server_prompt(tokenizer, "Where?", "Italy.", "And now?")
     assert found.examples[0].input_ids[: len(server)] == server
     assert PROMPT_TOKENS_DIFFER not in rendered(tokenizer, chat("Where?", "Italy.")).warnings
+
+
+@pytest.mark.parametrize(
+    ("kind", "as_it_is"), [("gpt2", True), ("qwen", True), ("llama2", False), ("metaspace", False)]
+)
+def test_a_tokenizer_that_puts_nothing_before_a_text_is_not_built_again(kind: str, as_it_is: bool) -> None:
+    """A large one takes seconds."""
+    backend = tokenizer_of(kind).backend_tokenizer
+    assert (Boundaries(backend, frozenset())._continuation() is backend) == as_it_is
