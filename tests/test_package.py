@@ -67,7 +67,6 @@ def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
 
 
 LONG_TESTS = {
-    "data/preparation/test_prepare.py",
     "data/rendering/test_renderer.py",
     "data/rendering/test_spans.py",
     "merging/test_merge_run.py",
