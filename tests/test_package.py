@@ -68,7 +68,6 @@ def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
 
 LONG_TESTS = {
     "data/rendering/test_renderer.py",
-    "data/rendering/test_spans.py",
     "merging/test_merge_run.py",
     "weights/gguf/test_importer.py",
 }
@@ -82,7 +81,6 @@ PROVED_BY_THEIR_USERS = {
     "qlora_trainer.data.reading.json_text",
     "qlora_trainer.data.reading.unpacking",
     "qlora_trainer.data.rendering.markers",
-    "qlora_trainer.data.rendering.omissions",
     "qlora_trainer.data.rendering.pieces",
     "qlora_trainer.data.rendering.prompts",
     "qlora_trainer.model.pretrained",
