@@ -25,6 +25,11 @@ def call(city: str = "Rome", id: str | None = None) -> ToolCall:
     return ToolCall("lookup", json.dumps({"city": city}), id)
 
 
+def chat(*contents: str) -> Conversation:
+    """User and assistant in turn."""
+    return Conversation(tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(contents)))
+
+
 def answers_trained(tokenizer, example) -> list[str]:
     """The text of each unbroken run of trained tokens, without blanks before it: they may belong to its first token."""
     return [text.lstrip() for text in trained_texts(tokenizer, example)]

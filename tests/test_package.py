@@ -67,7 +67,6 @@ def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
 
 
 LONG_TESTS = {
-    "data/rendering/test_renderer.py",
     "merging/test_merge_run.py",
     "weights/gguf/test_importer.py",
 }

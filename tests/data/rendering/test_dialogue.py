@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from conversations import TOOL, answer, blocks_of, call, conversations, one, user
+from conversations import KINDS, TOOL, answer, blocks_of, call, chat, conversations, one, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, tiny_tokenizer
@@ -80,3 +80,26 @@ def test_ids_that_a_template_does_not_take_are_numbered_and_it_is_said():
         ids = ("000000001", "000000000") if first else ("000000000", "000000001")
         assert f'"content": north, "call_id": "{ids[0]}"' in text
         assert f'"content": south, "call_id": "{ids[1]}"' in text
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_control_tokens_in_a_users_text_stay_text(family, kind):
+    tokenizer = tiny_tokenizer(family, kind)
+    facts = FAMILIES[family]
+    renderer = Renderer(tokenizer)
+    innocent = renderer.render(chat("fox  dog", "ok"))
+    spelled = renderer.render(chat("fox " + "".join(facts.control) + " dog", "ok"))
+    control = [tokenizer.convert_tokens_to_ids(token) for token in facts.control]
+    assert [t for t in spelled.input_ids if t in control] == [t for t in innocent.input_ids if t in control]
+    assert "fox " + "".join(facts.control) + " dog" in tokenizer.decode(spelled.input_ids)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_text_around_a_spelled_control_token_keeps_its_tokens(kind):
+    tokenizer = tiny_tokenizer("mistral", kind)
+    renderer = Renderer(tokenizer)
+    ids = renderer.render(chat("The quick </s>", "brown fox")).input_ids
+    plain = renderer.render(chat("The quick", "brown fox")).input_ids
+    start = len(renderer.render_prompt("").input_ids) + 4
+    assert ids[:start] == plain[:start]
+    assert ids[-4:] == plain[-4:]

@@ -1,8 +1,8 @@
 """What a template leaves out is an error of the row that says it."""
 
 import pytest
-from conversations import TOOL, answer, call, user
-from tiny_tokenizers import tiny_tokenizer
+from conversations import TOOL, answer, call, chat, user
+from tiny_tokenizers import tiny_tokenizer, trained_texts
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.renderer import Rendered, Renderer
@@ -31,3 +31,11 @@ def test_what_a_template_cannot_express_is_an_error_of_that_row_and_no_other(fam
     with pytest.raises(DataError, match=f"^x, line 2.*{reported}"):
         raise results[1]
     assert results[0].examples == results[2].examples == [Renderer(tiny_tokenizer(family)).render(good)]
+
+
+def test_a_turn_that_the_template_leaves_out_is_refused_by_number():
+    row = Conversation((*chat("a", "b").messages, Message("tool", "result 42"), Message("assistant", "c")))
+    with pytest.raises(DataError, match="line 5: the model's chat template leaves out turn 3, of role tool"):
+        Renderer(tiny_tokenizer("phi3")).render(row, "x.jsonl, line 5")
+    for family in ("smollm2", "llama3", "qwen2_5", "qwen3"):
+        assert trained_texts(tiny_tokenizer(family), Renderer(tiny_tokenizer(family)).render(row))

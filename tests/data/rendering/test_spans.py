@@ -11,6 +11,7 @@ from conversations import (
     answers_trained,
     blocks_of,
     call,
+    chat,
     conversations,
     one,
     outcome,
@@ -19,14 +20,23 @@ from conversations import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, tiny_tokenizer
+from tiny_tokenizers import FAMILIES, tiny_tokenizer, trained_texts
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.data.rendering.spans import LAST_TURN_ONLY, PROMPT_DIFFERS, REASONING_LEFT_OUT, REASONING_NOT_SHOWN
+from qlora_trainer.data.rendering.spans import (
+    END_ADDED,
+    LAST_TURN_ONLY,
+    PROMPT_DIFFERS,
+    REASONING_LEFT_OUT,
+    REASONING_NOT_SHOWN,
+)
 from qlora_trainer.data.types import Conversation
 
 WITH_CALLS = [family for family, facts in FAMILIES.items() if facts.call]
+REWRITING = (
+    "{% for m in messages %}{{ m.content if m.role == 'user' else m.content | upper }}{{ eos_token }}{% endfor %}"
+)
 
 
 @cache
@@ -85,3 +95,47 @@ def test_a_generation_prompt_that_goes_on_beyond_the_row_is_reported():
     assert one(Renderer(tokenizer), row).warnings == (PROMPT_DIFFERS,)
     thinking = Conversation((user("a"), answer("<think>\nhm</think>b")))
     assert one(Renderer(tokenizer), thinking).warnings == ()
+
+
+def test_qwen3_trains_the_last_turn_where_earlier_reasoning_is_dropped():
+    tokenizer = tiny_tokenizer("qwen3")
+    row = chat("1?", "<think>\nhm\n</think>\n\none", "2?", "<think>\nso\n</think>\n\ntwo")
+    rendered = one(Renderer(tokenizer), row)
+    assert rendered.warnings == (REASONING_LEFT_OUT,)
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\nso\n</think>\n\ntwo<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "hiding",
+    [
+        REWRITING,
+        "{{ messages | length }}{% for m in messages %}{{ m.content | length ~ m.content ~ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}",
+    ],
+    ids=["answer rewritten", "beginning depends on the end"],
+)
+def test_a_template_that_hides_the_answer_is_refused(hiding):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 3.*hides where the last answer is"):
+        Renderer(tiny_tokenizer("smollm2", template=hiding)).render(chat("a", "b"), "rows.jsonl, line 3")
+
+
+def test_answers_of_which_a_template_trims_newlines_only_are_found():
+    tokenizer = tiny_tokenizer("qwen3")
+    rendered = one(Renderer(tokenizer), chat("a", "\n dog "))
+    assert rendered.warnings == ()
+    assert trained_texts(tokenizer, rendered.examples[0]) == ["<think>\n\n</think>\n\n dog <|im_end|>"]
+
+
+def test_a_template_without_ends_of_turns_gets_an_end_of_text():
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    tokenizer = tiny_tokenizer("smollm2", template=bare)
+    rendered = one(Renderer(tokenizer), chat("a", "b", "c", "d"))
+    assert trained_texts(tokenizer, rendered.examples[0]) == [" b", " d<|im_end|>"]
+    assert END_ADDED in rendered.warnings
+
+
+def test_excluded_turns_that_the_template_hides_are_refused():
+    row = chat("1?", "one", "2?", "two")
+    row = Conversation((row.messages[0], replace(row.messages[1], learn=False), *row.messages[2:]))
+    with pytest.raises(DataError, match="excludes turns from training"):
+        Renderer(tiny_tokenizer("smollm2", template=REWRITING), "all").render(row)

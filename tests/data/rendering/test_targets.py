@@ -3,14 +3,15 @@
 from dataclasses import replace
 
 import pytest
-from conversations import TOOL, answer, answers_trained, call, conversations, one, user, what_is_said
+from conversations import TOOL, answer, answers_trained, call, chat, conversations, one, user, what_is_said
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import FAMILIES, tiny_tokenizer
+from tiny_tokenizers import FAMILIES, tiny_tokenizer, trained_texts
 
+from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.targets import reference_answer
-from qlora_trainer.data.types import Conversation, Message
+from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,3 +54,41 @@ def test_the_reference_answer_of_a_row_that_calls_is_none_and_tools_go_with_the_
     assert reference_answer(calling) is None
     answered = Conversation((*calling.messages, Message("tool", "x"), answer("b")), (TOOL,))
     assert reference_answer(answered) == (Conversation(answered.messages[:3], (TOOL,)), "b")
+
+
+@pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
+def test_training_on_every_token_takes_a_prompt_in_turns_like_one_in_text(prompt):
+    tokenizer = tiny_tokenizer("llama3")
+    completion = "A fox." if isinstance(prompt, str) else [{"role": "assistant", "content": "A fox."}]
+    row = RecordReader("auto", {}, {}).read({"prompt": prompt, "completion": completion}, "row 1")
+    example = Renderer(tokenizer, train_on="all").render(row)
+    start = len(Renderer(tokenizer).encoder.bos_ids) if isinstance(prompt, str) else 0
+    assert example.labels[start:] == example.input_ids[start:]
+    (answer,) = trained_texts(tokenizer, Renderer(tokenizer).render(row))
+    assert answer == "A fox.<|eot_id|>"
+
+
+def test_last_and_all_and_the_rows_own_wishes():
+    tokenizer = tiny_tokenizer("smollm2")
+    row = chat("a", "b", "c", "d")
+    assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(row)) == ["d<|im_end|>"]
+    everything = Renderer(tokenizer, "all").render(row)
+    assert everything.labels == everything.input_ids
+    untrained = Conversation((row.messages[0], Message("assistant", "b", learn=False), *row.messages[2:]))
+    assert trained_texts(tokenizer, Renderer(tokenizer).render(untrained)) == ["d<|im_end|>"]
+    texts = trained_texts(tokenizer, Renderer(tokenizer, "all").render(untrained))
+    assert len(texts) == 2
+    assert texts[0].endswith("<|im_start|>assistant\n")
+    assert texts[1].startswith("\n<|im_start|>user\nc<|im_end|>")
+    asked = Conversation((Message("user", "a", learn=True), *row.messages[1:]))
+    assert trained_texts(tokenizer, Renderer(tokenizer, "last").render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
+
+
+def test_blank_answers_are_never_trained_and_a_row_of_them_is_dropped():
+    tokenizer = tiny_tokenizer("smollm2")
+    assert trained_texts(tokenizer, Renderer(tokenizer).render(chat("a", " ", "c", "d"))) == ["d<|im_end|>"]
+    for row in (chat("a", ""), PromptCompletion("a", " \n"), Document("\n")):
+        rendered = one(Renderer(tokenizer), row)
+        assert rendered.examples == []
+        assert rendered.dropped is not None
+        assert "nothing to train on" in rendered.dropped
