@@ -67,7 +67,6 @@ def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
 
 
 LONG_TESTS = {
-    "merging/test_merge_run.py",
     "weights/gguf/test_importer.py",
 }
 """Still to be split by module; what is short again is taken out here."""
