@@ -3,30 +3,16 @@
 import hashlib
 import importlib.util
 import json
-import math
 import shutil
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf_files import (
-    GGUF_NAMES,
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
-    INTERMEDIATE,
-    KEY_HEADS,
-    TOKENS,
-    add_tokenizer,
-    finish,
-    tiny_weights,
-    write_gguf,
-)
+from gguf_files import tiny_weights, write_gguf
+from merge_runs import stored as stored_tensors
 from spying import noting
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import plain_checkpoint
@@ -34,48 +20,7 @@ from qlora_trainer.common import file_identity
 from qlora_trainer.common.errors import DiskError, FileMissingError, ModelError
 from qlora_trainer.common.progress import silent
 from qlora_trainer.weights.gguf import importer as gguf_import
-from qlora_trainer.weights.gguf import reader as gguf_weights
 from qlora_trainer.weights.gguf.importer import import_gguf
-from qlora_trainer.weights.model_directory import ModelDirectory
-
-
-def write_convolutional_gguf(path: Path) -> Path:
-    """An LFM2 of one convolution and one attention layer, which transformers reads by its newer tables."""
-    generator = np.random.default_rng(0)
-    writer = GGUFWriter(path, "lfm2")
-    writer.add_context_length(256)
-    writer.add_block_count(2)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv([0, KEY_HEADS])
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_shortconv_l_cache(3)
-    add_tokenizer(writer)
-    shapes = {"token_embd.weight": (len(TOKENS), HIDDEN), "token_embd_norm.weight": (HIDDEN,)}
-    for block in ("blk.0", "blk.1"):
-        shapes |= {f"{block}.{norm}.weight": (HIDDEN,) for norm in ("attn_norm", "ffn_norm")}
-        shapes |= {f"{block}.{name}.weight": (INTERMEDIATE, HIDDEN) for name in ("ffn_gate", "ffn_up")}
-        shapes[f"{block}.ffn_down.weight"] = (HIDDEN, INTERMEDIATE)
-    shapes["blk.0.shortconv.in_proj.weight"] = (3 * HIDDEN, HIDDEN)
-    shapes["blk.0.shortconv.out_proj.weight"] = (HIDDEN, HIDDEN)
-    shapes["blk.0.shortconv.conv.weight"] = (HIDDEN, 3)
-    shapes["blk.1.attn_q.weight"] = shapes["blk.1.attn_output.weight"] = (HIDDEN, HIDDEN)
-    shapes["blk.1.attn_k.weight"] = shapes["blk.1.attn_v.weight"] = (KEY_HEADS * HEAD_DIM, HIDDEN)
-    shapes["blk.1.attn_q_norm.weight"] = shapes["blk.1.attn_k_norm.weight"] = (HEAD_DIM,)
-    for name, shape in shapes.items():
-        values = generator.normal(size=shape).astype(np.float32)
-        if len(shape) == 2 and shape[1] % 32 == 0:
-            kind = GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, values)
-    return finish(writer, path)
-
-
-def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: info.read() for name, info in ModelDirectory.open(directory).tensors.items()}
 
 
 def test_float32_file_gives_back_the_weights_it_was_made_from(tmp_path: Path) -> None:
@@ -104,20 +49,6 @@ def test_imported_values_are_those_transformers_reads(tmp_path: Path, kind: GGML
     config = json.loads((directory / "config.json").read_text())
     assert config["dtype"] == str(matrix_dtype).removeprefix("torch.")
     assert config["tie_word_embeddings"] is not untied
-
-
-def test_architecture_read_by_weight_conversions_has_the_values_transformers_reads(tmp_path: Path) -> None:
-    path = write_convolutional_gguf(tmp_path / "lfm2.gguf")
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
-    stored = stored_tensors(directory)
-    assert stored.keys() == reference.keys() - {"lm_head.weight"}
-    for name, tensor in stored.items():
-        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
-    assert stored["model.layers.0.conv.conv.weight"].shape == (HIDDEN, 1, 3)
-    plain = plain_checkpoint(directory, tmp_path / "plain")
-    _, loading = AutoModelForCausalLM.from_pretrained(plain, output_loading_info=True)
-    assert not any(loading.values())
 
 
 def test_a_copy_of_what_is_read_loads_in_plain_transformers_with_the_same_logits(tmp_path: Path) -> None:
@@ -184,20 +115,6 @@ def test_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path: Path
         import_gguf(path, Path("/dev/null"), silent)
 
 
-def test_value_beyond_float16_keeps_its_tensor_in_float32(tmp_path: Path) -> None:
-    weights = tiny_weights()
-    weights["model.layers.0.mlp.up_proj.weight"][5, 7] = 1e6
-    path = write_gguf(tmp_path / "tiny.gguf", weights, GGMLQuantizationType.Q8_0)
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    stored = stored_tensors(directory)
-    wide = {name for name, tensor in stored.items() if tensor.dim() == 2 and tensor.dtype == torch.float32}
-    assert wide == {"model.layers.0.mlp.up_proj.weight"}
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).state_dict()
-    for name, tensor in stored.items():
-        assert torch.equal(tensor, reference[name].to(tensor.dtype)), name
-    assert json.loads((directory / "config.json").read_text())["dtype"] == "float16"
-
-
 def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), GGMLQuantizationType.Q4_1)
     record = json.loads((import_gguf(path, tmp_path / "cache", silent) / "import.json").read_text())
@@ -206,32 +123,6 @@ def test_record_says_what_the_copy_was_made_from(tmp_path: Path) -> None:
     assert record["gguf_types"] == {"Q4_1": 8, "F32": 3}
     assert record["storage_dtypes"] == {"float16": 8, "float32": 3}
     assert record["unused_tensors"] == []
-
-
-def llama3_divisors(factor: float) -> np.ndarray:
-    """What llama.cpp's converter writes for Llama 3.1's settings: low frequencies divided, the middle blended."""
-    divisors = []
-    for place in range(0, HEAD_DIM, 2):
-        wavelength = 2 * math.pi * 50000.0 ** (place / HEAD_DIM)
-        if wavelength < 8192 / 4.0:
-            divisors.append(1.0)
-        elif wavelength > 8192 / 1.0:
-            divisors.append(factor)
-        else:
-            blend = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            divisors.append(1 / ((1 - blend) / factor + blend))
-    return np.array(divisors, np.float32)
-
-
-def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
-    divisors = llama3_divisors(32.0)
-    assert len(set(divisors)) > 2  # the blended middle is there too
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    rotary = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).model.rotary_emb
-    plain = 50000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    assert rotary.inv_freq.numpy() == pytest.approx(plain / divisors, rel=1e-5)
-    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
 
 
 def test_second_import_reuses_the_first_and_another_content_gets_its_own(tmp_path: Path) -> None:
@@ -267,54 +158,6 @@ def test_a_file_that_was_hashed_once_is_not_hashed_again(tmp_path: Path, monkeyp
     write_gguf(path, tiny_weights(seed=1))
     assert import_gguf(path, tmp_path / "cache", silent) != first
     assert hashed == [path, path]
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"file": "x", "tensors": {"a": 1}}', "[1]"])
-def test_a_damaged_record_is_reported(tmp_path: Path, text: str) -> None:
-    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights()), tmp_path / "cache", silent)
-    (directory / "import.json").write_text(text)
-    with pytest.raises(ModelError, match=r"import\.json cannot be read .* Delete "):
-        _ = ModelDirectory.open(directory).tensors
-
-
-def test_a_file_that_is_gone_or_changed_is_reported_and_not_read(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
-    directory = import_gguf(path, tmp_path / "cache", silent)
-    path.touch()
-    with pytest.raises(ModelError, match=r"tiny\.gguf was changed since it was imported"):
-        _ = ModelDirectory.open(directory).tensors
-    assert import_gguf(path, tmp_path / "cache", silent) == directory  # the same content: only its date was new
-    assert ModelDirectory.open(directory).tensors
-    path.unlink()
-    with pytest.raises(FileMissingError, match=r"tiny\.gguf, from which this base is read, is gone"):
-        _ = ModelDirectory.open(directory).tensors
-
-
-@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32])
-def test_rows_are_those_of_the_whole_tensor(
-    tmp_path: Path, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_weights, "CHUNK_ELEMENTS", 7 * HIDDEN)  # so that chunks end within the rows asked for
-    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_weights(), kind), tmp_path / "cache", silent)
-    for name, info in ModelDirectory.open(directory).tensors.items():
-        whole = info.read()
-        assert whole.shape == info.shape
-        for rows in (slice(0, 1), slice(3, 20), slice(31, None), slice(5, 5)):
-            assert torch.equal(info.read(rows), whole[rows]), name
-
-
-def test_what_llama_cpp_permutes_is_read_by_its_recorded_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = tiny_weights()
-    directory = import_gguf(write_gguf(tmp_path / "tiny.gguf", weights), tmp_path / "cache", silent)
-    tensors = json.loads((directory / "import.json").read_text())["tensors"]
-    permuted = {name: fields["rows"] for name, fields in tensors.items() if fields["rows"] != "as stored"}
-    assert {name.split(".")[-2] for name in permuted} == {"q_proj", "k_proj"}
-    assert "otherwise" not in permuted.values()
-    assert not list(directory.glob("*.safetensors")), "no copy of the weights is made"
-    monkeypatch.setattr(gguf_weights, "translations_of", lambda *_: pytest.fail("transformers was asked again"))
-    assert all(
-        torch.equal(tensor, torch.from_numpy(weights[name])) for name, tensor in stored_tensors(directory).items()
-    )
 
 
 def test_interrupted_import_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,42 +212,6 @@ def test_truncated_file_is_refused_at_any_length(tmp_path: Path, share: float) -
     with pytest.raises(ModelError, match="damaged, or was not downloaded to its end"):
         import_gguf(path, tmp_path / "cache", silent)
     assert not (tmp_path / "cache").exists()
-
-
-def test_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), architecture="rwkv6")
-    with pytest.raises(ModelError, match=r"(?s)rwkv6.*it reads: .*gemma3, .*llama, .*phi3, .*qwen3"):
-        import_gguf(path, tmp_path / "cache", silent)
-
-
-def test_missing_tensor_is_named(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.down_proj.weight"
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), leave_out=name)
-    with pytest.raises(ModelError, match=f"lacks 1 of the 11 tensors.*{name}"):
-        import_gguf(path, tmp_path / "cache", silent)
-
-
-def test_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
-    weights = tiny_weights()
-    weights["model.norm.weight"] = np.ones(32, np.float32)
-    path = write_gguf(tmp_path / "tiny.gguf", weights)
-    with pytest.raises(
-        ModelError, match=r"output_norm\.weight has shape \(32,\), but .*model\.norm\.weight has \(64,\)"
-    ):
-        import_gguf(path, tmp_path / "cache", silent)
-
-
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"])
-@pytest.mark.parametrize("row", [3, 70])
-def test_nan_in_a_tensor_is_refused_by_name(
-    tmp_path: Path, name: str, row: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_weights, "SAMPLE_ELEMENTS", 32 * HIDDEN)
-    weights = tiny_weights()
-    weights[name][row, 3] = np.nan
-    path = write_gguf(tmp_path / "tiny.gguf", weights)
-    with pytest.raises(ModelError, match=rf"{GGUF_NAMES[name]} holds NaN"):
-        import_gguf(path, tmp_path / "cache", silent)
 
 
 @pytest.mark.slow

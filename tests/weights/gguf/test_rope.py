@@ -1,9 +1,17 @@
 """The rope settings of a GGUF file are read with llama.cpp's meaning and defaults."""
 
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from gguf_files import HEAD_DIM, tiny_weights, write_gguf
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_trainer.common.progress import silent
+from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.gguf.rope import LONG_FACTORS, SHORT_FACTORS, read_rope
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -50,3 +58,29 @@ def test_factors_of_each_frequency_have_no_attention_factor_but_the_files() -> N
     assert rope.used == {LONG_FACTORS, SHORT_FACTORS}
     assert rope.parameters["attention_factor"] == 1.0
     assert (rope.parameters["factor"], rope.parameters["long_factor"]) == (4.0, [2.0] * 8)
+
+
+def llama3_divisors(factor: float) -> np.ndarray:
+    """What llama.cpp's converter writes for Llama 3.1's settings: low frequencies divided, the middle blended."""
+    divisors = []
+    for place in range(0, HEAD_DIM, 2):
+        wavelength = 2 * math.pi * 50000.0 ** (place / HEAD_DIM)
+        if wavelength < 8192 / 4.0:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            divisors.append(factor)
+        else:
+            blend = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            divisors.append(1 / ((1 - blend) / factor + blend))
+    return np.array(divisors, np.float32)
+
+
+def test_rope_scaling_of_llama_3_is_restored(tmp_path: Path) -> None:
+    divisors = llama3_divisors(32.0)
+    assert len(set(divisors)) > 2  # the blended middle is there too
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights(), rope_divisors=divisors)
+    directory = import_gguf(path, tmp_path / "cache", silent)
+    rotary = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).model.rotary_emb
+    plain = 50000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    assert rotary.inv_freq.numpy() == pytest.approx(plain / divisors, rel=1e-5)
+    assert json.loads((directory / "import.json").read_text())["unused_tensors"] == []
