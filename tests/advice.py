@@ -12,9 +12,9 @@ from tiny_tokenizers import tiny_tokenizer
 from qlora_trainer.common.errors import QLoRATrainerError
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import DataConfig
-from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.preparation.chunks import source_files
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
+from qlora_trainer.data.preparation.row_reading import record_reader
 from qlora_trainer.data.types import Conversation, Document, Row
 
 WORD = r"'data\.\w+=(?:[^']|'\"'\"')*'"
@@ -36,9 +36,7 @@ def config_of(tmp_path: Path, overrides: Sequence[str]) -> DataConfig:
 def read(tmp_path: Path, rows: Sequence[Any], overrides: Sequence[str] = ()) -> list[str]:
     """Read rows, without rendering them, and return what they say: `role: text`, plain texts without a role."""
     (source,) = source_files(config_of(tmp_path, overrides))
-    reader = RecordReader(
-        source.format, source.columns, source.template, ignore=source.ignore, keep=source.keep, roles=source.roles
-    )
+    reader = record_reader(source, source.format)
     return [said(reader.read(row, f"rows.jsonl, line {number}")) for number, row in enumerate(rows, start=1)]
 
 

@@ -2,14 +2,17 @@
 
 A path is a column's name, or names and list positions with dots between them, such as instances.0.input. Every path
 must be there in every row, unless it ends in a question mark, as in context?: a typing error would otherwise train on
-rows that lack half of their text. Left out: which columns of ours there are, and what they mean (detect.py).
+rows that lack half of their text. Before that, data.keep and data.ignore say which rows and columns are read. Left out:
+which columns of ours there are, and what they mean (detect.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
+from qlora_trainer.config.data_schema import Scalar
+from qlora_trainer.data.reading.json_layouts import WholeFile
 from qlora_trainer.data.reading.values import json_text, kind, listed
 
 _Record = Mapping[str, Any]
@@ -35,6 +38,54 @@ def mapped(record: _Record, columns: Mapping[str, str], template: Mapping[str, s
     made |= {ours: _filled(record, text, f"data.template {ours}", where) for ours, text in template.items()}
     used = source_columns(record, columns, template)
     return {name: value for name, value in record.items() if name not in used} | made
+
+
+def is_kept(record: _Record, keep: Mapping[str, Scalar | list[Scalar]], where: str) -> bool:
+    """Return True if every column has one of the values wanted; a DataError says that a path is not in the row.
+
+    Args:
+        record: a row's columns.
+        keep: {path: value or values}.
+        where: file and line, for errors.
+
+    Returns:
+        True if the row is to be read.
+    """
+    return all(
+        any(
+            _equals(look_up(record, path, f"data.keep {path}", where), one)
+            for one in (wanted if isinstance(wanted, list) else [wanted])
+        )
+        for path, wanted in keep.items()
+    )
+
+
+def _equals(value: Any, wanted: Scalar) -> bool:
+    """Compare a value with one of the config; a table's text with how that is written: True, 1."""
+    if isinstance(value, str):
+        return value.strip().casefold() == str(wanted).strip().casefold()
+    return bool(value == wanted and isinstance(value, bool) == isinstance(wanted, bool))
+
+
+def without_ignored(
+    record: _Record, ignored: Collection[str], columns: Mapping[str, str], template: Mapping[str, str]
+) -> _Record:
+    """Leave out the columns to ignore, unless ours are made from them; a file's only row stays one.
+
+    Args:
+        record: a row's columns.
+        ignored: names of columns.
+        columns: {our column: path}.
+        template: {our column: text with {path} fields}.
+
+    Returns:
+        The other columns.
+    """
+    if not ignored:
+        return record
+    sources = source_columns(record, columns, template)
+    kept = {name: value for name, value in record.items() if name in sources or name not in ignored}
+    return WholeFile(kept) if isinstance(record, WholeFile) else kept
 
 
 def source_columns(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:

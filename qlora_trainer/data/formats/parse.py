@@ -16,10 +16,9 @@ from qlora_trainer.config.data_schema import DataFormat, Scalar
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import settings_line, text_path
 from qlora_trainer.data.formats.calls import read_tools
-from qlora_trainer.data.formats.columns import look_up, mapped, source_columns
+from qlora_trainer.data.formats.columns import is_kept, mapped, without_ignored
 from qlora_trainer.data.formats.detect import COLUMNS, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (
-    ROLE_NAMES,
     check_no_media,
     has_unread_call,
     read_turn,
@@ -29,6 +28,7 @@ from qlora_trainer.data.formats.turns import (
     unread_keys,
 )
 from qlora_trainer.data.formats.unread import UnreadColumns
+from qlora_trainer.data.reading.turn_names import ROLE_NAMES
 from qlora_trainer.data.reading.values import kind, listed, optional_text, text
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
 
@@ -178,6 +178,11 @@ class RecordReader:
         is_named = format != "auto" if is_named is None else is_named
         self._unread = UnreadColumns(columns, template, self.keep, list(ignore), is_named)
         self._ignored = frozenset(ignore)
+        self._ignored_keys = {
+            column: frozenset(name[len(column) + 3 :] for name in ignore if name.startswith(f"{column}[]."))
+            for columns in TURNS.values()
+            for column in columns
+        }
         self._roles = {**ROLE_NAMES, **{name.lower(): role for name, role in (roles or {}).items()}}
 
     @property
@@ -202,17 +207,9 @@ class RecordReader:
         Raises:
             LeftOutError: the row is not to be kept, or a prompt, an answer or a turn is empty.
         """
-        if self.keep and not _is_kept(record, self.keep, where):
-            raise LeftOutError(NOT_KEPT)
-        columns, template = self.columns, self.template
-        if self._ignored:
-            sources = source_columns(record, columns, template)
-            record = {name: value for name, value in record.items() if name in sources or name not in self._ignored}
-        format = resolve_format(record, self.format, columns, where, template)
-        if self.format == "auto":
-            self.format = format
-        ours = _ours(record, format, columns, template, where)
-        parsed = self._without_ignored(_with_turns(ours, format, template, where), format)
+        record, format = self.recognize(record, where)
+        ours = _ours(record, format, self.columns, self.template, where)
+        parsed = self._without_ignored(_with_turns(ours, format, self.template, where), format)
         row = _row(parsed, format, self._roles, where)
         is_plain = format == "prompt_completion" and _is_plain(parsed)
         keys: dict[str, bool] = {}
@@ -223,10 +220,33 @@ class RecordReader:
         self.warnings.update(_warnings(ours, parsed, format))
         return row
 
+    def recognize(self, record: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], DataFormat]:
+        """Find the format of what the config keeps of a record; where none is named, the source has that one from now.
+
+        A ConfigError or DataError says that there is none.
+
+        Args:
+            record: column name to value.
+            where: file and line, for errors.
+
+        Returns:
+            The record without the columns to ignore, and its format.
+
+        Raises:
+            LeftOutError: the row is not to be kept.
+        """
+        if not is_kept(record, self.keep, where):
+            raise LeftOutError(NOT_KEPT)
+        record = without_ignored(record, self._ignored, self.columns, self.template)
+        format = resolve_format(record, self.format, self.columns, where, self.template)
+        if self.format == "auto":
+            self.format = format
+        return record, format
+
     def _without_ignored(self, parsed: dict[str, Any], format: DataFormat) -> dict[str, Any]:
         """Leave out the keys of turns that the config ignores."""
         for column in TURNS[format]:
-            ignored = {name.removeprefix(f"{column}[].") for name in self._ignored if name.startswith(f"{column}[].")}
+            ignored = self._ignored_keys[column]
             if ignored and isinstance(parsed[column], list):
                 parsed[column] = [
                     {key: value for key, value in turn.items() if key not in ignored}
@@ -235,25 +255,6 @@ class RecordReader:
                     for turn in parsed[column]
                 ]
         return parsed
-
-
-def _is_kept(record: Mapping[str, Any], keep: Mapping[str, Scalar | list[Scalar]], where: str) -> bool:
-    """Return True if every column has one of the values wanted."""
-    return all(
-        any(_equals(look_up(record, path, f"data.keep {path}", where), one) for one in _as_list(wanted))
-        for path, wanted in keep.items()
-    )
-
-
-def _as_list(wanted: Scalar | list[Scalar]) -> list[Scalar]:
-    return wanted if isinstance(wanted, list) else [wanted]
-
-
-def _equals(value: Any, wanted: Scalar) -> bool:
-    """Compare a value with one of the config; a table's text with how that is written: True, 1."""
-    if isinstance(value, str):
-        return value.strip().casefold() == str(wanted).strip().casefold()
-    return bool(value == wanted and isinstance(value, bool) == isinstance(wanted, bool))
 
 
 def _warnings(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:

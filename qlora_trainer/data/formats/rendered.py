@@ -9,20 +9,13 @@ whether turns give the same text again. Left out: calls of tools, which each tem
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from qlora_trainer.data.reading.turn_names import ROLE_NAMES
 from qlora_trainer.data.types import Message
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "human": "user",
-    "model": "assistant",
-    "developer": "system",
-    "ipython": "tool",
-}
-_ROLE = "system|user|assistant|tool|human|model|developer|ipython"
+_ROLE = "system|user|assistant|tool|human|model|developer|ipython"  # as templates write them
+_BETWEEN = re.compile(r"(?:\s|</s>|<eos>|<\|endoftext\|>|<\|end_of_text\|>)*")  # what may be after a turn
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,11 @@ class Family:
     name: str
     opening: str  # a regular expression with a group "role"
     closing: tuple[str, ...]
+
+    @cached_property
+    def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Return what opens a turn and what closes it, compiled."""
+        return re.compile(self.opening), re.compile("|".join(map(re.escape, self.closing)))
 
 
 FAMILIES = (
@@ -91,22 +89,16 @@ def read_rendered(text: str) -> tuple[str, list[Message]] | None:
 
 def _turns(family: Family, text: str, position: int) -> list[Message] | None:
     """Read turn after turn, each closed before the next is opened; the last one may be left open."""
-    opening = re.compile(family.opening)
-    closing = re.compile("|".join(map(re.escape, family.closing)))
+    opening, closing = family.patterns
     messages = []
     while match := opening.match(text, position):
         end = closing.search(text, match.end())
         inner = text[match.end() : end.start() if end else len(text)]
         if opening.search(inner):
             return None
-        messages.append(Message(_ROLES[match["role"]], inner))
+        messages.append(Message(ROLE_NAMES[match["role"]], inner))
         position = end.end() if end else len(text)
-        while (blank := re.compile(r"\s+").match(text, position)) or (
-            blank := re.compile("|".join(map(re.escape, ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>")))).match(
-                text, position
-            )
-        ):
-            position = blank.end()
+        position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]  # which matches nothing too
     return messages if position == len(text) else None
 
 

@@ -14,38 +14,17 @@ from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.calls import read_calls, written_calls
 from qlora_trainer.data.formats.meanings import is_empty, key_has_meaning
 from qlora_trainer.data.formats.parts import is_data, read_parts, split_results
+from qlora_trainer.data.reading.turn_names import ROLE_NAMES, is_turn, naming
 from qlora_trainer.data.reading.values import from_json_text, json_text, kind, listed, optional_text, text
-from qlora_trainer.data.types import ROLES, Message
-
-ROLE_NAMES = {
-    **{role: role for role in ROLES},
-    "developer": "system",
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "function_response": "tool",
-}
+from qlora_trainer.data.types import Message
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_CALL_ROLES = {"function_call", "tool_call"}
+_CALL_ROLES = {"function_call", "tool_call", "tool_calls"}
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # True or 1: the turn is trained. OpenAI, LLaMA-Factory, axolotl and ms-swift write these; a key called mask may mean
 # either and is not read.
 LEARN_KEYS = ("weight", "loss_weight", "train", "training", "trainable", "train_on_turn", "learn", "loss")
 _UNLEARN_KEY = "masked"  # torchtune's: true is not trained
-_CONTENT_KEYS = ("content", "value", "parts", "text", "message")
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 _KNOWN_KEYS = {
     "tool_calls",
@@ -82,7 +61,7 @@ def read_turns(turns: Any, column: str, where: str, roles: Mapping[str, str] = R
         if isinstance(content, str):
             messages.append(read_turn(turn, place, roles))
         else:
-            given = split_results(turn, _naming(turn)[1]) if isinstance(turn, Mapping) else [turn]
+            given = split_results(turn, naming(turn)[1]) if isinstance(turn, Mapping) else [turn]
             messages += [read_turn(one, place, roles) for one in given]
     return messages
 
@@ -117,16 +96,7 @@ def turns_in_text(value: Any) -> Any:
         turns = from_json_text(value, "", "")
     except DataError:
         return value
-    return turns if all(_is_turn(turn) for turn in turns) else value
-
-
-def _is_turn(value: Any) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    speaker, content = _naming(value)
-    name = value.get(speaker)
-    is_known = isinstance(name, str) and name.lower() in ROLE_NAMES
-    return is_known and any(value.get(key) is not None for key in (content, "tool_calls", "function_call"))
+    return turns if all(is_turn(turn) for turn in turns) else value
 
 
 def read_turn(turn: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> Message:
@@ -146,7 +116,7 @@ def read_turn(turn: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> M
     """
     if not isinstance(turn, Mapping):
         raise DataError(f"{where}: a turn should be an object with role and content, and is {kind(turn)}.")
-    speaker, content = _naming(turn)
+    speaker, content = naming(turn)
     name = turn.get(speaker)
     if name is None:
         raise DataError(f"{where}: {speaker} is missing or null; the turn holds {listed(turn)}.")
@@ -183,14 +153,6 @@ def read_turn(turn: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> M
     )
 
 
-def _naming(turn: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the keys that say who speaks, and what."""
-    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    if turn.get(content) is None:
-        content = next((key for key in _CONTENT_KEYS if turn.get(key) is not None), content)
-    return speaker, content
-
-
 def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, bool]:
     """Find the keys with a value that a turn is not read from, such as timestamp.
 
@@ -206,7 +168,7 @@ def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, 
         if isinstance(turn, Mapping):
             if len(turn) == 2 and (("role" in turn and "content" in turn) or ("from" in turn and "value" in turn)):
                 continue
-            unread = turn.keys() - _KNOWN_KEYS - {*_naming(turn)}
+            unread = turn.keys() - _KNOWN_KEYS - {*naming(turn)}
             for key in sorted(unread | {"name"} if "name" in turn and _is_no_tool(turn, roles) else unread):
                 if not is_empty(turn[key]):
                     found[key] = key_has_meaning(key)
@@ -214,7 +176,7 @@ def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, 
 
 
 def _is_no_tool(turn: Mapping[str, Any], roles: Mapping[str, str]) -> bool:
-    speaker = turn.get(_naming(turn)[0])
+    speaker = turn.get(naming(turn)[0])
     return not isinstance(speaker, str) or roles.get(speaker.lower()) != "tool"
 
 
@@ -232,7 +194,7 @@ def has_unread_call(turns: Any) -> bool:
 
 
 def _is_unread_call(turn: Mapping[str, Any]) -> bool:
-    speaker, content = _naming(turn)
+    speaker, content = naming(turn)
     said = turn.get(content)
     has_calls = turn.get("tool_calls") or turn.get("function_call")
     return bool(_may_write_calls(turn.get(speaker)) and said and not has_calls and not written_calls(said))

@@ -18,13 +18,13 @@ import pyarrow as arrow
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.detect import UnknownFormatError, resolve_format
+from qlora_trainer.data.formats.detect import UnknownFormatError
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
 from qlora_trainer.data.preparation.limits import skip_limit_setting
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
 from qlora_trainer.data.preparation.reports import places_in_words
 from qlora_trainer.data.preparation.row_chunks import Records
-from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader
+from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, record_reader
 from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.own_ids import OwnIds, refuse_other_ids
@@ -94,12 +94,12 @@ class ChunkMaker:
             A format; "auto" where no row can be recognized.
         """
         named = self.sources[source]
-        for where, record in records:
-            if named.format != "auto":
-                break
-            with contextlib.suppress(DataError):  # reported when the row is read
-                if not isinstance(record, DataError):
-                    return resolve_format(record, named.format, named.columns, where, named.template)
+        if named.format == "auto":
+            reader = record_reader(named, "auto")
+            for where, record in records:
+                with contextlib.suppress(DataError):  # reported when the row is read
+                    if not isinstance(record, DataError):
+                        return reader.recognize(record, where)[1]
         return named.format
 
     def render(self, source: int, format: DataFormat, records: Records) -> RenderedChunk:
@@ -181,10 +181,11 @@ class ChunkMaker:
             return
         if isinstance(error, UnknownFormatError):
             raise error
-        settings, bad = override("data.on_bad_row", "skip"), max(1, len(_bad_places(rendered)))
+        places = _bad_places(rendered)
+        settings, bad = override("data.on_bad_row", "skip"), max(1, len(places))
         if bad > self.max_skipped * len(rendered.rows):
             settings += f" {skip_limit_setting(bad, len(rendered.rows))}"
-        others = [place for place in _bad_places(rendered) if place != where]
+        others = [place for place in places if place != where]
         more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
         raise DataError(f"{error} Correct it{more}, or skip such rows: {settings}.") from error
 

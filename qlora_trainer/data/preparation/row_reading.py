@@ -13,6 +13,27 @@ from qlora_trainer.data.types import Conversation, Row
 FoundRow = tuple[str, Row] | LeftOutError | DataError
 
 
+def record_reader(settings: SourceFile, format: DataFormat) -> RecordReader:
+    """Make what reads the records of a source.
+
+    Args:
+        settings: of the source.
+        format: how its rows are read.
+
+    Returns:
+        The reader.
+    """
+    return RecordReader(
+        format,
+        settings.columns,
+        settings.template,
+        ignore=settings.ignore,
+        keep=settings.keep,
+        roles=settings.roles,
+        is_named=settings.format != "auto",
+    )
+
+
 class SourceReader:
     """Read the records of one source; `reader` counts what it did not use.
 
@@ -24,15 +45,7 @@ class SourceReader:
 
     def __init__(self, settings: SourceFile, format: DataFormat, rendered: RenderedRows) -> None:
         self.settings, self.rendered = settings, rendered
-        self.reader = RecordReader(
-            format,
-            settings.columns,
-            settings.template,
-            ignore=settings.ignore,
-            keep=settings.keep,
-            roles=settings.roles,
-            is_named=settings.format != "auto",
-        )
+        self.reader = record_reader(settings, format)
 
     def read(self, where: str, record: Record | DataError) -> FoundRow:
         """Read one record; a ConfigError says that the settings have to decide something.

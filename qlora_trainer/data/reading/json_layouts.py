@@ -11,35 +11,15 @@ from typing import Any
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.json_text import EACH
+from qlora_trainer.data.reading.turn_names import is_turn
 from qlora_trainer.data.reading.values import kind, listed
 
 Record = dict[str, Any]
 Placed = tuple[str, Record | DataError]  # where in the file, such as "line 3", and the row or what is wrong with it
 
-_ROLES = re.compile(
-    "system|developer|user|assistant|tool|function|human|gpt|model|bot|chatgpt|chatbot|observation|function_call|"
-    "tool_calls?|tool_response"
-)
-
 
 class WholeFile(Record):
     """Represent a row that is all that its file holds: perhaps the rows that are meant are inside it."""
-
-
-def is_turn(value: Any) -> bool:
-    """Return True if a value is a turn of a conversation, in either naming of its keys.
-
-    Args:
-        value: of JSON.
-
-    Returns:
-        True if it is.
-    """
-    if not isinstance(value, dict):
-        return False
-    has_role = "role" in value and value.keys() & {"content", "tool_calls", "function_call"}
-    role = value["role"] if has_role else value.get("from") if "value" in value else None
-    return isinstance(role, str) and bool(_ROLES.fullmatch(role))
 
 
 def rows_of(value: Any, place: str, title: str) -> Iterator[Placed]:

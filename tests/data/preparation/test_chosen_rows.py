@@ -97,3 +97,19 @@ def test_an_eval_source_has_a_format_and_columns_of_its_own(tmp_path):
     assert prepared.eval[0] == prepared.train[3]
     assert prepared.report.eval_duplicates == 1
     assert [(s.train, s.eval, s.epoch) for s in prepared.report.sources] == [(40, 0, 40), (0, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("other", "settings"),
+    [
+        ({"text": "a notice", "kind": "junk"}, {"keep": {"kind": "good"}}),
+        ({"messages": [{"role": "note", "content": "n"}], **row("q", "a"), "kind": "good"}, {"ignore": ["messages"]}),
+    ],
+    ids=["keep", "ignore"],
+)
+def test_the_format_is_that_of_the_rows_and_columns_that_are_kept(tmp_path, other, settings):
+    """What the config leaves out says nothing about the rows that are read."""
+    kept = [{**one, "kind": "good"} for one in ROWS[:3]]
+    prepared = run(tmp_path, write(tmp_path, "x.jsonl", [other, *kept]), **settings)
+    said = [prepared.train.row(index).messages[0].content for index in range(len(prepared.train))]
+    assert said[-3:] == ["question 0", "question 1", "question 2"]

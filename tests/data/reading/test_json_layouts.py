@@ -9,6 +9,7 @@ from following import settings_in
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.detect import resolve_format
+from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
@@ -204,3 +205,11 @@ def test_an_object_longer_than_a_row_may_be_names_the_key_that_holds_the_rows(tm
             rows(path)
         assert settings_in(str(raised.value)) == ["data.rows=entries"]
         assert rows(path, rows="entries") == many
+
+
+def test_one_row_is_not_made_of_many_inside_where_columns_are_ignored(tmp_path):
+    (record,) = rows(write(tmp_path, {"canary": "x", "label": 1, "examples": ROWS}))
+    columns = {"question": "examples.0.question", "answer": "examples.0.answer"}
+    reader = RecordReader("auto", columns, {}, ignore=["label"])
+    with pytest.raises(DataError, match="3 rows inside it"):
+        reader.read(record, "x.json, row 1")

@@ -1,0 +1,39 @@
+"""A conversation is found in a file by every name that its turns are then read by."""
+
+import json
+
+import pytest
+from data_files import write_file
+
+from qlora_trainer.data.formats.parse import RecordReader
+from qlora_trainer.data.reading.files import open_source
+from qlora_trainer.data.reading.turn_names import ROLE_NAMES, is_turn
+from qlora_trainer.data.types import Conversation
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "Human", "content": "a"}, {"role": "Assistant", "content": "b"}],
+        [{"from": "prompter", "value": "a"}, {"from": "ai", "value": "b"}],
+        [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}],
+        [{"role": "user", "text": "a"}, {"role": "chatbot", "message": "b"}],
+        [{"role": "user", "content": "a"}, {"role": "tool_calls", "content": '{"name": "f", "arguments": {}}'}],
+    ],
+)
+def test_turns_are_found_by_every_name_that_they_are_read_by(tmp_path, turns):
+    for content, name in ((json.dumps(turns) + "\n", "x.jsonl"), (json.dumps(turns, indent=1), "x.json")):
+        found = [row for _, row in open_source(str(write_file(tmp_path, name, content))).records()]
+        assert found == [{"messages": turns}]
+    row = RecordReader("auto", {}, {}).read(found[0], "x.json, row 1")
+    assert isinstance(row, Conversation)
+    assert [message.role for message in row.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", ROLE_NAMES)
+def test_a_turn_is_known_by_every_name_of_a_role_in_capitals_too(name):
+    for speaker, content in (("role", "content"), ("from", "value"), ("role", "parts")):
+        assert is_turn({speaker: name, content: "x"})
+        assert is_turn({speaker: name.upper(), content: "x"})
+        assert not is_turn({speaker: f"{name}s of mine", content: "x"})
+    assert not is_turn({"role": name, "content": None})
