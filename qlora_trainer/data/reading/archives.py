@@ -6,7 +6,9 @@ inside, and such as unpack to more than their size can mean. Left out: which ent
 """
 
 import contextlib
+import errno
 import io
+import lzma
 import shlex
 import shutil
 import stat
@@ -28,6 +30,8 @@ _LARGEST_RATIO = 200  # of unpacked to packed bytes; text is seldom beyond 20
 _SMALL_BYTES = 1 << 30  # what unpacks to less is taken at any ratio
 _BLOCK_BYTES = 1 << 20
 _LEADS_OUT = "leads out of it"
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, UnicodeDecodeError)
+_NOT_OF_THE_DISK = (None, errno.EINVAL)  # broken bzip2 data; a place before the file's beginning
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -52,7 +56,7 @@ def member_names(path: Path) -> list[str]:
     Raises:
         DataError: it cannot be read, or may not be, see above.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
     unpacked = 0
     for member in _members(path):
         unpacked += member.size
@@ -64,8 +68,8 @@ def member_names(path: Path) -> list[str]:
         fault = member.fault or (f"{member.name} is in it twice" if member.name in names else "")
         if fault:
             raise DataError(f"{path} cannot be read as it is: {fault}. {_way_out(path, fault)}")
-        names.append(member.name)
-    return names
+        names[member.name] = None
+    return list(names)
 
 
 def unpacked_members(path: Path, names: set[str]) -> Iterator[tuple[str, Path]]:
@@ -85,17 +89,15 @@ def unpacked_members(path: Path, names: set[str]) -> Iterator[tuple[str, Path]]:
     for member in _members(path):
         if member.name not in names:
             continue
-        with tempfile.NamedTemporaryFile(prefix="qlora-rows-") as copy, member.open() as stream:
+        with tempfile.NamedTemporaryFile(prefix="qlora-rows-") as copy:
             if shutil.disk_usage(tempfile.gettempdir()).free < member.size:
                 raise DiskError(
                     f"{path}: {member.name} needs {gibibytes(member.size)} in {tempfile.gettempdir()}, more than is "
                     "free there, while it is read. Set TMPDIR to another folder, or unpack the archive."
                 )
-            try:
+            with _reading(path, member.name), member.open() as stream:
                 shutil.copyfileobj(stream, copy, _BLOCK_BYTES)
                 copy.flush()
-            except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise _broken(path, error, member.name) from error
             yield member.name, Path(copy.name)
 
 
@@ -108,22 +110,31 @@ def _way_out(path: Path, fault: str) -> str:
     return f"Unpack it: {unpack}\nThen: {override('data.train', str(folder))}"
 
 
-def _broken(path: Path, error: Exception, name: str = "") -> DataError:
-    inside = f", {name}" if name else ""
-    return DataError(f"{path}{inside}: the archive is broken or cut off ({first_line(error)}). Fetch or pack it again.")
+@contextlib.contextmanager
+def _reading(path: Path, name: str = "") -> Iterator[None]:
+    """Turn what the standard library raises while an archive, or a file of it, is read into our error."""
+    where = f"{path}, {name}" if name else str(path)
+    try:
+        yield
+    except NotImplementedError as error:
+        fault = f"it is packed in a way that is not supported here ({first_line(error)})"
+        raise DataError(f"{where}: {fault}. {_way_out(path, fault)}") from error
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NOT_OF_THE_DISK:
+            raise
+        raise DataError(
+            f"{where}: the archive is broken or cut off ({first_line(error)}). Fetch or pack it again."
+        ) from error
 
 
 def _members(path: Path) -> Iterator[Member]:
-    check_is_fetched(DataFile(path))
     reader = _zip_members if path.suffix.lower() == ".zip" else _tar_members
-    with contextlib.closing(reader(path)) as members:
-        try:
-            yield from members
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise _broken(path, error) from error
+    with contextlib.closing(reader(path)) as members, _reading(path):
+        yield from members
 
 
 def _zip_members(path: Path) -> Generator[Member, None, None]:
+    check_is_fetched(DataFile(path))
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.is_dir():

@@ -115,6 +115,32 @@ def test_a_broken_zip_is_refused(tmp_path):
         rows(tmp_path / "flipped.zip")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_with_any_wrong_byte_is_read_or_refused_with_what_to_do(tmp_path, method):
+    """In whatever part of it: a member's header, its name, its data, the directory at the end."""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        archive.writestr("\xe4.jsonl", LINES * 4)
+    whole = (tmp_path / "x.zip").read_bytes()
+    messages = []
+    for position in range(len(whole)):
+        (tmp_path / "y.zip").write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            assert [row for _, row in rows(tmp_path / "y.zip")] == [A, B] * 4
+        except DataError as error:
+            messages.append(str(error))
+    assert len(messages) > len(whole) // 3
+    assert [said for said in messages if "y.zip" not in said or "Look at the disk" in said] == []
+
+
+def test_a_zip_of_an_unknown_compression_says_how_it_is_read(tmp_path):
+    path = zipped(tmp_path / "x.zip", {"a.jsonl": LINES})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 10] = 9  # Deflate64, as Windows packs large files
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x.zip, a.jsonl: .*not supported.* Unpack it: unzip"):
+        rows(path)
+
+
 @pytest.mark.parametrize(
     "name", ["/etc/rows.jsonl", "../rows.jsonl", "a/../../rows.jsonl", "C:\\rows.jsonl", "..\\x.md"]
 )
