@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.common.errors import DataError, NotInstalledError, first_line
-from qlora_trainer.common.units import counted
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed
-from qlora_trainer.data.reading.tables import ColumnNames
+from qlora_trainer.data.reading.tables import FieldRow, rows_by_name
 from qlora_trainer.data.reading.unpacking import check_is_fetched
 from qlora_trainer.data.reading.values import listed, without_nulls
 
@@ -122,7 +121,8 @@ def read_excel(file: DataFile) -> Iterator[Placed]:
         Each row with its place; the error of a formula whose result the workbook does not hold.
 
     Raises:
-        DataError: it cannot be read, has or has several sheets of which none is named.
+        DataError: it cannot be read, has no rows, has several sheets of which none is named, or the names of its
+            columns are wrong.
         NotInstalledError: openpyxl is missing.
     """
     try:
@@ -144,7 +144,7 @@ def read_excel(file: DataFile) -> Iterator[Placed]:
             for book in (results, formulas):
                 book[name].reset_dimensions()  # which some programs write wrongly
             pairs = zip(results[name].iter_rows(), formulas[name].iter_rows(), strict=True)
-            yield from _sheet_rows(file, pairs)
+            yield from rows_by_name(file, _sheet_rows(file, pairs), "A column with values needs a name.")
         except DataError:
             raise
         except Exception as error:  # whatever openpyxl, zipfile or an XML parser raise for a broken workbook
@@ -165,8 +165,9 @@ def _sheet(file: DataFile, book: Any) -> str:
     return names[0]
 
 
-def _sheet_rows(file: DataFile, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Placed]:
-    names = ColumnNames(file.header) if file.header else None
+def _sheet_rows(file: DataFile, pairs: Iterator[tuple[Any, Any]]) -> Iterator[FieldRow]:
+    """Read the values of each row that has any, to its last one, or to the last column that is named."""
+    width = len(file.header)
     for number, (results, formulas) in enumerate(pairs, start=1):
         values, place = [cell.value for cell in results], f"row {number}"
         uncomputed = [
@@ -174,22 +175,13 @@ def _sheet_rows(file: DataFile, pairs: Iterator[tuple[Any, Any]]) -> Iterator[Pl
             for formula, value in zip(formulas, values, strict=True)
             if value is None and isinstance(formula.value, str) and formula.value.startswith("=")
         ]
+        while values and values[-1] is None:
+            values.pop()
         if uncomputed:
-            yield place, _no_result(file, place, uncomputed[0])
-        elif all(value is None for value in values):
-            continue
-        elif names is None:
-            names = ColumnNames(["" if value is None else str(value) for value in values])
-        elif (row := names.row([*values, *[None] * (len(names.given) - len(values))])) is not None:
-            yield place, row
-        else:
-            yield (
-                place,
-                DataError(
-                    f"{file.title}, {place}: more values than the "
-                    f"{counted(len(names.given), 'column with a name', 'columns with names')}."
-                ),
-            )
+            yield place, [], _no_result(file, place, uncomputed[0])
+        elif values:
+            width = width or len(values)
+            yield place, [*values, *[None] * (width - len(values))], None
 
 
 def _no_result(file: DataFile, place: str, cell: str) -> DataError:

@@ -1,4 +1,4 @@
-"""Read rows of CSV and TSV files.
+"""Read rows of CSV and TSV files, and name the fields of any table.
 
 CSV follows RFC 4180: a field with the delimiter, a quote or a newline inside has quotes around it. The delimiter is the
 one by which the line of names has most fields, or the one that Excel's line `sep=;` names. Many TSV files have
@@ -12,7 +12,7 @@ import csv
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
@@ -20,6 +20,9 @@ from qlora_trainer.common.units import counted
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed
+from qlora_trainer.data.reading.values import listed
+
+FieldRow = tuple[str, Sequence[Any], DataError | None]  # where in the file, the fields, and what is wrong with them
 
 _DELIMITERS = ",;\t|"
 _SEPARATOR_LINE = re.compile(r'"?sep=(?P<mark>.)"?\r?', re.IGNORECASE)
@@ -44,15 +47,32 @@ def read_table(file: DataFile, delimiter: str) -> Iterator[Placed]:
     Raises:
         DataError: the line of names is wrong, quotes swallow rows, or `streams.lines` fails.
     """
-    if len(set(file.header)) < len(file.header):
-        raise DataError(f"data.header names a column twice: {', '.join(file.header)}. Give each a name of its own.")
-    names = ColumnNames(file.header) if file.header else None
     skipped = 0
     if delimiter == ",":
         delimiter, skipped = _delimiter_of(file)
-    first = True
-    for place, fields, error in _field_rows(file, delimiter, len(file.header), skipped):
-        where = f"{file.title}, {place}"
+    rows = _field_rows(file, delimiter, len(file.header), skipped)
+    yield from rows_by_name(file, rows, f"A field with {delimiter!r} or a newline inside needs quotes around it.")
+
+
+def rows_by_name(file: DataFile, found: Iterable[FieldRow], advice: str) -> Iterator[Placed]:
+    """Give fields the names of their columns: those of data.header, or of the first row.
+
+    Args:
+        file: that holds the rows; gets notes on its names.
+        found: rows that are not empty.
+        advice: for a row of another number of fields.
+
+    Yields:
+        Each row, or the error of one that has another number of fields or an error already.
+
+    Raises:
+        DataError: a name is given twice, or the row of names has an error.
+    """
+    if len(set(file.header)) < len(file.header):
+        raise DataError(f"data.header names a column twice: {', '.join(file.header)}. Give each a name of its own.")
+    names = ColumnNames(file.header) if file.header else None
+    is_first = True
+    for place, fields, error in found:
         if names is None:
             if error:
                 raise error
@@ -60,27 +80,21 @@ def read_table(file: DataFile, delimiter: str) -> Iterator[Placed]:
             if names.repeated:
                 file.note(f"a column name is there more than once: read as {', '.join(names.repeated)}")
             continue
-        if first and not error and file.header and _are_names(fields, file.header):
+        if is_first and not error and file.header and _are_names(ColumnNames(fields).given, file.header):
             file.note(
-                f"data.header is set, and the first row looks like a line of names ({', '.join(fields)[:80]}), but is "
+                f"data.header is set, and the first row looks like a line of names ({listed(fields)[:80]}), but is "
                 "read as a row; if it names the columns, leave data.header out"
             )
-        first = False
+        is_first = False
         if error:
             yield place, error
         elif (row := names.row(fields)) is not None:
             yield place, row
         else:
-            origin = "data.header" if file.header else "the first line"
-            columns = f"{counted(len(names.given), 'column')} ({', '.join(names.given[:8])})"
-            yield (
-                place,
-                DataError(
-                    f"{where}: {counted(len(fields), 'field')} where {origin} names {columns}. A field with "
-                    f"{delimiter!r} or a "
-                    "newline inside needs quotes around it."
-                ),
-            )
+            origin = "data.header" if file.header else "the first row"
+            columns = f"{counted(len(names.given), 'column')} ({listed(names.given[:8])})"
+            wrong = f"{counted(len(fields), 'field')} where {origin} names {columns}. {advice}"
+            yield place, DataError(f"{file.title}, {place}: {wrong}")
 
 
 class ColumnNames:
@@ -90,11 +104,11 @@ class ColumnNames:
     are there more than once are numbered, so that none is taken for the column that is meant.
 
     Args:
-        fields: of the line of names, or those that the config gives.
+        fields: of the row of names, or those that the config gives.
     """
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self.given = [field.strip() for field in fields]
+    def __init__(self, fields: Sequence[Any]) -> None:
+        self.given = ["" if field is None else str(field).strip() for field in fields]
         counts = Counter(name for name in self.given if name)
         numbers: Counter[str] = Counter()
         self._names: list[str] = []
@@ -132,7 +146,7 @@ class ColumnNames:
 
 def _are_names(fields: Sequence[str], header: Sequence[str]) -> bool:
     """Find whether a row looks like a line of names."""
-    words = [field.strip().lower() for field in fields if field.strip()]
+    words = [field.lower() for field in fields if field]
     given = {name.lower() for name in header}
     return bool(words) and all(word in given or _USUAL_NAME.fullmatch(word) for word in words)
 
@@ -162,9 +176,7 @@ def _fit(lines: Sequence[str], mark: str, wanted: int) -> tuple[float, int]:
     return counts.count(expected) / len(counts), expected
 
 
-def _field_rows(
-    file: DataFile, delimiter: str, columns: int, skipped: int
-) -> Iterator[tuple[str, list[str], DataError | None]]:
+def _field_rows(file: DataFile, delimiter: str, columns: int, skipped: int) -> Iterator[FieldRow]:
     """Read the fields of each row with the line where it begins, and what is wrong with it; skip blank lines."""
     csv.field_size_limit(streams.MAX_LINE_BYTES)
     lines = _Lines(file, delimiter, skipped)

@@ -1,5 +1,6 @@
 """Rows of columnar files and workbooks are read as they were written, a batch at a time."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
@@ -119,11 +120,24 @@ def test_a_workbook_is_read_by_its_line_of_names(tmp_path):
     rows: list[list[Any]] = [["question", "answer", None], ["a", "b"], [None], ["c", 5], ["d", "e", "f"], ["g"]]
     found = list(read_excel(workbook(tmp_path / "x.xlsx", One=rows, Empty=[])))
     assert found[:2] == [("row 2", {"question": "a", "answer": "b"}), ("row 4", {"question": "c", "answer": 5})]
-    assert "x.xlsx, row 5: more values than the 2 columns with names" in str(found[2][1])
+    assert "x.xlsx, row 5: 3 fields where the first row names 2 columns (question, answer)" in str(found[2][1])
     assert found[3] == ("row 6", {"question": "g", "answer": None})
     named = DataFile(tmp_path / "y.xlsx", header=["id", "text"])
     workbook(named.path, One=[[1, "a"]])
     assert list(read_excel(named)) == [("row 1", {"id": 1, "text": "a"})]
+
+
+def test_the_names_of_a_sheet_s_columns_are_checked_as_those_of_a_csv_file(tmp_path):
+    file = workbook(tmp_path / "x.xlsx", One=[["text", "label", "text"], ["a", "b", "c"]])
+    assert list(read_excel(file)) == [("row 2", {"text_1": "a", "label": "b", "text_2": "c"})]
+    assert file.notes == ["x.xlsx: a column name is there more than once: read as text_1, text_2"]
+    named = dataclasses.replace(file, header=["text", "label", "other"], notes=[])
+    assert len(list(read_excel(named))) == 2
+    assert "the first row looks like a line of names (text, label, text)" in "".join(named.notes)
+    with pytest.raises(DataError, match=r"data.header names a column twice: text, text"):
+        list(read_excel(dataclasses.replace(file, header=["text", "text"])))
+    with pytest.raises(DataError, match="holds no result of the formula in A1"):
+        list(read_excel(workbook(tmp_path / "y.xlsx", One=[["=1+1", "b"], ["question", "answer"], ["c", "d"]])))
 
 
 def test_a_sheet_of_several_is_named_as_the_message_says(tmp_path):

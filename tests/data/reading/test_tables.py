@@ -82,7 +82,7 @@ def test_a_bad_row_is_an_error_in_its_place_and_the_next_row_follows(tmp_path):
     assert [place for place, _ in found] == ["line 2", "line 3", "line 4", "line 5", "line 6", "line 8"]
     assert (found[0][1], found[5][1]) == ({"a": "1", "b": "2"}, {"a": "7", "b": "8"})
     errors = [str(row) for _, row in found[1:5]]
-    assert "x.csv, line 3: 3 fields where the first line names 2 columns (a, b)" in errors[0]
+    assert "x.csv, line 3: 3 fields where the first row names 2 columns (a, b)" in errors[0]
     assert "x.csv, line 4: ',' expected after '\"'. Is a quote missing?" in errors[1]
     assert "x.csv, line 5: byte 24 (0xe9) is not UTF-8" in errors[2]
     assert "x.csv, line 7: byte 29 (0xff) is not UTF-8" in errors[3]
