@@ -6,9 +6,7 @@ so that the copy in the run directory is valid from any current directory. Left 
 
 import difflib
 import glob
-import json
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from pydantic import ValidationError
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import Source, SourceFile
+from qlora_trainer.config.override import override
 from qlora_trainer.config.renamed import old_key, renamed_value
 from qlora_trainer.config.schema import RunConfig
 
@@ -44,14 +43,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)
-        texts = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+            file.seek(0)
+            texts = yaml.load(file, yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
-    for override in overrides:
-        _apply_override(raw, override, _UniqueKeyLoader)
-        _apply_override(texts, override, yaml.BaseLoader)
+    for setting in overrides:
+        _apply_override(raw, setting, _UniqueKeyLoader)
+        _apply_override(texts, setting, yaml.BaseLoader)
     return make_config(raw, origin=str(path), texts=texts)
 
 
@@ -134,11 +134,11 @@ for _tag in ("int", "float"):
     _UniqueKeyLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _UniqueKeyLoader.construct_decimal)
 
 
-def _apply_override(raw: dict[str, Any], override: str, loader: type[yaml.SafeLoader | yaml.BaseLoader]) -> None:
+def _apply_override(raw: dict[str, Any], setting: str, loader: type[yaml.SafeLoader | yaml.BaseLoader]) -> None:
     """Set the value of one `section.key=value` in a nested mapping."""
-    key, separator, text = override.partition("=")
+    key, separator, text = setting.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{override!r} is not of the form section.key=value, such as adapter.rank=8.")
+        raise ConfigError(f"{setting!r} is not of the form section.key=value, such as adapter.rank=8.")
     *parents, leaf = key.split(".")
     node = raw
     for parent in parents:
@@ -146,14 +146,14 @@ def _apply_override(raw: dict[str, Any], override: str, loader: type[yaml.SafeLo
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise ConfigError(f"{override!r}: {parent} is a value in the config, not a section.")
+            raise ConfigError(f"{setting!r}: {parent} is a value in the config, not a section.")
     try:
         node[leaf] = yaml.load(text, loader)
     except yaml.YAMLError as error:
         if text.startswith("*"):  # to YAML an alias, which one value alone cannot have: a pattern of files
             node[leaf] = text
             return
-        raise ConfigError(f"{override!r}: the value cannot be read: {error}") from error
+        raise ConfigError(f"{setting!r}: the value cannot be read: {error}") from error
 
 
 def _describe(problems: Sequence[Mapping[str, Any]], raw: Mapping[str, Any], texts: Mapping[str, Any]) -> list[str]:
@@ -197,16 +197,16 @@ def _quoting(
 
     def quoted(value: Any, text: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(value, Mapping):
-            by_key = text.values() if isinstance(text, Mapping) and len(text) == len(value) else value.values()
-            return {k: quoted(v, t, (*place, k)) for (k, v), t in zip(value.items(), by_key, strict=True)}
+            by_key = text.items() if isinstance(text, Mapping) and len(text) == len(value) else value.items()
+            pairs = zip(value.items(), by_key, strict=True)
+            return {str(written): quoted(v, t, (*place, k)) for (k, v), (written, t) in pairs}
         if isinstance(value, list):
             in_order = text if isinstance(text, list) and len(text) == len(value) else value
             return [quoted(v, t, (*place, i)) for i, (v, t) in enumerate(zip(value, in_order, strict=True))]
         return str(text) if place in places else value
 
     value = quoted(raw[section][key], texts.get(section, {}).get(key), (section, key))
-    override = f"{section}.{key}={json.dumps(value, ensure_ascii=False, default=str)}"
-    return f"; if it is text, put it in quotes: {shlex.quote(override)}"
+    return f"; if it is text, put it in quotes: {override(f'{section}.{key}', value)}"
 
 
 def _place(problem: Mapping[str, Any]) -> str:

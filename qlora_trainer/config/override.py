@@ -5,6 +5,7 @@ Whatever a column is called, the shell and YAML read back the same name. Left ou
 
 import json
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def _flow(value: Any) -> str:
     return _scalar(value) if isinstance(value, str) else json.dumps(value)
 
 
+@lru_cache(maxsize=1024)  # half a millisecond each, and the messages of bad rows ask for the same words again
 def _scalar(text: str) -> str:
     """Write text plainly where YAML reads it as that text, in quotes otherwise."""
     escaped = "".join(char if char.isalnum() and char.isascii() else f"\\U{ord(char):08x}" for char in text)

@@ -216,7 +216,9 @@ def test_numbers_of_one_meaning_are_taken_as_they_are_written(tmp_path: Path) ->
         ("model.revision=12e45", None, "12e45"),
         ("model.revision=1.50", 'model.revision="1.50"', "1.50"),
         ("data.columns={prompt: 0, completion: Antwort}", None, {"prompt": "0", "completion": "Antwort"}),
-        ("data.header=[id, no, yes]", 'data.header=["id", "no", "yes"]', ["id", "no", "yes"]),
+        ("data.header=[id, no, yes]", 'data.header=[id, "no", "yes"]', ["id", "no", "yes"]),
+        ("data.columns={prompt: yes, completion: 2026-01-02}", None, {"prompt": "yes", "completion": "2026-01-02"}),
+        ("data.roles={7: user, 0x1f: assistant, on: tool}", None, {"7": "user", "0x1f": "assistant", "on": "tool"}),
         ("data.columns={prompt: it's, completion: 3}", None, {"prompt": "it's", "completion": "3"}),
         ("adapter.target_modules=[q_proj, on]", None, ["q_proj", "on"]),
     ],
@@ -244,4 +246,4 @@ def test_text_in_a_file_is_quoted_as_it_was_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert "'model.revision=\"0x1f\"'" in str(caught.value)
-    assert '\'data.header=["a", "on"]\'' in str(caught.value)
+    assert '\'data.header=[a, "on"]\'' in str(caught.value)
