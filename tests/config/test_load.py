@@ -246,4 +246,4 @@ def test_text_in_a_file_is_quoted_as_it_was_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert "'model.revision=\"0x1f\"'" in str(caught.value)
-    assert '\'data.header=[a, "on"]\'' in str(caught.value)
+    assert "'data.header=[a, \"on\"]'" in str(caught.value)

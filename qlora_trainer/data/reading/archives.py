@@ -17,10 +17,12 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Generator, Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NamedTuple, cast
 
 from qlora_trainer.common.errors import DataError, DiskError, first_line
+from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.common.units import gibibytes
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.data_file import DataFile, is_archive, kind_of
@@ -44,8 +46,8 @@ class Member(NamedTuple):
     open: Any  # () -> a stream of its bytes; valid until the next member
 
 
-def member_names(path: Path) -> list[str]:
-    """List the files of an archive, in its order.
+def member_names(path: Path) -> tuple[str, ...]:
+    """List the files of an archive, in its order; once, as long as it does not change: a tar is read for it as a whole.
 
     Args:
         path: the archive.
@@ -56,11 +58,16 @@ def member_names(path: Path) -> list[str]:
     Raises:
         DataError: it cannot be read, or may not be, see above.
     """
+    return _names(path, FileIdentity.of(path))
+
+
+@lru_cache(maxsize=64)
+def _names(path: Path, identity: FileIdentity) -> tuple[str, ...]:
     names: dict[str, None] = {}
     unpacked = 0
     for member in _members(path):
         unpacked += member.size
-        if unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * path.stat().st_size):
+        if unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * identity.size):
             raise DataError(
                 f"{path} unpacks to {gibibytes(unpacked)} or more, over {_LARGEST_RATIO} times its size, as only an "
                 "archive that is made to fill a disk does. If it is sound, unpack it and name the folder."
@@ -69,7 +76,7 @@ def member_names(path: Path) -> list[str]:
         if fault:
             raise DataError(f"{path} cannot be read as it is: {fault}. {_way_out(path, fault)}")
         names[member.name] = None
-    return list(names)
+    return tuple(names)
 
 
 def unpacked_members(path: Path, names: set[str]) -> Iterator[tuple[str, Path]]:

@@ -6,6 +6,7 @@ with a file as a whole is raised. Left out: which files are meant (locations.py)
 of file (json_rows.py, tables.py, columnar.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -14,10 +15,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qlora_trainer.common.errors import DataError, QLoRATrainerError, first_line
 from qlora_trainer.common.file_identity import file_sha256
+from qlora_trainer.common.units import counted
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.archives import unpacked_members
 from qlora_trainer.data.reading.columnar import read_arrow, read_excel, read_parquet
@@ -102,19 +104,14 @@ def open_source(
             that cannot be had.
     """
     how = DataFile(Path(), "", "", encoding, tuple(header), rows, is_document, subset)
-    try:
-        refuse_url(path)
-        local = Path(path).expanduser()
-        content = content or (lambda path: Content(file_sha256(path)))
-        if local.is_dir() and is_saved(local):
-            _check_is_one_piece(path, "train", subset)
-            return _saved_source(local, split, content)
-        if local.exists() or is_pattern(path) or _could_be_file(path, local):
-            return _file_source(path, split, how, content)
-    except QLoRATrainerError:
-        raise
-    except (OSError, RuntimeError) as error:  # the latter of ~nobody, which is no user here
-        raise _not_opened(path, error) from error
+    content = content or (lambda path: Content(file_sha256(path)))
+    with _opening(path):
+        match _place(path):
+            case "saved":
+                _check_is_one_piece(path, "train", subset)
+                return _saved_source(Path(path).expanduser(), split, content)
+            case "files":
+                return _file_source(path, split, how, content)
     found = load_hub(path, split, subset)
     return _of_datasets(f"{path} ({split})", found, found._fingerprint)
 
@@ -129,21 +126,30 @@ def check_path(path: str) -> None:
         FileMissingError: no such file; the message has near misses.
         DataError: a URL, or files that cannot be used.
     """
-    try:
-        refuse_url(path)
-        local = Path(path).expanduser()
-        if not (local.is_dir() and is_saved(local)) and (
-            local.exists() or is_pattern(path) or _could_be_file(path, local)
-        ):
+    with _opening(path):
+        if _place(path) == "files":
             find_files(path)
+
+
+@contextlib.contextmanager
+def _opening(path: str) -> Iterator[None]:
+    """Turn an error of the system, or of a ~nobody who is no user here, into one that names the path."""
+    try:
+        yield
     except QLoRATrainerError:
         raise
     except (OSError, RuntimeError) as error:
-        raise _not_opened(path, error) from error
+        said = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"{path} cannot be opened: {said}.") from error
 
 
-def _not_opened(path: str, error: OSError | RuntimeError) -> DataError:
-    return DataError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or first_line(error)}.")
+def _place(path: str) -> Literal["saved", "files", "hub"]:
+    """Decide what a path means: what save_to_disk wrote, files of rows, or a data set on the hub."""
+    refuse_url(path)
+    local = Path(path).expanduser()
+    if local.is_dir() and is_saved(local):
+        return "saved"
+    return "files" if local.exists() or is_pattern(path) or _could_be_file(path, local) else "hub"
 
 
 def _could_be_file(path: str, local: Path) -> bool:
@@ -154,7 +160,7 @@ def _file_source(path: str, split: str, how: DataFile, content: Callable[[Path],
     found = find_files(path)
     _check_is_one_piece(path, split, how.sheet if found.kind != "excel" else None)
     name = Path(path).expanduser().absolute().name
-    contents = {file.path: content(file.path) for file in found.files}
+    contents = {path: content(path) for path in dict.fromkeys(file.path for file in found.files)}
     digest = contents[found.files[0].path].sha256
     if [file.name for file in found.files] != [name]:
         digest = json.dumps([[file.name, contents[file.path].sha256] for file in found.files])
@@ -178,11 +184,11 @@ def _summary(name: str, found: Found) -> str:
     if [file.name for file in found.files] == [name]:
         return ""
     named = [file.name for file in found.files]
-    count = f"{len(named)} file{'s' * (len(named) != 1)}"
     listed = ", ".join(named if len(named) <= _MOST_NAMED else [named[0], "…", named[-1]])
     passed = ", ".join(found.passed_over[:_MOST_NAMED]) + ", …" * (len(found.passed_over) > _MOST_NAMED)
-    return f"{name}: {count} {'is' if len(named) == 1 else 'are'} read: {listed}" + f"; passed over: {passed}" * bool(
-        passed
+    return (
+        f"{name}: {counted(len(named), 'file')} {'is' if len(named) == 1 else 'are'} read: {listed}"
+        + f"; passed over: {passed}" * bool(passed)
     )
 
 

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pyarrow
 import pytest
@@ -14,7 +15,7 @@ from following import run_command_in, settings_in
 
 from qlora_trainer.common.errors import DataError, DiskError
 from qlora_trainer.data.reading import archives
-from qlora_trainer.data.reading.files import open_source
+from qlora_trainer.data.reading.files import Content, check_path, open_source
 
 A, B = {"text": "a"}, {"text": "b"}
 LINES = b'{"text": "a"}\n{"text": "b"}\n'
@@ -197,3 +198,13 @@ def test_what_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch
 def test_the_digest_follows_what_is_in_an_archive(tmp_path):
     first = open_source(str(zipped(tmp_path / "x.zip", {"a.jsonl": LINES}))).digest
     assert open_source(str(zipped(tmp_path / "x.zip", {"a.jsonl": LINES + LINES}))).digest != first
+
+
+def test_an_archive_is_listed_once_and_hashed_once_however_many_files_it_has(tmp_path, monkeypatch):
+    path = zipped(tmp_path / "x.zip", {f"{n}.jsonl": LINES for n in range(3)})
+    monkeypatch.setattr(archives, "_members", listing := Mock(wraps=archives._members))
+    check_path(str(path))
+    open_source(str(path), content=(hashing := Mock(return_value=Content("0"))))
+    assert (listing.call_count, hashing.call_count) == (1, 1)
+    zipped(path, {"other.jsonl": LINES})
+    assert [place for place, _ in rows(path)] == ["x.zip/other.jsonl, line 1", "x.zip/other.jsonl, line 2"]

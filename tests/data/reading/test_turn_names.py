@@ -5,6 +5,7 @@ import json
 import pytest
 from data_files import write_file
 
+from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.reading.turn_names import ROLE_NAMES, is_turn
@@ -25,6 +26,7 @@ def test_turns_are_found_by_every_name_that_they_are_read_by(tmp_path, turns):
     for content, name in ((json.dumps(turns) + "\n", "x.jsonl"), (json.dumps(turns, indent=1), "x.json")):
         found = [row for _, row in open_source(str(write_file(tmp_path, name, content))).records()]
         assert found == [{"messages": turns}]
+    assert not isinstance(found[0], DataError)
     row = RecordReader("auto", {}, {}).read(found[0], "x.json, row 1")
     assert isinstance(row, Conversation)
     assert [message.role for message in row.messages] == ["user", "assistant"]
