@@ -75,15 +75,30 @@ def _compile(command: list[str], source: Path, library: Path) -> None:
 
 
 def _threads() -> list[str]:
-    """Return the flags that make the code share torch's threads; none, and one thread, without torch's OpenMP."""
+    """Return the flags that make the code share torch's threads; none, and one thread, where torch's are not found."""
+    runtime = _openmp_of_torch()
+    # The compiler's own -lgomp would bring another runtime, so the name that -fopenmp adds is left unused.
+    return [] if runtime is None else ["-fopenmp", runtime, "-Wl,--as-needed"]
+
+
+def _openmp_of_torch() -> str | None:
+    """Find the file of the OpenMP runtime that torch is linked to; other packages may have loaded one of their own."""
     maps = Path("/proc/self/maps")
     loaded = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.is_file() else []
-    paths = {line.split(maxsplit=5)[-1] for line in loaded if "omp" in line and ".so" in line}
-    runtimes = [path for path in sorted(paths) if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))]
-    if len(runtimes) != 1:
-        return []
-    # The compiler's own -lgomp would bring a second runtime, so the name that -fopenmp adds is left unused.
-    return ["-fopenmp", runtimes[0], "-Wl,--as-needed"]
+    files = [line.split(maxsplit=5) for line in loaded if ".so" in line]
+    torch_library = next((path for *_, path in files if Path(path).name == "libtorch_cpu.so"), None)
+    if torch_library is None:
+        return None
+    try:
+        function = ctypes.CDLL(torch_library).omp_get_max_threads
+    except (OSError, AttributeError):
+        return None  # torch has no OpenMP
+    address = ctypes.cast(function, ctypes.c_void_p).value or 0
+    for bounds, *_, path in files:
+        start, end = (int(bound, 16) for bound in bounds.split("-"))
+        if start <= address < end:
+            return path
+    return None
 
 
 def _processor() -> bytes:

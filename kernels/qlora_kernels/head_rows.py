@@ -21,10 +21,10 @@ from qlora_kernels.products import linear
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the head made at once: 32 MiB in 16 bits."""
 
-_READ_PAST = 64  # columns
-
 FEWEST_BLOCKS = 16
 """Into which a vocabulary is cut where it is not taken whole."""
+
+_READ_PAST = 64  # columns
 
 
 @runtime_checkable

@@ -33,18 +33,16 @@ from qlora_trainer.model.empty import compute_in, empty_model, recompute_buffers
 from qlora_trainer.model.fill import lay_out, load_tensors
 from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.known_bases import KnownBases
-from qlora_trainer.model.load_plan import UNTIED, LoadPlan, plan_load, widest_dtype
+from qlora_trainer.model.load_plan import LoadPlan, plan_load, widest_dtype
 from qlora_trainer.model.modules.cpu_embedding import (
     keep_embeddings_on_cpu,
     refuse_tied_embedding,
     tensors_on_cpu,
 )
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, check_quantized_fraction
-from qlora_trainer.model.names import match_names
 from qlora_trainer.model.pretrained import load_converted, load_pretrained
 from qlora_trainer.weights.bitsandbytes_format import check_dequantization
 from qlora_trainer.weights.model_directory import ModelDirectory
-from qlora_trainer.weights.reading import same_values
 
 
 @dataclasses.dataclass
@@ -183,19 +181,12 @@ def config_corrections(directory: ModelDirectory) -> dict[str, Any]:
         The keys, with the values to write; empty where there are none.
     """
     config = directory.config()
-    text = config.get_text_config()
-    tall = [info for info in directory.tensors.values() if info.shape[:1] == (getattr(text, "vocab_size", None),)]
-    if not getattr(text, "tie_word_embeddings", False) or len(tall) < 2:
+    ties = [getattr(each, "tie_word_embeddings", False) for each in (config, config.get_text_config())]
+    vocabulary = directory.facts.vocabulary
+    tall = [info for info in directory.tensors.values() if info.shape[:1] == (vocabulary,)]
+    if not any(ties) or len(tall) < 2:  # known without a model
         return {}
-    vars(config).pop("quantization_config", None)
-    model = empty_model(directory, config, stored=directory.tensors)
-    found = match_names(model, directory).found
-    stored: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in found:
-            stored.setdefault(id(parameter), set()).add(found[name])
-    tensors = [[directory.tensors[name] for name in names] for names in stored.values() if len(names) > 1]
-    return dict(UNTIED) if any(not same_values(first, other) for first, *rest in tensors for other in rest) else {}
+    return plan_base(directory)[0].config_corrections
 
 
 def check_mergeable(plan: LoadPlan, paths: Iterable[str]) -> None:

@@ -30,7 +30,6 @@ from qlora_trainer.weights.reading import read_ahead, same_values
 from qlora_trainer.weights.tensors import TensorInfo
 
 RECORD_NAME = "qlora_quantize.json"  # in the directory of a 4-bit copy that this trainer made
-UNTIED = {"tie_word_embeddings": False}
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,7 +97,7 @@ class LoadPlan:
     @property
     def config_corrections(self) -> dict[str, Any]:
         """Return the keys of config.json that the weights contradict, with the values to write in a copy."""
-        return dict(UNTIED) if self.untied else {}
+        return {"tie_word_embeddings": False} if self.untied else {}
 
     @property
     def used(self) -> list[str]:

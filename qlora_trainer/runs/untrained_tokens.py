@@ -34,7 +34,7 @@ def untrained_token_warnings(base: Base, tokenizer: Any, rows: ExampleSet) -> li
         At most one warning.
     """
     names = {token: added.content for token, added in tokenizer.added_tokens_decoder.items()}
-    used, trained = rows.tokens_used(names)
+    used, trained = rows.control_tokens
     model = base.model
     found: dict[int, list[str]] = {}
     for module, wanted, what in (

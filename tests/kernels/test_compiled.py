@@ -63,7 +63,10 @@ def test_another_processor_gets_its_own_library(
 
 
 COUNT_THREADS = """
-import pathlib, sys, torch
+import pathlib, sys
+if sys.argv[2]:
+    __import__(sys.argv[2])
+import torch
 from qlora_kernels.compiled import load_library
 library = load_library(pathlib.Path(sys.argv[1]))
 for count in (1, 3):
@@ -75,8 +78,9 @@ print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" i
 
 
 @needs_compiler
-def test_what_is_compiled_takes_part_in_torchs_threads(source: Path) -> None:
-    """In a process of its own: other packages bring an OpenMP of their own, and of two none is taken."""
+@pytest.mark.parametrize(("package", "runtimes"), [("", "1"), ("sentencepiece", "2")])
+def test_what_is_compiled_takes_part_in_torchs_threads(package: str, runtimes: str, source: Path) -> None:
+    """In a process of its own, also where a package that was imported before torch brings an OpenMP of its own."""
     source.write_text(
         "#ifdef _OPENMP\n#include <omp.h>\n"
         'extern "C" int threads() { int n = 0;\n#pragma omp parallel\n#pragma omp single\n'
@@ -85,9 +89,9 @@ def test_what_is_compiled_takes_part_in_torchs_threads(source: Path) -> None:
     )
     path = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", COUNT_THREADS, str(source)]
+    command = [sys.executable, "-c", COUNT_THREADS, str(source), package]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "3", "1"]
+    assert done.stdout.split() == ["1", "3", runtimes]
 
 
 @needs_compiler

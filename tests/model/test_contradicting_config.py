@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FuyuConfig
 
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import ModelError
@@ -99,6 +99,17 @@ def test_a_class_that_ties_by_default_is_put_right_too(tiny_models: Callable[[st
     embedding = load_file(directory / "model.safetensors")[EMBEDDING]
     change(directory, {HEAD: embedding.flip(0).contiguous()}, {"tie_word_embeddings": None})
     assert config_corrections(ModelDirectory.open(directory)) == {"tie_word_embeddings": False}
+
+
+def test_a_config_in_parts_is_put_right_where_its_whole_ties_the_head(tmp_path: Path) -> None:
+    """Transformers goes by the key of the whole, whatever the part for text says."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    config = FuyuConfig(**sizes, tie_word_embeddings=True, text_config={**sizes, "tie_word_embeddings": False})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert config_corrections(ModelDirectory.open(tmp_path)) == {}
+    change(tmp_path, {HEAD: torch.ones(128, 64)}, {})
+    assert config_corrections(ModelDirectory.open(tmp_path)) == {"tie_word_embeddings": False}
 
 
 @pytest.mark.parametrize(

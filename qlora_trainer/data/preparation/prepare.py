@@ -53,7 +53,7 @@ from qlora_trainer.data.reading.files import RecordSource, open_source
 from qlora_trainer.data.rendering.encoding import Tokenizer
 from qlora_trainer.data.rendering.own_ids import OwnIds
 
-PREPARATION_VERSION = 7  # raise it whenever the same files would give other tokens or another layout
+PREPARATION_VERSION = 8  # raise it whenever the same files would give other tokens or another layout
 RENDERING_PACKAGES = ("jinja2", "tokenizers", "transformers")  # another version may give other tokens
 
 
@@ -133,7 +133,9 @@ def prepare(
     cached = True
     while (store := existing_store(directory)) is None:
         cached = False
-        with contextlib.suppress(OutputExistsError), new_store(directory) as writer:  # another process was as quick
+        control = tokenizer.added_tokens_decoder
+        # Suppressed where another process was as quick.
+        with contextlib.suppress(OutputExistsError), new_store(directory, control) as writer:
             maker.own_ids = own_ids()
             _write(writer, inputs, maker, progress)
             _check_unchanged(digests)
@@ -231,7 +233,7 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
                 "bad, so none can be skipped: "
                 f"{'; '.join(f'{count} {reason}' for reason, count in counted['skipped'].most_common(3))}."
             )
-    writer.finish({"sources": [asdict(report) for report in reports]})
+    writer.finish({"sources": [asdict(report) for report in reports], "control_tokens": writer.control_tokens()})
 
 
 def _jobs(inputs: Sequence[_Input], maker: ChunkMaker) -> Iterator[Job]:

@@ -5,7 +5,6 @@ skipped rows where there are any. Left out: writing one (store_writer.py). E exa
 """
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +87,6 @@ class ExampleStore:
             self._columns[name] = self._table[name].to_numpy()
         return self._columns[name]
 
-    def tokens_used(self, tokens: Collection[int]) -> tuple[set[int], set[int]]:
-        """Find which of some tokens the examples hold, in one pass over their ids.
-
-        Args:
-            tokens: to look for.
-
-        Returns:
-            Those that are there, and those of them that are trained.
-        """
-        size = max(tokens, default=-1) + 1
-        used, trained = np.zeros((2, size), dtype=np.bool_)
-        for block in self._table.select(["input_ids", "trained"]).to_batches():
-            ids = block["input_ids"].flatten().to_numpy()
-            flags = block["trained"].flatten().to_numpy(zero_copy_only=False)
-            known = ids < size
-            used[ids[known]] = True
-            trained[ids[known & flags]] = True
-        return {t for t in tokens if used[t]}, {t for t in tokens if trained[t]}
-
     def example(self, index: int) -> Example:
         """Return an example as lists of Python integers.
 
@@ -160,16 +140,11 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         return self._store.example(int(self._indices[index]))
 
-    def tokens_used(self, tokens: Collection[int]) -> tuple[set[int], set[int]]:
-        """Find which of some tokens the store's examples hold, those of other sets too.
-
-        Args:
-            tokens: to look for.
-
-        Returns:
-            Those that are there, and those of them that are trained.
-        """
-        return self._store.tokens_used(tokens)
+    @property
+    def control_tokens(self) -> tuple[set[int], set[int]]:
+        """Return which control tokens the store's examples hold, those of other sets too: (used, trained)."""
+        found = self._store.summary["control_tokens"]
+        return set(found["used"]), set(found["trained"])
 
     @property
     def lengths(self) -> np.ndarray:

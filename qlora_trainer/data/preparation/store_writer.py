@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,10 +69,13 @@ class StoreWriter:
 
     Args:
         directory: gets the files.
+        control: ids of control tokens; those that the examples hold are noted.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, control: Collection[int] = ()) -> None:
         self.directory = directory
+        self._control = sorted(control)
+        self._seen = np.zeros((2, max(control, default=-1) + 1), dtype=np.bool_)  # by id: used, and trained
         self._file = (directory / EXAMPLES_NAME).open("wb")
         self._examples = arrow.ipc.new_file(self._file, SCHEMA)
         self._blocks: list[arrow.RecordBatch] = []  # not written yet
@@ -85,12 +88,26 @@ class StoreWriter:
             source: index of the source that they came from.
             first_row: number of the chunk's first row among all rows read.
         """
+        ids = block["input_ids"].flatten().to_numpy()
+        flags = block["trained"].flatten().to_numpy(zero_copy_only=False)
+        known = ids < self._seen.shape[1]
+        self._seen[0, ids[known]] = True
+        self._seen[1, ids[known & flags]] = True
         numbers = block["row_number"].to_numpy() + first_row
         sources = np.full(len(block), source, dtype=np.int32)
         columns = {**dict(zip(SCHEMA.names, block.columns, strict=True)), "row_number": numbers, "source": sources}
         self._blocks.append(arrow.record_batch(columns, schema=SCHEMA))
         if sum(block.nbytes for block in self._blocks) >= _JOINED_BYTES:
             self._write_blocks()
+
+    def control_tokens(self) -> dict[str, list[int]]:
+        """Return which control tokens the examples hold so far.
+
+        Returns:
+            Those that are "used" at all, and those that are "trained" somewhere.
+        """
+        used, trained = ([token for token in self._control if seen[token]] for seen in self._seen)
+        return {"used": used, "trained": trained}
 
     def skip(self, rows: Sequence[tuple[str, str]]) -> None:
         """List rows that were skipped.
@@ -128,7 +145,7 @@ class StoreWriter:
 
 
 @contextlib.contextmanager
-def new_store(directory: Path) -> Iterator[StoreWriter]:
+def new_store(directory: Path, control: Collection[int] = ()) -> Iterator[StoreWriter]:
     """Open a writer whose files appear at `directory` when the block ends well.
 
     They take the place of a damaged store. What killed processes have left of their work on any store is removed. An
@@ -137,6 +154,7 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
 
     Args:
         directory: of the store.
+        control: ids of control tokens, for the writer.
 
     Yields:
         The writer.
@@ -146,7 +164,7 @@ def new_store(directory: Path) -> Iterator[StoreWriter]:
     """
     try:
         _clear(directory)
-        with new_directory(directory) as work, StoreWriter(work) as writer:
+        with new_directory(directory) as work, StoreWriter(work, control) as writer:
             yield writer
     except DiskError as error:
         raise DiskError(f"{error} Or set XDG_CACHE_HOME to another folder, for prepared data.") from error

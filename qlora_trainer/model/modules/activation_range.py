@@ -87,8 +87,11 @@ def watched_activations(model: nn.Module) -> Iterator[ActivationRange]:
     """
     seen = ActivationRange()
     hooks = []
+    below_adapters = {id(module.base) for module in model.modules() if hasattr(module, "lora_A")}
     for path, module in model.named_modules():
-        name = path.removesuffix(".base") or "the model"  # a layer below its adapter is named as the layer
+        if id(module) in below_adapters:
+            continue  # what it gives without its adapter is in no merged model
+        name = path or "the model"
 
         def note_input(_: nn.Module, inputs: tuple[Any, ...], place: str = f"the input of {name}") -> None:
             seen.take(place, inputs)

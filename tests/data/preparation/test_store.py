@@ -49,6 +49,14 @@ def test_examples_and_rows_come_back_as_they_were_written(tmp_path):
     ]
 
 
+def test_a_writer_knows_which_control_tokens_the_examples_hold_and_which_are_trained(tmp_path):
+    with new_store(tmp_path / "set", control={9, 2, 0}) as writer:
+        for number, example in enumerate(EXAMPLES):
+            writer.append(make_block([(number, "x", example, ROWS[0])]), source=0, first_row=1)
+        assert writer.control_tokens() == {"used": [0, 2], "trained": [2]}, "0 begins each, and carries no loss"
+        writer.finish({})
+
+
 def test_equal_examples_have_equal_hashes_and_others_do_not():
     long = Example([1, 2, 3, 4, 5], [-100, 2, -100, 4, 5])
     items = [

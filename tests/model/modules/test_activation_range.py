@@ -8,6 +8,7 @@ from tiny_models import make_model_beyond_float16
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.model.modules.activation_range import ActivationRange, watched_activations
 
 LIMIT = torch.finfo(torch.float16).max
@@ -56,6 +57,24 @@ def test_what_is_not_finite_is_beyond_every_limit_and_the_largest(value: float) 
     largest = seen.largest()
     assert largest is not None
     assert largest.place == "there"
+
+
+def test_an_adapted_layer_is_looked_at_once_and_with_its_adapter() -> None:
+    """What the layer gives without its adapter is in no merged model."""
+    base = nn.Linear(2, 2, bias=False)
+    layer = LoRALinear.from_base(
+        base, rank=1, alpha=1.0, dropout=0.0, use_rslora=False, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        base.weight.fill_(50_000.0)
+        layer.lora_A.weight.fill_(1.0)
+        layer.lora_B.weight.fill_(-49_999.0)
+    model = nn.Sequential(layer)
+    with torch.no_grad(), watched_activations(model) as seen:
+        model(torch.ones(1, 2))
+    largest = seen.largest()
+    assert largest is not None
+    assert (largest.place, largest.value) == ("the output of 0", 2.0)
 
 
 @pytest.mark.parametrize(
