@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_kernels.registry import define, from_triton
 
 Name = Literal["silu", "gelu", "gelu_tanh"]
-ACTIVATIONS: tuple[Name, ...] = get_args(Name)
+ACTIVATION_NAMES: tuple[Name, ...] = get_args(Name)
 
 Activation = Callable[[Tensor], Tensor] | Name
 """By name, or any function of each element that returns a new tensor; autograd takes its gradient."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_kernels import gated
-from qlora_kernels.gated import ACTIVATIONS, Name
+from qlora_kernels.gated import ACTIVATION_NAMES, Name
 
 BLOCK = 1024
 GATED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fewer roundings
@@ -145,4 +145,4 @@ def _grid(rows: Tensor) -> tuple[int, int]:
 
 
 def _constants(activation: Name) -> dict[str, int]:
-    return {"ACTIVATION": ACTIVATIONS.index(activation), "BLOCK": BLOCK}
+    return {"ACTIVATION": ACTIVATION_NAMES.index(activation), "BLOCK": BLOCK}

@@ -67,6 +67,9 @@ def key_at_fault(
 
     Returns:
         The key; None where no single one is at fault, or it was not found within seconds.
+
+    Raises:
+        BaseException: an interrupt, or memory that ran out, in one of the tries.
     """
     text = _alphanumeric(f"{error} {error.__cause__ or ''}")
 

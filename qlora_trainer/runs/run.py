@@ -170,6 +170,9 @@ class Run:
         Args:
             when: the answers' place in the report.
             progress: is called as answers are generated.
+
+        Raises:
+            RuntimeError: generation failed for another reason than memory.
         """
         examples = self.prepared.eval if len(self.prepared.eval) else self.prepared.train
         prompts = eval_prompts(self.renderer, examples, self.config.evaluation.samples)

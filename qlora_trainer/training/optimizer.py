@@ -26,7 +26,7 @@ from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
 from qlora_trainer.weights.nf4 import bitsandbytes
 
-PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
+_PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
 STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
 
 
@@ -231,14 +231,14 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Opt
         return Optimizer(torch.optim.AdamW(params, fused=True, **common), groups, bits=32)  # type: ignore[arg-type]
     parameter = groups[0].data
     bits = 8 if config.name == "paged_adamw_8bit" else 32
-    prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else PAGED
+    prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else _PAGED
     kind = getattr(bitsandbytes.optim, f"{prefix}AdamW{bits}bit")
     return Optimizer(kind(params, **common), groups, bits)
 
 
 def _update_rule(name: Any) -> Any:
     """Return the name of an optimizer's class, the same paged or not."""
-    return name.removeprefix(PAGED) if isinstance(name, str) else name
+    return name.removeprefix(_PAGED) if isinstance(name, str) else name
 
 
 def _layout_problems(saved: Any, ours: list[dict[str, Any]]) -> list[str]:

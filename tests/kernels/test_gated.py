@@ -7,12 +7,12 @@ from random_tensors import normal
 from torch import nn
 from transformers.activations import ACT2FN
 
-from qlora_kernels.gated import ACTIVATIONS, Name, activate, gated_gradients, gated_product
+from qlora_kernels.gated import ACTIVATION_NAMES, Name, activate, gated_gradients, gated_product
 from qlora_trainer.model.modules.same_bits import named_activation
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,)])
 def test_product_and_gradients_are_autograds_to_the_last_bit(
     activation: Name, dtype: torch.dtype, lead: tuple[int, ...]

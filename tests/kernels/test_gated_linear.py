@@ -36,7 +36,7 @@ def gated(weight: NF4Weight, activation: str, dropout: float = 0.0) -> Callable[
 
     def function(gate: Tensor, up: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         adapter = Adapter(A, B, SCALING, dropout, seed)
-        named = activation if activation in gated_space.ACTIVATIONS else ACTIVATIONS[activation]
+        named = activation if activation in gated_space.ACTIVATION_NAMES else ACTIVATIONS[activation]
         return gated_nf4_linear(gate, up, named, weight, bias, adapter)
 
     return function

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.gated import ACTIVATIONS, Activation, activate
+from qlora_kernels.gated import ACTIVATION_NAMES, Activation, activate
 from qlora_kernels.torch_internals import with_real_tensors
 
 SIZES = torch.logspace(-4, 4, 32)
@@ -50,7 +50,7 @@ def named_activation(activation: nn.Module) -> Activation:
     with with_real_tensors(), torch.no_grad():
         sizes = torch.cat([SIZES, torch.linspace(0, 9, 129)])
         probes = [torch.cat([-sizes, sizes]).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
-        for name in ACTIVATIONS:
+        for name in ACTIVATION_NAMES:
             ours = functools.partial(activate, activation=name)
             if all(agree(functools.partial(activation, x), functools.partial(ours, x)) for x in probes):
                 return name

@@ -77,7 +77,7 @@ def test_norm_of_rows_that_lie_apart_or_of_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+@pytest.mark.parametrize("activation", gated.ACTIVATION_NAMES)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3, 65), (2, 2050), (0, 8)])
 def test_gated_product_and_its_gradients(shape: tuple[int, ...], activation: gated.Name, dtype: torch.dtype) -> None:
     gate, up = 3.0 * normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
