@@ -35,7 +35,6 @@ BANNED = {
 # Old names are said where they are refused; a chat template, a row and a person's data are quoted as they are.
 EXEMPT = (
     HERE,
-    "CHANGELOG.md",
     "qlora_trainer/config/renamed.py",
     "tests/config/test_renamed.py",
     "tests/chat_templates/",
@@ -45,6 +44,7 @@ EXEMPT = (
     "qlora_trainer/cli/demo_rows/",
     "LICENSE",
 )
+OLD_NAMES = re.compile("`[^`]*`")  # in CHANGELOG.md: what is quoted there may be what was renamed
 TEXT = (".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".cpp", ".txt")
 
 
@@ -97,8 +97,10 @@ def test_a_banned_word_is_found_and_no_other(text: str, word: str) -> None:
 
 
 def test_source_messages_and_docs_use_the_words_of_the_field() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line}" for path in project_files() for line in banned_words(path.read_text("utf-8"))
-    ]
+    found = []
+    for path in project_files():
+        text = path.read_text("utf-8")
+        written = OLD_NAMES.sub("``", text) if path.name == "CHANGELOG.md" else text
+        found += [f"{path.relative_to(ROOT)}:{line}" for line in banned_words(written)]
     found += [f"the name {path}" for path in project_files() if banned_words(path.relative_to(ROOT).as_posix())]
     assert found == [], "\n" + "\n".join(found)

@@ -74,7 +74,7 @@ def fallback_prompts(
     Args:
         renderer: of the run.
         plain: the base's tokenizer as transformers loads it, or None.
-        texts: questions, or beginnings of texts.
+        texts: prompts, or beginnings of texts.
         has_conversations: the run was trained to answer in turns.
 
     Returns:
