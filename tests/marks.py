@@ -1,9 +1,11 @@
-"""Choose which of a test's cases are quick: the others are marked slow, and only `make test-all` runs them."""
+"""Choose which of a test's cases are quick, the others being run by `make test-all` alone, and when a process hangs."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+PATIENCE = 600  # seconds, after which a process is taken to hang: a busy machine takes long over any
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:

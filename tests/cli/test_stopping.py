@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import PATIENCE
 
 from qlora_trainer.cli.stopping import Training, Work
 from qlora_trainer.merging import merge_run as merging
@@ -57,7 +58,7 @@ def test_a_signal_is_answered_at_once_inside_an_operation_and_the_second_ends_it
             first = process.stderr.readline()
             assert process.poll() is None
             process.send_signal(signum)
-            _, second = process.communicate(timeout=60)
+            _, second = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert first.startswith("Stopping when the current operation (reading weights) ends, usually within seconds.")

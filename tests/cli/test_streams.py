@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import PATIENCE
 
 from qlora_trainer.cli import console as printing
 
@@ -40,7 +41,7 @@ def printed(tmp_path: Path, shell: str) -> "subprocess.CompletedProcess[str]":
     (tmp_path / "printing.py").write_text(PRINTING.replace("\\\\", "\\"))
     command = f'qlora() {{ "{sys.executable}" printing.py "$@"; }}; set -o pipefail; {shell}'
     return subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=100, check=False,
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE, check=False,
         env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
 
@@ -85,7 +86,7 @@ def test_an_answer_that_cannot_be_written_is_one_error_message(tmp_path: Path, o
 @pytest.mark.slow
 def test_inspect_in_a_pipe_shows_its_table(config_file: Path) -> None:
     command = f'"{sys.executable}" -m qlora_trainer inspect {config_file} | cat'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert "rows read" in done.stdout
     assert "training row 0" in done.stdout
     assert done.stderr.strip() == "… reading rows.jsonl"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from marks import PATIENCE
 
 from qlora_trainer.config.load import save_config
 from qlora_trainer.config.schema import RunConfig
@@ -18,7 +19,6 @@ from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run
 
 STEPS = 100_000  # more than any test waits for
-PATIENCE = 600  # seconds, after which a process is taken to hang
 
 
 def wait_for_first_step(process: "subprocess.Popen[str]", metrics: Path) -> None:
