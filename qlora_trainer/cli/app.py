@@ -60,7 +60,11 @@ for command in (  # in the order of --help; `_command` is added where the librar
 
 
 def main() -> None:
-    """Run the command line; an error that the user can fix becomes one message and exit code 2."""
+    """Run the command line; an error that the user can fix becomes one message and exit code 2.
+
+    Raises:
+        RuntimeError: a fault of the program, and not of CUDA or of memory.
+    """
     open_closed_streams()
     _set_up_libraries()
     try:
@@ -83,7 +87,7 @@ def main() -> None:
         print_error(
             f"Memory ran out: {first_line(error)} Saved work is intact. Lower data.max_length or "
             "training.micro_batch_tokens, set training.activation_checkpointing=full, or choose a smaller base. "
-            "To go on with less memory: qlora resume RUN_DIR training.activation_checkpointing=full"
+            "A run that has started goes on from its last checkpoint with `qlora resume` and its directory."
         )
         sys.exit(2)
 

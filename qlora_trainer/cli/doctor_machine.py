@@ -77,7 +77,7 @@ def _cards_seen() -> list[Finding]:
     findings = [_card(index, is_used=index == used) for index in range(count)]
     if count > 1:
         other = next((index for index in range(count) if index != used and not unusable(index)[0]), None)
-        way = "" if other is None else f"{as_only_card(other)} qlora train ... takes GPU {other}. "
+        way = "" if other is None else f"Put {as_only_card(other)} in front of the command to use GPU {other}. "
         findings.append(
             Finding(
                 "GPU used",

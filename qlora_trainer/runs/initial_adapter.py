@@ -11,6 +11,7 @@ from typing import Any
 from qlora_trainer.adapters.peft_format import StoredAdapter, setting_differences
 from qlora_trainer.adapters.targets import find_targets
 from qlora_trainer.common.errors import AdapterError
+from qlora_trainer.config.override import override
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.empty import empty_model
 from qlora_trainer.model.fingerprint import BaseFingerprint
@@ -29,12 +30,10 @@ def check_settings(initial: StoredAdapter, config: RunConfig, directory: ModelDi
     Raises:
         AdapterError: they differ; the message lists the settings to change.
     """
-    changes = [
-        f"{key}={str(found).lower()}" for key, (found, _) in setting_differences(initial.config, config.adapter).items()
-    ]
+    changes = [override(key, found) for key, (found, _) in setting_differences(initial.config, config.adapter).items()]
     model = empty_model(directory)
     if set(initial.paths) != set(find_targets(model, config.adapter.target_modules)):
-        changes.append(f"adapter.target_modules=[{','.join(target_names(model, initial.paths))}]")
+        changes.append(override("adapter.target_modules", list(target_names(model, initial.paths))))
     if changes:
         raise AdapterError(
             f"The adapter {config.adapter.init_from} was made with other settings than this config has. To start from "

@@ -1,6 +1,7 @@
 """Promises of a run that starts from an adapter: on the base of its training and with its settings, or not at all."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tiny_models import scale_tensor
 from tiny_runs import no_load
 
 from qlora_trainer.common.errors import AdapterError, FileMissingError
+from qlora_trainer.config.load import load_config, save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.start import start_run
@@ -41,26 +43,32 @@ def test_a_new_run_from_anothers_adapter_says_which_base_it_names(tiny_config: C
 
 
 @pytest.mark.parametrize(
-    ("trained", "wanted", "message"),
+    ("trained", "wanted", "advice"),
     [
-        ({"target_modules": ["q_proj", "v_proj"]}, {}, r"set adapter\.target_modules=\[q_proj,v_proj\]"),
+        ({"target_modules": ["q_proj", "v_proj"]}, {}, ["adapter.target_modules=[q_proj, v_proj]"]),
         (
             {},
             {"target_modules": ["q_proj"]},
-            r"adapter\.target_modules=\[down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj\]",
+            ["adapter.target_modules=[down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj]"],
         ),
-        ({"bias": "lora_only"}, {}, r"set adapter\.bias=lora_only"),
-        ({"use_rslora": True}, {}, r"set adapter\.alpha=16\.0"),
+        ({"bias": "lora_only"}, {}, ["adapter.bias=lora_only"]),
+        ({"use_rslora": True}, {}, ["adapter.alpha=16.0"]),
     ],
 )
-def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded(
-    tiny_config: Config, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, message: str
+def test_an_adapter_of_other_settings_is_refused_before_the_base_is_loaded_with_the_settings_to_type(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: dict, wanted: dict, advice: list[str]
 ) -> None:
     first = start_run(tiny_config("first", adapter=trained))
-    monkeypatch.setattr(runs, "load_base", no_load)
     source = first.directory / "checkpoints" / "step-000000"
-    with pytest.raises(AdapterError, match=message):
-        start_run(tiny_config("second", adapter={"init_from": str(source), **wanted}))
+    config = tiny_config("second", adapter={"init_from": str(source), **wanted})
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "load_base", no_load)
+        with pytest.raises(AdapterError) as refused:
+            start_run(config)
+    typed = shlex.split(str(refused.value).partition("To start from it, set ")[2].removesuffix("."))
+    assert typed == advice
+    save_config(config, tmp_path / "second.yaml")
+    assert start_run(load_config(tmp_path / "second.yaml", typed)).directory == tmp_path / "second"
 
 
 def test_a_missing_adapter_is_reported_before_the_base_is_looked_for(
