@@ -23,9 +23,9 @@ from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.common.transformers_internals import tokenizer_class
 from qlora_trainer.model.sentencepiece_model import find_sentencepiece, sentencepiece_tokenizer
 from qlora_trainer.weights.listing import file_inside, read_json_object
-from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.model_directory import GENERATION_CONFIG, ModelDirectory
 from qlora_trainer.weights.tensors import refuse_pointer
-from qlora_trainer.weights.turn_files import CHAT_TEMPLATE, GENERATION_CONFIG, MORE_TEMPLATES, TOKENIZER_CONFIG
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE, MORE_TEMPLATES, TOKENIZER_CONFIG
 
 TOKENIZER_NAME = "tokenizer.json"
 _SPECIAL_TOKENS_NAME = "special_tokens_map.json"  # of older versions of transformers
@@ -254,5 +254,6 @@ def _refuse_other_places(
         if (found := tokenizer.convert_tokens_to_ids(token.content)) != place:
             raise ModelError(
                 f"{path / TOKENIZER_CONFIG} has the token {token.content!r} at {place}, which {TOKENIZER_NAME} does "
-                f"not know, and where it has another one; it would become {found}. The two files are of different models."
+                f"not know, and where it has another one; it would become {found}. The two files are of different "
+                "models."
             )
