@@ -35,11 +35,9 @@ from qlora_trainer.data.rendering.prompts import PROMPT_DIFFERS
 from qlora_trainer.data.rendering.renderer import PROMPT_TOKENS_DIFFER, Renderer
 from qlora_trainer.data.rendering.spans import LAST_TURN_ONLY, REASONING_LEFT_OUT, REASONING_NOT_SHOWN
 from qlora_trainer.data.types import Conversation
+from qlora_trainer.weights.gguf import split_rules
 
-SPLITS = {
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "qwen": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
+SPLITS = {"gpt2": split_rules.SPLITS["gpt-2"][0], "qwen": split_rules.SPLITS["qwen2"][0]}
 MERGES = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ċ", "Ġ"), (":", "/"), ("Ċ", "ĉ")]  # blanks and marks that tokenizers join
 CONTROL = re.compile(r"<\|[^|<>\s]+\|>|<[|/]?[a-z_]+[|]?>|\[/?[A-Z_]+\]|<\uff5c[^<>]+\uff5c>|</?s>")
 TOOL = {

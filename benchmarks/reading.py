@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.processes import forget_pages
 from qlora_trainer.common.background import Background
 from qlora_trainer.common.units import parse_bytes
 
@@ -110,9 +111,7 @@ def measure(path: Path, way: str, passes: int, hashes: bool) -> list[tuple[float
     Returns:
         (seconds, processor seconds) of each pass.
     """
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    forget_pages([path])
     found = []
     for _ in range(passes):
         use: Use = hashlib.sha256().update if hashes else total

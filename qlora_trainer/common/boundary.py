@@ -31,15 +31,11 @@ def is_from_library(error: BaseException) -> bool:
 
 
 @contextmanager
-def library_boundary(
-    what: str, values: Mapping[str, Any] | None = None, attempt: Callable[[dict[str, Any]], object] | None = None
-) -> Iterator[None]:
+def as_model_error(describe: Callable[[BaseException], str]) -> Iterator[None]:
     """Turn whatever a library raises in the block into a ModelError.
 
     Args:
-        what: begins the message: the file and what it cannot be read as, such as "base/config.json cannot be read".
-        values: what the file holds, by key.
-        attempt: does the work of the block again with other values, to find the key at fault.
+        describe: makes the message of the error.
 
     Raises:
         ModelError: a library raised something.
@@ -50,9 +46,32 @@ def library_boundary(
     except BaseException as error:
         if not is_from_library(error):
             raise
+        raise ModelError(describe(error)) from error
+
+
+@contextmanager
+def library_boundary(
+    what: str, values: Mapping[str, Any] | None = None, attempt: Callable[[dict[str, Any]], object] | None = None
+) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a ModelError that names the file and the key.
+
+    Args:
+        what: begins the message: the file and what it cannot be read as, such as "base/config.json cannot be read".
+        values: what the file holds, by key.
+        attempt: does the work of the block again with other values, to find the key at fault.
+
+    Raises:
+        ModelError: a library raised something.
+        BaseException: what is not a library's, as it was raised in the block.
+    """
+
+    def describe(error: BaseException) -> str:
         key = key_at_fault(values, attempt, error) if values and attempt else None
         named = "" if key is None or values is None else f" The key at fault is {key}: {values[key]!r:.80}."
-        raise ModelError(f"{what}: {first_line(error.__cause__ or error).rstrip('.')}.{named}") from error
+        return f"{what}: {first_line(error.__cause__ or error).rstrip('.')}.{named}"
+
+    with as_model_error(describe):
+        yield
 
 
 def key_at_fault(

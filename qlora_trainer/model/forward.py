@@ -54,7 +54,7 @@ class ForwardPlan:
 
 
 def examine_forward(model: Any, max_length: int | None = None) -> ForwardPlan:
-    """Try packing and the loss path in seven forward passes of a few tokens; ModelError if a plain forward fails.
+    """Try packing and the loss path in some forward passes of a few tokens; ModelError if a plain forward fails.
 
     Args:
         model: of transformers, with weights.

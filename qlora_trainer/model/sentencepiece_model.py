@@ -6,6 +6,7 @@ compared with sentencepiece's. Left out: directories that have a tokenizer.json 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,22 @@ _SPACE = "▁"
 _CONTROL, _USER_DEFINED = 3, 4  # types of pieces
 
 
-def find_sentencepiece(directory: Path) -> Path | None:
+@dataclass(frozen=True)
+class SentencepieceModel:
+    """Hold a sentencepiece model as it was parsed."""
+
+    path: Path
+    proto: Any  # sentencepiece's ModelProto
+
+
+def find_sentencepiece(directory: Path) -> SentencepieceModel | None:
     """Find the sentencepiece model of a model directory.
 
     Args:
         directory: of the model.
 
     Returns:
-        The file; None where there is none, or where tokenizer.model is of another kind, as tiktoken's is.
+        The model; None where there is none, or where tokenizer.model is of another kind, as tiktoken's is.
 
     Raises:
         ModelError: it is a git-lfs pointer, or a link that leads outside.
@@ -39,11 +48,14 @@ def find_sentencepiece(directory: Path) -> Path | None:
         if (directory / name).exists():
             path = file_inside(directory, name)
             refuse_pointer(path)
-            return path if _proto(path) is not None else None
+            proto = _proto(path)
+            return None if proto is None else SentencepieceModel(path, proto)
     return None
 
 
-def sentencepiece_tokenizer(path: Path, settings: Mapping[str, Any], probes: Sequence[str]) -> PreTrainedTokenizerFast:
+def sentencepiece_tokenizer(
+    model: SentencepieceModel, settings: Mapping[str, Any], probes: Sequence[str]
+) -> PreTrainedTokenizerFast:
     """Make the tokenizer of a sentencepiece model.
 
     After a control token, a text begins with a blank as at its start where the settings say `legacy` or nothing, as
@@ -51,7 +63,7 @@ def sentencepiece_tokenizer(path: Path, settings: Mapping[str, Any], probes: Seq
     unless the settings say otherwise (`add_bos_token`).
 
     Args:
-        path: of the sentencepiece model.
+        model: of a directory without a tokenizer.json.
         settings: what tokenizer_config.json holds.
         probes: texts that must give sentencepiece's ids.
 
@@ -61,8 +73,7 @@ def sentencepiece_tokenizer(path: Path, settings: Mapping[str, Any], probes: Seq
     Raises:
         ModelError: no tokenizer gives sentencepiece's ids.
     """
-    proto = _proto(path)
-    assert proto is not None
+    path, proto = model.path, model.proto
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
     backend = tokenizer.backend_tokenizer
     pieces = [(piece.piece, piece.type) for piece in proto.pieces if piece.type in (_CONTROL, _USER_DEFINED)]

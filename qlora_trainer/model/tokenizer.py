@@ -23,12 +23,14 @@ from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.common.transformers_internals import tokenizer_class
 from qlora_trainer.model.sentencepiece_model import find_sentencepiece, sentencepiece_tokenizer
 from qlora_trainer.weights.listing import file_inside, read_json_object
-from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.model_directory import GENERATION_CONFIG, ModelDirectory
 from qlora_trainer.weights.tensors import refuse_pointer
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE, MORE_TEMPLATES, TOKENIZER_CONFIG
 
 TOKENIZER_NAME = "tokenizer.json"
-SETTINGS_NAME = "tokenizer_config.json"
-_SMALL_FILES = ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.json")
+_SPECIAL_TOKENS_NAME = "special_tokens_map.json"  # of older versions of transformers
+_OLDER = (_SPECIAL_TOKENS_NAME, "added_tokens.json")
+_SMALL_FILES = (*_OLDER, GENERATION_CONFIG, "chat_template.json")
 _OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _MOST_CONTROL_TOKENS = 256
@@ -63,7 +65,7 @@ def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
     if own is not None:
         return _wrapped(path, own, settings, config)
     if (model := find_sentencepiece(path)) is not None:
-        with library_boundary(f"The tokenizer in {model} cannot be read"), quiet_transformers():
+        with library_boundary(f"The tokenizer in {model.path} cannot be read"), quiet_transformers():
             return sentencepiece_tokenizer(model, settings, PROBE_TEXTS)
     if not any((path / name).is_file() for name in _OTHER_VOCABULARIES):
         raise ModelError(
@@ -139,16 +141,16 @@ def _read_small_files(path: Path) -> dict[str, Any]:
     for name in _SMALL_FILES:
         if (path / name).is_file():
             content = read_json_object(path / name)
-            if name == "generation_config.json":
+            if name == GENERATION_CONFIG:
                 with library_boundary(f"{path / name} cannot be read", content, GenerationConfig.from_dict):
                     GenerationConfig.from_dict(dict(content))
-    templates = [path / "chat_template.jinja", *sorted((path / "additional_chat_templates").glob("*.jinja"))]
+    templates = [path / CHAT_TEMPLATE, *sorted((path / MORE_TEMPLATES).glob("*.jinja"))]
     for template in templates:
         if template.is_file():
             refuse_pointer(template)
             with library_boundary(f"{template} cannot be read"):
                 template.read_text(encoding="utf-8")
-    return read_json_object(path / SETTINGS_NAME) if (path / SETTINGS_NAME).is_file() else {}
+    return read_json_object(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
 
 
 def _refuse_part_at_fault(path: Path) -> None:
@@ -171,6 +173,9 @@ def _wrapped(
 
     def load(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         options = _default_special_tokens(path, own, settings, config) | _added_tokens(own, settings)
+        if "added_tokens_decoder" not in options and not any((folder / name).is_file() for name in _OLDER):
+            # As the file has them: transformers would parse all of it in Python to find them.
+            options["added_tokens_decoder"] = own.get_added_tokens_decoder()
         with quiet_transformers():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
                 folder, tokenizer_file=str(path / TOKENIZER_NAME), **options
@@ -180,10 +185,10 @@ def _wrapped(
 
     def load_changed(settings: dict[str, Any]) -> PreTrainedTokenizerFast:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / SETTINGS_NAME).write_text(json.dumps(settings), encoding="utf-8")
+            (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
             return load(Path(folder), settings)
 
-    with library_boundary(f"{path / SETTINGS_NAME} cannot be read", settings, load_changed):
+    with library_boundary(f"{path / TOKENIZER_CONFIG} cannot be read", settings, load_changed):
         tokenizer = load(path, settings)
     try:
         _refuse_other_ids(tokenizer, own, path)
@@ -193,7 +198,7 @@ def _wrapped(
         if key is None:
             raise
         raise ModelError(
-            f"{error} Take {key} out of {SETTINGS_NAME}, or mend it: it is {settings[key]!r:.80}."
+            f"{error} Take {key} out of {TOKENIZER_CONFIG}, or mend it: it is {settings[key]!r:.80}."
         ) from None
     return tokenizer
 
@@ -203,8 +208,8 @@ def _default_special_tokens(
 ) -> dict[str, str]:
     """Return the special tokens that no file names, which the tokenizer's class has by default, as GPT-2's has."""
     named = set(settings)
-    if (path / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
-        named |= set(read_json_object(path / "special_tokens_map.json"))
+    if (path / _SPECIAL_TOKENS_NAME).is_file() and "added_tokens_decoder" not in settings:
+        named |= set(read_json_object(path / _SPECIAL_TOKENS_NAME))
     wanted = [name for name in _SPECIAL if name not in named]
     kind = tokenizer_class(settings.get("tokenizer_class"), config.model_type) if wanted else None
     if kind is None:
@@ -248,6 +253,7 @@ def _refuse_other_places(
     for place, token in _added_tokens(own, settings).get("added_tokens_decoder", {}).items():
         if (found := tokenizer.convert_tokens_to_ids(token.content)) != place:
             raise ModelError(
-                f"{path / SETTINGS_NAME} has the token {token.content!r} at {place}, which {TOKENIZER_NAME} does not "
-                f"know, and where it has another one; it would become {found}. The two files are of different models."
+                f"{path / TOKENIZER_CONFIG} has the token {token.content!r} at {place}, which {TOKENIZER_NAME} does "
+                f"not know, and where it has another one; it would become {found}. The two files are of different "
+                "models."
             )

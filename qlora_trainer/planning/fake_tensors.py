@@ -29,7 +29,7 @@ from qlora_kernels.torch_internals import (
 from qlora_trainer.common.transformers_internals import masks_as_for_real_tensors
 
 PLAIN = (NoneType, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
-"""What an argument can be, next to a tensor, for an operation to be known again: compared by value, holding nothing."""
+"""Types of arguments, next to tensors, by which an operation is known again: compared by value, holding nothing."""
 
 Again = Callable[[Sequence[Any], Mapping[str, Any]], Any]  # an operation's arguments -> its result, made once more
 

@@ -93,11 +93,9 @@ def scaled_positions(config: Any) -> int | None:
         The positions; None where the config does not say.
     """
     positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(positions, int) or not isinstance(rope, Mapping) or "gemma3" in config.model_type:
+    if not isinstance(positions, int) or "gemma3" in config.model_type:
         return positions
-    by_kind = [each for each in rope.values() if isinstance(each, Mapping)]  # of layers, where they differ
-    for each in by_kind or [rope]:
+    for each in rope_settings(config):
         kind, factor = each.get("rope_type", each.get("type")), each.get("factor")
         if kind not in _LENGTHENING or not isinstance(factor, int | float) or factor < 1:
             continue
@@ -107,6 +105,21 @@ def scaled_positions(config: Any) -> int | None:
         if kind == "yarn" or original is None or original >= positions:
             return int((original or positions) * factor)
     return positions
+
+
+def rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of a model's rotary embeddings.
+
+    Args:
+        config: transformers', of a text model.
+
+    Returns:
+        One mapping, or one for each kind of layer where they differ; none where the config has no such settings.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, Mapping):
+        return []
+    return [each for each in rope.values() if isinstance(each, Mapping)] or [rope]
 
 
 def _with_floats(value: Any) -> Any:

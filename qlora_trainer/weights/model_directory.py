@@ -19,6 +19,7 @@ from qlora_trainer.weights.model_config import ModelFacts, make_model_config, re
 from qlora_trainer.weights.tensors import TensorInfo, changed
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 class ModelDirectory:
@@ -79,6 +80,24 @@ class ModelDirectory:
         if "configuration_files" in config:
             raise ModelError(f"{path} names other config files, which are not read here.")
         return config
+
+    @functools.cached_property
+    def generation_json(self) -> Mapping[str, Any]:
+        """Return what generation_config.json holds, or what transformers would take from config.json in its place.
+
+        A file that cannot be read raises ModelError.
+
+        Returns:
+            Its keys and values.
+        """
+        path = self.path / GENERATION_CONFIG
+        if path.is_file():
+            return read_json_object(path)
+        config = self.config_json
+        text = config.get("text_config")
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        values = {key: config.get(key, text.get(key) if isinstance(text, dict) else None) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
 
     def config(self) -> Any:
         """Make transformers' config of the model, a new one at each call, which the caller may change.

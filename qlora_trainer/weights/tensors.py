@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qlora_trainer.common.boundary import is_from_library
+from qlora_trainer.common.boundary import as_model_error
 from qlora_trainer.common.errors import LFS_HEADER, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 
@@ -117,14 +117,10 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with as_model_error(lambda error: f"{path} is damaged or cut short ({error}). Fetch the file again."):
             refuse_pointer(path)
             self.identity = FileIdentity.of(path.resolve())
             self.tensors = {info.name: info for info in self._list()}  # in the order they lie there
-        except BaseException as error:
-            if not is_from_library(error):
-                raise
-            raise ModelError(f"{path} is damaged or cut short ({error}). Fetch the file again.") from error
         self._mapped: Callable[[], np.ndarray | None] = lambda: None  # the file's bytes, while a tensor holds them
 
     def _list(self) -> Iterator[TensorInfo]:

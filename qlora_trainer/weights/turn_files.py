@@ -9,13 +9,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from qlora_trainer.common.atomic import write_text
 from qlora_trainer.weights.listing import read_json_object
-from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.model_directory import GENERATION_CONFIG, ModelDirectory
 
-GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates"
@@ -40,7 +38,7 @@ def base_stop_ids(directory: ModelDirectory) -> list[int]:
     Returns:
         Of generation_config.json, or of config.json where there is none.
     """
-    found = _generation(directory).get("eos_token_id")
+    found = directory.generation_json.get("eos_token_id")
     return [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]
 
 
@@ -57,7 +55,7 @@ def turn_files(directory: ModelDirectory, taught: TaughtTurns) -> tuple[dict[str
     files, changes = {}, []
     had = base_stop_ids(directory)
     if new := [token for token in taught.stop_tokens if token not in had]:
-        values = {key: value for key, value in _generation(directory).items() if key != "_from_model_config"}
+        values = {key: value for key, value in directory.generation_json.items() if key != "_from_model_config"}
         values["eos_token_id"] = stops = [*had, *new] if had or len(new) > 1 else new[0]
         files[GENERATION_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         names = " and ".join(f"{taught.stop_tokens[token]} ({token})" for token in new)
@@ -88,26 +86,14 @@ def write_turn_files(directory: ModelDirectory, taught: TaughtTurns, work: Path)
         A sentence for each file on what was changed.
     """
     files = _template_files(taught)
-    if values := _generation(directory):
-        files[GENERATION_CONFIG] = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    if values := directory.generation_json:
+        files[GENERATION_CONFIG] = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
     changed, changes = turn_files(directory, taught)
     files |= {name: text for name, text in changed.items() if name != TOKENIZER_CONFIG}  # it has no tokenizer
     for name, text in files.items():
         (work / name).parent.mkdir(exist_ok=True)
         write_text(work / name, text)
     return changes
-
-
-def _generation(directory: ModelDirectory) -> dict[str, Any]:
-    """Read generation_config.json, or what transformers would take from config.json in its place."""
-    path = directory.path / GENERATION_CONFIG
-    if path.is_file():
-        return dict(read_json_object(path))
-    config = directory.config_json
-    text = config.get("text_config")
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    values = {key: config.get(key, text.get(key) if isinstance(text, dict) else None) for key in keys}
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _template_files(taught: TaughtTurns) -> dict[str, str]:

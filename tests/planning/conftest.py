@@ -1,7 +1,9 @@
 """An 8B model's config, and plans that are remembered."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from large_models import LLAMA_8B
@@ -10,6 +12,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.training.memory.activations import Level
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
@@ -20,6 +23,18 @@ def llama_8b(tmp_path: Path) -> Path:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(LLAMA_8B))
     return directory
+
+
+@pytest.fixture
+def fitting_in(tiny_config: Callable[..., RunConfig], tiny_llama: Path) -> list[tuple[int, Level]]:
+    """The bytes that a run on a CPU takes, and the level of checkpointing that fits into so many."""
+    found: list[tuple[int, Level]] = []
+    for level in get_args(Level)[:2]:
+        config = tiny_config(
+            model={"device": "cpu"}, data={"max_length": 512}, training={"activation_checkpointing": level}
+        )
+        found.append((plan_memory(ModelDirectory.open(tiny_llama), config).total, level))
+    return found
 
 
 @pytest.fixture

@@ -171,21 +171,14 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
 
 @pytest.mark.usefixtures("plans_once")
 def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
-    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, fitting_in: list[tuple[int, Level]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, checkpointed = (
-        plan_memory(
-            ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
-        ).total
-        for level in ("none", "full")
-    )
-    free = {"available": kept}
+    config = tiny_config(**CPU)
+    free = {"available": fitting_in[0][0]}
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**40, **free))
     monkeypatch.setattr(machine, "CGROUP_LIST", Path("/no such file"))
     assert start_run(config).plan is None, "a small base is not worth it"
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for available, level in fitting_in:
         free["available"] = available
         run = start_run(tiny_config(**CPU, training={"output_dir": f"{config.training.output_dir}-{level}"}))

@@ -14,12 +14,10 @@ from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.config.schema import ModelConfig, RunConfig
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.planning import fit as fitting
-from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.training.memory.activations import Level, Policy, spare_host_memory
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
-CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 
 
 @pytest.fixture(params=["version 1", "version 2"])
@@ -52,23 +50,20 @@ def test_what_is_offloaded_has_the_space_that_a_container_is_allowed(container: 
 @pytest.mark.slow
 @pytest.mark.usefixtures("plans_once")
 def test_a_run_is_planned_for_and_refused_by_the_memory_of_its_container(
-    tiny_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, container: Callable[..., None]
+    tiny_config: Config,
+    tiny_llama: Path,
+    fitting_in: list[tuple[int, Level]],
+    monkeypatch: pytest.MonkeyPatch,
+    container: Callable[..., None],
 ) -> None:
     monkeypatch.setattr(fitting, "SMALLEST_PLANNED", 0)
     config = tiny_config(model={"device": "cpu"}, data={"max_length": 512})
-    kept, checkpointed = (
-        plan_memory(
-            ModelDirectory.open(tiny_llama), tiny_config(**{**CPU, "training": {"activation_checkpointing": level}})
-        ).total
-        for level in ("none", "full")
-    )
-    fitting_in: list[tuple[int, Level]] = [(kept, "none"), (checkpointed, "full")]
     for free, level in fitting_in:
         container(2**30 + free, used=2**30)
         plan = fitting.check_fits_here(ModelDirectory.open(tiny_llama), config, torch.device("cpu"))
         assert plan is not None
         assert plan.policy == Policy(level)
-    assert fitting.memory_here(config) == 2**30 + checkpointed
+    assert fitting.memory_here(config) == 2**30 + fitting_in[1][0], "with checkpointing"
     container(2**30, used=2**30 - 2**20)
     with pytest.raises(InsufficientMemoryError, match=r"and 0\.00 GiB are free"):
         fitting.check_fits_here(ModelDirectory.open(tiny_llama), config, torch.device("cpu"))

@@ -38,7 +38,7 @@ class Markers:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._experiments: dict[object, list[str] | None] = {}  # by shape
-        self._prompts: dict[tuple[object, Part], tuple[str, str]] = {}
+        self._prompts: dict[tuple[object, Part], tuple[str, str] | None] = {}
 
     def places(self, dialogue: Dialogue, text: str, parts: Mapping[Part, str]) -> list[Place] | None:
         """Find every place in a rendering where a part is.
@@ -82,14 +82,14 @@ class Markers:
             return None
         if (shape, part) not in self._prompts:
             marked = _marked(dialogue, parts, _NONCE)
+            if len(self._prompts) >= _MOST_SHAPES:
+                self._prompts.clear()
             try:
                 prompt = self.template.text(marked.beginning(part[0]), "an experiment", generation=True)
                 text = self.template.text(marked, "an experiment").partition(_marker(_NONCE, part))[0]
+                self._prompts[shape, part] = prompt, text
             except DataError:
-                return None
-            if len(self._prompts) >= _MOST_SHAPES:
-                self._prompts.clear()
-            self._prompts[shape, part] = prompt, text
+                self._prompts[shape, part] = None
         return self._prompts[shape, part]
 
     def _experiment(self, dialogue: Dialogue, parts: Mapping[Part, str], nonce: str) -> list[str] | None:

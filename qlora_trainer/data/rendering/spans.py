@@ -110,7 +110,7 @@ class SpanFinder:
             warnings += unmarked
         spans = spans if spans is not None else spans_of_blocks(template, dialogue, text, blocks, chosen)
         if spans is None:
-            text, spans = self._last_turn_alone(dialogue, chosen, set(wanted), others, where)
+            text, spans = self._last_turn_alone(dialogue, text, chosen, set(wanted), others, where)
             dialogue = dialogue.beginning(_last_answer(dialogue) + 1)
             warnings.append(LAST_TURN_ONLY)
         ends, begins_with_prompt = self._prompt_ends(dialogue, text, parts, places, whole or spans, others)
@@ -320,9 +320,9 @@ class SpanFinder:
         return None if "tool_calls" in message else places[index].end
 
     def _last_turn_alone(
-        self, dialogue: Dialogue, targets: Collection[int], wanted: set[int], others: bool, where: str
+        self, dialogue: Dialogue, text: str, targets: Collection[int], wanted: set[int], others: bool, where: str
     ) -> tuple[str, dict[int, Blocks]]:
-        """Render up to the last answer, and find that answer's span."""
+        """Render up to the last answer, if the dialogue goes on after it, and find that answer's span."""
         last = _last_answer(dialogue)
         if others or wanted - {last}:
             says = "excludes turns from training" if others else "names turns to train"
@@ -331,7 +331,8 @@ class SpanFinder:
                 "assistant or last, and leave the choice out of the row."
             )
         prompt = self.template.text(dialogue.beginning(last), where, generation=True) if last else ""
-        text = self.template.text(dialogue.beginning(last + 1), where)
+        if last + 1 < len(dialogue.messages):
+            text = self.template.text(dialogue.beginning(last + 1), where)
         prompt = prompt if text.startswith(prompt) else prompt.rstrip(" ")
         answer = text.removeprefix(prompt)
         said = [value for part, value in text_parts(dialogue).items() if part[0] == last]

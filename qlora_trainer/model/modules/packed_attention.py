@@ -119,18 +119,17 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         windows.add(sliding_window)
         return packed_attention(*tensors, sliding_window=sliding_window, **settings)
 
-    with evaluation_mode(model):
-        with refusals_as_model_error(model):
-            alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
-        try:
-            with packed_documents(model, noting_windows):
-                packed, again, after_another = (
-                    _hidden(model, tokens, positions, document_bounds=[0, first, first + second])[0]
-                    for tokens in (ids, ids, other_first)
-                )
-        except (TypeError, ValueError, KeyError, AttributeError):
-            # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
-            return False
+    def pack(tokens: Tensor) -> Tensor:
+        with evaluation_mode(model), packed_documents(model, noting_windows):
+            return _hidden(model, tokens, positions, document_bounds=[0, first, first + second])[0]
+
+    with evaluation_mode(model), refusals_as_model_error(model):
+        alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
+    try:
+        packed, after_another = pack(ids), pack(other_first)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
+        return False
     if _has_window(config) and windows <= {None}:
         return False  # its window works only through a mask, and a packed forward has none
     expected = torch.cat(alone, dim=1)[0].float()
@@ -141,9 +140,13 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         return False
     # What rounding hides above shows here: passes of the same shapes give the same bits, whatever the first document
     # is, but for a device that does not repeat itself, and for experts, whose shapes follow from the tokens they get.
-    ours, repeated, theirs = (hidden[first:].float() for hidden in (packed, again, after_another))
-    allowed = 2 * (ours - repeated).norm(dim=1) + (tolerance / 10 * ours.norm(dim=1) if has_experts(model) else 0.0)
-    return bool(((ours - theirs).norm(dim=1) <= allowed).all())
+    ours, theirs = packed[first:].float(), after_another[first:].float()
+    difference = (ours - theirs).norm(dim=1)
+    allowed = tolerance / 10 * ours.norm(dim=1) if has_experts(model) else torch.zeros_like(difference)
+    if (difference <= allowed).all():
+        return True
+    repeated = pack(ids)[first:].float()
+    return bool((difference <= allowed + 2 * (ours - repeated).norm(dim=1)).all())
 
 
 def attention_taken(model: Any, card: Card | None, dtype: torch.dtype, packing: bool) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from qlora_trainer.weights.model_config import rope_settings
+
 
 def longest_with_own_positions(config: Any) -> int | None:
     """Find the row length, in tokens, up to which rotary frequencies do not depend on other rows.
@@ -21,13 +23,11 @@ def longest_with_own_positions(config: Any) -> int | None:
     Returns:
         Tokens; None where there is no limit.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
     limits = []
-    for kind in (rope, *rope.values()):  # one, or one for each type of layer
-        name = kind.get("rope_type") if isinstance(kind, dict) else None
-        if name == "longrope":
-            limits.append(kind["original_max_position_embeddings"])
-        elif name == "dynamic":
+    for rope in rope_settings(config):
+        if rope.get("rope_type") == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        elif rope.get("rope_type") == "dynamic":
             limits.append(config.max_position_embeddings)
     return min(limits, default=None)
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
-from qlora_trainer.common.boundary import is_from_library, library_boundary
+from qlora_trainer.common.boundary import as_model_error, library_boundary
 from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstalledError, OutputExistsError
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
@@ -152,15 +152,13 @@ def _open(path: Path) -> Any:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'. Download it again?")
-    try:
-        reader = GGUFReader(path)
-    except BaseException as error:
-        if not is_from_library(error):
-            raise
-        raise ModelError(
+    with as_model_error(
+        lambda error: (
             f"{path} cannot be read as GGUF: it is damaged, or was not downloaded to its end "
             f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
-        ) from error
+        )
+    ):
+        reader = GGUFReader(path)
     split = reader.get_field("split.count")
     if split is not None and split.contents() > 1:
         raise ModelError(
@@ -171,16 +169,14 @@ def _open(path: Path) -> Any:
 
 
 def _read_config(path: Path) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except BaseException as error:
-        if not is_from_library(error):
-            raise
-        raise ModelError(
+    with as_model_error(
+        lambda error: (
             f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
             f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
             "safetensors directory or hub name."
-        ) from error
+        )
+    ):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     # transformers' notes on where the config came from do not hold for the import.
     for note in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(note, None)
@@ -188,14 +184,10 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 
 def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
-    try:
+    with as_model_error(
+        lambda error: f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
+    ):
         return AutoModelForCausalLM.from_config(config)
-    except BaseException as error:
-        if not is_from_library(error):
-            raise
-        raise ModelError(
-            f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
-        ) from error
 
 
 def _examine_tensors(
@@ -257,14 +249,12 @@ def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> t
 
 
 def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except BaseException as error:
-        if not is_from_library(error):
-            raise
-        raise ModelError(
+    with as_model_error(
+        lambda error: (
             f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
-        ) from error
+        )
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     return tokenizer
 

@@ -114,6 +114,22 @@ def test_what_packs_in_fp32_packs_in_bf16(kind: str) -> None:
     assert attends_apart(tiny_model(kind, PACKED[kind]).bfloat16().eval(), 64)
 
 
+@pytest.mark.parametrize(("noise", "passes"), [(0.0, 2), (1e-4, 3)])
+def test_a_pass_is_repeated_only_where_two_differ_which_a_device_may_do_by_itself(noise: float, passes: int) -> None:
+    model = tiny_model("qwen3", PACKED["qwen3"]).eval()
+    packed: list[bool] = []
+
+    def note(module: Any, arguments: Any, options: dict[str, Any], output: Any) -> Any:
+        packed.append("document_bounds" in options)
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden + noise * torch.randn_like(hidden)
+        return output
+
+    model.base_model.register_forward_hook(note, with_kwargs=True)
+    assert attends_apart(model, 64)
+    assert sum(packed) == passes
+
+
 @pytest.mark.parametrize("kind", [*PACKED, "falcon"])
 def test_changing_one_document_changes_no_logit_of_another(kind: str) -> None:
     packing = kind in PACKED
