@@ -27,10 +27,8 @@ from qlora_trainer.data.formats.meanings import (
     words_of,
 )
 from qlora_trainer.data.formats.turns import LEARN_KEYS
-from qlora_trainer.data.reading.values import listed
+from qlora_trainer.data.reading.values import listed, shortened
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
-
-_MOST_NAMED = 6
 
 
 class UnreadColumns:
@@ -141,8 +139,8 @@ class UnreadColumns:
         ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
         kind = "plain prompt and completion" if is_plain else f"{format} rows"
         marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
-        meanings = [f"{_named(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
-        meanings += [f"{_named(texts)} may be what an answer depends on"] * bool(texts)
+        meanings = [f"{shortened(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
+        meanings += [f"{shortened(texts)} may be what an answer depends on"] * bool(texts)
         return f"{where}: {', and '.join(meanings)}; {kind} are not read for {_it(lost)}. {' '.join(ways)}"
 
     def _ignoring(self, names: Sequence[str]) -> str:
@@ -163,7 +161,7 @@ class UnreadColumns:
         plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
-            f"{where}: text is next to {_named(lost)}, which plain text rows are not read for. If {answer} answers "
+            f"{where}: text is next to {shortened(lost)}, which plain text rows are not read for. If {answer} answers "
             f"{asked}: {line}. If only the text is to be trained, as plain text: {plain}."
         )
 
@@ -181,7 +179,7 @@ class UnreadColumns:
         if not taken or not columns:
             return ""
         ignored = [name for name in lost if name not in taken]
-        return f"To have {_named(taken)} read: {settings_line(columns, ignore=[*self.ignored, *ignored])}."
+        return f"To have {shortened(taken)} read: {settings_line(columns, ignore=[*self.ignored, *ignored])}."
 
     def _slots(self, record: Mapping[str, Any], format: DataFormat) -> dict[str, str]:
         """Say by which paths a format is read now."""
@@ -263,9 +261,3 @@ def _is_read_already(name: str, value: Any, row: Row) -> bool:
 
 def _it(names: Sequence[str]) -> str:
     return "it" if len(names) == 1 else "them"
-
-
-def _named(names: Collection[str]) -> str:
-    shown = [name if name.strip() else repr(name) for name in names]
-    more = len(shown) - _MOST_NAMED
-    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

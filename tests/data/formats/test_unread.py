@@ -203,7 +203,7 @@ def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles
 def test_columns_without_a_meaning_are_one_line(tmp_path):
     row = {**PAIR, " ": 1, **{f"feature_{n}": n for n in range(300)}}
     (warning,) = prepared(tmp_path, [row], []).report.warnings
-    assert warning == "rows.jsonl: not used: ' ', feature_0, feature_1, feature_2, feature_3, … and 296 more"
+    assert warning == "rows.jsonl: not used: ' ', feature_0, feature_1, feature_2, feature_3 and 296 more"
     assert not has_meaning("feature_1")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from following import settings_in
+from advice import settings_in
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.detect import resolve_format
