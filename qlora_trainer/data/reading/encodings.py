@@ -120,8 +120,8 @@ def _way_out(file: DataFile, found: Survey | None) -> str:
     if fits and named == "utf-8":
         return (
             f"No line beyond ASCII is UTF-8 ({counted(bad, 'line')}). If the file has another encoding, name it, "
-            f"and look at the characters: {override('data.encoding', fits[0])} ({', '.join(fits)} can read all of it). Otherwise "
-            f"{_damaged(file)}"
+            f"and look at the characters: {override('data.encoding', fits[0])} ({', '.join(fits)} can read all of it). "
+            f"Otherwise {_damaged(file)}"
         )
     return (
         f"No line beyond ASCII can be read ({counted(bad, 'line')}). Unless you know another encoding, {_damaged(file)}"
