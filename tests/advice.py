@@ -1,8 +1,9 @@
-"""Follow the advice of an error message: take its lines as a shell does, and read the rows by them."""
+"""Follow the advice of a message: take its settings and commands as a shell does, and read the rows by them."""
 
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,19 @@ WAY = re.compile(f"{WORD}(?: {WORD})*")
 def ways(message: str) -> list[list[str]]:
     """Take the lines of a message, each as the words that a shell makes of it."""
     return [shlex.split(match[0]) for match in WAY.finditer(message)]
+
+
+def settings_in(message: str) -> list[str]:
+    """Return the settings of a message, such as data.rows=examples, without the shell's quotes."""
+    found = re.findall(rf"{WORD}|data\.\w+=[^\s;'\"(){{}}<>]+", message)
+    return [word for setting in found for word in shlex.split(setting.rstrip(".,"))]
+
+
+def run_command_in(message: str) -> None:
+    """Run the first command of a message in a shell."""
+    found = re.search(r"(?:mv|cp|unzip|mkdir|iconv|python3 -c) .*", message)
+    assert found, message
+    subprocess.run(found.group(), shell=True, check=True, capture_output=True)
 
 
 def config_of(tmp_path: Path, overrides: Sequence[str]) -> DataConfig:

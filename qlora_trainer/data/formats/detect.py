@@ -18,7 +18,7 @@ from qlora_trainer.data.formats.columns import parts
 from qlora_trainer.data.formats.meanings import has_meaning, is_empty
 from qlora_trainer.data.reading.data_file import HEADER_KINDS, kind_of
 from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
-from qlora_trainer.data.reading.values import listed
+from qlora_trainer.data.reading.values import listed, shortened
 
 _NUMBER = re.compile(r"-?[0-9]+(_[0-9]+)?")  # and what a repeated one is called
 _TOOLS = ("tools", "functions")
@@ -126,13 +126,8 @@ def resolve_format(
         _refuse_preferences(record, detected, where)
     if detected is None:
         hint = _hint(record, made, where) or f" {KNOWN}"
-        raise UnknownFormatError(f"{where}: the columns {_shortened(record)} are of no known format.{hint}")
+        raise UnknownFormatError(f"{where}: the columns {shortened(record, _MOST_NAMED)} are of no known format.{hint}")
     return detected
-
-
-def _shortened(record: Mapping[str, Any]) -> str:
-    names = [name if name.strip() else repr(name) for name in record]
-    return listed(names[:_MOST_NAMED]) + (f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else "")
 
 
 def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -> DataError | None:
@@ -198,9 +193,9 @@ def _hint(record: Mapping[str, Any], made: Collection[str], where: str) -> str:
     """Say what a row of no known format most likely is, and the way out."""
     if inside := rows_inside(record):
         return inside
-    for name, value in record.items():
-        if isinstance(value, list) and value and all(isinstance(item, str) for item in value) and name == "turns":
-            return f" {name} holds what one side says: without answers there is nothing to train on. Add messages."
+    turns = record.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(item, str) for item in turns):
+        return " turns holds what one side says: without answers there is nothing to train on. Add messages."
     is_table = kind_of(PurePath(where.rpartition(", ")[0])) in HEADER_KINDS
     if is_table and any(len(name) > 40 or _NUMBER.fullmatch(name.strip()) for name in record):
         names = override("data.header", [f"column{number + 1}" for number in range(len(record))])

@@ -27,10 +27,8 @@ from qlora_trainer.data.formats.meanings import (
     words_of,
 )
 from qlora_trainer.data.formats.turns import LEARN_KEYS
-from qlora_trainer.data.reading.values import listed
+from qlora_trainer.data.reading.values import listed, shortened
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
-
-_MOST_NAMED = 6
 
 
 class UnreadColumns:
@@ -136,13 +134,12 @@ class UnreadColumns:
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
                 ways.append(f"To train only on rows where {name} is {str(kept).lower()}: {line}.")
-        if line := self._line_that_reads(record, format, lost):
-            ways.append(line)
+        ways += self._lines_that_read(record, format, lost)
         ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
         kind = "plain prompt and completion" if is_plain else f"{format} rows"
         marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
-        meanings = [f"{_named(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
-        meanings += [f"{_named(texts)} may be what an answer depends on"] * bool(texts)
+        meanings = [f"{shortened(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
+        meanings += [f"{shortened(texts)} may be what an answer depends on"] * bool(texts)
         return f"{where}: {', and '.join(meanings)}; {kind} are not read for {_it(lost)}. {' '.join(ways)}"
 
     def _ignoring(self, names: Sequence[str]) -> str:
@@ -163,25 +160,42 @@ class UnreadColumns:
         plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
-            f"{where}: text is next to {_named(lost)}, which plain text rows are not read for. If {answer} answers "
+            f"{where}: text is next to {shortened(lost)}, which plain text rows are not read for. If {answer} answers "
             f"{asked}: {line}. If only the text is to be trained, as plain text: {plain}."
         )
 
-    def _line_that_reads(self, record: Mapping[str, Any], format: DataFormat, lost: Sequence[str]) -> str:
+    def _lines_that_read(self, record: Mapping[str, Any], format: DataFormat, lost: Sequence[str]) -> list[str]:
         """Write the settings with which texts that are not read would be."""
         if self.template or format == "text":
-            return ""
-        slots, taken = self._slots(record, format), list[str]()
+            return []
+        slots, taken = self._slots(record, format), dict[str, str]()
         for name in lost:
             slot = slot_of(name)
             if slot in ("context", "system", "history", "tools") and slot not in slots and not is_mark(name):
-                slots[slot] = name
-                taken.append(name)
+                slots[slot] = taken[slot] = name
+        own = next((name for name in COLUMNS[format][1] if slot_of(name) == "context" and name in record), None)
+        second = next((name for name in lost if own and slot_of(name) == "context" and not is_mark(name)), None)
+        if own and second:
+            return self._lines_for_two(slots | {"context": second}, self.columns.get(own, own), lost)
         columns = chat_columns(slots)
         if not taken or not columns:
-            return ""
-        ignored = [name for name in lost if name not in taken]
-        return f"To have {_named(taken)} read: {settings_line(columns, ignore=[*self.ignored, *ignored])}."
+            return []
+        ignored = [name for name in lost if name not in taken.values()]
+        line = settings_line(columns, ignore=[*self.ignored, *ignored])
+        return [f"To have {shortened(taken.values())} read: {line}."]
+
+    def _lines_for_two(self, slots: Mapping[str, str], first: str, lost: Sequence[str]) -> list[str]:
+        """Write the settings that read a second context: below the first one, or in its place."""
+        second = slots["context"]
+        columns = chat_columns(slots)
+        ignored = [*self.ignored, *(name for name in lost if name not in slots.values())]
+        text = f"{{{slots['asked']}}}\n\n{{{first}?}}\n\n{{{second}?}}"
+        rest = {name: path for name, path in columns.items() if name not in ("instruction", "input")}
+        both = settings_line(rest, {"instruction": text}, ignored)
+        return [
+            f"To have {second} read too, below {first}: {both}.",
+            f"To have {second} read and {first} left out: {settings_line(columns, ignore=[*ignored, first])}.",
+        ]
 
     def _slots(self, record: Mapping[str, Any], format: DataFormat) -> dict[str, str]:
         """Say by which paths a format is read now."""
@@ -263,9 +277,3 @@ def _is_read_already(name: str, value: Any, row: Row) -> bool:
 
 def _it(names: Sequence[str]) -> str:
     return "it" if len(names) == 1 else "them"
-
-
-def _named(names: Collection[str]) -> str:
-    shown = [name if name.strip() else repr(name) for name in names]
-    more = len(shown) - _MOST_NAMED
-    return ", ".join(shown[:_MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

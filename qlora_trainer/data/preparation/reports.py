@@ -14,6 +14,7 @@ import numpy as np
 
 from qlora_trainer.common.units import counted
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet
+from qlora_trainer.data.reading.values import shortened
 
 MAX_REASONS = 100  # different reasons counted apart; what comes after counts as OTHER_REASONS
 OTHER_REASONS = "other reasons"
@@ -208,19 +209,14 @@ def source_warnings(sources: Sequence[SourceReport]) -> list[str]:
             for reason, count in source.dropped.items()
         ]
         if source.spelled:
-            tokens = [f"{count} of {token}" for token, count in source.spelled.items()]
-            first, *others = tokens[:_MOST_NAMED]
-            count, token = first.split(" of ", 1)
-            more = ", ".join([*others, *[f"… and {len(tokens) - _MOST_NAMED:,} more"] * (len(tokens) > _MOST_NAMED)])
+            (token, count), *others = source.spelled.items()
+            more = shortened([f"{number} of {other}" for other, number in others], _MOST_NAMED - 1)
             lines.append(
-                f"{source.name}: {count} of {counted(source.rows, 'row')} {'holds' if count == '1' else 'hold'} "
-                f"the spelling of {token}{', ' * bool(more)}{more}; "
-                "it is read as text, not as the control token"
+                f"{source.name}: {count} of {counted(source.rows, 'row')} {'holds' if count == 1 else 'hold'} "
+                f"the spelling of {token}{f', {more}' * bool(others)}; it is read as text, not as the control token"
             )
         if source.unused_columns:
-            names = [name if name.strip() else repr(name) for name in source.unused_columns]
-            more = f", … and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
-            lines.append(f"{source.name}: not used: {', '.join(names[:_MOST_NAMED])}{more}")
+            lines.append(f"{source.name}: not used: {shortened(source.unused_columns, _MOST_NAMED)}")
     return lines
 
 

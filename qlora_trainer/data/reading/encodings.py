@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import PurePath
 
+from qlora_trainer.common.units import counted
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.unpacking import open_unpacked
@@ -98,35 +99,33 @@ def _way_out(file: DataFile, found: Survey | None) -> str:
         return f"All of the file is UTF-8 text: leave the encoding out: {override('data.encoding', None)}"
     if found.cesu and found.cesu + found.readable["utf-8"] == found.beyond_ascii:
         return (
-            f"The file is CESU-8: UTF-8 in which characters such as emoji are two surrogates ({_lines(found.cesu)}), "
-            f"as some databases export. Write it as UTF-8: {_cesu_repair(file)}"
+            "The file is CESU-8: UTF-8 in which characters such as emoji are two surrogates "
+            f"({counted(found.cesu, 'line')}), as some databases export. Write it as UTF-8: {_cesu_repair(file)}"
         )
     if good >= bad and good:
         before = ""
         if named == "utf-8" and found.utf8_characters:
             before = (
                 f"The {found.utf8_bytes:,} bytes before the first such line are UTF-8, characters beyond ASCII among "
-                f"them: {found.utf8_characters:,} in {_lines(found.utf8_lines)}. "
+                f"them: {found.utf8_characters:,} in {counted(found.utf8_lines, 'line')}. "
             )
-        return f"{before}{_lines(good)} beyond ASCII can be read, and {bad:,} cannot, so {_damaged(file)}"
+        return f"{before}{counted(good, 'line')} beyond ASCII can be read, and {bad:,} cannot, so {_damaged(file)}"
     if good and named == "utf-8":
         return (
-            f"{_lines(good)} beyond ASCII {'is' if good == 1 else 'are'} UTF-8, and {bad:,} "
+            f"{counted(good, 'line')} beyond ASCII {'is' if good == 1 else 'are'} UTF-8, and {bad:,} "
             f"{'is' if bad == 1 else 'are'} not: parts of different encodings seem to have "
             "been joined. Write each part as UTF-8 before joining them."
         )
     fits = [name for name in _CANDIDATES if found.readable[name] == found.beyond_ascii]
     if fits and named == "utf-8":
         return (
-            f"No line beyond ASCII is UTF-8 ({_lines(bad)}). If the file has another encoding, name it, and look at "
-            f"the characters: {override('data.encoding', fits[0])} ({', '.join(fits)} can read all of it). Otherwise "
-            f"{_damaged(file)}"
+            f"No line beyond ASCII is UTF-8 ({counted(bad, 'line')}). If the file has another encoding, name it, "
+            f"and look at the characters: {override('data.encoding', fits[0])} ({', '.join(fits)} can read all of it). "
+            f"Otherwise {_damaged(file)}"
         )
-    return f"No line beyond ASCII can be read ({_lines(bad)}). Unless you know another encoding, {_damaged(file)}"
-
-
-def _lines(count: int) -> str:
-    return f"{count:,} line{'s' * (count != 1)}"
+    return (
+        f"No line beyond ASCII can be read ({counted(bad, 'line')}). Unless you know another encoding, {_damaged(file)}"
+    )
 
 
 def _damaged(file: DataFile) -> str:
@@ -156,6 +155,7 @@ class EncodingCheck:
     def __init__(self, file: DataFile) -> None:
         self._file = file
         self._encoding = file.encoding or "utf-8"
+        self._is_utf8 = codecs.lookup(self._encoding).name in ("utf-8", "utf-8-sig")
         self._beyond_ascii, self._utf8, self._example, self._rest = 0, 0, "", b""
 
     def look(self, raw: bytes) -> None:
@@ -164,7 +164,7 @@ class EncodingCheck:
         Args:
             raw: a line with its end, or a block.
         """
-        if _is_utf8(self._encoding):
+        if self._is_utf8:
             return
         *lines, self._rest = (self._rest + raw).split(b"\n")
         for line in lines:
@@ -186,10 +186,6 @@ class EncodingCheck:
                 f"{self._beyond_ascii:,} are UTF-8 too, where {self._example!r} is read as {read_as!r}. If the file is "
                 f"UTF-8, leave the encoding out: {override('data.encoding', None)}"
             )
-
-
-def _is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def is_wide(encoding: str | None) -> bool:

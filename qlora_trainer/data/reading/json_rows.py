@@ -45,8 +45,11 @@ def _lines(file: DataFile) -> Iterator[Placed]:
         if line.error:
             yield place, line.error
             continue
+        inside = None if file.rows is None else _inside_line(file, text, place)
         try:
-            value = decoder.only_value(text, f"{title}, {place}", line.start, file)
+            value = (
+                None if isinstance(inside, list) else decoder.only_value(text, f"{title}, {place}", line.start, file)
+            )
         except DataError as error:
             if first and text.lstrip().startswith("["):
                 raise DataError(
@@ -55,8 +58,12 @@ def _lines(file: DataFile) -> Iterator[Placed]:
                 ) from error
             yield place, error
         else:
-            if file.rows is not None:
-                yield from _inside_line(file, text, place, first)
+            if isinstance(inside, DataError) and first:  # of the setting
+                raise inside
+            if isinstance(inside, DataError):
+                yield place, inside
+            elif inside is not None:
+                yield from inside
             elif isinstance(value, dict):
                 yield place, value
             else:
@@ -64,16 +71,14 @@ def _lines(file: DataFile) -> Iterator[Placed]:
         first = False
 
 
-def _inside_line(file: DataFile, text: str, place: str, is_first: bool) -> Iterator[Placed]:
-    """Read the rows inside a line; where the first has none at data.rows, that is an error of the setting."""
+def _inside_line(file: DataFile, text: str, place: str) -> list[Placed] | DataError:
+    """Read the rows inside a line; the error says that data.rows leads to none there, or that the line is no JSON."""
+    window = Window(dataclasses.replace(file, name=f"{file.title}, {place}"), text)
     try:
-        within_line = dataclasses.replace(file, name=f"{file.title}, {place}")
-        for within, row in _read_inside(Window(within_line, text)):
-            yield f"{place}, {within}", row
+        rows = [(f"{place}, {within}", row) for within, row in _inside_value(window)]
+        return window.error("Extra data") if window.next_character() else rows
     except DataError as error:
-        if is_first:
-            raise
-        yield place, error
+        return error
 
 
 def _alone(placed: Iterator[Placed], file: DataFile) -> Iterator[Placed]:
@@ -158,11 +163,15 @@ def _read_objects(file: DataFile) -> Iterator[Placed]:
 
 
 def _read_inside(window: Window) -> Iterator[Placed]:
-    """Read the rows to which data.rows leads, in each value of a file or of a line."""
-    path = (window.file.rows or "").split(".")
+    """Read the rows to which data.rows leads, in each value of a file."""
     while window.next_character():
-        for value in window.values_at(path if path[-1] == EACH else [*path, ITEMS]):
-            yield from _rows(window, value)
+        yield from _inside_value(window)
+
+
+def _inside_value(window: Window) -> Iterator[Placed]:
+    path = (window.file.rows or "").split(".")
+    for value in window.values_at(path if path[-1] == EACH else [*path, ITEMS]):
+        yield from _rows(window, value)
 
 
 def _read_array(file: DataFile) -> Iterator[Placed]:

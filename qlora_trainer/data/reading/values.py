@@ -167,6 +167,21 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(str(name) for name in names) or "nothing"
 
 
+def shortened(names: Iterable[str], most: int = 6) -> str:
+    """List names for a message, the first few of many; one of white space alone is in quotes.
+
+    Args:
+        names: of columns, say.
+        most: how many are shown.
+
+    Returns:
+        Such as "a, b and 3 more".
+    """
+    shown = [name if name.strip() else repr(name) for name in names]
+    more = len(shown) - most
+    return listed(shown[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def _way_out(value: Any) -> str:
     if isinstance(value, float) and math.isnan(value):
         return " Where there is no value, write null or leave the column out."

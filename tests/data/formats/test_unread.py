@@ -203,7 +203,7 @@ def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles
 def test_columns_without_a_meaning_are_one_line(tmp_path):
     row = {**PAIR, " ": 1, **{f"feature_{n}": n for n in range(300)}}
     (warning,) = prepared(tmp_path, [row], []).report.warnings
-    assert warning == "rows.jsonl: not used: ' ', feature_0, feature_1, feature_2, feature_3, … and 296 more"
+    assert warning == "rows.jsonl: not used: ' ', feature_0, feature_1, feature_2, feature_3 and 296 more"
     assert not has_meaning("feature_1")
 
 
@@ -215,3 +215,21 @@ def test_lines_keep_what_the_config_ignores_already(tmp_path):
     row = {**PAIR, "score": 3, "label": "x"}
     message = refused(tmp_path, [row], ["data.ignore=[score]"])
     assert read(tmp_path, [row], ways(message)[-1]) == ["user: q | assistant: a"]
+
+
+@pytest.mark.parametrize(
+    ("row", "own", "other"), [(DOLLY, "context", "input"), (ALPACA, "input", "context"), (DOLLY, "context", "passage")]
+)
+def test_of_two_contexts_both_one_or_the_other_are_read_as_the_message_says(tmp_path, row, own, other):
+    rows = [{**row, own: "first", other: "second"}, {**row, own: "first", other: "x", "system": "s"}]
+    message = refused(tmp_path, rows)
+    assert f"{other} may be what an answer depends on" in message
+    both, second, first = ways(message)
+    said = [read(tmp_path, rows, overrides) for overrides in (both, second, first)]
+    assert [lines[0] for lines in said] == [
+        "user: q\n\nfirst\n\nsecond | assistant: a",
+        "user: q\n\nsecond | assistant: a",
+        "user: q\n\nfirst | assistant: a",
+    ]
+    assert [lines[1].startswith("system: s | user: q\n\n") for lines in said] == [True] * 3
+    assert ways(refused(tmp_path, [{**rows[0], own: ""}])) == [both, second, first]

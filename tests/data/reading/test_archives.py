@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pyarrow
 import pytest
-from following import run_command_in, settings_in
+from advice import run_command_in, settings_in
 
 from qlora_trainer.common.errors import DataError, DiskError
 from qlora_trainer.data.reading import archives

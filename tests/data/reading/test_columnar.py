@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from advice import settings_in
 from data_files import write
-from following import settings_in
 
 from qlora_trainer.common.errors import DataError, NotInstalledError
 from qlora_trainer.data.reading.columnar import read_arrow, read_excel, read_parquet

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from following import run_command_in, settings_in
+from advice import run_command_in, settings_in
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading.files import RecordSource, open_source

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from following import settings_in
+from advice import settings_in
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.detect import resolve_format
@@ -13,6 +14,7 @@ from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.files import open_source
 from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
+from qlora_trainer.data.reading.json_text import RowDecoder
 
 ROWS = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}, {"question": "e", "answer": "f"}]
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -213,3 +215,18 @@ def test_one_row_is_not_made_of_many_inside_where_columns_are_ignored(tmp_path):
     reader = RecordReader("auto", columns, {}, ignore=["label"])
     with pytest.raises(DataError, match="3 rows inside it"):
         reader.read(record, "x.json, row 1")
+
+
+def test_a_line_with_rows_inside_is_decoded_once_and_a_bad_one_is_named_as_any_other(tmp_path, monkeypatch):
+    good = json.dumps({"id": 1, "qas": ROWS})
+    bad = [good[:-1], f"{good} {good}", json.dumps({"id": 2}), "{'qas': []}"]
+    path = write(tmp_path, "".join(f"{line}\n" for line in (good, *bad, good)), "x.jsonl")
+    found = list(open_source(str(path), rows="qas").records())
+    assert [row for _, row in found if not isinstance(row, DataError)] == ROWS * 2
+    errors = [str(row) for _, row in found if isinstance(row, DataError)]
+    said = ["line 2: not JSON: Expecting ',' delimiter at column", "line 3: not JSON: Extra data at column"]
+    said += ["line 4: data.rows names qas, but there is id", "line 5: not JSON: Expecting property name"]
+    assert [one for one, words in zip(errors, said, strict=True) if f"x.jsonl, {words}" not in one] == []
+    monkeypatch.setattr(RowDecoder, "only_value", decode := Mock())
+    assert rows(write(tmp_path, f"{good}\n{good}\n", "y.jsonl"), rows="qas") == ROWS * 2
+    assert decode.call_count == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from following import run_command_in, settings_in
+from advice import run_command_in, settings_in
 
 from qlora_trainer.common.errors import DataError, FileMissingError
 from qlora_trainer.config.load import load_config
