@@ -320,7 +320,7 @@ def test_a_package_called_kernels_is_neither_shadowed_nor_run(tmp_path: Path) ->
     assert done.stdout.strip() == str(stub / "__init__.py")
 
 
-def test_the_wheel_ships_types_and_the_demos_rows_and_no_package_called_kernels(tmp_path: Path) -> None:
+def test_the_wheel_ships_types_configs_and_the_demos_rows_and_no_package_called_kernels(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
         check=True,
@@ -330,6 +330,8 @@ def test_the_wheel_ships_types_and_the_demos_rows_and_no_package_called_kernels(
     names = zipfile.ZipFile(wheel).namelist()
     assert {f"qlora_trainer/cli/demo_rows/{name}.jsonl" for name in ("train", "eval")} < set(names)
     assert {"qlora_trainer/py.typed", "qlora_kernels/py.typed"} < set(names)
+    configs = {f"qlora_trainer/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert configs == {name for name in names if name.startswith("qlora_trainer/configs/")}
     tops = {name.split("/")[0] for name in names}
     assert {name for name in tops if not name.endswith(".dist-info")} == {"qlora_trainer", "qlora_kernels"}
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -7,10 +7,11 @@ Each command is in the file of its name. Nothing here imports torch, so that `ql
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
-from qlora_trainer.cli.console import open_closed_streams, print_error, say
+from qlora_trainer.cli.console import open_closed_streams, print_error, say, write_out
 from qlora_trainer.cli.demo import demo
 from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.evaluate import evaluate
@@ -40,10 +41,32 @@ def paragraphs(docstring: str | None) -> str:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fine-tune a language model on one consumer GPU: 4-bit NF4 base, LoRA adapters, exact resume, verified merge.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        write_out(f"qlora-trainer {version('qlora-trainer')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Declare the options that come before a command.
+
+    Args:
+        version: asks for the version, which is printed as soon as the option is read.
+    """
+
+
 for command in (  # in the order of --help; `_command` is added where the library exports the same name
     train_command,
     resume,

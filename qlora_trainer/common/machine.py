@@ -5,8 +5,6 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 CGROUP_LIST = Path("/proc/self/cgroup")  # the control groups of this process, "number:controllers:path" a line
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -38,6 +36,8 @@ def host_memory() -> HostMemory:
     Returns:
         Total and available bytes.
     """
+    import psutil  # here, as the command line asks at its start for `is_wsl` only
+
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
     is_limited = False

@@ -39,7 +39,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: not YAML, or wrong keys or values; the message lists all of them.
     """
     if not path.is_file():
-        raise FileMissingError(f"There is no config file {path}. configs/ in the project has examples to start from.")
+        raise FileMissingError(f"There is no config file {path}. {Path(__file__).parents[1] / 'configs'} has examples.")
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)

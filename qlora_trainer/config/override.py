@@ -9,8 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 
 def override(key: str, value: Any) -> str:
     """Write `section.key=value` with the value as YAML on one line, quoted for a shell.
@@ -43,6 +41,8 @@ def _scalar(text: str) -> str:
 
 
 def _is_read_as(written: str, text: str) -> bool:
+    import yaml  # here, as the command line needs only `command_line`
+
     try:
         return bool(yaml.safe_load(f"{{{written}: [{written}, a]}}") == {text: [text, "a"]})
     except (yaml.YAMLError, ValueError):

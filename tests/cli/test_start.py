@@ -1,0 +1,47 @@
+"""What the command line does before any work: it says its version and helps at once, and finds data faults first."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pyarrow", "pydantic", "yaml", "psutil"}
+
+
+def test_help_needs_no_heavy_import() -> None:
+    code = f"""import sys
+from qlora_trainer.cli import app
+sys.argv = ["qlora", "--help"]
+try:
+    app.main()
+except SystemExit:
+    print("imported", *{HEAVY} & sys.modules.keys())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: qlora" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported"
+
+
+def test_the_version_is_that_of_the_installed_package(qlora: Callable) -> None:
+    code, out, _ = qlora("--version")
+    assert (code, out) == (0, f"qlora-trainer {importlib.metadata.version('qlora-trainer')}\n")
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed", "expected"),
+    [
+        ("bash", {"COMP_WORDS": "qlora pl", "COMP_CWORD": "1"}, "plan"),
+        ("bash", {"COMP_WORDS": "qlora train --", "COMP_CWORD": "2"}, "--help"),
+        ("zsh", {"_TYPER_COMPLETE_ARGS": "qlora pl"}, '"plan"'),
+        ("fish", {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_TYPER_COMPLETE_ARGS": "qlora pl"}, "plan"),
+    ],
+)
+def test_a_shell_completes_commands_and_options(shell: str, typed: dict[str, str], expected: str) -> None:
+    """As the script asks that `qlora --show-completion` prints."""
+    code = "import sys; from qlora_trainer.cli import app; sys.argv = ['qlora']; app.main()"
+    asked = {**os.environ, "_QLORA_COMPLETE": f"complete_{shell}", **typed}
+    done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=False)
+    assert expected in done.stdout, done.stderr
+    assert "quantize" not in done.stdout
