@@ -28,8 +28,8 @@ from qlora_trainer.data.formats.turns import (
     unread_keys,
 )
 from qlora_trainer.data.formats.unread import UnreadColumns
-from qlora_trainer.data.reading.turn_names import ROLE_NAMES
 from qlora_trainer.data.reading.values import kind, listed, optional_text, text
+from qlora_trainer.data.turn_names import ROLE_NAMES
 from qlora_trainer.data.types import Conversation, Document, Message, PromptCompletion, Row
 
 # Columns of ours that may hold turns.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlora_trainer.data.reading.turn_names import ROLE_NAMES
+from qlora_trainer.data.turn_names import ROLE_NAMES
 from qlora_trainer.data.types import Message
 
 _ROLE = "system|user|assistant|tool|human|model|developer|ipython"  # as templates write them

@@ -14,8 +14,8 @@ from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.calls import read_calls, written_calls
 from qlora_trainer.data.formats.meanings import is_empty, key_has_meaning
 from qlora_trainer.data.formats.parts import is_data, read_parts, split_results
-from qlora_trainer.data.reading.turn_names import ROLE_NAMES, is_turn, naming
 from qlora_trainer.data.reading.values import from_json_text, json_text, kind, listed, optional_text, text
+from qlora_trainer.data.turn_names import ROLE_NAMES, is_turn, naming
 from qlora_trainer.data.types import Message
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")

@@ -11,8 +11,8 @@ from typing import Any
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.json_text import EACH
-from qlora_trainer.data.reading.turn_names import is_turn
 from qlora_trainer.data.reading.values import kind, listed
+from qlora_trainer.data.turn_names import is_turn
 
 Record = dict[str, Any]
 Placed = tuple[str, Record | DataError]  # where in the file, such as "line 3", and the row or what is wrong with it

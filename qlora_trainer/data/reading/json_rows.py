@@ -16,7 +16,7 @@ from qlora_trainer.data.reading import streams
 from qlora_trainer.data.reading.data_file import DataFile
 from qlora_trainer.data.reading.json_layouts import Placed, WholeFile, rows_of, table_by_columns
 from qlora_trainer.data.reading.json_text import EACH, ITEMS, RowDecoder, Window
-from qlora_trainer.data.reading.turn_names import is_turn
+from qlora_trainer.data.turn_names import is_turn
 
 _MOST_TURNS = 10_000  # an array of more is no conversation
 

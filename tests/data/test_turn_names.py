@@ -8,7 +8,7 @@ from data_files import write_file
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading.files import open_source
-from qlora_trainer.data.reading.turn_names import ROLE_NAMES, is_turn
+from qlora_trainer.data.turn_names import ROLE_NAMES, is_turn
 from qlora_trainer.data.types import Conversation
 
 

@@ -1,6 +1,6 @@
 """List what files call a turn's speaker and the keys of a turn, so that a conversation is found by all that is read.
 
-Left out: reading a turn (formats/turns.py), and where in a file conversations are (json_layouts.py).
+Left out: reading a turn (formats/turns.py), and where in a file conversations are (reading/json_layouts.py).
 """
 
 from collections.abc import Mapping
