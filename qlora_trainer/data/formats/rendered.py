@@ -28,7 +28,11 @@ class Family:
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
-        """Return what opens a turn and what closes it, compiled."""
+        """Compile what opens a turn and what closes it.
+
+        Returns:
+            Both patterns.
+        """
         return re.compile(self.opening), re.compile("|".join(map(re.escape, self.closing)))
 
 

@@ -10,7 +10,7 @@ from qlora_trainer.data.rendering.markers import Markers
 
 
 class Template:
-    """Acts in for a ChatTemplate, and counts its runs; some refuse a dialogue without its answer."""
+    """Takes the place of a ChatTemplate, and counts its runs; some refuse a dialogue without its answer."""
 
     def __init__(self, refuses: bool) -> None:
         self.refuses = refuses
