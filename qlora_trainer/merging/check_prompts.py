@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jinja2
-
+from qlora_trainer.common.boundary import is_from_library
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_numbered_ids, with_reasoning_apart
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -21,7 +20,6 @@ from qlora_trainer.merging.plain_check import render
 CHECKED_PROMPTS = 4
 CHECKED_ROWS = 64  # of which the shortest are taken, whose answers end early
 _PREFIX = 80  # characters of a document that make a prompt
-_REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,10 @@ def make_prompt(renderer: Renderer, plain: Any, prompt: Prompt, where: str) -> C
 def _rendered(plain: Any, form: dict[str, Any]) -> list[int] | None:
     try:
         return render(plain, form)
-    except _REFUSALS:
-        return None
+    except Exception as error:
+        if not is_from_library(error):
+            raise
+        return None  # the template refuses this form of the prompt
 
 
 def _dialogues(prompt: Conversation, where: str) -> Iterator[Dialogue]:

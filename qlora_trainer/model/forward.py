@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
-from qlora_trainer.common.errors import is_out_of_host_memory
+from qlora_trainer.common.boundary import is_from_library
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
@@ -125,8 +125,8 @@ def find_loss_path(model: Any) -> LossPath:
             ours = loss_sum(model, pack, path)
     except DEVICE_FAILURES:
         raise
-    except (AttributeError, RuntimeError, TypeError) as error:
-        if is_out_of_host_memory(error):
+    except Exception as error:
+        if not is_from_library(error):
             raise
         return LossPath(own_logits=True)  # its hidden states are not the head's input
     if not torch.isfinite(theirs):

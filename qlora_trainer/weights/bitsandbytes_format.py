@@ -121,7 +121,7 @@ def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads(bytes(statistics[_STATE_KEY].tolist()))
         _SOURCE_DTYPES[facts["dtype"]]
         return facts
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (LookupError, ValueError, TypeError, RecursionError) as error:
         stored = ", ".join(sorted(statistics)) or "nothing"
         raise QuantizationError(
             f"{name} is quantized otherwise than this trainer keeps its base, or its quantization keys cannot be read "

@@ -167,7 +167,14 @@ def packed_only(inputs: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize(
     "error",
-    [TypeError("forward() got an unexpected keyword argument 'position_ids'"), AttributeError("no 'to'"), KeyError(3)],
+    [
+        TypeError("forward() got an unexpected keyword argument 'position_ids'"),
+        AttributeError("no 'to'"),
+        KeyError(3),
+        NotImplementedError("no cache"),
+        AssertionError("two dimensions"),
+        ZeroDivisionError("division by zero"),
+    ],
 )
 def test_a_model_that_cannot_run_is_refused_by_name(error: Exception) -> None:
     model = raising_model(error, always)

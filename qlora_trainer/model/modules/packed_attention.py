@@ -22,7 +22,8 @@ from transformers import AttentionInterface
 
 from qlora_kernels.card import Card, attention_in_words
 from qlora_kernels.varlen_attention import varlen_attention
-from qlora_trainer.common.errors import ModelError, QLoRATrainerError, is_out_of_host_memory
+from qlora_trainer.common.boundary import is_from_library
+from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.experts import has_experts
@@ -127,7 +128,11 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
     try:
         packed, after_another = pack(ids), pack(other_first)
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except DEVICE_FAILURES:
+        raise
+    except Exception as error:
+        if not is_from_library(error):
+            raise
         # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
         return False
     if _has_window(config) and windows <= {None}:
@@ -203,10 +208,10 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (*DEVICE_FAILURES, QLoRATrainerError):
+    except DEVICE_FAILURES:
         raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_host_memory(error):
+    except Exception as error:
+        if not is_from_library(error):
             raise
         raise ModelError(
             f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_trainer.common.boundary import as_model_error
 from qlora_trainer.common.errors import FileMissingError, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 from qlora_trainer.common.units import dtype_name
@@ -30,9 +31,6 @@ from qlora_trainer.weights.gguf.layout import Translation, translations_of
 IMPORT_RECORD = "import.json"
 SAMPLE_ELEMENTS = 2**25
 CHUNK_ELEMENTS = 2**20  # dequantized at a time by each thread; gguf's functions make several copies
-
-# The readers of gguf and transformers raise these on a damaged or unfamiliar file.
-READ_ERRORS = (ValueError, KeyError, IndexError, OSError, OverflowError, TypeError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,16 +66,14 @@ class StoredTensor:
         step = max(1, CHUNK_ELEMENTS // max(1, math.prod(self.shape[1:])))
         chunks = [slice(begin, min(begin + step, stop)) for begin in range(start, stop, step)]
         fill = functools.partial(self._fill, file, out, start)
-        try:
+        with as_model_error(
+            lambda error: f"Tensor {self.name} of {file} is stored as {self.type}, and cannot be unpacked here: {error}"
+        ):
             if len(chunks) == 1:
                 fill(chunks[0])
             else:
                 with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                     list(pool.map(fill, chunks))
-        except READ_ERRORS as error:
-            raise ModelError(
-                f"Tensor {self.name} of {file} is stored as {self.type}, and cannot be unpacked here: {error}"
-            ) from error
         return out
 
     def _fill(self, file: Path, out: Tensor, start: int, rows: slice) -> None:
@@ -149,7 +145,7 @@ class GGUFWeights:
             self.identity = FileIdentity(**record["file"])
             self.path = Path(self.identity.path)
             self.tensors = {name: ImportedTensor.from_json(fields) for name, fields in record["tensors"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(
                 f"{directory / IMPORT_RECORD} cannot be read ({type(error).__name__}: {error}). Delete {directory}; it "
                 "is made again from the GGUF file."
