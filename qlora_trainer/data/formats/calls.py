@@ -85,7 +85,7 @@ def read_calls(turn: Mapping[str, Any], where: str) -> tuple[ToolCall, ...]:
     for index, call in enumerate(given):
         place = f"{where}, tool_calls[{index}]"
         if isinstance(call, Mapping) and call.get("type") not in (None, "function"):
-            raise DataError(f"{place}: is of type {call['type']!r}; only calls of functions can be trained from.")
+            raise DataError(f"{place}: is of type {call['type']!r}; only calls of functions can be trained on.")
         function = call.get("function") or call if isinstance(call, Mapping) else {}
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise DataError(f"{place}: should be an object with name and arguments, or with these in function.")

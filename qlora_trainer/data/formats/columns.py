@@ -182,7 +182,7 @@ def _message(record: _Record, names: Sequence[str], depth: int, what: str, where
         there = f"a list of {len(value)}" if isinstance(value, list) else kind(value)
     place = ".".join(names[:depth]) or "the row"
     path = ".".join(names)
-    return f"{where}: {what} wants {path}, but {place} has {there}. If some rows have none, write {path}? for it."
+    return f"{where}: {what} takes {path}, but {place} has {there}. If some rows have none, write {path}? instead."
 
 
 def _filled(record: _Record, template: str, what: str, where: str) -> str:
@@ -193,7 +193,7 @@ def _filled(record: _Record, template: str, what: str, where: str) -> str:
             continue
         value = look_up(record, path, what, where)
         if value is None and not path.endswith("?"):
-            raise DataError(f"{where}: {what} wants {path}, which is null. If that may be, write {path}? for nothing.")
+            raise DataError(f"{where}: {what} takes {path}, which is null. If it may be empty, write {path}? instead.")
         written.append(_written(value, f"{what}: {path}", where))
     return "".join(written)
 

@@ -184,8 +184,8 @@ def _refuse_preferences(record: Mapping[str, Any], detected: DataFormat | None, 
         leftover = [name for name in record if name != chosen and name in present and has_meaning(name)]
         both = f"columns {chosen} and {rejected} hold" if rejected else f"the column {chosen} holds one side of"
         raise ConfigError(
-            f"{where}: {both} preferences, and this trains on answers. To train on the {chosen} ones: "
-            f"{preferred_line(record, chosen, leftover)}."
+            f"{where}: {both} preferences, a better and a worse answer, and what is trained on here is one answer. To "
+            f"train on the {chosen} ones: {preferred_line(record, chosen, leftover)}."
         )
 
 
@@ -195,11 +195,14 @@ def _hint(record: Mapping[str, Any], made: Collection[str], where: str) -> str:
         return inside
     turns = record.get("turns")
     if isinstance(turns, list) and turns and all(isinstance(item, str) for item in turns):
-        return " turns holds what one side says: without answers there is nothing to train on. Add messages."
+        return (
+            " turns holds what one side says, and without answers there is nothing to train on. Give each row a column "
+            "messages, with the turns of both sides."
+        )
     is_table = kind_of(PurePath(where.rpartition(", ")[0])) in HEADER_KINDS
     if is_table and any(len(name) > 40 or _NUMBER.fullmatch(name.strip()) for name in record):
         names = override("data.header", [f"column{number + 1}" for number in range(len(record))])
-        return f" Is the first line of the file a row, not the columns' names? Then name them, such as: {names}."
+        return f" Is the first line of the file a row, not the columns' names? Then name the columns, such as: {names}."
     lines = "" if made else near_miss(record, [name for name in record if has_meaning(name)])
     return lines or _incomplete(record)
 

@@ -322,7 +322,9 @@ def _with_system(messages: list[Message], value: Any, where: str) -> list[Messag
     if messages and messages[0].role == "system":
         if messages[0].content == system:
             return messages
-        raise DataError(f"{where}: there is a system column, and another system turn in the conversation. Keep one.")
+        raise DataError(
+            f"{where}: the system column says something else than another system turn in the conversation. Keep one."
+        )
     return [Message("system", system), *messages]
 
 

@@ -61,7 +61,7 @@ def read_parts(parts: Sequence[Any], column: str, where: str) -> PartsContent:
                 raise DataError(f"{where}: {column} has text after a call of a tool; text can only be before it.")
             said.append(more)
         else:
-            raise DataError(f"{where}: {column} holds a part of type {name!r}; only text can be trained from.")
+            raise DataError(f"{where}: {column} holds a part of type {name!r}; only text can be trained on.")
     return PartsContent("".join(said), "".join(reasoning), calls)
 
 

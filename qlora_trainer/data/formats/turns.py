@@ -122,7 +122,9 @@ def read_turn(turn: Any, where: str, roles: Mapping[str, str] = ROLE_NAMES) -> M
         raise DataError(f"{where}: {speaker} is missing or null; the turn holds {listed(turn)}.")
     role = roles.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        line = f" Say who it is: {override('data.roles', {name: 'assistant'})}." if isinstance(name, str) else ""
+        line = (
+            f" If it is the assistant: {override('data.roles', {name: 'assistant'})}." if isinstance(name, str) else ""
+        )
         raise DataError(f"{where}: unknown {speaker} {name!r}; known are {listed(roles)}.{line}")
     check_no_media(turn, where)
     calls, said, of_parts = read_calls(turn, where), "", ""
@@ -215,14 +217,14 @@ def check_no_media(holder: Mapping[str, Any], where: str) -> None:
         DataError: it holds pictures or sound.
     """
     if found := [name for name in MEDIA if holder.get(name)]:
-        raise DataError(f"{where}: {listed(found)} cannot be trained from, only text.")
+        raise DataError(f"{where}: {listed(found)} cannot be trained on, only text.")
 
 
 def _reasoning(turn: Mapping[str, Any], of_parts: str, where: str) -> str:
     given = {key: text(turn[key], key, where) for key in _REASONING_KEYS if turn.get(key)}
     found = {*given.values(), *([of_parts] if of_parts else [])}
     if len(found) > 1:
-        raise DataError(f"{where}: reasoning is there twice, and not the same: {listed(given)}. Keep one.")
+        raise DataError(f"{where}: two different texts of reasoning are there ({listed(given)}). Keep one.")
     return found.pop() if found else ""
 
 
@@ -232,9 +234,7 @@ def _learn(turn: Mapping[str, Any], where: str) -> bool | None:
     for key, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             allowed = "0 or 1" if key.endswith("weight") else "true or false"
-            raise DataError(
-                f"{where}: {key} is {value!r} and should be {allowed}; shares in between are not supported."
-            )
+            raise DataError(f"{where}: {key} is {value!r} and should be {allowed}; fractions are not supported.")
     values = {bool(value) != (key == _UNLEARN_KEY) for key, value in given.items()}
     if len(values) > 1:
         raise DataError(f"{where}: {listed(given)} contradict each other.")

@@ -88,9 +88,9 @@ class UnreadColumns:
         lost = [key for key, is_meant in keys.items() if is_meant]
         if lost:
             raise ConfigError(
-                f"{where}: {listed(lost)} may say what of a turn is trained or given, and is not read: turns are "
-                f"marked by {listed(LEARN_KEYS)}, where 1 or true is trained. To leave {_it(lost)} out: "
-                f"{self._ignoring(lost)}."
+                f"{where}: {listed(lost)} may say whether a turn is trained, or be a part of what it says, but "
+                f"{'is' if len(lost) == 1 else 'are'} not read. Turns to train are marked by one of "
+                f"{listed(LEARN_KEYS)}, with 1 or true. To leave {_it(lost)} out: {self._ignoring(lost)}."
             )
         self.unused.update([name for name in others if record[name] is not None])
         self.unused.update([name for name in meant if not is_empty(record[name])])
@@ -138,9 +138,10 @@ class UnreadColumns:
         ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
         kind = "plain prompt and completion" if is_plain else f"{format} rows"
         marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
-        meanings = [f"{shortened(marks)} may mark answers to avoid, or say how much rows are trained"] * bool(marks)
+        meanings = [f"{shortened(marks)} may mark answers to avoid, or say how much a row counts"] * bool(marks)
         meanings += [f"{shortened(texts)} may be what an answer depends on"] * bool(texts)
-        return f"{where}: {', and '.join(meanings)}; {kind} are not read for {_it(lost)}. {' '.join(ways)}"
+        are_not = f"{'is' if len(lost) == 1 else 'are'} not read from {kind}"
+        return f"{where}: {', and '.join(meanings)}, but {are_not}. {' '.join(ways)}"
 
     def _ignoring(self, names: Sequence[str]) -> str:
         return override("data.ignore", [*self.ignored, *names])
@@ -160,8 +161,8 @@ class UnreadColumns:
         plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
-            f"{where}: text is next to {shortened(lost)}, which plain text rows are not read for. If {answer} answers "
-            f"{asked}: {line}. If only the text is to be trained, as plain text: {plain}."
+            f"{where}: besides text the row has {shortened(lost)}, not read from rows of plain text. If {answer} is "
+            f"the answer to {asked}: {line}. If only text is to be trained, as plain text: {plain}."
         )
 
     def _lines_that_read(self, record: Mapping[str, Any], format: DataFormat, lost: Sequence[str]) -> list[str]:

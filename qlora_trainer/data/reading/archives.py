@@ -69,8 +69,8 @@ def _names(path: Path, identity: FileIdentity) -> tuple[str, ...]:
         unpacked += member.size
         if unpacked > max(_SMALL_BYTES, _LARGEST_RATIO * identity.size):
             raise DataError(
-                f"{path} unpacks to {gibibytes(unpacked)} or more, over {_LARGEST_RATIO} times its size, as only an "
-                "archive that is made to fill a disk does. If it is sound, unpack it and name the folder."
+                f"{path} unpacks to {gibibytes(unpacked)} or more, over {_LARGEST_RATIO} times its size, as archives "
+                "do that are made to fill a disk. If you trust it, unpack it and name the folder."
             )
         fault = member.fault or (f"{member.name} is in it twice" if member.name in names else "")
         if fault:

@@ -95,7 +95,10 @@ def _reading(file: DataFile, kind: str) -> Iterator[_Places]:
     except DataError:
         raise
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as of a date beyond year 9999
-        raise DataError(f"{file}, after row {places.done}: cannot be read as {kind}: {error}") from error
+        raise DataError(
+            f"{file}, after row {places.done}: cannot be read as {kind}: {str(error).rstrip('. ')}. Fetch it "
+            "again, or write it anew."
+        ) from error
 
 
 def _check_names(file: DataFile, names: list[str]) -> None:
@@ -148,7 +151,9 @@ def read_excel(file: DataFile) -> Iterator[Placed]:
         except DataError:
             raise
         except Exception as error:  # whatever openpyxl, zipfile or an XML parser raise for a broken workbook
-            raise DataError(f"{file} cannot be read as an Excel workbook: {first_line(error)}") from error
+            raise DataError(
+                f"{file} cannot be read as an Excel workbook: {first_line(error)}. Save it as .xlsx again, or as CSV."
+            ) from error
 
 
 def _sheet(file: DataFile, book: Any) -> str:

@@ -241,8 +241,8 @@ def _read_text(file: DataFile) -> Iterator[Placed]:
     if not file.is_document and (found := _rows_in_text(text)):
         what, suffix = found
         raise DataError(
-            f"{file} looks like {what}, and a .txt file is read as one plain text. To read its rows, give it their "
-            f"ending: {file.renamed(suffix)}\nTo train on the text as it is: data.format=text"
+            f"{file} looks like {what}, and a .txt file is read as one plain text. To read its rows, give it the "
+            f"ending of that kind: {file.renamed(suffix)}\nTo train on the text as it is: data.format=text"
         )
     if text.strip():
         yield "line 1", {"text": text.replace("\r\n", "\n")}

@@ -88,4 +88,6 @@ def _hub_message(name: str, split: str, error: Exception) -> str:
         there = re.findall(r"'([^']+)'", said.partition("vailable")[2].partition("Example")[0])
         named = f" Name one: {override('data.train', [{'path': name, 'subset': there[0]}])}" if there else ""
         return f"The hub data set {name} has the subsets {', '.join(there)}.{named}"
-    return f"There is no file {name} here, and as a hub data set it cannot be had (split {split}): {first_line(error)}"
+    return (
+        f"There is no file {name} here, and it cannot be loaded as a hub data set (split {split}): {first_line(error)}"
+    )

@@ -123,7 +123,7 @@ def rows_inside(record: Mapping[str, Any]) -> str:
     others = f" (or {listed(settings[1:])})" if settings[1:] else ""
     count = paths[0][1]
     rows = f"{count:,} rows seem" if count > 1 else "a row seems"
-    return f" The file is one object, and {rows} to be inside it: {settings[0]}{others}"
+    return f" The file is one object, and {rows} to be inside it. To read what is inside: {settings[0]}{others}"
 
 
 def check_paths(record: Mapping[str, Any], paths: Iterable[str], where: str) -> None:

@@ -200,8 +200,8 @@ class Window:
                 is_endless = len(self.text) - self.position > streams.MAX_LINE_BYTES
                 if is_cut and is_endless and (key := self._key_of_many()):
                     raise DataError(
-                        f"{self._where()}: longer than {streams.MAX_LINE_BYTES // 2**20} MiB. If the rows are inside "
-                        f"it: {override('data.rows', key)}"
+                        f"{self._where()}: the row is longer than {streams.MAX_LINE_BYTES // 2**20} MiB. If the rows "
+                        f"are inside it: {override('data.rows', key)}"
                     ) from error
                 if not is_cut or is_endless or not self.more():
                     is_early = is_open or error.pos >= len(self.text.rstrip())

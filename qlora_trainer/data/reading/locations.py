@@ -262,7 +262,7 @@ def _one_or_list(files: Sequence[Location]) -> str | list[str]:
 def _check_not_packed(path: PurePath, kind: str) -> None:
     if kind not in TEXT_KINDS and path.suffix.lower() in PACKED_SUFFIXES:
         raise DataError(
-            f"{path}: unpack it; files of this kind compress their own content, and are read here and there."
+            f"{path}: unpack it: files of this kind are compressed inside already, and are not read from front to back."
         )
 
 

@@ -205,7 +205,7 @@ def _field_rows(file: DataFile, delimiter: str, columns: int, skipped: int) -> I
 
 def _way_out(error: csv.Error) -> str:
     if "new-line character" in str(error):
-        return "A carriage return alone is here; lines should end with a newline, or both."
+        return "A carriage return alone is here; a line should end with a newline, or with both."
     return "Is a quote missing? A quote inside quotes is written twice."
 
 

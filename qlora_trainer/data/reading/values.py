@@ -35,8 +35,8 @@ def text(value: Any, column: str, where: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: {column} holds half of a surrogate pair at character {error.start}, which is no text. "
-                "The file was cut or converted wrongly there."
+                f"{where}: {column} holds half of a character (a lone surrogate) at character {error.start}. The text "
+                "was cut or converted wrongly there."
             ) from error
     return value
 

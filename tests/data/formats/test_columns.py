@@ -46,9 +46,9 @@ def test_a_path_leads_to_its_value(path, value):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("titel", r"line 1: data.columns x wants titel, but the row has task, instances, .* write titel\? for it"),
-        ("task.titel", r"wants task.titel, but task has title, points"),
-        ("instances.1.output", r"wants instances.1.output, but instances.1 has input"),
+        ("titel", r"line 1: data.columns x takes titel, but the row has task, instances, .* write titel\? instead"),
+        ("task.titel", r"takes task.titel, but task has title, points"),
+        ("instances.1.output", r"takes instances.1.output, but instances.1 has input"),
         ("instances.2.input", r"but instances has a list of 2"),
         ("instances.first", r"but instances has a list of 2"),
         ("task.title.0", r"but task.title has text"),
@@ -87,7 +87,7 @@ def test_a_template_writes_text_around_fields():
 
 def test_a_field_without_text_is_reported():
     with pytest.raises(
-        DataError, match=r"data.template text wants empty, which is null. If that may be, write empty\?"
+        DataError, match=r"data.template text takes empty, which is null. If it may be empty, write empty\?"
     ):
         mapped(ROW, {}, {"text": "{empty}"}, "line 1")
     with pytest.raises(DataError, match=r"data.template text: x holds bytes, not text"):

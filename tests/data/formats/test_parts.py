@@ -91,7 +91,7 @@ def test_tools_of_other_makers_have_the_one_shape(tool):
     ("part", "words"),
     [
         ({"type": "text", "words": "hi"}, "a text part of content has no text; it holds type, words"),
-        ({"type": "image", "source": {}}, "content holds a part of type 'image'; only text can be trained from"),
+        ({"type": "image", "source": {}}, "content holds a part of type 'image'; only text can be trained on"),
         ({"inlineData": {}}, "content holds a part of type 'inlineData'"),
         ({"type": "text", "text": 5}, "a text part of content should be text, and is the int 5"),
     ],

@@ -1,4 +1,4 @@
-"""One turn becomes one message, whatever its file calls things; what cannot be trained from is refused by name."""
+"""One turn becomes one message, whatever its file calls things; what cannot be trained on is refused by name."""
 
 import json
 
@@ -137,8 +137,8 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
         ({**BOT, "tool_calls": [{"name": "f", "arguments": "a=1"}]}, r"arguments should be JSON, and is not"),
         ({**BOT, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"should be a JSON object .* and is a list"),
         ({**BOT, "tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}, r"cannot be written as JSON"),
-        ({**BOT, "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, r"half of a surrogate pair"),
-        ({**BOT, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}, r"half of a surrogate pair"),
+        ({**BOT, "tool_calls": [{"name": "f", "arguments": {"a": "\ud800"}}]}, r"half of a character"),
+        ({**BOT, "tool_calls": [{"name": "f", "arguments": '{"a": "\\ud800"}'}]}, r"half of a character"),
         ({**BOT, "tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, r"cannot be written as JSON"),
         ({"role": "user", "content": "q", "tool_calls": [{"name": "f"}]}, r"tool_calls in a turn of user"),
         ({"role": "user", "content": "q", "thinking": "t"}, r"reasoning in a turn of user"),
@@ -153,8 +153,8 @@ def test_a_text_that_is_not_the_json_of_turns_stays_text(text):
             {**BOT, "content": [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "r"}]},
             r"a thinking part after text",
         ),
-        ({**BOT, "content": "a", "thinking": "r", "reasoning_content": "s"}, r"reasoning is there twice"),
-        ({"role": "user", "content": "<image>", "images": ["x.png"]}, r"images cannot be trained from, only text"),
+        ({**BOT, "content": "a", "thinking": "r", "reasoning_content": "s"}, r"two different texts of reasoning"),
+        ({"role": "user", "content": "<image>", "images": ["x.png"]}, r"images cannot be trained on, only text"),
         ({"role": "robot", "content": "q"}, r"unknown role 'robot'; known are system, user"),
         ({"content": "q"}, r"role is missing or null"),
     ],

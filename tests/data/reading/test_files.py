@@ -78,7 +78,7 @@ def test_lines_end_at_newlines_only(tmp_path):
         ("x.txt", "\n", r"holds no rows"),
         ("x.rows", "hi", r"no kind that can be read. Known endings: .jsonl, .*those of text also with .gz"),
         ("x.gz", b"\x1f\x8b\x08\x00", r"no kind that can be read"),
-        ("x.parquet.gz", b"\x1f\x8b\x08\x00", r"unpack it; files of this kind compress their own content"),
+        ("x.parquet.gz", b"\x1f\x8b\x08\x00", r"unpack it: files of this kind are compressed inside already"),
     ],
 )
 def test_a_file_that_holds_nothing_or_is_of_no_kind_is_refused(tmp_path, name, content, words):
@@ -152,7 +152,9 @@ def test_a_name_that_is_no_file_is_asked_of_the_hub(monkeypatch):
     assert [record for _, record in source.records()] == [A | {"parts": [{"x": 1}]}, B | {"parts": [{"y": 2}]}]
     assert next(source.records())[0] == "some/rows (test), row 1"
     assert asked == [("some/rows", "main", "test")]
-    with pytest.raises(DataError, match=r"no file some/missing here, and as a hub data set.*not on the hub"):
+    with pytest.raises(
+        DataError, match=r"no file some/missing here, and it cannot be loaded as a hub data set.*not on the hub"
+    ):
         open_source("some/missing")
 
 
