@@ -73,9 +73,12 @@ def _matching(model: nn.Module, pattern: str, candidates: list[str], names: list
     for alternative, alone in alternatives(pattern):
         matches = _matcher(alone)
         if matches is not None and not any(matches(path) for path in candidates):
+            # .*\.(q_proj|lm_head) matches no path of the head, but names it.
+            named = _matcher(rf"(.*\.)?({alternative})") or matches
+            reason = _why_not_adapted(model, matches) or _why_not_adapted(model, named)
             raise AdapterError(
                 f"adapter.target_modules={pattern} has the alternative {alternative}, which "
-                f"{_matches_nothing(candidates, names)}{_why_not_adapted(model, matches)} Leave it out."
+                f"{_matches_nothing(candidates, names)}{reason} Leave it out."
             )
     return found
 

@@ -15,7 +15,10 @@ from qlora_trainer.data.rendering.dialogue import Dialogue, make_dialogue, with_
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.targets import Prompt, reference_answer
 from qlora_trainer.data.types import Conversation, Document, Message
+from qlora_trainer.merging.merge_plan import MergePlan
 from qlora_trainer.merging.plain_check import render
+from qlora_trainer.model.tokenizer import plain_tokenizer
+from qlora_trainer.weights.turn_files import CHAT_TEMPLATE
 
 CHECKED_PROMPTS = 4
 CHECKED_ROWS = 64  # of which the shortest are taken, whose answers end early
@@ -32,12 +35,27 @@ class CheckPrompt:
     expected: list[int]  # tokens of the row's own answer, to guess the model's by
 
 
+def asked_tokenizer(plan: MergePlan) -> Any:
+    """Load the base's tokenizer as transformers does, with the chat template that the merged model gets.
+
+    Args:
+        plan: of the merge, with what training taught about turns.
+
+    Returns:
+        The tokenizer; None where transformers has none.
+    """
+    plain: Any = plain_tokenizer(plan.inputs.base)
+    if plain is not None and CHAT_TEMPLATE in plan.changed:
+        plain.chat_template = plan.changed[CHAT_TEMPLATE]
+    return plain
+
+
 def choose_prompts(renderer: Renderer, plain: Any, examples: ExampleSet) -> tuple[list[CheckPrompt], int]:
     """Choose the shortest of the first rows that have a prompt.
 
     Args:
         renderer: of the run.
-        plain: the base's tokenizer as transformers loads it, or None.
+        plain: from `asked_tokenizer`.
         examples: eval rows, or training's where there are none.
 
     Returns:
@@ -71,7 +89,7 @@ def fallback_prompts(
 
     Args:
         renderer: of the run.
-        plain: the base's tokenizer as transformers loads it, or None.
+        plain: from `asked_tokenizer`.
         texts: prompts, or beginnings of texts.
         has_conversations: the run was trained to answer in turns.
 
@@ -91,7 +109,7 @@ def make_prompt(renderer: Renderer, plain: Any, prompt: Prompt, where: str) -> C
 
     Args:
         renderer: of the run.
-        plain: the base's tokenizer as transformers loads it, or None.
+        plain: from `asked_tokenizer`.
         prompt: text or turns.
         where: file and line.
 

@@ -29,7 +29,7 @@ from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Example
-from qlora_trainer.merging.check_prompts import CheckPrompt, choose_prompts, fallback_prompts
+from qlora_trainer.merging.check_prompts import CheckPrompt, asked_tokenizer, choose_prompts, fallback_prompts
 from qlora_trainer.merging.logits import Logits, WholeLogits
 from qlora_trainer.merging.merge_plan import MergeBase, MergePlan
 from qlora_trainer.merging.rounding import rounded_head, rounded_weights
@@ -47,7 +47,6 @@ from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_sta
 from qlora_trainer.model.load import load_base_model, load_dense_model
 from qlora_trainer.model.modules.activation_range import ActivationRange, watched_activations
 from qlora_trainer.model.modules.experts import has_experts
-from qlora_trainer.model.tokenizer import plain_tokenizer
 from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
 from qlora_trainer.runs.turns import taught_turns
@@ -241,14 +240,14 @@ def _sample(run: MergeRun, progress: Progress) -> SampleRows:
         run.warnings.append(f"The run's data could not be read, so nothing was measured on eval rows. {error}")
         had_turns = (run.trained.directory / "adapter" / CHAT_TEMPLATE).is_file()  # as training found
         stops = _take_turns(run, renderer, had_turns)
-        prompts = fallback_prompts(renderer, plain_tokenizer(run.base), FALLBACK_SAMPLES, had_turns)
+        prompts = fallback_prompts(renderer, asked_tokenizer(run.plan), FALLBACK_SAMPLES, had_turns)
         run.warnings += _prompt_warnings(prompts)
         rows = [run.tokenizer(text)["input_ids"] for text in FALLBACK_SAMPLES]
         return SampleRows(rows, None, forward, prompts, 0, stops)
     run.warnings += reported
     stops = _take_turns(run, renderer, prepared.train.has_conversations())
     examples: ExampleSet = prepared.eval if len(prepared.eval) else prepared.train
-    prompts, left_out = choose_prompts(renderer, plain_tokenizer(run.base), examples)
+    prompts, left_out = choose_prompts(renderer, asked_tokenizer(run.plan), examples)
     run.warnings += _prompt_warnings(prompts)
     rows = [examples[index].input_ids[:SAMPLE_TOKENS] for index in range(min(SAMPLE_ROWS, len(examples)))]
     if not len(prepared.eval):

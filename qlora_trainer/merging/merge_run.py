@@ -183,7 +183,7 @@ def refuse_out_of_range(seen: ActivationRange, dtype: torch.dtype) -> None:
     most = f", and the most {largest}" if largest != first else ""
     raise DtypeRangeError(
         f"In {dtype_name(dtype)}, which ends at {limit:,.0f}, this model's activations do not fit: the first that is "
-        f"beyond is {first}{most} (on the eval rows, computed in float32)."
+        f"beyond is {first}{most} (computed in float32, on the rows that are compared)."
     )
 
 

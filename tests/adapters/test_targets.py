@@ -56,6 +56,7 @@ def test_all_linear_reaches_every_linear_layer_whatever_its_name(family: str, ti
         ("llama", r".*\.q_proj|lm_head", "has the alternative lm_head.*LM head are not adapted.* Leave it out"),
         ("llama", r"lm_head", "matches no linear layer.*LM head are not adapted"),
         ("llama", r".*\.(q_proj|(v_proj|embed_tokens))", "has the alternative embed_tokens.*Embeddings"),
+        ("llama", r".*\.(q_proj|lm_head)", "has the alternative lm_head.*LM head are not adapted"),
         ("llama", r".*(?:_proj|_head)", "has the alternative _head.*LM head"),
         ("llama", r".*(?P<kind>_proj|norm)", "has the alternative norm.*layernorm is no linear layer"),
         ("llama", r".*\.(q_proj|k_porj)", "has the alternative k_porj, which matches no linear layer"),

@@ -155,6 +155,7 @@ def test_the_plain_format_that_was_taught_is_in_the_merged_model(tmp_path: Path)
     assert agreement(done).prompts == 4
     changed = [change.partition(":")[0] for change in done.report.changes]
     assert changed == ["generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert not [warning for warning in done.warnings if "server" in warning]  # it asks as training does
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     asked = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)

@@ -99,8 +99,34 @@ def source_columns(record: _Record, columns: Mapping[str, str], template: Mappin
     Returns:
         Names of columns.
     """
-    paths = [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
-    return {_first_name(record, path) for path in paths}
+    return {_first_name(record, path) for path in _paths(columns, template)}
+
+
+def lists_cut(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
+    """Find the lists of objects of which items are taken, and others are not.
+
+    Args:
+        record: a row's columns.
+        columns: {our column: path}.
+        template: {our column: text with {path} fields}.
+
+    Returns:
+        Their paths.
+    """
+    taken: dict[str, tuple[int, set[int]]] = {}  # by the path of a list: its length, and the items
+    for path in _paths(columns, template):
+        first = _first_name(record, path)
+        place, value = first, record.get(first)
+        for name in () if path in record else path.removesuffix("?")[len(first) + 1 :].split("."):
+            there, item = _step(value, name)
+            if there and isinstance(value, list) and isinstance(item, Mapping):
+                taken.setdefault(place, (len(value), set()))[1].add(int(name) % len(value))
+            place, value = f"{place}.{name}", item
+    return [place for place, (length, items) in taken.items() if len(items) < length]
+
+
+def _paths(columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
+    return [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
 
 
 def parts(template: str) -> list[tuple[str, str | None]]:

@@ -16,7 +16,7 @@ from qlora_trainer.config.data_schema import DataFormat, Scalar
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import settings_line, text_path
 from qlora_trainer.data.formats.calls import read_tools
-from qlora_trainer.data.formats.columns import is_kept, mapped, without_ignored
+from qlora_trainer.data.formats.columns import is_kept, lists_cut, mapped, without_ignored
 from qlora_trainer.data.formats.detect import COLUMNS, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (
     check_no_media,
@@ -217,7 +217,10 @@ class RecordReader:
             unread = unread_keys(parsed[column], self._roles)
             keys |= {f"{column}[].{key}": is_meant for key, is_meant in unread.items()}
         self._unread.check(record, format, is_plain, row, keys, where)
-        self.warnings.update(_warnings(ours, parsed, format))
+        cut = [
+            f"{path} holds more items than are read of it" for path in lists_cut(record, self.columns, self.template)
+        ]
+        self.warnings.update([*_warnings(ours, parsed, format), *cut])
         return row
 
     def recognize(self, record: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], DataFormat]:

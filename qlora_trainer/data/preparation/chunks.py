@@ -79,6 +79,7 @@ class ChunkMaker:
         self.sources = source_files(config)
         self.skips_bad_rows = config.on_bad_row == "skip"
         self.max_skipped = config.max_skipped
+        self._has_examples = False  # of any chunk so far
         self.vocab_size = vocab_size
         self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
         self.rendered_rows = RenderedRows(tokenizer, self.renderer)
@@ -173,6 +174,7 @@ class ChunkMaker:
                 _check_vocabulary(example, self.vocab_size, where)
                 examples.append((number, where, example, shown))
         chunk.block = make_block(examples)
+        self._has_examples |= bool(examples)
         return chunk
 
     def _skip(self, chunk: Chunk, where: str, error: DataError, rendered: RenderedChunk) -> None:
@@ -181,20 +183,22 @@ class ChunkMaker:
             return
         if isinstance(error, UnknownFormatError):
             raise error
-        places = _bad_places(rendered)
-        settings, bad = override("data.on_bad_row", "skip"), max(1, len(places))
-        if bad > self.max_skipped * len(rendered.rows):
-            settings += f" {skip_limit_setting(bad, len(rendered.rows))}"
-        others = [place for place in places if place != where]
+        others = [place for place in _bad_places(rendered) if place != where]
+        bad, rows, settings = len(others) + 1, len(rendered.rows), override("data.on_bad_row", "skip")
+        if bad > self.max_skipped * rows:
+            settings += f" {skip_limit_setting(bad, rows)}"
         more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
-        raise DataError(f"{error} Correct it{more}, or skip such rows: {settings}.") from error
+        skipping = f", or skip such rows: {settings}" if bad < rows or self._has_examples else ""
+        apart = " " if str(error).endswith(".") else "\n"  # a command to paste is the rest of its line
+        raise DataError(f"{error}{apart}Correct it{more}{skipping}.") from error
 
 
 def _bad_places(rendered: RenderedChunk) -> list[str]:
-    """List the places of the rows that could not be read, of those that were read together."""
+    """List the places of the rows that could not be read or rendered, of those that were read together."""
+    texts = iter(rendered.texts)
     pairs = zip(rendered.records, rendered.rows, strict=True)
-    errors = [(place, row) for (place, _), row in pairs if isinstance(row, DataError)]
-    return [place for place, error in errors if not isinstance(error, LeftOutError)]
+    found = [(place, row if isinstance(row, DataError) else next(texts)) for (place, _), row in pairs]
+    return [place for place, error in found if isinstance(error, DataError) and not isinstance(error, LeftOutError)]
 
 
 def make_chunks(jobs: Iterable[Job], maker: ChunkMaker) -> Generator[tuple[Job, Chunk], None, None]:

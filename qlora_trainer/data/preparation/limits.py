@@ -11,7 +11,7 @@ from qlora_trainer.common.errors import DataError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import DataConfig, SourceFile
 from qlora_trainer.config.override import override
-from qlora_trainer.data.preparation.reports import SourceReport
+from qlora_trainer.data.preparation.reports import SourceReport, places_in_words
 from qlora_trainer.data.reading.files import RecordSource
 
 _MEANT_FOR = {
@@ -91,6 +91,16 @@ def skip_limit_setting(skipped: int, rows: int) -> str:
     return override("data.max_skipped", math.ceil(100 * skipped / rows) / 100)
 
 
+def _reasons(source: SourceReport) -> list[str]:
+    """List why rows of a source are not used, each with how many they are and where the first ones are."""
+    found = []
+    for reason, count in (Counter(source.dropped) + Counter(source.skipped)).items():
+        places = source.places.get(reason, [])
+        at = f": {places_in_words(places)}{', …' * (len(places) < count)}" if places else ""
+        found.append(f"{reason} ({count:,}{at})")
+    return found
+
+
 def check_usable(sources: Sequence[SourceReport], for_eval: Sequence[bool], is_mixed: bool, max_length: int) -> None:
     """Refuse a set without rows, and a mixed source without any.
 
@@ -113,10 +123,9 @@ def check_usable(sources: Sequence[SourceReport], for_eval: Sequence[bool], is_m
     for name, group in checked:
         if any(source.examples for source in group):
             continue
-        dropped = sum((Counter(source.dropped) + Counter(source.skipped) for source in group), Counter[str]())
-        reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+        reasons = "; ".join(reason for source in group for reason in _reasons(source))
         rows, names = sum(source.rows for source in group), ", ".join(source.name for source in group)
         raise DataError(
             f"data.{name}: {f'none of the {rows:,} rows' if rows != 1 else 'the only row'} of "
-            f"{names} can{'not' * (rows == 1)} be used ({reasons}; max_length is {max_length})."
+            f"{names} can{'not' * (rows == 1)} be used: {reasons}. data.max_length is {max_length}."
         )

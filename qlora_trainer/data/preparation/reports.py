@@ -21,6 +21,7 @@ OTHER_REASONS = "other reasons"
 _MOST_NAMED = 5  # columns, or control tokens, in one line
 _MOST_PLACES = 3  # of rows, for each reason
 _MOST_NOTES = 5  # of one source
+_NUMBER = r"\b(0x[0-9a-f]+|\d+)\b"
 
 
 @dataclass
@@ -253,7 +254,8 @@ def count_reasons(
         text = reason.removeprefix(where)
         text = text.partition(": ")[2] if text[:1] in (",", ":") else text
         text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text.partition(". ")[0].removesuffix("."))
-        kind = re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", text)[:200]
+        text = re.sub(rf" \((byte )?{_NUMBER}\)", "", text)
+        kind = re.sub(rf"(?<![A-Za-z]-){_NUMBER}", "…", text)[:200]  # but not that of UTF-8
         kind = kind if kind in counts or len(counts) < MAX_REASONS else OTHER_REASONS
         counts[kind] += 1
         if places is not None:

@@ -99,7 +99,9 @@ class DataFile:
         path = PurePath(str(self))
         packed = path.suffix if path.suffix.lower() in PACKED_SUFFIXES else ""
         plain = path.with_suffix("") if packed else path
-        return f"mv {self.quoted} {shlex.quote(str(plain.with_suffix(suffix)) + packed)}"
+        bare = plain.with_suffix("")  # a browser saves rows.jsonl as rows.jsonl.txt
+        made = bare if bare.suffix.lower() == suffix else plain.with_suffix(suffix)
+        return f"mv {self.quoted} {shlex.quote(str(made) + packed)}"
 
 
 def content_suffix(path: PurePath) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.json_text import EACH
 from qlora_trainer.data.reading.values import kind, listed
@@ -135,7 +135,7 @@ def check_paths(record: Mapping[str, Any], paths: Iterable[str], where: str) -> 
         where: file and line, for errors.
 
     Raises:
-        DataError: a path leads to one item of a list of rows.
+        ConfigError: a path leads to one item of a list of rows.
     """
     if not isinstance(record, WholeFile):
         return
@@ -143,7 +143,7 @@ def check_paths(record: Mapping[str, Any], paths: Iterable[str], where: str) -> 
         prefix = ".".join(inside) + "."
         item = re.compile(re.escape(prefix) + r"-?\d+(\.|\?|$)")
         if count > 1 and any(item.match(path) for path in paths):
-            raise DataError(
+            raise ConfigError(
                 f"{where}: the file is one object with {count:,} rows inside it, and the columns are taken from one of "
                 f"them. Name where the rows are, and the columns of a row: {override('data.rows', prefix[:-1])}"
             )

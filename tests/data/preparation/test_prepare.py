@@ -66,7 +66,8 @@ def test_the_report_counts_the_tokens_that_training_gets(tmp_path):
 def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
     path = write(tmp_path, "x.jsonl", [row("q", ""), row("long " * 200, "a")])
     with pytest.raises(
-        DataError, match=r"none of the 2 rows of x.jsonl can be used \(1 the answer is empty.*1 longer than"
+        DataError,
+        match=r"none of the 2 rows of x.jsonl can be used: the answer is empty \(1: line 1\); longer .* \(1: line 2\)",
     ):
         run(tmp_path, path, max_length=64)
     good = write(tmp_path, "good.jsonl", ROWS)

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from advice import settings_in
 
-from qlora_trainer.common.errors import DataError
+from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.data.formats.detect import resolve_format
 from qlora_trainer.data.formats.parse import RecordReader
 from qlora_trainer.data.reading import streams
@@ -189,7 +189,7 @@ def test_no_hint_is_given_for_a_row_among_others(tmp_path):
 
 def test_one_row_is_not_made_of_the_first_of_many_inside(tmp_path):
     (record,) = rows(write(tmp_path, {"canary": "x", "examples": ROWS}))
-    with pytest.raises(DataError, match="3 rows inside it") as raised:
+    with pytest.raises(ConfigError, match="3 rows inside it") as raised:
         check_paths(record, ["examples.0.question"], "x.json, row 1")
     assert settings_in(str(raised.value)) == ["data.rows=examples"]
     check_paths(record, ["canary"], "")
@@ -213,7 +213,7 @@ def test_one_row_is_not_made_of_many_inside_where_columns_are_ignored(tmp_path):
     (record,) = rows(write(tmp_path, {"canary": "x", "label": 1, "examples": ROWS}))
     columns = {"question": "examples.0.question", "answer": "examples.0.answer"}
     reader = RecordReader("auto", columns, {}, ignore=["label"])
-    with pytest.raises(DataError, match="3 rows inside it"):
+    with pytest.raises(ConfigError, match="3 rows inside it"):
         reader.read(record, "x.json, row 1")
 
 

@@ -190,6 +190,15 @@ def test_rows_under_the_name_of_a_text_are_asked_about_and_both_answers_work(tmp
     assert texts(path.with_suffix(ending)) == ["a", "b"]
 
 
+@pytest.mark.parametrize(("name", "made"), [("rows.jsonl.txt", "rows.jsonl"), ("rows.v2.txt", "rows.v2.jsonl")])
+def test_the_ending_that_a_browser_adds_is_taken_off(tmp_path, name, made):
+    (tmp_path / name).write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r"a .txt file is read as one plain text") as raised:
+        list(open_source(str(tmp_path / name)).records())
+    run_command_in(str(raised.value))
+    assert texts(tmp_path / made) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
