@@ -42,13 +42,14 @@ def test_a_merge_lists_its_base_once_and_makes_three_empty_models(
         monkeypatch.setattr(owner, name, noted)
 
     count(model_directory, "list_tensors", lambda path, config: "listed" if path == base else "listed output")
-    count(model_directory, "read_json_object", lambda path: "read" if path.parent == base else "read output")
+    count(model_directory, "read_json_object", lambda path: path.name if path.parent == base else "read output")
     count(merge_plan, "trained_weights", lambda *args: "trained weights")
     count(AutoModelForCausalLM, "from_config", lambda *args: "empty models")
     assert merge_run(run_dir, tmp_path / "merged").choice.eval_loss.keys() == {"dequantized", "original"}
-    assert {name: seen[name] for name in ("listed", "read", "trained weights")} == {
+    assert {name: seen[name] for name in ("listed", "config.json", "generation_config.json", "trained weights")} == {
         "listed": 1,
-        "read": 1,
+        "config.json": 1,
+        "generation_config.json": 1,
         "trained weights": 1,
     }
     assert seen["empty models"] == 3
