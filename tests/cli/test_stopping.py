@@ -89,6 +89,37 @@ def test_a_signal_outside_training_says_what_is_kept_and_stops(
         assert not (config_file.parent / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "operation", "kept"),
+    [
+        ("inspect config", "runs.directory.prepare_data", "Nothing was changed."),
+        ("plan config", "planning.memory_plan.plan_memory", "Nothing was changed."),
+        ("quantize model --output made", "model.quantized_copy.quantize_checkpoint", "No 4-bit model is written."),
+        ("doctor run", "cli.doctor_base.verified_base", "Nothing was changed."),
+        ("generate run", "runs.trained.open_trained", "Nothing was written."),
+        ("demo --output made", "cli.demo_run.start_run", "demo stays in "),
+    ],
+)
+def test_every_command_answers_a_signal_and_says_what_is_kept(
+    qlora: Callable,
+    config_file: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    operation: str,
+    kept: str,
+) -> None:
+    monkeypatch.setattr(f"qlora_trainer.{operation}", press)
+    places = {"config": config_file, "model": tiny_llama, "made": tmp_path / "made", "run": tmp_path / "run"}
+    code, out, reported = qlora(*(places.get(word, word) for word in words.split()))
+    assert (code, out) == (130, ""), reported
+    assert "Stopping when the current operation" in reported
+    assert kept in reported
+    assert "Traceback" not in reported
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_signal_in_training_says_how_long_it_takes_saves_and_prints_a_command_to_paste(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,14 +98,16 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
 
     It is not known where the model's values are not finite in its dtype: there is nothing to compare.
 
-    ModelError is raised if the model cannot run a plain forward.
-
     Args:
         model: of transformers, with weights.
         vocab_size: random ids are below it.
 
     Returns:
         True if the model can be trained on packed rows, False if it cannot; None if neither was seen.
+
+    Raises:
+        ModelError: the model cannot run a plain forward.
+        Exception: the device failed, or memory ran out.
     """
     config = model.config.get_text_config()
     first, second = _probe_length(config), 7
