@@ -117,7 +117,7 @@ def test_every_command_answers_a_signal_and_says_what_is_kept(
     assert "Stopping when the current operation" in reported
     assert kept in reported
     assert "Traceback" not in reported
-    assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made").exists() == ("stays" in kept)
 
 
 def test_a_signal_in_training_says_how_long_it_takes_saves_and_prints_a_command_to_paste(
