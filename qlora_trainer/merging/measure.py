@@ -10,6 +10,7 @@ whole, where there is space. Where the GPU is too small, all is measured on the 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -95,7 +96,7 @@ class SampleRows:
     forward: ForwardPlan
     prompts: list[CheckPrompt]  # for plain transformers to answer
     left_out: int  # rows whose prompts spell a control token
-    stops: list[int]  # tokens that end an answer, rising
+    stops: Mapping[int, str]  # tokens that end an answer: id and text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +268,11 @@ def _prompt_warnings(prompts: list[CheckPrompt]) -> list[str]:
     ]
 
 
-def _take_turns(run: MergeRun, renderer: Renderer, has_conversations: bool) -> list[int]:
+def _take_turns(run: MergeRun, renderer: Renderer, has_conversations: bool) -> Mapping[int, str]:
     """Let the merged files say what training taught about turns; return the tokens that end an answer."""
     taught = taught_turns(renderer, has_conversations)
     run.plan = run.plan.with_turns(taught)
-    return sorted(taught.stop_tokens)
+    return taught.stop_tokens
 
 
 def _examine_forward(run: MergeRun, progress: Progress) -> ForwardPlan:

@@ -22,6 +22,7 @@ from qlora_trainer.common.errors import CheckpointError, DtypeRangeError, memory
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.merging.fold import MergeReport, merge
+from qlora_trainer.merging.llama_cpp import stops_unknown_to_llama_cpp
 from qlora_trainer.merging.logits import LogitDifference, Logits, compare_logits
 from qlora_trainer.merging.measure import (
     Measured,
@@ -163,7 +164,8 @@ def _merge_run(
         f"config.json of the merged model says {key}: {value}, as its weights are, and the base's does not."
         for key, value in run.plan.config_corrections.items()
     ]
-    return Deployment(report, choice, difference, [*run.warnings, *corrected])
+    unknown = stops_unknown_to_llama_cpp(run.plan.output, sample.stops)
+    return Deployment(report, choice, difference, [*run.warnings, *corrected, *unknown])
 
 
 def refuse_out_of_range(seen: ActivationRange, dtype: torch.dtype) -> None:
@@ -215,7 +217,7 @@ def _verify(
         return compared
     inputs = PlainCheckInputs(
         prompts=sample.prompts,
-        stops=sample.stops,
+        stops=sorted(sample.stops),
         left_out=sample.left_out,
         max_new_tokens=run.trained.config.evaluation.max_new_tokens,
         loss_path=loss_path,

@@ -8,7 +8,9 @@ own generation config. What comes out is compared in plain_verification.py.
 import contextlib
 import datetime
 import json
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,17 @@ def watched(model: Any, seen: list[str]) -> Iterator[None]:
             hook.remove()
 
 
+def end_with_standard_input() -> None:
+    """End this process when its standard input ends, which the process that asks keeps open as long as it lives."""
+
+    def wait() -> None:
+        os.read(0, 1)  # not by sys.stdin, whose lock a process that ends would wait for
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_standard_input()
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps(check(asked)), encoding="utf-8")

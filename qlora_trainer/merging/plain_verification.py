@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def ask(directory: ModelDirectory, inputs: PlainCheckInputs, device: torch.devic
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
-    """Run plain_check.py in a fresh process, which finds the packages that this one finds.
+    """Run plain_check.py in a fresh process, which finds the packages that this one finds, and ends with this one.
 
     Args:
         job: as it takes.
@@ -132,15 +133,16 @@ def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         MergeError: it failed: plain transformers cannot use the directory.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _ends_with_this_process() as standard_input:
         asked, result = Path(folder, "job.json"), Path(folder, "result.json")
         asked.write_text(json.dumps(job), encoding="utf-8")
         program = str(Path(__file__).with_name("plain_check.py"))
         done = subprocess.run(
             [sys.executable, "-P", program, str(asked), str(result)],
-            stdin=subprocess.DEVNULL,
+            stdin=standard_input,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            process_group=0,  # a terminal's Ctrl-C goes to this process alone, which then ends that one
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             text=True,
             errors="replace",
@@ -157,6 +159,17 @@ def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
         f"Plain transformers cannot use the merged model: {lines[-1]} Nothing was kept. Please report it with the "
         "output of `qlora doctor`."
     )
+
+
+@contextmanager
+def _ends_with_this_process() -> Iterator[int]:
+    """Open a pipe in which nothing is written: it ends with the block, or with this process, however that ends."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)
 
 
 @torch.no_grad()
