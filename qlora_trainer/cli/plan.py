@@ -46,6 +46,7 @@ def plan(
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
+    from qlora_trainer.planning.variants import with_least_memory
     from qlora_trainer.training.memory.activations import spare_host_memory
 
     settings = load_config(config, overrides or [])
@@ -59,9 +60,9 @@ def plan(
                 settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
             )
         progress("planning memory", 0, None)
-        if budget and settings.training.activation_checkpointing == "auto":
+        if budget:
             planned = fitting.fastest_plan(directory, settings, budget, progress)
-        planned = planned or plan_memory(directory, fitting.with_least_memory(settings) if budget else settings)
+        planned = planned or plan_memory(directory, with_least_memory(directory, settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)
@@ -98,6 +99,7 @@ def describe(
         (name, value) pairs.
     """
     from qlora_trainer.planning.memory_plan import CONTEXT
+    from qlora_trainer.planning.options import options_of
 
     on_card = plan.components[CONTEXT] > 0
     rows = [
@@ -109,6 +111,7 @@ def describe(
             "activation checkpointing",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
+        *([("memory-efficient options", options)] if (options := options_of(plan)) else []),
         *([("GPU", plan.card)] if plan.card else []),
         ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
@@ -123,16 +126,17 @@ def describe(
         if plan.host > budget.host:
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
-        rows.append(
-            ("longest rows that fit", f"{counted(longest.max_length, 'token')} ({gib(longest.total)} in total)")
-        )
+        rows.append(("longest rows that fit", f"{counted(longest.max_length, 'token')} {_under(longest)}"))
     if largest:
-        rows.append(
-            (
-                "largest micro-batch that fits",
-                f"{counted(largest.micro_batch_tokens, 'token')} ({gib(largest.total)} in total)",
-            )
-        )
+        tokens = counted(largest.micro_batch_tokens, "token")
+        rows.append(("largest micro-batch that fits", f"{tokens} {_under(largest)}"))
     rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
     rows += [(f"{name} would need", f"{gib(count)} in total ({rules[name]})") for name, count in plan.elsewhere.items()]
     return rows
+
+
+def _under(plan: "MemoryPlan") -> str:
+    """Write what a plan takes and under which settings, in parentheses."""
+    from qlora_trainer.planning.options import options_of
+
+    return f"({', '.join(filter(None, (f'{gib(plan.total)} in total', str(plan.policy), options_of(plan))))})"

@@ -60,6 +60,7 @@ class MemoryPlan:
     max_length: int  # tokens of the longest row
     micro_batch_tokens: int
     policy: Policy  # what backward keeps
+    options: dict[str, str]  # the memory-efficient options, by key of the config
     components: dict[str, int]  # by name, at the fullest moment; they sum to `total`
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
@@ -148,6 +149,7 @@ def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
         policy=policy,
+        options=config.memory_options(),
         components=components,
         operation=live.peak.operation,
         allocated=allocated + cublas,
