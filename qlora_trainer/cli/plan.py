@@ -1,12 +1,11 @@
 """Declare `qlora plan`: print the memory that a run needs, by component, and the largest run that fits."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import AsJson, Overrides
+from qlora_trainer.cli.arguments import AsJson, ConfigFile, MaxLength, ModelName, Overrides, Rank, read_settings
 from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_out
 from qlora_trainer.common.units import counted, gib
 
@@ -16,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config.json is needed.")],
+    config: ConfigFile = None,
     overrides: Overrides = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    max_length: MaxLength = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -37,19 +39,20 @@ def plan(
 ) -> None:
     """Compute the memory that a run needs, by running its training step on tensors without data.
 
-    It plans GPU memory; with model.device=cpu, host memory.
+    It plans GPU memory; with model.device=cpu, host memory. Of the model only config.json is needed, and no rows.
     """
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.config.load import load_config
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
     from qlora_trainer.planning.variants import with_least_memory
     from qlora_trainer.training.memory.activations import spare_host_memory
 
-    settings = load_config(config, overrides or [])
+    options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
+    unread = {} if model is None else {"data.train": "rows.jsonl"}  # a config needs rows, and a plan reads none
+    settings = read_settings(config, overrides or [], options | unread)
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None

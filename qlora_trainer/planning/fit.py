@@ -78,13 +78,15 @@ def fastest_plan(
     progress("planning memory", 0, None)
     plain, *steps = option_steps(directory, config)
     plan = _fastest_policy(directory, plain, budget, progress)
+    if plan is not None or not steps or not _may_fit(directory, steps[-1], budget):
+        return plan
     for step in steps:
-        if plan is not None:
-            break
         changed = ", ".join(value for key, value in step.memory_options().items() if value != plain.value(key))
         progress(f"planning memory, {changed}", 0, None)
-        if _may_fit(directory, step, budget):
+        if step is steps[-1] or _may_fit(directory, step, budget):
             plan = _fastest_policy(directory, step, budget, progress)
+        if plan is not None:
+            break
     return plan
 
 

@@ -65,6 +65,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     check_files(config.data)  # before the model, which may take minutes to fetch or import
+    choose_device(config.model.device)  # and a GPU that is asked for and not there
     with missing_files_name("adapter.init_from"):
         initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with missing_files_name("model.name"):

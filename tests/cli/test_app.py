@@ -140,7 +140,11 @@ def test_plan_answers_a_program(qlora: Callable, config_file: Path, tmp_path: Pa
 
 
 def test_plan_answers_a_person(qlora: Callable, config_file: Path) -> None:
-    code, out, reported = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
+    code, out, reported = qlora(
+        *("plan", config_file, "--gpu-memory", "512MiB", "--no-search"),
+        *("training.activation_checkpointing=full", "model.embeddings=device", "model.lm_head=dense"),
+        *("adapter.dtype=float32", "optimizer.name=adamw"),
+    )
     assert code == 0
     assert "│" not in reported
     assert "does not fit, by" in out
