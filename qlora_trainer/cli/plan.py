@@ -47,6 +47,7 @@ def plan(
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
+    from qlora_trainer.planning.other_ways import FULL, estimate_in_words, parts_of, side_by_side
     from qlora_trainer.planning.variants import with_least_memory
     from qlora_trainer.training.memory.activations import spare_host_memory
 
@@ -80,6 +81,9 @@ def plan(
         write_out(json.dumps(answer) + "\n")
         return
     print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
+    header, *parts = side_by_side({"this run": parts_of(planned.components), **planned.elsewhere})
+    print_table("Next to other ways of training it", parts, header=header)
+    answers.print(f"{FULL[0].upper()}{FULL[1:]}, before activations: {estimate_in_words(planned.base_parameters)}.")
     if budget and search and longest is None:
         answers.print("No row length fits in this memory.")
 
@@ -133,8 +137,6 @@ def describe(
     if largest:
         tokens = counted(largest.micro_batch_tokens, "token")
         rows.append(("largest micro-batch that fits", f"{tokens} {_under(largest)}"))
-    rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
-    rows += [(f"{name} would need", f"{gib(count)} in total ({rules[name]})") for name, count in plan.elsewhere.items()]
     return rows
 
 

@@ -80,10 +80,13 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
 
 def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
-    from qlora_trainer.runs.report.summary import summarize, write_run_report
+    from qlora_trainer.planning.other_ways import side_by_side
+    from qlora_trainer.runs.report.summary import next_to_full, summarize, write_run_report
 
     print_warnings(run.warnings)
     print_table("Run", summarize(run), to=console)
+    header, *parts = side_by_side(next_to_full(run))
+    print_table("Memory next to full fine-tuning", parts, to=console, header=header)
     finished, asked_to_stop = train_with_bar(run)
     with ProgressBars(_continue_later(run)) as progress:
         if finished and not asked_to_stop:
