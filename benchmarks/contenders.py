@@ -137,7 +137,7 @@ def ours(job: Job, activations: str) -> Result:
     meter = Meter(job.device)
     run.train(lambda record: meter.note(record["loss"], record["tokens"] / record["tokens_per_second"]))
     packed = f"packed into micro-batches of up to {run.state.loader.micro_batch_tokens} tokens"
-    settings = f"{config.optimizer.name}, {packed}, {run.state.policy}, {_dtype(job)}"
+    settings = f"{run.config.optimizer.name}, {packed}, {run.state.policy}, {_dtype(job)}"
     return meter.result(rows, is_padded=False, settings=settings)
 
 

@@ -66,7 +66,7 @@ def train(config: RunConfig) -> Losses:
     losses: list[float] = []
     run.train(lambda record: losses.append(record.get("eval_loss", float("nan"))))
     run.release()
-    if config.model.lm_head == "dense":
+    if run.config.model.lm_head == "dense":
         return Losses(losses[-1], losses[-1])
     exact = open_trained(run.directory, lm_head="dense", embeddings="device")
     eval_set = prepare_data(config, exact.renderer.tokenizer, exact.base.directory).eval

@@ -20,9 +20,9 @@ from tiny_runs import final_adapter, quiet
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.fit import with_policy
 from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
 from qlora_trainer.planning.step_memory import PAGED
+from qlora_trainer.planning.variants import with_policy
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run

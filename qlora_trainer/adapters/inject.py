@@ -33,9 +33,9 @@ BiasMode = Literal["none", "lora_only", "all"]
 def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> list[str]:
     """Wrap the targets in LoRALinear, and freeze all else but the biases that `settings.bias` names.
 
-    Biases that train become fp32, lora_A and lora_B are of `settings.dtype`. lora_A is drawn from `seed` alone, in fp32
-    on the CPU, so it is the same on every device. Targets that match nothing, and parts that cannot be adapted alone,
-    are refused by an AdapterError.
+    Biases that train become fp32, lora_A and lora_B are of `settings.dtype`, fp32 for auto. lora_A is drawn from `seed`
+    alone, in fp32 on the CPU, so it is the same on every device. Targets that match nothing, and parts that
+    cannot be adapted alone, are refused by an AdapterError.
 
     Args:
         model: any, of transformers or not.
@@ -48,6 +48,7 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
     paths = find_targets(model, settings.target_modules)
     parts = trained_rows(model, paths, settings.fused_parts)
     generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     for path in paths:
         layer = LoRALinear.from_base(
             model.get_submodule(path),
@@ -59,7 +60,7 @@ def add_adapters(model: nn.Module, settings: AdapterConfig, seed: int = 0) -> li
             parts=parts.get(path, ()),
         )
         for part in (layer.lora_A, layer.lora_B):
-            part.weight = nn.Parameter(part.weight.detach().to(getattr(torch, settings.dtype)))
+            part.weight = nn.Parameter(part.weight.detach().to(dtype))
         model.set_submodule(path, layer)
     mark_only_lora_as_trainable(model, settings.bias)
     return paths

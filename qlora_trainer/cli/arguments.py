@@ -1,10 +1,60 @@
-"""Declare the arguments that several commands take, each with one help text."""
+"""Declare the arguments that several commands take, each with one help text, and read a config from them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qlora_trainer.config.schema import RunConfig
 
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory, as `qlora train` made it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Config fields to set: section.key=value …")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; docs/json.md lists its keys.")]
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; or name --model and --data.")
+]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="Hub name, directory of safetensors, or .gguf file (model.name).")
+]
+Rows = Annotated[
+    str | None, typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train).")
+]
+Rank = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters (adapter.rank).")]
+MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens (data.max_length).")]
+
+_EXAMPLES = {"model.name": "--model Qwen/Qwen3-8B", "data.train": "--data rows.jsonl"}
+
+
+def read_settings(config: Path | None, overrides: Sequence[str], options: Mapping[str, Any]) -> "RunConfig":
+    """Read the config that a command line names, in a file, in options, or in both.
+
+    What cannot be read raises FileMissingError or ConfigError.
+
+    Args:
+        config: of the command line's first word; without a file it may be the first of the overrides.
+        overrides: `section.key=value`, which count before all else.
+        options: values by key, such as {"model.name": "owner/model"}; None where an option was not given.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: there is no file, and the model or the rows are not named either.
+    """
+    from qlora_trainer.common.errors import ConfigError
+    from qlora_trainer.config.load import load_config
+
+    if config is not None and "=" in str(config) and not config.exists():
+        config, overrides = None, [str(config), *overrides]
+    given = {key: value for key, value in options.items() if value is not None}
+    named = {*given, *(override.partition("=")[0] for override in overrides)}
+    missing = [example for key, example in _EXAMPLES.items() if key not in named]
+    if config is None and missing:
+        raise ConfigError(
+            f"There is no config file, so {' and '.join(_EXAMPLES.values())} say what to train; here "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Or name a config: `qlora init` "
+            "writes one."
+        )
+    return load_config(config, overrides, given)

@@ -215,20 +215,21 @@ class TrainingBar:
             console.print(f"step {record['step']}  eval loss {record['eval_loss']:.4f}")
 
 
-def print_table(title: str, rows: Sequence[tuple[str, str]], to: Console = answers) -> None:
+def print_table(title: str, rows: Sequence[tuple[str, ...]], to: Console = answers, header: Sequence[str] = ()) -> None:
     """Print a table of names and values.
 
     Args:
         title: printed above the table.
-        rows: (name, value) pairs.
+        rows: each a name and its values, as many in all.
         to: where it goes; an answer, to standard output.
+        header: above the columns.
     """
     to.print(Text(title, style="bold"), soft_wrap=True)
-    table = Table(show_header=False)
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in rows:
-        table.add_row(escape(name), escape(value))
+    table = Table(show_header=bool(header))
+    for index, name in enumerate(header or (rows[:1] and ("",) * len(rows[0]))):
+        table.add_column(escape(name), style="" if index else "dim")
+    for row in rows:
+        table.add_row(*map(escape, row))
     to.print(table)
 
 

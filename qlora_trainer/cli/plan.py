@@ -1,12 +1,11 @@
 """Declare `qlora plan`: print the memory that a run needs, by component, and the largest run that fits."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import AsJson, Overrides
+from qlora_trainer.cli.arguments import AsJson, ConfigFile, MaxLength, ModelName, Overrides, Rank, read_settings
 from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_out
 from qlora_trainer.common.units import counted, gib
 
@@ -16,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config.json is needed.")],
+    config: ConfigFile = None,
     overrides: Overrides = None,
+    model: ModelName = None,
+    rank: Rank = None,
+    max_length: MaxLength = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -37,18 +39,21 @@ def plan(
 ) -> None:
     """Compute the memory that a run needs, by running its training step on tensors without data.
 
-    It plans GPU memory; with model.device=cpu, host memory.
+    It plans GPU memory; with model.device=cpu, host memory. Of the model only config.json is needed, and no rows.
     """
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.config.load import load_config
     from qlora_trainer.model.source import CONFIG_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
     from qlora_trainer.planning.memory_plan import plan_memory
+    from qlora_trainer.planning.other_ways import FULL, estimate_in_words, parts_of, side_by_side
+    from qlora_trainer.planning.variants import with_least_memory
     from qlora_trainer.training.memory.activations import spare_host_memory
 
-    settings = load_config(config, overrides or [])
+    options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
+    unread = {} if model is None else {"data.train": "rows.jsonl"}  # a config needs rows, and a plan reads none
+    settings = read_settings(config, overrides or [], options | unread)
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None
@@ -59,9 +64,9 @@ def plan(
                 settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
             )
         progress("planning memory", 0, None)
-        if budget and settings.training.activation_checkpointing == "auto":
+        if budget:
             planned = fitting.fastest_plan(directory, settings, budget, progress)
-        planned = planned or plan_memory(directory, fitting.with_least_memory(settings) if budget else settings)
+        planned = planned or plan_memory(directory, with_least_memory(directory, settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)
@@ -76,6 +81,9 @@ def plan(
         write_out(json.dumps(answer) + "\n")
         return
     print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
+    header, *parts = side_by_side({"this run": parts_of(planned.components), **planned.elsewhere})
+    print_table("Next to other ways of training it", parts, header=header)
+    answers.print(f"{FULL[0].upper()}{FULL[1:]}, before activations: {estimate_in_words(planned.base_parameters)}.")
     if budget and search and longest is None:
         answers.print("No row length fits in this memory.")
 
@@ -98,6 +106,7 @@ def describe(
         (name, value) pairs.
     """
     from qlora_trainer.planning.memory_plan import CONTEXT
+    from qlora_trainer.planning.options import options_of
 
     on_card = plan.components[CONTEXT] > 0
     rows = [
@@ -109,6 +118,7 @@ def describe(
             "activation checkpointing",
             f"{plan.policy}" + (f"; {gib(plan.host)} of host memory" if plan.host else ""),
         ),
+        *([("memory-efficient options", options)] if (options := options_of(plan)) else []),
         *([("GPU", plan.card)] if plan.card else []),
         ("attention", plan.attention),
         *((name, gib(count)) for name, count in plan.components.items() if count),
@@ -123,16 +133,15 @@ def describe(
         if plan.host > budget.host:
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if longest:
-        rows.append(
-            ("longest rows that fit", f"{counted(longest.max_length, 'token')} ({gib(longest.total)} in total)")
-        )
+        rows.append(("longest rows that fit", f"{counted(longest.max_length, 'token')} {_under(longest)}"))
     if largest:
-        rows.append(
-            (
-                "largest micro-batch that fits",
-                f"{counted(largest.micro_batch_tokens, 'token')} ({gib(largest.total)} in total)",
-            )
-        )
-    rules = {"16-bit LoRA": "2 bytes a base weight", "full fine-tuning": "16 bytes a weight"}
-    rows += [(f"{name} would need", f"{gib(count)} in total ({rules[name]})") for name, count in plan.elsewhere.items()]
+        tokens = counted(largest.micro_batch_tokens, "token")
+        rows.append(("largest micro-batch that fits", f"{tokens} {_under(largest)}"))
     return rows
+
+
+def _under(plan: "MemoryPlan") -> str:
+    """Write what a plan takes and under which settings, in parentheses."""
+    from qlora_trainer.planning.options import options_of
+
+    return f"({', '.join(filter(None, (f'{gib(plan.total)} in total', str(plan.policy), options_of(plan))))})"

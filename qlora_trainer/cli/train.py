@@ -1,11 +1,19 @@
 """Declare `qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlora_trainer.cli.arguments import Overrides, RunDirectory
+from qlora_trainer.cli.arguments import (
+    ConfigFile,
+    MaxLength,
+    ModelName,
+    Overrides,
+    Rank,
+    Rows,
+    RunDirectory,
+    read_settings,
+)
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, answers, console, print_table, print_warnings, say
 from qlora_trainer.cli.stopping import Training, doing
 from qlora_trainer.config.override import command_line
@@ -15,13 +23,39 @@ if TYPE_CHECKING:
 
 
 def train_command(
-    config: Annotated[Path, typer.Argument(help="A YAML config; configs/ has examples.")], overrides: Overrides = None
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    model: ModelName = None,
+    data: Rows = None,
+    eval_set: Annotated[
+        str | None, typer.Option("--eval", help="File of eval rows, or the share of rows to keep for it (data.eval).")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The run directory, new or empty (training.output_dir); default: runs/my-run.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows (training.epochs).")] = None,
+    rank: Rank = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate (optimizer.learning_rate).")] = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Fine-tune a model: load the base in 4 bits, train adapters, evaluate, save checkpoints, write the report."""
-    from qlora_trainer.config.load import load_config
+    """Fine-tune a model: load the base in 4 bits, train adapters, evaluate, save checkpoints, write the report.
+
+    Without a config: qlora train --model Qwen/Qwen3-8B --data rows.jsonl. An option sets the key in its parentheses,
+    over what a config says; all keys are in the run's config.yaml.
+    """
     from qlora_trainer.runs.start import start_run
 
-    settings = load_config(config, overrides or [])
+    options = {
+        "model.name": model,
+        "data.train": data,
+        "data.eval": eval_set,
+        "training.output_dir": output,
+        "training.epochs": epochs,
+        "adapter.rank": rank,
+        "optimizer.learning_rate": learning_rate,
+        "data.max_length": max_length,
+    }
+    settings = read_settings(config, overrides or [], options)
     left = "A part of it may be left next to training.output_dir; the next start deletes it."
     with ProgressBars("No run directory is made.", left) as progress:
         run = start_run(settings, progress)
@@ -46,10 +80,13 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
 
 def _train(run: "Run") -> None:
     """Train a new or resumed run to its end or interruption, and write its report."""
-    from qlora_trainer.runs.report.summary import summarize, write_run_report
+    from qlora_trainer.planning.other_ways import side_by_side
+    from qlora_trainer.runs.report.summary import next_to_full, summarize, write_run_report
 
     print_warnings(run.warnings)
     print_table("Run", summarize(run), to=console)
+    header, *parts = side_by_side(next_to_full(run))
+    print_table("Memory next to full fine-tuning", parts, to=console, header=header)
     finished, asked_to_stop = train_with_bar(run)
     with ProgressBars(_continue_later(run)) as progress:
         if finished and not asked_to_stop:

@@ -22,14 +22,15 @@ from qlora_trainer.config.renamed import old_key, renamed_value
 from qlora_trainer.config.schema import RunConfig
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML config and apply `section.key=value` overrides.
+def load_config(path: Path | None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a YAML config, set values in it, and apply `section.key=value` overrides.
 
     Relative local paths are taken from the current directory, and made absolute.
 
     Args:
-        path: of the YAML file.
+        path: of the YAML file; None: there is none.
         overrides: `section.key=value`, the value as YAML.
+        values: by `section.key`, as they are.
 
     Returns:
         The config.
@@ -38,8 +39,24 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         FileMissingError: there is no such file.
         ConfigError: not YAML, or wrong keys or values; the message lists all of them.
     """
+    raw, texts = ({}, {}) if path is None else _read_yaml(path)
+    for key, value in (values or {}).items():
+        for mapping in (raw, texts):
+            node, leaf = _node(mapping, key, key)
+            node[leaf] = value
+    for setting in overrides:
+        _apply_override(raw, setting, _UniqueKeyLoader)
+        _apply_override(texts, setting, yaml.BaseLoader)
+    return make_config(raw, origin=str(path or "the command line"), texts=texts)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the sections of a YAML file: with values, and with each value as the text that was written."""
     if not path.is_file():
-        raise FileMissingError(f"There is no config file {path}. {Path(__file__).parents[1] / 'configs'} has examples.")
+        raise FileMissingError(
+            f"There is no config file {path}. `qlora init` writes one, or name --model and --data instead; "
+            f"{Path(__file__).parents[1] / 'configs'} has examples."
+        )
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)
@@ -49,10 +66,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} should hold sections such as model: and data:, but holds {type(raw).__name__}.")
-    for setting in overrides:
-        _apply_override(raw, setting, _UniqueKeyLoader)
-        _apply_override(texts, setting, yaml.BaseLoader)
-    return make_config(raw, origin=str(path), texts=texts)
+    return raw, texts
 
 
 def make_config(
@@ -139,14 +153,7 @@ def _apply_override(raw: dict[str, Any], setting: str, loader: type[yaml.SafeLoa
     key, separator, text = setting.partition("=")
     if not separator or not key:
         raise ConfigError(f"{setting!r} is not of the form section.key=value, such as adapter.rank=8.")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        if not node.get(parent):  # absent, or a bare section
-            node[parent] = {}
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise ConfigError(f"{setting!r}: {parent} is a value in the config, not a section.")
+    node, leaf = _node(raw, key, setting)
     try:
         node[leaf] = yaml.load(text, loader)
     except yaml.YAMLError as error:
@@ -154,6 +161,19 @@ def _apply_override(raw: dict[str, Any], setting: str, loader: type[yaml.SafeLoa
             node[leaf] = text
             return
         raise ConfigError(f"{setting!r}: the value cannot be read: {error}") from error
+
+
+def _node(raw: dict[str, Any], key: str, written: str) -> tuple[dict[str, Any], str]:
+    """Find the section that a key is in, which is made at need, and the key's name there."""
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        if not node.get(parent):  # absent, or a bare section
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{written!r}: {parent} is a value in the config, not a section.")
+    return node, leaf
 
 
 def _describe(problems: Sequence[Mapping[str, Any]], raw: Mapping[str, Any], texts: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,14 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora_trainer.config.data_schema import DataConfig, Section
 
+PLAIN_OPTIONS = {
+    "model.embeddings": "device",
+    "model.lm_head": "dense",
+    "adapter.dtype": "float32",
+    "optimizer.name": "paged_adamw_32bit",
+}
+"""What `auto` means of each memory-efficient option where memory does not need another value (planning/options.py)."""
+
 
 class ModelConfig(Section):
     """Configure the frozen base."""
@@ -38,15 +46,15 @@ class ModelConfig(Section):
         False,
         description="Hash the base's files again at this start, even if their sizes and times are unchanged.",
     )
-    embeddings: Literal["device", "cpu"] = Field(
-        "device",
+    embeddings: Literal["auto", "device", "cpu"] = Field(
+        "auto",
         description="Where the input embedding is kept. cpu: in host memory; the rows that a micro-batch needs are "
-        "copied to the device. The results are the same.",
+        "copied to the device. The results are the same. auto: device, or cpu where the run fits only so.",
     )
-    lm_head: Literal["dense", "8bit", "4bit"] = Field(
-        "dense",
+    lm_head: Literal["auto", "dense", "8bit", "4bit"] = Field(
+        "auto",
         description="How the LM head is kept. 8bit (one scale per row) and 4bit (NF4) approximate it in training; the "
-        "merged model has the original one.",
+        "merged model has the original one. auto: dense, or 8bit, then 4bit, where the run fits only so.",
     )
 
 
@@ -71,10 +79,10 @@ class AdapterConfig(Section):
     bias: Literal["none", "lora_only", "all"] = Field(
         "none", description="Which biases of the base train too: none, those of adapted layers, or all."
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
         description="Dtype of lora_A and lora_B and of their gradients. bfloat16 takes half the memory and loses small "
-        "updates.",
+        "updates. auto: float32, or bfloat16 where the run fits only so.",
     )
     init_from: str | None = Field(
         None, description="Directory of a PEFT adapter to start from, with a fresh optimizer."
@@ -106,8 +114,10 @@ class AdapterConfig(Section):
 class OptimizerConfig(Section):
     """Configure the updates of the adapter."""
 
-    name: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
-        "paged_adamw_32bit", description="bitsandbytes' paged AdamW with 32- or 8-bit state, or torch's AdamW."
+    name: Literal["auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw"] = Field(
+        "auto",
+        description="bitsandbytes' paged AdamW with 32- or 8-bit state, or torch's AdamW. auto: paged_adamw_32bit, or "
+        "paged_adamw_8bit where the run fits only so.",
     )
     learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
@@ -216,6 +226,26 @@ class RunConfig(Section):
             section, _, name = key.partition(".")
             sections.setdefault(section, {})[name] = value
         return type(self).model_validate(sections)
+
+    def value(self, key: str) -> Any:
+        """Return the value of a key.
+
+        Args:
+            key: such as training.max_steps; one that does not exist raises AttributeError.
+
+        Returns:
+            The value.
+        """
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
+    def memory_options(self) -> dict[str, str]:
+        """Return the memory-efficient options, with the plain value of each that is left open.
+
+        Returns:
+            Values by key, such as {"model.lm_head": "dense"}.
+        """
+        return {key: plain if self.value(key) == "auto" else self.value(key) for key, plain in PLAIN_OPTIONS.items()}
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,7 @@
 """Find what fits on a card, or in host memory: the fastest policy, the longest rows, the largest micro-batch.
 
+Memory-efficient options that a config leaves open (auto) are taken only where no policy fits without them (options.py).
+
 What is found is planned whole, and fits. That the next size does not is an estimate from models of a few layers
 (estimate.py), which is off by a page of 20 MiB, the memory of about one more step of 256 tokens of an 8B's row. A run
 that cannot fit is refused, by whole plans.
@@ -14,9 +16,18 @@ from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.allocator import PAGES
 from qlora_trainer.planning.empty_run import longest_row
-from qlora_trainer.planning.estimate import bytes_of_a_layer, largest_that_fits
+from qlora_trainer.planning.estimate import bytes_of_a_layer, estimate, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
+from qlora_trainer.planning.options import STEPS, option_steps, options_in_words
+from qlora_trainer.planning.variants import (
+    policy_overrides,
+    with_least_memory,
+    with_length,
+    with_open_policy,
+    with_policy,
+)
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import with_micro_batch
@@ -50,10 +61,10 @@ class Budget:
 def fastest_plan(
     directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent
 ) -> MemoryPlan | None:
-    """Plan a run under the fastest policy that fits, for a config that leaves it open.
+    """Plan a run under the first memory-efficient options with which it fits, and under the fastest policy then.
 
-    If all activations fit, all are kept; else all layers are recomputed but for as many of the last as fit; else inputs
-    are offloaded; else MLPs are taken in tiles.
+    Where the config leaves the policy open: if all activations fit, all are kept; else all layers are recomputed but
+    for as many of the last as fit; else inputs are offloaded; else MLPs are taken in tiles.
 
     Args:
         directory: holds the base's config.json.
@@ -62,9 +73,30 @@ def fastest_plan(
         progress: is called for each plan.
 
     Returns:
-        The plan; None where no policy fits.
+        The plan; None where nothing that the config leaves open makes it fit.
     """
     progress("planning memory", 0, None)
+    plain, *steps = option_steps(directory, config)
+    plan = _fastest_policy(directory, plain, budget, progress)
+    if plan is not None or not steps or not _may_fit(directory, steps[-1], budget):
+        return plan
+    for step in steps:
+        changed = ", ".join(value for key, value in step.memory_options().items() if value != plain.value(key))
+        progress(f"planning memory, {changed}", 0, None)
+        if step is steps[-1] or _may_fit(directory, step, budget):
+            plan = _fastest_policy(directory, step, budget, progress)
+        if plan is not None:
+            break
+    return plan
+
+
+def _fastest_policy(
+    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress
+) -> MemoryPlan | None:
+    """Plan a run under the fastest policy that fits, or the config's; None where it does not fit."""
+    if config.training.activation_checkpointing != "auto":
+        plan = plan_memory(directory, config)
+        return plan if budget.holds(plan) else None
     if config.model.device == "cpu":  # where nearly all runs keep everything, and planning takes time from them
         all_kept = _plan(directory, config, Policy("none"))
         if budget.holds(all_kept):
@@ -72,6 +104,8 @@ def fastest_plan(
     none_kept = _plan(directory, config, Policy("full"))
     if none_kept.total <= budget.card:
         return _keep_some_layers(directory, config, none_kept, budget.card, progress)
+    if not _may_fit(directory, config, budget):
+        return None
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)
         for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
@@ -83,13 +117,18 @@ def fastest_plan(
     return None
 
 
+def _may_fit(directory: ModelDirectory, config: RunConfig, budget: Budget) -> bool:
+    """Return True unless an estimate of what the run needs at least is beyond the card by more than it is off."""
+    return estimate(directory, with_least_memory(directory, config)) <= budget.card + 2 * PAGES[False]
+
+
 def longest_context(
     directory: ModelDirectory, config: RunConfig, budget: int, progress: Progress = silent
 ) -> MemoryPlan | None:
     """Plan the longest row that fits, alone in its micro-batch.
 
-    It is planned under the policy of the config, or the one that needs least of the card where that is left open. That
-    a row longer by GRAIN does not fit is an estimate.
+    It is planned under the policy and options of the config, or those that need least of the card where they are left
+    open. That a row longer by GRAIN does not fit is an estimate.
 
     Args:
         directory: holds the base's config.json.
@@ -103,7 +142,8 @@ def longest_context(
     limit = directory.facts.positions or LONGEST_SEARCHED
     sizes = list(range(GRAIN, limit + 1, GRAIN)) or [limit]
     progress("planning other lengths", 0, None)
-    return largest_that_fits(directory, sizes, lambda size: with_length(with_least_memory(config), size), budget)
+    least = with_least_memory(directory, config)
+    return largest_that_fits(directory, sizes, lambda size: with_length(least, size), budget)
 
 
 def largest_micro_batch(
@@ -111,8 +151,8 @@ def largest_micro_batch(
 ) -> MemoryPlan | None:
     """Plan the most rows of full length of a step that fit in one micro-batch.
 
-    They are planned under the policy of the config, or the one that needs least of the card where that is left open.
-    That one row more does not fit is an estimate.
+    They are planned under the policy and options of the config, or those that need least of the card where they are
+    left open. That one row more does not fit is an estimate.
 
     Args:
         directory: holds the base's config.json.
@@ -126,8 +166,8 @@ def largest_micro_batch(
     length = longest_row(directory, config)
     sizes = [rows * length for rows in range(1, config.training.global_batch_size + 1)]
     progress("planning other micro-batches", 0, None)
-    config = with_least_memory(config)
-    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(config, size, length), budget)
+    least = with_least_memory(directory, config)
+    return largest_that_fits(directory, sizes, lambda size: with_micro_batch(least, size, length), budget)
 
 
 def check_fits_here(
@@ -159,7 +199,7 @@ def check_fits_here(
 
 
 def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
-    """Plan a run under the policy that the config names, or the fastest that fits.
+    """Plan a run that fits, as `fastest_plan` does.
 
     Args:
         directory: holds the base's config.json.
@@ -173,15 +213,12 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
     Raises:
         InsufficientMemoryError: it does not fit; the message says what would.
     """
+    fitting = fastest_plan(directory, config, budget, progress)
+    if fitting is not None:
+        return fitting
     open_policy = config.training.activation_checkpointing == "auto"
-    plan = None if open_policy else plan_memory(directory, config)
-    if plan is not None and budget.holds(plan):
-        return plan
-    fastest = fastest_plan(directory, config, budget, progress)
-    if open_policy and fastest is not None:
-        return fastest
-    if plan is None:
-        plan = _plan(directory, config, Policy("tiled"))
+    fastest = None if open_policy else fastest_plan(directory, with_open_policy(config), budget, progress)
+    plan = plan_memory(directory, with_least_memory(directory, config))
     found = (
         f"This run needs {gib(plan.total)} {_place(config)} under training.activation_checkpointing={plan.policy.level}"
         + (f", {gib(slack)} of it for fragmentation" if (slack := plan.components[SLACK]) else "")
@@ -190,17 +227,16 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
     if plan.host > budget.host:
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
     if fastest is not None:
-        raise InsufficientMemoryError(f"{found} It fits with {_as_overrides(fastest.policy, config)}.")
+        raise InsufficientMemoryError(f"{found} It fits with {policy_overrides(fastest.policy, config)}.")
     shorter = longest_context(directory, with_policy(config, Policy("tiled")), budget.card, progress)
     if shorter is not None:
         raise InsufficientMemoryError(
             f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
-            f"{_as_overrides(shorter.policy, config)}."
+            f"{policy_overrides(shorter.policy, config)}."
         )
-    raise InsufficientMemoryError(
-        f"{found} No row length fits. Choose a smaller base; model.lm_head=4bit, model.embeddings=cpu, "
-        "optimizer.name=paged_adamw_8bit or a lower adapter.rank save memory."
-    )
+    unused = {key: value for key, value in STEPS if plan.options[key] not in (value, "4bit")}
+    others = f", set {options_in_words(unused)}" if unused else ""
+    raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower adapter.rank.")
 
 
 def memory_here(config: RunConfig) -> int | None:
@@ -225,18 +261,6 @@ def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
 
 
-def with_least_memory(config: RunConfig) -> RunConfig:
-    """Return the config with its policy, or the one that needs least of the card where that is left open.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        The config.
-    """
-    return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
-
-
 def plan_as_lowered(
     directory: ModelDirectory, config: RunConfig, device: torch.device, policy: Policy, micro_batch_tokens: int
 ) -> MemoryPlan:
@@ -255,19 +279,6 @@ def plan_as_lowered(
     config = config.replace({"model.device": device.type})
     lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
     return plan_memory(directory, with_policy(lowered, policy))
-
-
-def with_length(config: RunConfig, max_length: int) -> RunConfig:
-    """Return the config with another length of rows, and the default micro-batches for it.
-
-    Args:
-        config: of the run.
-        max_length: of a row, in tokens.
-
-    Returns:
-        The config.
-    """
-    return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
 
 
 def _keep_some_layers(
@@ -294,22 +305,3 @@ def _keep_some_layers(
 
 def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> MemoryPlan:
     return plan_memory(directory, with_policy(config, policy))
-
-
-def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
-    """Return the config with another policy of what backward keeps.
-
-    Args:
-        config: of the run.
-        policy: instead of the config's.
-
-    Returns:
-        The config.
-    """
-    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
-
-
-def _as_overrides(policy: Policy, config: RunConfig) -> str:
-    """Return what to write on the command line to have a policy instead of the config's."""
-    wanted = policy.as_settings().items()
-    return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)

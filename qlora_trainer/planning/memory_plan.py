@@ -14,20 +14,17 @@ choice of settings.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 
 from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.modules.cpu_embedding import tensors_on_cpu
-from qlora_trainer.model.modules.lm_head import QuantizedHead
-from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.model.modules.packed_attention import attention_taken
 from qlora_trainer.planning.allocator import CachingAllocator, uses_expandable_segments
 from qlora_trainer.planning.empty_run import empty_run, longest_row, planned_card, planned_dtype
 from qlora_trainer.planning.live_bytes import once_more
+from qlora_trainer.planning.other_ways import Parts, base_parameters, other_ways
 from qlora_trainer.planning.step_memory import (
     ACTIVATIONS,
     ADAPTERS,
@@ -60,6 +57,7 @@ class MemoryPlan:
     max_length: int  # tokens of the longest row
     micro_batch_tokens: int
     policy: Policy  # what backward keeps
+    options: dict[str, str]  # the memory-efficient options, by key of the config
     components: dict[str, int]  # by name, at the fullest moment; they sum to `total`
     operation: str  # at which that moment comes
     allocated: int  # alive in torch's allocator at that moment, as torch.cuda.max_memory_allocated counts
@@ -80,22 +78,13 @@ class MemoryPlan:
         return sum(self.components.values())
 
     @property
-    def elsewhere(self) -> dict[str, int]:
-        """Compute what the same training would take in other ways, by formula, with the same activations.
-
-        16-bit LoRA takes 2 bytes for each weight of the base; full fine-tuning takes 16 (weight and gradient in 16
-        bits; fp32 weight and two moments), and no adapters.
+    def elsewhere(self) -> dict[str, Parts]:
+        """Compute what the same training would take in other ways (other_ways.py).
 
         Returns:
-            Bytes by the way of training.
+            Bytes by the way of training and part.
         """
-        adapters = sum(self.components.get(name, 0) for name in (ADAPTERS, GRADIENTS, STATE, PAGED))
-        base = sum(self.components.get(name, 0) for name in (BASE, HEAD, DENSE))
-        rest = self.total - base - adapters - self.components.get(WORKSPACE, 0)
-        return {
-            "16-bit LoRA": 2 * self.base_parameters + adapters + rest,
-            "full fine-tuning": 16 * self.base_parameters + rest,
-        }
+        return other_ways(self.components, self.base_parameters)
 
     def to_json(self) -> dict[str, Any]:
         """Write the plan as JSON types; docs/json.md lists the keys.
@@ -129,9 +118,6 @@ def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None
     state, pack, fake = empty_run(directory, config, dtype, policy, layers, card)
     with fake:
         live, persistent = track_steps(state, pack, card, steps=1)
-    base = sum(p.numel() for p in (*state.model.parameters(), *tensors_on_cpu(state.model)) if not p.requires_grad)
-    base += sum(m.out_features * m.in_features for m in state.model.modules() if isinstance(m, NF4Linear))
-    base += sum(math.prod(m.shape) for m in state.model.modules() if isinstance(m, QuantizedHead))
     adapters = sum(p.numel() for group in state.groups for p in group.parameters.values())
     kinds = dict(live.peak.by_kind)
     order = (BASE, HEAD, DENSE, ADAPTERS, GRADIENTS, STATE, PAGED, ACTIVATIONS, WORKSPACE, INSIDE)
@@ -148,12 +134,13 @@ def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None
         max_length=longest_row(directory, config),
         micro_batch_tokens=pack.tokens,
         policy=policy,
+        options=config.memory_options(),
         components=components,
         operation=live.peak.operation,
         allocated=allocated + cublas,
         reserved=reserved + cublas,
         host=live.host_peak,
-        base_parameters=base,
+        base_parameters=base_parameters(state.model),
         adapter_parameters=adapters,
         card=_card_in_words(card),
         attention=attention_taken(state.model, card, dtype, state.loader.packing),

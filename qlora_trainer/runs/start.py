@@ -32,6 +32,7 @@ from qlora_trainer.model.source import resolve_model
 from qlora_trainer.model.tokenizer import load_tokenizer
 from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
 from qlora_trainer.planning.memory_plan import longest_row
+from qlora_trainer.planning.options import changed_options, options_in_words
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
@@ -58,11 +59,13 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         progress: is called as files are fetched, prepared and loaded.
 
     Returns:
-        The run before its first step. Its config also has the commit of a hub model and the date of its template.
+        The run before its first step. Its config also has the commit of a hub model, the date of its template, and the
+        memory-efficient options that it was left to choose.
     """
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     check_files(config.data)  # before the model, which may take minutes to fetch or import
+    choose_device(config.model.device)  # and a GPU that is asked for and not there
     with missing_files_name("adapter.init_from"):
         initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with missing_files_name("model.name"):
@@ -78,7 +81,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
     with new_directory(directory) as work:
-        save_config(config, work / RUN_CONFIG_NAME)
+        save_config(run.config, work / RUN_CONFIG_NAME)
         run.prepared.write_skipped_rows(work)
         run.save(work)
     return run
@@ -144,8 +147,8 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         )
     here = environment(run.base.device, run.base.compute_dtype)
     run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
-    if config != read_run_config(directory):
-        write_run_config(config, directory)
+    if run.config != read_run_config(directory):
+        write_run_config(run.config, directory)
     return run
 
 
@@ -165,6 +168,8 @@ def _assemble(
     unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
     slower = kernel_warnings(device.type)
     plan = check_fits_here(model, planned or config, device, progress)
+    options = plan.options if plan else config.memory_options()
+    chosen, config = changed_options(config, options), config.replace(options)
     program_bytes = private_bytes()
     base = load_base(model, config.model, user_cache(), progress)
     if base.device.type == "cpu" and base.bytes > _LARGE_BASE:
@@ -176,6 +181,11 @@ def _assemble(
     warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
     warnings += untrained_token_warnings(base, renderer.tokenizer, prepared.train)
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]
+    if chosen:
+        warnings.append(
+            f"This run fits only with memory-efficient options, and has {options_in_words(chosen)}; its config.yaml "
+            "keeps them. For others, set these keys, shorten data.max_length, or lower adapter.rank."
+        )
     if names := named_as_experts(base.model, adapted):
         warnings.append(
             f"PEFT mistakes this model's adapters on {', '.join(names)} for adapters on experts and will not load "

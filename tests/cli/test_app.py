@@ -131,6 +131,7 @@ def test_plan_answers_a_program(qlora: Callable, config_file: Path, tmp_path: Pa
     answer = json.loads(out)
     assert answer.keys() == documented("qlora plan")
     assert answer["plan"].keys() == answer["longest_context"].keys() == documented("qlora plan", "a plan")
+    assert all(way.keys() == documented("qlora plan", "a way") for way in answer["plan"]["elsewhere"].values())
     assert answer["gpu_memory"] == 8 * 2**30
     assert answer["fits"] is True
     assert answer["plan"]["total"] == sum(answer["plan"]["components"].values()) < answer["gpu_memory"]
@@ -140,12 +141,17 @@ def test_plan_answers_a_program(qlora: Callable, config_file: Path, tmp_path: Pa
 
 
 def test_plan_answers_a_person(qlora: Callable, config_file: Path) -> None:
-    code, out, reported = qlora("plan", config_file, "--gpu-memory", "512MiB", "--no-search")
+    code, out, reported = qlora(
+        *("plan", config_file, "--gpu-memory", "512MiB", "--no-search"),
+        *("training.activation_checkpointing=full", "model.embeddings=device", "model.lm_head=dense"),
+        *("adapter.dtype=float32", "optimizer.name=adamw"),
+    )
     assert code == 0
     assert "│" not in reported
     assert "does not fit, by" in out
     assert "CUDA context (allowance)" in out
-    assert "full fine-tuning would need" in out
+    assert "mixed precision" in " ".join(out.split())
+    assert "Full fine-tuning in 16 bits, before activations: " in out
 
 
 def test_quantize_writes_a_model_in_4_bits(qlora: Callable, tiny_llama: Path, tmp_path: Path) -> None:

@@ -25,6 +25,16 @@ def test_each_memory_figure_of_a_run_says_what_it_is(
     )
     assert "Peak memory of a GPU&#x27;s tensors, or of a CPU&#x27;s process" in page
     _, out, _ = qlora("plan", config_file, "--gpu-memory", "8GiB", "--no-search", "model.device=cuda")
-    for name in ("total on the GPU", "of it reserved by torch", "in tensors", "the most is needed in", "in total"):
+    for name in (
+        "total on the GPU",
+        "of it reserved by torch",
+        "in tensors",
+        "the most is needed in",
+        "Next to other ways",
+    ):
         assert name in out
-    assert len(re.findall(r"[\d.]+ [GMK]iB", printed)) == 4, "the plan twice, the optimizer's state, the peak"
+    before, table, after = re.split(r"(Memory next to full fine-tuning.*?total(?:[^G]*GiB){2})", printed)
+    named = re.findall(r"(\w+) +[\d.]+ GiB +[\d.]+ GiB", table.replace("GiB", "GiB "))
+    assert named == ["weights", "gradients", "states", "else", "total"]
+    figures = re.findall(r"[\d.]+ [GMK]iB", before + after)
+    assert len(figures) == 4, "the plan twice, the optimizer's state, the peak"

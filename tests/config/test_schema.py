@@ -16,7 +16,8 @@ from qlora_trainer.config.schema import RunConfig
 def test_a_minimal_config_takes_every_default(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "c.yaml", MINIMAL))
     assert config.adapter.rank == 16
-    assert config.optimizer.name == "paged_adamw_32bit"
+    assert config.optimizer.name == "auto"
+    assert config.memory_options()["optimizer.name"] == "paged_adamw_32bit"
     assert config.model.name == "owner/model"
 
 

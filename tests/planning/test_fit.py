@@ -24,15 +24,20 @@ from qlora_trainer.planning.fit import (
     fastest_plan,
     largest_micro_batch,
     longest_context,
-    with_length,
 )
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.variants import with_length
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.memory.activations import Level, Policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Config = Callable[..., RunConfig]
+PLAIN: dict[str, dict[str, Any]] = {  # no memory-efficient option; test_options.py tries those
+    "model": {"embeddings": "device", "lm_head": "dense"},
+    "adapter": {"dtype": "float32"},
+    "optimizer": {"name": "paged_adamw_32bit"},
+}
 CPU: dict[str, dict[str, object]] = {"model": {"device": "cpu"}, "data": {"max_length": 512}}
 
 
@@ -43,7 +48,8 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
     (llama_8b / "config.json").write_text(json.dumps(raw))
     config = make_config(
         {
-            "model": {"name": str(llama_8b)},
+            **PLAIN,
+            "model": {**PLAIN["model"], "name": str(llama_8b)},
             "data": {"train": "rows.jsonl", "max_length": 512},
             "training": {"activation_checkpointing": "none", "global_batch_size": 2},
         }
@@ -74,7 +80,8 @@ def narrow_8b(llama_8b: Path, plans_once: None) -> Path:
 
 def named(directory: Path, **training: Any) -> RunConfig:
     data = {"train": "rows.jsonl", "max_length": 2048}
-    return make_config({"model": {"name": str(directory)}, "data": data, "training": training})
+    model = {**PLAIN["model"], "name": str(directory)}
+    return make_config({**PLAIN, "model": model, "data": data, "training": training})
 
 
 @pytest.mark.slow
@@ -118,12 +125,12 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
 @pytest.mark.slow
 @pytest.mark.usefixtures("plans_once")
 def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
-    keeping = tiny_config(data={"max_length": 512}, training={"activation_checkpointing": "none"})
+    keeping = tiny_config(**PLAIN, data={"max_length": 512}, training={"activation_checkpointing": "none"})
     kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
     assert check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total, host)) == kept
     with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activation_checkpointing=\w+"):
         check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total - 1, host))
-    rows = {"data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
+    rows = {**PLAIN, "data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
     tiled = plan_memory(
         ModelDirectory.open(tiny_llama),
         tiny_config(**{**rows, "training": {**rows["training"], "activation_checkpointing": "tiled"}}),
@@ -139,7 +146,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, t
 def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
     """A kept layer that the config asks for would be kept under a level with less memory too."""
     keeping = tiny_config(
-        data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
+        **PLAIN, data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
     )
     needed = plan_memory(ModelDirectory.open(tiny_llama), keeping)
     with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.uncheckpointed_layers=0"):

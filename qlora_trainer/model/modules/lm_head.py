@@ -21,7 +21,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.weights.nf4 import empty_weight, quantize_weight
 
-HeadKind = Literal["dense", "8bit", "4bit"]
+HeadKind = Literal["auto", "dense", "8bit", "4bit"]  # auto: dense, where no plan has chosen another
 
 
 class QuantizedHead(nn.Module):
@@ -105,7 +105,7 @@ class QuantizedHead(nn.Module):
 
 
 def quantize_head(model: Any, kind: HeadKind) -> None:
-    """Replace the model's LM head by a QuantizedHead on its device; do nothing for "dense".
+    """Replace the model's LM head by a QuantizedHead on its device; do nothing for "dense" and "auto".
 
     ModelError is raised if the head is no linear layer, QuantizationError if its weight is not finite.
 
@@ -113,7 +113,7 @@ def quantize_head(model: Any, kind: HeadKind) -> None:
         model: of transformers, changed in place.
         kind: the format.
     """
-    if kind != "dense":
+    if kind in ("8bit", "4bit"):
         path, head = _find_head(model, kind)
         model.set_submodule(path, QuantizedHead(_quantized(head.weight.detach(), kind), head.bias))
 
@@ -126,7 +126,7 @@ def empty_head(model: Any, kind: HeadKind, device: str = "cpu") -> None:
         kind: the format.
         device: of the quantized tensors.
     """
-    if kind != "dense":
+    if kind in ("8bit", "4bit"):
         path, head = _find_head(model, kind)
         vocabulary, hidden_size = head.weight.shape
         int8 = Int8Weight(

@@ -15,6 +15,7 @@ from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.model.modules.packed_attention import attention_taken
 from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.planning.other_ways import FULL, Parts, base_parameters, estimate_in_words, full_parts, parts_of
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
 from qlora_trainer.runs.report.page import DataPart, Sample, write_report
@@ -58,7 +59,27 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("eval rows", f"{data.eval.examples:,}, {counted(data.eval.tokens, 'token')}"),
         ("steps", f"{run.state.total_steps:,}, each of up to {counted(run.config.training.global_batch_size, 'row')}"),
         *([("planned memory", _planned(run.plan, run.base.device.type))] if run.plan else []),
+        ("full fine-tuning", f"{estimate_in_words(base_parameters(run.base.model))}, before activations"),
     ]
+
+
+def next_to_full(run: Run) -> dict[str, Parts]:
+    """Set what a run keeps in memory next to what full fine-tuning of its base would.
+
+    Args:
+        run: new or resumed. Activations and all else are in it where the run has a plan.
+
+    Returns:
+        Bytes by way and part.
+    """
+    if run.plan:
+        return {"this run": parts_of(run.plan.components), FULL: run.plan.elsewhere[FULL]}
+    ours = {
+        "weights": run.base.bytes + sum(group.data.nbytes for group in run.state.groups),
+        "gradients": sum(group.grad.nbytes for group in run.state.groups),
+        "adam_states": run.state.optimizer.state_bytes,
+    }
+    return {"this run": ours, FULL: full_parts(base_parameters(run.base.model))}
 
 
 def _planned(plan: MemoryPlan, device_type: str) -> str:

@@ -1,0 +1,76 @@
+"""Return a run's config with another policy, other options or another length of rows, to be planned.
+
+Left out: which of them fits (fit.py).
+"""
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.options import option_steps
+from qlora_trainer.training.memory.activations import Policy
+from qlora_trainer.weights.model_directory import ModelDirectory
+
+
+def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    """Return the config with another policy of what backward keeps.
+
+    Args:
+        config: of the run.
+        policy: instead of the config's.
+
+    Returns:
+        The config.
+    """
+    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
+
+
+def with_open_policy(config: RunConfig) -> RunConfig:
+    """Return the config with its policy left open.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The config.
+    """
+    settings: dict[str, object] = {**Policy("none").as_settings(), "activation_checkpointing": "auto"}
+    return config.replace({f"training.{name}": value for name, value in settings.items()})
+
+
+def with_least_memory(directory: ModelDirectory, config: RunConfig) -> RunConfig:
+    """Return the config with the policy and options that need least of the card, of those that it leaves open.
+
+    Args:
+        directory: holds the base's config.json.
+        config: of the run.
+
+    Returns:
+        The config.
+    """
+    config = option_steps(directory, config)[-1]
+    return with_policy(config, Policy("tiled")) if config.training.activation_checkpointing == "auto" else config
+
+
+def with_length(config: RunConfig, max_length: int) -> RunConfig:
+    """Return the config with another length of rows, and the default micro-batches for it.
+
+    Args:
+        config: of the run.
+        max_length: of a row, in tokens.
+
+    Returns:
+        The config.
+    """
+    return config.replace({"data.max_length": max_length, "training.micro_batch_tokens": "auto"})
+
+
+def policy_overrides(policy: Policy, config: RunConfig) -> str:
+    """Return what to write on the command line to have a policy instead of the config's.
+
+    Args:
+        policy: to have.
+        config: of the run.
+
+    Returns:
+        Such as "training.activation_checkpointing=offload".
+    """
+    wanted = policy.as_settings().items()
+    return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)

@@ -1,0 +1,125 @@
+"""A run needs no YAML: --model and --data are enough, other options set keys, and a mistake is told in plain words."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_trainer.common.errors import QLoRATrainerError
+from qlora_trainer.config.load import load_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.runs import start
+
+Qlora = Callable[..., tuple[int, str, str]]
+FEW_STEPS = ("training.max_steps=1", "evaluation.samples=0", "data.max_length=128", "model.device=cpu")
+
+
+def test_a_model_and_rows_are_enough(qlora: Qlora, tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, reported = qlora("train", "--model", tiny_llama, "--data", rows, "--output", run, *FEW_STEPS)
+    assert code == 0, reported
+    assert f"Adapter: {run}/adapter" in out
+    config = load_config(run / "config.yaml")
+    assert (config.model.name, config.data.train, config.training.max_steps) == (str(tiny_llama), str(rows), 1)
+
+
+@pytest.fixture
+def settings_of(qlora: Qlora, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunConfig]:
+    """The config that a command line of `qlora train` gives, without the run."""
+
+    def settings(*words: object) -> RunConfig:
+        found: list[RunConfig] = []
+
+        def stop(config: RunConfig, *_: Any) -> None:
+            found.append(config)
+            raise QLoRATrainerError("enough")
+
+        monkeypatch.setattr(start, "start_run", stop)
+        code, _, reported = qlora("train", *words)
+        assert (code, reported) == (2, "error enough")
+        return found[0]
+
+    return settings
+
+
+def test_each_option_sets_its_key(settings_of: Callable[..., RunConfig], rows: Path, tmp_path: Path) -> None:
+    found = settings_of(
+        *("--model", "owner/model", "--data", rows, "--eval", "0.2", "--output", tmp_path / "out", "--epochs", 3),
+        *("--rank", 8, "--learning-rate", "1e-3", "--max-length", 512),
+    )
+    values = {
+        "model.name": "owner/model",
+        "data.train": str(rows),
+        "data.eval": 0.2,
+        "training.output_dir": str(tmp_path / "out"),
+        "training.epochs": 3,
+        "adapter.rank": 8,
+        "optimizer.learning_rate": 1e-3,
+        "data.max_length": 512,
+    }
+    assert {key: found.value(key) for key in values} == values
+    changed = load_config(None, (), {"model.name": "owner/model", "data.train": str(rows)}).replace(values)
+    assert found == changed, "all other keys have their defaults"
+    assert settings_of("--model", "m/m", "--data", rows, "--eval", rows).data.eval == str(rows)
+
+
+def test_an_option_counts_before_the_file_and_a_key_before_the_option(
+    settings_of: Callable[..., RunConfig], config_file: Path, rows: Path
+) -> None:
+    assert settings_of(config_file, "--rank", 2).adapter.rank == 2
+    assert settings_of(config_file, "--rank", 2, "adapter.rank=6").adapter.rank == 6
+    without = settings_of("adapter.rank=6", "adapter.alpha=3", "--model", "m/m", "--data", rows)
+    assert (without.adapter.rank, without.adapter.alpha) == (6, 3.0)
+    assert settings_of("model.name=m/m", f"data.train={rows}").model.name == "m/m"
+
+
+def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """They are values, not YAML."""
+    path = tmp_path / "rows: [1] #2.jsonl"
+    path.write_text("")
+    assert settings_of("--model", "m/m", "--data", path).data.train == str(path)
+    assert settings_of("--model", "m/m", "--data", path, "--output", "010").training.output_dir.endswith("/010")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--model Qwen/Qwen3-8B and --data rows.jsonl are missing"),
+        (["--model", "owner/model"], "here --data rows.jsonl is missing. Or name a config: `qlora init` writes one."),
+        (["--data", "{rows}"], "here --model Qwen/Qwen3-8B is missing"),
+        (["none.yaml"], "There is no config file none.yaml. `qlora init` writes one, or name --model and --data"),
+        (["--model", "no model", "--data", "{rows}"], "There is no model at no model. A hub name has the form owner/"),
+        (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
+        (["--model", "{model}", "--data", "{rows}", "--eval", "gone.jsonl"], "data.eval: there is no file gone.jsonl."),
+        (["--model", "{model}", "--data", "{rows}", "--rank", "0"], "the command line has 1 problem: - adapter.rank"),
+    ],
+)
+def test_a_mistake_is_told_to_whoever_read_only_the_readme(
+    qlora: Qlora, tiny_llama: Path, rows: Path, words: list[str], message: str
+) -> None:
+    filled = [word.replace("{rows}", str(rows)).replace("{model}", str(tiny_llama)) for word in words]
+    code, out, reported = qlora("train", *filled)
+    assert (code, out) == (2, "")
+    assert message.lower() in reported.lower()
+    assert "Traceback" not in reported
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told_before_the_model_is_read(
+    qlora: Qlora, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "resolve_model", lambda *_: pytest.fail("the model is read"))
+    code, _, reported = qlora("train", "--model", "owner/model", "--data", rows, "model.device=cuda")
+    assert code == 2
+    assert "no CUDA device here. `qlora doctor` says what it sees" in reported
+
+
+def test_a_plan_needs_a_model_alone(qlora: Qlora, tiny_llama: Path) -> None:
+    words = ("--max-length", 64, "--rank", 2, "--no-search", "--json", "training.activation_checkpointing=full")
+    code, out, reported = qlora("plan", "--model", tiny_llama, *words)
+    assert code == 0, reported
+    plan = json.loads(out)["plan"]
+    assert plan["max_length"] == 64
