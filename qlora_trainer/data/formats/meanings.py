@@ -5,6 +5,7 @@ and texts that a model would be given or taught (system, input, context, rejecte
 words: Loss-Weight, lossWeight and loss_weight are one. Left out: what becomes of a column that is not read (unread.py).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -175,9 +176,10 @@ def slot_of(name: str) -> str | None:
 
 
 def is_empty(value: Any) -> bool:
-    """Return True if a value says nothing: null, blank text, an empty list or object. false and 0 say something.
+    """Return True if a value says nothing: null, NaN, blank text, an empty list or object. false and 0 say something.
 
-    A table has a cell in every row, so that what is empty cannot be distinguished from what is not there.
+    A table has a cell in every row, so that what is empty cannot be distinguished from what is not there. NaN is how
+    Python's json writes the missing number of a table.
 
     Args:
         value: of a column or key.
@@ -187,4 +189,6 @@ def is_empty(value: Any) -> bool:
     """
     if isinstance(value, str):
         return not value or value.isspace()
+    if isinstance(value, float):
+        return math.isnan(value)
     return value is None or (isinstance(value, list | Mapping) and not value)

@@ -17,6 +17,7 @@ from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import chat_columns, settings_line
 from qlora_trainer.data.formats.columns import source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
+from qlora_trainer.data.formats.mark_values import value_to_keep
 from qlora_trainer.data.formats.meanings import (
     has_meaning,
     is_class,
@@ -24,7 +25,6 @@ from qlora_trainer.data.formats.meanings import (
     is_mark,
     is_metadata,
     slot_of,
-    words_of,
 )
 from qlora_trainer.data.formats.turns import LEARN_KEYS
 from qlora_trainer.data.reading.values import listed, shortened
@@ -128,8 +128,7 @@ class UnreadColumns:
             return self._text_message(record, lost, where)
         ways = []
         for name in lost:
-            has_values = is_mark(name) and _WITHOUT_A_GOOD_VALUE.isdisjoint(words_of(name))
-            kept = _good_value(record[name]) if has_values else None
+            kept = value_to_keep(name, record[name])
             if kept is not None:
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
@@ -237,22 +236,6 @@ class UnreadColumns:
             f"{where}: {listed(useless)} is made by data.columns or data.template, but {kind} have no place for it. "
             f"{' '.join(ways)}"
         )
-
-
-# Marks of which no one value is known to say that a row is good.
-_WITHOUT_A_GOOD_VALUE = frozenset(
-    {"mask", "masks", "masked", "chosen", "rejected", "reject", "rank", "ranks", "margin", "logprobs"}
-)
-_GOOD = {"false": "true", "0": "1", "no": "yes", "bad": "good", "rejected": "chosen"}
-
-
-def _good_value(value: Any) -> bool | int | str | None:
-    """Suggest the value of a mark that rows to keep have; None where no single value is one."""
-    if isinstance(value, bool):
-        return True
-    if isinstance(value, int | float) and value == int(value):
-        return int(value) or 1
-    return _GOOD.get(value.lower(), value) if isinstance(value, str) and len(value) < 40 else None
 
 
 def _is_read_already(name: str, value: Any, row: Row) -> bool:
