@@ -69,7 +69,8 @@ METADATA_WORDS = frozenset(
         "len size num n bytes chars words page pages position offset version warc number row line"
     )
 )
-_TURN_KEYS = frozenset(_names("content value parts text message refusal system tools"))
+# What a turn says, or is given, under names that columns do not have.
+_TURN_KEYS = frozenset(_names("content value parts message refusal think thought thoughts tool_plan"))
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -143,9 +144,9 @@ def key_has_meaning(name: str) -> bool:
         name: of the key.
 
     Returns:
-        True if it is a mark, or what a turn says under another name.
+        True if a column of that name has one, or it is what a turn says under another name.
     """
-    return is_mark(name) or plain_name(name) in _TURN_KEYS
+    return has_meaning(name) or plain_name(name) in _TURN_KEYS
 
 
 def is_metadata(name: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from advice import prepared, read, refusal, refused, ways
 
 from qlora_trainer.common.errors import ConfigError
-from qlora_trainer.data.formats.meanings import has_meaning, is_metadata
+from qlora_trainer.data.formats.meanings import SLOTS, has_meaning, is_metadata, key_has_meaning
 from qlora_trainer.data.formats.parse import RecordReader
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -198,6 +198,11 @@ def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles
     assert f"conversations[].{key} may say" in message
     (line,) = ways(message)
     assert read(tmp_path, [{"conversations": turns}], line) == ["user: q | assistant: a"]
+
+
+@pytest.mark.parametrize("name", [name for names in SLOTS.values() for name in names if has_meaning(name)])
+def test_a_key_of_a_turn_has_a_meaning_where_a_column_of_its_name_has(name):
+    assert key_has_meaning(name)
 
 
 def test_columns_without_a_meaning_are_one_line(tmp_path):
