@@ -149,6 +149,26 @@ def key_has_meaning(name: str) -> bool:
     return has_meaning(name) or plain_name(name) in _TURN_KEYS
 
 
+def marks_inside(value: Any, path: str) -> dict[str, Any]:
+    """Find the marks that an object holds, also in objects inside it.
+
+    Args:
+        value: at `path`.
+        path: of the value, names with dots between them.
+
+    Returns:
+        {path: value} of those that are not empty; nothing where the value is no object.
+    """
+    found: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if is_mark(key) and not is_empty(inner):
+                found[f"{path}.{key}"] = inner
+            else:
+                found |= marks_inside(inner, f"{path}.{key}")
+    return found
+
+
 def is_metadata(name: str) -> bool:
     """Return True if a column next to a text only says where the text is from, such as url.
 

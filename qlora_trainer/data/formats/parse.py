@@ -215,7 +215,8 @@ class RecordReader:
         keys: dict[str, bool] = {}
         for column in () if is_plain else TURNS[format]:
             unread = unread_keys(parsed[column], self._roles)
-            keys |= {f"{column}[].{key}": is_meant for key, is_meant in unread.items()}
+            named = {f"{column}[].{key}": is_meant for key, is_meant in unread.items()}
+            keys |= {name: is_meant for name, is_meant in named.items() if name not in self._ignored}
         self._unread.check(record, format, is_plain, row, keys, where)
         cut = [
             f"{path} holds more items than are read of it" for path in lists_cut(record, self.columns, self.template)
@@ -249,15 +250,17 @@ class RecordReader:
     def _without_ignored(self, parsed: dict[str, Any], format: DataFormat) -> dict[str, Any]:
         """Leave out the keys of turns that the config ignores."""
         for column in TURNS[format]:
-            ignored = self._ignored_keys[column]
-            if ignored and isinstance(parsed[column], list):
-                parsed[column] = [
-                    {key: value for key, value in turn.items() if key not in ignored}
-                    if isinstance(turn, Mapping)
-                    else turn
-                    for turn in parsed[column]
-                ]
+            ignored, turns = self._ignored_keys[column], parsed[column]
+            if ignored and isinstance(turns, list):
+                parsed[column] = [_without_keys(turn, ignored) for turn in turns]
+            elif ignored:
+                parsed[column] = _without_keys(turns, ignored)
         return parsed
+
+
+def _without_keys(turn: Any, ignored: Collection[str]) -> Any:
+    is_turn = isinstance(turn, Mapping)
+    return {key: value for key, value in turn.items() if key not in ignored} if is_turn else turn
 
 
 def _warnings(ours: Mapping[str, Any], parsed: Mapping[str, Any], format: DataFormat) -> list[str]:

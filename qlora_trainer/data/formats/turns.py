@@ -12,7 +12,7 @@ from typing import Any
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.calls import read_calls, written_calls
-from qlora_trainer.data.formats.meanings import is_empty, key_has_meaning
+from qlora_trainer.data.formats.meanings import is_empty, key_has_meaning, marks_inside
 from qlora_trainer.data.formats.parts import is_data, read_parts, split_results
 from qlora_trainer.data.reading.values import from_json_text, json_text, kind, listed, optional_text, text
 from qlora_trainer.data.turn_names import ROLE_NAMES, is_turn, naming
@@ -159,14 +159,15 @@ def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, 
     """Find the keys with a value that a turn is not read from, such as timestamp.
 
     Args:
-        turns: the value of a column of turns.
+        turns: the value of a column of turns, or of one turn.
         roles: {name in lower case: role}.
 
     Returns:
-        {key of any of the turns: True if formats or trainers give it a meaning}.
+        {key of any of the turns: True if formats or trainers give it a meaning}; of an object that is not read, also
+        the paths of the marks in it, such as metadata.train.
     """
     found: dict[str, bool] = {}
-    for turn in turns if isinstance(turns, list) else ():
+    for turn in turns if isinstance(turns, list) else (turns,):
         if isinstance(turn, Mapping):
             if len(turn) == 2 and (("role" in turn and "content" in turn) or ("from" in turn and "value" in turn)):
                 continue
@@ -174,6 +175,7 @@ def unread_keys(turns: Any, roles: Mapping[str, str] = ROLE_NAMES) -> dict[str, 
             for key in sorted(unread | {"name"} if "name" in turn and _is_no_tool(turn, roles) else unread):
                 if not is_empty(turn[key]):
                     found[key] = key_has_meaning(key)
+                    found |= dict.fromkeys(marks_inside(turn[key], key), True)
     return found
 
 

@@ -8,14 +8,15 @@ not lost. Left out: which names mean something (meanings.py).
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import chat_columns, settings_line
-from qlora_trainer.data.formats.columns import source_columns
+from qlora_trainer.data.formats.columns import parts, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
 from qlora_trainer.data.formats.mark_values import value_to_keep
 from qlora_trainer.data.formats.meanings import (
@@ -24,6 +25,7 @@ from qlora_trainer.data.formats.meanings import (
     is_empty,
     is_mark,
     is_metadata,
+    marks_inside,
     slot_of,
 )
 from qlora_trainer.data.formats.turns import LEARN_KEYS
@@ -53,7 +55,7 @@ class UnreadColumns:
         self.columns, self.template, self.kept_by, self.is_named = columns, template, kept_by, is_named
         self.ignored = ignored
         self.unused: Counter[str] = Counter()
-        self._shapes: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
+        self._shapes: dict[tuple[object, ...], tuple[list[str], list[str], list[str]]] = {}
 
     def check(
         self,
@@ -81,16 +83,22 @@ class UnreadColumns:
         found = self._shapes.get(shape)
         if found is None:
             found = self._shapes[shape] = self._classified(record, format, is_plain, where)
-        others, meant = found
-        lost = [name for name in meant if not is_empty(record[name]) and not _is_read_already(name, record[name], row)]
+        others, meant, partly = found
+        lost = {
+            name: record[name]
+            for name in meant
+            if not is_empty(record[name]) and not _is_read_already(name, record[name], row)
+        }
+        for name in (*others, *partly):
+            if isinstance(record[name], Mapping):
+                lost |= self._unread_marks(name, record[name])
         if lost:
             raise ConfigError(self._message(record, format, is_plain, lost, where))
-        lost = [key for key, is_meant in keys.items() if is_meant]
-        if lost:
+        if lost_keys := [key for key, is_meant in keys.items() if is_meant]:
             raise ConfigError(
-                f"{where}: {listed(lost)} may say whether a turn is trained, or be a part of what it says, but "
-                f"{'is' if len(lost) == 1 else 'are'} not read. Turns to train are marked by one of "
-                f"{listed(LEARN_KEYS)}, with 1 or true. To leave {_it(lost)} out: {self._ignoring(lost)}."
+                f"{where}: {listed(lost_keys)} may say what of a turn is trained or given, and is not read: turns are "
+                f"marked by {listed(LEARN_KEYS)}, where 1 or true is trained. To leave {_it(lost_keys)} out: "
+                f"{self._ignoring(lost_keys)}."
             )
         self.unused.update([name for name in others if record[name] is not None])
         self.unused.update([name for name in meant if not is_empty(record[name])])
@@ -98,8 +106,8 @@ class UnreadColumns:
 
     def _classified(
         self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, where: str
-    ) -> tuple[list[str], list[str]]:
-        """Divide the columns that are not read into those without a meaning, and those with one."""
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Divide the columns into those that are not read without a meaning, those with one, and those read in part."""
         read = {"prompt", "completion"} if is_plain else known_columns(format)
         made = {**self.columns, **self.template}
         if useless := [name for name in made if name not in read]:
@@ -108,7 +116,23 @@ class UnreadColumns:
         sources |= source_columns(record, {path: path for path in self.kept_by}, {})
         unread = [name for name in record if name not in sources and (name not in read or name in made)]
         meant = [name for name in unread if self._is_meant(name, format)]
-        return [name for name in unread if name not in meant], meant
+        partly = [name for name in record if name in sources and name not in self._read_paths]
+        return [name for name in unread if name not in meant], meant, partly
+
+    @cached_property
+    def _read_paths(self) -> frozenset[str]:
+        """List the paths that settings name; those of a template are known to be right once a row is read."""
+        fields = (path for text in self.template.values() for _, path in parts(text) if path)
+        return frozenset(path.removesuffix("?") for path in (*self.columns.values(), *self.kept_by, *fields))
+
+    def _unread_marks(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Find the marks of an object that is not read, or only in part."""
+        return {
+            path: mark
+            for path, mark in marks_inside(value, name).items()
+            if path not in self.ignored
+            and not any(f"{path}.".startswith(f"{read}.") or read.startswith(f"{path}.") for read in self._read_paths)
+        }
 
     def _is_meant(self, name: str, format: DataFormat) -> bool:
         if format != "text":
@@ -122,13 +146,13 @@ class UnreadColumns:
         return self.is_named or "text" in self.columns or "text" in self.template
 
     def _message(
-        self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, lost: Sequence[str], where: str
+        self, record: Mapping[str, Any], format: DataFormat, is_plain: bool, lost: Mapping[str, Any], where: str
     ) -> str:
-        if format == "text" and not self._is_text_meant():
+        if format == "text" and not self._is_text_meant() and any(name in record for name in lost):
             return self._text_message(record, lost, where)
         ways = []
-        for name in lost:
-            kept = value_to_keep(name, record[name])
+        for name, value in lost.items():
+            kept = value_to_keep(name if name in record else name.rpartition(".")[2], value)
             if kept is not None:
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
@@ -142,13 +166,14 @@ class UnreadColumns:
         are_not = f"{'is' if len(lost) == 1 else 'are'} not read from {kind}"
         return f"{where}: {', and '.join(meanings)}, but {are_not}. {' '.join(ways)}"
 
-    def _ignoring(self, names: Sequence[str]) -> str:
+    def _ignoring(self, names: Iterable[str]) -> str:
         return override("data.ignore", [*self.ignored, *names])
 
-    def _text_message(self, record: Mapping[str, Any], lost: Sequence[str], where: str) -> str:
+    def _text_message(self, record: Mapping[str, Any], lost: Collection[str], where: str) -> str:
         """Ask what is meant by a text next to other columns."""
-        other = next((name for name in lost if slot_of(name) or not is_mark(name)), lost[0])
-        other = next((name for name in lost if is_class(name)), other)
+        columns_lost = [name for name in lost if name in record]
+        other = next((name for name in columns_lost if slot_of(name) or not is_mark(name)), columns_lost[0])
+        other = next((name for name in columns_lost if is_class(name)), other)
         is_asked = slot_of(other) == "asked"
         columns = {"question": other, "answer": "text"} if is_asked else {"question": "text", "answer": other}
         ignored = [name for name in lost if name != other and has_meaning(name)]
@@ -164,7 +189,7 @@ class UnreadColumns:
             f"the answer to {asked}: {line}. If only text is to be trained, as plain text: {plain}."
         )
 
-    def _lines_that_read(self, record: Mapping[str, Any], format: DataFormat, lost: Sequence[str]) -> list[str]:
+    def _line_that_reads(self, record: Mapping[str, Any], format: DataFormat, lost: Iterable[str]) -> str:
         """Write the settings with which texts that are not read would be."""
         if self.template or format == "text":
             return []
@@ -259,5 +284,5 @@ def _is_read_already(name: str, value: Any, row: Row) -> bool:
     return name.lower() == "text" and stripped.endswith(pieces[-1]) and all(piece in value for piece in pieces)
 
 
-def _it(names: Sequence[str]) -> str:
+def _it(names: Collection[str]) -> str:
     return "it" if len(names) == 1 else "them"

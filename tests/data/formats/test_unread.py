@@ -189,7 +189,11 @@ def test_a_column_that_a_mapped_one_takes_the_name_of_is_not_lost(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["mask", "loss_mask", "loss_scale", "isTrainable", "score", "label", "content", "train_detail"]
+    "key",
+    [
+        *("mask", "loss_mask", "loss_scale", "isTrainable", "score", "label", "content", "train_detail"),
+        *("input", "history", "documents", "context", "think", "tool_plan", "prefix", "thoughts", "response"),
+    ],
 )
 @pytest.mark.parametrize("value", [0, False, True, "x"])
 def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles_it(tmp_path, key, value):
@@ -198,6 +202,34 @@ def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles
     assert f"conversations[].{key} may say" in message
     (line,) = ways(message)
     assert read(tmp_path, [{"conversations": turns}], line) == ["user: q | assistant: a"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "path"),
+    [
+        ([], {**PAIR, "metadata": {"loss_weight": 0}}, "metadata.loss_weight"),
+        ([], {**CHAT, "meta": {"id": 3, "label": False}}, "meta.label"),
+        ([], {**PLAIN, "info": {"quality": {"human": {"score": 0.5}}}}, "info.quality.human.score"),
+        ([], {"text": "t", "meta": {"url": "u", "train": False}}, "meta.train"),
+        (["data.columns={messages: data.turns}"], {"data": {"turns": CHAT["messages"], "weight": 0}}, "data.weight"),
+        (["data.keep={meta.id: 3}"], {**PAIR, "meta": {"id": 3, "mask": True}}, "meta.mask"),
+        ([], {"messages": [USER, {**BOT, "metadata": {"train": False}}]}, "messages[].metadata.train"),
+        ([], {"prompt": "q", "completion": {**BOT, "meta": {"x": {"weight": 0}}}}, "completion[].meta.x.weight"),
+    ],
+)
+def test_a_mark_inside_an_object_that_is_not_read_stops_and_its_path_is_ignored(tmp_path, settings, row, path):
+    message = refused(tmp_path, [row], settings)
+    assert f"{path} may " in message
+    line = ways(message)[-1]
+    assert line[-1] == f"data.ignore=[{path}]" or line[-1] == f'data.ignore=["{path}"]'
+    (found,) = read(tmp_path, [row], [*settings, *line])
+    assert found in ("user: q | assistant: a", "q -> a", "t")
+
+
+def test_rows_are_kept_by_a_mark_inside_an_object(tmp_path):
+    (keep, _) = ways(refused(tmp_path, [{**PAIR, "metadata": {"trainable": False}}]))
+    rows = [{**PAIR, "metadata": {"trainable": value}} for value in (True, False, True)]
+    assert len(prepared(tmp_path, rows, keep).train) == 2
 
 
 @pytest.mark.parametrize("name", [name for names in SLOTS.values() for name in names if has_meaning(name)])
