@@ -135,11 +135,7 @@ class UnreadColumns:
         }
 
     def _is_meant(self, name: str, format: DataFormat) -> bool:
-        if format != "text":
-            return has_meaning(name)
-        if self._is_text_meant():
-            return is_mark(name) and not is_class(name)
-        return has_meaning(name) or not is_metadata(name)
+        return has_meaning(name) or (format == "text" and not self._is_text_meant() and not is_metadata(name))
 
     def _is_text_meant(self) -> bool:
         """Return True if the config says that the rows are plain text, or of which column."""
@@ -181,8 +177,8 @@ class UnreadColumns:
             line = settings_line(columns, ignore=[*self.ignored, *ignored])
         else:
             line = settings_line({"question": "text"}, {"answer": f"{{{other}}}"}, [*self.ignored, *ignored])
-        marks = [name for name in lost if is_mark(name) and not is_class(name)]
-        plain = " ".join([override("data.format", "text"), *[self._ignoring(marks)] * bool(marks)])
+        meant = [name for name in lost if has_meaning(name) or name not in record]
+        plain = " ".join([override("data.format", "text"), *[self._ignoring(meant)] * bool(meant)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
             f"{where}: besides text the row has {shortened(lost)}, not read from rows of plain text. If {answer} is "

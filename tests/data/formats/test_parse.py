@@ -104,7 +104,8 @@ def test_columns_are_renamed_and_the_renamed_ones_decide_the_format():
 
 
 def test_a_named_format_is_used_though_columns_suggest_another():
-    assert parse({"text": "t", "prompt": "p", "completion": "c"}, "text") == Document("t")
+    reader = RecordReader("text", {}, {}, ignore=["prompt", "completion"])
+    assert reader.read({"text": "t", "prompt": "p", "completion": "c"}, "line 1") == Document("t")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert parse({"conversations": turns}, "chat") == parse({"messages": turns}, "sharegpt") == Conversation(ASKED)
 

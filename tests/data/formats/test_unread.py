@@ -141,6 +141,19 @@ def test_a_text_next_to_another_column_asks_what_is_meant(tmp_path, row, expecte
     assert [read(tmp_path, [row], line)[0] for line in lines] == expected
 
 
+@pytest.mark.parametrize("name", ["prompt", "system", "label", "score", "rejected", "context", "instruction"])
+@pytest.mark.parametrize(
+    "settings", [["data.format=text"], ["data.columns={text: body}"], ["data.template={text: '{body}'}"]]
+)
+def test_a_column_with_a_meaning_next_to_a_text_that_the_config_names_stops_and_is_ignored(tmp_path, name, settings):
+    row = {"text" if settings == ["data.format=text"] else "body": "t", name: "x", "summary": "s"}
+    message = refused(tmp_path, [row], settings)
+    assert f"{name} may " in message
+    line = ways(message)[-1]
+    assert line == [f"data.ignore=[{name}]"]
+    assert read(tmp_path, [row], [*settings, *line]) == ["t"]
+
+
 def test_a_text_next_to_what_says_where_it_is_from_is_read():
     row = {"text": "t", "url": "u", "meta": {"a": 1}, "timestamp": "now", "title": "T", "doc_id": 3, "token_count": 5}
     assert all(is_metadata(name) for name in row if name != "text")
