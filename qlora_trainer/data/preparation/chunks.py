@@ -20,7 +20,7 @@ from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.detect import UnknownFormatError
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
-from qlora_trainer.data.preparation.limits import skip_limit_setting
+from qlora_trainer.data.preparation.limits import exceeds_limit, skip_limit_setting
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
 from qlora_trainer.data.preparation.reports import places_in_words
 from qlora_trainer.data.preparation.row_chunks import Records
@@ -183,10 +183,11 @@ class ChunkMaker:
             return
         if isinstance(error, UnknownFormatError):
             raise error
-        others = [place for place in _bad_places(rendered) if place != where]
-        bad, rows, settings = len(others) + 1, len(rendered.rows), override("data.on_bad_row", "skip")
-        if bad > self.max_skipped * rows:
-            settings += f" {skip_limit_setting(bad, rows)}"
+        places = _bad_places(rendered)
+        settings, bad = override("data.on_bad_row", "skip"), max(1, len(places))
+        if exceeds_limit(bad, len(rendered.rows), self.max_skipped):
+            settings += f" {skip_limit_setting(bad, len(rendered.rows))}"
+        others = [place for place in places if place != where]
         more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
         skipping = f", or skip such rows: {settings}" if bad < rows or self._has_examples else ""
         apart = " " if str(error).endswith(".") else "\n"  # a command to paste is the rest of its line

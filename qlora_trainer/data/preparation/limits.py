@@ -3,7 +3,6 @@
 Left out: what makes a row bad (formats, rendering).
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -65,7 +64,7 @@ def check_skipped(sources: Sequence[SourceReport], max_skipped: float) -> None:
     """
     for source in sources:
         skipped = sum(source.skipped.values())
-        if skipped <= max_skipped * source.rows:
+        if not exceeds_limit(skipped, source.rows, max_skipped):
             continue
         share = skipped / source.rows
         most = sorted(source.skipped.items(), key=lambda item: -item[1])[:3]
@@ -78,6 +77,22 @@ def check_skipped(sources: Sequence[SourceReport], max_skipped: float) -> None:
         )
 
 
+def exceeds_limit(skipped: int, rows: int, max_skipped: float) -> bool:
+    """Return True if more rows are skipped than is allowed.
+
+    Compared is the quotient, as `skip_limit_setting` writes it: in floating point, 0.29 * 100 is less than 29.
+
+    Args:
+        skipped: how many.
+        rows: of how many.
+        max_skipped: the largest share.
+
+    Returns:
+        True if too many are.
+    """
+    return skipped > 0 and skipped / rows > max_skipped
+
+
 def skip_limit_setting(skipped: int, rows: int) -> str:
     """Write the setting that allows so many rows to be skipped.
 
@@ -86,9 +101,9 @@ def skip_limit_setting(skipped: int, rows: int) -> str:
         rows: of how many.
 
     Returns:
-        As a shell takes it.
+        As a shell takes it: the share in whole hundredths, rounded up.
     """
-    return override("data.max_skipped", math.ceil(100 * skipped / rows) / 100)
+    return override("data.max_skipped", -(-100 * skipped // rows) / 100)
 
 
 def _reasons(source: SourceReport) -> list[str]:

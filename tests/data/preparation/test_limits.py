@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from advice import settings_in
+from following import settings_in
+from hypothesis import example, given
+from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.load import load_config
+from qlora_trainer.data.preparation.limits import check_skipped
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
+from qlora_trainer.data.preparation.reports import SourceReport
 
 TOKENIZER = tiny_tokenizer("smollm2")
 
@@ -48,6 +52,22 @@ def test_more_skipped_rows_than_allowed_stop_the_run_until_they_are_allowed(tmp_
             run(tmp_path, *settings)
     report = run(tmp_path, *settings, *settings_in(str(raised.value))).report
     assert report.train.examples == good
+
+
+@given(st.integers(1, 10**6).flatmap(lambda rows: st.tuples(st.integers(1, rows), st.just(rows))))
+@example((29, 100))
+@example((57, 100))
+@example((58, 200))
+def test_the_share_that_the_message_prints_is_allowed_and_a_hundredth_less_is_not(counts):
+    skipped, rows = counts
+    report = SourceReport("x.jsonl", rows, skipped={"bad": skipped})
+    with pytest.raises(DataError) as raised:
+        check_skipped([report], 0)
+    (setting,) = settings_in(str(raised.value))
+    allowed = float(setting.removeprefix("data.max_skipped="))
+    check_skipped([report], allowed)
+    with pytest.raises(DataError):
+        check_skipped([report], allowed - 0.01)
 
 
 def test_a_share_below_the_limit_is_the_first_warning(tmp_path):
