@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 from qlora_trainer.data.turn_names import ROLE_NAMES
 from qlora_trainer.data.types import Message
@@ -55,11 +56,27 @@ _STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|
 _BEGIN = re.compile(rf"\s*(?:(?:{'|'.join(map(re.escape, _STARTS))})\s*)*")
 _INST = re.compile(r"\[INST\]\s?(.*?)\s?\[/INST\]", re.DOTALL)
 _SYS = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*", re.DOTALL)
+# The shape of any template's text: control tokens, of which several name who speaks, inside or right after them.
+_INNER = r"[^<>|\uff5c\[\]\s]"
+_TOKEN = (
+    rf"(?:<\|{_INNER}{{1,40}}\|?>|<\uff5c{_INNER}{{1,40}}\uff5c>|\[\|{_INNER}{{1,40}}\|\]"
+    r"|\[gMASK\]|</?s>|<sop>|<bos>|<BOS_TOKEN>|<start_of_turn>|<extra_id_\d+>|<seed:bos>|<beginning_of_sentence>|<reserved_\d+>)"
+)
+_SPEAKER = rf"(?:{_ROLE}|function|chatbot|bot|gpt|observation|environment)(?![a-z])"
+_FIRST_TOKEN = re.compile(rf"\s*{_TOKEN}")
+_SPEAKERS = re.compile(
+    rf"[<\[][|\uff5c](?:{_INNER}{{0,30}}[^a-z<>|\uff5c\[\]\s])?{_SPEAKER}{_INNER}{{0,30}}[|\uff5c]?[>\]]"
+    rf"|{_TOKEN}\s?{_SPEAKER}",
+    re.IGNORECASE,
+)
 _OPENINGS = re.compile("|".join(re.sub(r"\(\?P<role>", "(?:", family.opening) for family in FAMILIES) + r"|\[INST\]")
 
 
 def looks_rendered(text: str) -> bool:
-    """Return True if a text begins as a conversation of a known template does.
+    """Return True if a text begins as a conversation that a template wrote does.
+
+    Of templates that are not known, it begins with a control token, and two that say who speaks are in it: as a text
+    such a conversation would be trained with its control tokens spelled out, whatever the model's own are.
 
     Args:
         text: of a row.
@@ -68,7 +85,9 @@ def looks_rendered(text: str) -> bool:
         True if it does.
     """
     start = _BEGIN.match(text)
-    return bool(_OPENINGS.match(text, start.end() if start else 0))
+    if _OPENINGS.match(text, start.end() if start else 0):
+        return True
+    return bool(_FIRST_TOKEN.match(text)) and len(list(islice(_SPEAKERS.finditer(text), 2))) == 2
 
 
 def read_rendered(text: str) -> tuple[str, list[Message]] | None:

@@ -78,7 +78,10 @@ class RenderedRows:
         what = "text is" if isinstance(row, Document) else "prompt and completion are"
         as_text = f"To train on it as plain text, its control tokens spelled out: {override('data.rendered', 'text')}."
         if not is_known:
-            return f"{where}: {what} written by a chat template at the beginning, but not as a whole. {as_text}"
+            return (
+                f"{where}: {what} written by a chat template at the beginning, but not as a whole, or by one not "
+                f"known, so it cannot be read back into turns. {as_text}"
+            )
         return (
             f"{where}: {what} a conversation that a chat template wrote already ({name}), and the model's own template "
             "writes these turns otherwise. To train on the turns, as the model's template writes them: "

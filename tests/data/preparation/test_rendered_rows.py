@@ -50,9 +50,44 @@ def test_texts_of_the_known_templates_are_taken_apart(name):
     assert turns == [SYSTEM] * (name == "Llama 2") + [("user", "Hi"), ("assistant", "Hello!")]
 
 
+# Of templates that are not taken apart, by hand from the models' documents; and known ones with other roles or blanks.
+UNKNOWN = {
+    "DeepSeek": "<\uff5cbegin▁of▁sentence\uff5c>Be brief."
+    "<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>Hello!<\uff5cend▁of▁sentence\uff5c>",
+    "DeepSeek without its start": "<\uff5cUser\uff5c>Hi<\uff5cAssistant\uff5c>Hello!<\uff5cend▁of▁sentence\uff5c>",
+    "gpt-oss": "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
+    "GLM": "[gMASK]<sop><|user|>\nHi<|assistant|>\nHello!",
+    "Cohere": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Hi<|END_OF_TURN_TOKEN|>"
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>Hello!<|END_OF_TURN_TOKEN|>",
+    "ChatML with a function": "<|im_start|>function\n{}<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n",
+    "ChatML in capitals": "<|im_start|>User\nHi<|im_end|>\n<|im_start|>Assistant\nHello!<|im_end|>\n",
+    "ChatML on one line": "<|im_start|>user Hi<|im_end|> <|im_start|>assistant Hello!<|im_end|>",
+    "Kimi": "<|im_user|>user<|im_middle|>Hi<|im_end|><|im_assistant|>assistant<|im_middle|>Hello!<|im_end|>",
+    "EXAONE": "[|user|]Hi\n[|assistant|]Hello![|endofturn|]\n",
+    "Seed": "<seed:bos>user\nHi<seed:eos><seed:bos>assistant\nHello!<seed:eos>",
+    "Nemotron": "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nHello!\n",
+    "Apertus": "<s><|user_start|>Hi<|user_end|><|assistant_start|>Hello!<|assistant_end|>",
+    "Hunyuan": "<\uff5chy_begin▁of▁sentence\uff5c><\uff5chy_User\uff5c>Hi<\uff5chy_Assistant\uff5c>Hello!",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_text_of_a_templates_shape_is_refused_whatever_the_models_family(tmp_path, name):
+    half = UNKNOWN[name].index("Hello!")
+    for row in ({"text": UNKNOWN[name]}, {"prompt": UNKNOWN[name][:half], "completion": UNKNOWN[name][half:]}):
+        (as_text,) = ways(refusal(tmp_path, [row], family="smollm2"))
+        assert texts(prepared(tmp_path, [row], as_text, "smollm2")) == [" -> ".join(row.values())]
+
+
 @pytest.mark.parametrize(
     "text",
     [
+        "<user_list><user_id>3</user_id><user_name>Assistant</user_name></user_list>",
+        "<|endoftext|> ends a document, and <|user|> opens a turn.",
+        "<s>System design</s> is a course for every user; <s>assistant</s> positions are open."[3:],
+        "[user] hello [assistant] hi",
+        "| user | assistant |\n|---|---|\n",
+        "def f(x): return x <|user|> x  # <|user|> and <|assistant|>",
         "What does <|im_start|>user mean?",
         "<|im_start|> opens a turn, and <|im_end|> closes it.",
         "[INST is a marker",
