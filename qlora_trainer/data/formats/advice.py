@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.meanings import SLOTS, is_class, is_empty, is_mark, is_metadata, plain_name, slot_of
+from qlora_trainer.data.formats.meanings import (
+    SLOTS,
+    is_choices,
+    is_class,
+    is_empty,
+    is_mark,
+    is_metadata,
+    plain_name,
+    slot_of,
+)
 
 _Record = Mapping[str, Any]
 _SPEAKERS = ("role", "from")
@@ -45,6 +54,8 @@ def text_path(name: str, value: Any, depth: int = 0) -> str | None:
     Returns:
         The path of a text in it; None where there is none.
     """
+    if is_choices(name.rpartition(".")[2]):
+        return None  # the first choice is no answer
     if isinstance(value, str):
         return name
     if depth == _MOST_LEVELS:
@@ -89,7 +100,8 @@ def slots_of(record: _Record, but: Iterable[str] = ()) -> dict[str, str]:
         system = _taken(left, "system")
         return {"turns": turns, **({"system": system} if system else {}), **_tools(left)}
     for name, value in list(left.items()):
-        left |= _inner_columns(name, value)
+        if not is_choices(name):
+            left |= _inner_columns(name, value)
     found: dict[str, str] = {}
     for slot in ("asked", "answered", "context", "system"):
         if path := _taken(left, slot):
@@ -110,7 +122,7 @@ def _inner_columns(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
         return _inner_columns(f"{name}.0", value[0], depth + 1)
     if not isinstance(value, Mapping) or depth == _MOST_LEVELS:
         return {}
-    inner = {f"{name}.{key}": item for key, item in value.items() if item is not None}
+    inner = {f"{name}.{key}": item for key, item in value.items() if item is not None and not is_choices(key)}
     return inner | {
         path: deep for key, item in inner.items() for path, deep in _inner_columns(key, item, depth + 1).items()
     }
@@ -161,6 +173,11 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
     """
     slots = slots_of(record)
     columns = chat_columns(slots)
+    choices = [name for name, value in record.items() if is_choices(name) and not is_empty(value)]
+    if choices and (columns or len(texts := _texts_of(record)) == 2):
+        columns = columns or dict(zip(("question", "answer"), _in_order(texts), strict=True))
+        ignored = [name for name in _ignored(leftover, columns, slots) if name not in choices]
+        return f" Write: {settings_line(*with_fields(columns, choices), ignored)}."
     if columns:
         ignored = _ignored(leftover, columns, slots)
         line = settings_line(columns, ignore=ignored)
@@ -168,8 +185,7 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
             return f" Write: {line}."
         plain = settings_line({"prompt": slots["asked"], "completion": slots["answered"]}, ignore=ignored)
         return f" Through the chat template: {line}; as plain text without it: {plain}."
-    texts = [name for name, value in record.items() if isinstance(value, str) and not is_empty(value)]
-    texts = [name for name in texts if not is_metadata(name) and (not is_mark(name) or is_class(name))]
+    texts = _texts_of(record)
     if len(texts) == 2:
         first, second = _in_order(texts)
         columns = {"question": first, "answer": second}
@@ -178,6 +194,28 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
         columns = {"text": texts[0]}
         return f" If {texts[0]} is plain text: {settings_line(columns, ignore=_ignored(leftover, columns, slots))}."
     return ""
+
+
+def _texts_of(record: _Record) -> list[str]:
+    """List the columns of text that may be asked or answered."""
+    texts = [name for name, value in record.items() if isinstance(value, str) and not is_empty(value)]
+    texts = [name for name in texts if not is_metadata(name) and not is_choices(name)]
+    return [name for name in texts if not is_mark(name) or is_class(name)]
+
+
+def with_fields(columns: Mapping[str, str], fields: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Write columns below what is asked, each after a blank line.
+
+    Args:
+        columns: {our column: path}, with a question, instruction or prompt.
+        fields: names of the columns.
+
+    Returns:
+        {our column: path} and {our column: text with fields}.
+    """
+    asked = next(name for name in ("question", "instruction", "prompt") if name in columns)
+    text = "\n\n".join(f"{{{path}}}" for path in (columns[asked], *fields))
+    return {name: path for name, path in columns.items() if name != asked}, {asked: text}
 
 
 def _in_order(texts: list[str]) -> list[str]:

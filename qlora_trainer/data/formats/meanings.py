@@ -39,14 +39,14 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "answered": _names(
         "answer completion response output assistant answers completions responses outputs assistant_message "
         "assistant_response model_response reply target targets expected_output solution tgt gpt bot chatgpt chatbot "
-        "model a summary generation best_answer correct_answer"
+        "model a summary generation best_answer correct_answer answer_key"
     ),
     "context": _names("context contexts input inputs passage paragraph document article background knowledge"),
 }
 AMBIGUOUS = frozenset(
     _names(
         "user human source src model a q ask bot gpt chatgpt chatbot assistant request summary generation article "
-        "background knowledge document paragraph sys tgt utterance"
+        "background knowledge document paragraph sys tgt utterance answer_key"
     )
 )
 _TEXTS = frozenset(
@@ -71,6 +71,9 @@ METADATA_WORDS = frozenset(
 )
 # What a turn says, or is given, under names that columns do not have.
 _TURN_KEYS = frozenset(_names("content value parts message refusal think thought thoughts tool_plan"))
+# Of a multiple-choice question; what is named as the right one is an answer.
+_CHOICES = re.compile(r"(\w+_)?(choices|options|endings)(_[a-z0-9])?|(choice|option|ending)_[a-z0-9]")
+_RIGHT = frozenset(_names("correct gold right best selected true"))
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -123,6 +126,31 @@ def is_class(name: str) -> bool:
         Whether a word of it says so.
     """
     return not _CLASSES.isdisjoint(words_of(name))
+
+
+def is_choices(name: str) -> bool:
+    """Return True if a column of this name holds what a multiple-choice question offers, such as options or option_a.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        Whether it does.
+    """
+    words = words_of(name)
+    return bool(_CHOICES.fullmatch("_".join(words))) and _RIGHT.isdisjoint(words)
+
+
+def is_context(name: str) -> bool:
+    """Return True if an answer may depend on a column of this name next to a question.
+
+    Args:
+        name: of the column.
+
+    Returns:
+        True for a context under any of its names, and for choices.
+    """
+    return not is_mark(name) and (is_choices(name) or slot_of(name) == "context")
 
 
 def has_meaning(name: str) -> bool:

@@ -15,13 +15,14 @@ from typing import Any
 from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.advice import chat_columns, settings_line
+from qlora_trainer.data.formats.advice import chat_columns, settings_line, with_fields
 from qlora_trainer.data.formats.columns import parts, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
 from qlora_trainer.data.formats.mark_values import value_to_keep
 from qlora_trainer.data.formats.meanings import (
     has_meaning,
     is_class,
+    is_context,
     is_empty,
     is_mark,
     is_metadata,
@@ -31,6 +32,9 @@ from qlora_trainer.data.formats.meanings import (
 from qlora_trainer.data.formats.turns import LEARN_KEYS
 from qlora_trainer.data.reading.values import listed, shortened
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
+
+_MOST_NAMED = 6
+_OF_TURNS = ("chat", "sharegpt")
 
 
 class UnreadColumns:
@@ -135,7 +139,9 @@ class UnreadColumns:
         }
 
     def _is_meant(self, name: str, format: DataFormat) -> bool:
-        return has_meaning(name) or (format == "text" and not self._is_text_meant() and not is_metadata(name))
+        if format == "text":
+            return has_meaning(name) or not (self._is_text_meant() or is_metadata(name))
+        return has_meaning(name) or (is_context(name) and format not in _OF_TURNS)
 
     def _is_text_meant(self) -> bool:
         """Return True if the config says that the rows are plain text, or of which column."""
@@ -153,7 +159,9 @@ class UnreadColumns:
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
                 ways.append(f"To train only on rows where {name} is {str(kept).lower()}: {line}.")
-        ways += self._lines_that_read(record, format, lost)
+        has_turns = format in _OF_TURNS or (format == "prompt_completion" and not is_plain)
+        if line := self._line_that_reads(record, format, has_turns, lost):
+            ways.append(line)
         ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
         kind = "plain prompt and completion" if is_plain else f"{format} rows"
         marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
@@ -185,38 +193,35 @@ class UnreadColumns:
             f"the answer to {asked}: {line}. If only text is to be trained, as plain text: {plain}."
         )
 
-    def _line_that_reads(self, record: Mapping[str, Any], format: DataFormat, lost: Iterable[str]) -> str:
+    def _line_that_reads(
+        self, record: Mapping[str, Any], format: DataFormat, has_turns: bool, lost: Iterable[str]
+    ) -> str:
         """Write the settings with which texts that are not read would be."""
-        if self.template or format == "text":
-            return []
-        slots, taken = self._slots(record, format), dict[str, str]()
-        for name in lost:
+        if format == "text":
+            return ""
+        slots = self._slots(record, format)
+        fields = [name for name in lost if is_context(name) and not has_turns]
+        taken = list(fields)
+        for name in () if self.template else lost:
             slot = slot_of(name)
-            if slot in ("context", "system", "history", "tools") and slot not in slots and not is_mark(name):
-                slots[slot] = taken[slot] = name
-        own = next((name for name in COLUMNS[format][1] if slot_of(name) == "context" and name in record), None)
-        second = next((name for name in lost if own and slot_of(name) == "context" and not is_mark(name)), None)
-        if own and second:
-            return self._lines_for_two(slots | {"context": second}, self.columns.get(own, own), lost)
+            if slot in ("system", "history", "tools") and slot not in slots and not is_mark(name):
+                slots[slot] = name
+                taken.append(name)
+        if not self.template and "context" not in slots and len(fields) == 1 and isinstance(record[fields[0]], str):
+            slots["context"] = fields.pop()
         columns = chat_columns(slots)
         if not taken or not columns:
-            return []
-        ignored = [name for name in lost if name not in taken.values()]
-        line = settings_line(columns, ignore=[*self.ignored, *ignored])
-        return [f"To have {shortened(taken.values())} read: {line}."]
-
-    def _lines_for_two(self, slots: Mapping[str, str], first: str, lost: Sequence[str]) -> list[str]:
-        """Write the settings that read a second context: below the first one, or in its place."""
-        second = slots["context"]
-        columns = chat_columns(slots)
-        ignored = [*self.ignored, *(name for name in lost if name not in slots.values())]
-        text = f"{{{slots['asked']}}}\n\n{{{first}?}}\n\n{{{second}?}}"
-        rest = {name: path for name, path in columns.items() if name not in ("instruction", "input")}
-        both = settings_line(rest, {"instruction": text}, ignored)
-        return [
-            f"To have {second} read too, below {first}: {both}.",
-            f"To have {second} read and {first} left out: {settings_line(columns, ignore=[*ignored, first])}.",
-        ]
+            return ""
+        template: dict[str, str] = {}
+        if self.template:
+            first = COLUMNS[format][0][0]
+            columns = {name: path for name, path in self.columns.items() if name != first}
+            written = self.template.get(first) or f"{{{self.columns.get(first, first)}}}"
+            template = {**self.template, first: "\n\n".join((written, *(f"{{{name}}}" for name in fields)))}
+        elif fields:
+            columns, template = with_fields(columns, fields)
+        ignored = [name for name in lost if name not in taken]
+        return f"To have {_named(taken)} read: {settings_line(columns, template, [*self.ignored, *ignored])}."
 
     def _slots(self, record: Mapping[str, Any], format: DataFormat) -> dict[str, str]:
         """Say by which paths a format is read now."""
@@ -261,7 +266,7 @@ class UnreadColumns:
 
 def _is_read_already(name: str, value: Any, row: Row) -> bool:
     """Return True if a column repeats what is read: one turn's text, or the whole row written out once more."""
-    if not isinstance(value, str) or is_mark(name):
+    if is_mark(name) or not (isinstance(value, str) or is_context(name)):
         return False
     match row:
         case Conversation(messages):
@@ -272,12 +277,22 @@ def _is_read_already(name: str, value: Any, row: Row) -> bool:
             said = [("user", prompt), ("answered", completion)]
         case Document():
             return False
+    if is_context(name):
+        return all(any(role != "answered" and one in text for role, text in said) for one in _strings(value))
     stripped = value.strip()
     slot = slot_of(name)
     if slot in ("asked", "answered"):
         return any(role == ("user" if slot == "asked" else slot) and stripped == text.strip() for role, text in said)
     pieces = [piece.strip() for _, text in said for piece in text.split("\n\n")]
     return name.lower() == "text" and stripped.endswith(pieces[-1]) and all(piece in value for piece in pieces)
+
+
+def _strings(value: Any) -> list[str]:
+    """List the texts of a value, those of its lists and objects among them."""
+    if isinstance(value, list | Mapping):
+        items = value.values() if isinstance(value, Mapping) else value
+        return [one for item in items for one in _strings(item)]
+    return [str(value).strip()]
 
 
 def _it(names: Collection[str]) -> str:
