@@ -2,29 +2,53 @@
 
 A template is a program from elsewhere. One that loops forever would hang a run before its first step, and say nothing.
 While a text is rendered, a thread looks at the processor time and the memory that it takes, and raises an error in the
-rendering thread where that is too much. An operation that makes a huge value at once cannot be interrupted: those are
-checked before they are computed.
+rendering thread where that is too much. An operation in C cannot be interrupted: what it may make is bounded before it
+is computed, by the sizes of what it is given. Only operations that are known to make little more than they are given
+are left alone, so that one which nobody thought of is bounded too.
 """
 
 import contextlib
 import ctypes
+import math
 import re
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import psutil
 from jinja2.exceptions import TemplateRuntimeError
 
 SECONDS = 5.0  # of processor time, for one text of one row; a usual one takes a ten-thousandth of that
-BYTES = 2**30  # more in memory than at the first look
-LARGEST = 2**26  # characters or items that one operation may make, and number that it may be given
+BYTES = 2**30  # more in memory than before
+LARGEST = 2**26  # characters or items that one operation may make
+LONGEST = 2**20  # characters of a text that may be many times as long as its row
+TIMES = 16  # as long as the row, a longer text may be
 _LOOK_EVERY = 0.05  # seconds
 _IDLE = 2.0  # seconds after which the watching thread ends
 _METHODS = (types.MethodType, types.BuiltinMethodType)
-_WIDE = re.compile(r"%[^a-zA-Z%]*[0-9]{8}|:[^{}]*[0-9]{8}[^{}]*\}")  # a format with a width of eight digits
+# A format with a width of eight digits, or one that is given with the values.
+_WIDE = re.compile(r"%[^a-zA-Z%]*(?:[0-9]{8}|\*)|:[^{}]*(?:[0-9]{8}[^{}]*\}|\{)")
+_BITS = 2**12  # of the integers that may be multiplied or divided
+# What makes little more than it is given, however it is called.
+_LINEAR_METHODS = frozenset(
+    re.findall(
+        r"\w+",
+        "strip lstrip rstrip split rsplit splitlines partition rpartition startswith endswith removeprefix "
+        "removesuffix find rfind index rindex count upper lower title capitalize casefold swapcase isalnum "
+        "isalpha isascii isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle isupper "
+        "get items keys values copy",
+    )
+)
+_LINEAR_FILTERS = frozenset(
+    re.findall(
+        r"\w+",
+        "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby "
+        "int items last length list lower map max min random reject rejectattr reverse round safe select "
+        "selectattr sort striptags title trim truncate unique upper urlencode wordcount",
+    )
+)
 
 
 class TemplateLimitError(TemplateRuntimeError):
@@ -50,6 +74,7 @@ class _Watch:
         self._raising = False
         self._thread: threading.Thread | None = None
         self._last = 0.0
+        self._memory = 0  # in use at the last look, bytes
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -70,6 +95,7 @@ class _Watch:
         with self._lock:
             if self._thread is None:
                 self._last = time.monotonic()
+                self._memory = psutil.Process().memory_info().rss
                 self._thread = threading.Thread(target=self._look, name="template watch", daemon=True)
                 self._thread.start()
 
@@ -79,7 +105,8 @@ class _Watch:
         began, memory = 0.0, 0
         while True:
             time.sleep(_LOOK_EVERY)
-            current = self._current
+            current, before = self._current, self._memory
+            self._memory = process.memory_info().rss
             if current is None:
                 if time.monotonic() - self._last > _IDLE:
                     self._thread = None
@@ -87,12 +114,9 @@ class _Watch:
                 continue
             self._last = time.monotonic()
             if current is not seen:
-                seen, began, memory = current, _processor_time(current[0]), 0
-            elif memory == 0:  # it takes longer than others
-                memory = process.memory_info().rss
-            elif (
-                _processor_time(current[0]) - began > SECONDS or process.memory_info().rss - memory > BYTES
-            ) and self._end(current):
+                seen, began, memory = current, _processor_time(current[0]), before
+            is_long = _processor_time(current[0]) - began > SECONDS
+            if (is_long or self._memory - memory > BYTES) and self._end(current):
                 seen = None
 
     def _end(self, rendering: list[int]) -> bool:
@@ -122,8 +146,21 @@ def _raise_in(thread: int, error: type[Exception] | None) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
 
 
+def check_length(text: str, *given: Any) -> None:
+    """Refuse a finished text that is much longer than what it was made of: it would be tokenized for hours.
+
+    Args:
+        text: that a template made.
+        given: turns and tools.
+
+    Raises:
+        TemplateLimitError: it is too long.
+    """
+    _refuse_if(len(text) > LONGEST and len(text) > TIMES * sum(map(_size, given)))
+
+
 def limit_operations(environment: Any) -> None:
-    """Make an environment refuse operations whose value would be huge: products, powers, padding, formats.
+    """Make an environment refuse operations whose value would be huge, or would take long to compute.
 
     Args:
         environment: jinja2's SandboxedEnvironment, changed in place; templates that are compiled in it from now on are
@@ -132,19 +169,19 @@ def limit_operations(environment: Any) -> None:
     operate, call, format_of = environment.call_binop, environment.call, environment.wrap_str_format
 
     def checked_operate(context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and any(isinstance(side, Sized) for side in (left, right)):
-            length, count = (len(left), right) if isinstance(left, Sized) else (len(right), left)
-            _refuse_if(isinstance(count, int) and length * count > LARGEST)
+        if operator == "%" and isinstance(left, str):
+            _refuse_if(bool(_WIDE.search(left)))
         elif operator == "**":
             _refuse_if(not all(isinstance(side, int | float) and abs(side) < 2**10 for side in (left, right)))
-        elif operator == "%":
-            _refuse_if(isinstance(left, str) and bool(_WIDE.search(left)))
+        elif any(isinstance(side, Sized) for side in (left, right)):
+            _refuse_if(_size(left) * _size(right) > LARGEST)
+        else:
+            _refuse_if(sum(side.bit_length() for side in (left, right) if isinstance(side, int)) > _BITS)
         return operate(context, operator, left, right)
 
     def checked_call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str | list):
-            _check_numbers(*args, *kwargs.values())
+        if isinstance(function, types.BuiltinMethodType) and function.__name__ not in _LINEAR_METHODS:
+            args = _bounded(function.__name__, (function.__self__, *args), kwargs)[1:]
         return call(context, function, *args, **kwargs)
 
     def checked_format(value: Any) -> Any:
@@ -163,25 +200,73 @@ def limit_operations(environment: Any) -> None:
             _refuse_if(bool(_WIDE.search(owner)))
         return format_of(value)
 
-    environment.intercepted_binops = frozenset({"*", "**", "%"})
+    def checked_output(value: Any) -> Any:
+        """Refuse to write a list of lists of lists, and so on, that would be huge as text."""
+        if not isinstance(value, str):
+            _refuse_if(isinstance(value, list | tuple | Mapping) and _size(value) > LARGEST)
+        return value
+
+    environment.finalize = checked_output
+    environment.intercepted_binops = frozenset({"*", "**", "%", "//", "/"})
     environment.call_binop, environment.call = checked_operate, checked_call
     environment.wrap_str_format = checked_format
-    for name in ("center", "indent", "batch", "slice", "format"):
-        environment.filters[name] = _checked_filter(name, environment.filters[name])
+    for name, run in environment.filters.items():
+        if name not in _LINEAR_FILTERS:
+            environment.filters[name] = _checked_filter(name, run)
 
 
 def _checked_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_numbers(*args, *kwargs.values())
-        _refuse_if(name == "format" and isinstance(args[0], str) and bool(_WIDE.search(args[0])))
-        return run(*args, **kwargs)
+    passed = int(hasattr(run, "jinja_pass_arg"))  # whether the environment or such comes first
 
-    vars(checked).update(vars(run))  # what jinja passes it, such as the environment
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        return run(*args[:passed], *_bounded(name, args[passed:], kwargs), **kwargs)
+
+    vars(checked).update(vars(run))
     return checked
 
 
-def _check_numbers(*values: Any) -> None:
-    _refuse_if(any(isinstance(value, int) and abs(value) > LARGEST for value in values))
+def _bounded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Refuse an operation that may make too much, and return what it is to be given."""
+    value, *others = (list(arg) if isinstance(arg, Iterator) else arg for arg in args)
+    others_and_named = [*others, *kwargs.values()]
+    if name == "format":
+        made = 0
+        _refuse_if(isinstance(value, str) and bool(_WIDE.search(value)))
+    elif name == "replace" and len(others) >= 2 and all(isinstance(one, str) for one in (value, *others[:2])):
+        made = value.count(others[0]) * len(others[1])
+    elif name == "join" and isinstance(value, str) and others:  # the method
+        made = len(value) * _length(others[0]) + _size(others[0])
+    elif name == "join":
+        made = _length(value) * sum(map(_size, others[:1])) + _size(value)
+    elif name == "sum":
+        made = _length(value) * _size(value)  # a list is copied for each that is added to it
+    else:
+        made = math.prod(map(_size, (value, *others_and_named)))
+    _refuse_if(made > LARGEST)
+    return (value, *others)
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, Sized) else 1
+
+
+def _size(value: Any, seen: dict[int, int] | None = None) -> int:
+    """Count the characters and items of a value, those of its items among them; of a number, what it may count.
+
+    A list that is in another many times is counted as often, and looked at once: `seen` holds sizes by identity.
+    """
+    if isinstance(value, str | bytes):
+        return max(len(value), 1)
+    if isinstance(value, int):
+        return max(abs(value), 1) if seen is None else 1
+    if not isinstance(value, list | tuple | set | Mapping):
+        return 1
+    seen = {} if seen is None else seen
+    if id(value) not in seen:
+        seen[id(value)] = 1
+        items = (*value, *value.values()) if isinstance(value, Mapping) else value
+        seen[id(value)] = 1 + sum(_size(item, seen) for item in items)
+    return seen[id(value)]
 
 
 def _refuse_if(is_too_large: bool) -> None:

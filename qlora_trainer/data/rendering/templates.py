@@ -17,7 +17,7 @@ from qlora_trainer.common.errors import DataError, first_line
 from qlora_trainer.common.transformers_internals import chat_template_environment, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
-from qlora_trainer.data.rendering.limits import TemplateLimitError, limit_operations, limited
+from qlora_trainer.data.rendering.limits import TemplateLimitError, check_length, limit_operations, limited
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
 PLAIN_TEMPLATE = """\
@@ -116,7 +116,9 @@ class ChatTemplate:
             return self.text(dialogue, where), []
         try:
             with limited():
-                return render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
+                found = render_with_answer_spans(self._program, dialogue.messages, dialogue.tools, self._variables)
+            check_length(found[0], dialogue.messages, dialogue.tools)
+            return found
         except Exception as error:
             raise DataError(_refusal(dialogue, error, where)) from error
 
@@ -155,13 +157,15 @@ class ChatTemplate:
 
     def _run(self, dialogue: Dialogue, generation: bool, variables: dict[str, Any]) -> str:
         with limited():
-            return self._program.render(
+            text: str = self._program.render(
                 messages=dialogue.messages,
                 tools=dialogue.tools,
                 documents=None,
                 add_generation_prompt=generation,
                 **variables,
             )
+        check_length(text, dialogue.messages, dialogue.tools)
+        return text
 
     def _try(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **variables: Any

@@ -14,6 +14,7 @@ USUAL = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}" + "{% endfor %}" * 3
 GROWS = "{% set t = namespace(x=messages[0].content) %}{% for i in range(60) %}{% set t.x = t.x ~ t.x %}{% endfor %}"
 ONLY_A_LONG_ROW = "{% if messages[0].content | length > 99 %}{BODY}{% endif %}" + USUAL
+NESTED = "{% set t = namespace(x=['x']) %}{% for i in range(60) %}{% set t.x = [t.x, t.x] %}{% endfor %}"
 AT_ONCE = [
     "{{ 'x' * 10 ** 10 }}",
     "{{ [messages[0].content] * 9999999999 }}",
@@ -24,6 +25,26 @@ AT_ONCE = [
     "{{ '%9999999999d' | format(1) }}",
     "{{ '{:>9999999999}'.format(1) }}",
     "{{ [1] | batch(9999999999, 'x') | list }}",
+    "{% set t = namespace(n=3) %}{% for i in range(99999) %}{% set t.n = t.n * t.n %}{% endfor %}",
+    "{% set x = 'x' * 50000 %}{{ x | replace('x', x) }}",
+    "{% set x = 'x' * 50000 %}{{ x.replace('x', x) }}",
+    "{% set x = 'x' * 50000 %}{{ x | list | join(x) }}",
+    "{% set x = 'x' * 50000 %}{{ x.join(x | list) }}",
+    "{{ range(99999) | batch(2) | sum(start=[]) }}",
+    "{% set x = [range(99999) | list] * 500 %}{{ x | sum(start=[]) | length }}",
+    "{{ '{:{}}'.format('', 9999999999) }}",
+    "{{ '{:{}{}}'.format('', '99999', '99999') }}",
+    "{{ '%*d' % (9999999999, 1) }}",
+    "{{ ('\\t' * 50000).expandtabs(60000000) }}",
+    "{{ ('x' * 50000).translate({120: 'y' * 50000}) }}",
+    "{{ ('x\\n' * 50000) | indent('y' * 50000) }}",
+    "{{ [[[1]]] | tojson(indent=60000000) }}",
+    "{{ ('x ' * 50000) | wordwrap(1, wrapstring='y' * 50000) }}",
+    "{{ (1).to_bytes(9999999999) }}",
+    "{{ 'x' * 20000000 }}",
+    NESTED + "{{ t.x }}",
+    NESTED + "{{ t.x | string }}",
+    NESTED + "{{ t.x | tojson }}",
 ]
 
 
@@ -61,6 +82,36 @@ def test_a_template_that_never_ends_is_refused_at_once(body: str) -> None:
 def test_one_operation_that_would_fill_the_memory_is_not_begun(body: str) -> None:
     with pytest.raises(DataError, match="makes a text that would fill the memory"):
         Renderer(tiny_tokenizer("smollm2", template=body + USUAL)).render(row())
+
+
+def test_an_operation_that_only_a_long_row_makes_huge_names_the_row() -> None:
+    body = "{% set x = messages[0].content * 300 %}{{ x | replace('w', x) }}"
+    renderer = Renderer(tiny_tokenizer("smollm2", template=ONLY_A_LONG_ROW.replace("{BODY}", body)))
+    bad, good = renderer.render_batch([("rows.jsonl, line 7", row("word " * 40)), ("rows.jsonl, line 8", row())])
+    assert isinstance(bad, DataError)
+    assert str(bad).startswith("rows.jsonl, line 7: the model's chat template cannot render")
+    assert not isinstance(good, DataError)
+
+
+def test_memory_that_is_filled_before_the_first_look_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BYTES", 2**27)
+    monkeypatch.setattr(limits, "_LOOK_EVERY", 0.3)
+
+    def fill() -> None:
+        with limits.limited():
+            filled = bytearray(b"x") * 2**28
+            until = time.process_time() + 3
+            while filled and time.process_time() < until:
+                pass
+
+    with pytest.raises(limits.TemplateLimitError):
+        fill()
+
+
+def test_long_rows_are_computed_as_usual() -> None:
+    body = "{{ messages[0].content | replace('word', 'sword') | trim | truncate(9) ~ '-' | join('x') }}"
+    long = row("word " * 400_000)
+    assert not isinstance(Renderer(tiny_tokenizer("smollm2", template=body + USUAL)).texts([("r", long)])[0], DataError)
 
 
 def test_usual_operations_are_computed() -> None:
