@@ -208,13 +208,13 @@ def with_fields(columns: Mapping[str, str], fields: Iterable[str]) -> tuple[dict
 
     Args:
         columns: {our column: path}, with a question, instruction or prompt.
-        fields: names of the columns.
+        fields: names of the columns, which rows may lack.
 
     Returns:
         {our column: path} and {our column: text with fields}.
     """
     asked = next(name for name in ("question", "instruction", "prompt") if name in columns)
-    text = "\n\n".join(f"{{{path}}}" for path in (columns[asked], *fields))
+    text = "\n\n".join((f"{{{columns[asked]}}}", *(f"{{{name}?}}" for name in fields)))
     return {name: path for name, path in columns.items() if name != asked}, {asked: text}
 
 

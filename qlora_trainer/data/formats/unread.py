@@ -100,9 +100,9 @@ class UnreadColumns:
             raise ConfigError(self._message(record, format, is_plain, lost, where))
         if lost_keys := [key for key, is_meant in keys.items() if is_meant]:
             raise ConfigError(
-                f"{where}: {listed(lost_keys)} may say what of a turn is trained or given, and is not read: turns are "
-                f"marked by {listed(LEARN_KEYS)}, where 1 or true is trained. To leave {_it(lost_keys)} out: "
-                f"{self._ignoring(lost_keys)}."
+                f"{where}: {listed(lost_keys)} may say whether a turn is trained, or be a part of what it says, but "
+                f"{'is' if len(lost_keys) == 1 else 'are'} not read. Turns to train are marked by one of "
+                f"{listed(LEARN_KEYS)}, with 1 or true. To leave {_it(lost_keys)} out: {self._ignoring(lost_keys)}."
             )
         self.unused.update([name for name in others if record[name] is not None])
         self.unused.update([name for name in meant if not is_empty(record[name])])
@@ -160,8 +160,7 @@ class UnreadColumns:
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
                 ways.append(f"To train only on rows where {name} is {str(kept).lower()}: {line}.")
         has_turns = format in _OF_TURNS or (format == "prompt_completion" and not is_plain)
-        if line := self._line_that_reads(record, format, has_turns, lost):
-            ways.append(line)
+        ways += self._lines_that_read(record, format, has_turns, lost)
         ways.append(f"To leave {_it(lost)} out: {self._ignoring(lost)}.")
         kind = "plain prompt and completion" if is_plain else f"{format} rows"
         marks, texts = [name for name in lost if is_mark(name)], [name for name in lost if not is_mark(name)]
@@ -193,35 +192,42 @@ class UnreadColumns:
             f"the answer to {asked}: {line}. If only text is to be trained, as plain text: {plain}."
         )
 
-    def _line_that_reads(
+    def _lines_that_read(
         self, record: Mapping[str, Any], format: DataFormat, has_turns: bool, lost: Iterable[str]
-    ) -> str:
+    ) -> list[str]:
         """Write the settings with which texts that are not read would be."""
         if format == "text":
-            return ""
-        slots = self._slots(record, format)
-        fields = [name for name in lost if is_context(name) and not has_turns]
-        taken = list(fields)
+            return []
+        slots, taken = self._slots(record, format), list[str]()
+        contexts = [name for name in lost if is_context(name) and not has_turns]
         for name in () if self.template else lost:
             slot = slot_of(name)
             if slot in ("system", "history", "tools") and slot not in slots and not is_mark(name):
                 slots[slot] = name
                 taken.append(name)
-        if not self.template and "context" not in slots and len(fields) == 1 and isinstance(record[fields[0]], str):
-            slots["context"] = fields.pop()
-        columns = chat_columns(slots)
-        if not taken or not columns:
-            return ""
-        template: dict[str, str] = {}
+        taken += contexts
+        ignored = [*self.ignored, *(name for name in lost if name not in taken)]
+        if not taken or not chat_columns(slots):
+            return []
         if self.template:
             first = COLUMNS[format][0][0]
             columns = {name: path for name, path in self.columns.items() if name != first}
             written = self.template.get(first) or f"{{{self.columns.get(first, first)}}}"
-            template = {**self.template, first: "\n\n".join((written, *(f"{{{name}}}" for name in fields)))}
-        elif fields:
-            columns, template = with_fields(columns, fields)
-        ignored = [name for name in lost if name not in taken]
-        return f"To have {_named(taken)} read: {settings_line(columns, template, [*self.ignored, *ignored])}."
+            template = {**self.template, first: "\n\n".join((written, *(f"{{{name}?}}" for name in contexts)))}
+            return [f"To have {shortened(taken)} read: {settings_line(columns, template, ignored)}."]
+        own = next((name for name in COLUMNS[format][1] if slot_of(name) == "context" and name in record), None)
+        own = self.columns.get(own, own) if own else None
+        alone = chat_columns(slots | {"context": contexts[0]}) if contexts else chat_columns(slots)
+        is_one = len(contexts) == 1 and isinstance(record[contexts[0]], str)
+        if not contexts or (is_one and not own):
+            return [f"To have {shortened(taken)} read: {settings_line(alone, ignore=ignored)}."]
+        before = chat_columns({slot: path for slot, path in slots.items() if slot != "context"})
+        written = settings_line(*with_fields(before, [own, *contexts] if own else contexts), ignored)
+        if not own:
+            return [f"To have {shortened(taken)} read: {written}."]
+        ways = [f"To have {shortened(taken)} read too, below {own}: {written}."]
+        replaced = settings_line(alone, ignore=[*ignored, own])
+        return ways + [f"To have {shortened(taken)} read and {own} left out: {replaced}."] * is_one
 
     def _slots(self, record: Mapping[str, Any], format: DataFormat) -> dict[str, str]:
         """Say by which paths a format is read now."""

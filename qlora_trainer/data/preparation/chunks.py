@@ -183,11 +183,10 @@ class ChunkMaker:
             return
         if isinstance(error, UnknownFormatError):
             raise error
-        places = _bad_places(rendered)
-        settings, bad = override("data.on_bad_row", "skip"), max(1, len(places))
-        if exceeds_limit(bad, len(rendered.rows), self.max_skipped):
-            settings += f" {skip_limit_setting(bad, len(rendered.rows))}"
-        others = [place for place in places if place != where]
+        others = [place for place in _bad_places(rendered) if place != where]
+        bad, rows, settings = len(others) + 1, len(rendered.rows), override("data.on_bad_row", "skip")
+        if exceeds_limit(bad, rows, self.max_skipped):
+            settings += f" {skip_limit_setting(bad, rows)}"
         more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
         skipping = f", or skip such rows: {settings}" if bad < rows or self._has_examples else ""
         apart = " " if str(error).endswith(".") else "\n"  # a command to paste is the rest of its line
