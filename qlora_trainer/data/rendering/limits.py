@@ -151,7 +151,7 @@ def check_length(text: str, *given: Any) -> None:
 
     Args:
         text: that a template made.
-        given: turns and tools.
+        *given: turns and tools.
 
     Raises:
         TemplateLimitError: it is too long.
@@ -201,7 +201,14 @@ def limit_operations(environment: Any) -> None:
         return format_of(value)
 
     def checked_output(value: Any) -> Any:
-        """Refuse to write a list of lists of lists, and so on, that would be huge as text."""
+        """Refuse to write a list of lists of lists, and so on, that would be huge as text.
+
+        Args:
+            value: that a template writes.
+
+        Returns:
+            The value.
+        """
         if not isinstance(value, str):
             _refuse_if(isinstance(value, list | tuple | Mapping) and _size(value) > LARGEST)
         return value

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from following import settings_in
+from advice import settings_in
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_tokenizers import tiny_tokenizer
