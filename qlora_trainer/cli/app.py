@@ -16,6 +16,7 @@ from qlora_trainer.cli.demo import demo
 from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.evaluate import evaluate
 from qlora_trainer.cli.generate import generate
+from qlora_trainer.cli.init import init
 from qlora_trainer.cli.inspect import inspect
 from qlora_trainer.cli.merge import merge_command
 from qlora_trainer.cli.plan import plan
@@ -68,6 +69,7 @@ def before_every_command(
 
 
 for command in (  # in the order of --help; `_command` is added where the library exports the same name
+    init,
     train_command,
     resume,
     evaluate,

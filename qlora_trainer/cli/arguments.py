@@ -18,7 +18,7 @@ ConfigFile = Annotated[
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub name, directory of safetensors, or .gguf file (model.name).")
 ]
-Rows = Annotated[
+RowFiles = Annotated[
     str | None, typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train).")
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters (adapter.rank).")]

@@ -226,7 +226,7 @@ def print_table(title: str, rows: Sequence[tuple[str, ...]], to: Console = answe
     """
     to.print(Text(title, style="bold"), soft_wrap=True)
     table = Table(show_header=bool(header))
-    for index, name in enumerate(header or (rows[:1] and ("",) * len(rows[0]))):
+    for index, name in enumerate(header or ("",) * max(map(len, rows), default=0)):
         table.add_column(escape(name), style="" if index else "dim")
     for row in rows:
         table.add_row(*map(escape, row))

@@ -10,7 +10,7 @@ from qlora_trainer.cli.arguments import (
     ModelName,
     Overrides,
     Rank,
-    Rows,
+    RowFiles,
     RunDirectory,
     read_settings,
 )
@@ -26,7 +26,7 @@ def train_command(
     config: ConfigFile = None,
     overrides: Overrides = None,
     model: ModelName = None,
-    data: Rows = None,
+    data: RowFiles = None,
     eval_set: Annotated[
         str | None, typer.Option("--eval", help="File of eval rows, or the share of rows to keep for it (data.eval).")
     ] = None,

@@ -184,18 +184,29 @@ def check_fits_here(
     Returns:
         The plan; None for a small base on a CPU, which is not planned.
     """
-    if device.type == "cuda":
-        budget = Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
-    elif sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
-        return None
-    else:
+    if device.type == "cpu":
+        if sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
+            return None
         config = config.replace({"model.device": "cpu"})
-        budget = Budget(host_memory().available, 0)
-    plan = check_fits(directory, config, budget, progress)
+    plan = check_fits(directory, config, budget_here(device), progress)
     progress(
         f"the run fits: {gib(plan.total)} {_place(config)} planned, activation checkpointing {plan.policy}", 0, None
     )
     return plan
+
+
+def budget_here(device: torch.device) -> Budget:
+    """Measure what a run may take of a device of this machine, and of host memory for what is offloaded.
+
+    Args:
+        device: that the run will use.
+
+    Returns:
+        The budget.
+    """
+    if device.type == "cuda":
+        return Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
+    return Budget(host_memory().available, 0)
 
 
 def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:

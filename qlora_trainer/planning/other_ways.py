@@ -17,7 +17,10 @@ from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.step_memory import ADAPTERS, BASE, DENSE, GRADIENTS, HEAD, PAGED, STATE, WORKSPACE
 
 FULL, MIXED, LORA = "full fine-tuning in 16 bits", "full fine-tuning in mixed precision", "16-bit LoRA"
-BYTES = {FULL: (2, 2, 4), MIXED: (6, 2, 8)}  # of each weight: weights (with a master's), gradients, Adam's two states
+WEIGHT_BYTES = {
+    FULL: (2, 2, 4),
+    MIXED: (6, 2, 8),
+}  # of each weight: weights (with a master's), gradients, Adam's two states
 
 PARTS = {  # as to_json names them, and in words
     "weights": "weights",
@@ -57,7 +60,7 @@ def full_parts(parameters: int, rest: int = 0, way: str = FULL) -> Parts:
     Returns:
         Bytes by part.
     """
-    weights, gradients, states = (size * parameters for size in BYTES[way])
+    weights, gradients, states = (size * parameters for size in WEIGHT_BYTES[way])
     return {"weights": weights, "gradients": gradients, "adam_states": states, "rest": rest}
 
 
@@ -74,11 +77,11 @@ def other_ways(components: Mapping[str, int], parameters: int) -> dict[str, Part
     ours = parts_of(components)
     rest = ours["rest"] - components.get(WORKSPACE, 0)  # nothing is dequantized
     lora = {**ours, "weights": 2 * parameters + components.get(ADAPTERS, 0), "rest": rest}
-    return {LORA: lora, **{way: full_parts(parameters, rest, way) for way in BYTES}}
+    return {LORA: lora, **{way: full_parts(parameters, rest, way) for way in WEIGHT_BYTES}}
 
 
 def base_parameters(model: Any) -> int:
-    """Count the numbers of a base, ties once and 4-bit weights as what they stand for.
+    """Count the numbers of a base, ties once and 4-bit weights as the numbers that they encode.
 
     Args:
         model: with or without its adapters.
@@ -102,12 +105,12 @@ def estimate_in_words(parameters: int) -> str:
     Returns:
         Such as "56 GB by the common estimate, 8 bytes for each of 7B; 57.9 GB by exact count (7,241,732,096 weights)".
     """
-    unit, letter = (10**9, "B") if parameters >= 10**9 else (10**6, "M")
+    unit, short = (10**9, "B") if parameters >= 10**9 else (10**6, "M")
     rounded = max(round(parameters / unit), 1)
-    size = sum(BYTES[FULL])
+    size = sum(WEIGHT_BYTES[FULL])
     common, exact = size * rounded * unit / 10**9, size * parameters / 10**9
     return (
-        f"{common:.3g} GB by the common estimate, {size} bytes for each of {rounded}{letter}; {exact:.1f} GB by exact "
+        f"{common:.3g} GB by the common estimate, {size} bytes for each of {rounded}{short}; {exact:.1f} GB by exact "
         f"count ({counted(parameters, 'weight')})"
     )
 

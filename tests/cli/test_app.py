@@ -306,7 +306,8 @@ def test_our_own_fault_is_a_traceback_and_exit_code_1(config_file: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "resume", "evaluate", "generate", "merge", "plan", "inspect", "quantize", "doctor", "demo"]
+    "command",
+    ["", "init", "train", "resume", "evaluate", "generate", "merge", "plan", "inspect", "quantize", "doctor", "demo"],
 )
 def test_every_command_explains_itself(qlora: Callable, command: str) -> None:
     code, out, _ = qlora(*command.split(), "--help")

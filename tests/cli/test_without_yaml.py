@@ -1,4 +1,4 @@
-"""A run needs no YAML: --model and --data are enough, other options set keys, and a mistake is told in plain words."""
+"""A run needs no YAML: --model and --data are enough, options set keys, and mistakes are reported in plain words."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_trainer.cli.arguments import read_settings
 from qlora_trainer.common.errors import QLoRATrainerError
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
@@ -74,6 +75,8 @@ def test_an_option_counts_before_the_file_and_a_key_before_the_option(
     without = settings_of("adapter.rank=6", "adapter.alpha=3", "--model", "m/m", "--data", rows)
     assert (without.adapter.rank, without.adapter.alpha) == (6, 3.0)
     assert settings_of("model.name=m/m", f"data.train={rows}").model.name == "m/m"
+    not_given = {"adapter.rank": None, "model.name": "m/m"}
+    assert read_settings(None, ["data.train=r"], not_given).adapter == RunConfig.model_fields["adapter"].default
 
 
 def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunC
         (["--model", "{model}", "--data", "{rows}", "--rank", "0"], "the command line has 1 problem: - adapter.rank"),
     ],
 )
-def test_a_mistake_is_told_to_whoever_read_only_the_readme(
+def test_a_mistake_is_reported_as_whoever_read_only_the_readme_needs_it(
     qlora: Qlora, tiny_llama: Path, rows: Path, words: list[str], message: str
 ) -> None:
     filled = [word.replace("{rows}", str(rows)).replace("{model}", str(tiny_llama)) for word in words]
@@ -108,7 +111,7 @@ def test_a_mistake_is_told_to_whoever_read_only_the_readme(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told_before_the_model_is_read(
+def test_a_gpu_that_is_not_there_is_reported_before_the_model_is_read(
     qlora: Qlora, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "resolve_model", lambda *_: pytest.fail("the model is read"))
