@@ -77,7 +77,7 @@ def test_nothing_left_to_train_on_says_why_with_counts(tmp_path):
 
 def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
     first = write(tmp_path, "a.jsonl", [{"query": "q", "reply": "a", "votes": 5}])
-    second = write(tmp_path, "b.jsonl", [{"text": "t", "prompt": "p", "completion": "c"}])
+    second = write(tmp_path, "b.jsonl", [{"text": "t", "title": "p", "votes": 3}])
     sources = [
         Source(path=first, columns={"question": "query", "answer": "reply"}),
         Source(path=second, format="text"),
@@ -86,7 +86,7 @@ def test_sources_keep_their_formats_and_unused_columns_are_reported(tmp_path):
     assert isinstance(prepared.train.row(0), Conversation)
     assert prepared.train.row(1) == Document("t")
     assert "a.jsonl: not used: votes" in prepared.report.warnings
-    assert prepared.report.sources[1].unused_columns == {"prompt": 1, "completion": 1}
+    assert prepared.report.sources[1].unused_columns == {"title": 1, "votes": 1}
 
 
 def test_templates_and_columns_of_the_config_hold_for_sources_that_have_none(tmp_path):
