@@ -15,7 +15,7 @@ from qlora_kernels.processor import processor_fact
 from qlora_kernels.products import library
 from qlora_kernels.registry import kernel_choice
 from qlora_trainer.common.units import dtype_name
-from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.schema import PLAIN_OPTIONS, RunConfig
 from qlora_trainer.model.device import kernels_in_words
 
 RECORDED_PACKAGES = ("qlora-trainer", "torch", "bitsandbytes", "transformers", "accelerate", "tokenizers", "numpy")
@@ -62,8 +62,9 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
         before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
         for name in sorted(values.keys() | before.keys()):
             # A checkpoint from before a key existed was trained by its default.
-            default = fields[name].default if name in fields else None
-            key, was, now = f"{section}.{name}", before.get(name, default), values.get(name)
+            key = f"{section}.{name}"
+            default = PLAIN_OPTIONS.get(key, fields[name].default if name in fields else None)
+            was, now = before.get(name, default), values.get(name)
             if was == now:
                 continue
             if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
@@ -71,6 +72,24 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
             elif key in _REPORTED:
                 warnings.append(f"{key} was {was} and is {now}: training goes on, but {_REPORTED[key]}.")
     return refused, warnings
+
+
+def with_saved_options(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) -> RunConfig:
+    """Return the config with a checkpoint's memory-efficient options in place of those that it leaves open.
+
+    Args:
+        saved: the checkpoint's config, by section and key.
+        config: of the resumed run.
+
+    Returns:
+        The config, which leaves none open.
+    """
+    options = config.memory_options()
+    for key in options:
+        section, _, name = key.partition(".")
+        if config.value(key) == "auto":
+            options[key] = saved.get(section, {}).get(name, PLAIN_OPTIONS[key])
+    return config.replace(options)
 
 
 def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from qlora_trainer.planning.options import changed_options, options_in_words
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
-from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences
+from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences, with_saved_options
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
 from qlora_trainer.training.determinism import set_up_cublas
@@ -105,6 +105,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     config = read_run_config(directory, overrides)
     found = newest_checkpoint(directory)
     tensors, state = load_checkpoint(found.path)
+    config = with_saved_options(state["config"], config)
     refused, warnings = config_changes(state["config"], config)
     adapter = read_adapter(found.path)
     refused += [

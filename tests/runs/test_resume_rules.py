@@ -18,7 +18,13 @@ from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.device import FAST
 from qlora_trainer.runs import start as runs
-from qlora_trainer.runs.resume_rules import config_changes, cpu_name, environment, environment_differences
+from qlora_trainer.runs.resume_rules import (
+    config_changes,
+    cpu_name,
+    environment,
+    environment_differences,
+    with_saved_options,
+)
 from qlora_trainer.runs.start import resume_run, start_run
 
 Config = Callable[..., RunConfig]
@@ -83,9 +89,17 @@ def test_a_checkpoint_older_than_a_setting_was_trained_by_its_default(tiny_confi
     config = tiny_config()
     saved = config.model_dump(mode="json")
     del saved["adapter"]["dtype"], saved["model"]["lm_head"]
-    assert config_changes(saved, config) == ([], [])
-    changed = config.replace({"adapter.dtype": "bfloat16"})
+    resumed = with_saved_options(saved, config)
+    assert resumed.memory_options() == config.memory_options()
+    assert config_changes(saved, resumed) == ([], [])
+    changed = resumed.replace({"adapter.dtype": "bfloat16"})
     assert config_changes(saved, changed) == (["adapter.dtype: float32 → bfloat16"], [])
+
+
+def test_an_option_left_open_is_that_of_the_checkpoint(tiny_config: Config) -> None:
+    saved = tiny_config(model={"lm_head": "8bit"}, adapter={"dtype": "bfloat16"}).model_dump(mode="json")
+    resumed = with_saved_options(saved, tiny_config(adapter={"dtype": "float32"}))
+    assert (resumed.model.lm_head, resumed.adapter.dtype) == ("8bit", "float32"), "what is set stays, to be refused"
 
 
 @pytest.mark.slow
