@@ -37,6 +37,7 @@ from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstall
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.common.transformers_internals import gguf_header_known
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.weights.gguf.layout import Translation, readable_architectures, translate_tensors
 from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
@@ -90,13 +91,13 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
         reader = _open(path)
         metadata = read_metadata(reader, path)
         changes = read_changes(metadata, reader, path)
-        config = restore_config(_read_config(path), changes)
+        config = restore_config(_read_config(path, reader), changes)
         with torch.device("meta"):
             model = _build_model(config, path)
         names = [tensor.name for tensor in reader.tensors]
         with library_boundary(f"The tensors in {path} cannot be translated"):
             translations = translate_tensors(metadata.architecture, names, model, path)
-        tokenizer = _read_tokenizer(path, config)
+        tokenizer = _read_tokenizer(path, config, reader)
         warnings = restore_split(tokenizer, metadata.tokenizer, path) + metadata.warnings()
         tensors = _examine_tensors(path, reader, translations, progress)
         try:
@@ -145,7 +146,7 @@ def _note_place(directory: Path, path: Path) -> None:
 def _open(path: Path) -> Any:
     """Open gguf's reader over the memory-mapped file; a truncated file fails here."""
     try:
-        from gguf import GGUFReader
+        from qlora_trainer.weights.gguf.fast_reader import FastReader
     except ImportError as error:
         raise NotInstalledError(f"{path} is a GGUF file; reading it needs a package: pip install gguf") from error
     with path.open("rb") as file:
@@ -158,7 +159,7 @@ def _open(path: Path) -> Any:
             f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
         )
     ):
-        reader = GGUFReader(path)
+        reader = FastReader(path)
     split = reader.get_field("split.count")
     if split is not None and split.contents() > 1:
         raise ModelError(
@@ -168,13 +169,16 @@ def _open(path: Path) -> Any:
     return reader
 
 
-def _read_config(path: Path) -> PretrainedConfig:
-    with as_model_error(
-        lambda error: (
-            f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
-            f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
-            "safetensors directory or hub name."
-        )
+def _read_config(path: Path, reader: Any) -> PretrainedConfig:
+    with (
+        as_model_error(
+            lambda error: (
+                f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
+                f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
+                "safetensors directory or hub name."
+            )
+        ),
+        gguf_header_known(reader),
     ):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     # transformers' notes on where the config came from do not hold for the import.
@@ -248,11 +252,14 @@ def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> t
     return elements.most_common(1)[0][0]
 
 
-def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
-    with as_model_error(
-        lambda error: (
-            f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
-        )
+def _read_tokenizer(path: Path, config: PretrainedConfig, reader: Any) -> Any:
+    with (
+        as_model_error(
+            lambda error: (
+                f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
+            )
+        ),
+        gguf_header_known(reader),
     ):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
