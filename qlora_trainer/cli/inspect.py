@@ -32,13 +32,12 @@ def inspect(
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
-    from qlora_trainer.data.batching.loader import StepLoader
+    from qlora_trainer.data.batching.loader import StepLoader, micro_batch_tokens
     from qlora_trainer.data.preparation.overview import make_overview
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
-    from qlora_trainer.planning.empty_run import keeps_apart
+    from qlora_trainer.planning.attention_trial import known_to_keep_apart
     from qlora_trainer.runs.directory import prepare_data
-    from qlora_trainer.training.state import micro_batch_tokens
 
     with ProgressBars("Nothing was changed.") as progress:
         with missing_files_name("model.name"):
@@ -55,7 +54,8 @@ def inspect(
         settings.training.seed,
         prepared.mixture,
     )
-    overview = make_overview(loader, prepared.train.lengths, prepared.eval.lengths, keeps_apart(directory))
+    can_pack = known_to_keep_apart(directory, user_cache())
+    overview = make_overview(loader, prepared.train.lengths, prepared.eval.lengths, can_pack)
     name, examples = ("eval", prepared.eval) if eval_set else ("training", prepared.train)
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}

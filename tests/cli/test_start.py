@@ -87,3 +87,13 @@ except SystemExit as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
     assert expected in done.stderr
+
+
+def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -> None:
+    """Which take longer to import than the rows of a small file to prepare."""
+    code = """import sys
+import qlora_trainer.cli.show_rows, qlora_trainer.model.source, qlora_trainer.model.tokenizer
+import qlora_trainer.planning.attention_trial, qlora_trainer.runs.directory
+print(*{"bitsandbytes", "transformers.modeling_utils"} & sys.modules.keys())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -18,18 +18,10 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
 from qlora_trainer.common.boundary import as_model_error, library_boundary
@@ -48,6 +40,9 @@ from qlora_trainer.weights.gguf.reader import (
     StoredTensor,
     examine_values,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # In the cache. The older folders `gguf`, with copies in 16 bits, and `gguf-2`, whose configs lack what transformers
 # drops of a file's metadata, are no longer read and may be deleted.
@@ -169,7 +164,7 @@ def _open(path: Path) -> Any:
     return reader
 
 
-def _read_config(path: Path, reader: Any) -> PretrainedConfig:
+def _read_config(path: Path, reader: Any) -> "PretrainedConfig":
     with (
         as_model_error(
             lambda error: (
@@ -180,18 +175,18 @@ def _read_config(path: Path, reader: Any) -> PretrainedConfig:
         ),
         gguf_header_known(reader),
     ):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     # transformers' notes on where the config came from do not hold for the import.
     for note in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(note, None)
     return config
 
 
-def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
+def _build_model(config: "PretrainedConfig", path: Path) -> "PreTrainedModel":
     with as_model_error(
         lambda error: f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
     ):
-        return AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _examine_tensors(
@@ -229,8 +224,8 @@ def _examine_tensors(
 
 def _write_config(
     directory: Path,
-    config: PretrainedConfig,
-    model: PreTrainedModel,
+    config: "PretrainedConfig",
+    model: "PreTrainedModel",
     tensors: dict[str, ImportedTensor],
     stops: int | list[int] | None,
 ) -> None:
@@ -238,12 +233,12 @@ def _write_config(
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(model, tensors)
     config.save_pretrained(directory)
-    generation = GenerationConfig.from_model_config(config)
+    generation = transformers.GenerationConfig.from_model_config(config)
     generation.eos_token_id = stops
     generation.save_pretrained(directory)
 
 
-def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
+def _main_dtype(model: "PreTrainedModel", tensors: dict[str, ImportedTensor]) -> torch.dtype:
     """Return the dtype that most of the model's elements are stored in."""
     elements: Counter[torch.dtype] = Counter()
     for name, tensor in model.state_dict().items():
@@ -252,7 +247,7 @@ def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> t
     return elements.most_common(1)[0][0]
 
 
-def _read_tokenizer(path: Path, config: PretrainedConfig, reader: Any) -> Any:
+def _read_tokenizer(path: Path, config: "PretrainedConfig", reader: Any) -> Any:
     with (
         as_model_error(
             lambda error: (
@@ -261,7 +256,7 @@ def _read_tokenizer(path: Path, config: PretrainedConfig, reader: Any) -> Any:
         ),
         gguf_header_known(reader),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     return tokenizer
 
@@ -276,7 +271,7 @@ def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
     for note in ("is_local", "local_files_only"):
         settings.pop(note, None)
     settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    again = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     same = (
         again(TOKENIZER_PROBE).input_ids == tokenizer(TOKENIZER_PROBE).input_ids
         and again.special_tokens_map == tokenizer.special_tokens_map
