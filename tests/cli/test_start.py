@@ -94,6 +94,6 @@ def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -
     code = """import sys
 import qlora_trainer.cli.show_rows, qlora_trainer.model.source, qlora_trainer.model.tokenizer
 import qlora_trainer.planning.attention_trial, qlora_trainer.runs.directory
-print(*{"bitsandbytes", "transformers.modeling_utils"} & sys.modules.keys())"""
+print(*{"bitsandbytes", "transformers.modeling_utils", "qlora_trainer.weights.gguf.metadata"} & sys.modules.keys())"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

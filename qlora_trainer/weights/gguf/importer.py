@@ -32,7 +32,6 @@ from qlora_trainer.common.quiet import quiet_transformers
 from qlora_trainer.common.transformers_internals import gguf_header_known
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.weights.gguf.layout import Translation, readable_architectures, translate_tensors
-from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
 from qlora_trainer.weights.gguf.pre_tokenizer import restore_split
 from qlora_trainer.weights.gguf.reader import (
     IMPORT_RECORD,
@@ -80,6 +79,9 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     if (directory / IMPORT_RECORD).is_file():
         _note_place(directory, path)
         return directory
+    # Here, as the configs it imports take longer than to find an import that was made before.
+    from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
+
     refuse_unwritable(directory, "XDG_CACHE_HOME")
     with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
