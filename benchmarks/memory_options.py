@@ -20,6 +20,7 @@ from qlora_trainer.cli.demo_run import copy_demo_rows, demo_settings, packaged_m
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.model.forward import examine_forward
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.planning.memory_plan import SLACK, plan_memory
@@ -27,7 +28,6 @@ from qlora_trainer.runs.directory import prepare_data
 from qlora_trainer.runs.start import start_run
 from qlora_trainer.runs.trained import open_trained
 from qlora_trainer.training.evaluation import eval_loss
-from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 Sections = dict[str, dict[str, Any]]

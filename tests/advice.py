@@ -13,9 +13,9 @@ from tiny_tokenizers import tiny_tokenizer
 from qlora_trainer.common.errors import QLoRATrainerError
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import DataConfig
-from qlora_trainer.data.preparation.chunks import source_files
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.preparation.row_reading import record_reader
+from qlora_trainer.data.preparation.source_keys import source_files
 from qlora_trainer.data.types import Conversation, Document, Row
 
 WORD = r"'data\.\w+=(?:[^']|'\"'\"')*'"

@@ -23,22 +23,23 @@ def inspect(
     Trained tokens are in color, or in brackets if the terminal has no colors. Text that spells a control token, such as
     <|im_end|> in a question, is marked differently from the token.
     """
+    from qlora_trainer.config.load import load_config
+    from qlora_trainer.data.preparation.first_rows import check_first_rows
+
+    settings = load_config(config, overrides or [])
+    check_first_rows(settings.data)
+
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
-    from qlora_trainer.config.load import load_config
-    from qlora_trainer.data.batching.loader import StepLoader
+    from qlora_trainer.data.batching.loader import StepLoader, micro_batch_tokens
     from qlora_trainer.data.preparation.overview import make_overview
-    from qlora_trainer.data.preparation.source_keys import check_files
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
-    from qlora_trainer.planning.empty_run import keeps_apart
+    from qlora_trainer.planning.attention_trial import known_to_keep_apart
     from qlora_trainer.runs.directory import prepare_data
-    from qlora_trainer.training.state import micro_batch_tokens
 
-    settings = load_config(config, overrides or [])
     with ProgressBars("Nothing was changed.") as progress:
-        check_files(settings.data)
         with missing_files_name("model.name"):
             directory = resolve_model(
                 settings.model.name, settings.model.revision, user_cache(), progress, files=TOKENIZER_FILES
@@ -53,7 +54,8 @@ def inspect(
         settings.training.seed,
         prepared.mixture,
     )
-    overview = make_overview(loader, prepared.train.lengths, prepared.eval.lengths, keeps_apart(directory))
+    can_pack = known_to_keep_apart(directory, user_cache())
+    overview = make_overview(loader, prepared.train.lengths, prepared.eval.lengths, can_pack)
     name, examples = ("eval", prepared.eval) if eval_set else ("training", prepared.train)
     if as_json:
         answer = {**prepared.report.to_json(), **overview.to_json()}

@@ -43,7 +43,7 @@ def train_command(
     Without a config: qlora train --model Qwen/Qwen3-8B --data rows.jsonl. An option sets the key in its parentheses,
     over what a config says; all keys are in the run's config.yaml.
     """
-    from qlora_trainer.runs.start import start_run
+    from qlora_trainer.data.preparation.first_rows import check_first_rows
 
     options = {
         "model.name": model,
@@ -56,6 +56,10 @@ def train_command(
         "data.max_length": max_length,
     }
     settings = read_settings(config, overrides or [], options)
+    check_first_rows(settings.data)
+
+    from qlora_trainer.runs.start import start_run  # imports torch, which takes longer than to find most faults of data
+
     left = "A part of it may be left next to training.output_dir; the next start deletes it."
     with ProgressBars("No run directory is made.", left) as progress:
         run = start_run(settings, progress)

@@ -209,6 +209,27 @@ def rope_frequencies(kind: str, config: Any, device: Any) -> Any:
     return ROPE_INIT_FUNCTIONS[kind](config, device)[0]
 
 
+@contextmanager
+def gguf_header_known(reader: Any) -> Iterator[None]:
+    """Make transformers take the config of a GGUF file from an opened reader in the block, rather than read it again.
+
+    Args:
+        reader: gguf's, of the file; of the tokenizer's long lists only the vocabulary is passed on, which has its size.
+    """
+    import gguf
+
+    fields = {
+        name: entry
+        for name, entry in reader.fields.items()
+        if len(entry.data) <= 1 or not name.startswith("tokenizer.") or name == "tokenizer.ggml.tokens"
+    }
+    original, gguf.GGUFReader = gguf.GGUFReader, lambda path: SimpleNamespace(fields=fields, tensors=reader.tensors)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
 def gguf_table_architectures() -> set[str]:
     """Return the architectures whose GGUF tensors transformers translates by its older tables.
 

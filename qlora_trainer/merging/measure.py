@@ -26,6 +26,7 @@ from qlora_trainer.common.errors import (
     first_line,
 )
 from qlora_trainer.common.progress import Progress
+from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.batching.packing import make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -52,7 +53,6 @@ from qlora_trainer.runs.directory import run_renderer
 from qlora_trainer.runs.trained import TrainedAdapter, prepare_trained
 from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.evaluation import eval_loss
-from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.turn_files import CHAT_TEMPLATE
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+import transformers
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_trainer.common.boundary import is_from_library, key_at_fault, library_boundary
 from qlora_trainer.common.errors import ModelError
@@ -73,7 +74,7 @@ def load_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase:
             "the model there."
         )
     with library_boundary(f"The tokenizer in {path} cannot be read"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False)
 
 
 def plain_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase | None:
@@ -87,7 +88,7 @@ def plain_tokenizer(directory: ModelDirectory) -> PreTrainedTokenizerBase | None
     """
     try:
         with library_boundary(f"The tokenizer in {directory} cannot be read"), quiet_transformers():
-            return AutoTokenizer.from_pretrained(directory.path, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(directory.path, trust_remote_code=False)
     except ModelError:
         return None
 

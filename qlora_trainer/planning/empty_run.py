@@ -13,13 +13,14 @@ from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_unknown_kernels
 from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training.memory.activations import Policy
-from qlora_trainer.training.state import TrainState, build_state, micro_batch_tokens
+from qlora_trainer.training.state import TrainState, build_state
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 ASSUMED_CARD = Card((8, 0), processors=128)  # where there is no GPU: sm_80, first with fast bf16; an RTX 4090's size

@@ -9,7 +9,7 @@ resumed run may change (resume_rules.py), and the metrics (metrics.py).
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_trainer.common.atomic import write_text
 from qlora_trainer.common.cache import user_cache
@@ -19,11 +19,13 @@ from qlora_trainer.config.load import dump_config, load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.rendering.renderer import Renderer
-from qlora_trainer.model.fingerprint import BaseFingerprint
 from qlora_trainer.model.tokenizer import own_token_ids
 from qlora_trainer.runs.checkpoint import MANIFEST, load_checkpoint
 from qlora_trainer.weights.model_directory import ModelDirectory
 from qlora_trainer.weights.turn_files import base_stop_ids
+
+if TYPE_CHECKING:
+    from qlora_trainer.model.fingerprint import BaseFingerprint
 
 RUN_CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
@@ -33,7 +35,7 @@ MAX_BASE_BYTES = 64 * 2**20
 class BaseRecord(NamedTuple):
     """Hold what an adapter records in addition to PEFT's files: the base, the step and the run it was trained in."""
 
-    fingerprint: BaseFingerprint
+    fingerprint: "BaseFingerprint"
     step: int
     run: str
     data: str  # the key of the prepared rows
@@ -129,6 +131,8 @@ def read_base_record(directory: Path) -> BaseRecord | None:
     Raises:
         CheckpointError: the record exists and cannot be read.
     """
+    from qlora_trainer.model.fingerprint import BaseFingerprint  # imports bitsandbytes, which data does not need
+
     path = directory / BASE_NAME
     if (directory / MANIFEST).is_file():  # one of our checkpoints; a trainer_state.json alone may be any trainer's
         _, state = load_checkpoint(directory)

@@ -10,6 +10,7 @@ from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, DataError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.preparation.prepare import ExampleSet, Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Conversation
@@ -29,7 +30,6 @@ from qlora_trainer.runs.directory import (
     run_renderer,
 )
 from qlora_trainer.training.evaluation import answer_prompts, eval_loss, eval_prompts, exact_match, perplexity
-from qlora_trainer.training.state import micro_batch_tokens
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 

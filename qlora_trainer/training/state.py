@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_trainer.adapters.inject import trainable_parameters
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.batching.loader import Examples, StepLoader
+from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
@@ -174,19 +174,6 @@ def build_state(
         policy=policy,
         patches=patches,
     )
-
-
-def micro_batch_tokens(config: RunConfig) -> int:
-    """Return the most tokens of one forward pass; auto is the longest row allowed.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        Tokens.
-    """
-    limit = config.training.micro_batch_tokens
-    return config.data.max_length if limit == "auto" else limit
 
 
 def memory_settings(config: RunConfig) -> dict[str, Any]:

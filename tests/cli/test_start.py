@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,54 @@ def test_a_shell_completes_commands_and_options(shell: str, typed: dict[str, str
     done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=False)
     assert expected in done.stdout, done.stderr
     assert "quantize" not in done.stdout
+
+
+FAULTS = {
+    "rows.jsonl": ('{"messages": [{"role": "nobody", "content": "x"}]}\n', "rows.jsonl, line 1"),
+    "cut.jsonl": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "cut.jsonl, line 2"),
+    "other.csv": ("x,y\n1,2\n", "other.csv"),
+    "gone.jsonl": (None, "data.train: there is no file"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "base", "name"),
+    [
+        ("train", "someone/some-model", "rows.jsonl"),
+        ("train", "directory", "cut.jsonl"),
+        ("train", "file.gguf", "other.csv"),
+        ("train", "file.gguf", "gone.jsonl"),
+        ("inspect", "file.gguf", "rows.jsonl"),
+        ("inspect", "someone/some-model", "gone.jsonl"),
+    ],
+)
+def test_a_fault_of_the_data_is_reported_before_torch_is_imported(
+    tmp_path: Path, command: str, base: str, name: str
+) -> None:
+    """And before the base is looked for."""
+    content, expected = FAULTS[name]
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.yaml").write_text(f"model: {{name: {base}}}\ndata: {{train: {name}}}\n")
+    code = f"""import sys
+from qlora_trainer.cli import app
+sys.argv = ["qlora", "{command}", "config.yaml"]
+try:
+    app.main()
+except SystemExit as error:
+    print(error.code, *{{"torch", "transformers", "bitsandbytes"}} & sys.modules.keys())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
+    assert expected in done.stderr
+
+
+def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -> None:
+    """Which take longer to import than the rows of a small file to prepare."""
+    code = """import sys
+import qlora_trainer.cli.show_rows, qlora_trainer.model.source, qlora_trainer.model.tokenizer
+import qlora_trainer.planning.attention_trial, qlora_trainer.runs.directory
+print(*{"bitsandbytes", "transformers.modeling_utils", "qlora_trainer.weights.gguf.metadata"} & sys.modules.keys())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -1,13 +1,18 @@
 """transformers still has each private name that common.transformers_internals uses, and it works as it did there."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
 import pytest
 import torch
+from gguf import GGUFReader
+from gguf_files import tiny_weights, write_gguf
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     Lfm2Config,
     LlamaConfig,
     LlamaForCausalLM,
@@ -116,3 +121,12 @@ def test_transformers_has_tables_for_gguf(llama: Any) -> None:
     new, pattern = transformers_internals.renamed("blk.0.shortconv.conv.weight", renamings, converters)
     assert new == "model.layers.0.conv.conv.weight"
     assert pattern is not None
+
+
+def test_transformers_takes_the_config_of_a_gguf_file_from_an_opened_reader(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    read = AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    with transformers_internals.gguf_header_known(SimpleNamespace(fields={}, tensors=[])), pytest.raises(IndexError):
+        AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    with transformers_internals.gguf_header_known(GGUFReader(path)):
+        assert AutoConfig.from_pretrained(tmp_path, gguf_file=path.name).to_dict() == read.to_dict()

@@ -11,6 +11,7 @@ import numpy as np
 
 from qlora_trainer.common.errors import CheckpointError, DataError
 from qlora_trainer.common.units import counted
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.mixing import Mixture, shuffled
 from qlora_trainer.data.batching.packing import Pack, group_rows, laid_out_tokens, make_packs
 from qlora_trainer.data.types import Example
@@ -207,3 +208,16 @@ def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
         A permutation, (rows,) int64.
     """
     return shuffled(rows, [seed, epoch])
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Return the most tokens of one forward pass; auto is the longest row allowed.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        Tokens.
+    """
+    limit = config.training.micro_batch_tokens
+    return config.data.max_length if limit == "auto" else limit

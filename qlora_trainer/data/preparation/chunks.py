@@ -5,7 +5,6 @@ another thread tokenizes the one before it: the tokenizer lets go of Python's lo
 files, and writing what is made (store_writer.py).
 """
 
-import contextlib
 import hashlib
 import json
 from collections import Counter, deque
@@ -16,15 +15,12 @@ from dataclasses import dataclass, field
 import pyarrow as arrow
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
-from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.detect import UnknownFormatError
+from qlora_trainer.config.data_schema import DataConfig, DataFormat
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
-from qlora_trainer.data.preparation.limits import exceeds_limit, skip_limit_setting
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
-from qlora_trainer.data.preparation.reports import places_in_words
 from qlora_trainer.data.preparation.row_chunks import Records
-from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, record_reader
+from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, bad_row_error, first_format
+from qlora_trainer.data.preparation.source_keys import source_files
 from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
 from qlora_trainer.data.rendering.own_ids import OwnIds, refuse_other_ids
@@ -94,14 +90,7 @@ class ChunkMaker:
         Returns:
             A format; "auto" where no row can be recognized.
         """
-        named = self.sources[source]
-        if named.format == "auto":
-            reader = record_reader(named, "auto")
-            for where, record in records:
-                with contextlib.suppress(DataError):  # reported when the row is read
-                    if not isinstance(record, DataError):
-                        return reader.recognize(record, where)[1]
-        return named.format
+        return first_format(self.sources[source], records)
 
     def render(self, source: int, format: DataFormat, records: Records) -> RenderedChunk:
         """Read records as rows, and write these as the tokenizer's template does.
@@ -181,16 +170,8 @@ class ChunkMaker:
         if self.skips_bad_rows:
             chunk.skipped.append((where, str(error)))
             return
-        if isinstance(error, UnknownFormatError):
-            raise error
         others = [place for place in _bad_places(rendered) if place != where]
-        bad, rows, settings = len(others) + 1, len(rendered.rows), override("data.on_bad_row", "skip")
-        if exceeds_limit(bad, rows, self.max_skipped):
-            settings += f" {skip_limit_setting(bad, rows)}"
-        more = f" (and {len(others)} more: {places_in_words(others)})" if others else ""
-        skipping = f", or skip such rows: {settings}" if bad < rows or self._has_examples else ""
-        apart = " " if str(error).endswith(".") else "\n"  # a command to paste is the rest of its line
-        raise DataError(f"{error}{apart}Correct it{more}{skipping}.") from error
+        raise bad_row_error(error, others, len(rendered.rows), self.max_skipped, self._has_examples)
 
 
 def _bad_places(rendered: RenderedChunk) -> list[str]:
@@ -262,40 +243,6 @@ def tokenizer_identity(tokenizer: Tokenizer) -> str:
     others = [tokenizer.chat_template, dict(tokenizer.special_tokens_map)]
     digest.update(json.dumps(others, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def source_files(config: DataConfig) -> list[SourceFile]:
-    """List all sources of a config: those of training, then those kept for evaluation.
-
-    Args:
-        config: gives what a source does not say itself.
-
-    Returns:
-        The sources, complete.
-    """
-    files: list[SourceFile] = [SourceFile(path=config.train)] if isinstance(config.train, str) else [*config.train]
-    if not isinstance(config.eval, float):
-        eval_sets = config.eval if isinstance(config.eval, list) else [config.eval]
-        files += [SourceFile(path=item) if isinstance(item, str) else item for item in eval_sets]
-    return [_with_defaults(file, config) for file in files]
-
-
-def _with_defaults(file: SourceFile, config: DataConfig) -> SourceFile:
-    made = file if file.columns or file.template else config  # the two belong together
-    return file.model_copy(
-        update={
-            "format": config.format if file.format == "auto" else file.format,
-            "columns": made.columns,
-            "template": made.template,
-            "ignore": file.ignore or config.ignore,
-            "keep": file.keep or config.keep,
-            "roles": file.roles or config.roles,
-            "rendered": file.rendered or config.rendered,
-            "header": file.header or config.header,
-            "encoding": file.encoding or config.encoding,
-            "rows": file.rows or config.rows,
-        }
-    )
 
 
 def _check_vocabulary(example: Example, vocab_size: int | None, where: str) -> None:

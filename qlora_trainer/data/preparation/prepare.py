@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_trainer.common.errors import DataError, OutputExistsError, missing_files_name
+from qlora_trainer.common.errors import DataError, OutputExistsError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import DataConfig, DataFormat, SourceFile
@@ -27,10 +27,9 @@ from qlora_trainer.data.preparation.chunks import (
     ChunkMaker,
     Job,
     make_chunks,
-    source_files,
     tokenizer_identity,
 )
-from qlora_trainer.data.preparation.limits import check_effects, check_skipped, check_usable
+from qlora_trainer.data.preparation.limits import check_skipped, check_usable
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
@@ -45,11 +44,11 @@ from qlora_trainer.data.preparation.reports import (
     train_repeats,
 )
 from qlora_trainer.data.preparation.row_chunks import in_chunks
-from qlora_trainer.data.preparation.source_keys import source_keys
+from qlora_trainer.data.preparation.source_keys import open_sources
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
 from qlora_trainer.data.reading.digests import FileDigests
-from qlora_trainer.data.reading.files import RecordSource, open_source
+from qlora_trainer.data.reading.files import RecordSource
 from qlora_trainer.data.rendering.encoding import Tokenizer
 from qlora_trainer.data.rendering.own_ids import OwnIds
 
@@ -161,22 +160,11 @@ def _inputs(config: DataConfig, digests: FileDigests) -> list[_Input]:
         if isinstance(config.train, str)
         else [SourceAmount(file.weight, file.count) for file in config.train]
     )
-    inputs = []
-    for index, (key, file) in enumerate(zip(source_keys(config), source_files(config), strict=True)):
-        with missing_files_name(key):
-            source = open_source(
-                file.path,
-                file.split,
-                subset=file.subset,
-                encoding=file.encoding,
-                header=file.header,
-                rows=file.rows,
-                is_document=file.format == "text",
-                content=digests.content,
-            )
-        inputs.append(_Input(file, source, parts[index] if index < len(parts) else None))
-    check_effects(config, [(item.settings, item.source) for item in inputs])
-    return inputs
+    opened = open_sources(config, digests.content)
+    return [
+        _Input(file, source, parts[index] if index < len(parts) else None)
+        for index, (file, source) in enumerate(opened)
+    ]
 
 
 def _cache_key(

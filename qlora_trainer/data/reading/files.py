@@ -116,19 +116,24 @@ def open_source(
     return _of_datasets(f"{path} ({split})", found, found._fingerprint)
 
 
-def check_path(path: str) -> None:
+def check_path(path: str) -> bool:
     """Look for the local files that a path means, and refuse a URL; a name that may be on the hub is not looked up.
 
     Args:
         path: as `open_source` takes it.
+
+    Returns:
+        True for files; False for what save_to_disk wrote and for a name on the hub, which the library datasets reads.
 
     Raises:
         FileMissingError: no such file; the message has near misses.
         DataError: a URL, or files that cannot be used.
     """
     with _opening(path):
-        if _place(path) == "files":
+        is_files = _place(path) == "files"
+        if is_files:
             find_files(path)
+        return is_files
 
 
 @contextlib.contextmanager

@@ -18,18 +18,10 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
 from qlora_trainer.common.atomic import new_directory, refuse_unwritable, write_text
 from qlora_trainer.common.boundary import as_model_error, library_boundary
@@ -37,9 +29,9 @@ from qlora_trainer.common.errors import FileMissingError, ModelError, NotInstall
 from qlora_trainer.common.file_identity import FileIdentity, FileRecords, file_sha256
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.common.transformers_internals import gguf_header_known
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.weights.gguf.layout import Translation, readable_architectures, translate_tensors
-from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
 from qlora_trainer.weights.gguf.pre_tokenizer import restore_split
 from qlora_trainer.weights.gguf.reader import (
     IMPORT_RECORD,
@@ -47,6 +39,9 @@ from qlora_trainer.weights.gguf.reader import (
     StoredTensor,
     examine_values,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # In the cache. The older folders `gguf`, with copies in 16 bits, and `gguf-2`, whose configs lack what transformers
 # drops of a file's metadata, are no longer read and may be deleted.
@@ -84,19 +79,22 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
     if (directory / IMPORT_RECORD).is_file():
         _note_place(directory, path)
         return directory
+    # Here, as the configs it imports take longer than to find an import that was made before.
+    from qlora_trainer.weights.gguf.metadata import read_changes, read_metadata, restore_config, stop_tokens
+
     refuse_unwritable(directory, "XDG_CACHE_HOME")
     with quiet_transformers():
         progress(f"Reading the metadata of {path.name}", 0, None)
         reader = _open(path)
         metadata = read_metadata(reader, path)
         changes = read_changes(metadata, reader, path)
-        config = restore_config(_read_config(path), changes)
+        config = restore_config(_read_config(path, reader), changes)
         with torch.device("meta"):
             model = _build_model(config, path)
         names = [tensor.name for tensor in reader.tensors]
         with library_boundary(f"The tensors in {path} cannot be translated"):
             translations = translate_tensors(metadata.architecture, names, model, path)
-        tokenizer = _read_tokenizer(path, config)
+        tokenizer = _read_tokenizer(path, config, reader)
         warnings = restore_split(tokenizer, metadata.tokenizer, path) + metadata.warnings()
         tensors = _examine_tensors(path, reader, translations, progress)
         try:
@@ -145,7 +143,7 @@ def _note_place(directory: Path, path: Path) -> None:
 def _open(path: Path) -> Any:
     """Open gguf's reader over the memory-mapped file; a truncated file fails here."""
     try:
-        from gguf import GGUFReader
+        from qlora_trainer.weights.gguf.fast_reader import FastReader
     except ImportError as error:
         raise NotInstalledError(f"{path} is a GGUF file; reading it needs a package: pip install gguf") from error
     with path.open("rb") as file:
@@ -158,7 +156,7 @@ def _open(path: Path) -> Any:
             f"({path.stat().st_size:,} bytes here). Download it again. ({error})"
         )
     ):
-        reader = GGUFReader(path)
+        reader = FastReader(path)
     split = reader.get_field("split.count")
     if split is not None and split.contents() > 1:
         raise ModelError(
@@ -168,26 +166,29 @@ def _open(path: Path) -> Any:
     return reader
 
 
-def _read_config(path: Path) -> PretrainedConfig:
-    with as_model_error(
-        lambda error: (
-            f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
-            f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
-            "safetensors directory or hub name."
-        )
+def _read_config(path: Path, reader: Any) -> "PretrainedConfig":
+    with (
+        as_model_error(
+            lambda error: (
+                f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
+                f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
+                "safetensors directory or hub name."
+            )
+        ),
+        gguf_header_known(reader),
     ):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     # transformers' notes on where the config came from do not hold for the import.
     for note in ("quantization_config", "_model_name_or_path"):
         vars(config).pop(note, None)
     return config
 
 
-def _build_model(config: PretrainedConfig, path: Path) -> PreTrainedModel:
+def _build_model(config: "PretrainedConfig", path: Path) -> "PreTrainedModel":
     with as_model_error(
         lambda error: f"{path} holds a {config.model_type}, which is not a causal language model. ({error})"
     ):
-        return AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def _examine_tensors(
@@ -225,8 +226,8 @@ def _examine_tensors(
 
 def _write_config(
     directory: Path,
-    config: PretrainedConfig,
-    model: PreTrainedModel,
+    config: "PretrainedConfig",
+    model: "PreTrainedModel",
     tensors: dict[str, ImportedTensor],
     stops: int | list[int] | None,
 ) -> None:
@@ -234,12 +235,12 @@ def _write_config(
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(model, tensors)
     config.save_pretrained(directory)
-    generation = GenerationConfig.from_model_config(config)
+    generation = transformers.GenerationConfig.from_model_config(config)
     generation.eos_token_id = stops
     generation.save_pretrained(directory)
 
 
-def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> torch.dtype:
+def _main_dtype(model: "PreTrainedModel", tensors: dict[str, ImportedTensor]) -> torch.dtype:
     """Return the dtype that most of the model's elements are stored in."""
     elements: Counter[torch.dtype] = Counter()
     for name, tensor in model.state_dict().items():
@@ -248,13 +249,16 @@ def _main_dtype(model: PreTrainedModel, tensors: dict[str, ImportedTensor]) -> t
     return elements.most_common(1)[0][0]
 
 
-def _read_tokenizer(path: Path, config: PretrainedConfig) -> Any:
-    with as_model_error(
-        lambda error: (
-            f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
-        )
+def _read_tokenizer(path: Path, config: "PretrainedConfig", reader: Any) -> Any:
+    with (
+        as_model_error(
+            lambda error: (
+                f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
+            )
+        ),
+        gguf_header_known(reader),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     return tokenizer
 
@@ -269,7 +273,7 @@ def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
     for note in ("is_local", "local_files_only"):
         settings.pop(note, None)
     settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    again = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     same = (
         again(TOKENIZER_PROBE).input_ids == tokenizer(TOKENIZER_PROBE).input_ids
         and again.special_tokens_map == tokenizer.special_tokens_map

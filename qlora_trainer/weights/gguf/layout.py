@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
@@ -29,6 +29,9 @@ from qlora_trainer.common.transformers_internals import (
 )
 from qlora_trainer.common.units import counted
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -40,7 +43,7 @@ class Translation:
 
 
 def translations_of(
-    config: PretrainedConfig, path: Path, architecture: str, names: list[str]
+    config: "PretrainedConfig", path: Path, architecture: str, names: list[str]
 ) -> dict[str, Translation]:
     """Translate the tensors of a model that was imported before, as `translate_tensors` does.
 
@@ -54,12 +57,12 @@ def translations_of(
         GGUF tensor name -> what it becomes.
     """
     with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     return translate_tensors(architecture, names, model, path)
 
 
 def translate_tensors(
-    architecture: str, names: list[str], model: PreTrainedModel, path: Path
+    architecture: str, names: list[str], model: "PreTrainedModel", path: Path
 ) -> dict[str, Translation]:
     """Translate the names of a file's tensors, and check that they are exactly the model's, each once.
 
@@ -101,7 +104,7 @@ def translate_tensors(
     return {gguf_name: found for gguf_name, found in translations.items() if found.name in expected}
 
 
-def _table_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+def _table_translations(architecture: str, names: list[str], model: "PreTrainedModel") -> dict[str, Translation]:
     """Translate by transformers' older tables, which have a processor of numpy arrays for each architecture."""
     process, name_map = gguf_table(architecture, model)
 
@@ -119,7 +122,7 @@ def _table_translations(architecture: str, names: list[str], model: PreTrainedMo
     }
 
 
-def _newer_translations(architecture: str, names: list[str], model: PreTrainedModel) -> dict[str, Translation]:
+def _newer_translations(architecture: str, names: list[str], model: "PreTrainedModel") -> dict[str, Translation]:
     """Translate by transformers' newer weight conversions."""
     renamings, converters = gguf_conversion_mapping(architecture, model.config)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -142,7 +145,7 @@ def _newer_translations(architecture: str, names: list[str], model: PreTrainedMo
     return translations
 
 
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def _shapes(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

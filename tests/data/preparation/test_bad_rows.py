@@ -12,7 +12,7 @@ from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import Source
-from qlora_trainer.data.preparation import prepare as preparation
+from qlora_trainer.data.preparation import source_keys
 from qlora_trainer.data.preparation.reports import MAX_REASONS, count_reasons
 
 
@@ -58,7 +58,7 @@ def test_bad_rows_are_skipped_counted_by_reason_and_listed_when_asked(tmp_path):
 
 
 def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(tmp_path, monkeypatch):
-    source = preparation.open_source(write(tmp_path, "x.jsonl", ROWS[:3]))
+    source = source_keys.open_source(write(tmp_path, "x.jsonl", ROWS[:3]))
     refused = {"question": "q", "answer": "a", "system": "Mistral's template has no place for this."}
     records = [
         *source.records(),
@@ -67,7 +67,7 @@ def test_rows_that_cannot_be_read_and_rows_that_a_template_refuses_are_bad_too(t
         ("x.jsonl, line 6", ROWS[3]),
     ]
     broken = dataclasses.replace(source, records=lambda: iter(records))
-    monkeypatch.setattr(preparation, "open_source", lambda *_, **__: broken)
+    monkeypatch.setattr(source_keys, "open_source", lambda *_, **__: broken)
     with pytest.raises(DataError, match="line 4: not JSON at column 5"):
         run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"))
     prepared = run(tmp_path, "x.jsonl", tokenizer=tiny_tokenizer("mistral"), on_bad_row="skip", max_skipped=0.4)
