@@ -28,6 +28,8 @@ def command_line_page() -> str:
     asked = ["qlora_trainer.cli.app", "utils", "docs", "--name", "qlora"]
     result = CliRunner().invoke(typer_app, asked, env={"COLUMNS": "120"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    commands = result.stdout[result.stdout.index("## `qlora") :]
+    first = result.stdout.index("## `qlora")
+    options, _, _ = result.stdout[result.stdout.index("**Options**") : first].partition("**Commands**")
+    commands = f"## qlora\n\n{options}{result.stdout[first:]}"
     commands = re.sub(r"^(#+) `(.*)`$", r"\1 \2", commands, flags=re.MULTILINE)  # anchors as GitHub and the site make
     return INTRODUCTION + unescape(commands).replace("```console\n$ ", "```text\n").rstrip() + "\n"
