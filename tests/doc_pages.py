@@ -81,5 +81,12 @@ def _run_line(line: str, qlora: Callable[..., tuple[int, str, str]], patch: pyte
             assert words[0] == "qlora", (
                 f"{page.name}: {line!r} is no command of ours; mark its block {NOT_RUN}reason -->"
             )
-            code, _, reported = qlora(*words[1:])
+            code, _, reported = qlora(*words[1:], *_short_run(words))
             assert code == 0, f"{page.name}: {line}\n{reported}"
+
+
+def _short_run(words: list[str]) -> list[str]:
+    """Return the settings of a run of two steps, for a command that names no file with them."""
+    if words[1] != "train" or not {"--model", "--output"} & set(words):
+        return []
+    return [f"{section}.{key}={value}" for section, values in SHORT.items() for key, value in values.items()]
