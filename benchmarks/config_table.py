@@ -1,4 +1,4 @@
-"""Print what the configs for 8 to 24 GB take by plan, as the table that configs/README.md has.
+"""Print what the configs for 8 to 24 GB take by plan, as the table that docs/benchmarks.md has.
 
     python -m benchmarks.config_table [SIZE ...]
 

@@ -15,7 +15,7 @@ launching one from Python takes longer than a fast kernel; and calls take copies
 cache holds, since a weight that was just read is read again from the cache.
 
 `--dry-run` needs no GPU: the same tables on fake tensors, memory as planned, times as computed for an RTX 4090. The
-other trainers have not been compared on a GPU yet; docs/measured.md says what has run there.
+other trainers have not been compared on a GPU yet; docs/benchmarks.md says what has run there.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Read docs/json.md, which lists the keys of what commands print as JSON."""
+"""Read docs/reference/json.md, which lists the keys of what commands print as JSON."""
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "json.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "json.md"
 
 
 def documented(*headings: str) -> set[str]:

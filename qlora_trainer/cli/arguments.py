@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory, as `qlora train` made it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Config fields to set: section.key=value …")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; docs/json.md lists its keys.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON; docs/reference/json.md lists its keys.")
+]
 ConfigFile = Annotated[
     Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; or name --model and --data.")
 ]

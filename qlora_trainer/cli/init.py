@@ -84,7 +84,7 @@ def heading(plan: "MemoryPlan", memory: int, longest: int, rows: int) -> list[st
     cut = "" if longest <= plan.max_length else f"; longer ones are cut at {plan.max_length:,}, as no more fits"
     options = options_of(plan)
     return [
-        "Written by `qlora init`; all keys, with those that are not here, are in the project's configs/README.md.",
+        "Written by `qlora init`; docs/reference/config.md of the project has all keys, with those that are not here.",
         f"{counted(rows, 'training row')}, the longest of {counted(longest, 'token')}{cut}.",
         f"By plan it takes {gib(plan.total)} of {gib(memory)} of {place}"
         + (f", and {gib(plan.host)} of the host's" if plan.host else "")

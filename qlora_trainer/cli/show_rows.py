@@ -126,7 +126,7 @@ def describe_row(tokenizer: Any, examples: ExampleSet, index: int, name: str) ->
         name: of the set.
 
     Returns:
-        A mapping that JSON can hold; docs/json.md lists its keys.
+        A mapping that JSON can hold; docs/reference/json.md lists its keys.
 
     Raises:
         DataError: there is no such row.

@@ -1,7 +1,7 @@
 """Declare every key of a run's configuration with its type, default, unit, description and checks.
 
-A config is frozen: it does not change after it is made. configs/README.md lists the same keys for reading. Left out:
-the keys of the data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
+A config is frozen: it does not change after it is made. docs/reference/config.md is made from this file. Left out: the
+keys of the data (data_schema.py), and reading files and reporting what is wrong with them (load.py).
 """
 
 import re

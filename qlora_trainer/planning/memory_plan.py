@@ -87,7 +87,7 @@ class MemoryPlan:
         return other_ways(self.components, self.base_parameters)
 
     def to_json(self) -> dict[str, Any]:
-        """Write the plan as JSON types; docs/json.md lists the keys.
+        """Write the plan as JSON types; docs/reference/json.md lists the keys.
 
         Returns:
             Values by name.

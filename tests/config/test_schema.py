@@ -72,15 +72,6 @@ def test_every_field_says_what_it_is() -> None:
             assert field.description, name
 
 
-def test_the_configs_readme_explains_every_key_as_it_is() -> None:
-    """One table row a field, with its description word for word."""
-    text = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
-    for section, info in RunConfig.model_fields.items():
-        for name, field in info.annotation.model_fields.items():  # type: ignore[union-attr]
-            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{section}.{name}` |")]
-            assert row.endswith(f"| {field.description} |")
-
-
 def test_roles_to_learn_and_a_date_are_checked_where_they_are_given() -> None:
     raw = {
         "model": {"name": "m"},

@@ -1,4 +1,4 @@
-"""The configs for 8 to 24 GB fit their cards, name a model that needs no login, and have their plans in the README."""
+"""The configs for 8 to 24 GB fit their cards, name a model that needs no login, and have their plans in docs/benchmarks.md."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+FIGURES = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
 LOGINS = ("meta-llama/", "google/gemma", "CohereLabs/")  # whose models the hub gives after a login
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_readme_has_a_row_for_each_config(size: int) -> None:
+def test_the_page_of_figures_has_a_row_for_each_config(size: int) -> None:
     config = load_config(ROOT / "configs" / f"{size}gb.yaml")
-    assert HEADER in README
-    (row,) = [line for line in README if line.startswith(f"| `{size}gb.yaml` |")]
+    assert HEADER in FIGURES
+    (row,) = [line for line in FIGURES if line.startswith(f"| `{size}gb.yaml` |")]
     assert f"| {config.data.max_length:,} tokens | {config.adapter.rank} |" in row
     assert config.model.name in MODELS
 
 
 def test_no_example_names_a_model_that_needs_a_login() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").iterdir()]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").iterdir()]
     named = {page.name: [name for name in LOGINS if name in page.read_text(encoding="utf-8")] for page in pages}
     assert {page: names for page, names in named.items() if names} == {}
 
@@ -35,7 +35,7 @@ def test_no_example_names_a_model_that_needs_a_login() -> None:
 @pytest.mark.slow
 def test_the_row_of_the_smallest_card_is_its_plan() -> None:
     """Planned whole, as it has the least to spare; in decimal gigabytes, of which a card has a little more."""
-    assert table_row(8) in README
+    assert table_row(8) in FIGURES
 
 
 @pytest.mark.slow
