@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora_kernels.head_rows import head_logits
+from qlora_kernels.products import linear
 from qlora_kernels.torch_internals import without_torch_function
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.merging.stream_plan import MatrixSource, StreamPlan, is_plain_head, plan_stream
@@ -215,7 +216,8 @@ def fill_model(plan: StreamPlan) -> Any:
         if is_plain_head(module, model):
             model.set_submodule(path, StreamedHead(module.weight, module.bias))
         elif not isinstance(module, nn.Embedding) and _matrices(module):
-            module.forward = functools.partial(_run_with_matrices, module, module.forward)
+            forward = functools.partial(_multiply, module) if type(module) is nn.Linear else module.forward
+            module.forward = functools.partial(_run_with_matrices, module, forward)
     return model
 
 
@@ -281,6 +283,15 @@ def _absent(shape: torch.Size, device: torch.device) -> Tensor:
 
 def _matrices(module: nn.Module) -> list[StreamedMatrix]:
     return [parameter for parameter in module.parameters(recurse=False) if isinstance(parameter, StreamedMatrix)]
+
+
+def _multiply(
+    module: nn.Linear,
+    x: Tensor,  # (..., I)
+) -> Tensor:  # (..., O)
+    """Compute as a plain linear layer, by the library that is fastest on this processor."""
+    product = linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias)
+    return product.view(*x.shape[:-1], module.out_features)
 
 
 def _run_with_matrices(module: nn.Module, forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

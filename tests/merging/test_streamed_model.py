@@ -13,7 +13,7 @@ import torch
 from cards import pretend_free_memory
 from marks import slow_but
 from safetensors.torch import load_file, save_file
-from spying import noting
+from spying import Operations, noting
 from tiny_models import make_model_directory
 from torch import nn
 from transformers import (
@@ -71,6 +71,14 @@ def test_a_streamed_model_gives_the_dense_models_logits(family: str, tiny_models
     assert all(isinstance(parameter, StreamedMatrix) == (parameter.ndim >= 2) for parameter in streamed.parameters())
     assert all(torch.isnan(matrix).all() for matrix in matrices(streamed))
     assert not any(parameter.requires_grad for parameter in streamed.parameters())
+
+
+def test_streamed_layers_multiply_by_the_library_that_uses_the_whole_processor(tiny_llama: Path) -> None:
+    model = load_streamed_model(ModelDirectory.open(tiny_llama), CPU)
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    with torch.no_grad(), Operations() as operations:
+        model(input_ids=IDS)
+    assert operations.seen.count(torch.ops.qlora_kernels.linear.default) == len(layers) > 0
 
 
 def test_names_without_the_models_prefix_are_found(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
