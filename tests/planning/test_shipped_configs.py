@@ -1,4 +1,4 @@
-"""The configs for 8 to 24 GB fit their cards, name a model that needs no login, and have their plans in docs/benchmarks.md."""
+"""The configs for 8 to 24 GB fit, name a model that needs no login, and have their plans in docs/benchmarks.md."""
 
 from pathlib import Path
 
