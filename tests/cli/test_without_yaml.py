@@ -82,7 +82,7 @@ def test_an_option_counts_before_the_file_and_a_key_before_the_option(
 def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunConfig], tmp_path: Path) -> None:
     """They are values, not YAML."""
     path = tmp_path / "rows: [1] #2.jsonl"
-    path.write_text("")
+    path.write_text('{"text": "a"}\n')
     assert settings_of("--model", "m/m", "--data", path).data.train == str(path)
     assert settings_of("--model", "m/m", "--data", path, "--output", "010").training.output_dir.endswith("/010")
 
