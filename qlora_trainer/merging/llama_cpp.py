@@ -1,15 +1,15 @@
-"""Tell where llama.cpp would not stop: it knows a token that ends an answer by its spelling, or by a key of its file.
+"""Find the tokens that end answers and would not stop llama.cpp, which knows them by spelling or by a key of its file.
 
 Its converter takes one end-of-text token from a directory (tokenizer_config.json, else config.json) and reads no
 generation_config.json. All other ends are a list of spellings in its source. So an answer that ends otherwise goes on,
-unless the converted file is told. Left out: what its converter knows of single models.
+unless the converted file names its token. Left out: what its converter knows of single models.
 """
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-# As llama.cpp of October 2026 has them (docs/decisions/0042); older ones have fewer. Left out: names of padding and of
+# As llama.cpp of October 2026 has them (docs/decisions/0044); older ones have fewer. Left out: names of padding and of
 # files, which end generation too, and no answer.
 END_NAMES = frozenset(
     (
