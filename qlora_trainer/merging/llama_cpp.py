@@ -1,8 +1,8 @@
-"""Find where llama.cpp would not stop: it knows a token that ends an answer by its spelling, or by a key of its file.
+"""Find the tokens that end answers and would not stop llama.cpp, which knows them by spelling or by a key of its file.
 
 Its converter takes one end-of-text token from a directory (tokenizer_config.json, else config.json) and reads no
 generation_config.json. All other ends are a list of spellings in its source. So an answer that ends otherwise goes on,
-unless the converted file names that end. Left out: what its converter knows of single models.
+unless the converted file names its token. Left out: what its converter knows of single models.
 """
 
 import logging

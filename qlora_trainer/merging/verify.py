@@ -63,7 +63,7 @@ class PlainAgreement:
         also = f", {self.by_arithmetic} by the arithmetic of {self.dtype}" if self.by_arithmetic else ""
         return (
             f"{where}: prompts, stops and {self.tokens} tokens of {self.prompts} answers are those of base + adapter "
-            f"({counted(self.ties, 'tie')}{also}); {self.stopped} of the answers ended by themselves"
+            f"({counted(self.ties, 'tie')}{also}); {self.stopped} of {self.prompts} ended by a stop token"
         )
 
 
