@@ -8,7 +8,7 @@ counts only if each of its words is known. Left out: which names are marks (mean
 import math
 from typing import Any
 
-from qlora_trainer.data.formats.meanings import MARK_WORDS, is_mark, words_of
+from qlora_trainer.data.formats.meanings import MARK_WORDS, VERDICT_WORDS, is_mark, words_of
 
 # Marks of which no one value is known to say that a row is good.
 _WITHOUT_A_GOOD_VALUE = frozenset(
@@ -20,7 +20,8 @@ _LOSSES = frozenset(("loss",))
 _NEGATIONS = frozenset(
     words_of(
         "exclude excluded excluding exclusion no not non dont never skip skipped skipping ignore ignored ignoring omit "
-        "omitted drop dropped discard discarded remove removed untrained untrain undesirable unlearn avoid"
+        "omitted drop dropped discard discarded remove removed untrained untrain undesirable unlearn avoid "
+        "incorrect wrong unapproved unverified invalid failed"
     )
 )
 # What else may be in a name without changing what its values mean.
@@ -28,9 +29,10 @@ _HARMLESS = frozenset(
     words_of(
         "is are be to for from in of the this it should use used can may row rows sample samples example examples item "
         "items record records turn data dataset quality overall average mean total final human user kto tag flag value "
-        "response answer completion output helpfulness correctness good"
+        "response answer completion output good"
     )
 )
+_KNOWN = (MARK_WORDS - _WITHOUT_A_GOOD_VALUE) | VERDICT_WORDS | _NEGATIONS | _HARMLESS
 _PAIRS = (("true", "false"), ("1", "0"), ("1.0", "0.0"), ("yes", "no"), ("good", "bad"), ("chosen", "rejected"))
 
 
@@ -46,7 +48,7 @@ def value_to_keep(name: str, value: Any) -> bool | int | str | None:
     """
     words = frozenset(words_of(name))
     negations = [word for word in words_of(name) if word in _NEGATIONS]
-    if not is_mark(name) or not words <= (MARK_WORDS - _WITHOUT_A_GOOD_VALUE) | _NEGATIONS | _HARMLESS:
+    if not is_mark(name) or not words <= _KNOWN:
         return None
     if len(negations) > 1:
         return None
@@ -58,6 +60,7 @@ def value_to_keep(name: str, value: Any) -> bool | int | str | None:
     if not isinstance(value, int | float) or not math.isfinite(value) or value != int(value) or value < 0:
         return None
     marks = words & MARK_WORDS
-    if value in (0, 1):
-        return None if marks & _SCALES or marks <= _LOSSES else int(not negations)
+    if value in (0, 1):  # correct: 1 may be the number of an option, and is_correct: 1 is a yes
+        is_yes_or_no = bool(marks - _LOSSES) or "is" in words
+        return int(not negations) if is_yes_or_no and not marks & _SCALES else None
     return int(value) if marks & _SCALES and not negations else None

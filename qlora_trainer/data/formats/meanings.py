@@ -1,6 +1,6 @@
 """List what names of columns and keys mean to formats and trainers, so that none is left out in silence.
 
-Two kinds have a meaning: marks, which say whether or how much a row or turn is trained (label, score, weight, mask, …),
+Two kinds have a meaning: marks, which say whether or how much a row or turn is trained (label, accepted, mask, …),
 and texts that a model would be given or taught (system, input, context, rejected, …). Names are compared by their
 words: Loss-Weight, lossWeight and loss_weight are one. Left out: what becomes of a column that is not read (unread.py).
 """
@@ -22,6 +22,13 @@ MARK_WORDS = frozenset(
         "loss mask masks masked weight weights train trained trainable training untrained learn learnable reward "
         "rewards score scores rating ratings rank ranks label labels kto chosen rejected reject preference preferred "
         "dispreferred desirable undesirable advantage advantages margin winner logprobs"
+    )
+)
+# Whether a row is good, as the last word of a name or after "is": correct_answer is an answer.
+VERDICT_WORDS = frozenset(
+    _names(
+        "correct incorrect correctness wrong accepted approved unapproved verified unverified validated valid invalid "
+        "passed failed helpfulness"
     )
 )
 _CLASSES = frozenset(_names("label labels class classes target targets intent sentiment"))
@@ -111,9 +118,11 @@ def is_mark(name: str) -> bool:
         name: of a column or key.
 
     Returns:
-        Whether a word of it does.
+        True if a word of it does, or it is a verdict on the row, such as is_correct.
     """
-    return not MARK_WORDS.isdisjoint(words_of(name))
+    words = words_of(name)
+    judging = words if words[:1] == ("is",) else words[-1:]
+    return not (MARK_WORDS.isdisjoint(words) and VERDICT_WORDS.isdisjoint(judging))
 
 
 def is_class(name: str) -> bool:

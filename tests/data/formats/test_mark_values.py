@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-from advice import prepared, refused, texts, ways
+from advice import prepared, read, refused, texts, ways
 
 from qlora_trainer.data.formats.mark_values import value_to_keep
-from qlora_trainer.data.formats.meanings import is_empty
+from qlora_trainer.data.formats.meanings import is_empty, is_mark
 
 PAIR = {"question": "q", "answer": "a"}
 
@@ -50,6 +50,36 @@ def test_a_setting_or_a_name_with_an_unknown_word_gets_no_value_to_keep(tmp_path
 def test_the_value_to_keep_is_the_one_of_good_rows_or_none(name, value, kept):
     found = value_to_keep(name, value)
     assert (found, type(found)) == (kept, type(kept))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        *[("is_correct", False, True), ("correct", "no", "yes"), ("accepted", False, True), ("isCorrect", 0, 1)],
+        *[("answer_is_correct", False, True), ("is_accepted_answer", 0, 1), ("is_incorrect", True, False)],
+        *[("invalid", "true", "false"), ("human_verified", False, True), ("response_approved", False, True)],
+    ],
+)
+def test_rows_with_a_bad_verdict_are_left_out_by_the_line_that_the_message_gives(tmp_path, name, bad, good):
+    rows = [{"question": "q", "answer": "b", name: bad}, {**PAIR, name: good}]
+    for row in rows:
+        line = ways(refused(tmp_path, [row]))[0]
+        assert texts(prepared(tmp_path, rows, line)) == ["user: q | assistant: a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("correct", 1), ("accepted", 0), ("correctness", 4), ("correct", "B"), ("is_correct", 2)],
+)
+def test_a_verdict_without_a_value_that_is_surely_good_can_be_left_out_as_the_message_says(tmp_path, name, value):
+    message = refused(tmp_path, [{**PAIR, name: value}])
+    assert "data.keep" not in message
+    assert read(tmp_path, [{**PAIR, name: value}], ways(message)[0]) == ["user: q | assistant: a"]
+
+
+@pytest.mark.parametrize("name", ["correct_answer", "correct_option", "correct_choice", "wrong_answer", "review"])
+def test_what_is_called_the_right_answer_is_no_verdict(name):
+    assert not is_mark(name)
 
 
 def test_not_a_number_says_nothing_and_infinity_stops_with_a_line_to_follow(tmp_path):
