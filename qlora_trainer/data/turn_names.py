@@ -30,6 +30,7 @@ ROLE_NAMES = {
     "tool_result": "tool",
     "function_response": "tool",
 }
+SPEAKER_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "parts", "text", "message")
 _CALL_KEYS = ("tool_calls", "function_call")
 
@@ -43,7 +44,8 @@ def naming(turn: Mapping[str, Any]) -> tuple[str, str]:
     Returns:
         Both keys; the usual ones where the turn has none.
     """
-    speaker, content = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
+    speaker = next((key for key in SPEAKER_KEYS if key in turn), SPEAKER_KEYS[0])
+    content = "value" if speaker == "from" else "content"
     if turn.get(content) is None:
         content = next((key for key in _CONTENT_KEYS if turn.get(key) is not None), content)
     return speaker, content

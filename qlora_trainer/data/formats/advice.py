@@ -11,6 +11,7 @@ from typing import Any
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.meanings import (
     SLOTS,
+    has_meaning,
     is_choices,
     is_class,
     is_empty,
@@ -18,10 +19,11 @@ from qlora_trainer.data.formats.meanings import (
     is_metadata,
     plain_name,
     slot_of,
+    words_of,
 )
+from qlora_trainer.data.turn_names import SPEAKER_KEYS, is_turn, naming
 
 _Record = Mapping[str, Any]
-_SPEAKERS = ("role", "from")
 _TEXT_KEYS = ("text", "content", "value", "answer", "parts")
 _MOST_LEVELS = 4
 
@@ -81,7 +83,32 @@ def holds_turns(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(turn, Mapping) and any(key in turn for key in _SPEAKERS) for turn in value)
+        and all(isinstance(turn, Mapping) and any(key in turn for key in SPEAKER_KEYS) for turn in value)
+    )
+
+
+def one_turn(record: _Record) -> str:
+    """Say that a row is one turn of a conversation, as in the files of OASST, and what to make of such rows.
+
+    Args:
+        record: a row's columns.
+
+    Returns:
+        A sentence or two; "" for another row, such as one with an answer, or with more than a name next to its text.
+    """
+    speaker, content = naming(record)
+    if not isinstance(record.get(speaker), str) or is_empty(record.get(content)):
+        return ""
+    others = [name for name, value in record.items() if name not in (speaker, content) and not is_empty(value)]
+    if any(slot_of(name) in ("asked", "answered") and has_meaning(name) for name in others):
+        return ""
+    if not is_turn(record) and any(not is_metadata(name) and not is_mark(name) for name in others):
+        return ""
+    parent = next((name for name in record if words_of(name)[:1] == ("parent",)), None)
+    tree = f" They are a tree by {parent}: each way from its root to a last answer is a conversation." * bool(parent)
+    return (
+        f"{speaker} and {content} may be one turn of a conversation, and a row should hold them all: join the turns of "
+        f"a conversation into one row with a column messages first.{tree}"
     )
 
 
@@ -172,6 +199,11 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
         A sentence or two with lines to paste; "" where there is nothing to go by.
     """
     slots = slots_of(record)
+    if turn := one_turn(record):
+        content = naming(record)[1]
+        columns = {"text": text_path(content, record[content]) or content}
+        line = settings_line(columns, ignore=_ignored(leftover, columns, slots))
+        return f" {turn} If only {content} is to be trained, as plain text: {line}."
     columns = chat_columns(slots)
     choices = [name for name, value in record.items() if is_choices(name) and not is_empty(value)]
     if choices and (columns or len(texts := _texts_of(record)) == 2):

@@ -13,7 +13,7 @@ from typing import Any
 from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.advice import near_miss, preferred_line, text_path
+from qlora_trainer.data.formats.advice import near_miss, preferred_line, settings_line, slots_of, text_path
 from qlora_trainer.data.formats.columns import parts
 from qlora_trainer.data.formats.meanings import has_meaning, is_empty
 from qlora_trainer.data.reading.data_file import HEADER_KINDS, kind_of
@@ -192,7 +192,8 @@ def _refuse_preferences(record: Mapping[str, Any], detected: DataFormat | None, 
 def _hint(record: Mapping[str, Any], made: Collection[str], where: str) -> str:
     """Say what a row of no known format most likely is, and the way out."""
     if inside := rows_inside(record):
-        return inside
+        turns = slots_of(record).get("turns")
+        return f"{inside}. If {turns} is one conversation: {settings_line({'messages': turns})}" if turns else inside
     turns = record.get("turns")
     if isinstance(turns, list) and turns and all(isinstance(item, str) for item in turns):
         return (

@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.data.reading.values import json_text, kind, listed, text
+from qlora_trainer.data.turn_names import SPEAKER_KEYS
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _REASONING_TYPES = ("reasoning", "thinking")
@@ -79,7 +80,7 @@ def split_results(turn: Any, column: str) -> list[Any]:
     if not isinstance(parts, list) or not any(_type_of(part) in _RESULTS for part in parts):
         return [turn]
     rest = [part for part in parts if _type_of(part) not in _RESULTS]
-    others = {key: value for key, value in turn.items() if key not in (column, "role", "from", "name")}
+    others = {key: value for key, value in turn.items() if key not in (column, "name", *SPEAKER_KEYS)}
     turns: list[Any] = [
         {**others, **_result(_inner(part, _type_of(part)))} for part in parts if _type_of(part) in _RESULTS
     ]

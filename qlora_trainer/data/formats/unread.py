@@ -15,7 +15,7 @@ from typing import Any
 from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
-from qlora_trainer.data.formats.advice import chat_columns, settings_line, with_fields
+from qlora_trainer.data.formats.advice import chat_columns, one_turn, settings_line, with_fields
 from qlora_trainer.data.formats.columns import parts, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
 from qlora_trainer.data.formats.mark_values import value_to_keep
@@ -31,6 +31,7 @@ from qlora_trainer.data.formats.meanings import (
 )
 from qlora_trainer.data.formats.turns import LEARN_KEYS
 from qlora_trainer.data.reading.values import listed, shortened
+from qlora_trainer.data.turn_names import SPEAKER_KEYS
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
 
 _MOST_NAMED = 6
@@ -174,7 +175,12 @@ class UnreadColumns:
 
     def _text_message(self, record: Mapping[str, Any], lost: Collection[str], where: str) -> str:
         """Ask what is meant by a text next to other columns."""
-        columns_lost = [name for name in lost if name in record]
+        meant = [name for name in lost if has_meaning(name) or name not in record]
+        plain = " ".join([override("data.format", "text"), *[self._ignoring(meant)] * bool(meant)])
+        alone = f"If only text is to be trained, as plain text: {plain}."
+        if turn := one_turn(record):
+            return f"{where}: {turn} {alone}"
+        columns_lost = sorted((name for name in lost if name in record), key=SPEAKER_KEYS.__contains__)
         other = next((name for name in columns_lost if slot_of(name) or not is_mark(name)), columns_lost[0])
         other = next((name for name in columns_lost if is_class(name)), other)
         is_asked = slot_of(other) == "asked"
@@ -184,12 +190,10 @@ class UnreadColumns:
             line = settings_line(columns, ignore=[*self.ignored, *ignored])
         else:
             line = settings_line({"question": "text"}, {"answer": f"{{{other}}}"}, [*self.ignored, *ignored])
-        meant = [name for name in lost if has_meaning(name) or name not in record]
-        plain = " ".join([override("data.format", "text"), *[self._ignoring(meant)] * bool(meant)])
         asked, answer = (other, "text") if is_asked else ("text", other)
         return (
             f"{where}: besides text the row has {shortened(lost)}, not read from rows of plain text. If {answer} is "
-            f"the answer to {asked}: {line}. If only text is to be trained, as plain text: {plain}."
+            f"the answer to {asked}: {line}. {alone}"
         )
 
     def _lines_that_read(

@@ -12,7 +12,7 @@ from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.override import override
 from qlora_trainer.data.reading.json_text import EACH
 from qlora_trainer.data.reading.values import kind, listed
-from qlora_trainer.data.turn_names import is_turn
+from qlora_trainer.data.turn_names import SPEAKER_KEYS, is_turn
 
 Record = dict[str, Any]
 Placed = tuple[str, Record | DataError]  # where in the file, such as "line 3", and the row or what is wrong with it
@@ -91,7 +91,7 @@ def _are_as_long(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> bool:
 
 
 def _is_conversation(column: Sequence[Any]) -> bool:
-    return any(isinstance(item, dict) and item.keys() & {"role", "from"} for item in column)
+    return any(isinstance(item, dict) and not item.keys().isdisjoint(SPEAKER_KEYS) for item in column)
 
 
 def _share_an_index(value: Record) -> bool:

@@ -133,12 +133,31 @@ def test_preferences_are_refused_with_a_line_that_takes_the_better_answer(tmp_pa
         ({"prompt": "p", "text": "t"}, ["user: p | assistant: t", "t"]),
         ({"text": "t", "sentiment": "l", "score": 0.5}, ["user: t | assistant: l", "t"]),
         ({"text": "t", "stars": "5"}, ["user: t | assistant: 5", "t"]),
-        ({"role": "prompter", "text": "t", "parent_id": "x"}, ["user: t | assistant: prompter", "t"]),
+        ({"role": "user", "text": "t", "completion": "s"}, ["user: t | assistant: s", "t"]),
+        ({"speaker": "Alice", "text": "t", "stars": "5"}, ["user: t | assistant: 5", "t"]),
     ],
 )
 def test_a_text_next_to_another_column_asks_what_is_meant(tmp_path, row, expected):
     lines = ways(refused(tmp_path, [row]))
     assert [read(tmp_path, [row], line)[0] for line in lines] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"role": "prompter", "text": "t", "parent_id": None, "rank": 0, "labels": {"toxicity": 0.1}}, "role and text"),
+        ({"role": "user", "content": "t", "score": 3}, "role and content"),
+        ({"from": "gpt", "value": "t"}, "from and value"),
+        ({"speaker": "Alice", "text": "t", "id": 3}, "speaker and text"),
+    ],
+)
+def test_a_row_that_is_one_turn_is_called_so_and_only_its_text_is_offered(tmp_path, row, names):
+    message = refused(tmp_path, [row])
+    assert f"{names} may be one turn of a conversation" in message
+    assert "messages" in message
+    assert ("tree" in message) == ("parent_id" in row)
+    (line,) = ways(message)
+    assert read(tmp_path, [row], line) == ["t"]
 
 
 @pytest.mark.parametrize("name", ["prompt", "system", "label", "score", "rejected", "context", "instruction"])
