@@ -79,7 +79,6 @@ PROVED_BY_THEIR_USERS = {
     "qlora_trainer.model.sentencepiece_model",
     "qlora_trainer.runs.report.style",
     "qlora_trainer.training.memory.paged_trial",
-    "qlora_trainer.weights.model_config",
     "qlora_trainer.weights.read_back",
 }
 """Modules that no test names, though each could be tested alone; what a test names is taken out here."""

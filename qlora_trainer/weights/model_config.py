@@ -16,6 +16,10 @@ from qlora_trainer.common.boundary import library_boundary
 from qlora_trainer.common.errors import ModelError
 
 _LENGTHENING = ("yarn", "linear", "dynamic")  # of rotary embeddings
+_COUNTS = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"),
+    *("intermediate_size", "vocab_size", "max_position_embeddings"),
+)
 _FLOATS = {name: float(name) for name in ("NaN", "Infinity", "-Infinity")}
 
 
@@ -51,6 +55,12 @@ def make_model_config(config_json: Mapping[str, Any], directory: Path) -> Any:
             f"{directory / 'config.json'} names the model type {kind!r}, which transformers {transformers.__version__} "
             "does not know. Choose another model, or install a newer transformers."
         )
+    counts = _impossible_counts(values, CONFIG_MAPPING[kind].attribute_map)
+    if isinstance(text := values.get("text_config"), Mapping):
+        counts |= {f"text_config.{key}": value for key, value in _impossible_counts(text, {}).items()}
+    if counts:
+        named = ", ".join(f"{key}: {value}" for key, value in counts.items())
+        raise ModelError(f"{directory / 'config.json'} says {named}, and no such number may be less than 1.")
 
     def make(values: dict[str, Any]) -> Any:
         # A copy, as the config object keeps and changes what it is given.
@@ -58,6 +68,20 @@ def make_model_config(config_json: Mapping[str, Any], directory: Path) -> Any:
 
     with library_boundary(f"{directory / 'config.json'} cannot be read as a model's config", config_json, make):
         return make(values)
+
+
+def _impossible_counts(values: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, int]:
+    """Find the counts that are not positive, from which transformers would make a model without layers or rows.
+
+    Args:
+        values: of a config, or of its text part.
+        others: {our name of a count: the name that the model's config has}.
+
+    Returns:
+        {key: count}; what is no whole number is left to transformers.
+    """
+    keys = {key for name in _COUNTS for key in (name, others.get(name, name))}
+    return {key: value for key, value in values.items() if key in keys and type(value) is int and value < 1}
 
 
 def read_facts(config: Any) -> ModelFacts:
