@@ -69,17 +69,9 @@ def test_no_folder_and_no_file_grows_beyond_what_a_reader_can_survey() -> None:
 
 PROVED_BY_THEIR_USERS = {
     "qlora_kernels.probe_triton",
-    "qlora_trainer.adapters.alternatives",
-    "qlora_trainer.data.formats.advice",
-    "qlora_trainer.data.reading.hub",
-    "qlora_trainer.data.reading.unpacking",
-    "qlora_trainer.data.rendering.pieces",
-    "qlora_trainer.data.rendering.prompts",
     "qlora_trainer.model.pretrained",
     "qlora_trainer.model.sentencepiece_model",
     "qlora_trainer.runs.report.style",
-    "qlora_trainer.training.memory.paged_trial",
-    "qlora_trainer.weights.read_back",
 }
 """Modules that no test names, though each could be tested alone; what a test names is taken out here."""
 

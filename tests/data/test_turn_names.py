@@ -46,7 +46,7 @@ def test_a_turn_is_known_by_every_name_of_a_role_in_capitals_too(name):
     assert not is_turn({"role": name, "content": None})
 
 
-def told(tmp_path: Path, turns: list[dict[str, str]]) -> str:
+def refusal_of(tmp_path: Path, turns: list[dict[str, str]]) -> str:
     """Return the message on a file that holds one object with turns under a name that is not ours."""
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"dialogue": turns}))
@@ -58,14 +58,14 @@ def told(tmp_path: Path, turns: list[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize("speaker", ["role", "from", "speaker"])
 def test_turns_alone_in_a_file_are_a_conversation_and_no_rows(tmp_path, speaker):
-    message = told(tmp_path, [{speaker: "user", "text": "a"}, {speaker: "assistant", "text": "b"}])
+    message = refusal_of(tmp_path, [{speaker: "user", "text": "a"}, {speaker: "assistant", "text": "b"}])
     assert "data.rows" not in message
     assert ["data.columns={messages: dialogue}"] in ways(message)
 
 
 @pytest.mark.parametrize("speaker", ["role", "from", "speaker"])
 def test_of_speakers_that_are_not_known_both_readings_are_offered(tmp_path, speaker):
-    message = told(tmp_path, [{speaker: "Alice", "text": "a"}, {speaker: "Bob", "text": "b"}])
+    message = refusal_of(tmp_path, [{speaker: "Alice", "text": "a"}, {speaker: "Bob", "text": "b"}])
     assert settings_in(message) == ["data.rows=dialogue", "data.columns={messages: dialogue}"]
     names = {"alice": "user", "bob": "assistant"}
     row = RecordReader("auto", {"messages": "dialogue"}, {}, roles=names).read(

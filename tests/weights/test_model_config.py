@@ -42,6 +42,14 @@ def test_a_config_is_that_of_the_named_model_and_the_files_values_stay() -> None
     assert isinstance(make_model_config({"model_type": "gpt2"}, Path("model")), GPT2Config)
 
 
+def test_a_config_that_is_refused_leaves_the_files_values_as_they_were() -> None:
+    values = {**LLAMA, "hidden_size": 65, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    before = repr(values)
+    with pytest.raises(ModelError, match="The key at fault is hidden_size: 65"):
+        make_model_config(values, Path("model"))
+    assert repr(values) == before
+
+
 def test_attention_that_alternates_in_a_mistral_is_ministrals() -> None:
     plain = make_model_config({"model_type": "mistral"}, Path("model"))
     assert isinstance(plain, MistralConfig)
