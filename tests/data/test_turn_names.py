@@ -51,6 +51,7 @@ def refusal_of(tmp_path: Path, turns: list[dict[str, str]]) -> str:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"dialogue": turns}))
     ((_, row),) = open_source(str(path)).records()
+    assert not isinstance(row, DataError)
     with pytest.raises(DataError) as caught:
         RecordReader("auto", {}, {}).read(row, "rows.json, row 1")
     return str(caught.value)
