@@ -1,5 +1,6 @@
 """The documentation is what the code is: pages from the code are current, examples are read, and commands run."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -9,10 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from doc_pages import NOT_RUN, PAGES, ROOT, blocks, has_commands, run_page
+from rich.console import Console
 
 from docs_build.__main__ import pages
+from qlora_trainer.cli.console import TrainingBar
 from qlora_trainer.config.load import make_config
 from qlora_trainer.data.formats.detect import resolve_format
+from qlora_trainer.merging.verify import PlainAgreement, choose_base
+from qlora_trainer.planning.step_memory import ACTIVATIONS, BASE
 
 Qlora = Callable[..., tuple[int, str, str]]
 DOCS = ROOT / "docs"
@@ -39,6 +44,21 @@ def test_the_readme_is_short_and_says_in_its_third_line_what_is_not_proven() -> 
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 100
     assert "Not proven on a GPU" in lines[2]
+
+
+def test_output_in_the_readme_is_in_the_words_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = "".join(block.text for block in blocks(ROOT / "README.md") if block.language == "text")
+    shown = " ".join(printed.replace("│", " ").split())
+    lines = io.StringIO()
+    monkeypatch.setattr("qlora_trainer.cli.console.console", Console(file=lines, width=200))
+    record = {"step": 1, "loss": 9.1363, "learning_rate": 5e-4, "tokens_per_second": 27.0}
+    record["peak_memory_bytes"] = 1.7 * 2**30
+    TrainingBar(36, memory="memory of the process")(record)
+    TrainingBar(36, memory="memory of the process")(record | {"step": 36, "eval_loss": 0.0714})
+    step, *_, eval_loss = lines.getvalue().splitlines()
+    answers = PlainAgreement(4, 13, stopped=4, ties=0, by_arithmetic=0, dtype="float16", left_out=0)
+    for words in (step, eval_loss, choose_base(0.0714, 0.1033).reason, str(answers), BASE, ACTIVATIONS):
+        assert " ".join(words.split()) in shown
 
 
 def anchors(page: Path) -> set[str]:
