@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 if TYPE_CHECKING:
     from qlora_trainer.config.schema import RunConfig
@@ -21,10 +22,33 @@ ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub name, directory of safetensors, or .gguf file (model.name).")
 ]
 RowFiles = Annotated[
-    str | None, typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train).")
+    list[str] | None,
+    typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train); give it for each."),
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters (adapter.rank).")]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens (data.max_length).")]
+
+
+class OnceCommand(TyperCommand):
+    """Read a command line as Typer does, but refuse an option given twice, of which Typer takes the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words, and end with a usage error where an option that takes one value occurs twice.
+
+        Args:
+            ctx: of the command.
+            args: its words.
+
+        Returns:
+            The words that are left over.
+        """
+        if not ctx.resilient_parsing:  # which completion is
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            for option in given:
+                if isinstance(option, TyperOption) and not option.multiple and given.count(option) > 1:
+                    ctx.fail(f"{option.opts[0]} is given twice, and takes one value. Keep one of them.")
+        return super().parse_args(ctx, args)
+
 
 _EXAMPLES = {"model.name": "--model Qwen/Qwen3-8B", "data.train": "--data rows.jsonl"}
 
@@ -51,6 +75,8 @@ def read_settings(config: Path | None, overrides: Sequence[str], options: Mappin
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
     given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(files := given.get("data.train"), list):
+        given["data.train"] = files[0] if len(files) == 1 else files
     named = {*given, *(override.partition("=")[0] for override in overrides)}
     missing = [example for key, example in _EXAMPLES.items() if key not in named]
     if config is None and missing:

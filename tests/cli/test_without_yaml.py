@@ -87,6 +87,23 @@ def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunC
     assert settings_of("--model", "m/m", "--data", path, "--output", "010").training.output_dir.endswith("/010")
 
 
+def test_several_data_options_are_several_files(
+    settings_of: Callable[..., RunConfig], rows: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(rows.read_bytes())
+    found = settings_of("--model", "m/m", "--data", rows, "--data", more).data.train
+    assert [source.path for source in found if not isinstance(source, str)] == [str(rows), str(more)]
+
+
+@pytest.mark.parametrize("option", ["--model", "--eval", "--rank", "--output"])
+def test_an_option_given_twice_is_refused_by_its_name(qlora: Qlora, rows: Path, option: str) -> None:
+    twice = (option, "8", f"{option}=9")
+    code, _, reported = qlora("train", *([] if option == "--model" else ["--model", "m/m"]), "--data", rows, *twice)
+    assert code == 2
+    assert f"{option} is given twice" in reported
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
