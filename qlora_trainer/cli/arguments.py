@@ -25,7 +25,12 @@ RowFiles = Annotated[
     list[str] | None,
     typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train); give it for each."),
 ]
-Rank = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters (adapter.rank).")]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank", help="Rank of the adapters (adapter.rank); sets adapter.alpha to twice it, unless that is set too."
+    ),
+]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens (data.max_length).")]
 
 
@@ -61,7 +66,8 @@ def read_settings(config: Path | None, overrides: Sequence[str], options: Mappin
     Args:
         config: of the command line's first word; without a file it may be the first of the overrides.
         overrides: `section.key=value`, which count before all else.
-        options: values by key, such as {"model.name": "owner/model"}; None where an option was not given.
+        options: values by key, such as {"model.name": "owner/model"}; None where an option was not given. With
+            adapter.rank goes an adapter.alpha of twice the rank, unless an override has either.
 
     Returns:
         The config.
@@ -77,7 +83,10 @@ def read_settings(config: Path | None, overrides: Sequence[str], options: Mappin
     given = {key: value for key, value in options.items() if value is not None}
     if isinstance(files := given.get("data.train"), list):
         given["data.train"] = files[0] if len(files) == 1 else files
-    named = {*given, *(override.partition("=")[0] for override in overrides)}
+    set_by_key = {override.partition("=")[0] for override in overrides}
+    if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
+        given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
+    named = {*given, *set_by_key}
     missing = [example for key, example in _EXAMPLES.items() if key not in named]
     if config is None and missing:
         raise ConfigError(

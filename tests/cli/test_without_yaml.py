@@ -58,6 +58,7 @@ def test_each_option_sets_its_key(settings_of: Callable[..., RunConfig], rows: P
         "training.output_dir": str(tmp_path / "out"),
         "training.epochs": 3,
         "adapter.rank": 8,
+        "adapter.alpha": 16.0,
         "optimizer.learning_rate": 1e-3,
         "data.max_length": 512,
     }
@@ -94,6 +95,17 @@ def test_several_data_options_are_several_files(
     more.write_bytes(rows.read_bytes())
     found = settings_of("--model", "m/m", "--data", rows, "--data", more).data.train
     assert [source.path for source in found if not isinstance(source, str)] == [str(rows), str(more)]
+
+
+def test_rank_keeps_alpha_at_twice_the_rank_unless_alpha_is_set(
+    settings_of: Callable[..., RunConfig], config_file: Path
+) -> None:
+    def rank_and_alpha(*words: object) -> tuple[int, float]:
+        adapter = settings_of(config_file, *words).adapter
+        return adapter.rank, adapter.alpha
+
+    assert rank_and_alpha("--rank", 64) == (64, 128.0)
+    assert rank_and_alpha("--rank", 64, "adapter.alpha=16") == (64, 16.0)
 
 
 @pytest.mark.parametrize("option", ["--model", "--eval", "--rank", "--output"])
