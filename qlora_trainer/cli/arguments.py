@@ -16,7 +16,7 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; docs/reference/json.md lists its keys.")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; or name --model and --data.")
+    Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; options can take its place.")
 ]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub name, directory of safetensors, or .gguf file (model.name).")
@@ -55,15 +55,18 @@ class OnceCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-_EXAMPLES = {"model.name": "--model Qwen/Qwen3-8B", "data.train": "--data rows.jsonl"}
+_EXAMPLES = {"model.name": ("--model", "Qwen/Qwen3-8B"), "data.train": ("--data", "rows.jsonl")}
 
 
-def read_settings(config: Path | None, overrides: Sequence[str], options: Mapping[str, Any]) -> "RunConfig":
+def read_settings(
+    command: str, config: Path | None, overrides: Sequence[str], options: Mapping[str, Any]
+) -> "RunConfig":
     """Read the config that a command line names, in a file, in options, or in both.
 
     What cannot be read raises FileMissingError or ConfigError.
 
     Args:
+        command: that asks, such as "train".
         config: of the command line's first word; without a file it may be the first of the overrides.
         overrides: `section.key=value`, which count before all else.
         options: values by key, such as {"model.name": "owner/model"}; None where an option was not given. With
@@ -73,10 +76,11 @@ def read_settings(config: Path | None, overrides: Sequence[str], options: Mappin
         The config.
 
     Raises:
-        ConfigError: there is no file, and the model or the rows are not named either.
+        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
     """
     from qlora_trainer.common.errors import ConfigError
     from qlora_trainer.config.load import load_config
+    from qlora_trainer.config.override import command_line
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
@@ -86,12 +90,24 @@ def read_settings(config: Path | None, overrides: Sequence[str], options: Mappin
     set_by_key = {override.partition("=")[0] for override in overrides}
     if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
         given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
-    named = {*given, *set_by_key}
-    missing = [example for key, example in _EXAMPLES.items() if key not in named]
+    needed = {key: words for key, words in _EXAMPLES.items() if key in options}
+    missing = [key for key in needed if key not in {*given, *set_by_key}]
     if config is None and missing:
+        words = " and ".join(" ".join(needed[key]) for key in missing)
+        other_way = "" if command == "init" else " Name a config, which `qlora init` writes, or type"
+        typed = [
+            word
+            for key, (option, example) in needed.items()
+            if key not in set_by_key
+            for word in _option_words(option, options[key] or example)
+        ]
+        typed += [override for override in overrides if override.partition("=")[0] in needed]
         raise ConfigError(
-            f"There is no config file, so {' and '.join(_EXAMPLES.values())} say what to train; here "
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Or name a config: `qlora init` "
-            "writes one."
+            f"{words} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
+            f"{command_line('qlora', command, *typed)}"
         )
     return load_config(config, overrides, given)
+
+
+def _option_words(option: str, value: str | list[str]) -> list[str]:
+    return [word for each in ([value] if isinstance(value, str) else value) for word in (option, each)]

@@ -44,7 +44,7 @@ def init(
 
     if config.exists():
         raise OutputExistsError(f"{config} exists. Name another file: {command_line('qlora', 'init', 'FILE.yaml')}")
-    settings = read_settings(None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
+    settings = read_settings("init", None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
     card = parse_bytes(gpu_memory) if gpu_memory else None
     with ProgressBars("No config is written.") as progress:
         check_files(settings.data)

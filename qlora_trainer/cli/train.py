@@ -55,7 +55,7 @@ def train_command(
         "optimizer.learning_rate": learning_rate,
         "data.max_length": max_length,
     }
-    settings = read_settings(config, overrides or [], options)
+    settings = read_settings("train", config, overrides or [], options)
     check_first_rows(settings.data)
 
     from qlora_trainer.runs.start import start_run  # imports torch, which takes longer than to find most faults of data

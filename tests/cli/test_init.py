@@ -92,7 +92,12 @@ def test_where_the_longest_row_does_not_fit_the_longest_that_does_is_taken(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "owner/model"], "here --data rows.jsonl is missing"),
+        (
+            [],
+            "error --model Qwen/Qwen3-8B and --data rows.jsonl are missing: "
+            "qlora init --model Qwen/Qwen3-8B --data rows.jsonl",
+        ),
+        (["--model", "owner/model"], "missing: qlora init --model owner/model --data rows.jsonl"),
         (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
         (["--model", "gone", "--data", "{rows}"], "There is no model at gone. A hub name has the form owner/model."),
         (["--model", "{model}", "--data", "{rows}", "--gpu-memory", "8"], "write it as 24GiB"),

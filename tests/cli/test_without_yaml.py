@@ -77,7 +77,9 @@ def test_an_option_counts_before_the_file_and_a_key_before_the_option(
     assert (without.adapter.rank, without.adapter.alpha) == (6, 3.0)
     assert settings_of("model.name=m/m", f"data.train={rows}").model.name == "m/m"
     not_given = {"adapter.rank": None, "model.name": "m/m"}
-    assert read_settings(None, ["data.train=r"], not_given).adapter == RunConfig.model_fields["adapter"].default
+    assert (
+        read_settings("train", None, ["data.train=r"], not_given).adapter == RunConfig.model_fields["adapter"].default
+    )
 
 
 def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -120,8 +122,13 @@ def test_an_option_given_twice_is_refused_by_its_name(qlora: Qlora, rows: Path, 
     ("words", "message"),
     [
         ([], "--model Qwen/Qwen3-8B and --data rows.jsonl are missing"),
-        (["--model", "owner/model"], "here --data rows.jsonl is missing. Or name a config: `qlora init` writes one."),
-        (["--data", "{rows}"], "here --model Qwen/Qwen3-8B is missing"),
+        (
+            ["--model", "owner/model"],
+            "error --data rows.jsonl is missing. Name a config, which `qlora init` writes, or type: "
+            "qlora train --model owner/model --data rows.jsonl",
+        ),
+        (["--data", "{rows}"], "error --model Qwen/Qwen3-8B is missing"),
+        (["model.name=m/m"], "qlora train --data rows.jsonl model.name=m/m"),
         (["none.yaml"], "There is no config file none.yaml. `qlora init` writes one, or name --model and --data"),
         (["--model", "no model", "--data", "{rows}"], "There is no model at no model. A hub name has the form owner/"),
         (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
@@ -147,6 +154,14 @@ def test_a_gpu_that_is_not_there_is_reported_before_the_model_is_read(
     code, _, reported = qlora("train", "--model", "owner/model", "--data", rows, "model.device=cuda")
     assert code == 2
     assert "no CUDA device here. `qlora doctor` says what it sees" in reported
+
+
+@pytest.mark.parametrize("words", [(), ("adapter.rank=2",)])
+def test_a_plan_asks_for_a_model_alone(qlora: Qlora, words: tuple[str, ...]) -> None:
+    code, _, reported = qlora("plan", *words)
+    assert code == 2
+    assert reported.startswith("error --model Qwen/Qwen3-8B is missing.")
+    assert reported.endswith("or type: qlora plan --model Qwen/Qwen3-8B")
 
 
 def test_a_plan_needs_a_model_alone(qlora: Qlora, tiny_llama: Path) -> None:
