@@ -109,5 +109,23 @@ def read_settings(
     return load_config(config, overrides, given)
 
 
+def check_inputs(config: "RunConfig") -> None:
+    """Read the first rows of a config's files and look for its model on the disk, without importing torch.
+
+    Torch takes longer to import than most of their faults take to find. FileMissingError, DataError, ConfigError or
+    ModelError says what cannot be used.
+
+    Args:
+        config: of the rows and the model.
+    """
+    from qlora_trainer.common.errors import missing_files_name
+    from qlora_trainer.data.preparation.first_rows import check_first_rows
+    from qlora_trainer.model.place import local_model
+
+    check_first_rows(config.data)
+    with missing_files_name("model.name"):
+        local_model(config.model.name)
+
+
 def _option_words(option: str, value: str | list[str]) -> list[str]:
     return [word for each in ([value] if isinstance(value, str) else value) for word in (option, each)]
