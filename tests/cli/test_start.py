@@ -104,6 +104,7 @@ GOOD_ROWS = ("--data", "good.jsonl")
     [
         (("train", "--model", "gone", *GOOD_ROWS), "model.name: there is no model at gone."),
         (("train", "--model", "m/m", *GOOD_ROWS, "--output", "taken"), "taken exists and is not empty"),
+        (("train", "--model", "m/m", *GOOD_ROWS, "--output", "a run"), "To continue the run in it: qlora resume '/"),
         (("init", "--model", "gone", *GOOD_ROWS), "model.name: there is no model at gone."),
         (("init", "taken/file", "--model", "m/m", *GOOD_ROWS), "taken/file exists."),
         (("init",), "are missing: qlora init"),
@@ -114,6 +115,7 @@ def test_a_wrong_path_is_reported_before_torch_is_imported(
 ) -> None:
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "taken").mkdir()
+    (tmp_path / "a run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "taken" / "file").touch()
     assert expected in refusal_before_torch(tmp_path, *words)
 
