@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_trainer.cli.arguments import OnceCommand
 from qlora_trainer.cli.console import open_closed_streams, print_error, say, write_out
 from qlora_trainer.cli.demo import demo
 from qlora_trainer.cli.doctor import doctor
@@ -81,7 +82,7 @@ for command in (  # in the order of --help; `_command` is added where the librar
     doctor,
     demo,
 ):
-    app.command(command.__name__.removesuffix("_command"), help=paragraphs(command.__doc__))(command)
+    app.command(command.__name__.removesuffix("_command"), cls=OnceCommand, help=paragraphs(command.__doc__))(command)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 if TYPE_CHECKING:
     from qlora_trainer.config.schema import RunConfig
@@ -15,48 +16,116 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON; docs/reference/json.md lists its keys.")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; or name --model and --data.")
+    Path | None, typer.Argument(help="A YAML config, as `qlora init` writes one; options can take its place.")
 ]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="Hub name, directory of safetensors, or .gguf file (model.name).")
 ]
 RowFiles = Annotated[
-    str | None, typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train).")
+    list[str] | None,
+    typer.Option("--data", help="File, folder or pattern of rows, or a hub data set (data.train); give it for each."),
 ]
-Rank = Annotated[int | None, typer.Option("--rank", help="Rank of the adapters (adapter.rank).")]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank", help="Rank of the adapters (adapter.rank); sets adapter.alpha to twice it, unless that is set too."
+    ),
+]
 MaxLength = Annotated[int | None, typer.Option("--max-length", help="Longest row, in tokens (data.max_length).")]
 
-_EXAMPLES = {"model.name": "--model Qwen/Qwen3-8B", "data.train": "--data rows.jsonl"}
+
+class OnceCommand(TyperCommand):
+    """Read a command line as Typer does, but refuse an option given twice, of which Typer takes the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words, and end with a usage error where an option that takes one value occurs twice.
+
+        Args:
+            ctx: of the command.
+            args: its words.
+
+        Returns:
+            The words that are left over.
+        """
+        if not ctx.resilient_parsing:  # which completion is
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            for option in given:
+                if isinstance(option, TyperOption) and not option.multiple and given.count(option) > 1:
+                    ctx.fail(f"{option.opts[0]} is given twice, and takes one value. Keep one of them.")
+        return super().parse_args(ctx, args)
 
 
-def read_settings(config: Path | None, overrides: Sequence[str], options: Mapping[str, Any]) -> "RunConfig":
+_EXAMPLES = {"model.name": ("--model", "Qwen/Qwen3-8B"), "data.train": ("--data", "rows.jsonl")}
+
+
+def read_settings(
+    command: str, config: Path | None, overrides: Sequence[str], options: Mapping[str, Any]
+) -> "RunConfig":
     """Read the config that a command line names, in a file, in options, or in both.
 
     What cannot be read raises FileMissingError or ConfigError.
 
     Args:
+        command: that asks, such as "train".
         config: of the command line's first word; without a file it may be the first of the overrides.
         overrides: `section.key=value`, which count before all else.
-        options: values by key, such as {"model.name": "owner/model"}; None where an option was not given.
+        options: values by key, such as {"model.name": "owner/model"}; None where an option was not given. With
+            adapter.rank goes an adapter.alpha of twice the rank, unless an override has either.
 
     Returns:
         The config.
 
     Raises:
-        ConfigError: there is no file, and the model or the rows are not named either.
+        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
     """
     from qlora_trainer.common.errors import ConfigError
     from qlora_trainer.config.load import load_config
+    from qlora_trainer.config.override import command_line
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
     given = {key: value for key, value in options.items() if value is not None}
-    named = {*given, *(override.partition("=")[0] for override in overrides)}
-    missing = [example for key, example in _EXAMPLES.items() if key not in named]
+    if isinstance(files := given.get("data.train"), list):
+        given["data.train"] = files[0] if len(files) == 1 else files
+    set_by_key = {override.partition("=")[0] for override in overrides}
+    if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
+        given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
+    needed = {key: words for key, words in _EXAMPLES.items() if key in options}
+    missing = [key for key in needed if key not in {*given, *set_by_key}]
     if config is None and missing:
+        words = " and ".join(" ".join(needed[key]) for key in missing)
+        other_way = "" if command == "init" else " Name a config, which `qlora init` writes, or type"
+        typed = [
+            word
+            for key, (option, example) in needed.items()
+            if key not in set_by_key
+            for word in _option_words(option, options[key] or example)
+        ]
+        typed += [override for override in overrides if override.partition("=")[0] in needed]
         raise ConfigError(
-            f"There is no config file, so {' and '.join(_EXAMPLES.values())} say what to train; here "
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing. Or name a config: `qlora init` "
-            "writes one."
+            f"{words} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
+            f"{command_line('qlora', command, *typed)}"
         )
     return load_config(config, overrides, given)
+
+
+def check_inputs(config: "RunConfig") -> None:
+    """Read the first rows of a config's files and look for its model on the disk, without importing torch.
+
+    Torch takes longer to import than most of their faults take to find. FileMissingError, DataError, ConfigError or
+    ModelError says what cannot be used.
+
+    Args:
+        config: of the rows and the model.
+    """
+    from qlora_trainer.common.errors import missing_files_name
+    from qlora_trainer.data.preparation.first_rows import check_first_rows
+    from qlora_trainer.model.place import local_model
+
+    check_first_rows(config.data)
+    with missing_files_name("model.name"):
+        local_model(config.model.name)
+
+
+def _option_words(option: str, value: str | list[str]) -> list[str]:
+    return [word for each in ([value] if isinstance(value, str) else value) for word in (option, each)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, read_settings
+from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, check_inputs, read_settings
 from qlora_trainer.cli.console import ProgressBars, answers, say
 from qlora_trainer.common.units import counted, gib
 
@@ -27,14 +27,20 @@ def init(
     It asks nothing, and reads the model's config and tokenizer, but no weights. Without a GPU it plans for this
     machine's memory, as a run would take the CPU.
     """
-    from qlora_trainer.common.atomic import write_text
-    from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import OutputExistsError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.config.commented import commented_yaml
     from qlora_trainer.config.override import command_line
-    from qlora_trainer.data.preparation.source_keys import check_files
-    from qlora_trainer.model.device import choose_device
+
+    if config.exists():
+        raise OutputExistsError(f"{config} exists. Name another file: {command_line('qlora', 'init', 'FILE.yaml')}")
+    settings = read_settings("init", None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
+    card = parse_bytes(gpu_memory) if gpu_memory else None
+    check_inputs(settings)
+
+    from qlora_trainer.common.atomic import write_text
+    from qlora_trainer.common.cache import user_cache
+    from qlora_trainer.config.commented import commented_yaml
+    from qlora_trainer.model.device import choose_device  # imports torch, as those below do
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.first_config import settings_that_fit
@@ -42,12 +48,7 @@ def init(
     from qlora_trainer.runs.directory import prepare_data
     from qlora_trainer.training.memory.activations import spare_host_memory
 
-    if config.exists():
-        raise OutputExistsError(f"{config} exists. Name another file: {command_line('qlora', 'init', 'FILE.yaml')}")
-    settings = read_settings(None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
-    card = parse_bytes(gpu_memory) if gpu_memory else None
     with ProgressBars("No config is written.") as progress:
-        check_files(settings.data)
         with missing_files_name("model.name"):
             directory = resolve_model(settings.model.name, None, user_cache(), progress, files=TOKENIZER_FILES)
         limit = directory.facts.positions or LONGEST_SEARCHED

@@ -52,8 +52,9 @@ def plan(
     from qlora_trainer.training.memory.activations import spare_host_memory
 
     options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
-    unread = {} if model is None else {"data.train": "rows.jsonl"}  # a config needs rows, and a plan reads none
-    settings = read_settings(config, overrides or [], options | unread)
+    has_rows = model is None and config is not None and config.exists()
+    unread = [] if has_rows else ["data.train=rows.jsonl"]  # a config needs rows, and a plan reads none
+    settings = read_settings("plan", config, [*unread, *(overrides or [])], options)
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None

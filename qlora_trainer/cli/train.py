@@ -1,5 +1,6 @@
 """Declare `qlora train` and `qlora resume`: make a run, train it under progress bars, and print its summary."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from qlora_trainer.cli.arguments import (
     Rank,
     RowFiles,
     RunDirectory,
+    check_inputs,
     read_settings,
 )
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, answers, console, print_table, print_warnings, say
@@ -43,7 +45,7 @@ def train_command(
     Without a config: qlora train --model Qwen/Qwen3-8B --data rows.jsonl. An option sets the key in its parentheses,
     over what a config says; all keys are in the run's config.yaml.
     """
-    from qlora_trainer.data.preparation.first_rows import check_first_rows
+    from qlora_trainer.common.atomic import refuse_existing
 
     options = {
         "model.name": model,
@@ -55,10 +57,11 @@ def train_command(
         "optimizer.learning_rate": learning_rate,
         "data.max_length": max_length,
     }
-    settings = read_settings(config, overrides or [], options)
-    check_first_rows(settings.data)
+    settings = read_settings("train", config, overrides or [], options)
+    refuse_existing(Path(settings.training.output_dir))
+    check_inputs(settings)
 
-    from qlora_trainer.runs.start import start_run  # imports torch, which takes longer than to find most faults of data
+    from qlora_trainer.runs.start import start_run  # imports torch
 
     left = "A part of it may be left next to training.output_dir; the next start deletes it."
     with ProgressBars("No run directory is made.", left) as progress:

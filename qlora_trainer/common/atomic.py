@@ -14,6 +14,7 @@ import errno
 import glob
 import os
 import secrets
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -197,9 +198,14 @@ def refuse_existing(path: Path) -> None:
     path = real_path(path)
     if path.is_dir():
         if any(path.iterdir()):
-            raise OutputExistsError(f"{path} exists and is not empty. Choose a new directory, or empty that one.")
+            message = (
+                f"{path} exists and is not empty. Name another directory: --output, or training.output_dir of a run."
+            )
+            if (path / "checkpoints").is_dir():
+                message += f" To continue the run in it: {shlex.join(('qlora', 'resume', str(path)))}"
+            raise OutputExistsError(message)
     elif path.exists():
-        raise OutputExistsError(f"{path} is a file. Choose a new directory.")
+        raise OutputExistsError(f"{path} is a file. Name another directory.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -125,7 +125,10 @@ def way_to_cpu(wanted: str) -> str:
         The sentence. An environment without a card is enough for auto; evaluate, generate and merge take no settings.
     """
     if wanted == "cuda":
-        return "To take the CPU, slowly, set model.device to cpu in the config, for a run in its config.yaml."
+        return (
+            "To take the CPU, slowly, add model.device=cpu to the command; evaluate, generate and merge take it from "
+            "the run's config.yaml."
+        )
     return "CUDA_VISIBLE_DEVICES= in front of the command takes the CPU, slowly."
 
 

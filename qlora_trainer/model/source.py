@@ -1,6 +1,7 @@
 """Find a base model by its name: a hub name, a directory of safetensors or a GGUF file becomes a directory.
 
-Left out: what is in the directory (weights/model_directory.py), and its tokenizer (tokenizer.py).
+Left out: finding it on the disk (place.py), what is in the directory (weights/model_directory.py), and its tokenizer
+(tokenizer.py).
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from qlora_trainer.common.atomic import refuse_unwritable
 from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
 from qlora_trainer.common.progress import Progress, silent
+from qlora_trainer.model.place import local_model
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -24,7 +26,8 @@ def resolve_model(
 ) -> ModelDirectory:
     """Open the model directory that `name` represents: a directory, a GGUF file (imported once), or a hub name.
 
-    A hub name that cannot be fetched raises ModelError; files that cannot be kept raise DiskError.
+    A path without a model raises FileMissingError or ModelError; a hub name that cannot be fetched ModelError; files
+    that cannot be kept raise DiskError.
 
     Args:
         name: of the model.
@@ -35,27 +38,11 @@ def resolve_model(
 
     Returns:
         The directory.
-
-    Raises:
-        FileMissingError: it looks like a path and does not exist.
-        ModelError: the directory holds an adapter or no config.
     """
-    path = Path(name)
-    if path.suffix == ".gguf" and path.is_file():
-        return ModelDirectory.open(import_gguf(path, cache_dir, progress))
-    if path.is_dir():
-        if (path / "adapter_config.json").exists():
-            raise ModelError(
-                f"{path} holds an adapter, not a base model. Name the base as model.name, and this directory as "
-                "adapter.init_from to start from it."
-            )
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} has no config.json, so it is not a transformers model directory.")
-        return ModelDirectory.open(path)
-    if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        hint = "" if path.suffix == ".gguf" or name.count("/") > 1 else " A hub name has the form owner/model."
-        raise FileMissingError(f"There is no model at {name}.{hint}")
-    return ModelDirectory.open(_fetch(name, revision, files))
+    path = local_model(name)
+    if path is None:
+        return ModelDirectory.open(_fetch(name, revision, files))
+    return ModelDirectory.open(path if path.is_dir() else import_gguf(path, cache_dir, progress))
 
 
 def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:

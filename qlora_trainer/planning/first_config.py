@@ -7,6 +7,7 @@ from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.fit import GRAIN, Budget, check_fits, fastest_plan, longest_context
 from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.planning.options import changed_options
 from qlora_trainer.planning.variants import with_length
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -26,7 +27,7 @@ def settings_that_fit(
         progress: is called for each plan.
 
     Returns:
-        (the config with that length and those options, its plan).
+        (the config with that length and those options, where a plain one is left to auto; its plan).
     """
     wanted = config.data.max_length if longest <= config.data.max_length else -(-longest // GRAIN) * GRAIN
     wanted = min(wanted, directory.facts.positions or wanted)
@@ -36,4 +37,4 @@ def settings_that_fit(
         config = with_length(config, min(shorter.max_length, wanted))
         plan = shorter if budget.holds(shorter) else None
     plan = plan or check_fits(directory, config, budget, progress)
-    return config.replace(plan.options), plan
+    return config.replace(changed_options(config, plan.options)), plan

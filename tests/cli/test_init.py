@@ -35,9 +35,10 @@ def test_what_init_writes_is_trained_as_it_is(
     assert code == 0, reported
     assert out.splitlines()[-1] == f"Next:    qlora train {path}"
     config = load_config(path)
-    assert (config.model.name, config.data.train, config.adapter.rank) == (str(tiny_llama), str(rows), 4)
+    assert (config.model.name, config.data.train) == (str(tiny_llama), str(rows))
+    assert (config.adapter.rank, config.adapter.alpha) == (4, 8.0)
     assert config.data.max_length == 512, "the model's positions, less than the default"
-    assert config.memory_options() == {key: config.value(key) for key in config.memory_options()}, "none is left open"
+    assert {config.value(key) for key in config.memory_options()} == {"auto"}, "a plain option is chosen at each start"
     code, out, reported = qlora("train", path, "--output", tmp_path / "run", "training.max_steps=1")
     assert code == 0, reported
     code, _, reported = qlora("init", path, *words, "--gpu-memory", "16GB")
@@ -91,7 +92,12 @@ def test_where_the_longest_row_does_not_fit_the_longest_that_does_is_taken(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "owner/model"], "here --data rows.jsonl is missing"),
+        (
+            [],
+            "error --model Qwen/Qwen3-8B and --data rows.jsonl are missing: "
+            "qlora init --model Qwen/Qwen3-8B --data rows.jsonl",
+        ),
+        (["--model", "owner/model"], "missing: qlora init --model owner/model --data rows.jsonl"),
         (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
         (["--model", "gone", "--data", "{rows}"], "There is no model at gone. A hub name has the form owner/model."),
         (["--model", "{model}", "--data", "{rows}", "--gpu-memory", "8"], "write it as 24GiB"),

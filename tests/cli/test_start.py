@@ -63,6 +63,7 @@ FAULTS = {
         ("train", "directory", "cut.jsonl"),
         ("train", "file.gguf", "other.csv"),
         ("train", "file.gguf", "gone.jsonl"),
+        ("init", "someone/some-model", "rows.jsonl"),
         ("inspect", "file.gguf", "rows.jsonl"),
         ("inspect", "someone/some-model", "gone.jsonl"),
     ],
@@ -77,16 +78,46 @@ def test_a_fault_of_the_data_is_reported_before_torch_is_imported(
     (tmp_path / "directory").mkdir()
     (tmp_path / "file.gguf").write_bytes(b"GGUF")
     (tmp_path / "config.yaml").write_text(f"model: {{name: {base}}}\ndata: {{train: {name}}}\n")
+    words = ["--model", base, "--data", name] if command == "init" else ["config.yaml"]
+    assert expected in refusal_before_torch(tmp_path, command, *words)
+
+
+def refusal_before_torch(folder: Path, *words: str) -> str:
+    """Run a command in a folder where it is refused, and return what it prints; torch must not be imported."""
     code = f"""import sys
 from qlora_trainer.cli import app
-sys.argv = ["qlora", "{command}", "config.yaml"]
+sys.argv = ["qlora", *{words!r}]
 try:
     app.main()
 except SystemExit as error:
     print(error.code, *{{"torch", "transformers", "bitsandbytes"}} & sys.modules.keys())"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
-    assert expected in done.stderr
+    return " ".join(done.stderr.split())
+
+
+GOOD_ROWS = ("--data", "good.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("train", "--model", "gone", *GOOD_ROWS), "model.name: there is no model at gone."),
+        (("train", "--model", "m/m", *GOOD_ROWS, "--output", "taken"), "taken exists and is not empty"),
+        (("train", "--model", "m/m", *GOOD_ROWS, "--output", "a run"), "To continue the run in it: qlora resume '/"),
+        (("init", "--model", "gone", *GOOD_ROWS), "model.name: there is no model at gone."),
+        (("init", "taken/file", "--model", "m/m", *GOOD_ROWS), "taken/file exists."),
+        (("init",), "are missing: qlora init"),
+    ],
+)
+def test_a_wrong_path_is_reported_before_torch_is_imported(
+    tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "a run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "taken" / "file").touch()
+    assert expected in refusal_before_torch(tmp_path, *words)
 
 
 def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -> None:

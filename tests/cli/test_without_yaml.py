@@ -58,6 +58,7 @@ def test_each_option_sets_its_key(settings_of: Callable[..., RunConfig], rows: P
         "training.output_dir": str(tmp_path / "out"),
         "training.epochs": 3,
         "adapter.rank": 8,
+        "adapter.alpha": 16.0,
         "optimizer.learning_rate": 1e-3,
         "data.max_length": 512,
     }
@@ -76,7 +77,9 @@ def test_an_option_counts_before_the_file_and_a_key_before_the_option(
     assert (without.adapter.rank, without.adapter.alpha) == (6, 3.0)
     assert settings_of("model.name=m/m", f"data.train={rows}").model.name == "m/m"
     not_given = {"adapter.rank": None, "model.name": "m/m"}
-    assert read_settings(None, ["data.train=r"], not_given).adapter == RunConfig.model_fields["adapter"].default
+    assert (
+        read_settings("train", None, ["data.train=r"], not_given).adapter == RunConfig.model_fields["adapter"].default
+    )
 
 
 def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -87,12 +90,46 @@ def test_odd_names_are_taken_as_they_are_written(settings_of: Callable[..., RunC
     assert settings_of("--model", "m/m", "--data", path, "--output", "010").training.output_dir.endswith("/010")
 
 
+def test_several_data_options_are_several_files(
+    settings_of: Callable[..., RunConfig], rows: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(rows.read_bytes())
+    found = settings_of("--model", "m/m", "--data", rows, "--data", more).data.train
+    assert [source.path for source in found if not isinstance(source, str)] == [str(rows), str(more)]
+
+
+def test_rank_keeps_alpha_at_twice_the_rank_unless_alpha_is_set(
+    settings_of: Callable[..., RunConfig], config_file: Path
+) -> None:
+    def rank_and_alpha(*words: object) -> tuple[int, float]:
+        adapter = settings_of(config_file, *words).adapter
+        return adapter.rank, adapter.alpha
+
+    assert rank_and_alpha("--rank", 64) == (64, 128.0)
+    assert rank_and_alpha("--rank", 64, "adapter.alpha=16") == (64, 16.0)
+
+
+@pytest.mark.parametrize("option", ["--model", "--eval", "--rank", "--output"])
+def test_an_option_given_twice_is_refused_by_its_name(qlora: Qlora, rows: Path, option: str) -> None:
+    twice = (option, "8", f"{option}=9")
+    code, _, reported = qlora("train", *([] if option == "--model" else ["--model", "m/m"]), "--data", rows, *twice)
+    assert code == 2
+    assert f"{option} is given twice" in reported
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "--model Qwen/Qwen3-8B and --data rows.jsonl are missing"),
-        (["--model", "owner/model"], "here --data rows.jsonl is missing. Or name a config: `qlora init` writes one."),
-        (["--data", "{rows}"], "here --model Qwen/Qwen3-8B is missing"),
+        (
+            ["--model", "owner/model"],
+            "error --data rows.jsonl is missing. Name a config, which `qlora init` writes, or type: "
+            "qlora train --model owner/model --data rows.jsonl",
+        ),
+        (["--data", "{rows}"], "error --model Qwen/Qwen3-8B is missing"),
+        (["model.name=m/m"], "qlora train --data rows.jsonl model.name=m/m"),
+        (["{rows}"], "Rows go with --data: qlora train --model Qwen/Qwen3-8B --data {rows}"),
         (["none.yaml"], "There is no config file none.yaml. `qlora init` writes one, or name --model and --data"),
         (["--model", "no model", "--data", "{rows}"], "There is no model at no model. A hub name has the form owner/"),
         (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
@@ -106,7 +143,7 @@ def test_a_mistake_is_reported_as_whoever_read_only_the_readme_needs_it(
     filled = [word.replace("{rows}", str(rows)).replace("{model}", str(tiny_llama)) for word in words]
     code, out, reported = qlora("train", *filled)
     assert (code, out) == (2, "")
-    assert message.lower() in reported.lower()
+    assert message.replace("{rows}", str(rows)).lower() in reported.lower()
     assert "Traceback" not in reported
 
 
@@ -118,6 +155,14 @@ def test_a_gpu_that_is_not_there_is_reported_before_the_model_is_read(
     code, _, reported = qlora("train", "--model", "owner/model", "--data", rows, "model.device=cuda")
     assert code == 2
     assert "no CUDA device here. `qlora doctor` says what it sees" in reported
+
+
+@pytest.mark.parametrize("words", [(), ("adapter.rank=2",)])
+def test_a_plan_asks_for_a_model_alone(qlora: Qlora, words: tuple[str, ...]) -> None:
+    code, _, reported = qlora("plan", *words)
+    assert code == 2
+    assert reported.startswith("error --model Qwen/Qwen3-8B is missing.")
+    assert reported.endswith("or type: qlora plan --model Qwen/Qwen3-8B")
 
 
 def test_a_plan_needs_a_model_alone(qlora: Qlora, tiny_llama: Path) -> None:

@@ -56,7 +56,7 @@ def test_training_on_a_card_too_old_for_torch_is_refused_with_the_ways_out(monke
         assert "a torch built for CUDA 12.6" in reported
         assert "CUDA_VISIBLE_DEVICES=1 takes Card 1, compute capability 8.6" in reported
         assert ("CUDA_VISIBLE_DEVICES= in front of the command takes the CPU" in reported) == (wanted == "auto")
-        assert ("set model.device to cpu" in reported) == (wanted == "cuda")
+        assert ("add model.device=cpu to the command" in reported) == (wanted == "cuda")
 
 
 @pytest.mark.parametrize(

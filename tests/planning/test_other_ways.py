@@ -1,5 +1,6 @@
 """Full fine-tuning next to a run: every weight counted once, by component, in plans, before training, in the report."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,5 +90,6 @@ def test_train_shows_full_fine_tuning_next_to_the_run(
     assert code == 0, reported
     printed = " ".join(reported.replace("│", " ").replace("┃", " ").split())
     assert "Memory next to full fine-tuning" in printed
+    assert not re.search(r"\d GB", printed), "one unit, GiB"
     assert f"gradients {gib(0)}" in printed
     assert "<dt>full fine-tuning</dt>" in (tmp_path / "run" / "report.html").read_text()

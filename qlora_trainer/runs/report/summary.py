@@ -59,7 +59,6 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("eval rows", f"{data.eval.examples:,}, {counted(data.eval.tokens, 'token')}"),
         ("steps", f"{run.state.total_steps:,}, each of up to {counted(run.config.training.global_batch_size, 'row')}"),
         *([("planned memory", _planned(run.plan, run.base.device.type))] if run.plan else []),
-        ("full fine-tuning", f"{estimate_in_words(base_parameters(run.base.model))}, before activations"),
     ]
 
 
@@ -107,12 +106,13 @@ def write_run_report(run: Run, measured: Sequence[tuple[str, str]] = (), title: 
     is_finished = run.state.step == run.state.total_steps
     unfinished = [] if is_finished else [("stopped at", f"step {run.state.step:,}")]
     loss = [("eval loss", f"{losses[-1]:.4f} (first {losses[0]:.4f})")] if losses else []
+    full = ("full fine-tuning", f"{estimate_in_words(base_parameters(run.base.model))}, before activations")
     return write_report(
         run.directory,
         title=title or run.directory.name,
         config_yaml=(run.directory / "config.yaml").read_text(encoding="utf-8"),
         metrics=metrics,
-        summary=[*measured, *loss, *unfinished, *summarize(run), *_plan_and_peak(run, metrics)],
+        summary=[*measured, *loss, *unfinished, *summarize(run), full, *_plan_and_peak(run, metrics)],
         samples=[Sample(**sample) for sample in read_samples(run.directory)],
         warnings=[*run.warnings, *(record["recovered"] for record in metrics if "recovered" in record)],
         data=_data_part(run),
