@@ -120,7 +120,7 @@ def check_inputs(config: "RunConfig") -> None:
     """
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.data.preparation.first_rows import check_first_rows
-    from qlora_trainer.model.place import local_model
+    from qlora_trainer.weights.place import local_model
 
     check_first_rows(config.data)
     with missing_files_name("model.name"):

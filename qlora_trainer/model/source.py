@@ -1,7 +1,7 @@
 """Find a base model by its name: a hub name, a directory of safetensors or a GGUF file becomes a directory.
 
-Left out: finding it on the disk (place.py), what is in the directory (weights/model_directory.py), and its tokenizer
-(tokenizer.py).
+Left out: finding it on the disk (weights/place.py), what is in the directory (weights/model_directory.py), and its
+tokenizer (tokenizer.py).
 """
 
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 from qlora_trainer.common.atomic import refuse_unwritable
 from qlora_trainer.common.errors import FileMissingError, ModelError, first_line
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.model.place import local_model
 from qlora_trainer.weights.gguf.importer import import_gguf
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.place import local_model
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")  # and the config
 WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors")  # no pickles

@@ -1,6 +1,6 @@
 """Find a base model on the disk by its name, without torch, so that a wrong path is reported at once.
 
-Left out: fetching from the hub and importing GGUF files (source.py).
+Left out: fetching from the hub and importing GGUF files (model/source.py).
 """
 
 from pathlib import Path
