@@ -65,7 +65,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     check_files(config.data)  # before the model, which may take minutes to fetch or import
-    choose_device(config.model.device)  # and a GPU that is asked for and not there
+    _run_device(config)  # and a GPU that is asked for and not there
     with missing_files_name("adapter.init_from"):
         initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with missing_files_name("model.name"):
@@ -153,6 +153,13 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     return run
 
 
+def _run_device(config: RunConfig) -> torch.device:
+    """Choose the device of a run; before CUDA is first asked, set up cuBLAS where the run is to be repeatable."""
+    if config.training.deterministic:
+        set_up_cublas(config.model.device)
+    return choose_device(config.model.device)
+
+
 def _assemble(
     config: RunConfig,
     directory: Path,
@@ -162,10 +169,8 @@ def _assemble(
     planned: RunConfig | None = None,
 ) -> Run:
     """Make a run before its first step; `planned` is the config to plan memory for, if it is another one."""
-    if config.training.deterministic:
-        set_up_cublas(config.model.device)
     prepared = prepare_data(config, renderer.tokenizer, model, progress)
-    device = choose_device(config.model.device)
+    device = _run_device(config)
     unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
     slower = kernel_warnings(device.type)
     plan = check_fits_here(model, planned or config, device, progress)

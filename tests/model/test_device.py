@@ -82,7 +82,7 @@ def test_another_card_is_named_as_the_environment_names_it(
 
 def test_a_config_that_asks_for_cuda_without_a_card_says_where_to_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
     built_for(monkeypatch, None)
-    with pytest.raises(ModelError, match=r"sees no CUDA device .* set model\.device to cpu in the config"):
+    with pytest.raises(ModelError, match=r"sees no CUDA device .* add model\.device=cpu to the command"):
         device.choose_device("cuda")
     assert device.choose_device("cpu").type == "cpu", "the advice works"
 

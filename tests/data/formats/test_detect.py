@@ -54,7 +54,7 @@ def first_row(path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mtbench_questions/question.jsonl", r"turns holds what one side says: without answers"),
+        ("mtbench_questions/question.jsonl", r"turns holds what one side says, and without answers"),
         (
             "dpo_en_demo/dpo_en_demo.json",
             r"'data.columns={prompt: conversations, completion: chosen}' 'data.ignore=\[rejected\]'",
@@ -68,8 +68,8 @@ def first_row(path):
             r"{instruction: instruction, output: instances.0.output, input: instances.0.input}",
         ),
         ("e2e/test.jsonl", r"nothing called completion. .*'data.columns={completion: references.0}'"),
-        ("poem_sentiment/train.tsv", r"name them, such as: 'data.header=\[column1, column2, column3"),
-        ("poem_sentiment/dev.tsv", r"name them, such as: 'data.header=\[column1, column2, column3"),
+        ("poem_sentiment/train.tsv", r"name the columns, such as: 'data.header=\[column1, column2, column3"),
+        ("poem_sentiment/dev.tsv", r"name the columns, such as: 'data.header=\[column1, column2, column3"),
     ],
 )
 def test_real_files_that_cannot_be_read_as_they_are_say_what_to_do(shared_data, name, words):
