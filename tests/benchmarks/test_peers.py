@@ -91,5 +91,5 @@ def test_an_adapter_made_with_other_settings_is_refused_with_the_settings_it_nee
 
     first = start_run(tiny_config("first"))
     first.train(quiet)
-    with pytest.raises(AdapterError, match=r"set adapter\.alpha=8\.0"):
+    with pytest.raises(AdapterError, match=r"set 'adapter\.alpha=8\.0'"):
         start_run(tiny_config("second", adapter={"init_from": str(first.directory / "adapter"), "alpha": 16}))
