@@ -99,7 +99,7 @@ def source_columns(record: _Record, columns: Mapping[str, str], template: Mappin
     Returns:
         Names of columns.
     """
-    return {_first_name(record, path) for path in _paths(columns, template)}
+    return {_names(record, path)[0] for path in _paths(columns, template)}
 
 
 def lists_cut(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
@@ -115,9 +115,9 @@ def lists_cut(record: _Record, columns: Mapping[str, str], template: Mapping[str
     """
     taken: dict[str, tuple[int, set[int]]] = {}  # by the path of a list: its length, and the items
     for path in _paths(columns, template):
-        first = _first_name(record, path)
-        place, value = first, record.get(first)
-        for name in () if path in record else path.removesuffix("?")[len(first) + 1 :].split("."):
+        place, *names = _names(record, path)
+        value = record.get(place)
+        for name in names:
             there, item = _step(value, name)
             if there and isinstance(value, list) and isinstance(item, Mapping):
                 taken.setdefault(place, (len(value), set()))[1].add(int(name) % len(value))
@@ -164,16 +164,12 @@ def look_up(record: _Record, path: str, what: str, where: str) -> Any:
     Raises:
         DataError: the path is not there; the message says how far it leads and what is there.
     """
-    if path in record:
-        return record[path]
-    is_optional, path = path.endswith("?"), path.removesuffix("?")
-    first = _first_name(record, path)
-    names = [first, *path[len(first) + 1 :].split(".")] if len(path) > len(first) else [first]
+    names = _names(record, path)
     value: Any = record
     for depth, name in enumerate(names):
         there, value = _step(value, name)
         if not there:
-            if is_optional:
+            if path.endswith("?"):
                 return None
             raise DataError(_message(record, names, depth, what, where))
         if value is None:
@@ -181,12 +177,10 @@ def look_up(record: _Record, path: str, what: str, where: str) -> Any:
     return value
 
 
-def _first_name(record: _Record, path: str) -> str:
-    """Return the column that a path begins in: names may hold dots themselves."""
-    for whole in (path, path.removesuffix("?")):
-        if whole in record:
-            return whole
-    return path.removesuffix("?").partition(".")[0]
+def _names(record: _Record, path: str) -> list[str]:
+    """Cut a path into a column's name and what follows it; a column's own name may hold dots, or end in ?."""
+    required = path.removesuffix("?")
+    return next(([whole] for whole in (path, required) if whole in record), required.split("."))
 
 
 def _step(value: Any, name: str) -> tuple[bool, Any]:
