@@ -6,7 +6,7 @@ rows that lack half of their text. Before that, data.keep and data.ignore say wh
 which columns of ours there are, and what they mean (detect.py).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -36,7 +36,7 @@ def mapped(record: _Record, columns: Mapping[str, str], template: Mapping[str, s
         return dict(record)
     made = {ours: look_up(record, path, f"data.columns {ours}", where) for ours, path in columns.items()}
     made |= {ours: _filled(record, text, f"data.template {ours}", where) for ours, text in template.items()}
-    used = source_columns(record, columns, template)
+    used = source_columns(record, paths_of(columns, template))
     return {name: value for name, value in record.items() if name not in used} | made
 
 
@@ -67,54 +67,63 @@ def _equals(value: Any, wanted: Scalar) -> bool:
     return bool(value == wanted and isinstance(value, bool) == isinstance(wanted, bool))
 
 
-def without_ignored(
-    record: _Record, ignored: Collection[str], columns: Mapping[str, str], template: Mapping[str, str]
-) -> _Record:
+def without_ignored(record: _Record, ignored: Collection[str], paths: Iterable[str]) -> _Record:
     """Leave out the columns to ignore, unless ours are made from them; a file's only row stays one.
 
     Args:
         record: a row's columns.
         ignored: names of columns.
-        columns: {our column: path}.
-        template: {our column: text with {path} fields}.
+        paths: of `paths_of`.
 
     Returns:
         The other columns.
     """
-    if not ignored:
-        return record
-    sources = source_columns(record, columns, template)
+    sources = source_columns(record, paths)
     kept = {name: value for name, value in record.items() if name in sources or name not in ignored}
     return WholeFile(kept) if isinstance(record, WholeFile) else kept
 
 
-def source_columns(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> set[str]:
-    """Find the columns of a record that ours are made from, whole or in part.
+def paths_of(columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
+    """List the paths that our columns are made from.
 
     Args:
-        record: a row's columns.
         columns: {our column: path}.
         template: {our column: text with {path} fields}.
 
     Returns:
+        The paths, those that may be missing with their question mark.
+
+    Raises:
+        ValueError: a text of the template is wrong, see `parts`.
+    """
+    return [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
+
+
+def source_columns(record: _Record, paths: Iterable[str]) -> set[str]:
+    """Find the columns of a record that paths begin in.
+
+    Args:
+        record: a row's columns.
+        paths: of `paths_of`, say.
+
+    Returns:
         Names of columns.
     """
-    return {_names(record, path)[0] for path in _paths(columns, template)}
+    return {_names(record, path)[0] for path in paths}
 
 
-def lists_cut(record: _Record, columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
+def lists_cut(record: _Record, paths: Iterable[str]) -> list[str]:
     """Find the lists of objects of which items are taken, and others are not.
 
     Args:
         record: a row's columns.
-        columns: {our column: path}.
-        template: {our column: text with {path} fields}.
+        paths: of `paths_of`.
 
     Returns:
         Their paths.
     """
     taken: dict[str, tuple[int, set[int]]] = {}  # by the path of a list: its length, and the items
-    for path in _paths(columns, template):
+    for path in paths:
         place, *names = _names(record, path)
         value = record.get(place)
         for name in names:
@@ -123,10 +132,6 @@ def lists_cut(record: _Record, columns: Mapping[str, str], template: Mapping[str
                 taken.setdefault(place, (len(value), set()))[1].add(int(name) % len(value))
             place, value = f"{place}.{name}", item
     return [place for place, (length, items) in taken.items() if len(items) < length]
-
-
-def _paths(columns: Mapping[str, str], template: Mapping[str, str]) -> list[str]:
-    return [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
 
 
 def parts(template: str) -> list[tuple[str, str | None]]:

@@ -16,7 +16,7 @@ from qlora_trainer.config.data_schema import DataFormat, Scalar
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import settings_line, text_path
 from qlora_trainer.data.formats.calls import read_tools
-from qlora_trainer.data.formats.columns import is_kept, lists_cut, mapped, without_ignored
+from qlora_trainer.data.formats.columns import is_kept, lists_cut, mapped, paths_of, without_ignored
 from qlora_trainer.data.formats.detect import COLUMNS, missing_columns, resolve_format
 from qlora_trainer.data.formats.turns import (
     check_no_media,
@@ -218,10 +218,9 @@ class RecordReader:
             named = {f"{column}[].{key}": is_meant for key, is_meant in unread.items()}
             keys |= {name: is_meant for name, is_meant in named.items() if name not in self._ignored}
         self._unread.check(record, format, is_plain, row, keys, where)
-        cut = [
-            f"{path} holds more items than are read of it" for path in lists_cut(record, self.columns, self.template)
-        ]
-        self.warnings.update([*_warnings(ours, parsed, format), *cut])
+        cut = lists_cut(record, paths_of(self.columns, self.template))
+        self.warnings.update(_warnings(ours, parsed, format))
+        self.warnings.update(f"{path} holds more items than are read of it" for path in cut)
         return row
 
     def recognize(self, record: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], DataFormat]:
@@ -241,7 +240,8 @@ class RecordReader:
         """
         if not is_kept(record, self.keep, where):
             raise LeftOutError(NOT_KEPT)
-        record = without_ignored(record, self._ignored, self.columns, self.template)
+        if self._ignored:
+            record = without_ignored(record, self._ignored, paths_of(self.columns, self.template))
         format = resolve_format(record, self.format, self.columns, where, self.template)
         if self.format == "auto":
             self.format = format

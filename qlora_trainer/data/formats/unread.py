@@ -16,7 +16,7 @@ from qlora_trainer.common.errors import ConfigError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import chat_columns, one_turn, settings_line, with_fields
-from qlora_trainer.data.formats.columns import parts, source_columns
+from qlora_trainer.data.formats.columns import paths_of, source_columns
 from qlora_trainer.data.formats.detect import COLUMNS, known_columns
 from qlora_trainer.data.formats.mark_values import value_to_keep
 from qlora_trainer.data.formats.meanings import (
@@ -117,8 +117,7 @@ class UnreadColumns:
         made = {**self.columns, **self.template}
         if useless := [name for name in made if name not in read]:
             raise ConfigError(self._useless(record, format, is_plain, useless, where))
-        sources = source_columns(record, self.columns, self.template)
-        sources |= source_columns(record, {path: path for path in self.kept_by}, {})
+        sources = source_columns(record, (*paths_of(self.columns, self.template), *self.kept_by))
         unread = [name for name in record if name not in sources and (name not in read or name in made)]
         meant = [name for name in unread if self._is_meant(name, format)]
         partly = [name for name in record if name in sources and name not in self._read_paths]
@@ -127,8 +126,8 @@ class UnreadColumns:
     @cached_property
     def _read_paths(self) -> frozenset[str]:
         """List the paths that settings name; those of a template are known to be right once a row is read."""
-        fields = (path for text in self.template.values() for _, path in parts(text) if path)
-        return frozenset(path.removesuffix("?") for path in (*self.columns.values(), *self.kept_by, *fields))
+        paths = (*paths_of(self.columns, self.template), *self.kept_by)
+        return frozenset(path.removesuffix("?") for path in paths)
 
     def _unread_marks(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         """Find the marks of an object that is not read, or only in part."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.formats.columns import look_up, mapped, parts, source_columns
+from qlora_trainer.data.formats.columns import look_up, mapped, parts, paths_of, source_columns
 
 ROW = {
     "task": {"title": "t", "points": [1.5, True, None]},
@@ -82,7 +82,8 @@ def test_a_template_writes_text_around_fields():
         "question": "t: i0 {as is}",
         "answer": "[1.5, true, null] on 2024-05-06, true",
     }
-    assert source_columns(ROW, {"text": "a.b"}, template) == {"task", "instances", "nowhere", "day", "a.b"}
+    paths = paths_of({"text": "a.b"}, template)
+    assert source_columns(ROW, paths) == {"task", "instances", "nowhere", "day", "a.b"}
 
 
 def test_a_field_without_text_is_reported():
