@@ -34,7 +34,6 @@ from qlora_trainer.data.reading.values import listed, shortened
 from qlora_trainer.data.turn_names import SPEAKER_KEYS
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
 
-_MOST_NAMED = 6
 _OF_TURNS = ("chat", "sharegpt")
 
 
@@ -254,7 +253,7 @@ class UnreadColumns:
             made = chat_columns(slots | {slot_of(name) or name: columns[name] for name in useless if slots})
             if {columns[name] for name in useless} <= set(made.values()):
                 ways.append(f"To have it read, through the chat template: {settings_line(made, ignore=self.ignored)}.")
-            if format not in ("chat", "sharegpt"):
+            if format not in _OF_TURNS:
                 rest = {name: path for name, path in columns.items() if name not in (first, *useless)}
                 fields = [*(columns[name] for name in useless), columns.get(first, first)]
                 text = "\n\n".join(f"{{{path}}}" for path in fields)
