@@ -235,19 +235,24 @@ def _texts_of(record: _Record) -> list[str]:
     return [name for name in texts if not is_mark(name) or is_class(name)]
 
 
-def with_fields(columns: Mapping[str, str], fields: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+def with_fields(
+    columns: Mapping[str, str], fields: Iterable[str], template: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
     """Write columns below what is asked, each after a blank line.
 
     Args:
         columns: {our column: path}, with a question, instruction or prompt.
         fields: names of the columns, which rows may lack.
+        template: {our column: text with fields} so far.
 
     Returns:
         {our column: path} and {our column: text with fields}.
     """
     asked = next(name for name in ("question", "instruction", "prompt") if name in columns)
-    text = "\n\n".join((f"{{{columns[asked]}}}", *(f"{{{name}?}}" for name in fields)))
-    return {name: path for name, path in columns.items() if name != asked}, {asked: text}
+    before = template or {}
+    first = before.get(asked) or f"{{{columns[asked]}}}"
+    text = "\n\n".join((first, *(f"{{{name}?}}" for name in fields)))
+    return {name: path for name, path in columns.items() if name != asked}, {**before, asked: text}
 
 
 def _in_order(texts: list[str]) -> list[str]:

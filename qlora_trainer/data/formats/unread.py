@@ -213,10 +213,8 @@ class UnreadColumns:
             return []
         if self.template:
             first = COLUMNS[format][0][0]
-            columns = {name: path for name, path in self.columns.items() if name != first}
-            written = self.template.get(first) or f"{{{self.columns.get(first, first)}}}"
-            template = {**self.template, first: "\n\n".join((written, *(f"{{{name}?}}" for name in contexts)))}
-            return [f"To have {shortened(taken)} read: {settings_line(columns, template, ignored)}."]
+            written = settings_line(*with_fields({first: first, **self.columns}, contexts, self.template), ignored)
+            return [f"To have {shortened(taken)} read: {written}."]
         own = next((name for name in COLUMNS[format][1] if slot_of(name) == "context" and name in record), None)
         own = self.columns.get(own, own) if own else None
         alone = chat_columns(slots | {"context": contexts[0]}) if contexts else chat_columns(slots)
