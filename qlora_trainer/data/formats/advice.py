@@ -204,12 +204,12 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
         columns = {"text": text_path(content, record[content]) or content}
         line = settings_line(columns, ignore=_ignored(leftover, columns, slots))
         return f" {turn} If only {content} is to be trained, as plain text: {line}."
-    columns = chat_columns(slots)
+    columns, texts = chat_columns(slots), _texts_of(record)
+    pair = dict(zip(("question", "answer"), _in_order(texts), strict=True)) if len(texts) == 2 else {}
     choices = [name for name, value in record.items() if is_choices(name) and not is_empty(value)]
-    if choices and (columns or len(texts := _texts_of(record)) == 2):
-        columns = columns or dict(zip(("question", "answer"), _in_order(texts), strict=True))
-        ignored = [name for name in _ignored(leftover, columns, slots) if name not in choices]
-        return f" Write: {settings_line(*with_fields(columns, choices), ignored)}."
+    if choices and (asked := columns or pair):
+        ignored = [name for name in _ignored(leftover, asked, slots) if name not in choices]
+        return f" Write: {settings_line(*with_fields(asked, choices), ignored)}."
     if columns:
         ignored = _ignored(leftover, columns, slots)
         line = settings_line(columns, ignore=ignored)
@@ -217,11 +217,9 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
             return f" Write: {line}."
         plain = settings_line({"prompt": slots["asked"], "completion": slots["answered"]}, ignore=ignored)
         return f" Through the chat template: {line}; as plain text without it: {plain}."
-    texts = _texts_of(record)
-    if len(texts) == 2:
-        first, second = _in_order(texts)
-        columns = {"question": first, "answer": second}
-        return f" If {second} answers {first}: {settings_line(columns, ignore=_ignored(leftover, columns, slots))}."
+    if pair:
+        line = settings_line(pair, ignore=_ignored(leftover, pair, slots))
+        return f" If {pair['answer']} answers {pair['question']}: {line}."
     if len(texts) == 1 and slot_of(texts[0]) in (None, "context"):
         columns = {"text": texts[0]}
         return f" If {texts[0]} is plain text: {settings_line(columns, ignore=_ignored(leftover, columns, slots))}."
