@@ -207,7 +207,7 @@ def near_miss(record: _Record, leftover: Iterable[str] = ()) -> str:
     columns, texts = chat_columns(slots), _texts_of(record)
     pair = dict(zip(("question", "answer"), _in_order(texts), strict=True)) if len(texts) == 2 else {}
     choices = [name for name, value in record.items() if is_choices(name) and not is_empty(value)]
-    if choices and (asked := columns or pair):
+    if choices and "turns" not in slots and (asked := columns or pair):
         ignored = [name for name in _ignored(leftover, asked, slots) if name not in choices]
         return f" Write: {settings_line(*with_fields(asked, choices), ignored)}."
     if columns:

@@ -77,3 +77,10 @@ def test_a_context_that_the_question_holds_already_is_not_lost(tmp_path):
 def test_what_is_named_as_the_right_choice_is_none_of_those_offered():
     assert not any(map(is_choices, ("correct_option", "best_choices", "option", "optional", "choice", "goldOptions")))
     assert all(map(is_choices, ("choices", "Options", "option_1", "optionC", "answer_choices", "choice2")))
+
+
+def test_turns_of_another_name_next_to_choices_are_read_by_the_line(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"dialog": turns, "choices": ["x", "y"]}
+    (line,) = ways(refused(tmp_path, [row]))
+    assert read(tmp_path, [row], line) == ["user: q | assistant: a"]
