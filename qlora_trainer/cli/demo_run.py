@@ -7,6 +7,8 @@ printed was measured in this run.
 """
 
 import importlib.util
+import shutil
+import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -124,7 +126,7 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     print_table("Demo", [*measured, ("merged model", str(output / "merged")), ("report", str(report))])
     example = from_merged[0]
     say(f"The merged model, asked {example.request!r}, answers: ", command=example.answer, to=answers)
-    say("Ask it yourself: ", command=command_line(".venv/bin/qlora", "generate", run.directory), to=answers)
+    say("Ask it yourself: ", command=command_line(program_called(), "generate", run.directory), to=answers)
 
 
 def copy_demo_rows(directory: Path) -> None:
@@ -156,6 +158,16 @@ def packaged_model() -> str:
             "name another small chat model with --model."
         )
     return str(found[0])
+
+
+def program_called() -> str:
+    """Return the word by which the shell that called `qlora` finds it again.
+
+    Returns:
+        Such as .venv/bin/qlora; "qlora" where the shell found it in its path, or Python ran the module.
+    """
+    called = sys.argv[0]
+    return called if Path(called).name == "qlora" and called != shutil.which("qlora") else "qlora"
 
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:

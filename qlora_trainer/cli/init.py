@@ -37,10 +37,12 @@ def init(
     card = parse_bytes(gpu_memory) if gpu_memory else None
     check_inputs(settings)
 
+    import torch
+
     from qlora_trainer.common.atomic import write_text
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.config.commented import commented_yaml
-    from qlora_trainer.model.device import choose_device  # imports torch, as those below do
+    from qlora_trainer.model.device import choose_device
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.first_config import settings_that_fit
@@ -54,14 +56,15 @@ def init(
         limit = directory.facts.positions or LONGEST_SEARCHED
         uncut = settings.replace({"data.max_length": limit})
         report = prepare_data(uncut, load_tokenizer(directory), directory, progress).report
-        device = "cuda" if card else choose_device(settings.model.device).type
-        budget = Budget(card, spare_host_memory()) if card else budget_here(choose_device(settings.model.device))
+        device = torch.device("cuda") if card else choose_device(settings.model.device)
+        budget = Budget(card, spare_host_memory()) if card else budget_here(device)
         longest = max(report.train.longest, report.eval.longest)
-        planned_for = settings.replace({"model.device": device})
+        planned_for = settings.replace({"model.device": device.type})
         chosen, plan = settings_that_fit(directory, planned_for, longest, budget, progress)
     chosen = chosen.replace({"model.device": settings.model.device})
-    write_text(config, commented_yaml(chosen, heading(plan, budget.card, longest, report.train.examples)))
-    for paragraph in heading(plan, budget.card, longest, report.train.examples)[1:]:
+    paragraphs = heading(plan, budget.card, longest, report.train.examples)
+    write_text(config, commented_yaml(chosen, paragraphs))
+    for paragraph in paragraphs[1:]:
         answers.print(paragraph, markup=False)
     say("Config:  ", command=config, to=answers)
     say("Next:    ", command=command_line("qlora", "train", config), to=answers)

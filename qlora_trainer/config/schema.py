@@ -18,7 +18,7 @@ PLAIN_OPTIONS = {
     "adapter.dtype": "float32",
     "optimizer.name": "paged_adamw_32bit",
 }
-"""What `auto` means of each memory-efficient option where memory does not need another value (planning/options.py)."""
+"""Values that `auto` gives memory-efficient options where memory does not need others (planning/options.py)."""
 
 
 class ModelConfig(Section):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.cli.demo_run import packaged_model
+from qlora_trainer.cli.demo_run import packaged_model, program_called
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.runs.metrics import read_metrics
 
@@ -26,11 +26,31 @@ def test_demo_of_two_steps_goes_through_every_part(qlora: Callable, tiny_llama: 
     printed = f"{reported} {out}"
     places = [printed.index(part) for part in PARTS]
     assert places == sorted(places)
+    assert f"Ask it yourself: qlora generate {tmp_path}/demo/run" in " ".join(out.split())
     assert len(exact_matches(printed)) == 3
     assert [record["step"] for record in read_metrics(tmp_path / "demo/run/metrics.jsonl")] == [1, 2]
     assert (tmp_path / "demo/run/checkpoints/step-000001").is_dir()
     assert (tmp_path / "demo/merged/model.safetensors").is_file()
     assert (tmp_path / "demo/run/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("called", "word"),
+    [
+        (".venv/bin/qlora", ".venv/bin/qlora"),
+        ("wheel/bin/qlora", "wheel/bin/qlora"),
+        ("{folder}/qlora", "qlora"),
+        ("site-packages/qlora_trainer/__main__.py", "qlora"),
+    ],
+)
+def test_a_command_to_paste_begins_as_the_program_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, word: str
+) -> None:
+    """A program that the shell finds in its path is there under its full name."""
+    (tmp_path / "qlora").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [called.format(folder=tmp_path), "demo"])
+    assert program_called() == word
 
 
 @pytest.mark.campaign

@@ -1,4 +1,4 @@
-"""What the command line does before any work: it says its version and helps at once, and finds data faults first."""
+"""Before any work the command line says its version and helps at once, and it finds data faults first."""
 
 import importlib.metadata
 import os
@@ -12,17 +12,22 @@ import pytest
 HEAVY = {"torch", "transformers", "bitsandbytes", "numpy", "pyarrow", "pydantic", "yaml", "psutil"}
 
 
-def test_help_needs_no_heavy_import() -> None:
+def run_alone(folder: Path, modules: set[str], *words: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own; the last line that it prints is the exit code and which modules it has."""
     code = f"""import sys
 from qlora_trainer.cli import app
-sys.argv = ["qlora", "--help"]
+sys.argv = ["qlora", *{words!r}]
 try:
     app.main()
-except SystemExit:
-    print("imported", *{HEAVY} & sys.modules.keys())"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+except SystemExit as error:
+    print(error.code, *{modules!r} & sys.modules.keys())"""
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+
+
+def test_help_needs_no_heavy_import(tmp_path: Path) -> None:
+    done = run_alone(tmp_path, HEAVY, "--help")
     assert "Usage: qlora" in done.stdout
-    assert done.stdout.splitlines()[-1] == "imported"
+    assert done.stdout.splitlines()[-1] == "0"
 
 
 def test_the_version_is_that_of_the_installed_package(qlora: Callable) -> None:
@@ -84,14 +89,7 @@ def test_a_fault_of_the_data_is_reported_before_torch_is_imported(
 
 def refusal_before_torch(folder: Path, *words: str) -> str:
     """Run a command in a folder where it is refused, and return what it prints; torch must not be imported."""
-    code = f"""import sys
-from qlora_trainer.cli import app
-sys.argv = ["qlora", *{words!r}]
-try:
-    app.main()
-except SystemExit as error:
-    print(error.code, *{{"torch", "transformers", "bitsandbytes"}} & sys.modules.keys())"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    done = run_alone(folder, {"torch", "transformers", "bitsandbytes"}, *words)
     assert done.stdout == "2\n"
     return " ".join(done.stderr.split())
 
@@ -121,7 +119,7 @@ def test_a_wrong_path_is_reported_before_torch_is_imported(
 
 
 def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -> None:
-    """Which take longer to import than the rows of a small file to prepare."""
+    """These take longer to import than the rows of a small file to prepare."""
     code = """import sys
 import qlora_trainer.cli.show_rows, qlora_trainer.model.source, qlora_trainer.model.tokenizer
 import qlora_trainer.planning.attention_trial, qlora_trainer.runs.directory

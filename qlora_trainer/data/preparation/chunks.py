@@ -19,7 +19,7 @@ from qlora_trainer.config.data_schema import DataConfig, DataFormat
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
 from qlora_trainer.data.preparation.row_chunks import Records
-from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, bad_row_error, first_format
+from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, bad_row_error
 from qlora_trainer.data.preparation.source_keys import source_files
 from qlora_trainer.data.preparation.store_writer import make_block
 from qlora_trainer.data.rendering.encoding import Encoded, Tokenizer
@@ -80,24 +80,12 @@ class ChunkMaker:
         self.renderer = Renderer(tokenizer, config.train_on, max_length, config.too_long, config.template_date)
         self.rendered_rows = RenderedRows(tokenizer, self.renderer)
 
-    def format_of(self, source: int, records: Records) -> DataFormat:
-        """Find how these rows of a source are read: as its settings say, or as the first recognizable row shows.
-
-        Args:
-            source: index in `source_files`.
-            records: the source's first.
-
-        Returns:
-            A format; "auto" where no row can be recognized.
-        """
-        return first_format(self.sources[source], records)
-
     def render(self, source: int, format: DataFormat, records: Records) -> RenderedChunk:
         """Read records as rows, and write these as the tokenizer's template does.
 
         Args:
             source: index in `source_files`.
-            format: what `format_of` says of the source's first rows.
+            format: what `first_format` says of the source's first rows.
             records: each with its place.
 
         Returns:

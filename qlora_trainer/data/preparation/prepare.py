@@ -44,6 +44,7 @@ from qlora_trainer.data.preparation.reports import (
     train_repeats,
 )
 from qlora_trainer.data.preparation.row_chunks import in_chunks
+from qlora_trainer.data.preparation.row_reading import first_format
 from qlora_trainer.data.preparation.source_keys import open_sources
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store
@@ -194,7 +195,7 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
     names = ("dropped", "skipped", "unused_columns", "warnings", "spelled")
     counts = [{name: Counter[str]() for name in names} for _ in inputs]
     first_row = 1
-    for (index, _, _), chunk in make_chunks(_jobs(inputs, maker), maker):
+    for (index, _, _), chunk in make_chunks(_jobs(inputs), maker):
         report, counted = reports[index], counts[index]
         writer.append(chunk.block, source=index, first_row=first_row)
         writer.skip(chunk.skipped)
@@ -224,13 +225,13 @@ def _write(writer: StoreWriter, inputs: Sequence[_Input], maker: ChunkMaker, pro
     writer.finish({"sources": [asdict(report) for report in reports], "control_tokens": writer.control_tokens()})
 
 
-def _jobs(inputs: Sequence[_Input], maker: ChunkMaker) -> Iterator[Job]:
+def _jobs(inputs: Sequence[_Input]) -> Iterator[Job]:
     """Cut all sources into chunks; the first rows of a source show how all of it is read."""
     for index, item in enumerate(inputs):
         format: DataFormat = "auto"
         for records in in_chunks(item.source.records()):
             if format == "auto":
-                format = maker.format_of(index, records)
+                format = first_format(item.settings, records)
             yield index, format, records
 
 

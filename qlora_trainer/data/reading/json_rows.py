@@ -45,30 +45,29 @@ def _lines(file: DataFile) -> Iterator[Placed]:
         if line.error:
             yield place, line.error
             continue
+        is_first, first = first, False
         inside = None if file.rows is None else _inside_line(file, text, place)
+        if isinstance(inside, list):
+            yield from inside
+            continue
         try:
-            value = (
-                None if isinstance(inside, list) else decoder.only_value(text, f"{title}, {place}", line.start, file)
-            )
+            value = decoder.only_value(text, f"{title}, {place}", line.start, file)
         except DataError as error:
-            if first and text.lstrip().startswith("["):
+            if is_first and text.lstrip().startswith("["):
                 raise DataError(
                     f"{title}, {place}: begins a JSON array that goes over lines, but this kind of file has one row a "
                     f"line: {file.renamed('.json')}"
                 ) from error
             yield place, error
-        else:
-            if isinstance(inside, DataError) and first:  # of the setting
+            continue
+        if inside is not None:
+            if is_first:  # of the setting
                 raise inside
-            if isinstance(inside, DataError):
-                yield place, inside
-            elif inside is not None:
-                yield from inside
-            elif isinstance(value, dict):
-                yield place, value
-            else:
-                yield from rows_of(value, place, title)
-        first = False
+            yield place, inside
+        elif isinstance(value, dict):
+            yield place, value
+        else:
+            yield from rows_of(value, place, title)
 
 
 def _inside_line(file: DataFile, text: str, place: str) -> list[Placed] | DataError:
