@@ -21,16 +21,10 @@ from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, estimate, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
 from qlora_trainer.planning.options import STEPS, option_steps, options_in_words
-from qlora_trainer.planning.variants import (
-    policy_overrides,
-    with_least_memory,
-    with_length,
-    with_open_policy,
-    with_policy,
-)
+from qlora_trainer.planning.variants import policy_overrides, with_least_memory, with_length, with_open_policy
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
-from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
