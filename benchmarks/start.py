@@ -8,12 +8,12 @@ imports a GGUF file into a cache of its own and prepares the rows; the second ta
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.processes import cpu_seconds
 from qlora_trainer.cli.demo_run import packaged_model
 
 
@@ -27,12 +27,11 @@ def processor_seconds(folder: Path, *words: str) -> float:
     Returns:
         Seconds of processor time, user and system.
     """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = cpu_seconds(of_children=True)
     command = [sys.executable, "-m", "qlora_trainer", *words]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
     subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu_seconds(of_children=True) - before
 
 
 def main() -> None:

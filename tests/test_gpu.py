@@ -22,12 +22,11 @@ from qlora_kernels.card import Card
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.memory_plan import CUBLAS, plan_memory
 from qlora_trainer.planning.step_memory import PAGED
-from qlora_trainer.planning.variants import with_policy
 from qlora_trainer.planning.workspaces import cublas_bytes
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.memory.activations import Policy
-from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
-from qlora_trainer.common.boundary import is_from_library
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.model.modules.packed_attention import (
-    DEVICE_FAILURES,
     attends_apart,
+    is_from_model,
     packed_documents,
     refusals_as_model_error,
 )
@@ -104,8 +103,7 @@ def find_loss_path(model: Any) -> LossPath:
         The formula, or `own_logits`.
 
     Raises:
-        DEVICE_FAILURES: the device failed or is full.
-        RuntimeError: host memory ran out.
+        Exception: the device failed, or memory ran out.
     """
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -123,10 +121,8 @@ def find_loss_path(model: Any) -> LossPath:
             with refusals_as_model_error(model):
                 theirs = loss_sum(model, pack, LossPath(own_logits=True))
             ours = loss_sum(model, pack, path)
-    except DEVICE_FAILURES:
-        raise
     except Exception as error:
-        if not is_from_library(error):
+        if not is_from_model(error):
             raise
         return LossPath(own_logits=True)  # its hidden states are not the head's input
     if not torch.isfinite(theirs):

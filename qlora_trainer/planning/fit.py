@@ -20,17 +20,11 @@ from qlora_trainer.planning.allocator import PAGES
 from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.estimate import bytes_of_a_layer, estimate, largest_that_fits
 from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
-from qlora_trainer.planning.options import STEPS, option_steps, options_in_words
-from qlora_trainer.planning.variants import (
-    policy_overrides,
-    with_least_memory,
-    with_length,
-    with_open_policy,
-    with_policy,
-)
+from qlora_trainer.planning.options import STEPS, changed_options, option_steps, options_in_words
+from qlora_trainer.planning.variants import policy_overrides, with_least_memory, with_length, with_open_policy
 from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
-from qlora_trainer.training.state import with_micro_batch
+from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
@@ -81,19 +75,22 @@ def fastest_plan(
     if plan is not None or not steps or not _may_fit(directory, steps[-1], budget):
         return plan
     for step in steps:
-        changed = ", ".join(value for key, value in step.memory_options().items() if value != plain.value(key))
+        changed = ", ".join(changed_options(plain, step.memory_options()).values())
         progress(f"planning memory, {changed}", 0, None)
         if step is steps[-1] or _may_fit(directory, step, budget):
-            plan = _fastest_policy(directory, step, budget, progress)
+            plan = _fastest_policy(directory, step, budget, progress, may_fit=True)
         if plan is not None:
             break
     return plan
 
 
 def _fastest_policy(
-    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress
+    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress, *, may_fit: bool = False
 ) -> MemoryPlan | None:
-    """Plan a run under the fastest policy that fits, or the config's; None where it does not fit."""
+    """Plan a run under the fastest policy that fits, or the config's; None where it does not fit.
+
+    `may_fit` is True where `_may_fit` has said so already, so that nothing is estimated twice.
+    """
     if config.training.activation_checkpointing != "auto":
         plan = plan_memory(directory, config)
         return plan if budget.holds(plan) else None
@@ -104,7 +101,7 @@ def _fastest_policy(
     none_kept = _plan(directory, config, Policy("full"))
     if none_kept.total <= budget.card:
         return _keep_some_layers(directory, config, none_kept, budget.card, progress)
-    if not _may_fit(directory, config, budget):
+    if not (may_fit or _may_fit(directory, config, budget)):
         return None
     for level in OFFLOADING:
         progress(f"planning memory, {level}", 0, None)

@@ -6,20 +6,8 @@ Left out: which of them fits (fit.py).
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.options import option_steps
 from qlora_trainer.training.memory.activations import Policy
+from qlora_trainer.training.state import with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
-
-
-def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
-    """Return the config with another policy of what backward keeps.
-
-    Args:
-        config: of the run.
-        policy: instead of the config's.
-
-    Returns:
-        The config.
-    """
-    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 
 def with_open_policy(config: RunConfig) -> RunConfig:

@@ -59,12 +59,9 @@ def config_changes(saved: Mapping[str, Mapping[str, Any]], config: RunConfig) ->
     """
     refused, warnings = [], []
     for section, values in config.model_dump(mode="json").items():
-        before, fields = saved.get(section, {}), type(getattr(config, section)).model_fields
-        for name in sorted(values.keys() | before.keys()):
-            # A checkpoint from before a key existed was trained by its default.
+        for name in sorted(values.keys() | saved.get(section, {}).keys()):
             key = f"{section}.{name}"
-            default = PLAIN_OPTIONS.get(key, fields[name].default if name in fields else None)
-            was, now = before.get(name, default), values.get(name)
+            was, now = _saved_value(saved, config, key), values.get(name)
             if was == now:
                 continue
             if section not in _FREE_SECTIONS and key not in _FREE_KEYS:
@@ -84,12 +81,16 @@ def with_saved_options(saved: Mapping[str, Mapping[str, Any]], config: RunConfig
     Returns:
         The config, which leaves none open.
     """
-    options = config.memory_options()
-    for key in options:
-        section, _, name = key.partition(".")
-        if config.value(key) == "auto":
-            options[key] = saved.get(section, {}).get(name, PLAIN_OPTIONS[key])
-    return config.replace(options)
+    left_open = [key for key in PLAIN_OPTIONS if config.value(key) == "auto"]
+    return config.replace({key: _saved_value(saved, config, key) for key in left_open})
+
+
+def _saved_value(saved: Mapping[str, Mapping[str, Any]], config: RunConfig, key: str) -> Any:
+    """Return what a checkpoint was trained by: where it is older than the key, the plain option or the default."""
+    section, _, name = key.partition(".")
+    fields = type(getattr(config, section)).model_fields
+    default = fields[name].default if name in fields else None
+    return saved.get(section, {}).get(name, PLAIN_OPTIONS.get(key, default))
 
 
 def environment(device: torch.device, compute_dtype: torch.dtype) -> dict[str, Any]:

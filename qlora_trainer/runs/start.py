@@ -65,7 +65,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     directory = Path(config.training.output_dir)
     refuse_existing(directory)
     check_files(config.data)  # before the model, which may take minutes to fetch or import
-    _run_device(config)  # and a GPU that is asked for and not there
+    device = _run_device(config)  # and a GPU that is asked for and not there
     with missing_files_name("adapter.init_from"):
         initial = read_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with missing_files_name("model.name"):
@@ -76,7 +76,7 @@ def start_run(config: RunConfig, progress: Progress = silent) -> Run:
     tokenizer = load_tokenizer(model)
     renderer = run_renderer(config, tokenizer, model)
     config = _with_date(config, renderer)
-    run = _assemble(config, directory, model, renderer, progress)
+    run = _assemble(config, directory, model, renderer, device, progress)
     if initial:
         run.warnings += check_base(initial, config, run.base.fingerprint)
         load_adapter_state(run.base.model, initial.tensors)
@@ -121,10 +121,12 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
             f"{override('adapter.init_from', str(found.path))}"
         )
     check_files(config.data)
+    device = _run_device(config)
     with missing_files_name("model.name"):
         model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
     planned = as_lowered(config, state["training"]["memory"], longest_row(model, config))
-    run = _assemble(config, directory, model, run_renderer(config, load_tokenizer(model), model), progress, planned)
+    renderer = run_renderer(config, load_tokenizer(model), model)
+    run = _assemble(config, directory, model, renderer, device, progress, planned)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -165,12 +167,12 @@ def _assemble(
     directory: Path,
     model: ModelDirectory,
     renderer: Renderer,
+    device: torch.device,
     progress: Progress,
     planned: RunConfig | None = None,
 ) -> Run:
     """Make a run before its first step; `planned` is the config to plan memory for, if it is another one."""
     prepared = prepare_data(config, renderer.tokenizer, model, progress)
-    device = _run_device(config)
     unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
     slower = kernel_warnings(device.type)
     plan = check_fits_here(model, planned or config, device, progress)

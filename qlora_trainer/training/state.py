@@ -210,9 +210,21 @@ def as_lowered(config: RunConfig, saved: Mapping[str, Any], longest_row: int) ->
     """
     same_limit, same_policy = _unchanged(config, saved)
     if same_policy and config.training.activation_checkpointing != "auto":
-        policy = Policy(**saved["policy"])
-        config = config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
+        config = with_policy(config, Policy(**saved["policy"]))
     return with_micro_batch(config, saved["micro_batch_tokens"], longest_row) if same_limit else config
+
+
+def with_policy(config: RunConfig, policy: Policy) -> RunConfig:
+    """Return the config with another policy of what backward keeps.
+
+    Args:
+        config: of the run.
+        policy: instead of the config's.
+
+    Returns:
+        The config.
+    """
+    return config.replace({f"training.{name}": value for name, value in policy.as_settings().items()})
 
 
 def with_micro_batch(config: RunConfig, tokens: int, longest_row: int) -> RunConfig:

@@ -8,8 +8,8 @@ from benchmarks.config_table import HEADER, MODELS, SIZES, table_row
 from qlora_trainer.common.units import parse_bytes
 from qlora_trainer.config.load import load_config
 from qlora_trainer.planning.memory_plan import SLACK, plan_memory
-from qlora_trainer.planning.variants import with_policy
 from qlora_trainer.training.memory.activations import Policy
+from qlora_trainer.training.state import with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 ROOT = Path(__file__).parents[2]

@@ -99,9 +99,8 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
         monkeypatch.setattr(runs, "load_base", on_the_host)
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
         model = ModelDirectory.open(Path(config.model.name))
-        return runs._assemble(
-            config, model.path, model, run_renderer(config, runs.load_tokenizer(model), model), silent
-        ).warnings
+        renderer = run_renderer(config, runs.load_tokenizer(model), model)
+        return runs._assemble(config, model.path, model, renderer, runs._run_device(config), silent).warnings
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))

@@ -149,9 +149,10 @@ def test_only_a_run_on_cuda_that_may_differ_says_so(
     assert any("set training.deterministic=true" in warning for warning in warnings) is not deterministic
 
 
-def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer]:
+def _assembled_from(config: RunConfig) -> tuple[Path, ModelDirectory, Renderer, torch.device]:
     model = ModelDirectory.open(Path(config.model.name))
-    return Path(config.training.output_dir), model, run_renderer(config, runs.load_tokenizer(model), model)
+    renderer = run_renderer(config, runs.load_tokenizer(model), model)
+    return Path(config.training.output_dir), model, renderer, runs._run_device(config)
 
 
 def test_turning_it_on_or_off_in_a_run_is_allowed_and_reported(tiny_config: Config) -> None:

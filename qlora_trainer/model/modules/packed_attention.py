@@ -30,7 +30,7 @@ from qlora_trainer.model.modules.experts import has_experts
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
-DEVICE_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing about a model
+_DEVICE_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing about a model
 
 
 def packed_attention(
@@ -130,10 +130,8 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
     try:
         packed, after_another = pack(ids), pack(other_first)
-    except DEVICE_FAILURES:
-        raise
     except Exception as error:
-        if not is_from_library(error):
+        if not is_from_model(error):
             raise
         # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
         return False
@@ -193,6 +191,18 @@ def head_sizes(config: Any) -> tuple[int, int, int] | None:
     return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
+def is_from_model(error: Exception) -> bool:
+    """Return True if an error says that a model's own code could not do its work with what it was given.
+
+    Args:
+        error: raised by a forward pass.
+
+    Returns:
+        False for our own errors, and for a device that failed or memory that ran out.
+    """
+    return is_from_library(error) and not isinstance(error, _DEVICE_FAILURES)
+
+
 @contextmanager
 def refusals_as_model_error(model: Any) -> Iterator[None]:
     """Turn what the model's own code raises in the block into a ModelError.
@@ -210,10 +220,8 @@ def refusals_as_model_error(model: Any) -> Iterator[None]:
     """
     try:
         yield
-    except DEVICE_FAILURES:
-        raise
     except Exception as error:
-        if not is_from_library(error):
+        if not is_from_model(error):
             raise
         raise ModelError(
             f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
