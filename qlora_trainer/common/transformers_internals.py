@@ -9,6 +9,8 @@ Most modules are imported inside a function: they import torch, which whoever re
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,23 +213,33 @@ def rope_frequencies(kind: str, config: Any, device: Any) -> Any:
 
 @contextmanager
 def gguf_header_known(reader: Any) -> Iterator[None]:
-    """Make transformers take the config of a GGUF file from an opened reader in the block, rather than read it again.
+    """Make transformers take the config of a GGUF file from an opened reader in the block, and translate it once.
 
     Args:
         reader: gguf's, of the file; of the tokenizer's long lists only the vocabulary is passed on, which has its size.
     """
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as loading
 
     fields = {
         name: entry
         for name, entry in reader.fields.items()
         if len(entry.data) <= 1 or not name.startswith("tokenizer.") or name == "tokenizer.ggml.tokens"
     }
-    original, gguf.GGUFReader = gguf.GGUFReader, lambda path: SimpleNamespace(fields=fields, tensors=reader.tensors)
+    read, load = gguf.GGUFReader, loading.load_gguf_checkpoint
+    translated = cache(load)
+
+    def load_once(path: str, return_tensors: bool = False, **others: Any) -> dict[str, Any]:
+        if return_tensors or others:
+            return load(path, return_tensors, **others)
+        return deepcopy({"config": translated(path)["config"]})
+
+    gguf.GGUFReader = lambda path: SimpleNamespace(fields=fields, tensors=reader.tensors)
+    loading.load_gguf_checkpoint = load_once
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        gguf.GGUFReader, loading.load_gguf_checkpoint = read, load
 
 
 def gguf_table_architectures() -> set[str]:
@@ -252,10 +264,17 @@ def gguf_table(architecture: str, model: Any) -> tuple[Callable[..., Any], dict[
         What converts a tensor's values (called with the keywords weights, name, tensor_key_mapping and
         parsed_parameters), and the model's name of each tensor by the file's.
     """
+    import gguf
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
-    return processor.process, get_gguf_hf_weights_map(model, processor)
+    # transformers asks gguf for the names of all layers once for each module of the model, and they never differ.
+    original = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(original)
+    try:
+        return processor.process, get_gguf_hf_weights_map(model, processor)
+    finally:
+        gguf.get_tensor_name_map = original
 
 
 def gguf_conversion_architectures() -> set[str]:

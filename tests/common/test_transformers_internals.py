@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import jinja2
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    modeling_gguf_pytorch_utils,
 )
 
 from qlora_kernels.torch_internals import FakeTensorMode
@@ -130,3 +132,33 @@ def test_transformers_takes_the_config_of_a_gguf_file_from_an_opened_reader(tmp_
         AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
     with transformers_internals.gguf_header_known(GGUFReader(path)):
         assert AutoConfig.from_pretrained(tmp_path, gguf_file=path.name).to_dict() == read.to_dict()
+
+
+def test_transformers_translates_a_gguf_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_weights())
+    asked, load = [], modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        asked.append(arguments)
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", counted)
+    with transformers_internals.gguf_header_known(GGUFReader(path)):
+        first, second = (AutoConfig.from_pretrained(tmp_path, gguf_file=path.name) for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+    assert len(asked) == 1
+    AutoConfig.from_pretrained(tmp_path, gguf_file=path.name)
+    assert len(asked) == 2
+
+
+def test_transformers_asks_for_the_names_of_a_gguf_file_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, names = [], gguf.get_tensor_name_map
+
+    def counted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return names(*arguments)
+
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
+    transformers_internals.gguf_table("llama", llama)
+    assert len(asked) == 1
+    assert gguf.get_tensor_name_map is counted

@@ -88,13 +88,14 @@ def import_gguf(path: Path, cache_dir: Path, progress: Progress) -> Path:
         reader = _open(path)
         metadata = read_metadata(reader, path)
         changes = read_changes(metadata, reader, path)
-        config = restore_config(_read_config(path, reader), changes)
+        with gguf_header_known(reader):
+            config = restore_config(_read_config(path), changes)
+            tokenizer = _read_tokenizer(path, config)
         with torch.device("meta"):
             model = _build_model(config, path)
         names = [tensor.name for tensor in reader.tensors]
         with library_boundary(f"The tensors in {path} cannot be translated"):
             translations = translate_tensors(metadata.architecture, names, model, path)
-        tokenizer = _read_tokenizer(path, config, reader)
         warnings = restore_split(tokenizer, metadata.tokenizer, path) + metadata.warnings()
         tensors = _examine_tensors(path, reader, translations, progress)
         try:
@@ -166,16 +167,13 @@ def _open(path: Path) -> Any:
     return reader
 
 
-def _read_config(path: Path, reader: Any) -> "PretrainedConfig":
-    with (
-        as_model_error(
-            lambda error: (
-                f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
-                f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
-                "safetensors directory or hub name."
-            )
-        ),
-        gguf_header_known(reader),
+def _read_config(path: Path) -> "PretrainedConfig":
+    with as_model_error(
+        lambda error: (
+            f"transformers {transformers.__version__} cannot read the model in {path}: {error}\n"
+            f"From GGUF files it reads: {', '.join(readable_architectures())}. For another model, use its "
+            "safetensors directory or hub name."
+        )
     ):
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     # transformers' notes on where the config came from do not hold for the import.
@@ -249,14 +247,11 @@ def _main_dtype(model: "PreTrainedModel", tensors: dict[str, ImportedTensor]) ->
     return elements.most_common(1)[0][0]
 
 
-def _read_tokenizer(path: Path, config: "PretrainedConfig", reader: Any) -> Any:
-    with (
-        as_model_error(
-            lambda error: (
-                f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
-            )
-        ),
-        gguf_header_known(reader),
+def _read_tokenizer(path: Path, config: "PretrainedConfig") -> Any:
+    with as_model_error(
+        lambda error: (
+            f"The tokenizer in {path} cannot be read: {error}\nUse the model's safetensors directory or hub name."
+        )
     ):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)

@@ -112,7 +112,9 @@ def _table_translations(architecture: str, names: list[str], model: "PreTrainedM
         side_output: dict[str, dict[str, Tensor]] = {"tensors": {}}
         result = process(weights=values, name=gguf_name, tensor_key_mapping=name_map, parsed_parameters=side_output)
         # One processor (GPT-2's, for its head) puts its tensor into parsed_parameters instead of returning it.
-        return torch.tensor(result.weights) if result.name else next(iter(side_output["tensors"].values()))
+        if not result.name:
+            return next(iter(side_output["tensors"].values()))
+        return torch.from_numpy(np.ascontiguousarray(result.weights))  # the very array where nothing is to be done
 
     shapes = _shapes(model)
     return {

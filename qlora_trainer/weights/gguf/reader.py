@@ -265,7 +265,8 @@ def _rows(values: Tensor, converted: Tensor, convert: Callable[[np.ndarray], Ten
     """Compare values with their conversion: the same, in another order of rows, or otherwise."""
     if converted.shape != values.shape:
         return "otherwise"
-    if torch.equal(converted, values):
+    untouched = converted.data_ptr() == values.data_ptr() and converted.stride() == values.stride()
+    if untouched or torch.equal(converted, values):
         return "as stored"
     if values.dim() == 2:
         order = convert(
