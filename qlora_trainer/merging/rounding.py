@@ -24,6 +24,7 @@ from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.merging.logits import HeadLogits, Logits
 from qlora_trainer.merging.streamed_model import StreamedMatrix
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.weights.reading import row_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,12 @@ class Rounding:
         if self.layer is None:
             return weight.to(self.dtype).float()
         lora_A, lora_B = self.layer.lora_A.weight, self.layer.whole_B(self.layer.lora_B.weight)
-        merged = fold_lora(weight.T if self.transposed else weight, lora_A, lora_B, self.layer.scaling)
-        error = merged.to(self.dtype).float() - merged
-        return weight + (error.T if self.transposed else error)
+        stored = weight.T if self.transposed else weight  # (O, I)
+        rounded = torch.empty_like(stored)
+        for rows in row_blocks(tuple(stored.shape)):  # the merge's own: a product of more rows may sum otherwise
+            merged = fold_lora(stored[rows], lora_A, lora_B[rows], self.layer.scaling)
+            rounded[rows] = stored[rows] + (merged.to(self.dtype).float() - merged)
+        return rounded.T if self.transposed else rounded
 
 
 @dataclass(frozen=True, eq=False)
