@@ -43,6 +43,7 @@ from qlora_trainer.merging.streamed_model import (
     read_original_weights,
     read_trained_weights,
 )
+from qlora_trainer.merging.trained_weights import with_offset
 from qlora_trainer.merging.verify import logits_of_hidden, row_logits
 from qlora_trainer.model.device import give_back_memory
 from qlora_trainer.model.forward import ForwardPlan, examine_forward, hidden_states, logits
@@ -309,6 +310,9 @@ def _load_whole(run: MergeRun, base: MergeBase, progress: Progress) -> Any:
     loaded = load_base_model(run.base, run.trained.config.replace(as_merged).model, user_cache(), progress)
     if difference := run.trained.fingerprint.difference(loaded.fingerprint):
         raise CheckpointError(f"The base {run.model} is not the one this adapter was trained on: {difference}.")
+    for path, recorded in run.trained.fingerprint.tensors.items():  # the merge takes its offset too
+        layer = loaded.model.get_submodule(path)
+        layer.take(with_offset(layer.nf4_weight, recorded))
     return loaded.model
 
 

@@ -85,7 +85,7 @@ class TrainedWeight:
         Returns:
             The same codes and scales with the recorded offset.
         """
-        return dataclasses.replace(weight, offset=torch.full_like(weight.offset, self.recorded.offset))
+        return with_offset(weight, self.recorded)
 
     def load(self, device: torch.device | str) -> NF4Weight:
         """Read the weight, check it, and give it the offset of training.
@@ -114,6 +114,19 @@ class TrainedWeight:
         """
         weight = dequantize_nf4(self.load(device), torch.float32)
         return weight.T if self.transposed else weight
+
+
+def with_offset(weight: NF4Weight, recorded: TensorFingerprint) -> NF4Weight:
+    """Give a 4-bit weight the recorded offset, of which its own may be another sum.
+
+    Args:
+        weight: of the recorded codes.
+        recorded: in training.
+
+    Returns:
+        The same codes and scales with the recorded offset.
+    """
+    return dataclasses.replace(weight, offset=torch.full_like(weight.offset, recorded.offset))
 
 
 @dataclass(frozen=True)

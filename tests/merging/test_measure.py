@@ -1,5 +1,6 @@
 """Base + adapter is measured on both bases, streamed where that works, in few passes, and where there is memory."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -164,6 +165,25 @@ def test_a_model_that_cannot_be_streamed_is_measured_whole(
     assert whole.choice.eval_loss == pytest.approx(streamed.choice.eval_loss, rel=1e-5)
     assert whole.choice.base == streamed.choice.base
     assert whole.report.verification is not None
+
+
+def test_a_model_measured_whole_has_the_offsets_of_training(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose last bits depend on the device that summed them, and move one element in thousands to the next float16."""
+    trained = read_trained(run_dir)
+    tensors = {
+        path: dataclasses.replace(tensor, offset=tensor.offset * (1 + 2**-22))
+        for path, tensor in trained.fingerprint.tensors.items()
+    }
+    summed_otherwise = dataclasses.replace(trained.fingerprint, tensors=tensors)
+    monkeypatch.setattr(
+        deployment, "read_trained", lambda _: dataclasses.replace(trained, fingerprint=summed_otherwise)
+    )
+    monkeypatch.setattr(stream_plan, "_sources", lambda *args: None)
+    done = merge_run(run_dir, tmp_path / "merged", base="dequantized")
+    assert done.report.verification is not None
+    assert done.report.verification.beyond_rounding.kl < 1e-11
 
 
 @pytest.mark.slow
