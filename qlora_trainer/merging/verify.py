@@ -30,8 +30,10 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 # A right merge gives the logits of base + adapter with the same rounding (rounding.py), but for fp32's last bits. So it
 # may differ from these by a share of what rounding costs the same model on the same rows, or by what fp32 itself costs
 # where that is more; docs/decisions/0040 has the numbers.
-SHARE_OF_ROUNDING = 0.05
-LEAST_KL_BOUND = 1e-8
+SHARE_OF_ROUNDING = 5e-4
+LEAST_KL_BOUND = 5e-9
+# A merge into fp32 rounds nothing, so nothing tells how far last bits lead in this model.
+UNROUNDED_KL_BOUND = 2e-8
 # A router's choice jumps: where two experts are as good as equal, the last bits send a token to the other one, which
 # cost up to 1e-3 on 512 tokens.
 LEAST_ROUTED_KL_BOUND = 1e-3
@@ -92,13 +94,14 @@ def kl_bound(rounding: LogitDifference, is_routed: bool) -> float:
     """Compute how much a right merge's logits may differ from those of base + adapter with the same rounding.
 
     Args:
-        rounding: what rounding costs.
+        rounding: what rounding costs; a KL of 0 where nothing is rounded.
         is_routed: the model has experts.
 
     Returns:
         KL in nats.
     """
-    return max(SHARE_OF_ROUNDING * rounding.kl, LEAST_ROUTED_KL_BOUND if is_routed else LEAST_KL_BOUND)
+    least = LEAST_KL_BOUND if rounding.kl else UNROUNDED_KL_BOUND
+    return max(SHARE_OF_ROUNDING * rounding.kl, LEAST_ROUTED_KL_BOUND if is_routed else least)
 
 
 def verify_merge(
