@@ -74,11 +74,11 @@ def plan_peer(
         layers: a base cut to so many layers.
         prepared: with peft's prepare_model_for_kbit_training and autocast.
     """
-    model = _model_without_weights(directory, rank, layers, prepared)
+    model = model_without_weights(directory, rank, layers, prepared)
     live = LiveBytes(workspaces=workspaces_on_cuda(card_here()) | WORKSPACES)
     paged: list[int] = []
     with FakeRun():
-        live.watch(_fill(model), "model")
+        live.watch(fill(model), "model")
         input_ids = torch.ones((1, tokens), dtype=torch.int64)
         live.watch([input_ids], "model")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +109,7 @@ def plan_peer(
     )
 
 
-def _model_without_weights(directory: Path, rank: int, layers: int | None, prepared: bool) -> Any:
+def model_without_weights(directory: Path, rank: int, layers: int | None, prepared: bool) -> Any:
     config = AutoConfig.from_pretrained(directory)
     if layers is not None:
         config.num_hidden_layers = layers
@@ -143,7 +143,7 @@ def _linear4bit(linear: nn.Linear) -> nn.Module:
     ).to(torch.bfloat16)  # its bias; nothing is quantized on the meta device
 
 
-def _fill(model: nn.Module) -> list[Tensor]:
+def fill(model: nn.Module) -> list[Tensor]:
     """Give a model without weights fake ones; returns all of them. Call under fake tensors."""
     made: dict[int, Tensor] = {}
     filled: list[Tensor] = []

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.gated import Activation, gated_gradients, gated_product
-from qlora_kernels.lora_linear import Adapter, AdapterBackward, bias_gradient, input_gradient, low_rank_of, output_of
+from qlora_kernels.lora_linear import (
+    Adapter,
+    AdapterBackward,
+    as_tokens,
+    input_gradient,
+    low_rank_of,
+    output_of,
+    shaped_as,
+    shown_to_autograd,
+    trains_B,
+)
 from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.saved_tensors import fetch, keep, visible
 
@@ -39,7 +49,7 @@ def gated_nf4_linear(
     Returns:
         The output, in gate's dtype.
     """
-    A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+    A, B = shown_to_autograd(adapter)
     return _GatedNF4Linear.apply(*visible(gate, up, bias, A, B), activation, weight, adapter)
 
 
@@ -56,28 +66,32 @@ class _GatedNF4Linear(torch.autograd.Function):
         weight: NF4Weight,
         adapter: Adapter | None,
     ) -> Tensor:
-        product = gated_product(gate, up, activation)
+        product = as_tokens(gated_product(gate, up, activation))
         low_rank = None if adapter is None else low_rank_of(product, adapter)
         if any(ctx.needs_input_grad):
-            ctx.kept = keep(gate, up, low_rank if ctx.needs_input_grad[4] else None)
+            needs_B = trains_B(adapter, *ctx.needs_input_grad[3:5])
+            ctx.kept = keep(gate, up, low_rank if needs_B else None)
         ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output_of(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+        output = output_of(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+        return shaped_as(output, gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_gate, needs_up, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        needs_B = trains_B(ctx.adapter, needs_A, needs_B)
         gate, up, low_rank = fetch(ctx.kept)
         assert gate is not None
         assert up is not None
-        adapter = AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
+        tokens_grad = as_tokens(grad)
+        adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
-        grad_bias = bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        grad_A = adapter.grad_A(gated_product(gate, up, ctx.activation)) if adapter and needs_A else None
+        grad_bias = tokens_grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
+        grad_A = adapter.grad_A(as_tokens(gated_product(gate, up, ctx.activation))) if adapter and needs_A else None
         grad_gate = grad_up = None
         if needs_gate or needs_up:
-            grad_product = input_gradient(grad, ctx.weight, adapter)
+            grad_product = shaped_as(input_gradient(tokens_grad, ctx.weight, adapter), gate)
             grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
         return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from qlora_kernels.dropout import keep_mask
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
-from qlora_kernels.products import linear
+from qlora_kernels.products import linear, product
 from qlora_kernels.saved_tensors import fetch, keep, visible
 from qlora_kernels.torch_internals import reshaped_without_view
 
@@ -41,6 +41,7 @@ class Adapter:
     dropout: float = 0.0  # a probability below 1, of the adapter's input
     dropout_seed: Tensor | None = None  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
     casts: tuple[Tensor, Tensor] | None = None  # A and B in the dtype of x, where somebody has cast them already
+    grads: tuple[Tensor, Tensor] | None = None  # of A and B: backward adds to these, and gives autograd none
 
     def __post_init__(self) -> None:
         assert not self.dropout or self.dropout_seed is not None, "dropout needs a seed"
@@ -88,7 +89,7 @@ def nf4_linear(
     """Compute x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype.
 
     The weight is dequantized to that dtype, the others are cast. Gradients go to x, A, B and the bias, each in its own
-    dtype. For backward x itself is saved, so that layers with the same input keep it once, and x A^T (N, R); of these
+    dtype. For backward a view of x is saved, so layers with the same input keep it once, and x A^T (N, R); of these
     only what the gradients asked for need. Dropout's mask is a function of the seed and the number of elements:
     backward makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
 
@@ -101,8 +102,36 @@ def nf4_linear(
     Returns:
         The output.
     """
-    A, B = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
+    A, B = shown_to_autograd(adapter)
     return _NF4Linear.apply(*visible(x, bias, A, B), weight, adapter)
+
+
+def shown_to_autograd(adapter: Adapter | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the inputs by which autograd knows that an adapter trains.
+
+    Args:
+        adapter: on the layer, or None.
+
+    Returns:
+        A and B; of an adapter with `grads`, A alone, which is enough to be called back.
+    """
+    if adapter is None:
+        return None, None
+    return adapter.lora_A, None if adapter.grads is not None else adapter.lora_B
+
+
+def trains_B(adapter: Adapter | None, needs_A: bool, needs_B: bool) -> bool:
+    """Say whether backward computes a gradient of B.
+
+    Args:
+        adapter: on the layer, or None.
+        needs_A: whether autograd asks for A's.
+        needs_B: whether autograd asks for B's.
+
+    Returns:
+        True if it does.
+    """
+    return needs_A if adapter is not None and adapter.grads is not None else needs_B
 
 
 def add_lora(
@@ -140,98 +169,133 @@ class _NF4Linear(torch.autograd.Function):
         adapter: Adapter | None,
     ) -> Tensor:
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        low_rank = None if adapter is None else low_rank_of(x, adapter)
+        needs_B = trains_B(adapter, needs_A, needs_B)
+        tokens = as_tokens(x)
+        low_rank = None if adapter is None else low_rank_of(tokens, adapter)
         if needs_A or needs_B:
-            ctx.kept = keep(x if needs_A else None, low_rank if needs_B else None)
+            ctx.kept = keep(tokens if needs_A else None, low_rank if needs_B else None)
         # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return output_of(x, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+        output = output_of(tokens, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
+        return shaped_as(output, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        x, low_rank = fetch(ctx.kept) if needs_A or needs_B else (None, None)
-        adapter = AdapterBackward(grad, ctx.adapter) if ctx.adapter is not None else None
+        needs_B = trains_B(ctx.adapter, needs_A, needs_B)
+        tokens, low_rank = fetch(ctx.kept) if needs_A or needs_B else (None, None)
+        tokens_grad = as_tokens(grad)
+        adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
-        grad_A = adapter.grad_A(x) if adapter and needs_A and x is not None else None
-        del x
-        grad_x = input_gradient(grad, ctx.weight, adapter) if needs_x else None
-        grad_bias = bias_gradient(grad, ctx.bias_dtype) if needs_bias else None
-        return grad_x, grad_bias, grad_A, grad_B, None, None
+        grad_A = adapter.grad_A(tokens) if adapter and needs_A and tokens is not None else None
+        del tokens
+        grad_x = input_gradient(tokens_grad, ctx.weight, adapter) if needs_x else None
+        grad_bias = tokens_grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
+        return None if grad_x is None else shaped_as(grad_x, grad), grad_bias, grad_A, grad_B, None, None
 
 
 class AdapterBackward:
     """Compute the adapter's gradients from one output gradient, in the order in which memory is least.
 
     Args:
-        grad: (..., O), of the layer's output.
+        tokens_grad: (N, O), of the layer's output.
         adapter: as given to forward.
     """
 
-    def __init__(self, grad: Tensor, adapter: Adapter) -> None:
+    def __init__(self, tokens_grad: Tensor, adapter: Adapter) -> None:
         self.adapter = adapter
-        self.tokens_grad = grad.reshape(-1, grad.shape[-1])  # (N, O)
-        self.A, self.B = adapter.in_dtype(grad.dtype)
-        self.low_rank_grad = linear(self.tokens_grad, self.B.T)  # (N, R), not yet scaled
-        self.mask = adapter.keep_mask(self.tokens_grad)
+        self.tokens_grad = tokens_grad
+        self.A, self.B = adapter.in_dtype(tokens_grad.dtype)
+        self.low_rank_grad = product(tokens_grad, self.B)  # (N, R), not yet scaled
+        self.mask = adapter.keep_mask(tokens_grad)
 
-    def grad_B(self, low_rank: Tensor) -> Tensor:
+    def grad_B(self, low_rank: Tensor) -> Tensor | None:
         """Compute the gradient of B.
 
         Args:
             low_rank: x A^T (N, R), as forward had it.
 
         Returns:
-            (O, R), in the dtype of B.
+            (O, R), in the dtype of B; None where it was added to the adapter's `grads`.
         """
-        product = linear(low_rank.T, self.tokens_grad.T)  # (R, O)
-        return product.T.to(self.adapter.lora_B.dtype).mul_(self.adapter.factor)
+        return self._scaled(product(low_rank.T, self.tokens_grad).T, 1, self.adapter.lora_B.dtype)
 
-    def grad_A(self, x: Tensor) -> Tensor:
+    def grad_A(self, tokens: Tensor) -> Tensor | None:
         """Compute the gradient of A.
 
         Args:
-            x: (..., I), the layer's input.
+            tokens: (N, I), the layer's input.
 
         Returns:
-            (R, I), in the dtype of A.
+            (R, I), in the dtype of A; None where it was added to the adapter's `grads`.
         """
-        tokens = x.reshape(-1, x.shape[-1])
         dropped = tokens if self.mask is None else self.mask * tokens
-        return linear(self.low_rank_grad.T, dropped.T).to(self.adapter.lora_A.dtype).mul_(self.adapter.factor)
+        return self._scaled(product(self.low_rank_grad.T, dropped), 0, self.adapter.lora_A.dtype)
+
+    def _scaled(self, found: Tensor, place: int, dtype: torch.dtype) -> Tensor | None:
+        """Scale a gradient, and add it where the adapter keeps its own."""
+        if self.adapter.grads is None:
+            return found.to(dtype).mul_(self.adapter.factor)
+        self.adapter.grads[place].add_(found, alpha=self.adapter.factor)
+        return None
 
 
-def low_rank_of(x: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+def as_tokens(x: Tensor) -> Tensor:  # (N, W)
+    """Return what has a vector for each token as a matrix of tokens.
+
+    Args:
+        x: (..., W).
+
+    Returns:
+        The matrix; x itself where it is one.
+    """
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped_as(matrix: Tensor, like: Tensor) -> Tensor:  # (..., W)
+    """Return a matrix of tokens with the dimensions that the tokens have in another tensor.
+
+    Args:
+        matrix: (N, W), contiguous.
+        like: (..., any), of N tokens.
+
+    Returns:
+        The tensor, with the matrix's memory; no view, as autograd forbids models (Falcon) to add into a view of one
+        that was made inside a function.
+    """
+    return matrix if like.dim() == 2 else reshaped_without_view(matrix, [*like.shape[:-1], matrix.shape[1]])
+
+
+def low_rank_of(tokens: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
     """Compute dropout(x) A^T, not scaled.
 
     Args:
-        x: (..., I), the layer's input.
+        tokens: (N, I), the layer's input.
         adapter: on the layer.
 
     Returns:
         The product.
     """
-    tokens = x.reshape(-1, x.shape[-1])
     mask = adapter.keep_mask(tokens)
-    return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(x.dtype)[0])
+    return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(tokens.dtype)[0])
 
 
 def output_of(
-    x: Tensor,
+    tokens: Tensor,
     weight: NF4Weight,
     bias: Tensor | None,
     adapter: Adapter | None,
     low_rank: Tensor | None,
     *,
     is_inference: bool,
-) -> Tensor:  # (..., O), a new tensor, contiguous
+) -> Tensor:  # (N, O), a new tensor, contiguous
     """Compute a layer's output, the adapter's part added in place.
 
     Args:
-        x: (..., I), the layer's input.
+        tokens: (N, I), the layer's input.
         weight: (O, I).
         bias: (O,), or None.
         adapter: on the layer, or None.
@@ -239,54 +303,38 @@ def output_of(
         is_inference: take the product for few tokens where there are few.
 
     Returns:
-        The output, contiguous, and no view of another tensor.
+        The output.
     """
-    tokens = x.reshape(-1, x.shape[-1])
-    product = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
-    output = product(tokens, weight, None if bias is None else bias.to(x.dtype))
+    multiplied = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
+    output = multiplied(tokens, weight, None if bias is None else bias.to(tokens.dtype))
     if adapter is not None and low_rank is not None:
-        output.addmm_(low_rank, adapter.in_dtype(x.dtype)[1].T, alpha=adapter.factor)
-    # No view of a tensor made in here: autograd forbids models (Falcon) to add into one.
-    return reshaped_without_view(output, [*x.shape[:-1], weight.shape[0]])
+        output.addmm_(low_rank, adapter.in_dtype(tokens.dtype)[1].T, alpha=adapter.factor)
+    return output
 
 
 def input_gradient(
-    grad: Tensor,  # (..., O)
+    tokens_grad: Tensor,  # (N, O)
     weight: NF4Weight,  # (O, I)
     adapter: AdapterBackward | None = None,
-) -> Tensor:  # (..., I)
+) -> Tensor:  # (N, I)
     """Compute the gradient of a layer's input: grad W, and the adapter's part.
 
     Args:
-        grad: of the output.
+        tokens_grad: of the output.
         weight: frozen.
         adapter: None without an adapter; its mask is used up.
 
     Returns:
         The gradient.
     """
-    tokens_grad = grad.reshape(-1, grad.shape[-1])
     grad_x = None
     if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
         grad_x = (adapter.low_rank_grad @ adapter.A).mul_(adapter.mask).mul_(adapter.adapter.factor)
         adapter.mask = None
-    for rows, values in dequantized_blocks(weight, grad.dtype):
-        part = tokens_grad[:, rows]
-        grad_x = linear(part, values.T) if grad_x is None else grad_x.addmm_(part, values)
+    for rows, values in dequantized_blocks(weight, tokens_grad.dtype):
+        part = tokens_grad if len(values) == weight.shape[0] else tokens_grad[:, rows]
+        grad_x = product(part, values) if grad_x is None else grad_x.addmm_(part, values)
     assert grad_x is not None
     if adapter is not None and not adapter.adapter.dropout:
         grad_x.addmm_(adapter.low_rank_grad, adapter.A, alpha=adapter.adapter.factor)
-    return grad_x.view(*grad.shape[:-1], weight.shape[1])
-
-
-def bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:  # (O,)
-    """Sum the output's gradient over tokens.
-
-    Args:
-        grad: (..., O).
-        dtype: of the bias.
-
-    Returns:
-        The gradient of the bias.
-    """
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=dtype)
+    return grad_x

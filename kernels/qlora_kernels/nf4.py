@@ -41,6 +41,13 @@ class NF4Weight:
     # Where `dequantized_blocks` puts values of its dtype, one block of rows at a time:
     workspace: Tensor | None = None  # (any,)
 
+    @functools.cached_property
+    def whole_block(self) -> Tensor | None:
+        """Return the part of the workspace that takes the whole weight, (O, I); None where it is smaller."""
+        elements = self.shape[0] * self.shape[1]
+        has_room = self.workspace is not None and self.workspace.numel() >= elements
+        return self.workspace[:elements].view(self.shape) if self.workspace is not None and has_room else None
+
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:
     """Quantize a finite weight to the codes that bitsandbytes gives on a CPU.
@@ -149,9 +156,13 @@ def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[
     if workspace is None or workspace.dtype != dtype or workspace.numel() < in_features:
         yield slice(0, out_features), dequantize_nf4(weight, dtype)
         return
-    rows = min(workspace.numel() // in_features, out_features)
-    if rows < out_features:
-        rows = rows // BLOCK_SIZE * BLOCK_SIZE or rows  # so that a block of rows begins at a block of the format
+    whole = weight.whole_block
+    if whole is not None:
+        _dequantize_into(whole, weight, 0)
+        yield slice(0, out_features), whole
+        return
+    rows = workspace.numel() // in_features
+    rows = rows // BLOCK_SIZE * BLOCK_SIZE or rows  # so that a block of rows begins at a block of the format
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         block = workspace[: (stop - start) * in_features].view(stop - start, in_features)

@@ -28,7 +28,7 @@ FEW_STEP = 8
 
 def linear(
     x: Tensor,  # (N, I)
-    weight: Tensor,  # (O, I) of x's dtype, in any layout: of a transpose, linear(x, w.T) is x @ w
+    weight: Tensor,  # (O, I) of x's dtype, in any layout
     bias: Tensor | None = None,  # (O,) of x's dtype
 ) -> Tensor:  # (N, O), a new tensor
     """Compute x W^T + bias, without gradients.
@@ -42,6 +42,22 @@ def linear(
         The product.
     """
     return torch.ops.qlora_kernels.linear(x, weight, bias)
+
+
+def product(
+    x: Tensor,  # (N, I)
+    other: Tensor,  # (I, O) of x's dtype, in any layout
+) -> Tensor:  # (N, O), a new tensor
+    """Compute x @ other, without gradients, as `linear` computes it of the transpose.
+
+    Args:
+        x: the tokens.
+        other: the matrix.
+
+    Returns:
+        The product.
+    """
+    return torch.ops.qlora_kernels.product(x, other)
 
 
 def by_onednn(
@@ -137,9 +153,20 @@ def fastest_on_cpu() -> Callable[..., Tensor]:
     return by_onednn
 
 
+def _product_on_cpu() -> Callable[..., Tensor]:
+    multiply = fastest_on_cpu()
+    return torch.mm if multiply is F.linear else lambda x, other: multiply(x, other.T, None)
+
+
 _LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     F.linear,
     lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cpu=fastest_on_cpu,
+)
+define(
+    "product(Tensor x, Tensor other) -> Tensor",
+    torch.mm,
+    lambda x, other: x.new_empty(x.shape[0], other.shape[1]),
+    cpu=_product_on_cpu,
 )

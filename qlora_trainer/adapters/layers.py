@@ -12,6 +12,7 @@ and B's zero blocks, which make it one adapter of the summed rank, are put betwe
 Legend: O out features, I in features, R rank, P parts of a fused layer, S rows of these parts together.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Self
@@ -58,7 +59,7 @@ class LoRALinear(nn.Module):
         adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
         self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
         self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
-        self.casts: tuple[Tensor, Tensor] | None = None  # A and B in the compute dtype, while `adapters_cast` holds
+        self.prepared: Adapter | None = None  # for one step, while `adapters_prepared` holds
 
     @classmethod
     def from_base(
@@ -132,10 +133,13 @@ class LoRALinear(nn.Module):
         Returns:
             The adapter.
         """
-        dropout = self.dropout if self.training else 0.0
-        seed = draw_seed() if dropout else None
-        casts = None if self.casts is None else (self.casts[0], self.whole_B(self.casts[1]))
-        return Adapter(self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling, dropout, seed, casts)
+        prepared = self.prepared or Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
+        if self.parts:
+            casts = prepared.casts and (prepared.casts[0], self.whole_B(prepared.casts[1]))
+            prepared = dataclasses.replace(prepared, lora_B=self.whole_B(prepared.lora_B), casts=casts, grads=None)
+        if self.dropout and self.training:
+            prepared = dataclasses.replace(prepared, dropout=self.dropout, dropout_seed=draw_seed())
+        return prepared
 
     def extra_repr(self) -> str:
         """Describe the adapter, as `print(model)` shows it.

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.adapters.inject import lora_layers
+from qlora_kernels.lora_linear import Adapter
+from qlora_trainer.adapters.layers import LoRALinear
 
 ALIGNMENT = 16  # bytes
 
@@ -146,28 +147,34 @@ def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
 
 
 @contextmanager
-def adapters_cast(model: nn.Module, groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
-    """Hold the adapters in `dtype` too in the block, cast a whole group at once, instead of each at each use.
+def adapters_prepared(
+    adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype
+) -> Iterator[None]:
+    """Hold the adapters in `dtype` too in the block, cast a whole group at once, and let backward add to their grads.
 
-    For a training step's forward and backward passes: the adapters must not change inside.
+    For a training step's forward and backward passes: the adapters must not change inside, nor lose their gradients.
 
     Args:
-        model: with adapters.
+        adapted: the model's layers with adapters.
         groups: that hold them.
         dtype: of computation.
     """
-    layers = [layer for layer in lora_layers(model).values() if layer.lora_A.weight.dtype != dtype]
     casts: dict[int, Tensor] = {}
-    trained = {id(layer.lora_A.weight) for layer in layers}
+    trained = {id(layer.lora_A.weight) for layer in adapted}
     for group in groups:
-        if not any(id(parameter) in trained for parameter in group.parameters.values()):
+        if group.data.dtype == dtype or trained.isdisjoint(map(id, group.parameters.values())):
             continue
         flat = group.data.detach().to(dtype)
-        casts |= {id(p): flat[group.slices[name]].view(p.shape) for name, p in group.parameters.items()}
-    for layer in layers:
-        layer.casts = casts[id(layer.lora_A.weight)], casts[id(layer.lora_B.weight)]
+        for name, p in group.parameters.items():
+            casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
+    for layer in adapted:
+        A, B = layer.lora_A.weight, layer.lora_B.weight
+        both = (casts[id(A)], casts[id(B)]) if id(A) in casts else None
+        assert A.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
+        assert B.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
+        layer.prepared = Adapter(A, B, layer.scaling, casts=both, grads=(A.grad, B.grad))
     try:
         yield
     finally:
-        for layer in layers:
-            layer.casts = None
+        for layer in adapted:
+            layer.prepared = None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_trainer.adapters.inject import trainable_parameters
+from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
+from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
@@ -31,6 +32,7 @@ class TrainState:
     """Hold all that changes while training, and what the step needs to change it."""
 
     model: Any
+    adapted: list[LoRALinear]
     groups: list[FlatGroup]
     optimizer: Optimizer
     grad_scale: GradScale
@@ -164,6 +166,7 @@ def build_state(
     )
     return TrainState(
         model=model,
+        adapted=list(lora_layers(model).values()),
         groups=groups,
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),

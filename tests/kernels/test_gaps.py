@@ -23,7 +23,7 @@ from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.torch_internals import TorchDispatchMode
 
 LOOKED_AT = 64  # columns of a gap
-PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "product")
 
 
 def gap(operand: Tensor) -> Tensor:

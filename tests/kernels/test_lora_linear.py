@@ -199,7 +199,7 @@ def test_the_input_and_a_rank_sized_product_are_all_that_is_saved(
 ) -> None:
     inputs = adapter_inputs(4, 5, dtype=dtype, parameters=torch.float32)
     kept = saved_by(fused(weight, dropout), inputs)
-    assert [tensor.shape for tensor in kept] == [(4, 5, 45), (20, 3)]
+    assert [tensor.shape for tensor in kept] == [(20, 45), (20, 3)]
     assert kept[0].data_ptr() == inputs[0].data_ptr()
     assert kept[1].dtype == dtype
 

@@ -184,7 +184,12 @@ def test_a_step_without_a_finite_gradient_updates_nothing(tiny_config: Config) -
 
 def test_several_steps_without_a_finite_gradient_end_with_a_message(tiny_config: Config) -> None:
     run = start_run(tiny_config())
-    next(iter(run.state.groups[0].parameters.values())).register_hook(lambda grad: grad * float("nan"))
+
+    def poison(module: Any, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * float("nan"))
+
+    run.state.adapted[0].register_forward_hook(poison)
     with pytest.raises(TrainingError, match=r"5 steps in a row .* Lower optimizer\.learning_rate"):
         run.train(quiet)
 

@@ -56,7 +56,8 @@ class NF4Linear(nn.Module):
         for name in WEIGHT_TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.workspace: Tensor | None = None  # see `share_workspace`; not a buffer, as all layers share it
+        self._weight: NF4Weight | None = None  # kept, as making it at each use costs as much as an operation
+        self.workspace = None
 
     def take(self, weight: NF4Weight) -> None:
         """Replace the weight by another one of the same shape.
@@ -65,23 +66,36 @@ class NF4Linear(nn.Module):
             weight: held without a copy.
         """
         assert weight.shape == (self.out_features, self.in_features)
+        self._weight = None
         for name in WEIGHT_TENSORS:
             setattr(self, name, getattr(weight, name))
 
     @property
+    def workspace(self) -> Tensor | None:
+        """Return what the weight is dequantized into; see `share_workspace`. No buffer, as all layers share it."""
+        return self._workspace
+
+    @workspace.setter
+    def workspace(self, workspace: Tensor | None) -> None:
+        self._weight, self._workspace = None, workspace
+
+    @property
     def nf4_weight(self) -> NF4Weight:
         """Return the weight in the form that the kernels take; it shares memory with this module's buffers."""
-        return NF4Weight(
-            packed=self.packed,
-            absmax=self.absmax,
-            nested_absmax=self.nested_absmax,
-            nested_code=self.nested_code,
-            offset=self.offset,
-            shape=(self.out_features, self.in_features),
-            block_size=BLOCK_SIZE,
-            nested_block_size=NESTED_BLOCK_SIZE,
-            workspace=self.workspace,
-        )
+        packed, kept = self.packed, self._weight
+        if kept is None or kept.packed is not packed:  # another one since `take`, or since the module was moved
+            kept = self._weight = NF4Weight(
+                packed=packed,
+                absmax=self.absmax,
+                nested_absmax=self.nested_absmax,
+                nested_code=self.nested_code,
+                offset=self.offset,
+                shape=(self.out_features, self.in_features),
+                block_size=BLOCK_SIZE,
+                nested_block_size=NESTED_BLOCK_SIZE,
+                workspace=self.workspace,
+            )
+        return kept
 
     def forward(
         self,

@@ -80,8 +80,12 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
         model: of transformers.
         attention: with the signature of `packed_attention`.
     """
+    if attention_name(model.config) == NAME and AttentionInterface().get(NAME) is attention:  # type: ignore[arg-type]
+        yield  # already switched, by a block around this one
+        return
     AttentionInterface.register(NAME, attention)
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found = [vars(module).get("config") for module in model.modules()]  # hasattr would raise and catch for most
+    configs: dict[int, Any] = {id(config): config for config in found if config is not None}
     before = {key: attention_name(config) for key, config in configs.items()}
     for config in configs.values():
         set_attention_name(config, NAME)

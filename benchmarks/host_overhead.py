@@ -1,0 +1,230 @@
+"""Count what a processor does for each decoder layer in a training step, on the branch that a CUDA card takes.
+
+    python -m benchmarks.host_overhead [--policy full] [--layers 2 4] [--seconds]
+
+A card waits for its processor where a step's operations are short. What the processor does for a layer hardly depends
+on sizes, so it is counted at tiny ones: forward and backward of one micro-batch, with recomputation where the policy
+has it, on fake tensors planned for a card. A layer's share is the difference of two depths, over the layers between.
+
+- operations: what is sent to torch's dispatcher, each once, though an operation of ours may send others when it runs.
+- Python calls: of functions, those of the fake tensors themselves left out.
+- autograd nodes: in the graph of the loss, with those made for recomputation.
+
+Beside ours stand peft + bitsandbytes (peer_memory.py) and transformers' own model in bf16, all weights trained, both
+by the same counts. `--seconds` measures processor time too, on real tensors of a CPU with what is for CPUs left out
+(QLORA_KERNELS=reference); it is printed for comparison of two commits on a quiet machine, and means nothing alone.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.peer_memory import fill, model_without_weights
+from qlora_kernels.torch_internals import TorchDispatchMode
+from qlora_trainer.config.load import make_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.empty_run import ASSUMED_CARD, empty_run
+from qlora_trainer.planning.fake_tensors import FakeRun
+from qlora_trainer.training.memory.activations import choose_policy
+from qlora_trainer.training.step import accumulate_gradients
+from qlora_trainer.weights.model_directory import ModelDirectory
+
+TOKENS, RANK = 128, 8
+OF_FAKE_TENSORS = ("prim.device.default",)  # asked by fake tensors, and by nobody where they are real
+
+
+@dataclasses.dataclass
+class Counts:
+    """Hold what was counted in a step."""
+
+    operations: Counter[str] = dataclasses.field(default_factory=Counter)
+    calls: Counter[str] = dataclasses.field(default_factory=Counter)
+    nodes: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def less(self, other: "Counts", layers: int) -> "Counts":
+        """Subtract another step's, and divide by the layers between the two."""
+
+        def share(mine: Counter[str], theirs: Counter[str]) -> Counter[str]:
+            return Counter({k: round((mine[k] - theirs[k]) / layers) for k in mine if mine[k] - theirs[k] >= layers})
+
+        fields = [field.name for field in dataclasses.fields(self)]
+        return Counts(**{name: share(getattr(self, name), getattr(other, name)) for name in fields})
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func) not in OF_FAKE_TENSORS:
+            self.counts.operations[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Calls:
+    """Count calls of Python functions; a dispatch mode's, and those of what torch wraps around it, are left out."""
+
+    AROUND_A_MODE = ("simple_registry.py", "_dynamo/eval_frame.py", "torch/_compile.py", "torch/compiler/__init__.py")
+
+    def __init__(self, counts: Counts) -> None:
+        self.counts = counts
+        self.depth_in_a_mode = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call":
+            if self.depth_in_a_mode or code.co_name == "__torch_dispatch__" or "/fake_tensor.py" in code.co_filename:
+                self.depth_in_a_mode += 1
+            elif not code.co_filename.endswith(self.AROUND_A_MODE) and code.co_filename != __file__:
+                self.counts.calls[f"{code.co_filename}:{code.co_qualname}"] += 1
+        elif event == "return" and self.depth_in_a_mode:
+            self.depth_in_a_mode -= 1
+
+
+def nodes_of(loss: torch.Tensor) -> Counter[str]:
+    """Count the nodes of a graph by name."""
+    found: Counter[str] = Counter()
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found[type(node).__name__] += 1
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@contextmanager
+def counted(counts: Counts) -> Iterator[None]:
+    """Count operations and Python calls in the block."""
+    with _Operations(counts):
+        sys.setprofile(_Calls(counts))
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+
+def count_ours(directory: ModelDirectory, layers: int, policy: str) -> Counts:
+    """Count a micro-batch of ours."""
+    counts = Counts()
+    config = _config(directory, policy)
+    kept = choose_policy(config.training, torch.device("cuda"))
+    state, pack, fake = empty_run(directory, config, torch.bfloat16, kept, layers, ASSUMED_CARD)
+    with fake:
+        state.model.train()
+        accumulate_gradients(state, [pack])  # what is made once
+        with counted(counts), _watching_backward(counts):
+            accumulate_gradients(state, [pack])
+    return counts
+
+
+def count_peer(directory: ModelDirectory, layers: int, is_plain: bool) -> Counts:
+    """Count a micro-batch of peft + bitsandbytes, or of transformers' own model with all its weights trained."""
+    counts = Counts()
+    if is_plain:
+        config = directory.config()
+        config.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model = model_without_weights(directory.path, RANK, layers, prepared=False)
+    with FakeRun(ASSUMED_CARD):
+        fill(model)
+        ids = torch.ones((1, TOKENS), dtype=torch.int64)
+
+        def step() -> None:
+            model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+
+        step()
+        with counted(counts), _watching_backward(counts):
+            step()
+    return counts
+
+
+@contextmanager
+def _watching_backward(counts: Counts) -> Iterator[None]:
+    """Count the nodes of each graph that `backward` is called on, and those that it makes and runs inside."""
+    backward = torch.Tensor.backward
+
+    def watched(self: torch.Tensor, *arguments: Any, **named: Any) -> None:
+        counts.nodes.update(nodes_of(self))
+        backward(self, *arguments, **named)
+
+    torch.Tensor.backward = watched  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+
+
+def _config(directory: ModelDirectory, policy: str, device: str = "cuda") -> RunConfig:
+    values = {
+        "model": {"name": str(directory.path), "device": device},
+        "adapter": {"rank": RANK},
+        "data": {"train": "rows.jsonl", "max_length": TOKENS},
+        "training": {"activation_checkpointing": policy, "micro_batch_tokens": TOKENS, "global_batch_size": 2},
+    }
+    return make_config(values)
+
+
+def tiny_directory(folder: Path, layers: int) -> ModelDirectory:
+    """Write the config of a Llama of tiny widths, with grouped heads as Llama 3's."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    config.save_pretrained(folder)
+    return ModelDirectory.open(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", default=["none", "full"])
+    parser.add_argument("--layers", nargs=2, type=int, default=[2, 4], metavar=("FEW", "MORE"))
+    parser.add_argument("--names", action="store_true", help="name the most frequent ones of ours")
+    options = parser.parse_args()
+    few, more = options.layers
+    with tempfile.TemporaryDirectory() as folder:
+        directory = tiny_directory(Path(folder), more)
+        found: dict[str, Counts] = {}
+        for policy in options.policies:
+            found[f"ours, {policy}"] = count_ours(directory, more, policy).less(
+                count_ours(directory, few, policy), more - few
+            )
+        for name, is_plain in (("peft + bitsandbytes, full", False), ("transformers, bf16, full", True)):
+            found[name] = count_peer(directory, more, is_plain).less(count_peer(directory, few, is_plain), more - few)
+    print(f"a decoder layer of Llama, one micro-batch forward and backward:\n{'':28}{'operations':>12}", end="")
+    print(f"{'Python calls':>14}{'autograd nodes':>16}")
+    for name, counts in found.items():
+        print(f"{name:28}{counts.operations.total():12}{counts.calls.total():14}{counts.nodes.total():16}")
+    if options.names:
+        for name, counts in found.items():
+            if name.startswith("ours"):
+                for kind in (counts.operations, counts.calls, counts.nodes):
+                    print(f"\n{name}:")
+                    for key, times in kind.most_common(40):
+                        print(f"{times:6} {key.split('site-packages/')[-1]}")
+
+
+if __name__ == "__main__":
+    main()
