@@ -67,7 +67,7 @@ class _GatedExperts(torch.autograd.Function):
     ) -> Tensor:
         order, counts = expert_order(chosen, len(experts))
         if any(ctx.needs_input_grad):
-            ctx.kept = keep(x, routing, order)
+            keep(ctx, x, routing, order)
         ctx.counts, ctx.experts, ctx.activation = counts, experts, activation
         output = torch.zeros_like(x)
         for index, tokens, slots in expert_turns(order, counts, routing.shape[1]):
@@ -82,7 +82,7 @@ class _GatedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (N, H)
-        x, routing, order = fetch(ctx.kept)
+        x, routing, order = fetch(ctx)
         assert x is not None
         assert routing is not None
         assert order is not None

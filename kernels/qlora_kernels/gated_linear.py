@@ -70,7 +70,7 @@ class _GatedNF4Linear(torch.autograd.Function):
         low_rank = None if adapter is None else low_rank_of(product, adapter)
         if any(ctx.needs_input_grad):
             needs_B = trains_B(adapter, *ctx.needs_input_grad[3:5])
-            ctx.kept = keep(gate, up, low_rank if needs_B else None)
+            keep(ctx, gate, up, low_rank if needs_B else None)
         ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
         output = output_of(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
@@ -81,7 +81,7 @@ class _GatedNF4Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_gate, needs_up, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         needs_B = trains_B(ctx.adapter, needs_A, needs_B)
-        gate, up, low_rank = fetch(ctx.kept)
+        gate, up, low_rank = fetch(ctx)
         assert gate is not None
         assert up is not None
         tokens_grad = as_tokens(grad)

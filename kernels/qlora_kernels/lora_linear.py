@@ -173,7 +173,7 @@ class _NF4Linear(torch.autograd.Function):
         tokens = as_tokens(x)
         low_rank = None if adapter is None else low_rank_of(tokens, adapter)
         if needs_A or needs_B:
-            ctx.kept = keep(tokens if needs_A else None, low_rank if needs_B else None)
+            keep(ctx, tokens if needs_A else None, low_rank if needs_B else None)
         # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -185,7 +185,7 @@ class _NF4Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         needs_B = trains_B(ctx.adapter, needs_A, needs_B)
-        tokens, low_rank = fetch(ctx.kept) if needs_A or needs_B else (None, None)
+        tokens, low_rank = fetch(ctx) if needs_A or needs_B else (None, None)
         tokens_grad = as_tokens(grad)
         adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None

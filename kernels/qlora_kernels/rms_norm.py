@@ -55,14 +55,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         output, inverse = torch.ops.qlora_kernels.rms_norm(rows, weight, eps, form)
-        ctx.kept = keep(x, inverse) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[0]:
+            keep(ctx, x, inverse)
         ctx.weight, ctx.form = weight, form
         return output.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., H)
-        x, inverse = fetch(ctx.kept)
+        x, inverse = fetch(ctx)
         assert x is not None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         grad_x = torch.ops.qlora_kernels.rms_norm_backward(grads, rows, inverse, ctx.weight, ctx.form)

@@ -1,11 +1,28 @@
-"""Save tensors for backward early, and show autograd only what it needs: for the functions of this package."""
+"""Save tensors for backward, and show autograd only what it needs: for the functions of this package.
 
-from typing import Any, NamedTuple
+A function that is run again in backward only to have its saved tensors is ended as soon as the last is there (see
+`collected_by`). So `keep` hands them over at once then, where autograd would take them when the function ends: a layer
+that ends with a large product does not make it again.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora_kernels.torch_internals import release_saved_tensors
+
+
+class _Collecting(threading.local):
+    """Hold what takes tensors in this thread, as backward of a card runs in a thread of its own."""
+
+    take: Callable[[Tensor], object] | None = None
+
+
+_COLLECTING = _Collecting()
 
 
 def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -24,44 +41,44 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
-class Kept(NamedTuple):
-    """Hold what `keep` saved: the node's output, as up to torch 2.11 the node lets go of what it saved with it."""
-
-    output: Tensor  # (0,)
-
-
-def keep(*tensors: Tensor | None) -> Kept:
-    """Save tensors for backward now, inside a function's forward, instead of when it ends.
+@contextmanager
+def collected_by(take: Callable[[Tensor], object]) -> Iterator[None]:
+    """Give what `keep` is given in the block to a function, at once, and save nothing.
 
     Args:
-        *tensors: to be saved.
-
-    Returns:
-        What `fetch` takes.
+        take: is called with each tensor, in the order in which they would be saved; it may raise to end the work.
     """
-    with torch.enable_grad():
-        return Kept(_Saved.apply(torch.empty(0, requires_grad=True), *tensors))
+    before, _COLLECTING.take = _COLLECTING.take, take
+    try:
+        yield
+    finally:
+        _COLLECTING.take = before
 
 
-def fetch(kept: Kept) -> tuple[Tensor | None, ...]:
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward, from a function's forward; once in each.
+
+    Args:
+        ctx: of the function.
+        *tensors: to be saved.
+    """
+    if _COLLECTING.take is None:
+        ctx.save_for_backward(*tensors)
+        return
+    for tensor in tensors:
+        if tensor is not None:
+            _COLLECTING.take(tensor)
+
+
+def fetch(ctx: Any) -> tuple[Tensor | None, ...]:
     """Return what `keep` saved, and let go of it, unless the graph is to be used again.
 
     Args:
-        kept: as `keep` gives it.
+        ctx: of the function, in its backward.
 
     Returns:
         The tensors.
     """
-    node: Any = kept.output.grad_fn
-    tensors = node.saved_tensors
-    release_saved_tensors(node)
+    tensors = ctx.saved_tensors
+    release_saved_tensors(ctx)
     return tensors
-
-
-class _Saved(torch.autograd.Function):
-    """Make a node that holds saved tensors, seen by hooks of saved tensors, and is never a part of the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)

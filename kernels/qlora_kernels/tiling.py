@@ -51,7 +51,7 @@ class _Tiled(torch.autograd.Function):
         tile_tokens: int,
     ) -> Tensor:
         if ctx.needs_input_grad[0]:
-            ctx.kept = keep(x)
+            keep(ctx, x)
         ctx.function, ctx.tile_tokens, ctx.random = function, tile_tokens, RandomState(x)
         rows, output = x.reshape(-1, x.shape[-1]), None
         for part in _tiles(rows, tile_tokens):
@@ -65,7 +65,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
-        (x,) = fetch(ctx.kept)
+        (x,) = fetch(ctx)
         assert x is not None
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs_x = ctx.needs_input_grad[1]

@@ -119,6 +119,18 @@ def release_saved_tensors(node: Any) -> None:
     node.maybe_clear_saved_tensors()
 
 
+def version_of(tensor: Tensor) -> int:
+    """Count how often a tensor's memory was written to in place.
+
+    Args:
+        tensor: any but one of inference mode.
+
+    Returns:
+        The count, shared with all views.
+    """
+    return tensor._version
+
+
 def reshaped_without_view(
     tensor: Tensor,  # contiguous
     shape: list[int],

@@ -7,7 +7,6 @@ import torch
 from torch.nn.attention import varlen
 
 from qlora_kernels import torch_features
-from qlora_kernels.saved_tensors import fetch, keep
 from qlora_kernels.varlen_attention import _flash_varlen
 from qlora_trainer.model import device
 
@@ -29,16 +28,6 @@ def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=N
 def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert enable_gqa
     return query
-
-
-def test_what_is_kept_is_there_when_nothing_else_holds_its_graph() -> None:
-    """Up to torch 2.11 a node of autograd ends with its output, whoever holds the node."""
-    tensor = torch.ones(3)
-    kept = keep(tensor, None)
-    found, nothing = fetch(kept)
-    assert found is not None
-    assert torch.equal(found, tensor)
-    assert nothing is None
 
 
 @pytest.mark.parametrize("has_public", [True, False])

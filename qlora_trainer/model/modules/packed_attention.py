@@ -15,6 +15,7 @@ Legend: T tokens, N documents, D numbers of a head, Hq query heads, Hkv key head
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from qlora_trainer.model.modules.experts import has_experts
 
 NAME = "qlora_packed"
 LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a CPU
+# The configs that a model's modules read the attention's name from, each once: a look at every module of a large model
+# takes as long as some ten operations, and it is asked for twice in each forward pass.
+_CONFIGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 _DEVICE_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing about a model
 
 
@@ -84,16 +88,17 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
         yield  # already switched, by a block around this one
         return
     AttentionInterface.register(NAME, attention)
-    found = [vars(module).get("config") for module in model.modules()]  # hasattr would raise and catch for most
-    configs: dict[int, Any] = {id(config): config for config in found if config is not None}
-    before = {key: attention_name(config) for key, config in configs.items()}
-    for config in configs.values():
+    if model not in _CONFIGS:
+        found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+        _CONFIGS[model] = list(found.values())
+    before = [(config, attention_name(config)) for config in _CONFIGS[model]]
+    for config in _CONFIGS[model]:
         set_attention_name(config, NAME)
     try:
         yield
     finally:
-        for key, config in configs.items():
-            set_attention_name(config, before[key])
+        for config, name in before:
+            set_attention_name(config, name)
 
 
 @torch.no_grad()

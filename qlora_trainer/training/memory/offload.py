@@ -1,8 +1,7 @@
 """Recompute a decoder layer in backward from its input, which may wait in host memory until then.
 
-It is torch's non-reentrant checkpointing: the reentrant one loses gradients where a layer's input needs none, as with a
-frozen embedding, and would not stop before a layer's last product. It restores the random state, so dropout draws the
-same masks. Left out: which layers are recomputed and which inputs are offloaded (activations.py).
+Left out: how it is run again (recompute.py), which layers are recomputed and which inputs are offloaded
+(activations.py).
 """
 
 import weakref
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels.host_copy import HostCopy
 from qlora_kernels.random_state import RandomState
+from qlora_trainer.training.memory.recompute import Recomputation
 
 
 class RecomputedLayer:
@@ -42,16 +40,15 @@ class RecomputedLayer:
             The layer's output.
         """
 
-        def run(hidden: Tensor, *args: Any) -> Any:
+        def run(hidden: Tensor) -> Any:
             return type(self.layer).forward(self.layer, hidden, *args, **kwargs)
 
         if not (self.layer.training and torch.is_grad_enabled()):
-            return run(hidden, *args)
+            return run(hidden)
         if self.inputs is None:
-            return checkpoint(run, hidden, *args, use_reentrant=False)
-        kept = self.inputs.put(hidden, lambda hidden: run(hidden, *args))
-        with saved_tensors_hooks(kept.pack, kept.unpack):  # seen by checkpoint's inputs, not by what it recomputes
-            output = checkpoint(run, hidden, *args, use_reentrant=False)
+            return Recomputation(run, hidden).run(hidden)
+        kept = self.inputs.put(hidden, run)
+        output = Recomputation(run, hidden, kept.take).run(hidden)
         kept.note_output(output)
         return output
 
@@ -104,7 +101,6 @@ class KeptInput:
         depth = 0 if before is None else before.depth + 1
         self.depth: int = depth % every  # layers from one whose input is on the host
         self._run = run
-        self._input = weakref.ref(hidden)
         self._output: weakref.ref[Tensor] | None = None
         self._random = RandomState(hidden) if every > 1 else None
         self._copy = HostCopy(hidden.detach()) if self.depth == 0 else None
@@ -134,28 +130,12 @@ class KeptInput:
         if self._copy is not None:
             self._copy.release()
 
-    def pack(self, tensor: Tensor) -> "Tensor | KeptInput":
-        """Give autograd this object in the place of the layer's input, and other arguments as they are.
-
-        Args:
-            tensor: to be saved for backward.
+    def take(self) -> Tensor:
+        """Return the layer's input for its backward, and begin to fetch what the layers before it need.
 
         Returns:
-            What is saved.
+            The input, on the device.
         """
-        return self if tensor is self._input() else tensor
-
-    def unpack(self, packed: "Tensor | KeptInput") -> Tensor:
-        """Give backward the layer's input again; called by autograd.
-
-        Args:
-            packed: what `pack` returned.
-
-        Returns:
-            The tensor that was saved.
-        """
-        if isinstance(packed, Tensor):
-            return packed
         hidden, self._again = self.value(), None
         nearest = self.before
         while nearest is not None and nearest._copy is None:
