@@ -1,6 +1,6 @@
 """Count what a processor does for each decoder layer in a training step, on the branch that a CUDA card takes.
 
-    python -m benchmarks.host_overhead [--policy full] [--layers 2 4] [--seconds]
+    python -m benchmarks.host_overhead [--policies none full] [--layers 2 4] [--names] [--seconds STEPS]
 
 A card waits for its processor where a step's operations are short. What the processor does for a layer hardly depends
 on sizes, so it is counted at tiny ones: forward and backward of one micro-batch, with recomputation where the policy
@@ -11,8 +11,8 @@ has it, on fake tensors planned for a card. A layer's share is the difference of
 - autograd nodes: in the graph of the loss, with those made for recomputation.
 
 Beside ours stand peft + bitsandbytes (peer_memory.py) and transformers' own model in bf16, all weights trained, both
-by the same counts. `--seconds` measures processor time too, on real tensors of a CPU with what is for CPUs left out
-(QLORA_KERNELS=reference); it is printed for comparison of two commits on a quiet machine, and means nothing alone.
+with every layer recomputed, by the same counts. `--seconds` measures the processor time of so many steps too, on real
+tensors of a CPU with what is for CPUs left out (QLORA_KERNELS=reference, set by the caller): for two commits in turn.
 """
 
 import argparse
@@ -32,11 +32,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.peer_memory import fill, model_without_weights
 from qlora_kernels.torch_internals import TorchDispatchMode
+from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.packing import Example
 from qlora_trainer.planning.empty_run import ASSUMED_CARD, empty_run
 from qlora_trainer.planning.fake_tensors import FakeRun
+from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton
 from qlora_trainer.training.memory.activations import choose_policy
+from qlora_trainer.training.state import build_state
 from qlora_trainer.training.step import accumulate_gradients
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -197,15 +201,41 @@ def tiny_directory(folder: Path, layers: int) -> ModelDirectory:
     return ModelDirectory.open(folder)
 
 
+def milliseconds(directory: ModelDirectory, layers: int, policy: str, steps: int) -> float:
+    """Measure the processor time of a micro-batch on a CPU, of a base whose every weight is zero."""
+    config = _config(directory, policy, "cpu")
+    kept, dtype = choose_policy(config.training, torch.device("cpu")), torch.bfloat16
+    model = build_skeleton(directory, layers, dtype)
+    fill_skeleton(model, config.model, dtype)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    add_adapters(model, config.adapter, config.training.seed)
+    state = build_state(model, config, [Example([1] * 64, [1] * 64)] * 2, dtype, kept)
+    packs = state.loader.next()
+    state.model.train()
+    accumulate_gradients(state, packs)
+    began = time.process_time()
+    for _ in range(steps):
+        accumulate_gradients(state, packs)
+    return (time.process_time() - began) / steps * 1000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=["none", "full"])
     parser.add_argument("--layers", nargs=2, type=int, default=[2, 4], metavar=("FEW", "MORE"))
     parser.add_argument("--names", action="store_true", help="name the most frequent ones of ours")
+    parser.add_argument("--seconds", type=int, default=0, metavar="STEPS", help="measure processor time too")
     options = parser.parse_args()
     few, more = options.layers
+    torch.set_num_threads(1)
+    times: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = tiny_directory(Path(folder), more)
+        for policy in options.policies if options.seconds else ():
+            of_more, of_few = (milliseconds(directory, layers, policy, options.seconds) for layers in (more, few))
+            times[policy] = (of_more - of_few) / (more - few)
         found: dict[str, Counts] = {}
         for policy in options.policies:
             found[f"ours, {policy}"] = count_ours(directory, more, policy).less(
@@ -217,6 +247,8 @@ def main() -> None:
     print(f"{'Python calls':>14}{'autograd nodes':>16}")
     for name, counts in found.items():
         print(f"{name:28}{counts.operations.total():12}{counts.calls.total():14}{counts.nodes.total():16}")
+    for policy, time_of_a_layer in times.items():
+        print(f"ours, {policy}: {time_of_a_layer:.2f} ms of processor time on a CPU")
     if options.names:
         for name, counts in found.items():
             if name.startswith("ours"):

@@ -1,0 +1,59 @@
+"""What a processor does for each layer stays little: fewer operations and calls than what users would write instead."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.host_overhead import Counts, count_ours, count_peer, tiny_directory
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
+    directory = tiny_directory(tmp_path_factory.mktemp("models"), layers=2)
+    return {
+        "ours": count_ours(directory, 2, "full").less(count_ours(directory, 1, "full"), 1),
+        "peft": count_peer(directory, 2, is_plain=False).less(count_peer(directory, 1, is_plain=False), 1),
+        "dense": count_peer(directory, 2, is_plain=True).less(count_peer(directory, 1, is_plain=True), 1),
+    }
+
+
+def test_a_recomputed_layer_sends_half_the_operations_of_peft_and_fewer_than_a_dense_one(
+    layer: dict[str, Counts],
+) -> None:
+    ours, peft, dense = (layer[name].operations.total() for name in ("ours", "peft", "dense"))
+    assert 0 < ours <= peft / 2
+    assert ours < dense
+
+
+def test_a_recomputed_layer_makes_little_more_than_half_the_calls_of_peft(layer: dict[str, Counts]) -> None:
+    ours, peft = layer["ours"].calls.total(), layer["peft"].calls.total()
+    assert 0 < ours <= 0.55 * peft
+
+
+def test_a_layers_graph_has_half_the_nodes_of_a_dense_one(layer: dict[str, Counts]) -> None:
+    ours, dense = layer["ours"].nodes.total(), layer["dense"].nodes.total()
+    assert 0 < ours <= dense / 2
+    # A node for each projection, norm and rotated tensor, and for attention: what is counted is the graph of the step.
+    assert layer["ours"].nodes["_NF4LinearBackward"] == 6
+    assert layer["ours"].nodes["_GatedNF4LinearBackward"] == 1
+
+
+def test_what_is_counted_is_what_is_called(tmp_path: Path) -> None:
+    """A product more in a layer is an operation more, and as many calls of ours as it is."""
+    from benchmarks.host_overhead import counted
+
+    counts = Counts()
+
+    def three() -> None:
+        for _ in range(3):
+            inner()
+
+    def inner() -> None:
+        import torch
+
+        torch.ones(2).add_(1.0)
+
+    with counted(counts):
+        three()
+    assert counts.operations["aten.add_.Tensor"] == 3
+    assert sum(times for name, times in counts.calls.items() if name.endswith(".inner")) == 3
