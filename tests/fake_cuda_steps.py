@@ -12,6 +12,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,9 @@ def answer_for_cuda() -> None:
     }
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
+    torch.Tensor.pin_memory = lambda self, *arguments: self  # type: ignore[method-assign, assignment, misc]
     torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
+    torch.cuda.device = lambda index: nullcontext()  # type: ignore[assignment, misc, return-value]
     torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]
     modules: Any = (torch.cuda, torch.cuda.random)
     for module in modules:
@@ -97,11 +100,12 @@ def answer_for_cuda() -> None:
 
 
 class Seen(TorchDispatchMode):
-    """Which operations are given or make a tensor on cuda."""
+    """Which operations are given or make a tensor on cuda, and for which of them the host waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.waits: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -110,6 +114,12 @@ class Seen(TorchDispatchMode):
         found = leaves((args, kwargs, out))
         if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda" for leaf in found):
             self.names.add(func.name())
+            given_on_cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves((args, kwargs)))
+            made_elsewhere = any(isinstance(leaf, torch.Tensor) and not leaf.is_cuda for leaf in leaves(out))
+            reads = func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "qlora_kernels::label_rows")
+            copies = func.name() != "qlora_kernels::copy_to_host" and made_elsewhere
+            if given_on_cuda and (reads or copies):
+                self.waits.append(func.name())
         return out
 
 
@@ -127,8 +137,8 @@ def to_cuda(model: nn.Module) -> None:
                 tensors[name] = made[id(old)]
 
 
-def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: Any) -> list[str]:
-    """Those of two steps, and of a step of generation."""
+def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: Any) -> dict[str, list[str]]:
+    """Those of two steps, and of a step of generation; and those of the two steps that the host waits for."""
     config = make_config(
         {
             "model": {"name": str(MODEL)},
@@ -155,11 +165,12 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
     with fake:
         with seen:
             for _ in range(2):
-                train_step(state, [pack])
+                train_step(state, [pack, pack])
+            waits = list(seen.waits)
         model.eval()
         with seen, torch.no_grad():
             model(input_ids=torch.ones((1, 1), dtype=torch.int64, device=device), use_cache=False)
-    return sorted(seen.names)
+    return {"on cuda": sorted(seen.names), "waits": waits}
 
 
 if __name__ == "__main__":

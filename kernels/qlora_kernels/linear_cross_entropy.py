@@ -39,6 +39,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_tokens: int | None = None,  # None: by the vocabulary
+    label_rows: Tensor | None = None,  # (K,) int64; None: to be found
 ) -> Tensor:  # () fp32
     """Compute the cross entropy summed over the tokens that have a label; 0 where none has.
 
@@ -55,12 +56,15 @@ def linear_cross_entropy(
         softcap: bound of the logits.
         logit_scale: what the logits are multiplied by.
         chunk_tokens: C; None: chosen by the vocabulary.
+        label_rows: the tokens that have a label, where somebody knows them; to find them, the host waits for a device.
 
     Returns:
         The sum.
     """
     rows = DenseRows(head) if isinstance(head, Tensor) else head
-    settings = (softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0], hidden.shape[0]))
+    if label_rows is None:
+        label_rows = torch.ops.qlora_kernels.label_rows(labels)
+    settings = (label_rows, softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0], hidden.shape[0]))
     if not torch.is_grad_enabled():
         return _loss_and_gradient(hidden, rows, labels, bias, *settings, with_gradient=False)[0]
     frozen = not any(tensor.requires_grad for tensor in (head, bias) if isinstance(tensor, Tensor))
@@ -94,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "linear_cross_entropy gives its gradient away in backward: it can be called once"
-        return (gradient.mul_(grad_loss), *([None] * 6))
+        return (gradient.mul_(grad_loss), *([None] * 7))
 
 
 def _loss_and_gradient(
@@ -102,6 +106,7 @@ def _loss_and_gradient(
     head: HeadRows,
     labels: Tensor,
     bias: Tensor | None,
+    label_rows: Tensor,
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int,
@@ -111,7 +116,7 @@ def _loss_and_gradient(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
-    for rows in torch.ops.qlora_kernels.label_rows(labels).split(chunk_tokens):
+    for rows in label_rows.split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
         logits = multiply_by_head(chunk, head, dtype)  # (C, V)

@@ -4,6 +4,8 @@ A step is a set of rows: its loss is the summed loss of all their label tokens d
 is the same in one micro-batch or many, packed or padded.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
     label_tokens = sum(pack.label_tokens for pack in packs)
     rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
     loss, norm = accumulate_gradients(state, packs)
-    finite = bool(torch.isfinite(norm))
+    both = torch.stack((loss, norm)).cpu()  # the one time that a step of a dense model waits for the device
+    finite = math.isfinite(float(both[1]))
     if finite and label_tokens:
         clip_(state.groups, state.config.optimizer.max_grad_norm, norm)
         state.optimizer.step(rate)
@@ -41,9 +44,9 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
     state.step += 1
     return {
-        "loss": float(loss),
+        "loss": float(both[0]),
         "learning_rate": rate,
-        "grad_norm": float(norm),
+        "grad_norm": float(both[1]),
         "tokens": sum(pack.tokens for pack in packs),
         "label_tokens": label_tokens,
     }

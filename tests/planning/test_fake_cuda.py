@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, set[str]]:
-    """By setting, the operations of two steps and one of generation that ran on cuda."""
+def found(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, dict[str, list[str]]]:
+    """By setting, the operations of two steps and one of generation that ran on cuda, and those that were waited for."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has a CUDA of its own")
     if COMPILER is None:
@@ -32,7 +32,17 @@ def operations(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> di
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])}
     done = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    return {name: set(seen) for name, seen in json.loads(done.stdout).items()}
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def operations(found: dict[str, dict[str, list[str]]]) -> dict[str, set[str]]:
+    return {name: set(seen["on cuda"]) for name, seen in found.items()}
+
+
+def test_a_step_waits_for_the_device_once(found: dict[str, dict[str, list[str]]]) -> None:
+    """Two steps of two micro-batches each: loss and norm are read together, and nothing else is."""
+    assert {name: seen["waits"] for name, seen in found.items()} == {name: ["aten::_to_copy"] * 2 for name in found}
 
 
 def test_every_setting_takes_its_steps_and_generates(operations: dict[str, set[str]]) -> None:

@@ -29,6 +29,7 @@ class Pack:
     cu_seqlens: Tensor | None  # (N + 1,) int32, where documents begin and the last ends; None: padded rows
     tokens: int  # without padding
     label_tokens: int
+    label_rows: Tensor | None = None  # (label_tokens,) int64, where labels.reshape(-1) has them; made by `to`
 
     @property
     def row_lengths(self) -> list[int]:
@@ -40,18 +41,29 @@ class Pack:
     def to(self, device: torch.device) -> "Pack":
         """Move the pack's tensors to a device; document bounds stay on the host, where they are read.
 
+        A CUDA device gets them through pinned memory, so that nobody waits for it: which tokens have a label is found
+        here, as counting them on the device would make the host wait for all that the device was given before.
+
         Args:
             device: where to.
 
         Returns:
             Another pack.
         """
+        rows = torch.ops.qlora_kernels.label_rows(self.labels.reshape(-1)) if self.label_rows is None else None
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
+            input_ids=_moved(self.input_ids, device),
+            labels=_moved(self.labels, device),
+            position_ids=_moved(self.position_ids, device),
+            label_rows=_moved(self.label_rows if rows is None else rows, device),
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def make_packs(examples: Sequence[Example], micro_batch_tokens: int, packing: bool) -> list[Pack]:
