@@ -169,7 +169,7 @@ def _watching_backward(counts: Counts) -> Iterator[None]:
         counts.nodes.update(nodes_of(self))
         backward(self, *arguments, **named)
 
-    torch.Tensor.backward = watched  # type: ignore[method-assign,assignment]
+    torch.Tensor.backward = watched  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -254,8 +254,8 @@ def main() -> None:
             if name.startswith("ours"):
                 for kind in (counts.operations, counts.calls, counts.nodes):
                     print(f"\n{name}:")
-                    for key, times in kind.most_common(40):
-                        print(f"{times:6} {key.split('site-packages/')[-1]}")
+                    for key, found_times in kind.most_common(40):
+                        print(f"{found_times:6} {key.split('site-packages/')[-1]}")
 
 
 if __name__ == "__main__":

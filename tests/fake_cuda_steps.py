@@ -89,7 +89,7 @@ def answer_for_cuda() -> None:
     }
     for name, value in answers.items():
         setattr(torch.cuda, name, lambda *arguments, value=value, **named: value)
-    torch.Tensor.pin_memory = lambda self, *arguments: self  # type: ignore[method-assign, assignment, misc]
+    torch.Tensor.pin_memory = lambda self, *arguments: self  # type: ignore[method-assign]
     torch.cuda.Stream = Stream  # type: ignore[misc, assignment]
     torch.cuda.device = lambda index: nullcontext()  # type: ignore[assignment, misc, return-value]
     torch.cuda.stream = lambda stream: stream  # type: ignore[assignment, return-value]

@@ -147,9 +147,7 @@ def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
 
 
 @contextmanager
-def adapters_prepared(
-    adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype
-) -> Iterator[None]:
+def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
     """Hold the adapters in `dtype` too in the block, cast a whole group at once, and let backward add to their grads.
 
     For a training step's forward and backward passes: the adapters must not change inside, nor lose their gradients.

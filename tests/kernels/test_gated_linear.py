@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from adapted_layers import SCALING, SEED, adapter_inputs, fused, output_and_gradients, saved_by
 from random_tensors import normal
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels import gated as gated_space
 from qlora_kernels import gated_linear, lora_linear
 from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.lora_linear import Adapter, nf4_linear
 from qlora_kernels.nf4 import NF4Weight
+from qlora_trainer.training.memory.recompute import Recomputation
 
 # The end of a gated MLP: gate and up (..., I) in the place of x.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,7 +96,8 @@ def test_recomputation_stops_before_the_last_large_product(weight: NF4Weight, mo
         first = F.pad(nf4_linear(gate, weight, None), (0, 38))
         return gated(weight, "silu")(first, up, *others)
 
-    output = checkpoint(block, *inputs, use_reentrant=False)
+    gate, *others = inputs
+    output = Recomputation(lambda gate: block(gate, *others), gate).run(gate)
     assert outputs == 2
     output.sum().backward()
     assert outputs == 3

@@ -5,13 +5,13 @@ import torch
 from random_tensors import normal64
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.lora_linear import Adapter, nf4_linear
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.tiling import tiled
 from qlora_trainer.planning.live_bytes import LiveBytes
+from qlora_trainer.training.memory.recompute import Recomputation
 
 
 class Wide(nn.Module):
@@ -67,7 +67,7 @@ def test_a_frozen_input_still_gives_parameters_their_gradient() -> None:
 def test_tiles_inside_a_recomputed_layer_give_the_same_gradient() -> None:
     wide, x = Wide(), normal64(20, 8).requires_grad_()
     expected = torch.autograd.grad(tiled(wide, x.sin(), 6).sum(), x)[0]
-    found = torch.autograd.grad(checkpoint(lambda x: tiled(wide, x.sin(), 6), x, use_reentrant=False).sum(), x)[0]
+    found = torch.autograd.grad(Recomputation(lambda x: tiled(wide, x.sin(), 6), x).run(x).sum(), x)[0]
     assert torch.equal(found, expected)
 
 
@@ -79,9 +79,8 @@ def test_recomputing_a_layer_does_not_run_its_tiles_forward_again() -> None:
         calls += 1
         return rows * 2.0
 
-    checkpoint(
-        lambda x: tiled(counting, x.sin(), 5), normal64(20, 8).requires_grad_(), use_reentrant=False
-    ).sum().backward()
+    x = normal64(20, 8).requires_grad_()
+    Recomputation(lambda x: tiled(counting, x.sin(), 5), x).run(x).sum().backward()
     assert calls == 8, "four tiles forward, and four for backward"
 
 
@@ -96,7 +95,7 @@ def test_recomputing_a_layer_does_not_run_adapted_tiles_forward_again() -> None:
         return gated_nf4_linear(nf4_linear(rows, weight, None, Adapter(A, B, 1.0)), rows, F.silu, weight, None)
 
     x = normal64(20, 64).float().requires_grad_()
-    checkpoint(lambda x: tiled(adapted, x.sin(), 5), x, use_reentrant=False).sum().backward()
+    Recomputation(lambda x: tiled(adapted, x.sin(), 5), x).run(x).sum().backward()
     assert calls == 8
     assert A.grad is not None
 

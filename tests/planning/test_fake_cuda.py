@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, dict[str, list[str]]]:
-    """By setting, the operations of two steps and one of generation that ran on cuda, and those that were waited for."""
+    """By setting, the operations of two steps and one of generation on cuda, and those of the steps that waited."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has a CUDA of its own")
     if COMPILER is None:

@@ -50,13 +50,15 @@ class Pack:
         Returns:
             Another pack.
         """
-        rows = torch.ops.qlora_kernels.label_rows(self.labels.reshape(-1)) if self.label_rows is None else None
+        rows: Tensor | None = self.label_rows
+        if rows is None:
+            rows = torch.ops.qlora_kernels.label_rows(self.labels.reshape(-1))
         return replace(
             self,
             input_ids=_moved(self.input_ids, device),
             labels=_moved(self.labels, device),
             position_ids=_moved(self.position_ids, device),
-            label_rows=_moved(self.label_rows if rows is None else rows, device),
+            label_rows=_moved(rows, device),
         )
 
 

@@ -84,7 +84,7 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
         model: of transformers.
         attention: with the signature of `packed_attention`.
     """
-    if attention_name(model.config) == NAME and AttentionInterface().get(NAME) is attention:  # type: ignore[arg-type]
+    if attention_name(model.config) == NAME and AttentionInterface().get(NAME) is attention:
         yield  # already switched, by a block around this one
         return
     AttentionInterface.register(NAME, attention)
