@@ -43,7 +43,11 @@ class NF4Weight:
 
     @functools.cached_property
     def whole_block(self) -> Tensor | None:
-        """Return the part of the workspace that takes the whole weight, (O, I); None where it is smaller."""
+        """Return the part of the workspace that takes the whole weight.
+
+        Returns:
+            (O, I); None where the workspace is smaller.
+        """
         elements = self.shape[0] * self.shape[1]
         has_room = self.workspace is not None and self.workspace.numel() >= elements
         return self.workspace[:elements].view(self.shape) if self.workspace is not None and has_room else None
