@@ -156,3 +156,13 @@ def test_torch_has_a_way_to_release_pinned_memory() -> None:
 
 def test_torch_has_a_sleep_of_the_device() -> None:
     assert callable(torch.cuda._sleep)
+
+
+def test_torch_counts_what_is_written_into_a_tensor() -> None:
+    tensor = torch.zeros(4)
+    view, before = tensor[:2], torch_internals.version_of(tensor)
+    tensor.add_(1.0)
+    view.mul_(2.0)
+    assert torch_internals.version_of(tensor) == torch_internals.version_of(view) == before + 2
+    torch.add(tensor, 1.0)
+    assert torch_internals.version_of(tensor.detach()) == before + 2
