@@ -10,8 +10,8 @@ has it, on fake tensors planned for a card. A layer's share is the difference of
 - Python calls: of functions, those of the fake tensors themselves left out.
 - autograd nodes: in the graph of the loss, with those made for recomputation.
 
-Beside ours stand peft + bitsandbytes (peer_memory.py) and transformers' own model in bf16, all weights trained, both
-with every layer recomputed, by the same counts. `--seconds` measures the processor time of so many steps too, on real
+Peers are peft + bitsandbytes (peer_memory.py) and transformers' own model in bf16, all weights trained, both with every
+layer recomputed, by the same counts. `--seconds` measures the processor time of so many steps too, on real
 tensors of a CPU with what is for CPUs left out (QLORA_KERNELS=reference, set by the caller): for two commits in turn.
 """
 

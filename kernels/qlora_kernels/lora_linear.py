@@ -40,24 +40,50 @@ class Adapter:
     scaling: float
     dropout: float = 0.0  # a probability below 1, of the adapter's input
     dropout_seed: Tensor | None = None  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
-    casts: tuple[Tensor, Tensor] | None = None  # A and B in the dtype of x, where somebody has cast them already
+    casts: tuple[Tensor, Tensor, Tensor] | None = None  # A, B and B^T in the dtype of x, where somebody has cast them
     grads: tuple[Tensor, Tensor] | None = None  # of A and B: backward adds to these, and gives autograd none
 
     def __post_init__(self) -> None:
         assert not self.dropout or self.dropout_seed is not None, "dropout needs a seed"
 
-    def in_dtype(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B in a dtype, from `casts` where they are of that one.
+    def A_in(self, dtype: torch.dtype) -> Tensor:  # (R, I)
+        """Return A in a dtype, from `casts` where they are of that one.
 
         Args:
             dtype: of the product.
 
         Returns:
-            (A, B).
+            A.
         """
-        if self.casts is not None and self.casts[0].dtype == dtype:
-            return self.casts
-        return self.lora_A.to(dtype), self.lora_B.to(dtype)
+        cast = self._cast_to(dtype)
+        return self.lora_A.to(dtype) if cast is None else cast[0]
+
+    def B_in(self, dtype: torch.dtype) -> Tensor:  # (O, R)
+        """Return B in a dtype, from `casts` where they are of that one.
+
+        Args:
+            dtype: of the product.
+
+        Returns:
+            B.
+        """
+        cast = self._cast_to(dtype)
+        return self.lora_B.to(dtype) if cast is None else cast[1]
+
+    def transposed_B_in(self, dtype: torch.dtype) -> Tensor:  # (R, O)
+        """Return the transpose of `B_in`.
+
+        Args:
+            dtype: of the product.
+
+        Returns:
+            A view of B.
+        """
+        cast = self._cast_to(dtype)
+        return self.lora_B.to(dtype).T if cast is None else cast[2]
+
+    def _cast_to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self.casts if self.casts is not None and self.casts[0].dtype == dtype else None
 
     @property
     def factor(self) -> float:
@@ -89,7 +115,7 @@ def nf4_linear(
     """Compute x W^T + bias + scaling * dropout(x) A^T B^T in x's dtype.
 
     The weight is dequantized to that dtype, the others are cast. Gradients go to x, A, B and the bias, each in its own
-    dtype. For backward a view of x is saved, so layers with the same input keep it once, and x A^T (N, R); of these
+    dtype. For backward x itself is saved, so that layers with the same input keep it once, and x A^T (N, R); of these
     only what the gradients asked for need. Dropout's mask is a function of the seed and the number of elements:
     backward makes it again. Works under checkpointing, where x is recomputed, and on fake tensors.
 
@@ -173,7 +199,7 @@ class _NF4Linear(torch.autograd.Function):
         tokens = as_tokens(x)
         low_rank = None if adapter is None else low_rank_of(tokens, adapter)
         if needs_A or needs_B:
-            keep(ctx, tokens if needs_A else None, low_rank if needs_B else None)
+            keep(ctx, x if needs_A else None, low_rank if needs_B else None)
         # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
         ctx.weight, ctx.adapter = weight, adapter
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -185,13 +211,13 @@ class _NF4Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         needs_B = trains_B(ctx.adapter, needs_A, needs_B)
-        tokens, low_rank = fetch(ctx) if needs_A or needs_B else (None, None)
+        x, low_rank = fetch(ctx) if needs_A or needs_B else (None, None)
         tokens_grad = as_tokens(grad)
         adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
         grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
         del low_rank
-        grad_A = adapter.grad_A(tokens) if adapter and needs_A and tokens is not None else None
-        del tokens
+        grad_A = adapter.grad_A(as_tokens(x)) if adapter and needs_A and x is not None else None
+        del x
         grad_x = input_gradient(tokens_grad, ctx.weight, adapter) if needs_x else None
         grad_bias = tokens_grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
         return None if grad_x is None else shaped_as(grad_x, grad), grad_bias, grad_A, grad_B, None, None
@@ -208,8 +234,8 @@ class AdapterBackward:
     def __init__(self, tokens_grad: Tensor, adapter: Adapter) -> None:
         self.adapter = adapter
         self.tokens_grad = tokens_grad
-        self.A, self.B = adapter.in_dtype(tokens_grad.dtype)
-        self.low_rank_grad = product(tokens_grad, self.B)  # (N, R), not yet scaled
+        self.A = adapter.A_in(tokens_grad.dtype)
+        self.low_rank_grad = product(tokens_grad, adapter.B_in(tokens_grad.dtype))  # (N, R), not yet scaled
         self.mask = adapter.keep_mask(tokens_grad)
 
     def grad_B(self, low_rank: Tensor) -> Tensor | None:
@@ -280,7 +306,7 @@ def low_rank_of(tokens: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
         The product.
     """
     mask = adapter.keep_mask(tokens)
-    return linear(tokens if mask is None else mask.mul_(tokens), adapter.in_dtype(tokens.dtype)[0])
+    return linear(tokens if mask is None else mask.mul_(tokens), adapter.A_in(tokens.dtype))
 
 
 def output_of(
@@ -308,7 +334,7 @@ def output_of(
     multiplied = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
     output = multiplied(tokens, weight, None if bias is None else bias.to(tokens.dtype))
     if adapter is not None and low_rank is not None:
-        output.addmm_(low_rank, adapter.in_dtype(tokens.dtype)[1].T, alpha=adapter.factor)
+        output.addmm_(low_rank, adapter.transposed_B_in(tokens.dtype), alpha=adapter.factor)
     return output
 
 
@@ -329,7 +355,11 @@ def input_gradient(
     """
     grad_x = None
     if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
-        grad_x = (adapter.low_rank_grad @ adapter.A).mul_(adapter.mask).mul_(adapter.adapter.factor)
+        grad_x = (
+            (adapter.low_rank_grad @ adapter.adapter.A_in(tokens_grad.dtype))
+            .mul_(adapter.mask)
+            .mul_(adapter.adapter.factor)
+        )
         adapter.mask = None
     for rows, values in dequantized_blocks(weight, tokens_grad.dtype):
         part = tokens_grad if len(values) == weight.shape[0] else tokens_grad[:, rows]

@@ -49,8 +49,9 @@ class NF4Weight:
             (O, I); None where the workspace is smaller.
         """
         elements = self.shape[0] * self.shape[1]
-        has_room = self.workspace is not None and self.workspace.numel() >= elements
-        return self.workspace[:elements].view(self.shape) if self.workspace is not None and has_room else None
+        if self.workspace is None or self.workspace.numel() < elements:
+            return None
+        return self.workspace[:elements].view(self.shape)
 
 
 def quantize_nf4(weight: Tensor) -> NF4Weight:

@@ -135,7 +135,10 @@ class LoRALinear(nn.Module):
         """
         prepared = self.prepared or Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
         if self.parts:
-            casts = prepared.casts and (prepared.casts[0], self.whole_B(prepared.casts[1]))
+            casts = prepared.casts
+            if casts is not None:
+                whole = self.whole_B(casts[1])
+                casts = casts[0], whole, whole.T
             prepared = dataclasses.replace(prepared, lora_B=self.whole_B(prepared.lora_B), casts=casts, grads=None)
         if self.dropout and self.training:
             prepared = dataclasses.replace(prepared, dropout=self.dropout, dropout_seed=draw_seed())

@@ -167,10 +167,10 @@ def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]
             casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
     for layer in adapted:
         A, B = layer.lora_A.weight, layer.lora_B.weight
-        both = (casts[id(A)], casts[id(B)]) if id(A) in casts else None
+        cast = (casts[id(A)], casts[id(B)], casts[id(B)].T) if id(A) in casts else None
         assert A.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
         assert B.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
-        layer.prepared = Adapter(A, B, layer.scaling, casts=both, grads=(A.grad, B.grad))
+        layer.prepared = Adapter(A, B, layer.scaling, casts=cast, grads=(A.grad, B.grad))
     try:
         yield
     finally:

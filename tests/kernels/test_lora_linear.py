@@ -199,7 +199,7 @@ def test_the_input_and_a_rank_sized_product_are_all_that_is_saved(
 ) -> None:
     inputs = adapter_inputs(4, 5, dtype=dtype, parameters=torch.float32)
     kept = saved_by(fused(weight, dropout), inputs)
-    assert [tensor.shape for tensor in kept] == [(20, 45), (20, 3)]
+    assert [tensor.shape for tensor in kept] == [(4, 5, 45), (20, 3)]
     assert kept[0].data_ptr() == inputs[0].data_ptr()
     assert kept[1].dtype == dtype
 
@@ -320,7 +320,7 @@ def test_casts_made_beforehand_change_no_bit(weight: NF4Weight) -> None:
     inputs = adapter_inputs(5, dtype=torch.bfloat16, parameters=torch.float32)
 
     def with_casts(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        casts = A.detach().bfloat16(), B.detach().bfloat16()
+        casts = A.detach().bfloat16(), B.detach().bfloat16(), B.detach().bfloat16().T
         return nf4_linear(x, weight, bias, Adapter(A, B, SCALING, casts=casts))
 
     found, expected = (output_and_gradients(function, inputs) for function in (with_casts, fused(weight)))
