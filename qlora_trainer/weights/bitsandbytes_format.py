@@ -19,7 +19,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE
 from qlora_trainer.common.errors import QuantizationError
 from qlora_trainer.common.units import dtype_name
-from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, bitsandbytes, empty_weight
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, empty_weight, load_bitsandbytes
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 256
@@ -216,7 +216,7 @@ def check_dequantization(device: torch.device) -> list[str]:
     warnings = []
     for shape in ((64, 64), (3, 80), (96, 192), (1, 576)):
         values = torch.randn(shape, generator=generator).to(device)
-        packed, state = bitsandbytes.functional.quantize_4bit(
+        packed, state = load_bitsandbytes().functional.quantize_4bit(
             values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
         weight = _from_bitsandbytes(packed, state, "a sample")
@@ -228,7 +228,7 @@ def check_dequantization(device: torch.device) -> list[str]:
                 "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
                 "`qlora doctor`."
             )
-        if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):
+        if not torch.equal(load_bitsandbytes().functional.dequantize_4bit(packed, state), expected):
             warnings.append(
                 f"bitsandbytes dequantizes NF4 of shape {shape} wrongly on {device}; it is not used for that."
             )
