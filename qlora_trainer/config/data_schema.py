@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from qlora_trainer.config.row_template import parts
+
 DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
 
 
@@ -34,6 +36,13 @@ def _encoding_is_known(value: str | None) -> str | None:
     return value
 
 
+def _texts_can_be_cut(template: dict[str, str]) -> dict[str, str]:
+    for text in template.values():
+        parts(text)
+    return template
+
+
+RowTemplate = Annotated[dict[str, str], AfterValidator(_texts_can_be_cut)]
 Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
 Scalar = bool | int | float | str
 RenderedText = Literal["auto", "turns", "text"]
@@ -71,7 +80,7 @@ class SourceFile(Section):
     )
     format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
     columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
-    template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    template: RowTemplate = Field({}, description="As data.template, for this source.")
     ignore: list[str] = Field([], description="As data.ignore, for this source.")
     keep: dict[str, Scalar | list[Scalar]] = Field({}, description="As data.keep, for this source.")
     roles: dict[str, RoleName] = Field({}, description="As data.roles, for this source.")
@@ -129,7 +138,7 @@ class DataConfig(Section):
         description="Where to find each column: {column: path}, such as {prompt: query, completion: answers.0.text}; a "
         "path that ends in ? may be absent. A source's own settings come first, here and down to encoding.",
     )
-    template: dict[str, str] = Field(
+    template: RowTemplate = Field(
         {},
         description="Columns made from several fields: {column: text with {path} in it}; write {{ and }} for braces.",
     )
