@@ -78,9 +78,9 @@ def read_settings(
     Raises:
         ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
     """
+    from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import ConfigError
     from qlora_trainer.config.load import load_config
-    from qlora_trainer.config.override import command_line
 
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
@@ -94,7 +94,7 @@ def read_settings(
     missing = [key for key in needed if key not in {*given, *set_by_key}]
     if config is None and missing:
         words = " and ".join(" ".join(needed[key]) for key in missing)
-        other_way = "" if command == "init" else " Name a config, which `qlora init` writes, or type"
+        other_way = "" if command == "init" else f" Name a config, which `{command_line('init')}` writes, or type"
         typed = [
             word
             for key, (option, example) in needed.items()
@@ -104,7 +104,7 @@ def read_settings(
         typed += [override for override in overrides if override.partition("=")[0] in needed]
         raise ConfigError(
             f"{words} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
-            f"{command_line('qlora', command, *typed)}"
+            f"{command_line(command, *typed)}"
         )
     return load_config(config, overrides, given)
 

@@ -27,12 +27,12 @@ def init(
     It asks nothing, and reads the model's config and tokenizer, but no weights. Without a GPU it plans for this
     machine's memory, as a run would take the CPU.
     """
+    from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import OutputExistsError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.config.override import command_line
 
     if config.exists():
-        raise OutputExistsError(f"{config} exists. Name another file: {command_line('qlora', 'init', 'FILE.yaml')}")
+        raise OutputExistsError(f"{config} exists. Name another file: {command_line('init', 'FILE.yaml')}")
     settings = read_settings("init", None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
     card = parse_bytes(gpu_memory) if gpu_memory else None
     check_inputs(settings)
@@ -67,7 +67,7 @@ def init(
     for paragraph in paragraphs[1:]:
         answers.print(paragraph, markup=False)
     say("Config:  ", command=config, to=answers)
-    say("Next:    ", command=command_line("qlora", "train", config), to=answers)
+    say("Next:    ", command=command_line("train", config), to=answers)
 
 
 def heading(plan: "MemoryPlan", memory: int, longest: int, rows: int) -> list[str]:

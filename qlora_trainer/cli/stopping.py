@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.units import counted, duration
-from qlora_trainer.config.override import command_line
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = "Press Ctrl-C again to"
@@ -139,7 +139,7 @@ class Training(Work):
         lost = f"{counted(done, 'step')} since step {saved} and the one in progress" if done > 0 else "step in progress"
         return (
             f"Stopped without saving: the {lost} {'are' if done > 0 else 'is'} lost. To continue from step {saved}: "
-            f"{command_line('qlora', 'resume', self.directory)}"
+            f"{command_line('resume', self.directory)}"
         )
 
 

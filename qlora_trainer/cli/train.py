@@ -18,7 +18,7 @@ from qlora_trainer.cli.arguments import (
 )
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, answers, console, print_table, print_warnings, say
 from qlora_trainer.cli.stopping import Training, doing
-from qlora_trainer.config.override import command_line
+from qlora_trainer.common.command_line import command_line
 
 if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
@@ -110,7 +110,7 @@ def _train(run: "Run") -> None:
     say(f"Report:  {report}", to=answers)
     directory = run.directory if run.directory.name not in ("", "..") else run.directory.resolve()
     merged = directory.with_name(f"{directory.name}-merged")
-    say("Next:    ", command=command_line("qlora", "merge", directory, "--output", merged), to=answers)
+    say("Next:    ", command=command_line("merge", directory, "--output", merged), to=answers)
 
 
 def train_with_bar(run: "Run", stop_after: int | None = None) -> tuple[bool, bool]:
@@ -158,7 +158,7 @@ def say_stopped(run: "Run") -> None:
 
 
 def _resume_command(run: "Run") -> str:
-    return command_line("qlora", "resume", run.directory)
+    return command_line("resume", run.directory)
 
 
 def _continue_later(run: "Run") -> str:

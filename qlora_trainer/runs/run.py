@@ -17,6 +17,7 @@ from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
 from qlora_trainer.common.atomic import new_directory
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import (
     DiskError,
     InsufficientMemoryError,
@@ -26,7 +27,6 @@ from qlora_trainer.common.errors import (
 )
 from qlora_trainer.common.process_memory import restart_peak
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.config.override import command_line
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -133,7 +133,7 @@ class Run:
         return (
             f"Memory ran out on {self.base.device}, and torch's allocator can no longer be used, which may happen with "
             f"expandable segments ({reason}). Resume after step {saved} in a new process, without them: "
-            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False {command_line('qlora', 'resume', self.directory)}"
+            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False {command_line('resume', self.directory)}"
         )
 
     def save(self, directory: Path | None = None) -> Path:
