@@ -118,11 +118,23 @@ def check_inputs(config: "RunConfig") -> None:
     Args:
         config: of the rows and the model.
     """
-    from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.data.preparation.first_rows import check_first_rows
-    from qlora_trainer.weights.place import local_model
 
     check_first_rows(config.data)
+    check_model(config)
+
+
+def check_model(config: "RunConfig") -> None:
+    """Look for a config's model on the disk, without importing torch.
+
+    FileMissingError or ModelError says what cannot be used.
+
+    Args:
+        config: of the model.
+    """
+    from qlora_trainer.common.errors import missing_files_name
+    from qlora_trainer.weights.place import local_model
+
     with missing_files_name("model.name"):
         local_model(config.model.name)
 

@@ -171,3 +171,20 @@ def test_a_plan_needs_a_model_alone(qlora: Qlora, tiny_llama: Path) -> None:
     assert code == 0, reported
     plan = json.loads(out)["plan"]
     assert plan["max_length"] == 64
+
+
+def test_rows_are_inspected_without_a_config(
+    qlora: Qlora, config_file: Path, tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    """By the options that train has, which count before a config."""
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(rows.read_bytes())
+    two = ("--data", rows, "--data", more, "--max-length", 100, "--json")
+    for words in (["--model", tiny_llama, *two], [config_file, *two]):
+        code, out, reported = qlora("inspect", *words)
+        assert code == 0, reported
+        report = json.loads(out)
+        assert ([source["name"] for source in report["sources"]], report["max_length"]) == (
+            ["rows.jsonl", "more.jsonl"],
+            100,
+        )
