@@ -77,9 +77,10 @@ def read_settings(
 
     Raises:
         ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
+        FileMissingError: there is no such config.
     """
     from qlora_trainer.common.command_line import command_line
-    from qlora_trainer.common.errors import ConfigError
+    from qlora_trainer.common.errors import ConfigError, FileMissingError
     from qlora_trainer.config.load import load_config
 
     if config is not None and "=" in str(config) and not config.exists():
@@ -90,23 +91,35 @@ def read_settings(
     set_by_key = {override.partition("=")[0] for override in overrides}
     if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
         given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
-    needed = {key: words for key, words in _EXAMPLES.items() if key in options}
-    missing = [key for key in needed if key not in {*given, *set_by_key}]
+    missing = [key for key in _EXAMPLES if key in options and key not in {*given, *set_by_key}]
     if config is None and missing:
-        words = " and ".join(" ".join(needed[key]) for key in missing)
+        needed = " and ".join(" ".join(_EXAMPLES[key]) for key in missing)
         other_way = "" if command == "init" else f" Name a config, which `{command_line('init')}` writes, or type"
-        typed = [
-            word
-            for key, (option, example) in needed.items()
-            if key not in set_by_key
-            for word in _option_words(option, options[key] or example)
-        ]
-        typed += [override for override in overrides if override.partition("=")[0] in needed]
         raise ConfigError(
-            f"{words} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
-            f"{command_line(command, *typed)}"
+            f"{needed} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
+            f"{_line_to_type(command, overrides, options)}"
         )
-    return load_config(config, overrides, given)
+    try:
+        return load_config(config, overrides, given)
+    except FileMissingError as error:
+        line = _line_to_type(command, overrides, options)
+        raise FileMissingError(f"{error} Without a config, type: {line}") from error
+
+
+def _line_to_type(command: str, overrides: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Write the command with the options that it needs: as they were given, and with examples of the others."""
+    from qlora_trainer.common.command_line import command_line
+
+    needed = [key for key in _EXAMPLES if key in options]
+    typed = [override for override in overrides if override.partition("=")[0] in needed]
+    set_by_key = [override.partition("=")[0] for override in typed]
+    words: list[str] = []
+    for key in needed:
+        if key not in set_by_key:
+            option, example = _EXAMPLES[key]
+            values = options[key] or example
+            words += [word for each in ([values] if isinstance(values, str) else values) for word in (option, each)]
+    return command_line(command, *words, *typed)
 
 
 def check_inputs(config: "RunConfig") -> None:
@@ -137,7 +150,3 @@ def check_model(config: "RunConfig") -> None:
 
     with missing_files_name("model.name"):
         local_model(config.model.name)
-
-
-def _option_words(option: str, value: str | list[str]) -> list[str]:
-    return [word for each in ([value] if isinstance(value, str) else value) for word in (option, each)]

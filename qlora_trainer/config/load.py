@@ -55,7 +55,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the sections of a YAML file: with values, and with each value as the text that was written."""
     if not path.is_file():
         raise FileMissingError(
-            f"There is no config file {path}. `{command_line('init')}` writes one, or name --model and --data instead; "
+            f"There is no config file {path}. `{command_line('init')}` writes one, and "
             f"{Path(__file__).parents[1] / 'configs'} has examples."
         )
     if path.suffix.lower() in {".jsonl", ".jsonlines", ".jl", ".csv", ".tsv", ".parquet", ".txt"}:
