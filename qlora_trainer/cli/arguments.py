@@ -76,13 +76,15 @@ def read_settings(
         The config.
 
     Raises:
-        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
+        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named; or
+            rows are in the config's place.
         FileMissingError: there is no such config.
     """
     from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import ConfigError, FileMissingError
     from qlora_trainer.config.load import load_config
 
+    refuse_rows(command, [*([str(config)] if config else []), *overrides], options)
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
     given = {key: value for key, value in options.items() if value is not None}
@@ -120,6 +122,37 @@ def _line_to_type(command: str, overrides: Sequence[str], options: Mapping[str, 
             values = options[key] or example
             words += [word for each in ([values] if isinstance(values, str) else values) for word in (option, each)]
     return command_line(command, *words, *typed)
+
+
+def refuse_rows(command: str, words: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse rows that are typed where a config is meant, with the line to type in its place.
+
+    A DataError says what is wrong with the files themselves.
+
+    Args:
+        command: that asks, such as "train".
+        words: of the command line, without its options.
+        options: as `read_settings` takes them.
+
+    Raises:
+        ConfigError: a word means rows.
+    """
+    from qlora_trainer.cli.rows_as_config import is_rows
+    from qlora_trainer.common.errors import ConfigError
+    from qlora_trainer.data.reading.files import check_path
+    from qlora_trainer.data.reading.values import listed
+
+    rows = [word for word in words if is_rows(word)]
+    if not rows:
+        return
+    for word in rows:
+        check_path(word)
+    others = [word for word in words if word not in rows and word.partition("=")[0] != "data.train"]
+    found = f"{listed(rows)} {'is' if len(rows) == 1 else 'are'} rows, not a YAML config"
+    if "data.train" not in options:
+        raise ConfigError(f"{found}, and {command} needs none: {_line_to_type(command, others, options)}")
+    options = {**options, "data.train": [*rows, *(options["data.train"] or [])]}
+    raise ConfigError(f"{found}. Rows go with --data: {_line_to_type(command, others, options)}")
 
 
 def check_inputs(config: "RunConfig") -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, check_inputs, read_settings
+from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, check_inputs, read_settings, refuse_rows
 from qlora_trainer.cli.console import ProgressBars, answers, say
 from qlora_trainer.common.units import counted, gib
 
@@ -31,9 +31,11 @@ def init(
     from qlora_trainer.common.errors import OutputExistsError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
 
+    options = {"model.name": model, "data.train": data, "adapter.rank": rank}
+    refuse_rows("init", [str(config)], options)
     if config.exists():
         raise OutputExistsError(f"{config} exists. Name another file: {command_line('init', 'FILE.yaml')}")
-    settings = read_settings("init", None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
+    settings = read_settings("init", None, [], options)
     card = parse_bytes(gpu_memory) if gpu_memory else None
     check_inputs(settings)
 

@@ -58,11 +58,6 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"There is no config file {path}. `{command_line('init')}` writes one, and "
             f"{Path(__file__).parents[1] / 'configs'} has examples."
         )
-    if path.suffix.lower() in {".jsonl", ".jsonlines", ".jl", ".csv", ".tsv", ".parquet", ".txt"}:
-        raise ConfigError(
-            f"{path} is a file of rows by its name, not a YAML config. Rows go with --data: "
-            f"{command_line('train', '--model', 'Qwen/Qwen3-8B', '--data', path)}"
-        )
     try:
         with path.open(encoding="utf-8") as file:
             raw = yaml.load(file, _UniqueKeyLoader)
