@@ -95,7 +95,8 @@ def _train(run: "Run") -> None:
     header, *parts = side_by_side(next_to_full(run))
     print_table("Memory next to full fine-tuning", parts, to=console, header=header)
     finished, asked_to_stop = train_with_bar(run)
-    with ProgressBars(_continue_later(run)) as progress:
+    left_out = f"The adapter is saved. For samples and report: {_resume_command(run)}"
+    with ProgressBars(left_out if finished else _continue_later(run)) as progress:
         if finished and not asked_to_stop:
             reported = len(run.warnings)
             run.answer_samples("after", progress)
@@ -133,7 +134,7 @@ def train_with_bar(run: "Run", stop_after: int | None = None) -> tuple[bool, boo
             work(record)
             bar(record)
 
-        return run.train(on_step, stop_after), work.signals > 0
+        return run.train(on_step, stop_after, work.progress), work.signals > 0
 
 
 def peak_memory_of(run: "Run") -> str:
