@@ -117,6 +117,9 @@ def test_a_config_in_parts_is_put_right_where_its_whole_ties_the_head(tmp_path: 
     assert config_corrections(ModelDirectory.open(tmp_path)) == {}
     change(tmp_path, {HEAD: torch.ones(128, 64)}, {})
     assert config_corrections(ModelDirectory.open(tmp_path)) == {"tie_word_embeddings": False}
+    _, model = plan_base(ModelDirectory.open(tmp_path))
+    model.tie_weights()  # as its config says, which no longer ties them
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
