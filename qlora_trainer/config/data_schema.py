@@ -144,9 +144,9 @@ class DataConfig(Section):
     )
     ignore: list[str] = Field(
         [],
-        description="Columns, keys of turns such as messages[].mask, and marks inside objects such as meta.label, to "
-        "leave out. A column whose name has a meaning in other formats or trainers (label, score, weight, system, …) "
-        "stops the run if it is neither read nor named here.",
+        description="Columns, keys of turns such as messages[].mask, and marks inside objects such as meta.label "
+        "(notes[].score in a list of them), to leave out. A column whose name has a meaning in other formats or "
+        "trainers (label, score, weight, system, …) stops the run if it is neither read nor named here.",
     )
     keep: dict[str, Scalar | list[Scalar]] = Field(
         {},
