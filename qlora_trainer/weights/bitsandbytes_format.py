@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE
+from qlora_trainer.common.command_line import please_report
 from qlora_trainer.common.errors import QuantizationError
 from qlora_trainer.common.units import dtype_name
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, empty_weight, load_bitsandbytes
@@ -225,8 +226,7 @@ def check_dequantization(device: torch.device) -> list[str]:
         if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
             raise QuantizationError(
                 f"On {device} NF4 weights of shape {shape} are dequantized otherwise than they are defined. Set "
-                "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
-                "`qlora doctor`."
+                f"QLORA_KERNELS=reference to use the plain implementation. {please_report()}"
             )
         if not torch.equal(load_bitsandbytes().functional.dequantize_4bit(packed, state), expected):
             warnings.append(
