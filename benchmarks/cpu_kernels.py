@@ -23,7 +23,7 @@ from torch import Tensor
 from qlora_kernels import nf4_reference, products
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dequantized_blocks, quantize_nf4
 from qlora_trainer.runs.resume_rules import cpu_name
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 SHAPES = [(576, 1536), (4096, 4096), (4096, 11008), (4096, 16), (16, 4096)]  # in and out features
 
@@ -61,20 +61,20 @@ def plain_values(weight: NF4Weight, out: Tensor) -> Tensor:
 def measure_nf4(rows: int, columns: int, repeats: int) -> bool:
     """Print a line a contender; returns whether all bits agree."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    packed, state = load_bitsandbytes().functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     state.dtype = torch.float32  # what it gives back
     ours, out = quantize_nf4(weight), torch.empty(rows, columns)
     quantizing: dict[str, Callable[[], Any]] = {
         "ours": lambda: quantize_nf4(weight),
         "plain torch, codes alone": lambda: plain_codes(weight),
-        "bitsandbytes": lambda: bitsandbytes.functional.quantize_4bit(
+        "bitsandbytes": lambda: load_bitsandbytes().functional.quantize_4bit(
             weight, compress_statistics=True, quant_type="nf4"
         ),
     }
     dequantizing: dict[str, Callable[[], Any]] = {
         "ours": lambda: dequantize_nf4(ours, torch.float32),
         "plain torch": lambda: plain_values(ours, torch.empty(rows, columns)),
-        "bitsandbytes": lambda: bitsandbytes.functional.dequantize_4bit(packed, state),
+        "bitsandbytes": lambda: load_bitsandbytes().functional.dequantize_4bit(packed, state),
         "ours, in its workspace": lambda: our_values(ours, out),
     }
     for direction, contenders in (("quantized", quantizing), ("dequantized to fp32", dequantizing)):
@@ -88,7 +88,7 @@ def measure_nf4(rows: int, columns: int, repeats: int) -> bool:
         and torch.equal(ours.absmax, state.absmax)
         and torch.equal(ours.nested_absmax, state.state2.absmax)
         and torch.equal(dequantize_nf4(ours, torch.float32), plain_values(ours, out))
-        and torch.equal(plain_values(ours, out), bitsandbytes.functional.dequantize_4bit(packed, state))
+        and torch.equal(plain_values(ours, out), load_bitsandbytes().functional.dequantize_4bit(packed, state))
     )
 
 

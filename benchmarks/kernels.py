@@ -26,7 +26,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_matmul import multiply, multiply_few
 from qlora_kernels.rms_norm import rms_norm
 from qlora_kernels.rotary import rotate
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 TOKENS, RANK = 2048, 16
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCABULARY = 4096, 11008, 32, 32, 32_000
@@ -106,12 +106,12 @@ def nf4_inputs(out_features: int, in_features: int) -> Inputs:
 def theirs(*tables: Tensor, out_features: int = HIDDEN, in_features: int = INTERMEDIATE) -> Tensor:
     """Dequantize by bitsandbytes."""
     packed, absmax, nested_absmax, nested_code, offset = tables
-    nested = bitsandbytes.functional.QuantState(nested_absmax, code=nested_code, blocksize=256, dtype=FP32)
+    nested = load_bitsandbytes().functional.QuantState(nested_absmax, code=nested_code, blocksize=256, dtype=FP32)
     shape = torch.Size((out_features, in_features))
-    state = bitsandbytes.functional.QuantState(
+    state = load_bitsandbytes().functional.QuantState(
         absmax, shape, torch.empty(16), 64, "nf4", dtype=BF16, offset=offset, state2=nested
     )
-    return bitsandbytes.functional.dequantize_4bit(packed.view(-1, 1), state)
+    return load_bitsandbytes().functional.dequantize_4bit(packed.view(-1, 1), state)
 
 
 def ours(*tables: Tensor) -> NF4Weight:

@@ -15,7 +15,7 @@ from benchmarks import gpu
 from benchmarks.first_gpu.device import Device
 from benchmarks.first_gpu.kit import Kit
 from qlora_kernels.nf4_matmul import multiply, multiply_few
-from qlora_trainer.weights.nf4 import bitsandbytes, quantize_weight
+from qlora_trainer.weights.nf4 import load_bitsandbytes, quantize_weight
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # an 8B's weights, (O, I)
 TOKENS = (1, 4, 16)
@@ -41,7 +41,7 @@ def _measure_few(kit: Kit, out_features: int, in_features: int) -> None:
     for _ in range(gpu.copies_beyond(gpu.card_cache(), packed)):
         dense = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) * 0.02
         ours.append(dataclasses.replace(quantize_weight(dense), workspace=workspace))
-        quantize = bitsandbytes.functional.quantize_4bit
+        quantize = load_bitsandbytes().functional.quantize_4bit
         theirs.append(quantize(dense, blocksize=64, compress_statistics=True, quant_type="nf4"))
     for tokens in TOKENS:
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -62,4 +62,4 @@ def _measure_few(kit: Kit, out_features: int, in_features: int) -> None:
 
 
 def _theirs(x: Tensor, packed: Tensor, state: Any) -> Tensor:
-    return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+    return load_bitsandbytes().matmul_4bit(x, packed.t(), quant_state=state)

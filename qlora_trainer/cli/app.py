@@ -24,6 +24,7 @@ from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quantize import quantize
 from qlora_trainer.cli.stopping import answered_signals
 from qlora_trainer.cli.train import resume, train_command
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import QLoRATrainerError, first_line, is_cuda_not_starting, is_out_of_memory
 from qlora_trainer.common.machine import is_wsl
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
@@ -103,9 +104,9 @@ def main() -> None:
         if is_cuda_not_starting(error):
             print_error(
                 f"CUDA could not start: {first_line(error)} Saved work is intact. Run nvidia-smi to see if another "
-                "program holds the GPU; stop it, or restart the driver. `qlora doctor` shows what torch sees. To run "
-                "on the CPU, which is slow, keep model.device=auto and put CUDA_VISIBLE_DEVICES= in front of the "
-                "command."
+                "program holds the GPU; stop it, or restart the driver. "
+                f"`{command_line('doctor')}` shows what torch sees. To run on the CPU, which is slow, keep "
+                "model.device=auto and put CUDA_VISIBLE_DEVICES= in front of the command."
             )
             sys.exit(2)
         if not is_out_of_memory(error):
@@ -113,7 +114,8 @@ def main() -> None:
         print_error(
             f"Memory ran out: {first_line(error)} Saved work is intact. Lower data.max_length or "
             "training.micro_batch_tokens, set training.activation_checkpointing=full, or choose a smaller base. "
-            "A run that has started goes on from its last checkpoint with `qlora resume` and its directory."
+            "A run that has started goes on from its last checkpoint: "
+            f"{command_line('resume', 'RUN')}, with its directory in place of RUN."
         )
         sys.exit(2)
 

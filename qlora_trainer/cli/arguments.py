@@ -76,12 +76,15 @@ def read_settings(
         The config.
 
     Raises:
-        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named.
+        ConfigError: there is no file, and one of "model.name" and "data.train" that is in `options` is not named; or
+            rows are in the config's place.
+        FileMissingError: there is no such config.
     """
-    from qlora_trainer.common.errors import ConfigError
+    from qlora_trainer.common.command_line import command_line
+    from qlora_trainer.common.errors import ConfigError, FileMissingError
     from qlora_trainer.config.load import load_config
-    from qlora_trainer.config.override import command_line
 
+    refuse_rows(command, [*([str(config)] if config else []), *overrides], options)
     if config is not None and "=" in str(config) and not config.exists():
         config, overrides = None, [str(config), *overrides]
     given = {key: value for key, value in options.items() if value is not None}
@@ -90,23 +93,66 @@ def read_settings(
     set_by_key = {override.partition("=")[0] for override in overrides}
     if (rank := given.get("adapter.rank")) and not set_by_key & {"adapter.rank", "adapter.alpha"}:
         given["adapter.alpha"] = 2.0 * abs(rank)  # of a rank below 0 the config reports the rank alone
-    needed = {key: words for key, words in _EXAMPLES.items() if key in options}
-    missing = [key for key in needed if key not in {*given, *set_by_key}]
+    missing = [key for key in _EXAMPLES if key in options and key not in {*given, *set_by_key}]
     if config is None and missing:
-        words = " and ".join(" ".join(needed[key]) for key in missing)
-        other_way = "" if command == "init" else " Name a config, which `qlora init` writes, or type"
-        typed = [
-            word
-            for key, (option, example) in needed.items()
-            if key not in set_by_key
-            for word in _option_words(option, options[key] or example)
-        ]
-        typed += [override for override in overrides if override.partition("=")[0] in needed]
+        needed = " and ".join(" ".join(_EXAMPLES[key]) for key in missing)
+        other_way = "" if command == "init" else f" Name a config, which `{command_line('init')}` writes, or type"
         raise ConfigError(
-            f"{words} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
-            f"{command_line('qlora', command, *typed)}"
+            f"{needed} {'is' if len(missing) == 1 else 'are'} missing{'.' * bool(other_way)}{other_way}: "
+            f"{_line_to_type(command, overrides, options)}"
         )
-    return load_config(config, overrides, given)
+    try:
+        return load_config(config, overrides, given)
+    except FileMissingError as error:
+        line = _line_to_type(command, overrides, options)
+        raise FileMissingError(f"{error} Without a config, type: {line}") from error
+
+
+def _line_to_type(command: str, overrides: Sequence[str], options: Mapping[str, Any]) -> str:
+    """Write the command with the options that it needs: as they were given, and with examples of the others."""
+    from qlora_trainer.common.command_line import command_line
+
+    needed = [key for key in _EXAMPLES if key in options]
+    typed = [override for override in overrides if override.partition("=")[0] in needed]
+    set_by_key = [override.partition("=")[0] for override in typed]
+    words: list[str] = []
+    for key in needed:
+        if key not in set_by_key:
+            option, example = _EXAMPLES[key]
+            values = options[key] or example
+            words += [word for each in ([values] if isinstance(values, str) else values) for word in (option, each)]
+    return command_line(command, *words, *typed)
+
+
+def refuse_rows(command: str, words: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Refuse rows that are typed where a config is meant, with the line to type in its place.
+
+    A DataError says what is wrong with the files themselves.
+
+    Args:
+        command: that asks, such as "train".
+        words: of the command line, without its options.
+        options: as `read_settings` takes them.
+
+    Raises:
+        ConfigError: a word means rows.
+    """
+    from qlora_trainer.cli.rows_as_config import is_rows
+    from qlora_trainer.common.errors import ConfigError
+    from qlora_trainer.data.reading.files import check_path
+    from qlora_trainer.data.reading.values import listed
+
+    rows = [word for word in words if is_rows(word)]
+    if not rows:
+        return
+    for word in rows:
+        check_path(word)
+    others = [word for word in words if word not in rows and word.partition("=")[0] != "data.train"]
+    found = f"{listed(rows)} {'is' if len(rows) == 1 else 'are'} rows, not a YAML config"
+    if "data.train" not in options:
+        raise ConfigError(f"{found}, and {command} needs none: {_line_to_type(command, others, options)}")
+    options = {**options, "data.train": [*rows, *(options["data.train"] or [])]}
+    raise ConfigError(f"{found}. Rows go with --data: {_line_to_type(command, others, options)}")
 
 
 def check_inputs(config: "RunConfig") -> None:
@@ -118,14 +164,22 @@ def check_inputs(config: "RunConfig") -> None:
     Args:
         config: of the rows and the model.
     """
-    from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.data.preparation.first_rows import check_first_rows
-    from qlora_trainer.weights.place import local_model
 
     check_first_rows(config.data)
+    check_model(config)
+
+
+def check_model(config: "RunConfig") -> None:
+    """Look for a config's model on the disk, without importing torch.
+
+    FileMissingError or ModelError says what cannot be used.
+
+    Args:
+        config: of the model.
+    """
+    from qlora_trainer.common.errors import missing_files_name
+    from qlora_trainer.weights.place import local_model
+
     with missing_files_name("model.name"):
         local_model(config.model.name)
-
-
-def _option_words(option: str, value: str | list[str]) -> list[str]:
-    return [word for each in ([value] if isinstance(value, str) else value) for word in (option, each)]

@@ -7,8 +7,6 @@ printed was measured in this run.
 """
 
 import importlib.util
-import shutil
-import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 from qlora_trainer.cli.console import ProgressBars, answers, console, print_table, print_warnings, say
 from qlora_trainer.cli.train import peak_memory_of, say_stopped, train_with_bar
 from qlora_trainer.common.atomic import disk_errors
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.common.progress import Progress
 from qlora_trainer.common.units import counted, gibibytes
 from qlora_trainer.config.load import make_config
-from qlora_trainer.config.override import command_line
 from qlora_trainer.merging.merge_run import Deployment, merge_run
 from qlora_trainer.model.load import load_dense_model
 from qlora_trainer.runs.directory import write_samples
@@ -126,7 +124,7 @@ def run_demo(model: str | None, output: Path, steps: int | None = None) -> None:
     print_table("Demo", [*measured, ("merged model", str(output / "merged")), ("report", str(report))])
     example = from_merged[0]
     say(f"The merged model, asked {example.request!r}, answers: ", command=example.answer, to=answers)
-    say("Ask it yourself: ", command=command_line(program_called(), "generate", run.directory), to=answers)
+    say("Ask it yourself: ", command=command_line("generate", run.directory), to=answers)
 
 
 def copy_demo_rows(directory: Path) -> None:
@@ -158,16 +156,6 @@ def packaged_model() -> str:
             "name another small chat model with --model."
         )
     return str(found[0])
-
-
-def program_called() -> str:
-    """Return the word by which the shell that called `qlora` finds it again.
-
-    Returns:
-        Such as .venv/bin/qlora; "qlora" where the shell found it in its path, or Python ran the module.
-    """
-    called = sys.argv[0]
-    return called if Path(called).name == "qlora" and called != shutil.which("qlora") else "qlora"
 
 
 def _answer(run: Run, model: Any, progress: Progress) -> list[Answer]:

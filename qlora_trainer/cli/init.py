@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, check_inputs, read_settings
+from qlora_trainer.cli.arguments import ModelName, Rank, RowFiles, check_inputs, read_settings, refuse_rows
 from qlora_trainer.cli.console import ProgressBars, answers, say
 from qlora_trainer.common.units import counted, gib
 
@@ -27,13 +27,15 @@ def init(
     It asks nothing, and reads the model's config and tokenizer, but no weights. Without a GPU it plans for this
     machine's memory, as a run would take the CPU.
     """
+    from qlora_trainer.common.command_line import command_line
     from qlora_trainer.common.errors import OutputExistsError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.config.override import command_line
 
+    options = {"model.name": model, "data.train": data, "adapter.rank": rank}
+    refuse_rows("init", [str(config)], options)
     if config.exists():
-        raise OutputExistsError(f"{config} exists. Name another file: {command_line('qlora', 'init', 'FILE.yaml')}")
-    settings = read_settings("init", None, [], {"model.name": model, "data.train": data, "adapter.rank": rank})
+        raise OutputExistsError(f"{config} exists. Name another file: {command_line('init', 'FILE.yaml')}")
+    settings = read_settings("init", None, [], options)
     card = parse_bytes(gpu_memory) if gpu_memory else None
     check_inputs(settings)
 
@@ -67,7 +69,7 @@ def init(
     for paragraph in paragraphs[1:]:
         answers.print(paragraph, markup=False)
     say("Config:  ", command=config, to=answers)
-    say("Next:    ", command=command_line("qlora", "train", config), to=answers)
+    say("Next:    ", command=command_line("train", config), to=answers)
 
 
 def heading(plan: "MemoryPlan", memory: int, longest: int, rows: int) -> list[str]:

@@ -1,18 +1,29 @@
 """Declare `qlora inspect`: prepare the data and show it as the model will see it; show_rows.py prints it."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import AsJson, Overrides
+from qlora_trainer.cli.arguments import (
+    AsJson,
+    ConfigFile,
+    MaxLength,
+    ModelName,
+    Overrides,
+    RowFiles,
+    check_inputs,
+    read_settings,
+)
 from qlora_trainer.cli.console import ProgressBars, answers, write_out
 
 
 def inspect(
-    config: Annotated[Path, typer.Argument(help="A YAML config; of the model only config and tokenizer are needed.")],
+    config: ConfigFile = None,
     overrides: Overrides = None,
+    model: ModelName = None,
+    data: RowFiles = None,
+    max_length: MaxLength = None,
     row: Annotated[int | None, typer.Option(help="Show only this row, counted from 0.")] = None,
     rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
     eval_set: Annotated[bool, typer.Option("--eval", help="Show eval rows instead of training rows.")] = False,
@@ -20,14 +31,15 @@ def inspect(
 ) -> None:
     """Show the data as the model will see it, what became of every row, and the size of an epoch.
 
+    Without a config: qlora inspect --model Qwen/Qwen3-8B --data rows.jsonl. Of the model only config and tokenizer are
+    needed.
+
     Trained tokens are in color, or in brackets if the terminal has no colors. Text that spells a control token, such as
     <|im_end|> in a question, is marked differently from the token.
     """
-    from qlora_trainer.config.load import load_config
-    from qlora_trainer.data.preparation.first_rows import check_first_rows
-
-    settings = load_config(config, overrides or [])
-    check_first_rows(settings.data)
+    options = {"model.name": model, "data.train": data, "data.max_length": max_length}
+    settings = read_settings("inspect", config, overrides or [], options)
+    check_inputs(settings)
 
     from qlora_trainer.cli.show_rows import describe_row, legend, show_report, show_row
     from qlora_trainer.common.cache import user_cache

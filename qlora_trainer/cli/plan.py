@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_trainer.cli.arguments import AsJson, ConfigFile, MaxLength, ModelName, Overrides, Rank, read_settings
+from qlora_trainer.cli.arguments import (
+    AsJson,
+    ConfigFile,
+    MaxLength,
+    ModelName,
+    Overrides,
+    Rank,
+    check_model,
+    read_settings,
+)
 from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_out
 from qlora_trainer.common.units import counted, gib
 
@@ -41,6 +50,12 @@ def plan(
 
     It plans GPU memory; with model.device=cpu, host memory. Of the model only config.json is needed, and no rows.
     """
+    options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
+    has_rows = model is None and config is not None and config.exists()
+    unread = [] if has_rows else ["data.train=rows.jsonl"]  # a config needs rows, and a plan reads none
+    settings = read_settings("plan", config, [*unread, *(overrides or [])], options)
+    check_model(settings)
+
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.common.units import parse_bytes
@@ -51,10 +66,6 @@ def plan(
     from qlora_trainer.planning.variants import with_least_memory
     from qlora_trainer.training.memory.activations import spare_host_memory
 
-    options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
-    has_rows = model is None and config is not None and config.exists()
-    unread = [] if has_rows else ["data.train=rows.jsonl"]  # a config needs rows, and a plan reads none
-    settings = read_settings("plan", config, [*unread, *(overrides or [])], options)
     card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
     budget = fitting.Budget(card, host) if card else None

@@ -28,12 +28,16 @@ def quantize(
     It trains as the original does, and takes a third of its space.
     """
     from qlora_trainer.common.atomic import refuse_existing
+    from qlora_trainer.weights.place import local_model
+
+    refuse_existing(output)
+    local_model(model)  # before torch is imported
+
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.model.device import choose_device
     from qlora_trainer.model.quantized_copy import quantize_checkpoint
     from qlora_trainer.model.source import resolve_model
 
-    refuse_existing(output)  # before anything is fetched
     left = f"A part of it may be left next to {output}; the next start deletes it."
     with ProgressBars("No 4-bit model is written.", left) as progress:
         directory = resolve_model(model, revision, user_cache(), progress)

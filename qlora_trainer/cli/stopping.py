@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qlora_trainer.common.command_line import command_line
+from qlora_trainer.common.progress import EVALUATING, TRAINING
 from qlora_trainer.common.units import counted, duration
-from qlora_trainer.config.override import command_line
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = "Press Ctrl-C again to"
@@ -72,7 +73,7 @@ class Work:
 
 
 class Training(Work):
-    """Describe training, which the first signal stops after a step, with all saved, and the second without.
+    """Describe training, which the first signal stops where all is saved, and the second without.
 
     Called with the metrics of each step.
 
@@ -89,8 +90,19 @@ class Training(Work):
         super().__init__()
         self.directory, self.step = directory, first_step
         self.total_steps, self.evaluate_every = total_steps, evaluate_every
+        self._label = TRAINING
         self._steps: list[float] = []  # seconds of each
         self._evaluation: float | None = None  # seconds of the last
+
+    def progress(self, label: str, done: int, total: int | None) -> None:
+        """Take note of what begins, as a run reports it.
+
+        Args:
+            label: TRAINING, EVALUATING or SAVING.
+            done: steps that were taken.
+            total: of the run.
+        """
+        self.step, self._label, self._at = done, label, time.monotonic()
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Take note of a step.
@@ -98,11 +110,9 @@ class Training(Work):
         Args:
             record: the step's metrics.
         """
-        now = time.monotonic()
         self._steps.append(record["tokens"] / record["tokens_per_second"])
         if "eval_loss" in record:
-            self._evaluation = max(0.0, now - self._at - self._steps[-1])
-        self.step, self._at = record["step"], now
+            self._evaluation = time.monotonic() - self._at
 
     def first_signal(self) -> str:
         """Write what happens at the first signal.
@@ -110,21 +120,35 @@ class Training(Work):
         Returns:
             Sentences, with the time it may take by the steps so far.
         """
-        step = self.step + 1
-        evaluates = self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step >= self.total_steps)
-        then = "is evaluated and saved" if evaluates else "is saved"
-        return (
-            f"Stopping when step {min(step, self.total_steps)} has ended and {then}: {self._time_left(evaluates)}. "
-            f"{_AGAIN} stop without saving."
-        )
+        is_last = self._label != TRAINING and self.step >= self.total_steps
+        if self._label == TRAINING:
+            step = self.step + 1
+            evaluates = self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step >= self.total_steps)
+            ends = f"step {step} has ended and {'is evaluated and saved' if evaluates else 'is saved'}"
+            time_left = self._step_time_left(evaluates)
+        elif self._label == EVALUATING:
+            what = "the final evaluation" if is_last else f"the evaluation of step {self.step}"
+            ends, time_left = f"{what} has ended and all is saved", self._evaluation_time_left()
+        else:
+            what = "the last checkpoint and the adapter are" if is_last else f"the checkpoint of step {self.step} is"
+            ends, time_left = f"{what} saved", "usually within seconds"
+        samples = " No samples are answered." if is_last else ""
+        return f"Stopping when {ends}: {time_left}.{samples} {_AGAIN} stop without saving."
 
-    def _time_left(self, evaluates: bool) -> str:
+    def _step_time_left(self, evaluates: bool) -> str:
         if not self._steps:
             return "no step has ended yet that would show how long this takes"
-        usual = statistics.median(self._steps)
-        seconds = max(usual + (self._evaluation or 0.0) * evaluates - (time.monotonic() - self._at), 0.0)
+        usual = statistics.median(self._steps) + (self._evaluation or 0.0) * evaluates
         unknown = ", and the evaluation, of which there was none yet" if evaluates and self._evaluation is None else ""
-        return f"about {duration(seconds)}, by the {counted(len(self._steps), 'step')} so far{unknown}"
+        return f"about {self._left_of(usual)}, by the {counted(len(self._steps), 'step')} so far{unknown}"
+
+    def _evaluation_time_left(self) -> str:
+        if self._evaluation is None:
+            return "it is the first, so that how long it takes is not known"
+        return f"about {self._left_of(self._evaluation)}, by the evaluation before"
+
+    def _left_of(self, usual: float) -> str:
+        return duration(max(usual - (time.monotonic() - self._at), 0.0))
 
     def second_signal(self) -> str:
         """Write what is lost at the second signal.
@@ -135,11 +159,12 @@ class Training(Work):
         from qlora_trainer.runs.checkpoint import list_checkpoints  # a run that has steps has imported it
 
         saved = max((step for step, _ in list_checkpoints(self.directory / "checkpoints")), default=0)
-        done = self.step - saved
-        lost = f"{counted(done, 'step')} since step {saved} and the one in progress" if done > 0 else "step in progress"
+        lost = [f"{counted(self.step - saved, 'step')} since step {saved}"] * (self.step > saved)
+        lost += [f"{'the one' if lost else 'step'} in progress"] * (self._label == TRAINING)
+        are = "are" if self.step > saved else "is"
+        what = f"the {' and '.join(lost)} {are} lost" if lost else "no step is lost"
         return (
-            f"Stopped without saving: the {lost} {'are' if done > 0 else 'is'} lost. To continue from step {saved}: "
-            f"{command_line('qlora', 'resume', self.directory)}"
+            f"Stopped without saving: {what}. To continue from step {saved}: {command_line('resume', self.directory)}"
         )
 
 

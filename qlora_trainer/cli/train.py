@@ -18,7 +18,7 @@ from qlora_trainer.cli.arguments import (
 )
 from qlora_trainer.cli.console import ProgressBars, TrainingBar, answers, console, print_table, print_warnings, say
 from qlora_trainer.cli.stopping import Training, doing
-from qlora_trainer.config.override import command_line
+from qlora_trainer.common.command_line import command_line
 
 if TYPE_CHECKING:
     from qlora_trainer.runs.run import Run
@@ -95,7 +95,8 @@ def _train(run: "Run") -> None:
     header, *parts = side_by_side(next_to_full(run))
     print_table("Memory next to full fine-tuning", parts, to=console, header=header)
     finished, asked_to_stop = train_with_bar(run)
-    with ProgressBars(_continue_later(run)) as progress:
+    left_out = f"The adapter is saved. For samples and report: {_resume_command(run)}"
+    with ProgressBars(left_out if finished else _continue_later(run)) as progress:
         if finished and not asked_to_stop:
             reported = len(run.warnings)
             run.answer_samples("after", progress)
@@ -110,7 +111,7 @@ def _train(run: "Run") -> None:
     say(f"Report:  {report}", to=answers)
     directory = run.directory if run.directory.name not in ("", "..") else run.directory.resolve()
     merged = directory.with_name(f"{directory.name}-merged")
-    say("Next:    ", command=command_line("qlora", "merge", directory, "--output", merged), to=answers)
+    say("Next:    ", command=command_line("merge", directory, "--output", merged), to=answers)
 
 
 def train_with_bar(run: "Run", stop_after: int | None = None) -> tuple[bool, bool]:
@@ -133,7 +134,7 @@ def train_with_bar(run: "Run", stop_after: int | None = None) -> tuple[bool, boo
             work(record)
             bar(record)
 
-        return run.train(on_step, stop_after), work.signals > 0
+        return run.train(on_step, stop_after, work.progress), work.signals > 0
 
 
 def peak_memory_of(run: "Run") -> str:
@@ -158,7 +159,7 @@ def say_stopped(run: "Run") -> None:
 
 
 def _resume_command(run: "Run") -> str:
-    return command_line("qlora", "resume", run.directory)
+    return command_line("resume", run.directory)
 
 
 def _continue_later(run: "Run") -> str:

@@ -14,12 +14,12 @@ import errno
 import glob
 import os
 import secrets
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import DiskError, OutputExistsError, QLoRATrainerError
 
 try:
@@ -202,7 +202,7 @@ def refuse_existing(path: Path) -> None:
                 f"{path} exists and is not empty. Name another directory: --output, or training.output_dir of a run."
             )
             if (path / "checkpoints").is_dir():
-                message += f" To continue the run in it: {shlex.join(('qlora', 'resume', str(path)))}"
+                message += f" To continue the run in it: {command_line('resume', path)}"
             raise OutputExistsError(message)
     elif path.exists():
         raise OutputExistsError(f"{path} is a file. Name another directory.")

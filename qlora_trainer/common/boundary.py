@@ -2,7 +2,7 @@
 
 Libraries raise what they like for a file that they cannot read: ValueError, AssertionError, errors of their own, plain
 Exception, a panic of their Rust code. So nothing is caught here by its type. What passes is what says nothing about the
-file: our own errors, memory that ran out, and an interruption.
+file: our own errors, memory that ran out, a device that failed, and an interruption.
 """
 
 import time
@@ -14,6 +14,9 @@ from qlora_trainer.common.errors import ModelError, QLoRATrainerError, first_lin
 
 _SECONDS_OF_TRIES = 5.0
 _PANIC = "PanicException"  # of Rust code under Python; it is no Exception, and has no class that could be imported
+# After the first of them all of torch's calls of the device fail, so it says nothing about a file or model. Known by
+# name, as torch is not imported to read data.
+_DEVICE_FAILURES = ("AcceleratorError", "OutOfMemoryError")
 
 
 def is_from_library(error: BaseException) -> bool:
@@ -23,9 +26,11 @@ def is_from_library(error: BaseException) -> bool:
         error: any.
 
     Returns:
-        False for our own errors, for memory that ran out, and for what interrupts a program.
+        False for our own errors, for memory that ran out, a device that failed, and what interrupts a program.
     """
-    if isinstance(error, QLoRATrainerError) or is_out_of_memory(error):
+    kind = type(error)
+    is_from_device = kind.__module__.partition(".")[0] == "torch" and kind.__name__ in _DEVICE_FAILURES
+    if isinstance(error, QLoRATrainerError) or is_out_of_memory(error) or is_from_device:
         return False
     return isinstance(error, Exception) or type(error).__name__ == _PANIC
 

@@ -2,6 +2,9 @@
 
 from typing import Protocol
 
+# What a run does while it trains, as it labels its progress, of which `done` counts the steps that were taken.
+TRAINING, EVALUATING, SAVING = "training", "evaluating", "saving"
+
 
 class Progress(Protocol):
     """Receive the progress of long work."""

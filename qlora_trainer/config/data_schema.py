@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from qlora_trainer.config.row_template import parts
+
 DataFormat = Literal["auto", "chat", "sharegpt", "alpaca", "dolly", "prompt_completion", "question_answer", "text"]
 
 
@@ -34,6 +36,13 @@ def _encoding_is_known(value: str | None) -> str | None:
     return value
 
 
+def _texts_can_be_cut(template: dict[str, str]) -> dict[str, str]:
+    for text in template.values():
+        parts(text)
+    return template
+
+
+RowTemplate = Annotated[dict[str, str], AfterValidator(_texts_can_be_cut)]
 Encoding = Annotated[str | None, AfterValidator(_encoding_is_known)]
 Scalar = bool | int | float | str
 RenderedText = Literal["auto", "turns", "text"]
@@ -71,7 +80,7 @@ class SourceFile(Section):
     )
     format: DataFormat = Field("auto", description="How to read its rows; auto: by their columns.")
     columns: dict[str, str] = Field({}, description="As data.columns, for this source.")
-    template: dict[str, str] = Field({}, description="As data.template, for this source.")
+    template: RowTemplate = Field({}, description="As data.template, for this source.")
     ignore: list[str] = Field([], description="As data.ignore, for this source.")
     keep: dict[str, Scalar | list[Scalar]] = Field({}, description="As data.keep, for this source.")
     roles: dict[str, RoleName] = Field({}, description="As data.roles, for this source.")
@@ -129,15 +138,15 @@ class DataConfig(Section):
         description="Where to find each column: {column: path}, such as {prompt: query, completion: answers.0.text}; a "
         "path that ends in ? may be absent. A source's own settings come first, here and down to encoding.",
     )
-    template: dict[str, str] = Field(
+    template: RowTemplate = Field(
         {},
         description="Columns made from several fields: {column: text with {path} in it}; write {{ and }} for braces.",
     )
     ignore: list[str] = Field(
         [],
-        description="Columns, keys of turns such as messages[].mask, and marks inside objects such as meta.label, to "
-        "leave out. A column whose name has a meaning in other formats or trainers (label, score, weight, system, …) "
-        "stops the run if it is neither read nor named here.",
+        description="Columns, keys of turns such as messages[].mask, and marks inside objects such as meta.label "
+        "(notes[].score in a list of them), to leave out. A column whose name has a meaning in other formats or "
+        "trainers (label, score, weight, system, …) stops the run if it is neither read nor named here.",
     )
     keep: dict[str, Scalar | list[Scalar]] = Field(
         {},

@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import ConfigError, FileMissingError
 from qlora_trainer.common.units import counted
 from qlora_trainer.config.data_schema import Source, SourceFile
-from qlora_trainer.config.override import command_line, override
+from qlora_trainer.config.override import override
 from qlora_trainer.config.renamed import old_key, renamed_value
 from qlora_trainer.config.schema import RunConfig
 
@@ -54,13 +55,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the sections of a YAML file: with values, and with each value as the text that was written."""
     if not path.is_file():
         raise FileMissingError(
-            f"There is no config file {path}. `qlora init` writes one, or name --model and --data instead; "
+            f"There is no config file {path}. `{command_line('init')}` writes one, and "
             f"{Path(__file__).parents[1] / 'configs'} has examples."
-        )
-    if path.suffix.lower() in {".jsonl", ".jsonlines", ".jl", ".csv", ".tsv", ".parquet", ".txt"}:
-        raise ConfigError(
-            f"{path} is a file of rows by its name, not a YAML config. Rows go with --data: "
-            f"{command_line('qlora', 'train', '--model', 'Qwen/Qwen3-8B', '--data', path)}"
         )
     try:
         with path.open(encoding="utf-8") as file:

@@ -6,7 +6,6 @@ Whatever a column is called, the shell and YAML read back the same name. Left ou
 import json
 import shlex
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 
@@ -41,23 +40,9 @@ def _scalar(text: str) -> str:
 
 
 def _is_read_as(written: str, text: str) -> bool:
-    import yaml  # here, as the command line needs only `command_line`
+    import yaml
 
     try:
         return bool(yaml.safe_load(f"{{{written}: [{written}, a]}}") == {text: [text, "a"]})
     except (yaml.YAMLError, ValueError):
         return False
-
-
-def command_line(*words: object) -> str:
-    """Write a command as it can be pasted into a shell.
-
-    Args:
-        *words: of the command; a path that begins with a dash gets ./ before it, as it would be read as an option.
-
-    Returns:
-        The words, quoted where they need it.
-    """
-    return shlex.join(
-        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words
-    )

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.common.command_line import please_report
 from qlora_trainer.common.errors import DtypeRangeError, MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.merging.check_prompts import CheckPrompt
@@ -83,7 +84,7 @@ def verify_by_transformers(
     if found["stops"] != inputs.stops:
         raise MergeError(
             f"The merged model stops at the tokens {found['stops']} in plain transformers, and evaluate at "
-            f"{inputs.stops}. Nothing was kept. Please report it with the output of `qlora doctor`."
+            f"{inputs.stops}. Nothing was kept. {please_report()}"
         )
     if found["not_finite"]:
         raise DtypeRangeError(
@@ -155,10 +156,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any] | None:
     killed = done.returncode < 0 or any(word in done.stderr for word in ("OutOfMemoryError", "MemoryError"))
     if killed and job["with_weights"]:
         return None
-    raise MergeError(
-        f"Plain transformers cannot use the merged model: {lines[-1]} Nothing was kept. Please report it with the "
-        "output of `qlora doctor`."
-    )
+    raise MergeError(f"Plain transformers cannot use the merged model: {lines[-1]} Nothing was kept. {please_report()}")
 
 
 @contextmanager
@@ -260,7 +258,7 @@ def _other_answer(
         f"The merged model does not answer as the trained one: asked the prompt of {inputs.prompts[row].where}, token "
         f"{number + 1} of its answer is {inputs.decode([theirs])!r} ({theirs}) in plain transformers, and "
         f"{inputs.decode([ours])!r} ({ours}) by base + adapter, by {float(below[place]):.3g} nats. Nothing was kept. "
-        "Please report it with the output of `qlora doctor`."
+        f"{please_report()}"
     )
 
 
@@ -271,6 +269,6 @@ def _other_prompt(prompt: CheckPrompt, tokens: list[int], decode: Callable[[list
     theirs, ours = (decode(ids[same : same + 8]) for ids in (tokens, prompt.tokens))
     return (
         f"The merged model's template does not give the prompt of {prompt.where} as evaluate asks it: after {same} "
-        f"tokens that are the same, plain transformers has {theirs!r}, and evaluate {ours!r}. Nothing was kept. Please "
-        "report it with the output of `qlora doctor`."
+        f"tokens that are the same, plain transformers has {theirs!r}, and evaluate {ours!r}. Nothing was kept. "
+        f"{please_report()}"
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.head_rows import DenseRows
+from qlora_trainer.common.command_line import please_report
 from qlora_trainer.common.errors import MergeError
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.common.units import counted
@@ -141,8 +142,8 @@ def verify_merge(
         raise MergeError(
             "The merged model's logits are not those of the trained one: beyond what rounding costs, KL "
             f"{beyond.kl:.2e} (at most {bound:.1e}), relative error {beyond.relative_error:.2e}, same first choice for "
-            f"{beyond.top1_agreement:.1%} of {beyond.tokens} tokens. Nothing was kept. Please report it with the "
-            "output of `qlora doctor`."
+            f"{beyond.top1_agreement:.1%} of {beyond.tokens} tokens. Nothing was kept. "
+            f"{please_report()}"
         )
     return Verification(len(sample_rows), difference, rounding, beyond, bound)
 

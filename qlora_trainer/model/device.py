@@ -15,6 +15,7 @@ import torch
 
 from qlora_kernels.registry import ONLY_VERSION, implementations, kernel_choice
 from qlora_kernels.torch_features import release_pinned_memory
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import ConfigError, InsufficientMemoryError, ModelError, first_line
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.units import gib
@@ -250,7 +251,7 @@ def choose_device(wanted: str) -> torch.device:
     refuse_unknown_kernels()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            "CUDA is asked for, but torch sees no CUDA device here. `qlora doctor` says what it sees. "
+            f"CUDA is asked for, but torch sees no CUDA device here. `{command_line('doctor')}` says what it sees. "
             f"{way_to_cpu(wanted)}"
         )
     if wanted == "cpu" or not torch.cuda.is_available():

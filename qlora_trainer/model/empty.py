@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import (
+    FEATURE_EXTRACTOR_MAPPING,
+    IMAGE_PROCESSOR_MAPPING,
+    PROCESSOR_MAPPING,
+    AutoModelForCausalLM,
+)
 
 from qlora_trainer.common.boundary import library_boundary
 from qlora_trainer.common.errors import ModelError
@@ -100,21 +105,23 @@ def recompute_buffers(model: Any, directory: ModelDirectory, dtype: torch.dtype,
 def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:
     """Refuse a model that takes more than text, since the adapter would train its vision tower too.
 
-    transformers loads some of them as causal language models.
+    transformers loads some of them as causal language models, also such as have their tower in no config of its own
+    (Fuyu, Emu3): it knows what prepares images or audio for them, and nothing of the kind for a model of text.
 
     Args:
         config: transformers'.
         directory: the base, for the message.
 
     Raises:
-        ModelError: the config has a part for vision or audio.
+        ModelError: the model takes images or audio.
     """
     towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
-    if towers:
+    prepared = (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING)
+    if towers or any(type(config) in mapping for mapping in prepared):
+        parts = f", with a part for {' and '.join(towers)}" if towers else ""
         raise ModelError(
-            f"{directory} holds a model of several kinds of input ({config.model_type}, with a part for "
-            f"{' and '.join(towers)}). Only text models are trained here: choose one "
-            "that takes text alone."
+            f"{directory} holds a model of several kinds of input ({config.model_type}{parts}). Only text models are "
+            "trained here: choose one that takes text alone."
         )
 
 

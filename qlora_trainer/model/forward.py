@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from qlora_kernels.head_rows import HeadRows
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
+from qlora_trainer.common.boundary import as_model_error, is_from_library
 from qlora_trainer.common.units import counted, dtype_name
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.lm_head import head_weight
 from qlora_trainer.model.modules.packed_attention import (
     attends_apart,
-    is_from_model,
+    cannot_be_trained,
     packed_documents,
-    refusals_as_model_error,
 )
 from qlora_trainer.model.modules.row_positions import longest_with_own_positions
 
@@ -118,11 +118,11 @@ def find_loss_path(model: Any) -> LossPath:
     pack = Pack(ids[:, :8], ids[:, 1:], positions, cu_seqlens=None, tokens=8, label_tokens=8)
     try:
         with evaluation_mode(model):
-            with refusals_as_model_error(model):
+            with as_model_error(cannot_be_trained(model)):
                 theirs = loss_sum(model, pack, LossPath(own_logits=True))
             ours = loss_sum(model, pack, path)
     except Exception as error:
-        if not is_from_model(error):
+        if not is_from_library(error):
             raise
         return LossPath(own_logits=True)  # its hidden states are not the head's input
     if not torch.isfinite(theirs):

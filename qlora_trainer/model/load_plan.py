@@ -325,7 +325,8 @@ def _untie(model: Any, names: Sequence[str]) -> None:
         shared = model.get_parameter(name)
         setattr(model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(shared), requires_grad=False))
         tied_weight_names(model).pop(name, None)
-    model.config.get_text_config().tie_word_embeddings = False
+    for config in (model.config, model.config.get_text_config()):  # transformers goes by the whole, others by the part
+        config.tie_word_embeddings = False
 
 
 def _may_be_missing(model: Any, name: str) -> bool:

@@ -18,6 +18,7 @@ from qlora_trainer.model.modules.lm_head import HeadKind, quantize_head
 from qlora_trainer.model.modules.nf4_linear import adopt_linear4bit
 from qlora_trainer.model.modules.row_positions import forget_longer_rows
 from qlora_trainer.weights.model_directory import ModelDirectory
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 
 def load_pretrained(directory: ModelDirectory, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
@@ -67,6 +68,7 @@ def load_converted(plan: LoadPlan, lm_head: HeadKind, device: torch.device) -> t
     if not plan.directory.quant_states:
         for name in plan.used:  # one such value turns its whole tensor into NaN where block maxima are quantized too
             check_finite(plan.directory.tensors[name], plan.directory.read(name))
+    load_bitsandbytes()  # before transformers does, which would let it download kernels
     quantization = None if plan.directory.quant_states else nf4_config(plan.source_dtype)
     # On CUDA bitsandbytes divides approximately: that changes no code of bf16 weights, and now and then one of others.
     is_exact = plan.directory.quant_states or plan.source_dtype == torch.bfloat16

@@ -11,12 +11,13 @@ from qlora_kernels.card import Card
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_kernels.varlen_attention import flash_backward_bytes
 from qlora_trainer.adapters.inject import add_adapters
+from qlora_trainer.common.boundary import as_model_error
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.data.batching.packing import Example, Pack, make_packs
 from qlora_trainer.model.device import compute_dtype_of, current_card, refuse_unknown_kernels
-from qlora_trainer.model.modules.packed_attention import attends_apart, head_sizes, refusals_as_model_error
+from qlora_trainer.model.modules.packed_attention import attends_apart, cannot_be_trained, head_sizes
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton, make_empty
 from qlora_trainer.training.memory.activations import Policy
@@ -125,7 +126,7 @@ def keeps_apart(directory: ModelDirectory) -> bool | None:
     """
     try:
         model = build_skeleton(directory)
-        with FakeRun(), refusals_as_model_error(model):
+        with FakeRun(), as_model_error(cannot_be_trained(model)):
             make_empty(model)
             return attends_apart(model, model.config.get_text_config().vocab_size)
     except ModelError:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_trainer.common.transformers_internals import tied_weight_names
 from qlora_trainer.common.units import counted, gib
 from qlora_trainer.model.modules.cpu_embedding import tensors_on_cpu
 from qlora_trainer.model.modules.lm_head import QuantizedHead
@@ -91,9 +92,9 @@ def base_parameters(model: Any) -> int:
     """
     dense = sum(p.numel() for p in (*model.parameters(), *tensors_on_cpu(model)) if not p.requires_grad)
     dense += sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, NF4Linear))
-    if model.config.get_text_config().tie_word_embeddings:
-        return dense  # a quantized head is a copy of the embedding
-    return dense + sum(math.prod(m.shape) for m in model.modules() if isinstance(m, QuantizedHead))
+    heads = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, QuantizedHead)}
+    tied = tied_weight_names(model)  # of which a quantized one is a copy
+    return dense + sum(math.prod(head.shape) for name, head in heads.items() if name not in {*tied, *tied.values()})
 
 
 def estimate_in_words(parameters: int) -> str:

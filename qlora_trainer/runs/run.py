@@ -17,6 +17,7 @@ from qlora_trainer.adapters.inject import adapter_state_dict
 from qlora_trainer.adapters.peft_config import AdapterFileConfig
 from qlora_trainer.adapters.peft_format import stored_ranks, write_adapter
 from qlora_trainer.common.atomic import new_directory
+from qlora_trainer.common.command_line import command_line
 from qlora_trainer.common.errors import (
     DiskError,
     InsufficientMemoryError,
@@ -25,8 +26,7 @@ from qlora_trainer.common.errors import (
     is_out_of_memory,
 )
 from qlora_trainer.common.process_memory import restart_peak
-from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.config.override import command_line
+from qlora_trainer.common.progress import SAVING, Progress, silent
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.preparation.prepare import Prepared
 from qlora_trainer.data.rendering.renderer import Renderer
@@ -43,7 +43,7 @@ from qlora_trainer.runs.resume_rules import environment
 from qlora_trainer.runs.turns import taught_turns
 from qlora_trainer.training.determinism import deterministic_algorithms
 from qlora_trainer.training.evaluation import Answer, answer_prompts, eval_prompts
-from qlora_trainer.training.loop import train
+from qlora_trainer.training.loop import stop_requests, train
 from qlora_trainer.training.recovery import probe, take_step
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.weights.turn_files import write_turn_files
@@ -65,7 +65,12 @@ class Run:
     program_bytes: int | None = None  # of host memory, before the base was loaded
     changes: list[str] = dataclasses.field(default_factory=list)  # of the base's files on turns, next to the adapter
 
-    def train(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None = None) -> bool:
+    def train(
+        self,
+        on_step: Callable[[dict[str, Any]], None],
+        stop_after: int | None = None,
+        progress: Progress = silent,
+    ) -> bool:
         """Train to the end or until interrupted; at the end write adapter/.
 
         Gradients that are not finite raise TrainingError, as does training.deterministic where an operation has no
@@ -74,6 +79,7 @@ class Run:
         Args:
             on_step: is called with the metrics of each step.
             stop_after: the step to stop after, as if interrupted; None: the last one.
+            progress: is called as each step, evaluation and saving begins.
 
         Returns:
             True if the end was reached.
@@ -81,23 +87,35 @@ class Run:
         Raises:
             InsufficientMemoryError: torch's allocator failed for good after memory ran out.
         """
-        try:
-            with deterministic_algorithms(self.config.training.deterministic):
-                finished = self._take_steps(on_step, stop_after)
-        except RuntimeError as error:
-            if not (self.state.ran_out_of_memory and is_broken_allocator(error)):
-                raise
-            raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
-        if finished:
-            with new_directory(self.directory / "adapter", replaces=True) as work:
-                self.write_adapter(work)
-                belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
-                write_base_record(work, belongs_to)
-                taught = taught_turns(self.renderer, self.prepared.train.has_conversations())
-                self.changes = write_turn_files(self.base.directory, taught, work)
+        with stop_requests() as stop_requested:
+            try:
+                with deterministic_algorithms(self.config.training.deterministic):
+                    finished = self._take_steps(on_step, stop_after, progress, stop_requested)
+            except RuntimeError as error:
+                if not (self.state.ran_out_of_memory and is_broken_allocator(error)):
+                    raise
+                raise InsufficientMemoryError(self._go_on_in_a_new_process(first_line(error))) from error
+            if finished:
+                progress(SAVING, self.state.step, self.state.total_steps)
+                self._save_adapter()
         return finished
 
-    def _take_steps(self, on_step: Callable[[dict[str, Any]], None], stop_after: int | None) -> bool:
+    def _save_adapter(self) -> None:
+        """Write adapter/, with the files on turns."""
+        with new_directory(self.directory / "adapter", replaces=True) as work:
+            self.write_adapter(work)
+            belongs_to = BaseRecord(self.base.fingerprint, self.state.step, self.directory.name, self.prepared.key)
+            write_base_record(work, belongs_to)
+            taught = taught_turns(self.renderer, self.prepared.train.has_conversations())
+            self.changes = write_turn_files(self.base.directory, taught, work)
+
+    def _take_steps(
+        self,
+        on_step: Callable[[dict[str, Any]], None],
+        stop_after: int | None,
+        progress: Progress,
+        stop_requested: Callable[[], bool],
+    ) -> bool:
         """Train and log the metrics; return True if the end was reached."""
         if self.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.base.device)  # the plan covers training, not loading
@@ -117,7 +135,9 @@ class Run:
                 take_step=take_step,
                 on_step=record,
                 save=self.save,
+                stop_requested=stop_requested,
                 stop_after=stop_after,
+                progress=progress,
             )
         finally:
             log.close()
@@ -133,7 +153,7 @@ class Run:
         return (
             f"Memory ran out on {self.base.device}, and torch's allocator can no longer be used, which may happen with "
             f"expandable segments ({reason}). Resume after step {saved} in a new process, without them: "
-            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False {command_line('qlora', 'resume', self.directory)}"
+            f"{ALLOCATOR_VARIABLES[0]}=expandable_segments:False {command_line('resume', self.directory)}"
         )
 
     def save(self, directory: Path | None = None) -> Path:

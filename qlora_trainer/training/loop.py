@@ -1,6 +1,6 @@
 """Repeat the optimizer step to the end of training, or until asked to stop: log, evaluate and save on the way.
 
-The first SIGINT or SIGTERM is noted for the next step boundary, where everything can be saved; the second acts at once.
+The first SIGINT or SIGTERM is noted for the next place where everything is saved; the second acts at once.
 Left out: the step (step.py), and what survives a restart (state.py).
 """
 
@@ -15,6 +15,7 @@ import torch
 
 from qlora_trainer.common.errors import InsufficientMemoryError, TrainingError
 from qlora_trainer.common.process_memory import peak_resident_bytes
+from qlora_trainer.common.progress import EVALUATING, SAVING, TRAINING, Progress, silent
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.training.evaluation import eval_loss
 from qlora_trainer.training.state import TrainState
@@ -30,7 +31,9 @@ def train(
     take_step: Callable[[TrainState], dict[str, float]],
     on_step: Callable[[dict[str, Any]], None],
     save: Callable[[], object],
+    stop_requested: Callable[[], bool],
     stop_after: int | None = None,
+    progress: Progress = silent,
 ) -> bool:
     """Train to the end, or until asked to stop; either way a checkpoint of the last step is saved.
 
@@ -40,7 +43,9 @@ def train(
         take_step: takes the loader's next step and moves its cursor on; recovery.take_step.
         on_step: gets each step's metrics.
         save: writes a checkpoint.
+        stop_requested: returns True once training is asked to stop, see `stop_requests`.
         stop_after: stop at this step, as an interruption would.
+        progress: is called as each step, evaluation and checkpoint begins.
 
     Returns:
         True if the end was reached.
@@ -50,36 +55,38 @@ def train(
     """
     training = state.config.training
     state.model.train()
-    with stop_requests() as stop_requested:
-        while state.step < state.total_steps:
-            started = time.perf_counter()
-            try:
-                metrics = take_step(state)
-            except InsufficientMemoryError:
-                save()
-                raise
-            seconds = time.perf_counter() - started
-            check_skipped_steps(state, metrics)
-            record = {
-                "step": state.step,
-                "epoch": state.step / state.loader.steps_per_epoch,
-                **metrics,
-                "tokens_per_second": metrics["tokens"] / seconds,
-                "peak_memory_bytes": peak_memory_bytes(state.device),
-                "micro_batch_tokens": state.loader.micro_batch_tokens,
-                "activation_checkpointing": str(state.policy),
-            }
-            is_last = state.step == state.total_steps
-            if state.warnings:
-                record["recovered"] = " ".join(state.warnings)
-                state.warnings.clear()
-            if len(eval_set) and (state.step % training.evaluate_every == 0 or is_last):
-                record["eval_loss"] = measure_eval(state, eval_set)
-            on_step(record)
-            stopping = stop_requested() or state.step == stop_after
-            if state.step % training.save_every == 0 or is_last or stopping:
-                save()
-            if stopping:
+    while state.step < state.total_steps:
+        progress(TRAINING, state.step, state.total_steps)
+        started = time.perf_counter()
+        try:
+            metrics = take_step(state)
+        except InsufficientMemoryError:
+            save()
+            raise
+        seconds = time.perf_counter() - started
+        check_skipped_steps(state, metrics)
+        record = {
+            "step": state.step,
+            "epoch": state.step / state.loader.steps_per_epoch,
+            **metrics,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "peak_memory_bytes": peak_memory_bytes(state.device),
+            "micro_batch_tokens": state.loader.micro_batch_tokens,
+            "activation_checkpointing": str(state.policy),
+        }
+        is_last = state.step == state.total_steps
+        if state.warnings:
+            record["recovered"] = " ".join(state.warnings)
+            state.warnings.clear()
+        if len(eval_set) and (state.step % training.evaluate_every == 0 or is_last):
+            progress(EVALUATING, state.step, state.total_steps)
+            record["eval_loss"] = measure_eval(state, eval_set)
+        on_step(record)
+        stopping = stop_requested() or state.step == stop_after
+        if state.step % training.save_every == 0 or is_last or stopping:
+            progress(SAVING, state.step, state.total_steps)
+            save()
+            if stopping or stop_requested():
                 return is_last
     return True
 
@@ -132,7 +139,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Note the first SIGINT or SIGTERM in the block, for the next step boundary; the second acts at once.
+    """Note the first SIGINT or SIGTERM in the block; the second acts at once.
 
     Yields:
         A function that returns True once a signal has come.

@@ -24,7 +24,7 @@ from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup
 from qlora_trainer.training.memory.managed_memory import paging_refusal
 from qlora_trainer.weights.bitsandbytes_internals import forget_paged, is_paged, make_state, makes_state_early
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 _PAGED = "Paged"  # what the names of bitsandbytes' classes begin with where their state pages
 STATE_KEYS = ("state1", "state2", "absmax1", "absmax2", "exp_avg", "exp_avg_sq")
@@ -232,7 +232,7 @@ def build_optimizer(config: OptimizerConfig, groups: Sequence[FlatGroup]) -> Opt
     parameter = groups[0].data
     bits = 8 if config.name == "paged_adamw_8bit" else 32
     prefix = "" if parameter.device.type == "cuda" and paging_refusal(parameter.device) else _PAGED
-    kind = getattr(bitsandbytes.optim, f"{prefix}AdamW{bits}bit")
+    kind = getattr(load_bitsandbytes().optim, f"{prefix}AdamW{bits}bit")
     return Optimizer(kind(params, **common), groups, bits)
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4_CODE
+from qlora_trainer.common.command_line import please_report
 from qlora_trainer.common.errors import QuantizationError
 from qlora_trainer.common.units import dtype_name
-from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, bitsandbytes, empty_weight
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, all_finite, empty_weight, load_bitsandbytes
 
 _STATE_KEY = "quant_state.bitsandbytes__nf4"
 _STATE_BYTES = 256
@@ -216,7 +217,7 @@ def check_dequantization(device: torch.device) -> list[str]:
     warnings = []
     for shape in ((64, 64), (3, 80), (96, 192), (1, 576)):
         values = torch.randn(shape, generator=generator).to(device)
-        packed, state = bitsandbytes.functional.quantize_4bit(
+        packed, state = load_bitsandbytes().functional.quantize_4bit(
             values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
         weight = _from_bitsandbytes(packed, state, "a sample")
@@ -225,10 +226,9 @@ def check_dequantization(device: torch.device) -> list[str]:
         if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):
             raise QuantizationError(
                 f"On {device} NF4 weights of shape {shape} are dequantized otherwise than they are defined. Set "
-                "QLORA_KERNELS=reference to use the plain implementation, and please report this with the output of "
-                "`qlora doctor`."
+                f"QLORA_KERNELS=reference to use the plain implementation. {please_report()}"
             )
-        if not torch.equal(bitsandbytes.functional.dequantize_4bit(packed, state), expected):
+        if not torch.equal(load_bitsandbytes().functional.dequantize_4bit(packed, state), expected):
             warnings.append(
                 f"bitsandbytes dequantizes NF4 of shape {shape} wrongly on {device}; it is not used for that."
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.torch_internals import OpOverload
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 
 def native_library() -> Any:
@@ -22,7 +22,7 @@ def native_library() -> Any:
     Returns:
         The library; a stand-in of another class where it could not be loaded.
     """
-    return bitsandbytes.cextension.lib
+    return load_bitsandbytes().cextension.lib
 
 
 def makes_state_early(optimizer: torch.optim.Optimizer) -> bool:
@@ -34,7 +34,7 @@ def makes_state_early(optimizer: torch.optim.Optimizer) -> bool:
     Returns:
         True if it is one.
     """
-    return isinstance(optimizer, bitsandbytes.optim.optimizer.Optimizer8bit)
+    return isinstance(optimizer, load_bitsandbytes().optim.optimizer.Optimizer8bit)
 
 
 def make_state(optimizer: Any) -> None:
@@ -66,7 +66,7 @@ def forget_paged(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: of an optimizer's state.
     """
-    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    manager = load_bitsandbytes().functional.GlobalPageManager.get_instance()
     gone = {id(tensor) for tensor in tensors}
     manager.paged_tensors[:] = [tensor for tensor in manager.paged_tensors if id(tensor) not in gone]
 
@@ -77,5 +77,6 @@ def update_operations() -> tuple[OpOverload, OpOverload]:
     Returns:
         Both; argument 2 of each is the parameter.
     """
+    load_bitsandbytes()  # registers them
     operations = torch.ops.bitsandbytes
     return operations.optimizer_update_32bit.default, operations.optimizer_update_8bit_blockwise.default

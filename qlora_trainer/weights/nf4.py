@@ -6,6 +6,7 @@ training/memory/paged_trial.py only, so that what it prints and registers at imp
 Legend: O out features, I in features.
 """
 
+import functools
 import logging
 import sys
 from typing import Any
@@ -19,8 +20,15 @@ from qlora_trainer.common.errors import QuantizationError
 from qlora_trainer.common.units import counted
 
 
-def _import_bitsandbytes() -> Any:
-    """Import bitsandbytes without letting it download CPU kernels through the package `kernels`, if installed."""
+@functools.cache
+def load_bitsandbytes() -> Any:
+    """Import bitsandbytes at the first call: it takes a second of processor time, which reading rows need not wait for.
+
+    It is not let download CPU kernels through the package `kernels`, if that is installed.
+
+    Returns:
+        The module.
+    """
     missing = object()
     previous = sys.modules.get("kernels", missing)
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -35,7 +43,6 @@ def _import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-bitsandbytes = _import_bitsandbytes()
 WEIGHT_TENSORS = ("packed", "absmax", "nested_absmax", "nested_code", "offset")  # of an NF4Weight
 
 

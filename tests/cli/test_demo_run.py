@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.cli.demo_run import packaged_model, program_called
+from qlora_trainer.cli.demo_run import packaged_model
 from qlora_trainer.common.errors import FileMissingError
 from qlora_trainer.runs.metrics import read_metrics
 
@@ -32,25 +32,6 @@ def test_demo_of_two_steps_goes_through_every_part(qlora: Callable, tiny_llama: 
     assert (tmp_path / "demo/run/checkpoints/step-000001").is_dir()
     assert (tmp_path / "demo/merged/model.safetensors").is_file()
     assert (tmp_path / "demo/run/report.html").is_file()
-
-
-@pytest.mark.parametrize(
-    ("called", "word"),
-    [
-        (".venv/bin/qlora", ".venv/bin/qlora"),
-        ("wheel/bin/qlora", "wheel/bin/qlora"),
-        ("{folder}/qlora", "qlora"),
-        ("site-packages/qlora_trainer/__main__.py", "qlora"),
-    ],
-)
-def test_a_command_to_paste_begins_as_the_program_was_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, word: str
-) -> None:
-    """A program that the shell finds in its path is there under its full name."""
-    (tmp_path / "qlora").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sys.argv", [called.format(folder=tmp_path), "demo"])
-    assert program_called() == word
 
 
 @pytest.mark.campaign

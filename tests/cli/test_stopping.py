@@ -14,9 +14,11 @@ import pytest
 from marks import PATIENCE
 
 from qlora_trainer.cli.stopping import Training, Work
+from qlora_trainer.common.progress import EVALUATING, SAVING, TRAINING
 from qlora_trainer.merging import merge_run as merging
 from qlora_trainer.runs import run as running
 from qlora_trainer.runs import start, trained
+from qlora_trainer.training import loop
 
 # A C function that returns to Python only after minutes, as one operation of a large step does.
 BUSY = """\
@@ -184,16 +186,114 @@ def test_the_estimate_is_what_is_left_of_a_usual_step_and_of_an_evaluation_that_
     assert "no step has ended yet" in work.first_signal()
     for step, ended in ((1, 20.0), (2, 40.0)):
         now = ended
-        work({**RECORD, "step": step})
+        work(RECORD)
+        work.progress(TRAINING, step, 10)
     assert "step 3 has ended and is evaluated and saved: about 20 s, by the 2 steps so far, and" in work.first_signal()
+    now = 60.0
+    work.progress(EVALUATING, 3, 10)
+    assert "the evaluation of step 3 has ended and all is saved: it is the first, so that" in work.first_signal()
     now = 160.0
-    work({**RECORD, "step": 3, "eval_loss": 1.0})
+    work({**RECORD, "eval_loss": 1.0})
+    work.progress(SAVING, 3, 10)
+    assert "the checkpoint of step 3 is saved: usually within seconds." in work.first_signal()
+    work.progress(TRAINING, 3, 10)
     now = 165.0
     assert "step 4 has ended and is saved: about 15 s, by the 3 steps so far." in work.first_signal()
     for step, ended in ((4, 180.0), (5, 200.0)):
         now = ended
-        work({**RECORD, "step": step})
+        work(RECORD)
+        work.progress(TRAINING, step, 10)
     assert "step 6 has ended and is evaluated and saved: about 120 s" in work.first_signal().replace("2 min", "120 s")
+    work.progress(EVALUATING, 6, 10)
+    now = 240.0
+    assert "the evaluation of step 6 has ended and all is saved: about 60 s, by the eval" in work.first_signal()
+
+
+# What is done after the last step, where it is done, what the first signal says of it, and what the second.
+AFTER_THE_LAST_STEP = [
+    (
+        loop,
+        "measure_eval",
+        "the final evaluation has ended and all is saved: it is the first, so that how long it takes is not known. No "
+        "samples are answered.",
+        "Stopped without saving: the 2 steps since step 8 are lost. To continue from step 8: ",
+    ),
+    (
+        running,
+        "save_checkpoint",
+        "the last checkpoint and the adapter are saved: usually within seconds. No samples are answered.",
+        "Stopped without saving: the 2 steps since step 8 are lost. To continue from step 8: ",
+    ),
+    (
+        running,
+        "write_base_record",
+        "the last checkpoint and the adapter are saved: usually within seconds. No samples are answered.",
+        "Stopped without saving: no step is lost. To continue from step 10: ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "first", "second"), AFTER_THE_LAST_STEP)
+def test_a_signal_after_the_last_step_says_what_is_done_and_then_ends_the_run(
+    qlora: Callable,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    name: str,
+    first: str,
+    second: str,
+) -> None:
+    real = getattr(module, name)
+    presses = 1
+
+    def pressed(*arguments: Any, **named: Any) -> Any:
+        if steps_taken[-1:] == [10]:
+            for _ in range(presses):
+                press()
+                time.sleep(0.05)
+        return real(*arguments, **named)
+
+    steps_taken: list[int] = []
+    step = running.take_step
+
+    def take_step(state: Any) -> Any:
+        metrics = step(state)
+        steps_taken.append(state.step)
+        return metrics
+
+    monkeypatch.setattr(running, "take_step", take_step)
+    monkeypatch.setattr(module, name, pressed)
+    settings = ("training.max_steps=10", "training.save_every=4", "training.evaluate_every=100", "data.eval=0.2")
+    words = ("train", config_file, *settings, "evaluation.samples=0")
+    code, out, reported = qlora(*words)
+    assert code == 0, reported
+    assert f"Stopping when {first} Press Ctrl-C again to stop without saving." in reported
+    assert "Adapter: " in out
+
+    steps_taken.clear()
+    presses = 2
+    code, out, reported = qlora(*words, f"training.output_dir={tmp_path / 'again'}")
+    assert (code, out) == (130, "")
+    assert f"{second}qlora resume {tmp_path / 'again'}" in reported
+
+
+def test_a_signal_while_samples_are_answered_says_what_of_the_run_is_there(
+    qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = running.answer_prompts
+
+    def answer_prompts(*arguments: Any, **named: Any) -> Any:
+        return press() if (tmp_path / "run/adapter").exists() else real(*arguments, **named)
+
+    monkeypatch.setattr(running, "answer_prompts", answer_prompts)
+    code, out, reported = qlora("train", config_file, "training.max_steps=2")
+    assert (code, out) == (130, "")
+    assert f"The adapter is saved. For samples and report: qlora resume {tmp_path / 'run'}" in reported
+    monkeypatch.setattr(running, "answer_prompts", real)
+    code, out, reported = qlora("resume", tmp_path / "run")
+    assert code == 0, reported
+    assert "Report:" in out
 
 
 def test_the_time_that_an_operation_takes_is_estimated_by_those_before(monkeypatch: pytest.MonkeyPatch) -> None:

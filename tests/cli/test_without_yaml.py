@@ -129,8 +129,7 @@ def test_an_option_given_twice_is_refused_by_its_name(qlora: Qlora, rows: Path, 
         ),
         (["--data", "{rows}"], "error --model Qwen/Qwen3-8B is missing"),
         (["model.name=m/m"], "qlora train --data rows.jsonl model.name=m/m"),
-        (["{rows}"], "Rows go with --data: qlora train --model Qwen/Qwen3-8B --data {rows}"),
-        (["none.yaml"], "There is no config file none.yaml. `qlora init` writes one, or name --model and --data"),
+        (["none.yaml"], "There is no config file none.yaml. `qlora init` writes one, and "),
         (["--model", "no model", "--data", "{rows}"], "There is no model at no model. A hub name has the form owner/"),
         (["--model", "{model}", "--data", "gone.jsonl"], "data.train: there is no file gone.jsonl."),
         (["--model", "{model}", "--data", "{rows}", "--eval", "gone.jsonl"], "data.eval: there is no file gone.jsonl."),
@@ -165,9 +164,45 @@ def test_a_plan_asks_for_a_model_alone(qlora: Qlora, words: tuple[str, ...]) -> 
     assert reported.endswith("or type: qlora plan --model Qwen/Qwen3-8B")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("train", "none.yaml"), "qlora train --model Qwen/Qwen3-8B --data rows.jsonl"),
+        (("train", "none.yaml", "--data", "a.csv"), "qlora train --model Qwen/Qwen3-8B --data a.csv"),
+        (("inspect", "none.yaml", "model.name=m/m"), "qlora inspect --data rows.jsonl model.name=m/m"),
+        (("plan", "none.yaml"), "qlora plan --model Qwen/Qwen3-8B"),
+        (("plan", "none.yaml", "--model", "m/m"), "qlora plan --model m/m"),
+    ],
+)
+def test_a_missing_config_is_answered_with_options_that_the_command_has(
+    qlora: Qlora, words: tuple[str, ...], line: str
+) -> None:
+    code, _, reported = qlora(*words)
+    assert code == 2
+    assert reported.startswith("error There is no config file none.yaml. `qlora init` writes one, and ")
+    assert reported.endswith(f" has examples. Without a config, type: {line}")
+
+
 def test_a_plan_needs_a_model_alone(qlora: Qlora, tiny_llama: Path) -> None:
     words = ("--max-length", 64, "--rank", 2, "--no-search", "--json", "training.activation_checkpointing=full")
     code, out, reported = qlora("plan", "--model", tiny_llama, *words)
     assert code == 0, reported
     plan = json.loads(out)["plan"]
     assert plan["max_length"] == 64
+
+
+def test_rows_are_inspected_without_a_config(
+    qlora: Qlora, config_file: Path, tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    """By the options that train has, which count before a config."""
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(rows.read_bytes())
+    two = ("--data", rows, "--data", more, "--max-length", 100, "--json")
+    for words in (["--model", tiny_llama, *two], [config_file, *two]):
+        code, out, reported = qlora("inspect", *words)
+        assert code == 0, reported
+        report = json.loads(out)
+        assert ([source["name"] for source in report["sources"]], report["max_length"]) == (
+            ["rows.jsonl", "more.jsonl"],
+            100,
+        )

@@ -62,5 +62,5 @@ def test_a_larger_vocabulary_takes_no_more_memory(base: str, bases: Callable[[in
                     loss_sum(model, pack, LossPath())
         grown.append(memory.peak - memory.before)
     # The loss has the logits of 64 tokens at a time. Blocks of rows, and what malloc keeps of them, vary by some 40 MB
-    # between runs; a whole matrix would be three times that.
-    assert grown[1] - grown[0] < MATRIX // 2 + (4 * 64 * VOCABULARY if base == PLAIN else 0)
+    # between runs, and by 80 where threads take turns on a busy machine; a matrix held whole comes on top of that.
+    assert grown[1] - grown[0] < MATRIX * 4 // 5 + (4 * 64 * VOCABULARY if base == PLAIN else 0)

@@ -101,6 +101,13 @@ def test_a_class_that_ties_by_default_is_put_right_too(tiny_models: Callable[[st
     assert config_corrections(ModelDirectory.open(directory)) == {"tie_word_embeddings": False}
 
 
+@pytest.fixture
+def parts_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such configs are of models that take images too, which are refused."""
+    monkeypatch.setattr("qlora_trainer.model.load.refuse_multi_modal", lambda *_: None)
+
+
+@pytest.mark.usefixtures("parts_allowed")
 def test_a_config_in_parts_is_put_right_where_its_whole_ties_the_head(tmp_path: Path) -> None:
     """Transformers goes by the key of the whole, whatever the part for text says."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -110,6 +117,9 @@ def test_a_config_in_parts_is_put_right_where_its_whole_ties_the_head(tmp_path: 
     assert config_corrections(ModelDirectory.open(tmp_path)) == {}
     change(tmp_path, {HEAD: torch.ones(128, 64)}, {})
     assert config_corrections(ModelDirectory.open(tmp_path)) == {"tie_word_embeddings": False}
+    _, model = plan_base(ModelDirectory.open(tmp_path))
+    model.tie_weights()  # as its config says, which no longer ties them
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(

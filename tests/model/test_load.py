@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -14,9 +15,22 @@ from prequantized import prequantized
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, change_tensors, load, make_model_directory
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, GraniteMoeConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    Emu3Config,
+    FuyuConfig,
+    Gemma3Config,
+    GraniteMoeConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from qlora_trainer.common.errors import InsufficientMemoryError, ModelError
+from qlora_trainer.model.empty import refuse_multi_modal
 from qlora_trainer.model.load import check_mergeable, load_dense_model, plan_base
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, quantized_fraction
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -141,6 +155,28 @@ def test_a_model_with_a_vision_tower_is_refused(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "m").model_type == "gemma3"
     with pytest.raises(ModelError, match=r"several kinds of input \(gemma3, with a part for vision\)"):
         load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("config", [FuyuConfig(), Emu3Config()], ids=["fuyu", "emu3"])
+def test_a_model_that_takes_images_without_a_tower_of_its_own_is_refused(tmp_path: Path, config: Any) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"several kinds of input \({config.model_type}\)"):
+        plan_base(ModelDirectory.open(tmp_path))
+
+
+def test_of_all_causal_language_models_those_that_take_text_alone_are_not_refused(tiny_llama: Path) -> None:
+    directory, refused = ModelDirectory.open(tiny_llama), set()
+    kinds = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {"gemma4_assistant"}  # whose config has no defaults
+    for kind in kinds:
+        try:
+            refuse_multi_modal(CONFIG_MAPPING[kind](), directory)
+        except ModelError:
+            refused.add(kind)
+    several = kinds & {*MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    decoders = {"moshi", "musicgen", "musicgen_melody", "trocr", "whisper"}  # of audio or images
+    assert len(several) > 10
+    assert refused == several | decoders
+    assert len(kinds - refused) > 100
 
 
 def test_weights_are_quantized_from_the_checkpoints_own_values(tiny_llama: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from json_docs import documented
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FuyuConfig
 
 from qlora_trainer.common.units import gib
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model.modules.lm_head import quantize_head
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.other_ways import (
     FULL,
@@ -40,6 +41,19 @@ def test_every_weight_of_the_base_is_counted_once(
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).num_parameters()
     run = start_run(tiny_config(model={"name": str(directory), "device": "cpu", "lm_head": "4bit"}))
     assert base_parameters(run.base.model) == theirs
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_quantized_head_is_counted_as_transformers_ties_it(is_tied: bool) -> None:
+    """By the key of the whole config, whatever the part for text says."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    text = {**sizes, "tie_word_embeddings": not is_tied}
+    config = FuyuConfig(**sizes, tie_word_embeddings=is_tied, text_config=text)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    counted = model.num_parameters()
+    quantize_head(model, "8bit")
+    assert base_parameters(model) == counted
 
 
 def test_the_common_estimate_of_a_7b_is_56_gb() -> None:

@@ -17,7 +17,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 Config = Callable[..., RunConfig]
 
@@ -139,7 +139,7 @@ def test_a_sample_is_asked_by_no_more_tokens_than_a_row_of_training_has(
 
 def test_a_released_run_leaves_no_paged_buffer_of_its_own(tiny_config: Config) -> None:
     run = start_run(tiny_config())
-    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    manager = load_bitsandbytes().functional.GlobalPageManager.get_instance()
     others = torch.zeros(3)
     state = run.state.optimizer.optimizer.state[run.state.groups[0].data]
     manager.paged_tensors += [state["state1"], others, state["state2"]]  # as on CUDA; nothing is paged on a CPU

@@ -15,10 +15,10 @@ from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import OptimizerConfig
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 NAMES = ["paged_adamw_32bit", "paged_adamw_8bit", "adamw"]
-F = bitsandbytes.functional
+F = load_bitsandbytes().functional
 
 
 def config(**fields: Any) -> OptimizerConfig:
@@ -290,7 +290,7 @@ def test_a_checkpoint_goes_on_with_or_without_paging_to_the_same_bits(names: tup
     def built(name: str, named: dict[str, nn.Parameter]) -> Optimizer:
         groups, settings = groups_of(named), config()
         params = [{"params": [group.data], "weight_decay": group.weight_decay} for group in groups]
-        kind = getattr(bitsandbytes.optim, f"{name}{bits}bit")
+        kind = getattr(load_bitsandbytes().optim, f"{name}{bits}bit")
         return Optimizer(kind(params, betas=(settings.beta1, settings.beta2), eps=settings.epsilon), groups, bits)
 
     whole, first = parameters(), parameters()

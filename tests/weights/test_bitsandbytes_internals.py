@@ -8,7 +8,7 @@ from torch import nn
 
 from qlora_kernels import torch_internals
 from qlora_trainer.weights import bitsandbytes_internals
-from qlora_trainer.weights.nf4 import bitsandbytes
+from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 
 def test_bitsandbytes_has_a_native_library() -> None:
@@ -17,7 +17,7 @@ def test_bitsandbytes_has_a_native_library() -> None:
 
 def test_bitsandbytes_has_optimizers_that_make_state_early() -> None:
     parameter = nn.Parameter(torch.ones(8))
-    optimizer = bitsandbytes.optim.PagedAdamW32bit([parameter])
+    optimizer = load_bitsandbytes().optim.PagedAdamW32bit([parameter])
     assert bitsandbytes_internals.makes_state_early(optimizer)
     assert not bitsandbytes_internals.makes_state_early(torch.optim.AdamW([parameter]))
     bitsandbytes_internals.make_state(optimizer)
@@ -25,12 +25,12 @@ def test_bitsandbytes_has_optimizers_that_make_state_early() -> None:
 
 
 def test_bitsandbytes_has_optimizers_that_say_whether_they_page() -> None:
-    kinds = (bitsandbytes.optim.PagedAdamW32bit, bitsandbytes.optim.AdamW32bit)
+    kinds = (load_bitsandbytes().optim.PagedAdamW32bit, load_bitsandbytes().optim.AdamW32bit)
     assert [bitsandbytes_internals.is_paged(kind([nn.Parameter(torch.ones(8))])) for kind in kinds] == [True, False]
 
 
 def test_bitsandbytes_has_a_list_of_paged_tensors() -> None:
-    manager = bitsandbytes.functional.GlobalPageManager.get_instance()
+    manager = load_bitsandbytes().functional.GlobalPageManager.get_instance()
     ours, others = torch.zeros(3), torch.zeros(3)
     manager.paged_tensors += [ours, others]
     try:
@@ -45,7 +45,7 @@ def test_bitsandbytes_has_operations_that_update_a_parameter() -> None:
     parameter = nn.Parameter(torch.ones(8))
     parameter.grad = torch.ones(8)
     update_32bit, update_8bit = bitsandbytes_internals.update_operations()
-    optimizer = bitsandbytes.optim.AdamW32bit([parameter])
+    optimizer = load_bitsandbytes().optim.AdamW32bit([parameter])
     with Operations() as operations:
         optimizer.step()
     assert update_32bit in operations.seen
@@ -55,5 +55,5 @@ def test_bitsandbytes_has_operations_that_update_a_parameter() -> None:
 
 def test_bitsandbytes_has_paged_memory() -> None:
     """What training/memory/paged_trial.py calls."""
-    assert callable(bitsandbytes.functional.get_paged)
-    assert callable(bitsandbytes.functional.fill)
+    assert callable(load_bitsandbytes().functional.get_paged)
+    assert callable(load_bitsandbytes().functional.fill)

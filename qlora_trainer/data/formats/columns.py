@@ -7,11 +7,11 @@ which columns of ours there are, and what they mean (detect.py).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from string import Formatter
 from typing import Any
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import Scalar
+from qlora_trainer.config.row_template import parts
 from qlora_trainer.data.reading.json_layouts import WholeFile
 from qlora_trainer.data.reading.values import json_text, kind, listed
 
@@ -94,7 +94,7 @@ def paths_of(columns: Mapping[str, str], template: Mapping[str, str]) -> list[st
         The paths, those that may be missing with their question mark.
 
     Raises:
-        ValueError: a text of the template is wrong, see `parts`.
+        ConfigError: a text of the template cannot be cut.
     """
     return [*columns.values(), *(path for text in template.values() for _, path in parts(text) if path)]
 
@@ -132,26 +132,6 @@ def lists_cut(record: _Record, paths: Iterable[str]) -> list[str]:
                 taken.setdefault(place, (len(value), set()))[1].add(int(name) % len(value))
             place, value = f"{place}.{name}", item
     return [place for place, (length, items) in taken.items() if len(items) < length]
-
-
-def parts(template: str) -> list[tuple[str, str | None]]:
-    """Cut a template into texts, each with the path of the field that follows it.
-
-    Args:
-        template: text with {path} fields.
-
-    Returns:
-        (text, path) pairs; the path is None at the end.
-
-    Raises:
-        ValueError: a brace is open or alone, a field is empty, or has more than a path.
-    """
-    found: list[tuple[str, str | None]] = []
-    for text, path, form, conversion in Formatter().parse(template):
-        if form or conversion or path == "":
-            raise ValueError(f"the field {{{path}}} should be a path alone; write {{{{ and }}}} for braces")
-        found.append((text, path))
-    return found
 
 
 def look_up(record: _Record, path: str, what: str, where: str) -> Any:

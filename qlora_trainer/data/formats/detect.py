@@ -14,7 +14,6 @@ from qlora_trainer.common.errors import ConfigError, DataError
 from qlora_trainer.config.data_schema import DataFormat
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.advice import near_miss, preferred_line, settings_line, slots_of, text_path
-from qlora_trainer.data.formats.columns import parts
 from qlora_trainer.data.formats.meanings import has_meaning, is_empty
 from qlora_trainer.data.reading.data_file import HEADER_KINDS, kind_of
 from qlora_trainer.data.reading.json_layouts import check_paths, rows_inside
@@ -113,7 +112,7 @@ def resolve_format(
     Raises:
         DataError: no format fits, or the record is of a kind that supervised training cannot use.
     """
-    made = _made(tuple(columns), tuple((template or {}).items()))
+    made = _made(tuple(columns), tuple(template or ()))
     check_paths(record, columns.values(), where)
     if format in ("chat", "sharegpt"):
         # Two names of one thing: turns are read in either naming, under either column.
@@ -159,20 +158,15 @@ def missing_columns(record: Mapping[str, Any], format: DataFormat, where: str) -
 
 
 @lru_cache(maxsize=64)
-def _made(columns: tuple[str, ...], template: tuple[tuple[str, str], ...]) -> frozenset[str]:
+def _made(columns: tuple[str, ...], template: tuple[str, ...]) -> frozenset[str]:
     """Check the columns that the config makes, and return them."""
     known = {column for required, optional in COLUMNS.values() for column in required + optional}
-    for key, names in (("data.columns", columns), ("data.template", tuple(name for name, _ in template))):
+    for key, names in (("data.columns", columns), ("data.template", template)):
         if unknown := [name for name in names if name not in known]:
             raise ConfigError(f"{key} makes {listed(unknown)}, which no format has; known are {listed(sorted(known))}.")
-    if both := [name for name, _ in template if name in columns]:
+    if both := [name for name in template if name in columns]:
         raise ConfigError(f"data.columns and data.template both make {listed(both)}. Keep one of them.")
-    for name, text in template:
-        try:
-            parts(text)
-        except ValueError as error:
-            raise ConfigError(f"data.template {name}: {error}.") from error
-    return frozenset(columns) | {name for name, _ in template}
+    return frozenset(columns) | set(template)
 
 
 def _refuse_preferences(record: Mapping[str, Any], detected: DataFormat | None, where: str) -> None:

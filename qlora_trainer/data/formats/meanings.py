@@ -7,6 +7,7 @@ words: Loss-Weight, lossWeight and loss_weight are one. Left out: what becomes o
 
 import math
 import re
+from collections import deque
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -81,6 +82,8 @@ _TURN_KEYS = frozenset(_names("content value parts message refusal think thought
 # Of a multiple-choice question; what is named as the right one is an answer.
 _CHOICES = re.compile(r"(\w+_)?(choices|options|endings)(_[a-z0-9])?|(choice|option|ending)_[a-z0-9]")
 _RIGHT = frozenset(_names("correct gold right best selected true"))
+_MOST_ITEMS = 100  # of a list that are searched for marks
+_MOST_SEARCHED = 10_000  # values of one column, in objects and lists inside each other
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 
@@ -187,22 +190,30 @@ def key_has_meaning(name: str) -> bool:
 
 
 def marks_inside(value: Any, path: str) -> dict[str, Any]:
-    """Find the marks that an object holds, also in objects inside it.
+    """Find the marks that an object holds, also in objects and lists inside it, or that the objects of a list hold.
 
     Args:
         value: at `path`.
-        path: of the value, names with dots between them.
+        path: of the value, names with dots between them, and [] for the items of a list.
 
     Returns:
-        {path: value} of those that are not empty; nothing where the value is no object.
+        {path: value} of those that are not empty, of several items the first; nothing where the value holds no object.
+        Of a list the first items are searched, and of a value so many as take no time that would count.
     """
     found: dict[str, Any] = {}
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if is_mark(key) and not is_empty(inner):
-                found[f"{path}.{key}"] = inner
-            else:
-                found |= marks_inside(inner, f"{path}.{key}")
+    left = deque([(path, value)])
+    for _ in range(_MOST_SEARCHED):
+        if not left:
+            break
+        path, value = left.popleft()
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                if is_mark(key) and not is_empty(inner):
+                    found.setdefault(f"{path}.{key}", inner)
+                elif isinstance(inner, Mapping | list):
+                    left.append((f"{path}.{key}", inner))
+        elif isinstance(value, list):
+            left.extend((f"{path}[]", item) for item in value[:_MOST_ITEMS] if isinstance(item, Mapping | list))
     return found
 
 

@@ -7,6 +7,7 @@ a table has a cell in every row. Text that the row's turns hold already, such as
 not lost. Left out: which names mean something (meanings.py).
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -35,6 +36,7 @@ from qlora_trainer.data.turn_names import SPEAKER_KEYS
 from qlora_trainer.data.types import Conversation, Document, PromptCompletion, Row
 
 _OF_TURNS = ("chat", "sharegpt")
+_POSITION = re.compile(r"\.-?[0-9]+(?=\.|$)")  # in a list
 
 
 class UnreadColumns:
@@ -94,7 +96,7 @@ class UnreadColumns:
             if not is_empty(record[name]) and not _is_read_already(name, record[name], row)
         }
         for name in (*others, *partly):
-            if isinstance(record[name], Mapping):
+            if isinstance(record[name], Mapping | list):
                 lost |= self._unread_marks(name, record[name])
         if lost:
             raise ConfigError(self._message(record, format, is_plain, lost, where))
@@ -124,12 +126,12 @@ class UnreadColumns:
 
     @cached_property
     def _read_paths(self) -> frozenset[str]:
-        """List the paths that settings name; those of a template are known to be right once a row is read."""
-        paths = (*paths_of(self.columns, self.template), *self.kept_by)
-        return frozenset(path.removesuffix("?") for path in paths)
+        """List the paths that settings name, also with [] for the positions in lists, as paths of marks have it."""
+        named = {path.removesuffix("?") for path in (*paths_of(self.columns, self.template), *self.kept_by)}
+        return frozenset(named | {_POSITION.sub("[]", path) for path in named})
 
-    def _unread_marks(self, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Find the marks of an object that is not read, or only in part."""
+    def _unread_marks(self, name: str, value: Any) -> dict[str, Any]:
+        """Find the marks of an object, or of the objects of a list, that is not read, or only in part."""
         return {
             path: mark
             for path, mark in marks_inside(value, name).items()
@@ -154,7 +156,7 @@ class UnreadColumns:
         ways = []
         for name, value in lost.items():
             kept = value_to_keep(name if name in record else name.rpartition(".")[2], value)
-            if kept is not None:
+            if kept is not None and (name in record or "[]" not in name):  # items of a list have no value in common
                 others = [other for other in lost if other != name]
                 line = " ".join([override("data.keep", {name: kept}), *[self._ignoring(others)] * bool(others)])
                 ways.append(f"To train only on rows where {name} is {str(kept).lower()}: {line}.")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import psutil
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import TemplateRuntimeError
 
 SECONDS = 5.0  # of processor time, for one text of one row; a usual one takes a ten-thousandth of that
@@ -44,11 +46,15 @@ _LINEAR_METHODS = frozenset(
 _LINEAR_FILTERS = frozenset(
     re.findall(
         r"\w+",
-        "abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby "
-        "int items last length list lower map max min random reject rejectattr reverse round safe select "
-        "selectattr sort striptags title trim truncate unique upper urlencode wordcount",
+        "abs attr count d default dictsort filesizeformat first float groupby int items last length list map max min "
+        "random reject rejectattr reverse round safe select selectattr sort unique",
     )
 )
+# What makes little more than the text of what it is given, be it a list.
+_LINEAR_TEXT_FILTERS = frozenset(
+    re.findall(r"\w+", "capitalize e escape forceescape lower striptags title trim truncate upper urlencode wordcount")
+)
+_OPERAND = "an operand of ~"  # the name of a filter, which no template can write
 
 
 class TemplateLimitError(TemplateRuntimeError):
@@ -170,7 +176,7 @@ def limit_operations(environment: Any) -> None:
 
     def checked_operate(context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _refuse_if(bool(_WIDE.search(left)))
+            _refuse_if(bool(_WIDE.search(left)) or _written_size(right) > LARGEST)
         elif operator == "**":
             _refuse_if(not all(isinstance(side, int | float) and abs(side) < 2**10 for side in (left, right)))
         elif any(isinstance(side, Sized) for side in (left, right)):
@@ -198,28 +204,49 @@ def limit_operations(environment: Any) -> None:
         owner = getattr(value, "__self__", None)
         if isinstance(owner, str) and value.__name__ in ("format", "format_map"):
             _refuse_if(bool(_WIDE.search(owner)))
-        return format_of(value)
+        run = format_of(value)
+
+        def checked_run(*args: Any, **kwargs: Any) -> Any:
+            _refuse_if(_written_size(args, kwargs) > LARGEST)
+            return run(*args, **kwargs)
+
+        return run and checked_run
 
     def checked_output(value: Any) -> Any:
         """Refuse to write a list of lists of lists, and so on, that would be huge as text.
 
         Args:
-            value: that a template writes.
+            value: that a template writes, or joins to others by ~.
 
         Returns:
             The value.
         """
         if not isinstance(value, str):
-            _refuse_if(isinstance(value, list | tuple | Mapping) and _size(value) > LARGEST)
+            _refuse_if(_written_size(value) > LARGEST)
         return value
 
-    environment.finalize = checked_output
+    environment.finalize = environment.filters[_OPERAND] = checked_output
+    environment.code_generator_class = _BoundedCode
     environment.intercepted_binops = frozenset({"*", "**", "%", "//", "/"})
     environment.call_binop, environment.call = checked_operate, checked_call
     environment.wrap_str_format = checked_format
     for name, run in environment.filters.items():
-        if name not in _LINEAR_FILTERS:
+        if name not in _LINEAR_FILTERS and name != _OPERAND:
             environment.filters[name] = _checked_filter(name, run)
+
+
+class _BoundedCode(CodeGenerator):
+    """Compile templates with a look at each operand of ~, of which Jinja makes text without asking its environment."""
+
+    def visit_Template(self, node: nodes.Template, frame: Any = None) -> None:
+        for joined in node.find_all(nodes.Concat):
+            joined.nodes = [
+                one if isinstance(one, nodes.Const) else nodes.Filter(one, _OPERAND, [], [], None, None)
+                for one in joined.nodes
+            ]
+            for one in joined.nodes:
+                one.set_environment(self.environment).set_lineno(joined.lineno)
+        super().visit_Template(node, frame)
 
 
 def _checked_filter(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -237,8 +264,10 @@ def _bounded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     value, *others = (list(arg) if isinstance(arg, Iterator) else arg for arg in args)
     others_and_named = [*others, *kwargs.values()]
     if name == "format":
-        made = 0
+        made = _written_size(others_and_named)
         _refuse_if(isinstance(value, str) and bool(_WIDE.search(value)))
+    elif name in _LINEAR_TEXT_FILTERS:
+        made = 0 if isinstance(value, str) else _written_size(value)
     elif name == "replace" and len(others) >= 2 and all(isinstance(one, str) for one in (value, *others[:2])):
         made = value.count(others[0]) * len(others[1])
     elif name == "join" and isinstance(value, str) and others:  # the method
@@ -255,6 +284,11 @@ def _bounded(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, Sized) else 1
+
+
+def _written_size(*values: Any) -> int:
+    """Count the characters and items of values that are written as text, where a number is short."""
+    return _size(values)
 
 
 def _size(value: Any, seen: dict[int, int] | None = None) -> int:

@@ -22,7 +22,7 @@ from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, tied_weight_names
 from qlora_trainer.common.units import counted
 from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
-from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, bitsandbytes, empty_weight
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, empty_weight, load_bitsandbytes
 
 # Classes that only multiply by a matrix and add a bias, by name, since classes derived from them may do more.
 _LINEAR, _CONV1D = {"Linear", "FalconLinear"}, "Conv1D"  # GPT-2's Conv1D stores (I, O)
@@ -283,7 +283,7 @@ def adopt_linear4bit(model: nn.Module) -> int:
     Returns:
         The number of layers.
     """
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, load_bitsandbytes().nn.Linear4bit)]
     for path, layer in layers:
         weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
         bias = None if layer.bias is None else layer.bias.data

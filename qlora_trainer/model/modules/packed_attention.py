@@ -23,8 +23,7 @@ from transformers import AttentionInterface
 
 from qlora_kernels.card import Card, attention_in_words
 from qlora_kernels.varlen_attention import varlen_attention
-from qlora_trainer.common.boundary import is_from_library
-from qlora_trainer.common.errors import ModelError
+from qlora_trainer.common.boundary import as_model_error, is_from_library
 from qlora_trainer.common.transformers_internals import attention_name, set_attention_name
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.modules.experts import has_experts
@@ -34,7 +33,6 @@ LONGEST_WINDOW_TRIED = 512  # tokens; a longer document would cost too much on a
 # The configs that a model's modules read the attention's name from, each once: a look at every module of a large model
 # takes as long as some ten operations, and it is asked for twice in each forward pass.
 _CONFIGS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
-_DEVICE_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that say nothing about a model
 
 
 def packed_attention(
@@ -134,12 +132,12 @@ def attends_apart(model: Any, vocab_size: int) -> bool | None:
         with evaluation_mode(model), packed_documents(model, noting_windows):
             return _hidden(model, tokens, positions, document_bounds=[0, first, first + second])[0]
 
-    with evaluation_mode(model), refusals_as_model_error(model):
+    with evaluation_mode(model), as_model_error(cannot_be_trained(model)):
         alone = [_hidden(model, ids[:, part], positions[:, part]) for part in (slice(first), slice(first, None))]
     try:
         packed, after_another = pack(ids), pack(other_first)
     except Exception as error:
-        if not is_from_model(error):
+        if not is_from_library(error):
             raise
         # The model passes our arguments to code that does not know them, or needs the mask, which is not made.
         return False
@@ -199,42 +197,19 @@ def head_sizes(config: Any) -> tuple[int, int, int] | None:
     return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-def is_from_model(error: Exception) -> bool:
-    """Return True if an error says that a model's own code could not do its work with what it was given.
-
-    Args:
-        error: raised by a forward pass.
-
-    Returns:
-        False for our own errors, and for a device that failed or memory that ran out.
-    """
-    return is_from_library(error) and not isinstance(error, _DEVICE_FAILURES)
-
-
-@contextmanager
-def refusals_as_model_error(model: Any) -> Iterator[None]:
-    """Turn what the model's own code raises in the block into a ModelError.
-
-    Errors that say nothing about the model pass unchanged: a device that fails or is full, and a host that is out of
-    memory, for which torch raises a plain RuntimeError, known by its text only.
+def cannot_be_trained(model: Any) -> Callable[[BaseException], str]:
+    """Return what describes the error of a model whose own code cannot run a plain forward, for `as_model_error`.
 
     Args:
         model: named in the message.
 
-    Raises:
-        ModelError: the model's forward failed.
-        QLoRATrainerError: one of our own errors, as it was raised in the block.
-        RuntimeError: the device failed, or memory ran out.
+    Returns:
+        A function that makes the message of an error.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_from_model(error):
-            raise
-        raise ModelError(
-            f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
-            f"with {type(error).__name__}: {error}. Choose a base of another architecture."
-        ) from error
+    return lambda error: (
+        f"{type(model).__name__} cannot be trained here: given only input_ids and position_ids, its forward fails "
+        f"with {type(error).__name__}: {error}. Choose a base of another architecture."
+    )
 
 
 def _probe_length(config: Any) -> int:

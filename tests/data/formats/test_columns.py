@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.formats.columns import look_up, mapped, parts, paths_of, source_columns
+from qlora_trainer.data.formats.columns import look_up, mapped, paths_of, source_columns
 
 ROW = {
     "task": {"title": "t", "points": [1.5, True, None]},
@@ -101,9 +101,3 @@ def test_columns_that_ours_are_made_from_are_no_longer_there_and_may_change_plac
     record = {"prompt": "c", "completion": "p", "id": 1}
     made = {"prompt": "completion", "completion": "prompt"}
     assert mapped(record, made, {}, "") == {"prompt": "p", "completion": "c", "id": 1}
-
-
-@pytest.mark.parametrize("wrong", ["{", "}", "{}", "{a:b}", "{a!r}", "{a"])
-def test_a_template_that_cannot_be_read_is_an_error(wrong):
-    with pytest.raises(ValueError):
-        parts(wrong)

@@ -167,8 +167,9 @@ def test_wrong_column_mappings_are_named():
         parse({"q": "x"}, template={"reply": "{q}"})
     with pytest.raises(ConfigError, match=r"both make prompt"):
         parse({"q": "x"}, columns={"prompt": "q"}, template={"prompt": "{q}"})
-    with pytest.raises(ConfigError, match=r"data.template text: .*expected '}'"):
-        parse({"q": "x"}, template={"text": "{q"})
+    for ignored in ([], ["id"]):
+        with pytest.raises(ConfigError, match=r"data.template has the text '{q': expected '}'"):
+            RecordReader("auto", {}, {"text": "{q"}, ignore=ignored).read({"q": "x", "id": 1}, "rows.jsonl, line 3")
 
 
 def test_tools_are_kept_in_one_shape_from_a_list_or_json():

@@ -4,7 +4,7 @@ import pytest
 from advice import prepared, read, refusal, refused, ways
 
 from qlora_trainer.common.errors import ConfigError
-from qlora_trainer.data.formats.meanings import SLOTS, has_meaning, is_metadata, key_has_meaning
+from qlora_trainer.data.formats.meanings import SLOTS, has_meaning, is_metadata, key_has_meaning, marks_inside
 from qlora_trainer.data.formats.parse import RecordReader
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -245,6 +245,15 @@ def test_a_key_of_a_turn_that_means_something_stops_the_run_and_the_line_settles
         ([], {"text": "t", "meta": {"url": "u", "train": False}}, "meta.train"),
         (["data.columns={messages: data.turns}"], {"data": {"turns": CHAT["messages"], "weight": 0}}, "data.weight"),
         (["data.keep={meta.id: 3}"], {**PAIR, "meta": {"id": 3, "mask": True}}, "meta.mask"),
+        ([], {**PAIR, "notes": [{"by": "a"}, {"by": "b", "score": 0}]}, "notes[].score"),
+        ([], {**PAIR, "notes": [[{"x": [{"score": 0}]}]]}, "notes[][].x[].score"),
+        ([], {**CHAT, "meta": {"notes": ["a", 1, {"weight": 0}]}}, "meta.notes[].weight"),
+        (
+            ["data.columns={question: ask, answer: replies.0.text}"],
+            {"ask": "q", "replies": [{"text": "a", "score": 3}, {"text": "b", "score": 9}]},
+            "replies[].score",
+        ),
+        ([], {"messages": [USER, {**BOT, "notes": [{"train": False}]}]}, "messages[].notes[].train"),
         ([], {"messages": [USER, {**BOT, "metadata": {"train": False}}]}, "messages[].metadata.train"),
         ([], {"prompt": "q", "completion": {**BOT, "meta": {"x": {"weight": 0}}}}, "completion[].meta.x.weight"),
     ],
@@ -256,6 +265,24 @@ def test_a_mark_inside_an_object_that_is_not_read_stops_and_its_path_is_ignored(
     assert line[-1] == f"data.ignore=[{path}]" or line[-1] == f'data.ignore=["{path}"]'
     (found,) = read(tmp_path, [row], [*settings, *line])
     assert found in ("user: q | assistant: a", "q -> a", "t")
+
+
+def test_what_is_read_of_a_list_is_not_lost_and_no_value_of_its_items_is_to_be_kept(tmp_path):
+    columns = "data.columns={question: ask, answer: replies.0.score}"
+    assert read(tmp_path, [{"ask": "q", "replies": [{"score": "a"}]}], [columns]) == ["user: q | assistant: a"]
+    columns = "data.columns={question: ask, answer: replies.-1}"
+    assert read(tmp_path, [{"ask": "q", "replies": ["a", "b"]}], [columns]) == ["user: q | assistant: b"]
+    assert "data.keep" not in refused(tmp_path, [{**PAIR, "notes": [{"trainable": False}]}])
+
+
+def test_lists_are_searched_for_marks_within_bounds():
+    deep: object = [{"score": 0}]
+    for _ in range(40):
+        deep = [deep, deep, {"a": 1}]
+    wide = [[[{"n": n} for n in range(300)]] * 300] * 300
+    for value in (deep, wide, [0.5] * 10**6):
+        assert marks_inside(value, "notes") == {}
+    assert marks_inside([{"n": n, "score": n} for n in range(300)], "notes") == {"notes[].score": 0}
 
 
 def test_rows_are_kept_by_a_mark_inside_an_object(tmp_path):

@@ -45,6 +45,16 @@ AT_ONCE = [
     NESTED + "{{ t.x }}",
     NESTED + "{{ t.x | string }}",
     NESTED + "{{ t.x | tojson }}",
+    NESTED + "{{ '' ~ t.x }}",
+    NESTED + "{% set y = 'a' ~ 1 ~ (t.x if true else '') ~ 'b' %}",
+    NESTED + "{% macro m(y) %}{{ (y ~ y) | length }}{% endmacro %}{{ m(t.x) }}",
+    NESTED + "{% set y = '%s' % t.x %}",
+    NESTED + "{% set y = '%s %s' % (1, t.x) %}",
+    NESTED + "{% set y = '%s' | format(t.x) %}",
+    NESTED + "{% set y = '{}'.format(t.x) %}",
+    NESTED + "{% set y = '{x}'.format(x=t.x) %}",
+    NESTED + "{% set y = '{x}'.format_map({'x': t.x}) %}",
+    *(NESTED + f"{{% set y = t.x | {name} %}}" for name in sorted(limits._LINEAR_TEXT_FILTERS)),
 ]
 
 
