@@ -8,8 +8,9 @@ from random_tensors import normal
 from spying import noting, unchanged
 from torch import Tensor
 
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.dropout import keep_mask
-from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
+from qlora_kernels.lora_linear import add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 
 # x (..., I), bias (O,), lora_A (R, I), lora_B (O, R).

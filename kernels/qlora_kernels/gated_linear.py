@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.adapter import Adapter, shown_to_autograd, trains_B
 from qlora_kernels.gated import Activation, gated_gradients, gated_product
-from qlora_kernels.lora_linear import (
-    Adapter,
-    AdapterBackward,
-    as_tokens,
-    input_gradient,
-    low_rank_of,
-    output_of,
-    shaped_as,
-    shown_to_autograd,
-    trains_B,
-)
+from qlora_kernels.lora_linear import AdapterBackward, as_tokens, input_gradient, low_rank_of, output_of, shaped_as
 from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.saved_tensors import fetch, keep, visible
 

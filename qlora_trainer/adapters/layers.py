@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.dropout import draw_seed
-from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
+from qlora_kernels.lora_linear import add_lora, nf4_linear
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 

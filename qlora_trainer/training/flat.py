@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.lora_linear import Adapter
+from qlora_kernels.adapter import Adapter
 from qlora_trainer.adapters.layers import LoRALinear
 
 ALIGNMENT = 16  # bytes

@@ -15,10 +15,11 @@ from random_tensors import normal
 from torch import Tensor
 
 from qlora_kernels import blockwise_attention as blockwise
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.dropout import draw_seed
 from qlora_kernels.head_rows import DenseRows, head_logits
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy
-from qlora_kernels.lora_linear import Adapter, nf4_linear
+from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.torch_internals import TorchDispatchMode
 

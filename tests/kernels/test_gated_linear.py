@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qlora_kernels import gated as gated_space
 from qlora_kernels import gated_linear, lora_linear
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.gated_linear import gated_nf4_linear
-from qlora_kernels.lora_linear import Adapter, nf4_linear
+from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
 from qlora_trainer.training.memory.recompute import Recomputation
 

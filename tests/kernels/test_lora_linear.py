@@ -13,8 +13,9 @@ from spying import Operations, noting, unchanged
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.dropout import draw_seed
-from qlora_kernels.lora_linear import Adapter, add_lora, nf4_linear
+from qlora_kernels.lora_linear import add_lora, nf4_linear
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes

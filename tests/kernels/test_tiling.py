@@ -6,8 +6,9 @@ from random_tensors import normal64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora_kernels.adapter import Adapter
 from qlora_kernels.gated_linear import gated_nf4_linear
-from qlora_kernels.lora_linear import Adapter, nf4_linear
+from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import quantize_nf4
 from qlora_kernels.tiling import tiled
 from qlora_trainer.planning.live_bytes import LiveBytes
