@@ -301,3 +301,25 @@ def gguf_conversion_mapping(architecture: str, config: Any) -> tuple[list[Any], 
     from transformers.integrations.gguf import get_gguf_conversion_mapping
 
     return _by_kind(get_gguf_conversion_mapping(architecture, config))
+
+
+def prepares_more_than_text(kind: str) -> bool:
+    """Say whether transformers has something that prepares images, audio or several inputs for a kind of model.
+
+    Asked by name: the mappings that transformers documents are empty stand-ins where the packages are missing that
+    images and audio need.
+
+    Args:
+        kind: `model_type` of a config.
+
+    Returns:
+        True if it has.
+    """
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return any(
+        kind in names
+        for names in (PROCESSOR_MAPPING_NAMES, IMAGE_PROCESSOR_MAPPING_NAMES, FEATURE_EXTRACTOR_MAPPING_NAMES)
+    )

@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    FEATURE_EXTRACTOR_MAPPING,
-    IMAGE_PROCESSOR_MAPPING,
-    PROCESSOR_MAPPING,
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from qlora_trainer.common.boundary import library_boundary
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.quiet import quiet_transformers
+from qlora_trainer.common.transformers_internals import prepares_more_than_text
 from qlora_trainer.model.modules.cpu_embedding import keeps_own_dtype
 from qlora_trainer.model.modules.experts import split_experts
 from qlora_trainer.model.modules.row_positions import forget_longer_rows
@@ -116,8 +112,7 @@ def refuse_multi_modal(config: Any, directory: ModelDirectory) -> None:
         ModelError: the model takes images or audio.
     """
     towers = [kind for kind in ("vision", "audio") if getattr(config, f"{kind}_config", None) is not None]
-    prepared = (PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING)
-    if towers or any(type(config) in mapping for mapping in prepared):
+    if towers or prepares_more_than_text(config.model_type):
         parts = f", with a part for {' and '.join(towers)}" if towers else ""
         raise ModelError(
             f"{directory} holds a model of several kinds of input ({config.model_type}{parts}). Only text models are "

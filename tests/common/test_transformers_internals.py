@@ -1,5 +1,7 @@
 """transformers still has each private name that common.transformers_internals uses, and it works as it did there."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,3 +164,19 @@ def test_transformers_asks_for_the_names_of_a_gguf_file_once(llama: Any, monkeyp
     transformers_internals.gguf_table("llama", llama)
     assert len(asked) == 1
     assert gguf.get_tensor_name_map is counted
+
+
+def test_transformers_knows_what_takes_more_than_text_without_the_packages_that_need_it() -> None:
+    """In a process that finds neither Pillow nor torchvision, as where only this project is installed."""
+    program = """
+import importlib.util
+found = importlib.util.find_spec
+missing = ("PIL", "torchvision", "torchaudio", "librosa", "soundfile")
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in missing else found(name, *more)
+from transformers.utils import is_vision_available
+assert not is_vision_available()
+from qlora_trainer.common.transformers_internals import prepares_more_than_text
+print([kind for kind in ("llama", "qwen3", "fuyu", "gemma3", "whisper", "emu3") if prepares_more_than_text(kind)])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "['fuyu', 'gemma3', 'whisper', 'emu3']\n", done.stderr
