@@ -169,10 +169,9 @@ def test_transformers_asks_for_the_names_of_a_gguf_file_once(llama: Any, monkeyp
 def test_transformers_knows_what_takes_more_than_text_without_the_packages_that_need_it() -> None:
     """In a process that finds neither Pillow nor torchvision, as where only this project is installed."""
     program = """
-import importlib.util
-found = importlib.util.find_spec
-missing = ("PIL", "torchvision", "torchaudio", "librosa", "soundfile")
-importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in missing else found(name, *more)
+import sys
+for name in ("PIL", "torchvision", "torchaudio", "librosa", "soundfile"):
+    sys.modules[name] = None
 from transformers.utils import is_vision_available
 assert not is_vision_available()
 from qlora_trainer.common.transformers_internals import prepares_more_than_text
