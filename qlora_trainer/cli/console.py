@@ -208,7 +208,7 @@ class TrainingBar:
         is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or record["step"] == self.total_steps
         if not console.is_terminal and is_due:
             self._last_line = time.monotonic()
-            console.print(f"step {record['step']}/{self.total_steps}  {line}")
+            console.print(f"step {record['step']}/{self.total_steps}  {line}", soft_wrap=True)  # one line of a log
         if "recovered" in record:
             print_warnings([record["recovered"]])
         if "eval_loss" in record:

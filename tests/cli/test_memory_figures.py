@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_trainer.cli.console import TrainingBar, console
 from qlora_trainer.planning import fit
 
 
@@ -38,3 +39,12 @@ def test_each_memory_figure_of_a_run_says_what_it_is(
     assert named == ["weights", "gradients", "states", "else", "total"]
     figures = re.findall(r"[\d.]+ [GMK]iB", before + after)
     assert len(figures) == 4, "the plan twice, the optimizer's state, the peak"
+
+
+def test_a_step_is_one_line_of_a_log_however_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_width", 40)
+    record = {"step": 3, "loss": 1.5, "learning_rate": 1e-3, "tokens_per_second": 71.0, "peak_memory_bytes": 2**31}
+    with console.capture() as captured:
+        TrainingBar(3, memory="memory of the process")(record)
+    line = "step 3/3  loss 1.5000  lr 1.0e-03  71 tokens/s  peak memory of the process 2.0 GiB\n"
+    assert captured.get() == line
