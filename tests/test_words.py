@@ -33,7 +33,8 @@ BANNED = {
     "minim|maxim|material|memor|capital|categor|custom|final|emphas|prior|visual|central|real)"
     "is(?:e[ds]?|ers?|ings?|ations?)>": "-ize",
     "colour|behaviour|neighbour|favour|honour|labour|<centre|<grey>|catalogue|<licences?>|artefact|labelled|"
-    "modelled|cancelled|travelled|<analys(e[ds]?|ing)>|<whilst>|<programme>": "American spelling",
+    "modelled|cancelled|travelled|<analys(e[ds]?|ing)>|<whilst>|<programme>|<afterwards>|"
+    "<misspelt>": "American spelling",
 }
 # Old names are said where they are refused; what the demo's rows are made of are things at home, with their rooms.
 EXEMPT = (
@@ -89,6 +90,8 @@ def banned_words(text: str) -> list[str]:
         ("class QuantisedLinear", "Quantised"),
         ("class LeanLayer", "Lean"),
         ("def tokenisers_of", "tokenisers"),
+        ("a misspelt key", "misspelt"),
+        ("an afterward", ""),
         ('Case("2k-keep", None)', "2k-keep"),
         ('"ours, recompute"', "ours, recompute"),
         ("training.activation_checkpointing=tile", "activation_checkpointing=tile"),

@@ -88,7 +88,7 @@ class ShardWriter:
 
         Args:
             name: of the tensor.
-            rows: must not be changed afterwards, as a thread writes them.
+            rows: must not be changed afterward, as a thread writes them.
         """
         with disk_errors(self.directory):
             if not self._pending:
