@@ -13,7 +13,7 @@ HERE = Path(__file__).relative_to(ROOT).as_posix()
 # identifier, where an underscore or a capital follows.
 BANNED = {
     "held[-_ ]?out": "eval",
-    "learned[-_ ]tokens?": "trained tokens",
+    "learned[-_ ]tokens?|(?:per|[\"'`])[ ]?label[_ ]tokens?>": "trained tokens",
     r"(?<=adapter\.)targets": "target_modules",
     "output[-_ ]head": "lm_head, LM head",
     "kept_layers|offload_every(?!_n_layers)|minimum_4bit_share|keep_quantized": "what config/renamed.py says",
@@ -91,6 +91,7 @@ def banned_words(text: str) -> list[str]:
         ("class LeanLayer", "Lean"),
         ("def tokenisers_of", "tokenisers"),
         ("a misspelt key", "misspelt"),
+        ('{"label_tokens": pack.label_tokens}', '"label_tokens'),
         ("an afterward", ""),
         ('Case("2k-keep", None)', "2k-keep"),
         ('"ours, recompute"', "ours, recompute"),
