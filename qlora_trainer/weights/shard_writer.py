@@ -82,7 +82,7 @@ class ShardWriter:
     def write(
         self,
         name: str,
-        rows: Tensor,  # the next rows of the tensor, or all of it
+        rows: Tensor,  # (N, ...) the next rows of the tensor, or all of it
     ) -> None:
         """Append rows to a tensor. Tensors come in the order of the specs, each complete before the next.
 
