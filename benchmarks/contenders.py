@@ -239,12 +239,12 @@ def trl(job: Job) -> Result:
 
 CONTENDERS: dict[str, Callable[[Job], Result]] = {
     "ours": lambda job: ours(job, "auto"),
-    "ours, recompute": lambda job: ours(job, "full"),
+    "ours, full": lambda job: ours(job, "full"),
     "hand-written loop": hand_written_loop,
     "TRL": trl,
     "Unsloth": unsloth,
 }
-ON_CPU = ("ours", "ours, recompute", "hand-written loop", "TRL")
+ON_CPU = ("ours", "ours, full", "hand-written loop", "TRL")
 ON_GPU = ("ours", "hand-written loop", "Unsloth")
 
 

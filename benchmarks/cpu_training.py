@@ -142,7 +142,7 @@ def main() -> None:
     for name, result in results.items():
         print(f"{name}: {result.settings}; losses {' '.join(f'{loss:.4f}' for loss in result.losses)}")
     if peer := results.get(PEER):
-        for name in ("ours", "ours, recompute"):
+        for name in ("ours", "ours, full"):
             if name in results and not largest_difference(results[name], peer) <= TOLERANCE:
                 failed = True
                 print(f"The losses of {name} differ from those of the {PEER} by more than {TOLERANCE:g}.")

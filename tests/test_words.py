@@ -13,10 +13,13 @@ HERE = Path(__file__).relative_to(ROOT).as_posix()
 # identifier, where an underscore or a capital follows.
 BANNED = {
     "held[-_ ]?out": "eval",
-    "learned[-_ ]tokens?": "trained tokens",
+    "learned[-_ ]tokens?|(?:per|[\"'`])[ ]?label[_ ]tokens?>": "trained tokens",
     r"(?<=adapter\.)targets": "target_modules",
     "output[-_ ]head": "lm_head, LM head",
     "kept_layers|offload_every(?!_n_layers)|minimum_4bit_share|keep_quantized": "what config/renamed.py says",
+    # Checkpointing's policies, where they name a step or a contender of a benchmark, or the key's value.
+    r"<\d+k-(?:recompute|keep)>|(?:ours|}), recompute>|against recompute>|offload and tile>|"
+    r"activation_checkpointing\W{1,4}(?:keep|recompute|tile)>": "full, none, tiled",
     "<lean(er|est)?>": "memory-efficient",
     "<letters?>(?!-spacing)": "error message; character",
     "<rooms?>": "module; space",
@@ -30,20 +33,18 @@ BANNED = {
     "minim|maxim|material|memor|capital|categor|custom|final|emphas|prior|visual|central|real)"
     "is(?:e[ds]?|ers?|ings?|ations?)>": "-ize",
     "colour|behaviour|neighbour|favour|honour|labour|<centre|<grey>|catalogue|<licences?>|artefact|labelled|"
-    "modelled|cancelled|travelled|<analys(e[ds]?|ing)>|<whilst>|<programme>": "American spelling",
+    "modelled|cancelled|travelled|<analys(e[ds]?|ing)>|<whilst>|<programme>|<afterwards>|"
+    "<misspelt>": "American spelling",
 }
-# Old names are said where they are refused; a chat template, a row and a person's data are quoted as they are.
+# Old names are said where they are refused; what the demo's rows are made of are things at home, with their rooms.
 EXEMPT = (
     HERE,
     "qlora_trainer/config/renamed.py",
     "tests/config/test_renamed.py",
-    "tests/chat_templates/",
-    "tests/data/rows/",
-    "benchmarks/models/",
-    "benchmarks/demo_",
-    "qlora_trainer/cli/demo_rows/",
-    "LICENSE",
+    "benchmarks/demo_frames.py",
+    "benchmarks/demo_values.py",
 )
+EXEMPT_TEXT = {"benchmarks/demo_rows.py": '_EVAL_SEED = "heldout"'}  # a seed: another word would choose other rows
 OLD_NAMES = re.compile("`[^`]*`")  # in CHANGELOG.md: what is quoted there may be what was renamed
 TEXT = (".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".cpp", ".txt")
 
@@ -56,7 +57,7 @@ def project_files() -> list[Path]:
     return [
         ROOT / name
         for name in listed.stdout.split("\n")
-        if name.endswith(TEXT) and not name.startswith(EXEMPT) and (ROOT / name).is_file()
+        if name.endswith(TEXT) and name not in EXEMPT and (ROOT / name).is_file()
     ]
 
 
@@ -89,18 +90,33 @@ def banned_words(text: str) -> list[str]:
         ("class QuantisedLinear", "Quantised"),
         ("class LeanLayer", "Lean"),
         ("def tokenisers_of", "tokenisers"),
+        ("a misspelt key", "misspelt"),
+        ('{"label_tokens": pack.label_tokens}', '"label_tokens'),
+        ("an afterward", ""),
+        ('Case("2k-keep", None)', "2k-keep"),
+        ('"ours, recompute"', "ours, recompute"),
+        ("training.activation_checkpointing=tile", "activation_checkpointing=tile"),
+        ("activation checkpointing: keep fewer; it recomputes a tile, 2k-keeps", ""),
     ],
 )
 def test_a_banned_word_is_found_and_no_other(text: str, word: str) -> None:
-    found = [line.split(": ")[1].split(",")[0] for line in banned_words(text)]
+    found = [line.split(": ", 1)[1].split(", write")[0] for line in banned_words(text)]
     assert found == ([word] if word else [])
 
 
 def test_source_messages_and_docs_use_the_words_of_the_field() -> None:
     found = []
     for path in project_files():
-        text = path.read_text("utf-8")
-        written = OLD_NAMES.sub("``", text) if path.name == "CHANGELOG.md" else text
-        found += [f"{path.relative_to(ROOT)}:{line}" for line in banned_words(written)]
-    found += [f"the name {path}" for path in project_files() if banned_words(path.relative_to(ROOT).as_posix())]
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
+        written = OLD_NAMES.sub("``", text) if name == "CHANGELOG.md" else text
+        found += [f"{name}:{line}" for line in banned_words(written.replace(EXEMPT_TEXT.get(name, "\0"), ""))]
+        found += [f"the name {name}"] if banned_words(name) else []
     assert found == [], "\n" + "\n".join(found)
+
+
+def test_what_is_exempt_needs_to_be() -> None:
+    texts = {name: (ROOT / name).read_text("utf-8") for name in EXEMPT}
+    for name, exempt in EXEMPT_TEXT.items():
+        assert exempt in (ROOT / name).read_text("utf-8"), name
+        texts[name] = exempt
+    assert [name for name, text in texts.items() if not banned_words(text)] == []

@@ -32,7 +32,7 @@ from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.run import Run
 from qlora_trainer.weights.model_directory import ModelDirectory
 
-RECOMPUTE: dict[str, Any] = {"activation_checkpointing": "full"}
+FULL: dict[str, Any] = {"activation_checkpointing": "full"}
 
 
 class BaseRuns:
@@ -48,7 +48,7 @@ class BaseRuns:
     def load(self, is_memory_efficient: bool = False) -> None:
         """Load the base as a run does, and report time and memory."""
         self.unload()
-        settings = self.config("load", 2048, RECOMPUTE, 2, is_memory_efficient).model
+        settings = self.config("load", 2048, FULL, 2, is_memory_efficient).model
         self.device.reset_peak()
         before = self.device.used
         started = time.perf_counter()

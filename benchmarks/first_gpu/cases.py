@@ -30,9 +30,9 @@ class Case:
 
 
 CASES = [
-    Case("2k-recompute", None, 2048, ("full",), 6),
+    Case("2k-full", None, 2048, ("full",), 6),
     Case("2k-8gb", 8, 2048, ("full", "offload", "tiled"), 6),
-    Case("2k-keep", None, 2048, ("none",), 6),
+    Case("2k-none", None, 2048, ("none",), 6),
     Case("16k-12gb", 12, 16384, ("full", "offload", "tiled"), 3),
     Case("16k-24gb", 24, 16384, ("full",), 3),
     Case("64k-16gb", 16, 65536, ("offload", "tiled"), 1),

@@ -184,7 +184,7 @@ if [ -n "$MAKING" ]; then
   [ "$rc" = 0 ] || { say "make: exit $rc: $(tail -1 "$LOGS/make.log" | cut -c1-200)"; rm -f "$DONE/make"; }
 fi
 
-big 230 2k-recompute 2k-8gb profile 2k-keep 16k-12gb resume generate paging keep_adapter
+big 230 2k-full 2k-8gb profile 2k-none 16k-12gb resume generate paging keep_adapter
 pytests tests-runs 120 45 8 tests/test_gpu.py tests/training/test_recovery_from_real_failures.py tests/model/test_fill.py \
   tests/merging/test_streamed_model.py tests/model/modules/test_cpu_embedding.py tests/merging/test_fold.py tests/cli/test_doctor.py
 stage peer 110 45 "$PY" "$KIT/gpu_run.py" peer

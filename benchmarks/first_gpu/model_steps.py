@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
+from benchmarks.first_gpu.base_runs import FULL, BaseRuns
 from benchmarks.first_gpu.device import last_prefetched_to
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.training.generation import generate_answers
@@ -19,7 +19,7 @@ KERNELS = "QLORA_KERNELS"
 
 def generate(runs: BaseRuns) -> None:
     """Measure tokens a second with our product over four bits, and by dequantizing first."""
-    run = runs.start("generate", 2048, RECOMPUTE, 2)
+    run = runs.start("generate", 2048, FULL, 2)
     prompt = run.renderer.tokenizer("the quick brown fox " * 8)["input_ids"][:PROMPT_TOKENS]
     new = 4 if runs.kit.is_dry else 64
     rates = {}
@@ -60,7 +60,7 @@ def paging(runs: BaseRuns) -> None:
 
     The host touches the pages, and the card is never filled: managed memory beyond a card's own can hang it.
     """
-    run = runs.start("paging", 2048, RECOMPUTE, 2)
+    run = runs.start("paging", 2048, FULL, 2)
     optimizer = run.state.optimizer
     paged = [tensor for state in optimizer.optimizer.state.values() for tensor in state.values() if is_paged(tensor)]
     if not paged:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
+from benchmarks.first_gpu.base_runs import FULL, BaseRuns
 from qlora_trainer.training.recovery import take_step
 
 MOST_LISTED = 40
@@ -24,7 +24,7 @@ def profile_steps(runs: BaseRuns) -> None:
 
 def _profile_step(runs: BaseRuns, tokens: int) -> None:
     kit, device = runs.kit, runs.device
-    run = runs.start(f"profile-{tokens}", tokens, RECOMPUTE, 6)
+    run = runs.start(f"profile-{tokens}", tokens, FULL, 6)
     run.state.model.train()
     walls = []
     for _ in range(4):  # the first two warm up
@@ -41,7 +41,7 @@ def _profile_step(runs: BaseRuns, tokens: int) -> None:
     key = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)
     with (kit.out / "profile.txt").open("a") as file:
-        file.write(f"\n=== {length}, recompute, {wall:.3f} s unprofiled\n{table}\n")
+        file.write(f"\n=== {length}, full, {wall:.3f} s unprofiled\n{table}\n")
     kind = torch.autograd.DeviceType.CUDA if device.is_cuda else torch.autograd.DeviceType.CPU
     shares: dict[str, float] = {}
     intervals = []

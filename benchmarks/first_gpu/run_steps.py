@@ -10,14 +10,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.first_gpu.base_runs import RECOMPUTE, BaseRuns
+from benchmarks.first_gpu.base_runs import FULL, BaseRuns
 from qlora_trainer.runs.run import Run
 
 
 def resume(runs: BaseRuns) -> None:
     """Compare a run repeated, and one stopped and resumed, with one that was not: by default, and deterministic."""
     for is_deterministic in (False, True):
-        training = {**RECOMPUTE, **({"deterministic": True} if is_deterministic else {})}
+        training = {**FULL, **({"deterministic": True} if is_deterministic else {})}
         losses: list[list[float]] = []
         rates: list[float] = []
         whole = _trained(runs, runs.start("whole", 2048, training, 4), losses, rates)
@@ -66,14 +66,14 @@ def offload(runs: BaseRuns) -> None:
         for one, other in zip(losses[level], losses["full"], strict=True)
     )
     runs.kit.verdict(
-        f"offload and tile against recompute, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
+        f"offload and tiled against full, {runs.kit.tokens(16384):,} tokens: losses within {apart:.1e}; tokens/s "
         + ", ".join(f"{level} {rate:,.0f}" for level, rate in rates.items())
     )
 
 
 def keep_adapter(runs: BaseRuns) -> None:
     """Finish a short run, for the merge and the peer."""
-    run = runs.start("merged-from", 2048, RECOMPUTE, 2)
+    run = runs.start("merged-from", 2048, FULL, 2)
     run.train(lambda record: None)
     runs.drop(run)
     size = sum(path.stat().st_size for path in runs.kit.adapter.iterdir())

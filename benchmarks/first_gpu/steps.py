@@ -36,10 +36,10 @@ def _case(name: str, seconds: int) -> Step:
 
 
 STEPS = {
-    "2k-recompute": _case("2k-recompute", 15),
+    "2k-full": _case("2k-full", 15),
     "2k-8gb": _case("2k-8gb", 20),
     "profile": Step(profile_steps, 30),
-    "2k-keep": _case("2k-keep", 15),
+    "2k-none": _case("2k-none", 15),
     "16k-12gb": _case("16k-12gb", 30),
     "resume": Step(resume, 45),
     "generate": Step(generate, 40),

@@ -80,7 +80,7 @@ class Adapter:
         """Make dropout's mask for tokens.
 
         Args:
-            like: gives N, dtype and device.
+            like: (N, any), gives N, dtype and device.
 
         Returns:
             The mask; None without dropout.

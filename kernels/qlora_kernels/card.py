@@ -160,7 +160,7 @@ def card_of(tensor: Tensor) -> Card | None:
     """Return the card that a tensor is on, or for a plan's tensors the card planned for; None: a CPU.
 
     Args:
-        tensor: on any device.
+        tensor: of any shape, on any device.
 
     Returns:
         The card.

@@ -109,7 +109,7 @@ def expert_turns(order: Tensor, counts: Sequence[int], slots_of_token: int) -> I
     """Yield the experts that have tokens.
 
     Args:
-        order: slots, expert after expert, as `expert_order` gives them.
+        order: (N * K,), slots, expert after expert, as `expert_order` gives them.
         counts: slots of each expert.
         slots_of_token: K.
 

@@ -221,7 +221,7 @@ def output_of(
         weight: (O, I).
         bias: (O,), or None.
         adapter: on the layer, or None.
-        low_rank: as `low_rank_of` gives it; None without an adapter.
+        low_rank: (N, R), as `low_rank_of` gives it; None without an adapter.
         is_inference: take the product for few tokens where there are few.
 
     Returns:

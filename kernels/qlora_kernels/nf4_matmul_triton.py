@@ -80,13 +80,13 @@ def multiply_few_kernel(  # type: ignore[no-untyped-def]
 
 def multiply_few_triton(
     x: Tensor,  # (N, I)
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor,
-    nested_code: Tensor,
-    offset: Tensor,
-    bias: Tensor | None,
-    workspace: Tensor | None,
+    packed: Tensor,  # (bytes,) uint8
+    absmax: Tensor,  # (blocks,) uint8
+    nested_absmax: Tensor,  # (nested blocks,) fp32
+    nested_code: Tensor,  # (256,) fp32
+    offset: Tensor,  # () fp32
+    bias: Tensor | None,  # (O,)
+    workspace: Tensor | None,  # (any,), overwritten
     out_features: int,
     block_size: int,
     nested_block_size: int,
@@ -98,12 +98,12 @@ def multiply_few_triton(
 
     Args:
         x: the tokens.
-        packed: of the weight, as the tables that follow.
-        absmax: uint8.
-        nested_absmax: fp32.
-        nested_code: fp32.
-        offset: fp32.
-        bias: (O,), or None.
+        packed: codes of the weight.
+        absmax: indices into nested_code.
+        nested_absmax: scale of each nested block.
+        nested_code: the dynamic code.
+        offset: added to each scale.
+        bias: of the layer, or None.
         workspace: for plain torch.
         out_features: O.
         block_size: of the format.

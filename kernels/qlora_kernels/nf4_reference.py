@@ -89,7 +89,7 @@ def dequantize_torch(
     start: int,  # the first element wanted
     block_size: int,
     nested_block_size: int,
-    out: Tensor,  # contiguous, filled
+    out: Tensor,  # of any shape, contiguous, filled
 ) -> None:
     """Fill `out` with the elements from `start` on, in chunks that keep fp32 in the cache.
 

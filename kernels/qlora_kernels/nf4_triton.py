@@ -71,7 +71,7 @@ def dequantize_triton(
     start: int,
     block_size: int,
     nested_block_size: int,
-    out: Tensor,  # contiguous, filled
+    out: Tensor,  # of any shape, contiguous, filled
 ) -> None:
     """Fill `out` with the elements from `start` on, as `nf4_reference.dequantize_torch` does.
 

@@ -123,7 +123,7 @@ def version_of(tensor: Tensor) -> int:
     """Count how often a tensor's memory was written to in place.
 
     Args:
-        tensor: any but one of inference mode.
+        tensor: of any shape, but none of inference mode.
 
     Returns:
         The count, shared with all views.
@@ -132,7 +132,7 @@ def version_of(tensor: Tensor) -> int:
 
 
 def reshaped_without_view(
-    tensor: Tensor,  # contiguous
+    tensor: Tensor,  # of any shape, contiguous
     shape: list[int],
 ) -> Tensor:
     """Return the tensor in another shape, as one that autograd does not take for a view of the first.

@@ -26,7 +26,7 @@ def bytes_sha256(tensor: Tensor) -> str:
     """Hash a tensor's bytes as they lie in memory and in a safetensors file.
 
     Args:
-        tensor: on any device.
+        tensor: of any shape, on any device.
 
     Returns:
         The sha256 in hexadecimal.
@@ -41,7 +41,7 @@ def values_sha256(
     """Hash a tensor's shape, dtype and values.
 
     Args:
-        tensor: on any device.
+        tensor: of any shape, on any device.
         dtype: that is hashed, with the values in it.
 
     Returns:

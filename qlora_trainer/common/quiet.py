@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Let transformers log only errors and draw no bars in the block, and restore its settings afterwards."""
+    """Let transformers log only errors and draw no bars in the block, and restore its settings afterward."""
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

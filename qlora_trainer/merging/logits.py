@@ -42,7 +42,7 @@ class Logits(Protocol):
         """Keep the logits of some tokens.
 
         Args:
-            tokens: their numbers, below N.
+            tokens: (n,), their numbers, below N.
 
         Returns:
             The logits, in that order.
@@ -80,7 +80,7 @@ class HeadLogits:
         """Keep the logits of some tokens.
 
         Args:
-            tokens: their numbers, below N.
+            tokens: (n,), their numbers, below N.
 
         Returns:
             The logits, in that order, not made yet.
@@ -139,7 +139,7 @@ class WholeLogits:
         """Keep the logits of some tokens.
 
         Args:
-            tokens: their numbers, below N.
+            tokens: (n,), their numbers, below N.
 
         Returns:
             The logits, in that order.

@@ -128,7 +128,7 @@ def measure_trained(run: MergeRun, progress: Progress) -> tuple[SampleRows, Meas
     """Measure the trained function; on the CPU where a GPU turns out to be too small.
 
     Args:
-        run: what is merged; its streamed base has its adapter afterwards.
+        run: what is merged; its streamed base has its adapter afterward.
         progress: is called as rows are measured.
 
     Returns:

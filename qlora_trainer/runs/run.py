@@ -226,7 +226,7 @@ class Run:
         write_samples(self.directory, [{**_sample(a), **kept.get(_key(a), {}), when: a.answer} for a in answers])
 
     def release(self) -> None:
-        """Free the model and its optimizer, so that another can be loaded; the run cannot be used afterwards."""
+        """Free the model and its optimizer, so that another can be loaded; the run cannot be used afterward."""
         self.state.optimizer.release()
         self.base.model = None
         del self.state

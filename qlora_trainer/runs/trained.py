@@ -165,8 +165,8 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
         progress: is called as packs are measured and answers generated.
 
     Returns:
-        eval_loss (nats per token), perplexity, rows and label_tokens; with answers also exact_match (a share of 1) and
-        answered (how many).
+        eval_loss (nats per token), perplexity, rows and trained_tokens; with answers also exact_match (a share of 1)
+        and answered (how many).
 
     Raises:
         DataError: the run has no eval rows.
@@ -182,7 +182,7 @@ def evaluate_trained(trained: Trained, answers: int = 0, progress: Progress = si
         "eval_loss": loss,
         "perplexity": perplexity(loss),
         "rows": len(eval_set),
-        "label_tokens": int(eval_set.trained_counts.sum()),
+        "trained_tokens": int(eval_set.trained_counts.sum()),
     }
     if answers:
         prompts = eval_prompts(trained.renderer, eval_set, None if answers < 0 else answers)

@@ -52,7 +52,7 @@ def set_up_cublas(device: str) -> None:
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Make torch use deterministic algorithms in the block, and afterwards what it used before.
+    """Make torch use deterministic algorithms in the block, and afterward what it used before.
 
     Memory that a tensor begins with is not filled, as torch would do besides: no operation here reads what nothing has
     written (a test fills it with NaN and compares), and filling costs time at every allocation.

@@ -135,7 +135,7 @@ def clip_(groups: Sequence[FlatGroup], max_norm: float, norm: Tensor) -> None:
     Args:
         groups: all that train.
         max_norm: the bound.
-        norm: as `grad_norm` gave it, finite: scaling by NaN would poison every gradient.
+        norm: (), as `grad_norm` gave it, finite: scaling by NaN would poison every gradient.
     """
     coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch.nn.utils.clip_grad_norm_ does the same
     for group in groups:

@@ -32,7 +32,7 @@ class GradScale:
         """Multiply the loss by the scale, if it is in use.
 
         Args:
-            loss: of a micro-batch.
+            loss: (), of a micro-batch.
 
         Returns:
             The loss to take gradients of.

@@ -9,7 +9,7 @@ once would fail again.
 
 `probe` looks for the failure before the first step, in the longest micro-batch of the run, rather than hours into it.
 
-With expandable segments torch's allocator may be broken afterwards, for the rest of the process. Then there is nothing
+With expandable segments torch's allocator may be broken afterward, for the rest of the process. Then there is nothing
 to try again here: the run is saved and goes on in a new process (runs/run.py).
 
 Left out: memory that runs out elsewhere (evaluation, loading), and a host whose kernel ends the process: that cannot be

@@ -29,7 +29,7 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
         packs: the micro-batches.
 
     Returns:
-        The step's metrics: loss and grad_norm, learning_rate, tokens and label_tokens.
+        The step's metrics: loss and grad_norm, learning_rate, tokens and trained_tokens.
     """
     label_tokens = sum(pack.label_tokens for pack in packs)
     rate = learning_rate(state.config.optimizer, state.updates, state.total_steps)
@@ -48,7 +48,7 @@ def train_step(state: TrainState, packs: list[Pack]) -> dict[str, float]:
         "learning_rate": rate,
         "grad_norm": float(both[1]),
         "tokens": sum(pack.tokens for pack in packs),
-        "label_tokens": label_tokens,
+        "trained_tokens": label_tokens,
     }
 
 

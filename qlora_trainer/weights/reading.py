@@ -95,7 +95,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as they lie in a safetensors file; no copy where it is contiguous and on the CPU.
 
     Args:
-        tensor: on any device.
+        tensor: of any shape, on any device.
 
     Returns:
         The bytes, which share the tensor's memory where there is no copy.

@@ -82,13 +82,13 @@ class ShardWriter:
     def write(
         self,
         name: str,
-        rows: Tensor,  # the next rows of the tensor, or all of it
+        rows: Tensor,  # (N, ...) the next rows of the tensor, or all of it
     ) -> None:
         """Append rows to a tensor. Tensors come in the order of the specs, each complete before the next.
 
         Args:
             name: of the tensor.
-            rows: must not be changed afterwards, as a thread writes them.
+            rows: must not be changed afterward, as a thread writes them.
         """
         with disk_errors(self.directory):
             if not self._pending:

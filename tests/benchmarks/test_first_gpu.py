@@ -43,7 +43,7 @@ FIGURES = {
     "peer, 16,384": rf"peer 128 tokens: {NUMBER} tokens/s, {NUMBER} GiB reserved",
     "peer, generation": rf"peer generates {NUMBER} tokens/s",
     "kernels": rf"kernels \(RTX 4090, computed, {NUMBER} GB/s, \d+ TFLOP/s\): .*: ours {NUMBER} us \d+%",
-    "hostcopy": rf"offload and tile against .*: losses within {NUMBER}e[+-]\d+; tokens/s full {NUMBER}, offload",
+    "hostcopy": rf"offload and tiled against full, .*: losses within {NUMBER}e[+-]\d+; tokens/s full {NUMBER}, offload",
     "merge": rf"merge: {NUMBER} GB in {NUMBER} s, KL {NUMBER}e[+-]\d+, relative error {NUMBER}e[+-]\d+, .* {NUMBER}%",
     "load memory-efficient": rf"load memory-efficient: {NUMBER} s to NF4",
     "contenders": rf"hand-written loop +{NUMBER}",
@@ -116,10 +116,10 @@ def test_a_second_call_goes_on_where_the_first_ended(script: Callable[..., list[
 def test_a_process_that_a_step_ends_is_said_and_the_other_steps_follow(
     script: Callable[..., list[str]], said: list[str]
 ) -> None:
-    again = [line[6:] for line in script("2k-recompute", "generate", "paging", KIT_BREAK="generate:3")]
+    again = [line[6:] for line in script("2k-full", "generate", "paging", KIT_BREAK="generate:3")]
     steps = [line for line in again if not line.startswith("load: ")]
-    assert [re.match(r"[\w-]+( 2k-recompute)?[:,]? ?", line)[0].strip() for line in steps] == [  # type: ignore[index]
-        "train 2k-recompute",
+    assert [re.match(r"[\w-]+( 2k-full)?[:,]? ?", line)[0].strip() for line in steps] == [  # type: ignore[index]
+        "train 2k-full",
         "big:",
         "paging:",
         "ended,",

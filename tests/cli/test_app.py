@@ -193,7 +193,7 @@ def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]
     no_model.mkdir()
     return {
         "missing config": (["train", tmp_path / "none.yaml"], "no config file"),
-        "misspelt key": (["train", config, "adapter.rnak=3"], "did you mean adapter.rank"),
+        "misspelled key": (["train", config, "adapter.rnak=3"], "did you mean adapter.rank"),
         "wrong type": (["train", config, "adapter.rank=three"], "adapter.rank"),
         "missing data": (["train", config, f"data.train={tmp_path / 'no.jsonl'}"], "no.jsonl"),
         "broken row": (["train", config, f"data.train={broken}"], "broken.jsonl, line 2"),
@@ -210,8 +210,8 @@ def mistakes(tmp_path: Path, config: Path) -> dict[str, tuple[list[object], str]
     }
 
 
-MISTAKES = """missing config, misspelt key, wrong type, missing data, broken row, row without a field, rows empty after
-masking, unreadable model, missing model, targets that match nothing, taken output, no run directory, run without
+MISTAKES = """missing config, misspelled key, wrong type, missing data, broken row, row without a field, rows empty
+after masking, unreadable model, missing model, targets that match nothing, taken output, no run directory, run without
 checkpoint, no cuda, no amount of memory"""
 
 

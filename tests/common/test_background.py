@@ -1,7 +1,7 @@
 """Promises of the background thread: calls run in order, few wait, and no failure is lost."""
 
 import threading
-import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -18,25 +18,32 @@ def test_calls_run_in_order_in_one_other_thread() -> None:
     assert thread != threading.get_ident()
 
 
-def test_no_more_than_asked_for_wait() -> None:
+def test_no_more_than_asked_for_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the thread held up, as many calls as may wait are taken, and the next one waits for it."""
-    go, taken = threading.Event(), []
+    go, settled, taken = threading.Event(), threading.Event(), []
+    result = Future.result
+
+    def wait_for_call(future: Future, timeout: float | None = None) -> object:
+        settled.set()
+        return result(future, timeout)
+
+    monkeypatch.setattr(Future, "result", wait_for_call)
     with Background(most_waiting=3) as background:
 
         def submit_four() -> None:
             for number in range(4):
                 background.submit(go.wait)
                 taken.append(number)
+            settled.set()
 
         caller = threading.Thread(target=submit_four)
         caller.start()
-        while len(taken) < 3:
-            time.sleep(0.01)
-        caller.join(timeout=0.2)  # the fourth would be taken now
-        assert taken == [0, 1, 2]
+        settled.wait()  # for a call, or the fourth was taken
+        before = list(taken)
         go.set()
         caller.join()
-        assert taken == [0, 1, 2, 3]
+    assert before == [0, 1, 2]
+    assert taken == [0, 1, 2, 3]
 
 
 def fail() -> None:

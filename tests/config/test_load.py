@@ -11,7 +11,7 @@ from qlora_trainer.config.data_schema import Source, SourceFile
 from qlora_trainer.config.load import load_config, make_config, save_config
 
 
-def test_a_misspelt_key_is_refused_with_the_near_miss() -> None:
+def test_a_misspelled_key_is_refused_with_the_near_miss() -> None:
     message = problems_of({**MINIMAL, "adapter": {"rnak": 8}})
     assert "unknown key adapter.rnak; did you mean adapter.rank?" in message
 
@@ -21,7 +21,7 @@ def test_a_key_in_the_wrong_section_is_reported_where_it_belongs() -> None:
     assert "did you mean optimizer.learning_rate?" in message
 
 
-def test_a_misspelt_section_is_refused_with_the_near_miss() -> None:
+def test_a_misspelled_section_is_refused_with_the_near_miss() -> None:
     assert "unknown key optimzer; did you mean optimizer?" in problems_of({**MINIMAL, "optimzer": {}})
 
 

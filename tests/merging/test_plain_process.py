@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from marks import PATIENCE
 
 from qlora_trainer.merging import plain_check
 from qlora_trainer.merging.plain_verification import run_job
@@ -18,7 +19,7 @@ import os, pathlib, time
 place = pathlib.Path({place!r})
 place.with_suffix(".new").write_text(f"{{os.getpid()}} {{os.getpgrp()}}")
 place.with_suffix(".new").rename(place)
-time.sleep(60)
+time.sleep({patience})
 """
 
 
@@ -33,7 +34,7 @@ def test_ctrl_c_reaches_the_check_only_by_the_process_that_asks_which_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, stub = tmp_path / "there", tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable, place=str(place)))
+    stub.write_text(STUB.format(python=sys.executable, place=str(place), patience=PATIENCE))
     stub.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stub))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,7 +59,7 @@ def test_the_check_ends_when_the_process_that_asks_has_ended() -> None:
             os.close(writing)
             os.dup2(reading, 0)
             plain_check.end_with_standard_input()
-            time.sleep(60)
+            time.sleep(PATIENCE)
         finally:
             os._exit(0)
     os.close(reading)

@@ -124,7 +124,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_config: Config, optimizer: st
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     whole, parts = (read_metrics(run.directory / "metrics.jsonl") for run in (uninterrupted, resumed))
-    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens", "eval_loss"):
+    for key in ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens", "eval_loss"):
         assert [record.get(key) for record in whole] == [record.get(key) for record in parts], key
 
 
@@ -265,7 +265,7 @@ def test_metrics_hold_what_they_promise(tiny_config: Config) -> None:
     run.train(quiet)
     lines = (run.directory / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    promised = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "label_tokens"}
+    promised = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens"}
     assert all(promised | {"tokens_per_second", "peak_memory_bytes"} <= record.keys() for record in records)
     assert [record["step"] for record in records if "eval_loss" in record] == [4, 8]
 

@@ -118,7 +118,7 @@ def test_a_step_without_labels_updates_nothing(tiny_config: Config, tiny_llama: 
     before = (state.groups[0].data.detach().clone(), state.optimizer.state_dict(), state.grad_scale.value)
     untrained = make_packs([Example([5, 6, 7, 8], [-100] * 4)] * 2, 64, packing=True)
     metrics = train_step(state, untrained)
-    assert (metrics["loss"], metrics["grad_norm"], metrics["label_tokens"], metrics["tokens"]) == (0.0, 0.0, 0, 8)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"], metrics["tokens"]) == (0.0, 0.0, 0, 8)
     assert (state.step, state.updates, state.skipped_in_a_row) == (2, 1, 0)
     assert torch.equal(state.groups[0].data, before[0])
     tensors, description = state.optimizer.state_dict()

@@ -1,7 +1,7 @@
 """Take the rows of each optimizer step in an order that depends on (seed, epoch) alone, so that a run resumes exactly.
 
 A step is a set of `global_batch_size` rows, the last of an epoch perhaps fewer; micro-batches are made from the step's
-rows afterwards, so no choice of memory changes what a step trains on. The position is two integers.
+rows afterward, so no choice of memory changes what a step trains on. The position is two integers.
 """
 
 from collections.abc import Mapping

@@ -116,7 +116,7 @@ def group_for_packing(lengths: Sequence[int], limit: int) -> list[list[int]]:
 
     Starts from the fewest groups that could hold the tokens. The longest row next goes to the emptiest group, which
     balances; where that overflows, one group more, up to what first-fit-decreasing needs, which always fits and is
-    balanced afterwards. Longer rows left out, no group exceeds the emptiest by more than its own shortest row.
+    balanced afterward. Longer rows left out, no group exceeds the emptiest by more than its own shortest row.
 
     Args:
         lengths: tokens of each row.

@@ -17,8 +17,8 @@ import pyarrow as arrow
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig, DataFormat
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader
+from qlora_trainer.data.preparation.record_groups import Records
 from qlora_trainer.data.preparation.rendered_rows import RenderedRows
-from qlora_trainer.data.preparation.row_chunks import Records
 from qlora_trainer.data.preparation.row_reading import FoundRow, SourceReader, bad_row_error
 from qlora_trainer.data.preparation.source_keys import source_files
 from qlora_trainer.data.preparation.store_writer import make_block

@@ -8,7 +8,7 @@ finds (prepare.py).
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.data_schema import DataConfig
 from qlora_trainer.data.formats.parse import LeftOutError
-from qlora_trainer.data.preparation.row_chunks import in_chunks
+from qlora_trainer.data.preparation.record_groups import in_chunks
 from qlora_trainer.data.preparation.row_reading import SourceReader, bad_row_error, first_format
 from qlora_trainer.data.preparation.source_keys import check_files, open_sources
 from qlora_trainer.data.reading.files import Content

@@ -29,7 +29,7 @@ from qlora_trainer.data.preparation.chunks import (
     make_chunks,
     tokenizer_identity,
 )
-from qlora_trainer.data.preparation.limits import check_skipped, check_usable
+from qlora_trainer.data.preparation.record_groups import in_chunks
 from qlora_trainer.data.preparation.reports import (
     PreparationReport,
     SourceReport,
@@ -43,8 +43,8 @@ from qlora_trainer.data.preparation.reports import (
     source_warnings,
     train_repeats,
 )
-from qlora_trainer.data.preparation.row_chunks import in_chunks
 from qlora_trainer.data.preparation.row_reading import first_format
+from qlora_trainer.data.preparation.source_checks import check_skipped, check_usable
 from qlora_trainer.data.preparation.source_keys import open_sources
 from qlora_trainer.data.preparation.store import SKIPPED_NAME, ExampleSet, ExampleStore, existing_store
 from qlora_trainer.data.preparation.store_writer import StoreWriter, new_store

@@ -12,9 +12,9 @@ from qlora_trainer.config.data_schema import DataFormat, SourceFile
 from qlora_trainer.config.override import override
 from qlora_trainer.data.formats.detect import UnknownFormatError
 from qlora_trainer.data.formats.parse import LeftOutError, RecordReader, check_no_empty_turn
-from qlora_trainer.data.preparation.limits import exceeds_limit, skip_limit_setting
+from qlora_trainer.data.preparation.record_groups import Records
 from qlora_trainer.data.preparation.reports import places_in_words
-from qlora_trainer.data.preparation.row_chunks import Records
+from qlora_trainer.data.preparation.source_checks import exceeds_limit, skip_limit_setting
 from qlora_trainer.data.reading.json_layouts import Record
 from qlora_trainer.data.types import Conversation, Row
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_trainer.common.errors import missing_files_name
 from qlora_trainer.config.data_schema import DataConfig, SourceFile
-from qlora_trainer.data.preparation.limits import check_effects
+from qlora_trainer.data.preparation.source_checks import check_effects
 from qlora_trainer.data.reading.files import Content, RecordSource, check_path, open_source
 
 

@@ -17,7 +17,7 @@ from qlora_trainer.common.errors import DataError, first_line
 from qlora_trainer.common.transformers_internals import chat_template_environment, render_with_answer_spans
 from qlora_trainer.data.rendering.dialogue import END_OF_REASONING, Dialogue
 from qlora_trainer.data.rendering.encoding import Tokenizer
-from qlora_trainer.data.rendering.limits import TemplateLimitError, check_length, limit_operations, limited
+from qlora_trainer.data.rendering.template_limits import TemplateLimitError, check_length, limit_operations, limited
 
 # For a tokenizer that has no template of its own, such as GPT-2's.
 PLAIN_TEMPLATE = """\

@@ -76,7 +76,10 @@ class NF4Linear(nn.Module):
         return self._workspace
 
     @workspace.setter
-    def workspace(self, workspace: Tensor | None) -> None:
+    def workspace(
+        self,
+        workspace: Tensor | None,  # (any,)
+    ) -> None:
         self._weight, self._workspace = None, workspace
 
     @property

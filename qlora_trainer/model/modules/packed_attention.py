@@ -56,7 +56,7 @@ def packed_attention(
         query: of the row.
         key: of the row.
         value: of the row.
-        attention_mask: not used; transformers makes none.
+        attention_mask: of any shape, not used; transformers makes none.
         document_bounds: the row's documents.
         scaling: of the scores; by default 1 / sqrt(D).
         dropout: probability, of the attention weights.

@@ -128,7 +128,7 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
         lines = [PlotLine("loss", loss, "faint"), PlotLine("loss, smoothed", smooth(loss), "first")]
     if eval_set:
         lines.append(PlotLine("eval loss", eval_set, "second", marks=len(eval_set) <= FEW_POINTS))
-    figures = [_figure("Loss", "nats per label token", lines, wide=True)]
+    figures = [_figure("Loss", "nats per trained token", lines, wide=True)]
     memory = max(_finite(metrics, "peak_memory_bytes"), default=0.0)
     memory_unit, unit_bytes = ("GiB", 2.0**30) if memory >= 2.0**30 else ("MiB", 2.0**20)
     for key, name, note, unit in (

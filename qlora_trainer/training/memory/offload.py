@@ -71,7 +71,7 @@ class OffloadedInputs:
         """Keep the input of the next layer.
 
         Args:
-            hidden: the input.
+            hidden: (..., hidden size), the input.
             run: the layer's forward.
 
         Returns:
@@ -110,7 +110,7 @@ class KeptInput:
         """Return True if `hidden` is this layer's own output, untouched.
 
         Args:
-            hidden: input of another layer.
+            hidden: (..., hidden size), input of another layer.
 
         Returns:
             True if it is.

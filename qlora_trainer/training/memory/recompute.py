@@ -49,7 +49,7 @@ class Recomputation:
         """Run the function.
 
         Args:
-            source: its input.
+            source: its input, of any shape.
 
         Returns:
             Its result, whose graph keeps none of its tensors.

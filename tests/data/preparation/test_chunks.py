@@ -10,7 +10,7 @@ from tiny_tokenizers import tiny_tokenizer
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.schema import DataConfig
 from qlora_trainer.data.preparation.chunks import Chunk, ChunkMaker, make_chunks
-from qlora_trainer.data.preparation.row_chunks import in_chunks
+from qlora_trainer.data.preparation.record_groups import in_chunks
 
 TOKENIZER = tiny_tokenizer("smollm2")
 CONFIG = DataConfig(train="rows.jsonl", on_bad_row="skip", max_length=64)

@@ -9,7 +9,7 @@ from advice import prepared, refusal, ways
 from preparing import run, write
 
 from qlora_trainer.common.errors import ConfigError, DataError
-from qlora_trainer.data.preparation import row_chunks
+from qlora_trainer.data.preparation import record_groups
 from qlora_trainer.data.preparation.reports import count_reasons
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -42,7 +42,7 @@ def test_the_settings_of_the_message_skip_all_bad_rows_at_once(tmp_path: Path, k
 def test_bad_rows_at_the_end_of_a_long_file_are_advised_to_be_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", 20)
+    monkeypatch.setattr(record_groups, "_CHUNK_ROWS", 20)
     rows = [GOOD] * 20 + [BAD["no answer"]]
     message = refusal(tmp_path, rows)
     assert "on_bad_row" in message

@@ -1,4 +1,4 @@
-"""Collect records in chunks of bounded size, which are prepared one after the other."""
+"""Group records into chunks of bounded size, which are prepared one after the other."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

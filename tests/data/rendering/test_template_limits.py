@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
-from qlora_trainer.data.rendering import limits
+from qlora_trainer.data.rendering import template_limits
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.types import Conversation, Message
 
@@ -54,7 +54,7 @@ AT_ONCE = [
     NESTED + "{% set y = '{}'.format(t.x) %}",
     NESTED + "{% set y = '{x}'.format(x=t.x) %}",
     NESTED + "{% set y = '{x}'.format_map({'x': t.x}) %}",
-    *(NESTED + f"{{% set y = t.x | {name} %}}" for name in sorted(limits._LINEAR_TEXT_FILTERS)),
+    *(NESTED + f"{{% set y = t.x | {name} %}}" for name in sorted(template_limits._LINEAR_TEXT_FILTERS)),
 ]
 
 
@@ -64,8 +64,8 @@ def row(question: str = "What?") -> Conversation:
 
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SECONDS", 0.2)
-    monkeypatch.setattr(limits, "BYTES", 2**27)
+    monkeypatch.setattr(template_limits, "SECONDS", 0.2)
+    monkeypatch.setattr(template_limits, "BYTES", 2**27)
 
 
 @pytest.mark.usefixtures("tight")
@@ -104,17 +104,17 @@ def test_an_operation_that_only_a_long_row_makes_huge_names_the_row() -> None:
 
 
 def test_memory_that_is_filled_before_the_first_look_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BYTES", 2**27)
-    monkeypatch.setattr(limits, "_LOOK_EVERY", 0.3)
+    monkeypatch.setattr(template_limits, "BYTES", 2**27)
+    monkeypatch.setattr(template_limits, "_LOOK_EVERY", 0.3)
 
     def fill() -> None:
-        with limits.limited():
+        with template_limits.limited():
             filled = bytearray(b"x") * 2**28
             until = time.process_time() + 3
             while filled and time.process_time() < until:
                 pass
 
-    with pytest.raises(limits.TemplateLimitError):
+    with pytest.raises(template_limits.TemplateLimitError):
         fill()
 
 
@@ -134,6 +134,6 @@ def test_usual_operations_are_computed() -> None:
 
 def test_time_that_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may keep a row waiting as long as it likes."""
-    monkeypatch.setattr(limits, "SECONDS", 0.2)
-    with limits.limited():
+    monkeypatch.setattr(template_limits, "SECONDS", 0.2)
+    with template_limits.limited():
         time.sleep(0.6)

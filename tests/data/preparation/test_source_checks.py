@@ -13,9 +13,9 @@ from tiny_tokenizers import tiny_tokenizer
 
 from qlora_trainer.common.errors import DataError
 from qlora_trainer.config.load import load_config
-from qlora_trainer.data.preparation.limits import check_skipped
 from qlora_trainer.data.preparation.prepare import Prepared, prepare
 from qlora_trainer.data.preparation.reports import SourceReport
+from qlora_trainer.data.preparation.source_checks import check_skipped
 
 TOKENIZER = tiny_tokenizer("smollm2")
 
