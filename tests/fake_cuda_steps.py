@@ -177,9 +177,9 @@ if __name__ == "__main__":
     answer_for_cuda()
     platform.release = lambda: "5.15-microsoft-standard-WSL2"  # where nothing pages, as that would call the driver
     settings = {
-        "bf16, recompute": (torch.bfloat16, "paged_adamw_32bit", "full"),
-        "bf16, tile": (torch.bfloat16, "paged_adamw_8bit", "tiled"),
-        "fp32, recompute": (torch.float32, "adamw", "full"),
+        "bf16, full": (torch.bfloat16, "paged_adamw_32bit", "full"),
+        "bf16, tiled": (torch.bfloat16, "paged_adamw_8bit", "tiled"),
+        "fp32, full": (torch.float32, "adamw", "full"),
     }
     fake = FakeRun()  # one for all: what is kept from step to step, such as documents' bounds, belongs to it
     print(

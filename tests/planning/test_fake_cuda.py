@@ -67,11 +67,11 @@ def test_no_operation_of_a_step_is_without_a_deterministic_version(operations: d
 
 def test_only_what_offloads_copies_to_the_host(operations: dict[str, set[str]]) -> None:
     copying = {name for name, seen in operations.items() if "qlora_kernels::copy_to_host" in seen}
-    assert copying == {"bf16, tile"}, "which offloads too"
+    assert copying == {"bf16, tiled"}, "which offloads too"
 
 
 def test_an_optimizer_that_cannot_page_has_its_state_on_the_card(operations: dict[str, set[str]]) -> None:
     """bitsandbytes' and torch's own; the process has the kernel of WSL, where nothing pages."""
-    assert "bitsandbytes::optimizer_update_32bit" in operations["bf16, recompute"]
-    assert "bitsandbytes::optimizer_update_8bit_blockwise" in operations["bf16, tile"]
-    assert "aten::_fused_adamw_" in operations["fp32, recompute"]
+    assert "bitsandbytes::optimizer_update_32bit" in operations["bf16, full"]
+    assert "bitsandbytes::optimizer_update_8bit_blockwise" in operations["bf16, tiled"]
+    assert "aten::_fused_adamw_" in operations["fp32, full"]
