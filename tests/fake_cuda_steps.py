@@ -39,11 +39,11 @@ from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
 from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
 
-# Before torch.cuda answers: bitsandbytes would look for more of CUDA than there is.
 from qlora_trainer.training.memory.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
 from qlora_trainer.weights.model_directory import ModelDirectory  # noqa: E402
+from qlora_trainer.weights.nf4 import load_bitsandbytes  # noqa: E402
 
 
 class Stream:
@@ -174,6 +174,7 @@ def operations_of(fake: FakeRun, dtype: torch.dtype, optimizer: str, **changes: 
 
 
 if __name__ == "__main__":
+    load_bitsandbytes()  # before torch.cuda answers: it would look for more of CUDA than there is
     answer_for_cuda()
     platform.release = lambda: "5.15-microsoft-standard-WSL2"  # where nothing pages, as that would call the driver
     settings = {
