@@ -38,7 +38,6 @@ from qlora_trainer.data.types import Example  # noqa: E402
 from qlora_trainer.planning.empty_run import as_fake  # noqa: E402
 from qlora_trainer.planning.fake_tensors import FakeRun  # noqa: E402
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton  # noqa: E402
-
 from qlora_trainer.training.memory.activations import choose_policy  # noqa: E402
 from qlora_trainer.training.state import build_state  # noqa: E402
 from qlora_trainer.training.step import train_step  # noqa: E402
