@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_kernels.linear_cross_entropy import tokens_of_a_chunk
-from qlora_trainer.planning.speed.rates import HOST_OFFLOAD, HOST_TILED, TILED_PRODUCTS, Rates
+from qlora_trainer.planning.speed.rates import HOST_OFFLOAD, Rates
 from qlora_trainer.planning.speed.rows import MicroBatches
 from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import TILES, Policy
+from qlora_trainer.training.patches import tile_tokens
 
-NF4_BYTES = 0.52  # of a number, with its statistics
 LOGIT_BYTES = 56  # moved for each logit of a label token: loss, softmax, gradient (python -m benchmarks.bytes_moved)
 UPDATE_BYTES = 28  # moved for each number of the adapters: gradient, weight, two moments
 
@@ -111,10 +111,8 @@ def _backward(shape: Shape, rates: Rates, policy: Policy, layout: MicroBatches) 
     products = (2 * shape.active + 4 * shape.adapters) * layout.tokens + 5 * shape.attention * layout.squares
     seconds = products / rates.products + _expansions(shape, rates) + 2 * _between(shape, rates, layout)
     seconds = seconds + again * _once(shape, rates, layout)
-    if policy.level == "tiled":  # each tile multiplies by weights of its own making, backward and again
-        expanded = (TILES - 1) * _expansions(shape, rates) * shape.tiled / shape.stored
-        smaller = (TILED_PRODUCTS - 1) * 2 * shape.tiled * layout.tokens / rates.products
-        seconds = seconds + (1 + again) * (expanded + smaller)
+    if policy.level == "tiled":
+        seconds = seconds + _tiles(shape, rates, layout, again)
     return seconds
 
 
@@ -124,9 +122,16 @@ def _once(shape: Shape, rates: Rates, layout: MicroBatches) -> np.ndarray:
     return products / rates.products + _expansions(shape, rates) + _between(shape, rates, layout)
 
 
+def _tiles(shape: Shape, rates: Rates, layout: MicroBatches, again: float) -> np.ndarray:
+    """Compute what tiles of MLPs add: each expands the weights for itself, and runs forward once more in backward."""
+    tiles = np.array([-(-n // tile_tokens(int(n) or 1, TILES)) for n in layout.tokens])
+    expanded = rates.expansion * shape.tiled * ((tiles - 1) * (2 + again) + tiles)
+    return np.where(tiles > 1, expanded + 2 * shape.tiled * layout.tokens / rates.products, 0.0)
+
+
 def _expansions(shape: Shape, rates: Rates) -> float:
     """Compute the seconds to make every weight from NF4 once, and to read it."""
-    return shape.stored * (NF4_BYTES + 2 * shape.itemsize) / rates.bandwidth
+    return shape.stored * rates.expansion
 
 
 def _between(shape: Shape, rates: Rates, layout: MicroBatches) -> np.ndarray:
@@ -142,7 +147,7 @@ def _host(rates: Rates, policy: Policy, layers: tuple[float, float, float]) -> f
     seconds = sum(count * each for count, each in zip(layers, rates.host, strict=True))
     if policy.level in ("offload", "tiled"):
         seconds += HOST_OFFLOAD * (layers[0] + layers[1]) / policy.offload_every_n_layers
-    return seconds * (HOST_TILED if policy.level == "tiled" else 1)
+    return seconds * (rates.host_tiled if policy.level == "tiled" else 1)
 
 
 def _copies(shape: Shape, rates: Rates, policy: Policy, tokens: np.ndarray) -> np.ndarray:

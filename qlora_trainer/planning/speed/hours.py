@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_trainer.common.units import counted, duration
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.speed.candidates import Pace
-from qlora_trainer.planning.speed.cost import NF4_BYTES, UPDATE_BYTES, forward_seconds, step_seconds
+from qlora_trainer.planning.speed.cost import UPDATE_BYTES, forward_seconds, step_seconds
 from qlora_trainer.planning.speed.rates import Rates
 from qlora_trainer.planning.speed.rows import Steps, micro_batches_of
 from qlora_trainer.planning.speed.shape import Shape
@@ -85,8 +85,8 @@ def _answers(shape: Shape, rates: Rates, config: RunConfig) -> float:
     """Estimate the seconds of generating the samples of a run, all at once, a token of each after the other."""
     if not config.evaluation.samples:
         return 0.0
-    read = shape.stored * (NF4_BYTES + 2 * shape.itemsize) + shape.head * shape.itemsize
-    device = read / rates.bandwidth + 2 * config.evaluation.samples * (shape.active + shape.head) / rates.products
+    device = shape.stored * rates.expansion + shape.head * shape.itemsize / rates.bandwidth
+    device += 2 * config.evaluation.samples * (shape.active + shape.head) / rates.products
     host = shape.layers * rates.host[0]
     of_a_token = max(device, host) if rates.overlaps else device + host
     return of_a_token * config.evaluation.max_new_tokens

@@ -25,14 +25,17 @@ HOST_AGAIN = 9.1e-3  # a layer's forward in backward, with what checkpointing ad
 HOST_OFFLOAD = 1e-3  # the copies of a layer's input; not measured
 HOST_TILED = 3.8  # times as much in tiles
 
-TILED_PRODUCTS = 1.06  # times as long a product over a tile of the tokens takes; not measured
+NF4_BYTES = 0.52 + 2 * 2  # of a number: in NF4 with its statistics, written in 16 bits, and read again
 
 # On a CPU, of fp32 products a second and thread (decision 0023: 410 GFLOP/s on two cores by oneDNN, 174 by MKL without
 # AVX-512; what an adapter multiplies goes at half of that). A processor without AVX2 was not measured.
 CPU_PRODUCTS = {"oneDNN": 190e9, "AVX512": 190e9, "AVX2": 87e9, "": 20e9}
-CPU_BANDWIDTH = 8e9  # bytes a second and thread of what is done between products; measured in benchmarks/fastest.py
-CPU_HOST = 1.5e-3  # seconds a layer, pass and direction, as the three of a card; measured in benchmarks/fastest.py
-CPU_PARALLEL = 2 / 3  # of products: two threads were 1.5 times as fast as one; with more threads not measured
+# Measured by python -m benchmarks.fastest cpu, seconds of one thread of a Zen 5 processor (a busy machine, one turn):
+# two more passes of SmolLM2-135M's 106 million numbers, forward and backward, took 3.1 s; forward again 2.3 s.
+CPU_EXPANSION = 6.5e-9  # seconds to make a number from NF4 and lay it out for products, which takes most of it
+CPU_BANDWIDTH = 5.5e9  # bytes a second and thread of what is done between products
+CPU_HOST = 1e-3  # seconds a layer, pass and direction; not measured apart
+CPU_PARALLEL = 2 / 3  # of the work: two threads were 1.5 times as fast as one; with more threads not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Rates:
     products: float  # operations a second
     bandwidth: float  # bytes a second
     link: float  # bytes a second to the host, and from it
+    expansion: float  # seconds to make a number from NF4, and to read it
     host: tuple[float, float, float]  # seconds a layer: forward, backward, forward again
+    host_tiled: float  # times as much of the host in tiles
     overlaps: bool  # the host runs ahead of the device, and copies go on meanwhile
     note: str = ""  # where the figures come from, if that must be said
     is_known: bool = True  # False: only the order of policies is taken from these, and one longest row
@@ -65,7 +70,9 @@ def rates_of_card(card: CardFigures, note: str = "", *, is_known: bool = True) -
         PRODUCTS_SHARE * card.flops,
         BANDWIDTH_SHARE * card.bandwidth,
         LINK_SHARE * card.link,
+        NF4_BYTES / (BANDWIDTH_SHARE * card.bandwidth),
         (HOST_FORWARD, HOST_BACKWARD, HOST_AGAIN),
+        HOST_TILED,
         overlaps=True,
         note=note,
         is_known=is_known,
@@ -88,7 +95,8 @@ def rates_of_processor(threads: int | None = None) -> Rates:
     name = f"a CPU with {capability}, {threads} {'thread' if threads == 1 else 'threads'}"
     products = CPU_PRODUCTS.get(kind, CPU_PRODUCTS[""]) * faster
     memory = CPU_BANDWIDTH * faster
-    return Rates(name, products, memory, memory, (CPU_HOST, CPU_HOST, CPU_HOST), overlaps=False)
+    host = CPU_HOST, CPU_HOST, CPU_HOST
+    return Rates(name, products, memory, memory, CPU_EXPANSION / faster, host, host_tiled=1.0, overlaps=False)
 
 
 def rates_here(device: torch.device) -> Rates:

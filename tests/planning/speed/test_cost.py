@@ -21,7 +21,7 @@ from qlora_trainer.weights.model_directory import ModelDirectory
 MODELS = Path(__file__).parents[3] / "benchmarks" / "models"
 HIDDEN, INTERMEDIATE, KEYS, LAYERS, VOCABULARY = 4096, 14336, 1024, 32, 128_256  # Llama-3.1-8B
 BASE = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEYS + 3 * HIDDEN * INTERMEDIATE)
-INFINITE = Rates("", math.inf, math.inf, math.inf, (0.0, 0.0, 0.0), overlaps=True)
+INFINITE = Rates("", math.inf, math.inf, math.inf, 0.0, (0.0, 0.0, 0.0), 1.0, overlaps=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,17 @@ def test_products_are_those_of_forward_backward_and_again(shape: Shape, policy: 
 
 def test_each_pass_expands_the_base(shape: Shape) -> None:
     """Eight rows in eight passes read and write it seven times more than in one, forward and backward."""
-    rates = dataclasses.replace(INFINITE, bandwidth=1e12)
+    rates = dataclasses.replace(INFINITE, expansion=1e-12)
     eight, one = (seconds(shape, rates, Policy("none"), 8, limit) for limit in (2048, 8 * 2048))
-    assert eight - one >= 2 * 7 * BASE * 4.5 / 1e12
+    assert (eight, one) == pytest.approx((8 * 2 * BASE * 1e-12, 2 * BASE * 1e-12))
+
+
+def test_tiles_expand_the_mlps_each_for_itself_and_run_once_more(shape: Shape) -> None:
+    """2,048 tokens are 8 tiles: forward, again, and in backward forward and backward; without tiles it is 3 times."""
+    mlps = LAYERS * 3 * HIDDEN * INTERMEDIATE
+    rates = dataclasses.replace(INFINITE, expansion=1e-12, products=1e15)
+    more = seconds(shape, rates, Policy("tiled")) - seconds(shape, rates, Policy("offload"))
+    assert more == pytest.approx((4 * 8 - 3) * mlps * 1e-12 + 2 * mlps * 2048 / 1e15)
 
 
 def test_the_host_counts_where_the_card_waits_for_it(shape: Shape) -> None:

@@ -14,7 +14,7 @@ from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import Policy
 
 SHAPE = Shape(2, 8, 100, 16, 1000, 1000.0, 600, 50, 0.0, 4)
-ONLY_THE_HOST = Rates("a device", math.inf, math.inf, math.inf, (1.0, 2.0, 0.0), overlaps=True)
+ONLY_THE_HOST = Rates("a device", math.inf, math.inf, math.inf, 0.0, (1.0, 2.0, 0.0), 1.0, overlaps=True)
 CONFIG = make_config(
     {
         "model": {"name": "m"},
