@@ -148,7 +148,7 @@ def choose(settings: Sequence[Setting], budget: int) -> tuple[Setting, Setting]:
         return size if size <= budget else None
 
     ordered = sorted((setting.candidate for setting in settings), key=lambda one: one.seconds)
-    found = search(ordered, needed, lambda one: one)
+    found = search(ordered, needed, lambda one: one, lambda one, chosen: False)
     assert found is not None
     fitting = [setting for setting in settings if setting.needed <= budget]
     return by_candidate[id(found.chosen)], min(fitting, key=lambda setting: setting.measured)

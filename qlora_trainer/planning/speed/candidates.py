@@ -104,5 +104,19 @@ def choices_left(config: RunConfig, pace: Pace, layers: int) -> tuple[list[Polic
     return policies, ladder(longest, pace.steps) if pace.rates.is_known else [longest]
 
 
+def keeps_less(one: Policy, than: Policy) -> bool:
+    """Return True if backward keeps less under a policy: a level further, or fewer layers whole.
+
+    Args:
+        one: the policy.
+        than: another.
+
+    Returns:
+        True if it does.
+    """
+    levels = LEVELS.index(one.level), LEVELS.index(than.level)
+    return levels[0] > levels[1] or (levels[0] == levels[1] and one.uncheckpointed_layers < than.uncheckpointed_layers)
+
+
 def _rank(policy: Policy) -> tuple[int, int, int]:
     return LEVELS.index(policy.level), -policy.uncheckpointed_layers, policy.offload_every_n_layers

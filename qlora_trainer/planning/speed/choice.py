@@ -95,7 +95,7 @@ def search(
     ordered: Sequence[Candidate],
     estimated: Callable[[Candidate], int | None],
     plan: Callable[[Candidate], _Plan | None],
-    is_cheap: Callable[[Candidate], bool] = lambda _: True,
+    also_fits: Callable[[Candidate, Candidate], bool],
 ) -> Choice[_Plan] | None:
     """Choose by estimates, and plan what is chosen; where its plan does not fit, choose again without it.
 
@@ -103,7 +103,8 @@ def search(
         ordered: the fastest first.
         estimated: bytes of a candidate; None where it does not fit.
         plan: the plan of a candidate; None where it does not fit.
-        is_cheap: True if nothing must be planned for an estimate; only such a candidate is named as what came next.
+        also_fits: True if a candidate fits beyond doubt, where another does; only such a one is named as what came
+            next, so that nothing is planned for its name alone.
 
     Returns:
         The choice; None where nothing fits.
@@ -122,9 +123,8 @@ def search(
         found = plan(chosen)
         if found is not None:
             others = [candidate for _, candidate in fitting if candidate is not chosen]
-            slower = (one for one in left if one.seconds > AS_FAST * fitting[0][1].seconds and is_cheap(one))
-            following = others[0] if others else next((one for one in slower if estimated(one) is not None), None)
-            return Choice(chosen, found, following)
+            others += [one for one in left if one.seconds > AS_FAST * fitting[0][1].seconds and also_fits(one, chosen)]
+            return Choice(chosen, found, others[0] if others else None)
         left.remove(chosen)
 
 

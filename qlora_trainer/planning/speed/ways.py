@@ -13,14 +13,14 @@ from qlora_trainer.planning.allocator import PAGES
 from qlora_trainer.planning.empty_run import longest_row, planned_card, planned_dtype
 from qlora_trainer.planning.estimate import FewLayers
 from qlora_trainer.planning.memory_plan import Budget, MemoryPlan, plan_memory
-from qlora_trainer.planning.speed.candidates import Candidate, Pace, candidates, choices_left, open_policies
+from qlora_trainer.planning.speed.candidates import Candidate, Pace, candidates, choices_left, keeps_less, open_policies
 from qlora_trainer.planning.speed.cards import CAUTIOUS
 from qlora_trainer.planning.speed.choice import AS_FAST, Speed, in_json, next_smaller, search
 from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.planning.speed.rows import full_rows, ladder
 from qlora_trainer.planning.speed.shape import Shape, count_shape
 from qlora_trainer.planning.variants import choice_overrides
-from qlora_trainer.training.memory.activations import LEVELS, Policy, bytes_of_inputs
+from qlora_trainer.training.memory.activations import Policy, bytes_of_inputs
 from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -98,7 +98,7 @@ class Ways:
             self.ordered,
             lambda one: self._estimated(self._memory, one, card),
             lambda one: self._plan(one, card),
-            lambda one: self._memory.is_planned(one.policy),
+            lambda one, chosen: self._also_fits(one, chosen, card),
         )
         return self._with_speed(found.plan, found.chosen, found.following, card) if found else None
 
@@ -116,6 +116,12 @@ class Ways:
         others = [one for one in self.ordered if one is not chosen]
         plan = self._plan(chosen, card)
         return plan and self._with_speed(plan, chosen, others[0] if others else None, card)
+
+    def _also_fits(self, one: Candidate, chosen: Candidate, card: int) -> bool:
+        """Return True if a candidate takes no more than the chosen one, or fits by an estimate that is made already."""
+        if one.micro_batch_tokens <= chosen.micro_batch_tokens and keeps_less(one.policy, chosen.policy):
+            return self.host_bytes(one) <= self._budget.host
+        return self._memory.is_planned(one.policy) and self._estimated(self._memory, one, card) is not None
 
     def _estimated(self, memory: FewLayers, one: Candidate, card: int) -> int | None:
         if self.host_bytes(one) > self._budget.host:
@@ -213,7 +219,7 @@ class Ways:
         def lays_out_smaller(one: Candidate) -> bool:
             if len(row_lengths) > 1 and one.micro_batch_tokens < tokens:
                 return True
-            return _keeps_less(one.policy, policy)
+            return keeps_less(one.policy, policy)
 
         return next_smaller(
             candidates(self.shape, self._pace, open_policies(self.shape.layers), limits),
@@ -226,12 +232,6 @@ class Ways:
 def _uncertainty(card: int) -> int:
     """Return by how much an estimate may be too high: what is near the budget is planned whole to see."""
     return min(2 * PAGES[False], card // 50)
-
-
-def _keeps_less(one: Policy, than: Policy) -> bool:
-    """Return True if backward keeps less under a policy: a level further, or fewer layers whole."""
-    levels = LEVELS.index(one.level), LEVELS.index(than.level)
-    return levels[0] > levels[1] or (levels[0] == levels[1] and one.uncheckpointed_layers < than.uncheckpointed_layers)
 
 
 def _unknown_pace(config: RunConfig) -> Pace:

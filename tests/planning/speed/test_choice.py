@@ -18,7 +18,11 @@ def drawn(seed: int) -> dict[Candidate, int]:
 
 def chosen(needed: dict[Candidate, int], budget: int, plan: Any = lambda one: one) -> Any:
     ordered = sorted(needed, key=lambda one: one.seconds)
-    return search(ordered, lambda one: needed[one] if needed[one] <= budget else None, plan)
+
+    def also_fits(one: Candidate, chosen: Candidate) -> bool:
+        return needed[one] <= needed[chosen]
+
+    return search(ordered, lambda one: needed[one] if needed[one] <= budget else None, plan, also_fits)
 
 
 @pytest.mark.parametrize("seed", range(30))
