@@ -27,11 +27,13 @@ def test_a_ladder_of_padded_rows_has_whole_rows() -> None:
     assert ladder(100, full_rows(130, 1, packing=False)) == [100, 200]
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_runs_steps_are_those_that_its_loader_gives(packing: bool) -> None:
+def test_a_runs_steps_are_those_that_its_loader_gives(packing: bool, seed: int) -> None:
+    """The largest may be in a later epoch, as with one of these seeds."""
     lengths = [7, 30, 12, 5, 44, 9, 21, 3, 18, 40]
     rows = [Example([1] * n, [1] * n) for n in lengths]
-    loader = StepLoader(rows, 4, 64, packing, seed=3)
+    loader = StepLoader(rows, 4, 64, packing, seed=seed)
     steps = steps_of(loader, np.array(lengths), 6, trained=0.5)
     packs = [loader.next() for _ in range(6)]  # two epochs
     assert steps.count == 6
@@ -43,6 +45,6 @@ def test_a_runs_steps_are_those_that_its_loader_gives(packing: bool) -> None:
     assert layout.steps == 3
     assert sorted(layout.tokens) == sorted(float(pack.input_ids.numel()) for step in packs[:3] for pack in step)
     assert (loader.epoch, loader.step) == (2, 0)
-    again = StepLoader(rows, 4, 64, packing, seed=3)
+    again = StepLoader(rows, 4, 64, packing, seed=seed)
     steps_of(again, np.array(lengths), 6)
     assert (again.epoch, again.step) == (0, 0), "the loader is not moved"
