@@ -30,11 +30,12 @@ NF4_BYTES = 0.52 + 2 * 2  # of a number: in NF4 with its statistics, written in 
 # On a CPU, of fp32 products a second and thread (decision 0023: 410 GFLOP/s on two cores by oneDNN, 174 by MKL without
 # AVX-512; what an adapter multiplies goes at half of that). A processor without AVX2 was not measured.
 CPU_PRODUCTS = {"oneDNN": 190e9, "AVX512": 190e9, "AVX2": 87e9, "": 20e9}
-# Measured by python -m benchmarks.fastest cpu, seconds of one thread of a Zen 5 processor (a busy machine, one turn):
-# two more passes of SmolLM2-135M's 106 million numbers, forward and backward, took 3.1 s; forward again 2.3 s.
-CPU_EXPANSION = 6.5e-9  # seconds to make a number from NF4 and lay it out for products, which takes most of it
-CPU_BANDWIDTH = 5.5e9  # bytes a second and thread of what is done between products
-CPU_HOST = 1e-3  # seconds a layer, pass and direction; not measured apart
+CPU_EXPANSION = 1.1e-9  # seconds and thread to make a number from NF4: 1.2 s in five passes of SmolLM2-135M, both ways
+# Fitted to python -m benchmarks.fastest cpu MODEL alpaca_en_demo.json --limits 256 512 1024 --tokens 1024 --turns 1
+# --processor: SmolLM2-135M, one thread of a Zen 5 processor, busy with other work (30 November 2026). One pass more took
+# 0.6 s, all layers' forward once more 2.1 to 2.6 s, and the whole step 7.0 s.
+CPU_BANDWIDTH = 4.5e9  # bytes a second and thread of what is done between products
+CPU_HOST = 6e-3  # seconds a layer, pass and direction; with it what products take for themselves in each pass
 CPU_PARALLEL = 2 / 3  # of the work: two threads were 1.5 times as fast as one; with more threads not measured
 
 
