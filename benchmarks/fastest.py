@@ -5,7 +5,7 @@
     python -m benchmarks.fastest cards [--model NAME] [--rows N] [--length N]
 
 `cpu` trains MODEL (a directory, or a GGUF file) on steps of about --tokens tokens of the rows in each file, under every
-policy of POLICIES and every limit of a micro-batch, and prints the seconds that the formula predicts beside the median
+policy of POLICIES and every limit of a micro-batch, and prints the seconds that the formula predicts next to the median
 of --turns, in which each setting is timed once, after one that warms up. With --processor these are seconds of the
 processor, which other work on the machine changes less; on one thread they are the same. Then, for --budgets amounts of
 memory, such that each policy is the best in one if it is in any, it prints what `auto` would take, and how much longer
@@ -220,13 +220,15 @@ def compare_cards(model: str, rows: int, length: int) -> bool:
         assert more is not None
         assert more.speed is not None
         speed, rate = plan.speed, plan.speed.tokens / plan.speed.seconds
-        beside = ", ".join(f"{who} {theirs:,.0f} ({rate / theirs:.2f})" for who, theirs in PUBLISHED.get(card.name, ()))
+        published = ", ".join(
+            f"{who} {theirs:,.0f} ({rate / theirs:.2f})" for who, theirs in PUBLISHED.get(card.name, ())
+        )
         within = all(0.5 <= rate / theirs <= 2 for _, theirs in PUBLISHED.get(card.name, ()))
         is_no_slower = more.speed.seconds <= speed.seconds
         holds = holds and within and is_no_slower
         print(
             f"{card.name:12}{rate:>10,.0f}{speed.host_share:>16.0%}{gib(plan.total):>12}"
-            f"{more.speed.tokens / more.speed.seconds:>23,.0f}  {beside}"
+            f"{more.speed.tokens / more.speed.seconds:>23,.0f}  {published}"
             f"   ({plan.policy}, {speed.micro_batch_tokens:,})",
             flush=True,
         )

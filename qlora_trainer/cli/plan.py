@@ -71,7 +71,7 @@ def plan(
     from qlora_trainer.planning.other_ways import FULL, estimate_in_words, parts_of, side_by_side
     from qlora_trainer.planning.speed.cards import card_named
     from qlora_trainer.planning.variants import with_least_memory
-    from qlora_trainer.runs.pace import hours_to_plan, pace_to_plan
+    from qlora_trainer.runs.pace import hours_to_plan, knows_device, pace_to_plan
     from qlora_trainer.training.memory.activations import spare_host_memory
 
     named = card_named(gpu) if gpu else None
@@ -82,9 +82,10 @@ def plan(
     planned = longest = largest = pace = hours = None
     with ProgressBars("Nothing was changed.") as progress:
         with missing_files_name("model.name"):
-            files = TOKENIZER_FILES if has_rows and budget else CONFIG_FILES
+            reads_rows = has_rows and budget and knows_device(settings, named)
+            files = TOKENIZER_FILES if reads_rows else CONFIG_FILES
             directory = resolve_model(settings.model.name, settings.model.revision, user_cache(), progress, files=files)
-        pace = pace_to_plan(settings, directory if has_rows else None, named, progress) if budget else None
+        pace = pace_to_plan(settings, directory if reads_rows else None, named, progress) if budget else None
         progress("planning memory", 0, None)
         if budget:
             planned = fitting.fastest_plan(directory, settings, budget, progress, pace)

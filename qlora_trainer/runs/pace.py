@@ -131,6 +131,19 @@ def smaller_by_plan(directory: ModelDirectory, config: RunConfig, device: torch.
     return smaller
 
 
+def knows_device(config: RunConfig, card: CardFigures | None) -> bool:
+    """Return True if a plan is for a device whose speed can be known.
+
+    Args:
+        config: of the run.
+        card: named to plan for.
+
+    Returns:
+        True for a card by name, the CPU, or a GPU that is here.
+    """
+    return config.model.device == "cpu" or card is not None or torch.cuda.is_available()
+
+
 def pace_to_plan(
     config: RunConfig, directory: ModelDirectory | None, card: CardFigures | None, progress: Progress
 ) -> Pace | None:
@@ -145,7 +158,7 @@ def pace_to_plan(
     Returns:
         Device and rows; rows of full length, where others cannot be had. None where no device is known.
     """
-    if config.model.device != "cpu" and card is None and not torch.cuda.is_available():
+    if not knows_device(config, card):
         return None
     device = torch.device("cpu") if config.model.device == "cpu" else None
     rates = rates_of_card(card) if card and device is None else rates_here(device or current_card())

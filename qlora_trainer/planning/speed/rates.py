@@ -32,8 +32,8 @@ NF4_BYTES = 0.52 + 2 * 2  # of a number: in NF4 with its statistics, written in 
 CPU_PRODUCTS = {"oneDNN": 190e9, "AVX512": 190e9, "AVX2": 87e9, "": 20e9}
 CPU_EXPANSION = 1.1e-9  # seconds and thread to make a number from NF4: 1.2 s in five passes of SmolLM2-135M, both ways
 # Fitted to python -m benchmarks.fastest cpu MODEL alpaca_en_demo.json --limits 256 512 1024 --tokens 1024 --turns 1
-# --processor: SmolLM2-135M, one thread of a Zen 5 processor, busy with other work (30 November 2026). One pass more took
-# 0.6 s, all layers' forward once more 2.1 to 2.6 s, and the whole step 7.0 s.
+# --processor: SmolLM2-135M, one thread of a Zen 5 processor, busy with other work (30 November 2026). One pass more
+# took 0.6 s, all layers' forward once more 2.1 to 2.6 s, and the whole step 7.0 s.
 CPU_BANDWIDTH = 4.5e9  # bytes a second and thread of what is done between products
 CPU_HOST = 6e-3  # seconds a layer, pass and direction; with it what products take for themselves in each pass
 CPU_PARALLEL = 2 / 3  # of the work: two threads were 1.5 times as fast as one; with more threads not measured

@@ -117,10 +117,10 @@ def test_what_no_longer_fits_may_give_way_to_smaller_micro_batches_that_keep_mor
 def test_what_the_user_set_is_kept_and_the_faster_is_named(stepped_config: Config, memory: SimpleNamespace) -> None:
     run = start_run(stepped_config(training={"activation_checkpointing": "full", "micro_batch_tokens": 64}))
     assert in_force(run) == (Policy("full"), 64)
-    told = dict(summarize(run))
-    assert told["faster, and fits by estimate"].startswith("none, micro-batches of up to ")
-    assert told["to keep this choice"] == "training.activation_checkpointing=full training.micro_batch_tokens=64"
-    assert "estimated" in told["duration"]
+    shown = dict(summarize(run))
+    assert shown["faster, and fits by estimate"].startswith("none, micro-batches of up to ")
+    assert shown["to keep this choice"] == "training.activation_checkpointing=full training.micro_batch_tokens=64"
+    assert "estimated" in shown["duration"]
 
 
 @pytest.mark.slow
@@ -128,12 +128,12 @@ def test_the_first_lines_name_the_choice_the_next_and_what_pins_it(
     stepped_config: Config, memory: SimpleNamespace
 ) -> None:
     run = start_run(stepped_config())
-    told = dict(summarize(run))
-    assert told["micro-batches"] == f"of up to {run.state.loader.micro_batch_tokens:,} tokens"
-    assert "next, estimated" in told
-    assert "faster, and fits by estimate" not in told
+    shown = dict(summarize(run))
+    assert shown["micro-batches"] == f"of up to {run.state.loader.micro_batch_tokens:,} tokens"
+    assert "next, estimated" in shown
+    assert "faster, and fits by estimate" not in shown
     pinned = start_run(
-        stepped_config("pinned", training=dict(word.split("=") for word in _settings(told["to keep this choice"])))
+        stepped_config("pinned", training=dict(word.split("=") for word in _settings(shown["to keep this choice"])))
     )
     assert in_force(pinned) == in_force(run)
 
