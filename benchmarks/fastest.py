@@ -136,7 +136,8 @@ def budgets_between(settings: Sequence[Setting], count: int) -> list[int]:
         best = min((one for one in settings if one.needed <= need), key=lambda one: one.measured)
         best_at.setdefault(best.candidate.policy, need)
     evenly = [needs[round(place * (len(needs) - 1) / max(count - 1, 1))] for place in range(count)]
-    return sorted(dict.fromkeys([*best_at.values(), *evenly]))[: max(count, len(best_at))]
+    others = [budget for budget in dict.fromkeys(evenly) if budget not in best_at.values()]
+    return sorted([*best_at.values(), *others[: max(count - len(best_at), 0)]])
 
 
 def choose(settings: Sequence[Setting], budget: int) -> tuple[Setting, Setting]:
@@ -220,10 +221,9 @@ def compare_cards(model: str, rows: int, length: int) -> bool:
         assert more is not None
         assert more.speed is not None
         speed, rate = plan.speed, plan.speed.tokens / plan.speed.seconds
-        published = ", ".join(
-            f"{who} {theirs:,.0f} ({rate / theirs:.2f})" for who, theirs in PUBLISHED.get(card.name, ())
-        )
-        within = all(0.5 <= rate / theirs <= 2 for _, theirs in PUBLISHED.get(card.name, ()))
+        others = PUBLISHED.get(card.name, ())
+        published = ", ".join(f"{who} {theirs:,.0f} ({rate / theirs:.2f})" for who, theirs in others)
+        within = all(0.5 <= rate / theirs <= 2 for _, theirs in others)
         is_no_slower = more.speed.seconds <= speed.seconds
         holds = holds and within and is_no_slower
         print(
