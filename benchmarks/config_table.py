@@ -12,7 +12,8 @@ from pathlib import Path
 from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common.units import gib, parse_bytes
 from qlora_trainer.config.load import load_config
-from qlora_trainer.planning.fit import Budget, check_fits
+from qlora_trainer.planning.fit import check_fits
+from qlora_trainer.planning.memory_plan import Budget
 from qlora_trainer.planning.options import options_of
 from qlora_trainer.weights.model_directory import ModelDirectory
 

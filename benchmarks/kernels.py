@@ -26,6 +26,7 @@ from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_matmul import multiply, multiply_few
 from qlora_kernels.rms_norm import rms_norm
 from qlora_kernels.rotary import rotate
+from qlora_trainer.planning.speed.cards import TABLE, CardFigures
 from qlora_trainer.weights.nf4 import load_bitsandbytes
 
 TOKENS, RANK = 2048, 16
@@ -37,34 +38,7 @@ Inputs = list[tuple[tuple[int, ...], torch.dtype]]
 DEQUANTIZING, FEW_TOKENS = "NF4 -> bf16, 4,096 x 11,008", "the same times one token"
 
 
-@dataclass(frozen=True)
-class Card:
-    """Hold published figures."""
-
-    bandwidth: float  # bytes a second
-    multiprocessors: int
-    boost: float  # Hz
-
-    @property
-    def flops(self) -> float:
-        """Compute the operations a second of bf16 tensor cores with fp32 sums, dense.
-
-        Every GeForce card since Ampere has 512 a cycle and processor.
-        """
-        return 512 * self.multiprocessors * self.boost
-
-
-# NVIDIA's product pages, and the appendices of its GA102, Ada and RTX Blackwell architecture papers, whose figures of
-# "peak FP16 Tensor TFLOPS with FP32 accumulate" (71.2 for the 3090, 165.2 for the 4090, 209.5 for the 5090) the
-# property gives again.
-CARDS = {
-    "RTX 3060 12 GB": Card(360e9, 28, 1.777e9),
-    "RTX 3090": Card(936.2e9, 82, 1.695e9),
-    "RTX 4060 Ti": Card(288e9, 34, 2.535e9),
-    "RTX 4070": Card(504.2e9, 46, 2.475e9),
-    "RTX 4090": Card(1008e9, 128, 2.52e9),
-    "RTX 5090": Card(1792e9, 170, 2.407e9),
-}
+CARDS = {card.name: card for card in TABLE if card.name.startswith("RTX")}
 
 
 @dataclass(frozen=True)
@@ -209,7 +183,7 @@ class Roofline:
         return self.products + self.attention + self.dequantizing[which] + self.between[which]
 
 
-def roofline(card: Card, rows: dict[str, Row]) -> Roofline:
+def roofline(card: CardFigures, rows: dict[str, Row]) -> Roofline:
     # Forward, forward again, and the gradient of the input; of the adapters' weights too. The head: forward, gradient.
     products = 6 * BASE * TOKENS + 8 * ADAPTERS * TOKENS + 4 * VOCABULARY * HIDDEN * TOKENS
     # Causal: half of two products over pairs of tokens; five in backward (Dao et al. 2022, arXiv:2205.14135).

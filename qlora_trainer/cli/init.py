@@ -48,7 +48,8 @@ def init(
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.first_config import settings_that_fit
-    from qlora_trainer.planning.fit import LONGEST_SEARCHED, Budget, budget_here
+    from qlora_trainer.planning.fit import LONGEST_SEARCHED, budget_here
+    from qlora_trainer.planning.memory_plan import Budget
     from qlora_trainer.runs.directory import prepare_data
     from qlora_trainer.training.memory.activations import spare_host_memory
 

@@ -1,5 +1,6 @@
 """Declare `qlora plan`: print the memory that a run needs, by component, and the largest run that fits."""
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +20,8 @@ from qlora_trainer.cli.console import ProgressBars, answers, print_table, write_
 from qlora_trainer.common.units import counted, gib
 
 if TYPE_CHECKING:
-    from qlora_trainer.planning.fit import Budget
-    from qlora_trainer.planning.memory_plan import MemoryPlan
+    from qlora_trainer.planning.memory_plan import Budget, MemoryPlan
+    from qlora_trainer.planning.speed.hours import Hours
 
 
 def plan(
@@ -35,6 +36,10 @@ def plan(
             help="Memory of the GPU (with model.device=cpu: of the host), such as 24GiB; default: this machine's."
         ),
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Name of the GPU, such as 'RTX 4090': its memory, and the time of a step on it."),
+    ] = None,
     host_memory: Annotated[
         str | None, typer.Option(help="Host memory for offloaded tensors, such as 32GiB; default: what is free.")
     ] = None,
@@ -48,7 +53,8 @@ def plan(
 ) -> None:
     """Compute the memory that a run needs, by running its training step on tensors without data.
 
-    It plans GPU memory; with model.device=cpu, host memory. Of the model only config.json is needed, and no rows.
+    It plans GPU memory; with model.device=cpu, host memory. Of the model only config.json is needed. Where the rows of
+    the config and the tokenizer can be had too, they say how long the run will take.
     """
     options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
     has_rows = model is None and config is not None and config.exists()
@@ -59,32 +65,39 @@ def plan(
     from qlora_trainer.common.cache import user_cache
     from qlora_trainer.common.errors import missing_files_name
     from qlora_trainer.common.units import parse_bytes
-    from qlora_trainer.model.source import CONFIG_FILES, resolve_model
+    from qlora_trainer.model.source import CONFIG_FILES, TOKENIZER_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
-    from qlora_trainer.planning.memory_plan import plan_memory
+    from qlora_trainer.planning.memory_plan import Budget, plan_memory
     from qlora_trainer.planning.other_ways import FULL, estimate_in_words, parts_of, side_by_side
+    from qlora_trainer.planning.speed.cards import card_named
     from qlora_trainer.planning.variants import with_least_memory
+    from qlora_trainer.runs.pace import hours_to_plan, knows_device, pace_to_plan
     from qlora_trainer.training.memory.activations import spare_host_memory
 
-    card = parse_bytes(gpu_memory) if gpu_memory else fitting.memory_here(settings)
+    named = card_named(gpu) if gpu else None
+    card = parse_bytes(gpu_memory) if gpu_memory else named.memory if named else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
-    budget = fitting.Budget(card, host) if card else None
-    planned = longest = largest = None
+    reserve = fitting.HOST_RESERVE * (card or 0) if settings.model.device == "cpu" else fitting.card_reserve(card or 0)
+    budget = Budget(card, host, int(reserve)) if card else None
+    planned = longest = largest = pace = hours = None
     with ProgressBars("Nothing was changed.") as progress:
         with missing_files_name("model.name"):
-            directory = resolve_model(
-                settings.model.name, settings.model.revision, user_cache(), progress, files=CONFIG_FILES
-            )
+            reads_rows = has_rows and budget and knows_device(settings, named)
+            files = TOKENIZER_FILES if reads_rows else CONFIG_FILES
+            directory = resolve_model(settings.model.name, settings.model.revision, user_cache(), progress, files=files)
+        pace = pace_to_plan(settings, directory if reads_rows else None, named, progress) if budget else None
         progress("planning memory", 0, None)
         if budget:
-            planned = fitting.fastest_plan(directory, settings, budget, progress)
+            planned = fitting.fastest_plan(directory, settings, budget, progress, pace)
         planned = planned or plan_memory(directory, with_least_memory(directory, settings) if budget else settings)
         if budget and search:
             longest = fitting.longest_context(directory, settings, budget.card, progress)
             largest = fitting.largest_micro_batch(directory, settings, budget.card, progress)
+        hours = hours_to_plan(settings, directory, pace, planned)
     if as_json:
         answer = {
             "plan": planned.to_json(),
+            "hours": hours and {**dataclasses.asdict(hours), "total": hours.total},
             "gpu_memory": card,
             "fits": budget.holds(planned) if budget else None,
             "longest_context": longest and longest.to_json(),
@@ -92,7 +105,7 @@ def plan(
         }
         write_out(json.dumps(answer) + "\n")
         return
-    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest))
+    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest, hours))
     header, *parts = side_by_side({"this run": parts_of(planned.components), **planned.elsewhere})
     print_table("Next to other ways of training it", parts, header=header)
     answers.print(f"{FULL[0].upper()}{FULL[1:]}, before activations: {estimate_in_words(planned.base_parameters)}.")
@@ -105,6 +118,7 @@ def describe(
     budget: "Budget | None",
     longest: "MemoryPlan | None" = None,
     largest: "MemoryPlan | None" = None,
+    hours: "Hours | None" = None,
 ) -> list[tuple[str, str]]:
     """Describe a plan for people.
 
@@ -113,12 +127,14 @@ def describe(
         budget: in which it should fit; None if unknown.
         longest: the plan with the longest rows that fit.
         largest: the plan with the largest micro-batch that fits.
+        hours: that the run takes, if its rows are known.
 
     Returns:
         (name, value) pairs.
     """
     from qlora_trainer.planning.memory_plan import CONTEXT
     from qlora_trainer.planning.options import options_of
+    from qlora_trainer.planning.speed.choice import speed_in_words
 
     on_card = plan.components[CONTEXT] > 0
     rows = [
@@ -144,6 +160,12 @@ def describe(
         rows.append((place, f"fits, {margin} to spare" if plan.total <= budget.card else f"does not fit, by {margin}"))
         if plan.host > budget.host:
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
+    if plan.speed:
+        rows += speed_in_words(plan.speed)
+    elif budget and on_card:
+        rows.append(("micro-batches", "one longest row, as no GPU is known: --gpu names one, such as 'RTX 4090'"))
+    if hours:
+        rows.append(("duration", str(hours)))
     if longest:
         rows.append(("longest rows that fit", f"{counted(longest.max_length, 'token')} {_under(longest)}"))
     if largest:

@@ -141,13 +141,15 @@ class TrainingConfig(Section):
         16, ge=1, description="Over all devices and micro-batches, the rows of one optimizer step."
     )
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="Most tokens of one forward pass. auto: max_length."
+        "auto",
+        description="Most tokens of one forward pass. auto: chosen together with activation_checkpointing, max_length "
+        "or more.",
     )
     activation_checkpointing: Literal["auto", "none", "full", "offload", "tiled"] = Field(
         "auto",
         description="What backward recomputes of each decoder layer. none: nothing, all is kept; full: the layer, from "
         "its input; offload: as full, with that input in host memory; tiled: as offload, with MLPs a tile of tokens "
-        "at a time. auto: the fastest that fits.",
+        "at a time. auto: the fastest that fits, by estimate.",
     )
     uncheckpointed_layers: int = Field(
         0,

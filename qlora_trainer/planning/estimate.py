@@ -12,7 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.empty_run import longest_row
 from qlora_trainer.planning.memory_plan import SLACK, MemoryPlan, plan_memory
+from qlora_trainer.training.memory.activations import Level, Policy
+from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 
@@ -33,28 +36,105 @@ def estimate(directory: ModelDirectory, config: RunConfig) -> int:
     kept = min(config.training.uncheckpointed_layers, layers)
     if few + period >= layers:
         return plan_memory(directory, config).total
-    first = _keeping(config, 0)
-    fewer, more = (plan_memory(directory, first, count) for count in (few, few + period))
-    live = _live(fewer) + (_live(more) - _live(fewer)) * (layers - few) // period
+    total, _ = _total_and_layer(directory, _keeping(config, 0))
     if kept:
-        one, two = (plan_memory(directory, _keeping(config, count), few + period) for count in (period, 2 * period))
-        live += _live(one) - _live(more) + (_live(two) - _live(one)) * (kept - period) // period
-    return live + more.components[SLACK]
+        none, one, two = (
+            plan_memory(directory, _keeping(config, count), few + period) for count in (0, period, 2 * period)
+        )
+        total += _live(one) - _live(none) + (_live(two) - _live(one)) * (kept - period) // period
+    return total
 
 
-def bytes_of_a_layer(directory: ModelDirectory, config: RunConfig) -> int:
-    """Compute what one more layer takes, from models of a few layers.
+class FewLayers:
+    """Estimate the totals of many policies and sizes of a micro-batch, from plans of a few layers, made when needed.
+
+    A total is taken as linear in the tokens of a micro-batch, between the smallest and the largest, and in the number
+    of layers whose activations are kept. So it is a little off, and a plan of what is chosen decides; `correct` moves
+    the estimates of a level by what such a plan differs.
 
     Args:
         directory: holds the base's config.json.
-        config: of the run.
-
-    Returns:
-        Bytes.
+        config: of the run, with its options.
+        limits: the sizes of a micro-batch, rising.
     """
-    _, period, few = _few_layers(directory, config)
-    fewer, more = (plan_memory(directory, config, count) for count in (few, few + period))
-    return (_live(more) - _live(fewer)) // period
+
+    def __init__(self, directory: ModelDirectory, config: RunConfig, limits: Sequence[int]) -> None:
+        self._directory = directory
+        self._config = config
+        self._ends = limits[0], limits[-1]
+        self._planned: dict[tuple[Level, int], tuple[int, int]] = {}  # total with no layer kept, and of one layer
+        self._corrections: dict[tuple[Level, bool], int] = {}  # by level, and whether some layers are kept
+
+    def is_planned(self, policy: Policy) -> bool:
+        """Return True if nothing must be planned to estimate a policy.
+
+        Args:
+            policy: its level counts.
+
+        Returns:
+            True if it was planned for before.
+        """
+        levels = ("none", policy.level) if policy.uncheckpointed_layers else (policy.level,)
+        return all((level, limit) in self._planned for level in levels for limit in self._ends)
+
+    def total(self, policy: Policy, limit: int, budget: int) -> int | None:
+        """Estimate what a policy needs.
+
+        Args:
+            policy: what backward keeps.
+            limit: most tokens of a micro-batch.
+            budget: bytes that it may take.
+
+        Returns:
+            Bytes; None if that is more than the budget.
+        """
+        least, most = self._ends
+        at_least = self._at(policy, least)
+        if at_least > budget:  # more tokens need no less: the larger one is not planned
+            return None
+        share = (limit - least) / (most - least) if most > least else 0.0
+        found = at_least + round(share * (self._at(policy, most) - at_least)) if share else at_least
+        return found if found <= budget else None
+
+    def correct(self, policy: Policy, limit: int, planned: int) -> None:
+        """Take a plan's total for the estimate of its level.
+
+        Args:
+            policy: that was planned.
+            limit: most tokens of its micro-batch.
+            planned: bytes.
+        """
+        estimated = self.total(policy, limit, 2**62)
+        assert estimated is not None
+        key = policy.level, policy.uncheckpointed_layers > 0
+        self._corrections[key] = self._corrections.get(key, 0) + planned - estimated
+
+    def _at(self, policy: Policy, limit: int) -> int:
+        total, of_a_layer = self._plans(policy.level, limit)
+        if policy.uncheckpointed_layers:
+            # The first adds little: as much as a kept layer takes is alive while another is recomputed.
+            total += (policy.uncheckpointed_layers - 1) * (self._plans("none", limit)[1] - of_a_layer)
+        return total + self._corrections.get((policy.level, policy.uncheckpointed_layers > 0), 0)
+
+    def _plans(self, level: Level, limit: int) -> tuple[int, int]:
+        """Return (the total with no layer kept, bytes that a layer adds)."""
+        if (level, limit) not in self._planned:
+            config = with_micro_batch(self._config, limit, longest_row(self._directory, self._config))
+            self._planned[level, limit] = _total_and_layer(self._directory, with_policy(config, Policy(level)))
+        return self._planned[level, limit]
+
+
+def _total_and_layer(directory: ModelDirectory, config: RunConfig) -> tuple[int, int]:
+    """Return the total of a plan and what one layer adds to it, from models of a few layers; no layer is kept."""
+    layers, period, few = _few_layers(directory, config)
+    if few + period > layers:  # a model has no more layers than its config names kinds of
+        few = max(layers - period, 0)
+    more = plan_memory(directory, config, few + period)
+    if not few:
+        return more.total, 0
+    fewer = plan_memory(directory, config, few)
+    added = _live(more) - _live(fewer)
+    return _live(fewer) + added * (layers - few) // period + more.components[SLACK], added // period
 
 
 def largest_that_fits(

@@ -5,8 +5,8 @@ Left out: reading the rows, and writing the config (cli/init.py).
 
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.fit import GRAIN, Budget, check_fits, fastest_plan, longest_context
-from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.planning.fit import GRAIN, check_fits, fastest_plan, longest_context
+from qlora_trainer.planning.memory_plan import Budget, MemoryPlan
 from qlora_trainer.planning.options import changed_options
 from qlora_trainer.planning.variants import with_length
 from qlora_trainer.weights.model_directory import ModelDirectory

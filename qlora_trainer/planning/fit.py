@@ -14,103 +14,73 @@ import torch
 from qlora_trainer.common.errors import InsufficientMemoryError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.common.units import gib
+from qlora_trainer.common.units import counted, gib
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.allocator import PAGES
 from qlora_trainer.planning.empty_run import longest_row
-from qlora_trainer.planning.estimate import bytes_of_a_layer, estimate, largest_that_fits
-from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, MemoryPlan, plan_memory
+from qlora_trainer.planning.estimate import estimate, largest_that_fits
+from qlora_trainer.planning.memory_plan import CUDA_CONTEXT_BYTES, SLACK, Budget, MemoryPlan, plan_memory
 from qlora_trainer.planning.options import STEPS, changed_options, option_steps, options_in_words
+from qlora_trainer.planning.speed.candidates import Pace
+from qlora_trainer.planning.speed.ways import Ways
 from qlora_trainer.planning.variants import policy_overrides, with_least_memory, with_length, with_open_policy
-from qlora_trainer.training.memory.activations import MOST_BETWEEN_OFFLOADED, Level, Policy, spare_host_memory
+from qlora_trainer.training.memory.activations import Policy, spare_host_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal_here
 from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 GRAIN = 256  # tokens
-OFFLOADING: tuple[Level, ...] = ("offload", "tiled")
+RESERVE, LEAST_RESERVE = 0.03, 256 * 2**20  # of a card, left free for what a plan does not see; at least so many bytes
+HOST_RESERVE = 0.15  # of a host's memory, where the run is on its CPU
 SMALLEST_PLANNED = 64 * 2**20  # bytes of a base's tensors; to plan a smaller one on a CPU takes longer than it is worth
 LONGEST_SEARCHED = 2**18  # tokens, where a model's config names no limit
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """Hold the bytes that a run may take."""
-
-    card: int  # or, for a run on a CPU, host memory
-    host: int  # for what is offloaded to it
-
-    def holds(self, plan: MemoryPlan) -> bool:
-        """Return True if a plan fits.
-
-        Args:
-            plan: of a run.
-
-        Returns:
-            True if it does.
-        """
-        return plan.total <= self.card and plan.host <= self.host
-
-
 def fastest_plan(
-    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent
+    directory: ModelDirectory,
+    config: RunConfig,
+    budget: Budget,
+    progress: Progress = silent,
+    pace: Pace | None = None,
 ) -> MemoryPlan | None:
-    """Plan a run under the first memory-efficient options with which it fits, and under the fastest policy then.
+    """Plan a run under the first memory-efficient options with which it fits, and in the fastest way then.
 
-    Where the config leaves the policy open: if all activations fit, all are kept; else all layers are recomputed but
-    for as many of the last as fit; else inputs are offloaded; else MLPs are taken in tiles.
+    Policy and size of a micro-batch are chosen together, where the config leaves them open, by the time of a step
+    (speed/cost.py). The budget's reserve is left free if anything fits so.
 
     Args:
         directory: holds the base's config.json.
         config: of the run.
         budget: that it may take.
         progress: is called for each plan.
+        pace: device and rows; None: unknown, and a micro-batch is one longest row.
 
     Returns:
         The plan; None where nothing that the config leaves open makes it fit.
     """
     progress("planning memory", 0, None)
     plain, *steps = option_steps(directory, config)
-    plan = _fastest_policy(directory, plain, budget, progress)
+    plan = _fastest(directory, plain, budget, progress, pace)
     if plan is not None or not steps or not _may_fit(directory, steps[-1], budget):
         return plan
     for step in steps:
         changed = ", ".join(changed_options(plain, step.memory_options()).values())
         progress(f"planning memory, {changed}", 0, None)
         if step is steps[-1] or _may_fit(directory, step, budget):
-            plan = _fastest_policy(directory, step, budget, progress, may_fit=True)
+            plan = _fastest(directory, step, budget, progress, pace)
         if plan is not None:
             break
     return plan
 
 
-def _fastest_policy(
-    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress, *, may_fit: bool = False
+def _fastest(
+    directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress, pace: Pace | None
 ) -> MemoryPlan | None:
-    """Plan a run under the fastest policy that fits, or the config's; None where it does not fit.
-
-    `may_fit` is True where `_may_fit` has said so already, so that nothing is estimated twice.
-    """
-    if config.training.activation_checkpointing != "auto":
-        plan = plan_memory(directory, config)
-        return plan if budget.holds(plan) else None
-    if config.model.device == "cpu":  # where nearly all runs keep everything, and planning takes time from them
-        all_kept = _plan(directory, config, Policy("none"))
-        if budget.holds(all_kept):
-            return all_kept
-    none_kept = _plan(directory, config, Policy("full"))
-    if none_kept.total <= budget.card:
-        return _keep_some_layers(directory, config, none_kept, budget.card, progress)
-    if not (may_fit or _may_fit(directory, config, budget)):
-        return None
-    for level in OFFLOADING:
-        progress(f"planning memory, {level}", 0, None)
-        for every in range(1, MOST_BETWEEN_OFFLOADED + 1):
-            plan = _plan(directory, config, Policy(level, offload_every_n_layers=every))
-            if budget.holds(plan):
-                return plan
-            if plan.total > budget.card:
-                break
+    """Plan a run in the fastest way that fits, or the config's; None where it does not fit."""
+    ways = Ways(directory, config, budget, progress, pace)
+    for card in dict.fromkeys((budget.card - budget.reserve, budget.card)):
+        if (plan := ways.fastest(card)) is not None:
+            return plan
     return None
 
 
@@ -168,26 +138,41 @@ def largest_micro_batch(
 
 
 def check_fits_here(
-    directory: ModelDirectory, config: RunConfig, device: torch.device, progress: Progress = silent
+    directory: ModelDirectory,
+    config: RunConfig,
+    device: torch.device,
+    progress: Progress = silent,
+    pace: Pace | None = None,
+    in_force: RunConfig | None = None,
 ) -> MemoryPlan | None:
-    """Call `check_fits` for the card that the run will use, or for host memory.
+    """Plan a run for the card that it will use, or for host memory, as `check_fits` does.
 
     Args:
         directory: holds the base's config.json.
         config: of the run.
         device: of this machine, that the run will use.
         progress: is called for each plan.
+        pace: device and rows.
+        in_force: the config with what a checkpoint's run had chosen, which is taken as it is where it fits.
 
     Returns:
         The plan; None for a small base on a CPU, which is not planned.
     """
+    budget, plan = budget_here(device), None
     if device.type == "cpu":
         if sum(info.nbytes for info in directory.tensors.values()) < SMALLEST_PLANNED:
             return None
         config = config.replace({"model.device": "cpu"})
-    plan = check_fits(directory, config, budget_here(device), progress)
+        in_force = in_force and in_force.replace({"model.device": "cpu"})
+    if in_force is not None:
+        as_it_is = pace and dataclasses.replace(pace, names_faster=False)
+        plan = fastest_plan(directory, in_force, budget, progress, as_it_is)
+    plan = plan or check_fits(directory, config, budget, progress, pace)
     progress(
-        f"the run fits: {gib(plan.total)} {_place(config)} planned, activation checkpointing {plan.policy}", 0, None
+        f"the run fits: {gib(plan.total)} {_place(config)} planned, activation checkpointing {plan.policy}, "
+        f"micro-batches of up to {counted(plan.micro_batch_tokens, 'token')}",
+        0,
+        None,
     )
     return plan
 
@@ -202,11 +187,31 @@ def budget_here(device: torch.device) -> Budget:
         The budget.
     """
     if device.type == "cuda":
-        return Budget(torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES, spare_host_memory())
-    return Budget(host_memory().available, 0)
+        free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES
+        return Budget(free, spare_host_memory(), card_reserve(free))
+    available = host_memory().available
+    return Budget(available, 0, int(HOST_RESERVE * available))
 
 
-def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress = silent) -> MemoryPlan:
+def card_reserve(memory: int) -> int:
+    """Return what a run leaves free of a card, as long as anything fits so.
+
+    Args:
+        memory: bytes of the card that may be taken.
+
+    Returns:
+        Bytes.
+    """
+    return max(int(RESERVE * memory), LEAST_RESERVE)
+
+
+def check_fits(
+    directory: ModelDirectory,
+    config: RunConfig,
+    budget: Budget,
+    progress: Progress = silent,
+    pace: Pace | None = None,
+) -> MemoryPlan:
     """Plan a run that fits, as `fastest_plan` does.
 
     Args:
@@ -214,6 +219,7 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
         config: of the run.
         budget: that it may take.
         progress: is called for each plan.
+        pace: device and rows; None: unknown.
 
     Returns:
         A plan that fits.
@@ -221,7 +227,7 @@ def check_fits(directory: ModelDirectory, config: RunConfig, budget: Budget, pro
     Raises:
         InsufficientMemoryError: it does not fit; the message says what would.
     """
-    fitting = fastest_plan(directory, config, budget, progress)
+    fitting = fastest_plan(directory, config, budget, progress, pace)
     if fitting is not None:
         return fitting
     open_policy = config.training.activation_checkpointing == "auto"
@@ -267,49 +273,3 @@ def memory_here(config: RunConfig) -> int | None:
 
 def _place(config: RunConfig) -> str:
     return "of memory" if config.model.device == "cpu" else "on the card"
-
-
-def plan_as_lowered(
-    directory: ModelDirectory, config: RunConfig, device: torch.device, policy: Policy, micro_batch_tokens: int
-) -> MemoryPlan:
-    """Plan a run on the device here, under what an earlier part of it was lowered to.
-
-    Args:
-        directory: holds the base's config.json.
-        config: of the run.
-        device: that the run uses.
-        policy: of the earlier part.
-        micro_batch_tokens: of the earlier part.
-
-    Returns:
-        The plan.
-    """
-    config = config.replace({"model.device": device.type})
-    lowered = with_micro_batch(config, micro_batch_tokens, longest_row(directory, config))
-    return plan_memory(directory, with_policy(lowered, policy))
-
-
-def _keep_some_layers(
-    directory: ModelDirectory, config: RunConfig, none_kept: MemoryPlan, budget: int, progress: Progress
-) -> MemoryPlan:
-    """Plan to keep the activations of as many layers as fit; `none_kept`, which keeps none, fits."""
-    layers = len(directory.facts.layer_kinds)
-    keeping, recomputing = (
-        bytes_of_a_layer(directory, with_policy(config, Policy(level))) for level in ("none", "full")
-    )
-    kept_bytes = keeping - recomputing
-    # One more than would fit by itself: as much as a kept layer takes is alive while another is recomputed.
-    kept = min((budget - none_kept.total) // kept_bytes + 1, layers)
-    while kept > 0:
-        progress(f"planning memory, {kept} of {layers} layers kept", 0, None)
-        plan = _plan(
-            directory, config, Policy("none") if kept == layers else Policy("full", uncheckpointed_layers=kept)
-        )
-        if plan.total <= budget:
-            return plan
-        kept -= -(-(plan.total - budget) // kept_bytes)
-    return none_kept
-
-
-def _plan(directory: ModelDirectory, config: RunConfig, policy: Policy) -> MemoryPlan:
-    return plan_memory(directory, with_policy(config, policy))

@@ -14,7 +14,7 @@ choice of settings.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,9 @@ from qlora_trainer.planning.workspaces import cublas_bytes, cublas_setting
 from qlora_trainer.training.memory.activations import Policy, choose_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
+if TYPE_CHECKING:
+    from qlora_trainer.planning.speed.choice import Speed
+
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """An allowance for what CUDA itself takes: 300 to 500 MiB on consumer cards. It differs by card, driver and the kernels
 loaded: an H200 took 619 MiB, so a plan for such a card is about 107 MiB short."""
@@ -67,6 +70,7 @@ class MemoryPlan:
     adapter_parameters: int
     card: str  # which is planned for, and whether it was assumed; empty for a CPU
     attention: str  # how documents are attended to there
+    speed: "Speed | None" = dataclasses.field(default=None, compare=False)  # None: the time of a step was not estimated
 
     @property
     def total(self) -> int:
@@ -98,6 +102,26 @@ class MemoryPlan:
             "total": self.total,
             "elsewhere": self.elsewhere,
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Hold the bytes that a run may take."""
+
+    card: int  # or, for a run on a CPU, host memory
+    host: int  # for what is offloaded to it
+    reserve: int = 0  # bytes of the card that are left free as long as anything fits so
+
+    def holds(self, plan: MemoryPlan) -> bool:
+        """Return True if a plan fits.
+
+        Args:
+            plan: of a run.
+
+        Returns:
+            True if it does.
+        """
+        return plan.total <= self.card and plan.host <= self.host
 
 
 def plan_memory(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:

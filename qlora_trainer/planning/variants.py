@@ -62,3 +62,19 @@ def policy_overrides(policy: Policy, config: RunConfig) -> str:
     """
     wanted = policy.as_settings().items()
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
+
+
+def choice_overrides(policy: Policy, micro_batch_tokens: int) -> str:
+    """Return what to write on the command line to pin a policy and the size of a micro-batch.
+
+    Args:
+        policy: to have.
+        micro_batch_tokens: most tokens of a micro-batch.
+
+    Returns:
+        Such as "training.activation_checkpointing=full training.micro_batch_tokens=8192".
+    """
+    plain = Policy("none").as_settings()
+    wanted = {name: value for name, value in policy.as_settings().items() if value != plain[name]}
+    values = {"activation_checkpointing": policy.level, **wanted, "micro_batch_tokens": micro_batch_tokens}
+    return " ".join(f"training.{name}={value}" for name, value in values.items())

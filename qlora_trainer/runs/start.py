@@ -30,19 +30,20 @@ from qlora_trainer.model.modules.experts import named_as_experts
 from qlora_trainer.model.quantized_copy import load_base
 from qlora_trainer.model.source import resolve_model
 from qlora_trainer.model.tokenizer import load_tokenizer
-from qlora_trainer.planning.fit import check_fits_here, plan_as_lowered
+from qlora_trainer.planning.fit import check_fits_here
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.planning.options import changed_options, options_in_words
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
+from qlora_trainer.runs.pace import limit_in_force, lowered_warning, pace_here, smaller_by_plan
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences, with_saved_options
 from qlora_trainer.runs.run import Run
 from qlora_trainer.runs.untrained_tokens import untrained_token_warnings
 from qlora_trainer.training.determinism import set_up_cublas
 from qlora_trainer.training.memory.activations import choose_policy
 from qlora_trainer.training.memory.managed_memory import paging_refusal
-from qlora_trainer.training.state import as_lowered, build_state
+from qlora_trainer.training.state import as_saved, build_state
 from qlora_trainer.weights.gguf.importer import import_warnings
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -124,9 +125,9 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
     device = _run_device(config)
     with missing_files_name("model.name"):
         model = resolve_model(config.model.name, config.model.revision, user_cache(), progress)
-    planned = as_lowered(config, state["training"]["memory"], longest_row(model, config))
+    in_force = as_saved(config, state["training"]["memory"], longest_row(model, config))
     renderer = run_renderer(config, load_tokenizer(model), model)
-    run = _assemble(config, directory, model, renderer, device, progress, planned)
+    run = _assemble(config, directory, model, renderer, device, progress, in_force)
     if difference := BaseFingerprint.from_json(state["base"]).difference(run.base.fingerprint):
         raise CheckpointError(
             f"The base {config.model.name} is not the one this run trains on: {difference}. Restore it, or start a new "
@@ -140,14 +141,9 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         )
     load_adapter_state(run.base.model, adapter.tensors)
     run.state.load_state_dict(tensors, state["training"])
-    if run.plan and run.plan.policy != run.state.policy:
-        run.warnings.append(
-            f"The run continues with activation checkpointing {run.state.policy}, as in its checkpoint, although "
-            f"{run.plan.policy} would fit. To change it, set training.activation_checkpointing."
-        )
-        run.plan = plan_as_lowered(
-            model, config, run.base.device, run.state.policy, run.state.loader.micro_batch_tokens
-        )
+    if run.plan and (lowered := lowered_warning(run.plan, in_force)):
+        run.state.set_memory(limit_in_force(run.plan, config, in_force), run.plan.policy)
+        run.warnings.append(lowered)
     here = environment(run.base.device, run.base.compute_dtype)
     run.warnings += [*found.passed_over, *warnings, *environment_differences(state["environment"], here)]
     if run.config != read_run_config(directory):
@@ -169,13 +165,14 @@ def _assemble(
     renderer: Renderer,
     device: torch.device,
     progress: Progress,
-    planned: RunConfig | None = None,
+    in_force: RunConfig | None = None,
 ) -> Run:
-    """Make a run before its first step; `planned` is the config to plan memory for, if it is another one."""
+    """Make a run before its first step; `in_force` is the config with what a checkpoint's run had chosen."""
     prepared = prepare_data(config, renderer.tokenizer, model, progress)
     unpaged = _unpaged_warnings(config, device, progress)  # before the plan, which counts the state where it is held
     slower = kernel_warnings(device.type)
-    plan = check_fits_here(model, planned or config, device, progress)
+    pace = pace_here(config, prepared, device)
+    plan = check_fits_here(model, config, device, progress, pace, in_force)
     options = plan.options if plan else config.memory_options()
     chosen, config = changed_options(config, options), config.replace(options)
     program_bytes = private_bytes()
@@ -186,6 +183,9 @@ def _assemble(
     adapted = add_adapters(base.model, config.adapter, config.training.seed)
     policy = plan.policy if plan else choose_policy(config.training, base.device)
     state = build_state(base.model, config, prepared.train, base.compute_dtype, policy, prepared.mixture)
+    state.set_memory(limit_in_force(plan, config, in_force), policy)
+    if plan:
+        state.smaller = smaller_by_plan(model, config, device, pace)
     warnings = [*prepared.report.warnings, *import_warnings(model.path), *base.warnings, *state.forward.warnings]
     warnings += untrained_token_warnings(base, renderer.tokenizer, prepared.train)
     warnings += [*missing_card_warnings(config.model.device), *unpaged, *slower]

@@ -72,7 +72,7 @@ class GatedMLP:
             Output, (..., H).
         """
         tokens = x.numel() // x.shape[-1]
-        tile = tokens if self.tiles == 1 else _tile_tokens(tokens, self.tiles)
+        tile = tokens if self.tiles == 1 else tile_tokens(tokens, self.tiles)
         return self.run(x) if tile >= tokens else tiled(self.run, x, tile)
 
     def run(self, x: Tensor) -> Tensor:
@@ -92,7 +92,16 @@ class GatedMLP:
         return gated_nf4_linear(gate, up, self.activation, base.nf4_weight, base.bias, adapter)
 
 
-def _tile_tokens(tokens: int, tiles: int) -> int:
+def tile_tokens(tokens: int, tiles: int) -> int:
+    """Return how many tokens a tile of an MLP has.
+
+    Args:
+        tokens: of the micro-batch.
+        tiles: parts to take them in.
+
+    Returns:
+        Tokens: fewer where a tile would be large, and not so few that products would be small.
+    """
     most = max(MOST_TILE_TOKENS, -(-tokens // MOST_TILES))
     return max(min(-(-tokens // tiles), most), FEWEST_TILE_TOKENS)
 

@@ -112,9 +112,10 @@ def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) 
             restore_rng(*random)  # the state before the attempt may be saved yet
             raise
         # Here, not in the except block: there the error's traceback still holds every frame, and they their tensors.
-        restore_rng(*random)
         give_back_memory()
-        if not lower(state, failed[-1]):
+        is_lower = lower(state, failed[-1])
+        restore_rng(*random)  # after it, as it may plan steps
+        if not is_lower:
             message = _no_space(failed[-1], reason, state)
             state.set_memory(*before)
             raise InsufficientMemoryError(message)
@@ -126,7 +127,7 @@ def until_it_fits(state: TrainState, attempt: Callable[[], _Result], what: str) 
 
 
 def lower(state: TrainState, row_lengths: list[int]) -> bool:
-    """Lower the memory that later micro-batches need: half the tokens, or a policy that keeps less.
+    """Lower the memory that later micro-batches need: by plan, or to half the tokens, or a policy that keeps less.
 
     Args:
         state: of the run.
@@ -135,6 +136,13 @@ def lower(state: TrainState, row_lengths: list[int]) -> bool:
     Returns:
         False if it cannot need less.
     """
+    planned = state.smaller and state.smaller(state.policy, state.loader.micro_batch_tokens, row_lengths)
+    if planned:
+        try:
+            state.set_memory(planned[1], planned[0])
+            return True
+        except ModelError:  # its layers cannot be recomputed
+            pass
     if len(row_lengths) > 1:  # both bounds are below the sum, so these rows will be laid out in more micro-batches
         state.set_memory(max(sum(row_lengths) // 2, max(row_lengths)), state.policy)
         return True

@@ -5,7 +5,7 @@ A run stopped and resumed does the same arithmetic as one that was not, because 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_poli
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
 from qlora_trainer.training.patches import PatchReport, patch_model
 from qlora_trainer.training.rng import restore_rng, rng_state
+
+Smaller = Callable[[Policy, int, list[int]], "tuple[Policy, int] | None"]
+"""(policy, most tokens of a micro-batch, tokens of the rows that ran out of memory) -> what to go on with, by plan."""
 
 POLICY_SETTINGS = ("activation_checkpointing", "uncheckpointed_layers", "offload_every_n_layers")
 
@@ -45,6 +48,7 @@ class TrainState:
     step: int = 0  # optimizer steps taken or skipped
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
+    smaller: Smaller | None = None  # where the run was planned; not part of state_dict, as the run gives it again
     warnings: list[str] = dataclasses.field(default_factory=list)  # for the next record; not part of state_dict
     ran_out_of_memory: bool = False  # in this process, where torch's allocator may be broken since
 
@@ -173,10 +177,23 @@ def build_state(
         loader=loader,
         forward=forward,
         config=config,
-        total_steps=config.training.max_steps or config.training.epochs * loader.steps_per_epoch,
+        total_steps=total_steps(config, loader),
         policy=policy,
         patches=patches,
     )
+
+
+def total_steps(config: RunConfig, loader: StepLoader) -> int:
+    """Count the optimizer steps of a run.
+
+    Args:
+        config: of the run.
+        loader: of its rows.
+
+    Returns:
+        Steps.
+    """
+    return config.training.max_steps or config.training.epochs * loader.steps_per_epoch
 
 
 def memory_settings(config: RunConfig) -> dict[str, Any]:
@@ -198,10 +215,8 @@ def _unchanged(config: RunConfig, saved: Mapping[str, Any]) -> tuple[bool, bool]
     return then["micro_batch_tokens"] == now["micro_batch_tokens"], same_policy
 
 
-def as_lowered(config: RunConfig, saved: Mapping[str, Any], longest_row: int) -> RunConfig:
-    """Return the config with what a checkpoint's run had lowered, but for a setting that the user has changed since.
-
-    Where the policy is left open (auto), it stays so.
+def as_saved(config: RunConfig, saved: Mapping[str, Any], longest_row: int) -> RunConfig:
+    """Return the config with the choice in force in a checkpoint, but for a setting that the user has changed since.
 
     Args:
         config: of the run.
@@ -212,7 +227,7 @@ def as_lowered(config: RunConfig, saved: Mapping[str, Any], longest_row: int) ->
         The config.
     """
     same_limit, same_policy = _unchanged(config, saved)
-    if same_policy and config.training.activation_checkpointing != "auto":
+    if same_policy:
         config = with_policy(config, Policy(**saved["policy"]))
     return with_micro_batch(config, saved["micro_batch_tokens"], longest_row) if same_limit else config
 

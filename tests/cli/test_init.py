@@ -12,8 +12,7 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import first_config
 from qlora_trainer.planning.first_config import settings_that_fit
-from qlora_trainer.planning.fit import Budget
-from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.memory_plan import Budget, MemoryPlan, plan_memory
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory

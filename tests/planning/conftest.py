@@ -12,6 +12,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
+from qlora_trainer.planning.speed import ways
 from qlora_trainer.training.memory.activations import Level
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -48,5 +49,5 @@ def plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
             known[key] = plan_memory(directory, config, layers)
         return known[key]
 
-    for module in (fitting, estimating):
+    for module in (fitting, estimating, ways):
         monkeypatch.setattr(module, "plan_memory", remembered)

@@ -18,10 +18,7 @@ from qlora_trainer.model import forward
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning import memory_plan as planning
 from qlora_trainer.planning.empty_run import empty_run, longest_pack
-from qlora_trainer.planning.fit import (
-    Budget,
-)
-from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.planning.memory_plan import Budget, plan_memory
 from qlora_trainer.planning.step_memory import (
     ACTIVATIONS,
     ADAPTERS,

@@ -16,8 +16,8 @@ from qlora_trainer.common.units import parse_bytes
 from qlora_trainer.config.load import load_config, make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import fit as fitting
-from qlora_trainer.planning.fit import Budget, check_fits, fastest_plan
-from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.planning.fit import check_fits, fastest_plan
+from qlora_trainer.planning.memory_plan import Budget, plan_memory
 from qlora_trainer.planning.options import changed_options, option_steps, options_in_words
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.weights.model_directory import ModelDirectory

@@ -98,6 +98,7 @@ def run_as_on_a_card(tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> Ca
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(runs, "load_base", on_the_host)
         monkeypatch.setattr(runs, "check_fits_here", lambda *arguments: None)  # would plan for the card's memory
+        monkeypatch.setattr(runs, "pace_here", lambda *arguments: None)  # would ask for the card's properties
         model = ModelDirectory.open(Path(config.model.name))
         renderer = run_renderer(config, runs.load_tokenizer(model), model)
         return runs._assemble(config, model.path, model, renderer, runs._run_device(config), silent).warnings

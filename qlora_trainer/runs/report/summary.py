@@ -16,8 +16,10 @@ from qlora_trainer.model.device import kernels_in_words
 from qlora_trainer.model.modules.packed_attention import attention_taken
 from qlora_trainer.planning.memory_plan import MemoryPlan
 from qlora_trainer.planning.other_ways import FULL, Parts, base_parameters, estimate_in_words, full_parts, parts_of
+from qlora_trainer.planning.speed.choice import speed_in_words
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.metrics import METRICS_NAME, read_metrics
+from qlora_trainer.runs.pace import hours_of
 from qlora_trainer.runs.report.page import DataPart, Sample, write_report
 from qlora_trainer.runs.run import Run
 
@@ -59,7 +61,20 @@ def summarize(run: Run) -> list[tuple[str, str]]:
         ("eval rows", f"{data.eval.examples:,}, {counted(data.eval.tokens, 'token')}"),
         ("steps", f"{run.state.total_steps:,}, each of up to {counted(run.config.training.global_batch_size, 'row')}"),
         *([("planned memory", _planned(run.plan, run.base.device.type))] if run.plan else []),
+        *_speed(run),
     ]
+
+
+def _speed(run: Run) -> list[tuple[str, str]]:
+    """Describe how fast the run is, what was chosen for that, and how long it takes."""
+    hours = hours_of(run)
+    duration = [("duration", str(hours))] if hours else []
+    if run.plan and run.plan.speed:
+        return [*speed_in_words(run.plan.speed), *duration]
+    limit = f"of up to {counted(run.state.loader.micro_batch_tokens, 'token')}"
+    is_auto = run.config.training.micro_batch_tokens == "auto"
+    why = "" if run.plan else ", as a base this small is not planned"
+    return [("micro-batches", f"{limit}: one longest row{why}" if is_auto else limit), *duration]
 
 
 def next_to_full(run: Run) -> dict[str, Parts]:

@@ -128,11 +128,26 @@ def offloaded_bytes(model: Any, policy: Policy, tokens: int) -> int:
     Returns:
         Bytes of pinned memory.
     """
+    size = model.config.get_text_config().hidden_size * model.config.dtype.itemsize
+    return bytes_of_inputs(len(decoder_layers(model)), size, policy, tokens)
+
+
+def bytes_of_inputs(layers: int, size: int, policy: Policy, tokens: int) -> int:
+    """Compute the host memory that a policy takes for the inputs of so many layers.
+
+    Args:
+        layers: of the model.
+        size: bytes of one token's hidden states.
+        policy: to count for.
+        tokens: of the micro-batch.
+
+    Returns:
+        Bytes of pinned memory.
+    """
     if policy.level not in ("offload", "tiled"):
         return 0
-    layers = len(decoder_layers(model)) - policy.uncheckpointed_layers
-    one = tokens * model.config.get_text_config().hidden_size * model.config.dtype.itemsize
-    return -(-layers // policy.offload_every_n_layers) * pinned_bytes(one)
+    offloaded = -(-(layers - policy.uncheckpointed_layers) // policy.offload_every_n_layers)
+    return offloaded * pinned_bytes(tokens * size)
 
 
 def spare_host_memory() -> int:

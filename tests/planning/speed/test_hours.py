@@ -1,0 +1,49 @@
+"""How long a run takes is the sum of what it does, each by its cost."""
+
+import dataclasses
+import math
+
+import pytest
+
+from qlora_trainer.config.load import make_config
+from qlora_trainer.planning.speed.candidates import Pace
+from qlora_trainer.planning.speed.hours import DISK, run_hours
+from qlora_trainer.planning.speed.rates import Rates
+from qlora_trainer.planning.speed.rows import Steps, full_rows
+from qlora_trainer.planning.speed.shape import Shape
+from qlora_trainer.training.memory.activations import Policy
+
+SHAPE = Shape(2, 8, 100, 16, 1000, 1000.0, 600, 50, 0.0, 4)
+ONLY_THE_HOST = Rates("a device", math.inf, math.inf, math.inf, 0.0, (1.0, 2.0, 0.0), 1.0, overlaps=True)
+CONFIG = make_config(
+    {
+        "model": {"name": "m"},
+        "data": {"train": "x.jsonl", "max_length": 64},
+        "training": {"evaluate_every": 4, "save_every": 5},
+        "evaluation": {"samples": 1, "max_new_tokens": 7},
+    }
+)
+
+
+def test_steps_evaluation_samples_and_checkpoints_are_added() -> None:
+    """Of two layers that take 1 s forward and 2 s backward: two micro-batches a step, one for evaluation."""
+    steps = Steps(((32, 32),), 64, True, count=10, eval_lengths=(16, 16))
+    hours = run_hours(SHAPE, Pace(ONLY_THE_HOST, steps), Policy("none"), 32, CONFIG)
+    assert hours is not None
+    assert hours.steps == 10 * 2 * 2 * 3
+    assert hours.evaluation == 3 * 2, "after steps 4 and 8, and at the end"
+    assert hours.samples == 2 * 7 * 2
+    assert hours.checkpoints == pytest.approx(3 * 28 * 50 / DISK)
+    assert hours.total == pytest.approx(120 + 6 + 28, abs=0.1)
+    assert str(hours) == "about 3 min, estimated (10 steps 2 min, evaluation 6 s, samples 28 s)"
+    later = run_hours(SHAPE, Pace(ONLY_THE_HOST, steps), Policy("none"), 32, CONFIG, taken=8)
+    assert later is not None
+    assert (later.count, later.steps, later.evaluation) == (2, 2 * 2 * 2 * 3, 2)
+
+
+def test_without_rows_or_figures_nothing_is_estimated() -> None:
+    unknown = Pace(ONLY_THE_HOST, full_rows(32, 2, packing=True))
+    assert run_hours(SHAPE, unknown, Policy("none"), 32, CONFIG) is None
+    known = Steps(((32, 32),), 64, True, count=10)
+    absurd = Pace(dataclasses.replace(ONLY_THE_HOST, is_known=False), known)
+    assert run_hours(SHAPE, absurd, Policy("none"), 32, CONFIG) is None
