@@ -38,6 +38,7 @@ class Work:
     def __init__(self, kept: str = "", left: str = "") -> None:
         self.kept, self.left = kept, left
         self.signals = 0
+        self.answered = 0  # signals whose message is printed
         self._label = ""
         self._at = time.monotonic()
         self._longest = 0.0
@@ -206,18 +207,21 @@ def _handlers(say: Callable[[str], None]) -> Iterator[None]:
     """Handle both signals in the block; `say` is called in a thread."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    answered, is_stopped = threading.Event(), False
+    is_stopped = False
 
     def listen() -> None:
         while received := os.read(reading, 1):
             if received[0] in _SIGNALS:
                 _answer(received[0], say)
-                answered.set()
 
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal is_stopped
         is_stopped = True
-        answered.wait(_PATIENCE)
+        # Of training the first signal goes to another handler, and the second comes here. The work is left only once
+        # its message is there: the thread, which may come late on a busy machine, would speak of what is around it.
+        work, until = _current, time.monotonic() + _PATIENCE
+        while work.answered < work.signals_to_end - 1 and time.monotonic() < until:
+            time.sleep(0.005)
         raise SystemExit(128 + signum)
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -243,5 +247,6 @@ def _answer(signum: int, say: Callable[[str], None]) -> None:
         say(work.first_signal())
     elif work.signals == 2:
         say(work.second_signal())
+    work.answered = work.signals
     if work.signals >= work.signals_to_end:
         os._exit(128 + signum)

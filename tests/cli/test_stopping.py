@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from marks import PATIENCE
 
+from qlora_trainer.cli import stopping
 from qlora_trainer.cli.stopping import Training, Work
 from qlora_trainer.common.progress import EVALUATING, SAVING, TRAINING
 from qlora_trainer.merging import merge_run as merging
@@ -294,6 +295,31 @@ def test_a_signal_while_samples_are_answered_says_what_of_the_run_is_there(
     code, out, reported = qlora("resume", tmp_path / "run")
     assert code == 0, reported
     assert "Report:" in out
+
+
+def test_the_second_signal_is_answered_for_the_work_that_it_ends_however_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that speaks comes only after some time, as on a busy machine."""
+    said: list[str] = []
+    answer = stopping._answer
+
+    def late(signum: int, say: Callable[[str], None]) -> None:
+        time.sleep(0.2)
+        answer(signum, say)
+
+    monkeypatch.setattr(stopping, "_answer", late)
+    training = Training(Path("run"), first_step=3, total_steps=10, evaluate_every=0)
+
+    def work() -> None:
+        with stopping.answered_signals(said.append), stopping.doing(training), loop.stop_requests():
+            press()
+            press()
+            time.sleep(PATIENCE)
+
+    with pytest.raises(SystemExit):
+        work()
+    first, second = said
+    assert first.startswith("Stopping when step 4 has ended")
+    assert second.startswith("Stopped without saving: the 3 steps since step 0 and the one in progress are lost.")
 
 
 def test_the_time_that_an_operation_takes_is_estimated_by_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
