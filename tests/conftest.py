@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_models import make_model_directory
 
-from qlora_kernels import compiled, nf4, registry  # noqa: F401 - nf4 defines its operations
+from qlora_kernels import compiled, nf4  # noqa: F401 - nf4 defines its operations
+from qlora_kernels.registry import other_versions
 from qlora_trainer.cli import app as cli
 from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common import machine
@@ -183,9 +184,8 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiled.load_library.cache_clear()
-    for name in ("dequantize_nf4", "quantize_nf4"):
-        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
-    yield
+    with other_versions("cpu", {"dequantize_nf4": None, "quantize_nf4": None}):
+        yield
     compiled.load_library.cache_clear()
 
 

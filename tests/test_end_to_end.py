@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import tiny_weights, write_gguf
 from marks import slow
 from tiny_runs import quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from qlora_trainer.merging.merge_run import merge_run
 from qlora_trainer.runs.metrics import read_metrics
 from qlora_trainer.runs.start import resume_run, start_run
 from qlora_trainer.training.evaluation import answer_prompts, eval_prompts
+from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, quantize_weight
 
 
 def train_stop_resume_merge_reload(config: RunConfig, output: Path) -> None:
@@ -75,3 +77,19 @@ def test_a_real_small_model_from_gguf_to_merged_model(rows: Path, tmp_path: Path
         }
     )
     train_stop_resume_merge_reload(config, tmp_path / "merged")
+
+
+def test_a_run_starts_from_a_gguf_file_and_trains_on_the_weights_of_the_file(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    weights = tiny_weights()
+    file = write_gguf(tmp_path / "tiny.gguf", weights)
+    run = start_run(tiny_config(model={"name": str(file)}, training={"max_steps": 1}, evaluation={"samples": 0}))
+    trained = {f"{path}.weight" for path in run.adapted}
+    assert trained == {name for name in weights if name.endswith("_proj.weight")}
+    for path in run.adapted:
+        held = run.base.model.get_submodule(path).base
+        expected = quantize_weight(torch.from_numpy(weights[f"{path}.weight"]))
+        assert all(torch.equal(getattr(held, name).cpu(), getattr(expected, name)) for name in WEIGHT_TENSORS), path
+    assert run.train(quiet)
+    assert (run.directory / "adapter" / "adapter_model.safetensors").is_file()

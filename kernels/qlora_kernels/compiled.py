@@ -24,6 +24,7 @@ from qlora_kernels.registry import UnavailableError
 
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-fvisibility=default")
 MOST_SECONDS = 120
+NO_COMPILER = "there is no C++ compiler here: install g++ (Debian: apt install g++)"
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def load_library(source: Path, extra_flags: tuple[str, ...] = ()) -> ctypes.CDLL
     """
     compiler = shutil.which(cpp_extension.get_cxx_compiler())
     if compiler is None:
-        raise UnavailableError("there is no C++ compiler here: install g++ (Debian: apt install g++)")
+        raise UnavailableError(NO_COMPILER)
     command = [compiler, *FLAGS, *_threads(), *extra_flags]
     key = hashlib.sha256(b"\0".join([source.read_bytes(), *(part.encode() for part in command), _processor()]))
     try:

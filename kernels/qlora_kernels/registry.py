@@ -11,7 +11,8 @@ import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,10 +34,7 @@ class Op:
     name: str
     reference: Callable[..., Any]
     fast: dict[str, Callable[[], Callable[..., Any]]]  # device type -> what makes the faster version, or raises
-
-    @functools.cached_property
-    def _made(self) -> dict[str, Callable[..., Any] | str]:
-        return {}
+    made: dict[str, Callable[..., Any] | str] = dataclasses.field(default_factory=dict, init=False)  # or why not
 
     def fast_version(self, device_type: str) -> Callable[..., Any] | str:
         """Return the faster version for a device, made once, or why there is none.
@@ -47,12 +45,12 @@ class Op:
         Returns:
             The function, or the reason as text.
         """
-        if device_type not in self._made:
+        if device_type not in self.made:
             try:
-                self._made[device_type] = self.fast[device_type]()
+                self.made[device_type] = self.fast[device_type]()
             except UnavailableError as reason:
-                self._made[device_type] = str(reason)
-        return self._made[device_type]
+                self.made[device_type] = str(reason)
+        return self.made[device_type]
 
     def run(self, device_type: str, *arguments: Any) -> Any:
         """Compute by the version that QLORA_KERNELS and the kind of device choose.
@@ -126,6 +124,27 @@ def define(
         torch.library.impl(qualified, _DEVICES[device_type], functools.partial(op.run, device_type))
     torch.library.register_fake(qualified, fake)
     return op
+
+
+@contextmanager
+def other_versions(device_type: str, versions: Mapping[str, Callable[..., Any] | None]) -> Iterator[None]:
+    """Take other faster versions of some operations within the block, such as to compare one with the reference.
+
+    Args:
+        device_type: such as "cpu".
+        versions: by operation the function to take; None to make the operation's own anew at its first use.
+    """
+    before = {name: _OPS[name].made.copy() for name in versions}
+    for name, version in versions.items():
+        _OPS[name].made.pop(device_type, None)
+        if version is not None:
+            _OPS[name].made[device_type] = version
+    try:
+        yield
+    finally:
+        for name, made in before.items():
+            _OPS[name].made.clear()
+            _OPS[name].made.update(made)
 
 
 def from_triton(module: str, function: str) -> Callable[[], Callable[..., Any]]:

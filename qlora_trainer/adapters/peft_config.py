@@ -5,7 +5,6 @@ All problems of a file are reported at once. Left out: writing it, and the tenso
 Legend: R rank, I in features, O out features.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,9 +12,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qlora_trainer.adapters.formulas import lora_scaling
+from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.dotted_names import ends_in
 from qlora_trainer.common.errors import AdapterError
-from qlora_trainer.common.units import counted
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 2**20
@@ -106,14 +105,7 @@ def read_config(path: Path) -> AdapterFileConfig:
     Raises:
         AdapterError: the file is not what it should be.
     """
-    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} has {counted(size, 'byte')}, more than the {MAX_CONFIG_BYTES} that are read.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path} should hold a JSON object, but holds {type(raw).__name__}.")
+    raw = read_bounded_json(path, dict, MAX_CONFIG_BYTES, AdapterError, "Fetch or save the adapter again.")
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"{path} is an adapter of type {raw.get('peft_type')!r}; only LORA is supported.")
     known = {}

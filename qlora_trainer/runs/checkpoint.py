@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.common.atomic import new_directory, remove_leftovers_in
+from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.errors import CheckpointError, DiskError
 from qlora_trainer.common.file_identity import file_sha256
 from qlora_trainer.common.units import counted
@@ -206,17 +207,5 @@ def _verify(path: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object; CheckpointError if it is missing, too large or anything else."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
-    if (size := path.stat().st_size) > MAX_CHECKPOINT_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} has {counted(size, 'byte')}, more than the {MAX_CHECKPOINT_JSON_BYTES} that are read."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise CheckpointError(f"{path} is not JSON; it is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; it is damaged.")
-    return content
+    advice = "The checkpoint is damaged: restore it, or use another one."
+    return read_bounded_json(path, dict, MAX_CHECKPOINT_JSON_BYTES, CheckpointError, advice)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_trainer.common.atomic import write_text
+from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.cache import user_cache
 from qlora_trainer.common.errors import CheckpointError, FileMissingError
 from qlora_trainer.common.progress import Progress, silent
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 RUN_CONFIG_NAME = "config.yaml"
 BASE_NAME = "base.json"
-MAX_BASE_BYTES = 64 * 2**20
+SAMPLES_NAME = "samples.json"
+MAX_RECORD_BYTES = 64 * 2**20
+_SAMPLE_KEYS = {"prompt", "reference", "before", "after"}
 
 
 class BaseRecord(NamedTuple):
@@ -140,16 +143,14 @@ def read_base_record(directory: Path) -> BaseRecord | None:
         return BaseRecord(base, step, directory.name, state["data"])
     if not path.is_file():
         return None
+    advice = "Restore it. If you delete it, the adapter loads without any check of the base."
+    content = read_bounded_json(path, dict, MAX_RECORD_BYTES, CheckpointError, advice)
     try:
-        if path.stat().st_size > MAX_BASE_BYTES:
-            raise ValueError(f"it has more than {MAX_BASE_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
         base, step = BaseFingerprint.from_json(content["base"]), int(content["step"])
         return BaseRecord(base, step, str(content["run"]), str(content["data"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. Restore it. "
-            "If you delete it, the adapter loads without any check of the base."
+            f"{path} should say which base the adapter was trained on, but cannot be read: {error!r}. {advice}"
         ) from error
 
 
@@ -160,7 +161,7 @@ def write_samples(directory: Path, samples: list[dict[str, Any]]) -> None:
         directory: the run directory.
         samples: objects with prompt, reference, before and after.
     """
-    write_text(directory / "samples.json", json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    write_text(directory / SAMPLES_NAME, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:
@@ -171,6 +172,17 @@ def read_samples(directory: Path) -> list[dict[str, Any]]:
 
     Returns:
         The samples; empty if none were written.
+
+    Raises:
+        CheckpointError: the file exists and holds something else.
     """
-    path = directory / "samples.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    path = directory / SAMPLES_NAME
+    if not path.is_file():
+        return []
+    advice = "Restore or delete it: only the report's samples depend on it."
+    samples = read_bounded_json(path, list, MAX_RECORD_BYTES, CheckpointError, advice)
+    for number, sample in enumerate(samples, 1):
+        is_whole = isinstance(sample, dict) and sample.keys() == _SAMPLE_KEYS
+        if not is_whole or not all(isinstance(text, str | None) for text in sample.values()):
+            raise CheckpointError(f"{path}: item {number} is no sample that was written here. {advice}")
+    return samples

@@ -34,7 +34,14 @@ from qlora_trainer.planning.fit import check_fits_here
 from qlora_trainer.planning.memory_plan import longest_row
 from qlora_trainer.planning.options import changed_options, options_in_words
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
-from qlora_trainer.runs.directory import RUN_CONFIG_NAME, prepare_data, read_run_config, run_renderer, write_run_config
+from qlora_trainer.runs.directory import (
+    RUN_CONFIG_NAME,
+    prepare_data,
+    read_run_config,
+    read_samples,
+    run_renderer,
+    write_run_config,
+)
 from qlora_trainer.runs.initial_adapter import check_base, check_settings
 from qlora_trainer.runs.pace import limit_in_force, lowered_warning, pace_here, smaller_by_plan
 from qlora_trainer.runs.resume_rules import config_changes, environment, environment_differences, with_saved_options
@@ -104,6 +111,7 @@ def resume_run(directory: Path, overrides: Sequence[str] = (), progress: Progres
         CheckpointError: the checkpoint belongs to other data, another base, or other settings.
     """
     config = read_run_config(directory, overrides)
+    read_samples(directory)  # a damaged file is reported here, not when training ends
     found = newest_checkpoint(directory)
     tensors, state = load_checkpoint(found.path)
     config = with_saved_options(state["config"], config)

@@ -5,14 +5,14 @@ mask has a byte for each pair of tokens of each prompt, so long prompts share no
 attends without a mask (unless the model has a window).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from qlora_trainer.common.progress import Progress, silent
 from qlora_trainer.data.types import PromptTokens
@@ -78,10 +78,10 @@ def stream_answer(
     prompt: PromptTokens,
     *,
     max_new_tokens: int,
-) -> Iterator[str]:
-    """Answer one prompt greedily, a piece of text at a time as it comes; leaves the model in evaluation mode.
+) -> Generator[str, None, None]:
+    """Answer one prompt greedily, a piece of text at a time as it comes; the model's mode is restored.
 
-    What generation raises in its thread is raised here.
+    What generation raises in its thread is raised here. A generator that is closed early ends with the next token.
 
     Args:
         model: a causal language model of transformers.
@@ -95,6 +95,7 @@ def stream_answer(
     input_ids, attention_mask = _left_padded([prompt.input_ids], _device(model))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: SimpleQueue[BaseException] = SimpleQueue()
+    stopping = _Stopping()
 
     def run() -> None:
         try:
@@ -104,17 +105,31 @@ def stream_answer(
                     attention_mask=attention_mask,
                     generation_config=_greedy(prompt.stop_token_ids, max_new_tokens),
                     streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([stopping]),
                 )
         except BaseException as error:
             failures.put(error)
             streamer.end()
 
-    model.eval()
     thread = Thread(target=run, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
+    with evaluation_mode(model):
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            stopping.asked.set()
+            thread.join()  # before the model has its mode back, which a forward in the thread would run in
     _raise_first(failures)
+
+
+class _Stopping(StoppingCriteria):
+    """End generation after the token at which nobody reads on."""
+
+    def __init__(self) -> None:
+        self.asked = Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device)
 
 
 def _raise_first(failures: "SimpleQueue[BaseException]") -> None:

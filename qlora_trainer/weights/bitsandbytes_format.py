@@ -130,8 +130,23 @@ def _facts(statistics: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         ) from error
 
 
-def _from_bitsandbytes(packed: Tensor, state: Any, name: str) -> NF4Weight:
-    """Take over a weight from bitsandbytes' packed codes and its QuantState."""
+def weight_from_bitsandbytes(
+    packed: Tensor,  # (O*I/2, 1) uint8
+    state: Any,
+    name: str,
+) -> NF4Weight:
+    """Take over a weight that bitsandbytes holds in memory.
+
+    QuantizationError is raised if it is not NF4 with block size 64, double quantization and uint8 storage.
+
+    Args:
+        packed: two codes a byte, (O*I/2, 1), uint8.
+        state: bitsandbytes' QuantState of shape (O, I), with absmax (blocks,) uint8 and, nested, the tables of absmax.
+        name: of the weight, for error messages.
+
+    Returns:
+        The weight, (O, I), in the memory of these tensors.
+    """
     nested: Any = getattr(state, "state2", None)
     _refuse_otherwise(state.quant_type, state.blocksize, nested and nested.blocksize, packed, name)
     offset, shape = state.offset.reshape(()), tuple(state.shape)
@@ -220,7 +235,7 @@ def check_dequantization(device: torch.device) -> list[str]:
         packed, state = load_bitsandbytes().functional.quantize_4bit(
             values, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
         )
-        weight = _from_bitsandbytes(packed, state, "a sample")
+        weight = weight_from_bitsandbytes(packed, state, "a sample")
         expected = _dequantize_by_definition(weight)
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         if not all(torch.equal(dequantize_nf4(weight, dtype), expected.to(dtype)) for dtype in dtypes):

@@ -5,15 +5,14 @@ its own directory; what a loader would guess at (two sets of weights in one dire
 model_directory.py, which lists a directory once.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.common.boundary import read_bounded_json
 from qlora_trainer.common.errors import ModelError
-from qlora_trainer.common.units import counted
 from qlora_trainer.weights.gguf.reader import open_weights
-from qlora_trainer.weights.tensors import TensorFile, TensorInfo, refuse_pointer_text
+from qlora_trainer.weights.tensors import TensorFile, TensorInfo
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -132,25 +131,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         The object's keys and values.
 
     Raises:
-        ModelError: it cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
+        ModelError: it is missing, cannot be read, is larger than MAX_JSON_BYTES, or holds something else.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(
-                f"{path} has {counted(path.stat().st_size, 'byte')}, more than the {MAX_JSON_BYTES} that are read."
-            )
-        text = path.read_bytes()
-        refuse_pointer_text(path, text)
-        content = json.loads(text.decode("utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path} is not JSON: {error}. Fetch the model again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} should hold a JSON object, but holds a {type(content).__name__}.")
-    return content
+    return read_bounded_json(path, dict, MAX_JSON_BYTES, ModelError, "Fetch the model again.")
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

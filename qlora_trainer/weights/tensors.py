@@ -6,7 +6,6 @@ Left out: a whole directory (listing.py), and reading by blocks (reading.py).
 import dataclasses
 import math
 import mmap
-import shlex
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qlora_trainer.common.boundary import as_model_error
+from qlora_trainer.common.boundary import as_model_error, refuse_pointer_text
 from qlora_trainer.common.errors import LFS_HEADER, ModelError
 from qlora_trainer.common.file_identity import FileIdentity
 
@@ -191,23 +190,6 @@ def refuse_pointer(path: Path) -> None:
     """
     with path.open("rb") as file:
         refuse_pointer_text(path, file.read(len(LFS_HEADER)))
-
-
-def refuse_pointer_text(path: Path, text: bytes) -> None:
-    """Refuse a file that begins as a git-lfs pointer does.
-
-    Args:
-        path: of the file.
-        text: its first bytes, or all.
-
-    Raises:
-        ModelError: it is a git-lfs pointer.
-    """
-    if text.startswith(LFS_HEADER):
-        raise ModelError(
-            f"{path} is a git-lfs pointer, not the file itself. Fetch it: "
-            f"{shlex.join(['git', '-C', str(path.parent), 'lfs', 'pull'])}"
-        )
 
 
 def changed(path: Path) -> ModelError:

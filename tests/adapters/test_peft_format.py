@@ -308,7 +308,7 @@ def test_missing_and_damaged_files_are_reported(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FileMissingError, match="adapter_model"):
         read_adapter(tmp_path)
-    for text, message in {"{": "is not JSON", "[" * 100_000: "is not JSON", "[]": "holds list"}.items():
+    for text, message in {"{": "is not JSON", "[" * 100_000: "is not JSON", "[]": "holds a list"}.items():
         write_raw(tmp_path, small_adapter())
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterError, match=message):

@@ -37,16 +37,16 @@ def test_home_that_cannot_be_written_is_named_and_training_says_what_to_set(
 def test_compiled_kernels_that_cannot_be_kept_are_a_warning(
     qlora: Callable, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_kernels import compiled, registry
+    from qlora_kernels import compiled
+    from qlora_kernels.registry import other_versions
 
     compiled.load_library.cache_clear()
-    for name in ("dequantize_nf4", "quantize_nf4"):
-        monkeypatch.setitem(registry._OPS[name].__dict__, "_made", {})
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
     extensions = tmp_path / "cache" / "torch_extensions"
     extensions.parent.mkdir(exist_ok=True)
     extensions.write_text("no folder")
-    code, _, reported = qlora("train", config_file, "training.max_steps=1")
+    with other_versions("cpu", {"dequantize_nf4": None, "quantize_nf4": None}):
+        code, _, reported = qlora("train", config_file, "training.max_steps=1")
     assert code == 0
     assert "Plain torch takes the place of faster kernels for dequantize_nf4, quantize_nf4" in reported
     assert "set XDG_CACHE_HOME to a writable folder" in reported

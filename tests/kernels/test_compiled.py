@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.utils import cpp_extension
+from marks import needs_compiler
 
 from qlora_kernels import compiled
 from qlora_kernels.compiled import load_library
 from qlora_kernels.registry import UnavailableError
-
-needs_compiler = pytest.mark.skipif(shutil.which(cpp_extension.get_cxx_compiler()) is None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +30,7 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-@needs_compiler
+@needs_compiler()
 def test_a_file_is_compiled_once_and_kept(source: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_library(source).answer() == 42
     (kept,) = own_folder.iterdir()
@@ -43,7 +40,7 @@ def test_a_file_is_compiled_once_and_kept(source: Path, own_folder: Path, monkey
     assert list(own_folder.iterdir()) == [kept]
 
 
-@needs_compiler
+@needs_compiler()
 def test_changed_code_is_compiled_anew(source: Path) -> None:
     assert load_library(source).answer() == 42
     source.write_text('extern "C" int answer() { return 43; }\n')
@@ -51,7 +48,7 @@ def test_changed_code_is_compiled_anew(source: Path) -> None:
     assert load_library(source).answer() == 43
 
 
-@needs_compiler
+@needs_compiler()
 def test_another_processor_gets_its_own_library(
     source: Path, own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +74,7 @@ print(len({line.split()[-1] for line in maps if "libgomp" in line or "libiomp" i
 """
 
 
-@needs_compiler
+@needs_compiler()
 @pytest.mark.parametrize(("package", "runtimes"), [("", "1"), ("sentencepiece", "2")])
 def test_what_is_compiled_takes_part_in_torchs_threads(package: str, runtimes: str, source: Path) -> None:
     """In a process of its own, also where a package that was imported before torch brings an OpenMP of its own."""
@@ -94,7 +91,7 @@ def test_what_is_compiled_takes_part_in_torchs_threads(package: str, runtimes: s
     assert done.stdout.split() == ["1", "3", runtimes]
 
 
-@needs_compiler
+@needs_compiler()
 def test_code_that_does_not_compile_says_why(source: Path, own_folder: Path) -> None:
     source.write_text("int answer( {\n")
     with pytest.raises(UnavailableError, match=r"cannot compile answer\.cpp: .*error"):
@@ -108,14 +105,14 @@ def test_without_a_compiler_the_reason_is_reported(source: Path, monkeypatch: py
         load_library(source)
 
 
-@needs_compiler
+@needs_compiler()
 def test_a_folder_that_cannot_be_written_is_reported(source: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file in its place")
     with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
         load_library(source)
 
 
-@needs_compiler
+@needs_compiler()
 def test_a_damaged_library_is_reported(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_compile", lambda command, source, library: library.write_bytes(b"no library"))
     with pytest.raises(UnavailableError, match=r"cannot be kept or opened"):
@@ -123,7 +120,7 @@ def test_a_damaged_library_is_reported(source: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-@needs_compiler
+@needs_compiler()
 def test_a_killed_compilation_is_waited_for_by_nobody(source: Path, own_folder: Path, tmp_path: Path) -> None:
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nsleep 3600\n")

@@ -4,7 +4,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from bitsandbytes import functional as bnb
 from random_tensors import normal
 from torch import Tensor
 
-from qlora_kernels import nf4_cpu, registry
+from qlora_kernels import nf4_cpu
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, dynamic_code, quantize_nf4
 from qlora_kernels.nf4_reference import NF4_CODE
-from qlora_kernels.registry import UnavailableError
+from qlora_kernels.registry import UnavailableError, other_versions
 from qlora_kernels.torch_internals import FakeTensorMode
 
 TABLES = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
@@ -33,15 +33,16 @@ def compiled_for(*flags: str) -> dict[str, Callable[..., None]]:
 
 
 @pytest.fixture(params=["reference", "compiled", "compiled without vector instructions"], autouse=True)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every promise here is one of each implementation."""
     if request.param == "reference":
         monkeypatch.setenv("QLORA_KERNELS", "reference")
+        yield
         return
     monkeypatch.setenv("QLORA_KERNELS", "fast")
     flags = () if request.param == "compiled" else ("-march=x86-64",) if platform.machine() == "x86_64" else ("-O0",)
-    for name, version in compiled_for(*flags).items():
-        monkeypatch.setitem(registry._OPS[name]._made, "cpu", version)
+    with other_versions("cpu", compiled_for(*flags)):
+        yield
 
 
 def quantize_with_bitsandbytes(weight: Tensor) -> tuple[NF4Weight, bnb.QuantState]:

@@ -1,6 +1,6 @@
 """The register of operations: the fast version where there is one, the reference where not, and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_kernels import registry
-from qlora_kernels.registry import UnavailableError, define, implementations, kernel_choice
+from qlora_kernels.registry import UnavailableError, define, implementations, kernel_choice, other_versions
 from qlora_kernels.torch_internals import FakeTensorMode
 
 
@@ -28,10 +28,11 @@ def doubling() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch, doubling: dict[str, Any]) -> None:
+def fresh(monkeypatch: pytest.MonkeyPatch, doubling: dict[str, Any]) -> Iterator[None]:
     monkeypatch.delenv("QLORA_KERNELS", raising=False)
-    registry._OPS["double_for_test"]._made.clear()
     doubling.update(available=True, made=0)
+    with other_versions("cpu", {"double_for_test": None}):
+        yield
 
 
 def double(value: float) -> float:
@@ -64,10 +65,21 @@ def test_fast_asked_for_and_not_to_be_had_is_an_error(
 ) -> None:
     monkeypatch.setenv("QLORA_KERNELS", "fast")
     assert double(1.0) == 1002.0
-    registry._OPS["double_for_test"]._made.clear()
     doubling["available"] = False
-    with pytest.raises(UnavailableError, match="double_for_test has no fast version here: no compiler"):
+    refused = pytest.raises(UnavailableError, match="double_for_test has no fast version here: no compiler")
+    with other_versions("cpu", {"double_for_test": None}), refused:
         double(1.0)
+
+
+def test_other_versions_are_taken_within_their_block_alone(doubling: dict[str, Any]) -> None:
+    assert double(1.0) == 1002.0
+    with other_versions("cpu", {"double_for_test": lambda x: x * 3}):
+        assert double(1.0) == 3.0
+        with other_versions("cpu", {"double_for_test": None}):
+            assert double(1.0) == 1002.0
+        assert double(1.0) == 3.0
+    assert double(1.0) == 1002.0
+    assert doubling["made"] == 2, "what was made before the block is kept"
 
 
 def test_a_fake_tensor_meets_neither_version(doubling: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ as it does with a card.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,11 +14,12 @@ from typing import Any
 
 import pytest
 from fake_libcuda import make_libcuda
+from marks import needs_compiler
 
 pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to make the stand-in for libcuda"),
+    needs_compiler("gcc"),
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter is on: TRITON_INTERPRET=1"),
 ]
 PACKAGE = f"python{sysconfig.get_python_version()}-dev"

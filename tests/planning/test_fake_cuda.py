@@ -2,18 +2,17 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_compiler
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parents[1]
-COMPILER = shutil.which(cpp_extension.get_cxx_compiler())
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_compiler()]
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +20,10 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[st
     """By setting, the operations of two steps and one of generation on cuda, and those of the steps that waited."""
     if torch.version.cuda is not None:
         pytest.skip("this torch has a CUDA of its own")
-    if COMPILER is None:
-        pytest.skip("there is no C++ compiler here")
     library = tmp_path_factory.mktemp("fake_cuda") / "fake_cuda.so"
     headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-    command = [COMPILER, "-O0", "-std=c++20", "-fPIC", "-shared", *headers, str(HERE / "fake_cuda.cpp"), "-o"]
+    options = ["-O0", "-std=c++20", "-fPIC", "-shared", *headers]
+    command = [cpp_extension.get_cxx_compiler(), *options, str(HERE / "fake_cuda.cpp"), "-o"]
     made = subprocess.run([*command, str(library)], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     program = [sys.executable, str(HERE / "fake_cuda_steps.py"), str(library), str(tiny_llama)]

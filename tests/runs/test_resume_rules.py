@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from marks import needs_compiler
 from tiny_runs import edit_config, final_adapter, no_load, quiet
 
-from qlora_kernels.registry import implementations
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.model.device import FAST
 from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.resume_rules import (
     config_changes,
@@ -149,11 +148,10 @@ def test_a_checkpoint_records_what_its_last_bits_depend_on(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@needs_compiler()
 def test_a_run_that_goes_on_without_a_compiler_says_that_its_kernels_changed(
     tiny_config: Config, request: pytest.FixtureRequest
 ) -> None:
-    if implementations("cpu")["dequantize_nf4"] != FAST:
-        pytest.skip("there is no C++ compiler here")
     run = start_run(tiny_config(model={"device": "cpu"}))
     assert not [warning for warning in resume_run(run.directory).warnings if "its last bits may differ" in warning]
     request.getfixturevalue("without_compiler")

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
-from tiny_runs import edit_config, final_adapter, quiet
+from tiny_runs import edit_config, final_adapter, no_load, quiet
 
 from qlora_trainer.adapters.peft_format import read_adapter
 from qlora_trainer.common.atomic import new_directory
 from qlora_trainer.common.errors import CheckpointError
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.runs import start as runs
 from qlora_trainer.runs.directory import read_samples
 from qlora_trainer.runs.report.summary import write_run_report
 from qlora_trainer.runs.start import resume_run, start_run
@@ -149,3 +150,18 @@ def test_a_released_run_leaves_no_paged_buffer_of_its_own(tiny_config: Config) -
         assert manager.paged_tensors[0] is others
     finally:
         manager.paged_tensors.clear()
+
+
+def test_damaged_samples_end_a_resumption_before_the_base_is_loaded_and_may_be_deleted(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "load_base", no_load)
+    samples = finished / "samples.json"
+    of_another_kind = {"prompt": ["p"], "reference": "r", "before": None, "after": None}
+    for content in ("{", '["text"]', '[{"prompt": "p", "reference": "r"}]', json.dumps([of_another_kind])):
+        samples.write_text(content)
+        with pytest.raises(CheckpointError, match=r"samples\.json.*Restore or delete it"):
+            resume_run(finished)
+    samples.unlink()
+    with pytest.raises(AssertionError, match="the base was loaded"):
+        resume_run(finished)

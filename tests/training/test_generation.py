@@ -1,6 +1,7 @@
 """Promises of generation: greedy is greedy, batches change nothing, and the model is left as it was."""
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,34 @@ def test_settings_that_a_model_ships_do_not_change_greedy_answers(model: Any, to
         model.generation_config = own
 
 
-def test_training_mode_is_restored(model: Any, tokenizer: Any) -> None:
-    model.train()
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored(model: Any, tokenizer: Any, training: bool) -> None:
+    model.train(training)
     answers(model, tokenizer)
-    assert model.training
+    assert model.training == training
+    streamed(model, tokenizer, PROMPTS[0])
+    assert model.training == training
     model.eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stream_that_is_left_early_ends_and_restores_the_mode(model: Any, tokenizer: Any, training: bool) -> None:
+    modes: list[bool] = []
+    before = threading.active_count()
+    model.train(training)
+    hook = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    try:
+        pieces = stream_answer(model, tokenizer, PromptTokens(PROMPTS[0], [tokenizer.eos_token_id]), max_new_tokens=500)
+        next(pieces)
+        assert not model.training
+        pieces.close()
+        assert model.training == training
+        assert threading.active_count() == before, "nothing generates any more"
+    finally:
+        hook.remove()
+        model.eval()
+    assert 0 < len(modes) < 500
+    assert not any(modes), "no token was generated with dropout"
 
 
 def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(model: Any, tokenizer: Any) -> None:

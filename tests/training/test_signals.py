@@ -53,7 +53,7 @@ def test_a_process_asked_to_stop_saves_and_says_how_to_go_on(
         process.kill()
         process.wait()
     assert process.returncode == 0, output
-    assert f"qlora resume {run}" in out
+    assert f"-m qlora_trainer resume {run}" in out
     assert "Stopping when step" in output
     assert "Traceback" not in output
 

@@ -63,7 +63,7 @@ def test_a_config_may_be_changed_and_the_next_is_new(tiny_llama: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, r"config\.json cannot be read: .*No such file"),
+        (None, r"config\.json is missing"),
         ("{", "is not JSON"),
         ("[]", "should hold a JSON object"),
         ('{"model_type": "unheard-of"}', "names the model type 'unheard-of', which transformers .* does not know"),

@@ -21,7 +21,7 @@ from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, tied_weight_names
 from qlora_trainer.common.units import counted
-from qlora_trainer.weights.bitsandbytes_format import _from_bitsandbytes
+from qlora_trainer.weights.bitsandbytes_format import weight_from_bitsandbytes
 from qlora_trainer.weights.nf4 import WEIGHT_TENSORS, empty_weight, load_bitsandbytes
 
 # Classes that only multiply by a matrix and add a bias, by name, since classes derived from them may do more.
@@ -288,7 +288,7 @@ def adopt_linear4bit(model: nn.Module) -> int:
     """
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, load_bitsandbytes().nn.Linear4bit)]
     for path, layer in layers:
-        weight = _from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
+        weight = weight_from_bitsandbytes(layer.weight.data, layer.weight.quant_state, path)
         bias = None if layer.bias is None else layer.bias.data
         source_class = getattr(layer, "source_cls", nn.Linear)
         model.set_submodule(path, NF4Linear(weight, bias, fan_in_fan_out=source_class.__name__ == "Conv1D"))

@@ -1,7 +1,6 @@
 """Whether state can be paged is tried in a process of its own, which may end as it likes."""
 
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_compiler
 
 from qlora_trainer.training.memory import managed_memory
 from qlora_trainer.training.memory.managed_memory import paging_refusal, paging_refusal_here
@@ -101,17 +101,16 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 """
 
 
+@needs_compiler("cc")
+@pytest.mark.skipif(sys.platform != "linux", reason="another system's driver")
 @pytest.mark.parametrize("access", [0, 1])
 def test_a_card_without_concurrent_access_pages_nothing(
     bitsandbytes_of_the_child: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, access: int
 ) -> None:
     """A driver library that answers for the card; bitsandbytes would work."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("there is no C compiler here, or another system's driver")
     (tmp_path / "driver.c").write_text(DRIVER.replace("ACCESS", str(access)))
     library = str(tmp_path / "libcuda.so.1")
-    subprocess.run([compiler, "-shared", "-fPIC", str(tmp_path / "driver.c"), "-o", library], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "driver.c"), "-o", library], check=True)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     asked = bitsandbytes_of_the_child("return torch.empty(shape, dtype=dtype)")
     refusal = paging_refusal(CARD)
