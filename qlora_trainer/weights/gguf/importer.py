@@ -268,7 +268,12 @@ def _write_tokenizer(directory: Path, tokenizer: Any, path: Path) -> None:
     for note in ("is_local", "local_files_only"):
         settings.pop(note, None)
     settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    again = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    # With the added tokens that were written: transformers would parse all of tokenizer.json in Python to find them.
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(
+        directory,
+        local_files_only=True,
+        added_tokens_decoder=tokenizer.backend_tokenizer.get_added_tokens_decoder(),
+    )
     same = (
         again(TOKENIZER_PROBE).input_ids == tokenizer(TOKENIZER_PROBE).input_ids
         and again.special_tokens_map == tokenizer.special_tokens_map
