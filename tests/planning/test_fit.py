@@ -178,6 +178,7 @@ def test_a_cuda_run_is_refused_before_its_weights_are_read(
     assert not Path(config.training.output_dir).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plans_once")
 def test_a_cpu_run_of_a_large_base_is_planned_and_takes_the_policy_that_fits(
     tiny_config: Config, fitting_in: list[tuple[int, Level]], monkeypatch: pytest.MonkeyPatch
