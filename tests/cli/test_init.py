@@ -21,6 +21,7 @@ Qlora = Callable[..., tuple[int, str, str]]
 Config = Callable[..., RunConfig]
 
 
+@pytest.mark.slow
 def test_what_init_writes_is_trained_as_it_is(
     qlora: Qlora, tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_wrong_path_is_reported_before_torch_is_imported(
     assert expected in refusal_before_torch(tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_rows_are_prepared_and_shown_without_bitsandbytes_and_without_models() -> None:
     """These take longer to import than the rows of a small file to prepare."""
     code = """import sys
