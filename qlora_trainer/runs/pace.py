@@ -203,9 +203,8 @@ def hours_of(run: Run) -> Hours | None:
     state = run.state
     if state.step == state.total_steps:
         return None
-    pace = pace_here(run.config, run.prepared, run.base.device)
     shape = count_shape(run.base.directory, run.config, run.base.compute_dtype)
-    return run_hours(shape, pace, state.policy, state.loader.micro_batch_tokens, run.config, state.step)
+    return run_hours(shape, run.pace, state.policy, state.loader.micro_batch_tokens, run.config, state.step)
 
 
 def _policy(config: RunConfig) -> Policy | None:

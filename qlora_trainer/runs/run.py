@@ -35,6 +35,7 @@ from qlora_trainer.model.load import Base
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 from qlora_trainer.planning.allocator import ALLOCATOR_VARIABLES
 from qlora_trainer.planning.memory_plan import MemoryPlan
+from qlora_trainer.planning.speed.candidates import Pace
 from qlora_trainer.runs.checkpoint import newest_checkpoint, save_checkpoint
 from qlora_trainer.runs.directory import BaseRecord, read_samples, write_base_record, write_samples
 from qlora_trainer.runs.initial_adapter import target_names
@@ -61,6 +62,7 @@ class Run:
     adapted: list[str]  # paths of the adapted layers
     state: TrainState
     warnings: list[str]
+    pace: Pace  # device and rows, from which the time of its steps is estimated
     plan: MemoryPlan | None = None  # None if the run does not follow it, or none was made
     program_bytes: int | None = None  # of host memory, before the base was loaded
     changes: list[str] = dataclasses.field(default_factory=list)  # of the base's files on turns, next to the adapter

@@ -212,7 +212,7 @@ def _assemble(
             "On CUDA the backward of attention and of index operations is not deterministic, so a resumed run is "
             "close to the uninterrupted one, not equal to it. To resume bit for bit, set training.deterministic=true."
         )
-    return Run(directory, config, renderer, prepared, base, adapted, state, warnings, plan, program_bytes)
+    return Run(directory, config, renderer, prepared, base, adapted, state, warnings, pace, plan, program_bytes)
 
 
 def _unpaged_warnings(config: RunConfig, device: torch.device, progress: Progress) -> list[str]:
