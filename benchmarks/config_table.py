@@ -12,7 +12,7 @@ from pathlib import Path
 from qlora_trainer.cli.app import prefer_expandable_segments
 from qlora_trainer.common.units import gib, parse_bytes
 from qlora_trainer.config.load import load_config
-from qlora_trainer.planning.fit import card_reserve, check_fits
+from qlora_trainer.planning.fit import check_fits, reserve_of
 from qlora_trainer.planning.memory_plan import Budget
 from qlora_trainer.planning.options import options_of
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -29,7 +29,7 @@ def table_row(size: int) -> str:
     config = load_config(ROOT / "configs" / f"{size}gb.yaml")
     directory = ModelDirectory.open(ROOT / "benchmarks" / "models" / MODELS[config.model.name])
     card = parse_bytes(f"{size}GB")
-    plan = check_fits(directory, config, Budget(card, HOST, card_reserve(card)))
+    plan = check_fits(directory, config, Budget(card, HOST, reserve_of(card)))
     options = options_of(plan)
     cells = (
         f"`{size}gb.yaml`",

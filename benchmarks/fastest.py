@@ -36,7 +36,7 @@ from qlora_trainer.common.units import gib
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.model.source import resolve_model
-from qlora_trainer.planning.fit import card_reserve, fastest_plan
+from qlora_trainer.planning.fit import fastest_plan, reserve_of
 from qlora_trainer.planning.memory_plan import Budget, MemoryPlan, plan_memory
 from qlora_trainer.planning.speed.candidates import Candidate, Pace, candidates
 from qlora_trainer.planning.speed.cards import TABLE, CardFigures
@@ -203,7 +203,7 @@ def plan_for(directory: ModelDirectory, card: CardFigures, memory: int, rows: in
         }
     )
     pace = Pace(rates_of_card(card), full_rows(length, rows, packing=True))
-    return fastest_plan(directory, config, Budget(memory, HOST_MEMORY, card_reserve(memory)), pace=pace)
+    return fastest_plan(directory, config, Budget(memory, HOST_MEMORY, reserve_of(memory)), pace=pace)
 
 
 def compare_cards(model: str, rows: int, length: int) -> bool:

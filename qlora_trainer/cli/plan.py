@@ -77,8 +77,8 @@ def plan(
     named = card_named(gpu) if gpu else None
     card = parse_bytes(gpu_memory) if gpu_memory else named.memory if named else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
-    reserve = fitting.HOST_RESERVE * (card or 0) if settings.model.device == "cpu" else fitting.card_reserve(card or 0)
-    budget = Budget(card, host, int(reserve)) if card else None
+    on_cpu = settings.model.device == "cpu"
+    budget = Budget(card, host, fitting.reserve_of(card, on_cpu=on_cpu)) if card else None
     planned = longest = largest = pace = hours = None
     with ProgressBars("Nothing was changed.") as progress:
         with missing_files_name("model.name"):

@@ -188,21 +188,22 @@ def budget_here(device: torch.device) -> Budget:
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + CUDA_CONTEXT_BYTES
-        return Budget(free, spare_host_memory(), card_reserve(free))
+        return Budget(free, spare_host_memory(), reserve_of(free))
     available = host_memory().available
-    return Budget(available, 0, int(HOST_RESERVE * available))
+    return Budget(available, 0, reserve_of(available, on_cpu=True))
 
 
-def card_reserve(memory: int) -> int:
-    """Return what a run leaves free of a card, as long as anything fits so.
+def reserve_of(memory: int, *, on_cpu: bool = False) -> int:
+    """Return what a run leaves free, as long as anything fits so.
 
     Args:
-        memory: bytes of the card that may be taken.
+        memory: bytes that may be taken, of a card.
+        on_cpu: they are a host's.
 
     Returns:
         Bytes.
     """
-    return max(int(RESERVE * memory), LEAST_RESERVE)
+    return int(HOST_RESERVE * memory) if on_cpu else max(int(RESERVE * memory), LEAST_RESERVE)
 
 
 def check_fits(
