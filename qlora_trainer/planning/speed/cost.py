@@ -51,7 +51,7 @@ def recomputed_share(shape: Shape, policy: Policy) -> float:
     """
     if policy.level == "none":
         return 0.0
-    every = policy.offload_every_n_layers if policy.level in ("offload", "tiled") else 1
+    every = policy.offload_every_n_layers if policy.offloads else 1
     return (1 + (every - 1) / every) * max(1 - policy.uncheckpointed_layers / shape.layers, 0.0)
 
 
@@ -70,7 +70,7 @@ def step_seconds(shape: Shape, rates: Rates, policy: Policy, layout: MicroBatche
     """
     forward, backward = _forward(shape, rates, layout, trained), _backward(shape, rates, policy, layout)
     copies = _copies(shape, rates, policy, layout.tokens)
-    host = [_host(rates, policy, layers) for layers in _layers_run(shape, policy)]
+    host = _host(shape, rates, policy)
     if rates.overlaps:
         busy = np.maximum(forward, copies) + np.maximum(backward, copies)
         waiting = np.maximum(host[0] - np.maximum(forward, copies), 0)
@@ -138,21 +138,17 @@ def _between(shape: Shape, rates: Rates, layout: MicroBatches) -> np.ndarray:
     return shape.between * shape.itemsize * layout.tokens / rates.bandwidth
 
 
-def _layers_run(shape: Shape, policy: Policy) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Count the layers that the host goes through: (forward, backward, again), in forward and in backward."""
-    return (shape.layers, 0.0, 0.0), (0.0, shape.layers, recomputed_share(shape, policy) * shape.layers)
-
-
-def _host(rates: Rates, policy: Policy, layers: tuple[float, float, float]) -> float:
-    seconds = sum(count * each for count, each in zip(layers, rates.host, strict=True))
-    if policy.level in ("offload", "tiled"):
-        seconds += HOST_OFFLOAD * (layers[0] + layers[1]) / policy.offload_every_n_layers
-    return seconds * (rates.host_tiled if policy.level == "tiled" else 1)
+def _host(shape: Shape, rates: Rates, policy: Policy) -> tuple[float, float]:
+    """Compute the seconds of the host's work in a micro-batch: (forward, backward)."""
+    forward, backward, again = rates.host
+    copies = HOST_OFFLOAD / policy.offload_every_n_layers if policy.offloads else 0.0
+    layers = shape.layers * (rates.host_tiled if policy.level == "tiled" else 1)
+    return layers * (forward + copies), layers * (backward + copies + recomputed_share(shape, policy) * again)
 
 
 def _copies(shape: Shape, rates: Rates, policy: Policy, tokens: np.ndarray) -> np.ndarray:
     """Compute the seconds of the copies to the host, or of those back."""
-    if policy.level not in ("offload", "tiled"):
+    if not policy.offloads:
         return np.zeros_like(tokens)
     layers = max(shape.layers - policy.uncheckpointed_layers, 0) / policy.offload_every_n_layers
     return layers * shape.hidden * shape.itemsize * tokens / rates.link

@@ -50,10 +50,8 @@ class Ways:
         self._config = config
         self._budget = budget
         self._progress = progress
-        self._is_known = pace is not None and pace.rates.is_known
         self._pace = pace or _unknown_pace(config)
-        policies, limits = choices_left(config, self._pace, len(directory.facts.layer_kinds))
-        self._choices = policies, limits if self._is_known else limits[:1]
+        self._choices = choices_left(config, self._pace, len(directory.facts.layer_kinds))
         self._whole: dict[tuple[Policy, int], MemoryPlan] = {}
 
     @functools.cached_property
@@ -166,9 +164,9 @@ class Ways:
         return with_micro_batch(config, one.micro_batch_tokens, longest_row(self._directory, config))
 
     def _with_speed(self, plan: MemoryPlan, chosen: Candidate, following: Candidate | None, card: int) -> MemoryPlan:
-        if not self._is_known:
-            return plan
         steps, rates = self._pace.steps, self._pace.rates
+        if not rates.is_known:
+            return plan
         speed = Speed(
             seconds=chosen.seconds,
             waiting=chosen.waiting,
@@ -209,7 +207,7 @@ class Ways:
         """
         longest = self._config.data.max_length
         limits = ladder(longest, self._pace.steps)
-        if limit < longest or not self._is_known:
+        if limit < longest or not self._pace.rates.is_known:
             return None
         memory = FewLayers(self._directory, self._config, [longest, max(limit, limits[-1])])
         needed = memory.total(policy, limit, NO_LIMIT)

@@ -41,6 +41,11 @@ class Policy:
     uncheckpointed_layers: int = 0  # of the last layers: all of theirs is kept, under every level
     offload_every_n_layers: int = 1  # offload and tiled: of so many layers the input of one is in host memory
 
+    @property
+    def offloads(self) -> bool:
+        """Return True if inputs of layers wait in host memory."""
+        return self.level in ("offload", "tiled")
+
     def with_less_memory(self) -> "Policy | None":
         """Return the next policy with less on the device: first no layer keeps everything, then a level further.
 
@@ -71,7 +76,7 @@ class Policy:
                 f"except for the last "
                 f"{'layer' if self.uncheckpointed_layers == 1 else f'{self.uncheckpointed_layers} layers'}"
             )
-        if self.level in ("offload", "tiled") and self.offload_every_n_layers > 1:
+        if self.offloads and self.offload_every_n_layers > 1:
             parts.append(f"the input of one layer in {self.offload_every_n_layers} in host memory")
         return ", ".join(parts)
 
@@ -112,7 +117,7 @@ def apply_policy(model: Any, policy: Policy) -> None:
     share_workspace(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tiled" else None)
     if policy.level == "none":
         return
-    inputs = None if policy.level == "full" else OffloadedInputs(policy.offload_every_n_layers)
+    inputs = OffloadedInputs(policy.offload_every_n_layers) if policy.offloads else None
     for layer in layers[: max(len(layers) - policy.uncheckpointed_layers, 0)]:
         layer.forward = RecomputedLayer(layer, inputs)
 
@@ -144,7 +149,7 @@ def bytes_of_inputs(layers: int, size: int, policy: Policy, tokens: int) -> int:
     Returns:
         Bytes of pinned memory.
     """
-    if policy.level not in ("offload", "tiled"):
+    if not policy.offloads:
         return 0
     offloaded = -(-(layers - policy.uncheckpointed_layers) // policy.offload_every_n_layers)
     return offloaded * pinned_bytes(tokens * size)
