@@ -82,13 +82,11 @@ def packed_documents(model: nn.Module, attention: Callable[..., Any] = packed_at
         model: of transformers.
         attention: with the signature of `packed_attention`.
     """
-    is_switched = attention_name(model.config) == NAME and AttentionInterface().get(NAME) is attention
     AttentionInterface.register(NAME, attention)
     if model not in _CONFIGS:
         found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         _CONFIGS[model] = list(found.values())
-    # Already switched by a block around this one, which switches it back.
-    before = [] if is_switched else [(config, attention_name(config)) for config in _CONFIGS[model]]
+    before = [(config, attention_name(config)) for config in _CONFIGS[model]]
     for config, _ in before:
         set_attention_name(config, NAME)
     try:
