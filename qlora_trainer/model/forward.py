@@ -154,7 +154,7 @@ def loss_sum(model: Any, pack: Pack, path: LossPath) -> Tensor:  # () fp32
         bias=head.bias,
         softcap=path.softcap,
         logit_scale=path.logit_scale,
-        label_rows=pack.label_rows,
+        label_rows=pack.rows_with_labels(),
     )
 
 
@@ -183,7 +183,7 @@ def label_logits(model: Any, pack: Pack) -> tuple[Tensor, Tensor]:
         Logits (N, V), and the labels (N,).
     """
     labels = pack.labels.reshape(-1)
-    rows = torch.ops.qlora_kernels.label_rows(labels) if pack.label_rows is None else pack.label_rows
+    rows = pack.rows_with_labels()
     return logits(model, pack).flatten(0, 1).index_select(0, rows), labels.index_select(0, rows)
 
 

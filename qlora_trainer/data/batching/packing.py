@@ -50,16 +50,23 @@ class Pack:
         Returns:
             Another pack.
         """
-        rows: Tensor | None = self.label_rows
-        if rows is None:
-            rows = torch.ops.qlora_kernels.label_rows(self.labels.reshape(-1))
         return replace(
             self,
             input_ids=_moved(self.input_ids, device),
             labels=_moved(self.labels, device),
             position_ids=_moved(self.position_ids, device),
-            label_rows=_moved(rows, device),
+            label_rows=_moved(self.rows_with_labels(), device),
         )
+
+    def rows_with_labels(self) -> Tensor:  # (label_tokens,) int64
+        """Return where labels.reshape(-1) has labels.
+
+        Returns:
+            As `to` found them; before it they are found here.
+        """
+        if self.label_rows is not None:
+            return self.label_rows
+        return torch.ops.qlora_kernels.label_rows(self.labels.reshape(-1))
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
