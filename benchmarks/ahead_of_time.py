@@ -234,7 +234,7 @@ def _softmax_loss() -> dict[str, Case]:
                 "HAS_BIAS": has_bias,
                 "HAS_CAP": has_cap,
                 "WITH_GRADIENT": with_gradient,
-                "BLOCK": module.BLOCK,
+                "BLOCK": module.LOGITS_PER_TURN,
             },
             options=module.SOFTMAX_LOSS_OPTIONS,
             multiples_of_16=("columns", "stride"),

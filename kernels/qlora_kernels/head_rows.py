@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.products import linear
-from qlora_kernels.softmax_loss import PARTS
+from qlora_kernels.softmax_loss import FEWEST_PARTS
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the head made at once: 32 MiB in 16 bits."""
@@ -161,7 +161,7 @@ def _is_ready(head: HeadRows, dtype: torch.dtype) -> bool:
 
 def _cut(vocabulary: int, hidden_size: int = 1) -> list[slice]:
     """Cut the vocabulary into blocks."""
-    rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -PARTS)), 1)
+    rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -FEWEST_PARTS)), 1)
     return [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
 
 

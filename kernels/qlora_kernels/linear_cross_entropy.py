@@ -35,11 +35,10 @@ CHUNK_BYTES = 32 * 2**20
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
 FEWEST_ON_A_CARD = 256
-"""A chunk of C tokens reads the head twice, b bytes a number, for 4 C operations with it: in 16 bits C operations for
-each byte. A card whose arithmetic does R operations in the time in which its memory gives a byte waits for the head
-where C is less than R. By published figures R is 76 (RTX 3090) to 403 (L4), and half of that by the share of their
-arithmetic that steps were seen to reach (rates.py), so with 256 tokens all of them are bound by arithmetic. More tokens
-would take memory and save little: what else a chunk moves, 10 bytes a logit, grows with its tokens."""
+"""A chunk of C tokens reads the head twice, 2 V H numbers, for 4 C V H operations: in 16 bits that is C operations for
+each byte. A card that does R operations in the time in which its memory gives a byte waits for the head where C is less
+than R. By the rates that a step reaches, R is 47 (RTX 3060) to 267 (L4), so 256 tokens are bound by arithmetic. More
+would take memory and save little: all else that a chunk moves, LOGIT_PASSES for each logit, grows with its tokens."""
 
 MOST_CHUNKS = 64
 """Of one call: a long context takes larger chunks, which are little to it, and reads the head no more often."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_kernels.registry import define, from_triton
 
-PARTS = 16
+FEWEST_PARTS = 16
 """Into which tokens or columns are cut where plain torch needs a second tensor."""
 
 
@@ -89,10 +89,10 @@ def softmax_loss_workspace_bytes(logits: Tensor, softcap: float | None, with_gra
     size = torch.promote_types(logits.dtype, torch.float32).itemsize
     inside = 0
     if logits.element_size() < size:
-        tokens = -(tokens // -PARTS)
+        tokens = -(tokens // -FEWEST_PARTS)
         inside += tokens * vocabulary * size
     if softcap is not None and with_gradient:
-        inside += tokens * -(vocabulary // -PARTS) * size
+        inside += tokens * -(vocabulary // -FEWEST_PARTS) * size
     return inside + 4 * tokens * size
 
 
@@ -132,7 +132,7 @@ def _through_softcap_(
     The capped logits are read back from the probabilities, a few columns at a time, instead of being kept: where a
     probability is too small for that, so is its product. The target's own is exact.
     """
-    for part in probabilities.tensor_split(PARTS, dim=1):
+    for part in probabilities.tensor_split(FEWEST_PARTS, dim=1):
         capped = part.log().add_(log_normalizer).clamp_(-softcap, softcap)
         part.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
         del capped
@@ -140,7 +140,7 @@ def _through_softcap_(
 
 
 def _row_parts(tokens: int) -> list[slice]:
-    rows = max(-(tokens // -PARTS), 1)
+    rows = max(-(tokens // -FEWEST_PARTS), 1)
     return [slice(start, start + rows) for start in range(0, tokens, rows)]
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from qlora_kernels import softmax_loss
 
-BLOCK = 4096
+LOGITS_PER_TURN = 4096
 SOFTMAX_LOSS_OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}  # fewer roundings
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32: next to -inf it is a number, and their difference -inf
 
 
 @triton.jit
 def tanh(x):  # type: ignore[no-untyped-def]
-    """Compute tanh in fp32, to about an ulp."""  # noqa: DOC101, DOC103, DOC107, DOC201
+    """Compute tanh in fp32, to about an ulp."""  # noqa: DOC101, DOC103, DOC106, DOC107, DOC201
     # As Cephes' tanhf: a polynomial near zero, where the other form loses digits.
     square = x * x
     near = -5.70498872745e-3 * square + 2.06390887954e-2
@@ -131,7 +131,7 @@ def softmax_loss_triton(
                 HAS_BIAS=bias is not None,
                 HAS_CAP=softcap is not None,
                 WITH_GRADIENT=with_gradient,
-                BLOCK=BLOCK,
+                BLOCK=LOGITS_PER_TURN,
                 **SOFTMAX_LOSS_OPTIONS,
             )
     return losses

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from random_tensors import normal64
 from torch import Tensor
 
-from qlora_kernels.softmax_loss import PARTS, softmax_loss_, softmax_loss_torch, softmax_loss_workspace_bytes
+from qlora_kernels.softmax_loss import FEWEST_PARTS, softmax_loss_, softmax_loss_torch, softmax_loss_workspace_bytes
 from qlora_trainer.planning.live_bytes import LiveBytes
 
 OPTIONS: list[dict[str, float]] = [{}, {"softcap": 2.5}, {"logit_scale": 0.3}, {"softcap": 4.0, "logit_scale": 1.7}]
@@ -40,7 +40,7 @@ def test_losses_and_gradient_are_those_of_autograd(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("tokens", [1, PARTS, 2 * PARTS + 5])
+@pytest.mark.parametrize("tokens", [1, FEWEST_PARTS, 2 * FEWEST_PARTS + 5])
 def test_logits_of_16_bits_give_the_losses_of_fp32_and_their_gradient_rounded_once(
     tokens: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:

@@ -37,8 +37,9 @@ def run(function: Any, logits: Tensor, targets: Tensor, settings: Settings) -> t
 
 
 def assert_errs_no_more(logits: Tensor, targets: Tensor, settings: Settings) -> None:
-    bias, *others = settings
-    exact = run(softmax_loss_torch, logits.double(), targets, (None if bias is None else bias.double(), *others))
+    bias, softcap, logit_scale = settings
+    wide_bias = None if bias is None else bias.double()
+    exact = run(softmax_loss_torch, logits.double(), targets, (wide_bias, softcap, logit_scale))
     found, plain = (run(function, logits, targets, settings) for function in (softmax_loss_triton, softmax_loss_torch))
     for mine, other, truth in zip(found, plain, exact, strict=True):
         assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
@@ -47,7 +48,7 @@ def assert_errs_no_more(logits: Tensor, targets: Tensor, settings: Settings) -> 
 
 
 # One number; one token; an odd vocabulary; one of a block exactly, and of several blocks, the last of one column.
-SHAPES = [(1, 1), (1, 7), (3, 101), (2, module.BLOCK), (2, 2 * module.BLOCK + 1)]
+SHAPES = [(1, 1), (1, 7), (3, 101), (2, module.LOGITS_PER_TURN), (2, 2 * module.LOGITS_PER_TURN + 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
