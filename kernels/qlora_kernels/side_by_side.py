@@ -50,11 +50,12 @@ def cpu_generator() -> torch.Generator:
     return _WORKER.generator or torch.default_generator
 
 
-def run_at_once(tasks: Sequence[Callable[[], _Result]]) -> list[_Result]:
+def run_at_once(tasks: Sequence[Callable[[], _Result]], *, draws: bool = False) -> list[_Result]:
     """Call functions at once, the first in this thread, and divide torch's threads among them.
 
     Args:
-        tasks: draw random numbers from `cpu_generator`, whose seeds are drawn in order from torch's global one.
+        tasks: draw no random numbers but from `cpu_generator`.
+        draws: give each a generator, whose seeds are drawn in order from torch's global one; False: they draw none.
 
     Returns:
         Their results, in order.
@@ -66,7 +67,7 @@ def run_at_once(tasks: Sequence[Callable[[], _Result]]) -> list[_Result]:
     if len(tasks) == 1:
         return [tasks[0]()]
     threads = torch.get_num_threads()
-    seeds = torch.randint(2**63 - 1, (len(tasks),), device="cpu").tolist()
+    seeds = torch.randint(2**63 - 1, (len(tasks),), device="cpu").tolist() if draws else [None] * len(tasks)
     random = torch.get_rng_state()
     outcomes: dict[int, tuple[bool, Any]] = {}
 
@@ -98,9 +99,10 @@ def run_at_once(tasks: Sequence[Callable[[], _Result]]) -> list[_Result]:
 
 
 @contextmanager
-def _as_worker(number: int, seed: int) -> Iterator[None]:
+def _as_worker(number: int, seed: int | None) -> Iterator[None]:
     before = _WORKER.number, _WORKER.generator
-    _WORKER.number, _WORKER.generator = number, torch.Generator("cpu").manual_seed(seed)
+    _WORKER.number = number
+    _WORKER.generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
     try:
         yield
     finally:

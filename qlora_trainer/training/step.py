@@ -93,9 +93,8 @@ def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
     """
     try:
         with attention_for(state.model, pack):
-            losses = run_at_once(
-                [partial(_run, state, part, label_tokens) for part in pack.parts or (pack,) if part.label_tokens]
-            )
+            parts = [part for part in pack.parts or (pack,) if part.label_tokens]
+            losses = run_at_once([partial(_run, state, part, label_tokens) for part in parts], draws=True)
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
     except DrewRandomNumbersError as error:
         raise TrainingError(

@@ -56,15 +56,23 @@ def test_an_error_is_raised_once_all_have_ended() -> None:
 
 def test_each_draws_its_own_numbers_and_the_same_again() -> None:
     torch.manual_seed(3)
-    first = run_at_once([draw_seed] * 3)
-    then = run_at_once([draw_seed] * 3)
+    first = run_at_once([draw_seed] * 3, draws=True)
+    then = run_at_once([draw_seed] * 3, draws=True)
     torch.manual_seed(3)
-    again = run_at_once([draw_seed] * 3)
+    again = run_at_once([draw_seed] * 3, draws=True)
     assert [int(seed) for seed in first] == [int(seed) for seed in again]
     assert len({int(seed) for seed in first + then}) == 6
     assert cpu_generator() is torch.default_generator
 
 
-def test_numbers_drawn_from_the_global_generator_are_an_error() -> None:
+@pytest.mark.parametrize("draws", [True, False])
+def test_numbers_drawn_from_the_global_generator_are_an_error(draws: bool) -> None:
     with pytest.raises(DrewRandomNumbersError):
-        run_at_once([lambda: torch.rand(1), lambda: torch.ones(1)])
+        run_at_once([lambda: torch.rand(1), lambda: torch.ones(1)], draws=draws)
+
+
+def test_functions_that_draw_none_leave_the_generator_alone() -> None:
+    """Or an evaluation in between would change the masks of the training steps after it."""
+    before = torch.get_rng_state()
+    run_at_once([lambda: torch.ones(1)] * 2)
+    assert torch.equal(torch.get_rng_state(), before)

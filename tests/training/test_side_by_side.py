@@ -67,7 +67,9 @@ def test_parts_that_run_at_once_give_the_gradient_of_the_whole(
         run = started(config(f"run-{workers}", training=changes, data={"packing": is_packed}))
         assert max(len(pack.parts) for pack in run.state.loader.peek()) == (0 if workers == 1 else 2)
         found[workers] = gradient(run)
+        random = torch.get_rng_state()
         losses[workers] = measure_eval(run.state, run.prepared.eval)
+        assert torch.equal(torch.get_rng_state(), random)
     # Sums in fp32 in another order; a part that is lost, or counted twice, is half of it.
     assert 0 < (found[1] - found[2]).norm() < 1e-5 * found[1].norm()
     assert losses[2] == pytest.approx(losses[1], rel=1e-6)

@@ -101,7 +101,7 @@ class NF4Linear(nn.Module):
                 shape=(self.out_features, self.in_features),
                 block_size=BLOCK_SIZE,
                 nested_block_size=NESTED_BLOCK_SIZE,
-                workspace=self.workspaces[number] if self.workspaces else None,
+                workspace=self.workspaces[number] if number < len(self.workspaces) else None,
             )
         return kept
 
