@@ -299,9 +299,15 @@ def step_by_step(
     return loss, gradient
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [*OPTIONS, {"softcap": 30.0}])
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 5), (200, 3001), (300, 32_000)])
+BITS = [
+    (tokens, vocabulary, options, dtype)
+    for tokens, vocabulary in ((1, 5), (200, 3001))
+    for options in (*OPTIONS, {"softcap": 30.0})
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "options", "dtype"), [*BITS, (300, 32_000, {}, torch.float32)])
 def test_a_cpu_computes_the_bits_that_it_always_did(
     tokens: int, vocabulary: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
