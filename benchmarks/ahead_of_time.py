@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora_kernels import gated_triton, nf4_matmul_triton, nf4_triton, rms_norm_triton, rotary_triton
+from qlora_kernels import (
+    gated_triton,
+    nf4_matmul_triton,
+    nf4_triton,
+    rms_norm_triton,
+    rotary_triton,
+    softmax_loss_triton,
+)
 
 # Shared memory that one block may ask for, in bytes (CUDA C++ Programming Guide, technical specifications by compute
 # capability): 64, 163, 99, 99, 227, 227 and 99 KiB.
@@ -98,7 +105,7 @@ def _numbers(pattern: str, text: str) -> list[int]:
 
 def cases() -> dict[str, Case]:
     """List every kernel, as the largest layers of a 7B launch it, by name."""
-    return {**_dequantize(), **_multiply_few(), **_norm(), **_gated(), **_rotate()}
+    return {**_dequantize(), **_multiply_few(), **_norm(), **_gated(), **_rotate(), **_softmax_loss()}
 
 
 _TABLES = {
@@ -213,3 +220,30 @@ def _rotate() -> dict[str, Case]:
         multiples_of_16=("heads", "half", "table_row", "table_token", *strides),
     )
     return {"rotate bf16, heads of 128": case}
+
+
+def _softmax_loss() -> dict[str, Case]:
+    def case(dtype: str, has_bias: bool = False, has_cap: bool = False, with_gradient: bool = True) -> Case:
+        module = softmax_loss_triton
+        return Case(
+            kernel=module.softmax_loss_kernel,
+            signature=dict.fromkeys(("logits_ptr", "bias_ptr"), f"*{dtype}")
+            | {"targets_ptr": "*i64", "losses_ptr": "*fp32"}
+            | {"columns": "i32", "stride": "i32", "softcap": "fp32", "logit_scale": "fp32"},
+            constants={
+                "HAS_BIAS": has_bias,
+                "HAS_CAP": has_cap,
+                "WITH_GRADIENT": with_gradient,
+                "BLOCK": module.LOGITS_PER_TURN,
+            },
+            options=module.SOFTMAX_LOSS_OPTIONS,
+            multiples_of_16=("columns", "stride"),
+            is_variant=dtype != "bf16" or has_cap or not with_gradient,
+        )
+
+    return {
+        "softmax_loss bf16": case("bf16"),
+        "softmax_loss bf16, without gradient": case("bf16", with_gradient=False),
+        "softmax_loss fp16, with bias and soft cap": case("fp16", has_bias=True, has_cap=True),
+        "softmax_loss fp32": case("fp32"),
+    }

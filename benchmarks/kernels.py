@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from benchmarks.bytes_moved import Moved, moved
 from qlora_kernels.gated import gated_gradients, gated_product
+from qlora_kernels.linear_cross_entropy import FEWEST_ON_A_CARD
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4
 from qlora_kernels.nf4_matmul import multiply, multiply_few
 from qlora_kernels.rms_norm import rms_norm
 from qlora_kernels.rotary import rotate
+from qlora_kernels.softmax_loss import softmax_loss_
 from qlora_trainer.planning.speed.cards import TABLE, CardFigures
 from qlora_trainer.weights.nf4 import load_bitsandbytes
 
@@ -115,11 +117,26 @@ def our_gated_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Any:
     return gated_product(gate, up, "silu"), gated_gradients(grad, gate, up, "silu")
 
 
+def our_loss(logits: Tensor) -> Tensor:
+    """Compute the loss; the logits become their gradient."""
+    return softmax_loss_(logits, torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device))
+
+
+def library_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss as transformers does, and the gradient of the logits."""
+    wide = logits.to(FP32, copy=True).requires_grad_()
+    targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    with torch.enable_grad():
+        loss = F.cross_entropy(wide, targets, reduction="sum")
+    return loss, torch.autograd.grad(loss, wide)[0].to(logits.dtype)
+
+
 def operations() -> dict[str, Operation]:
     """List every operation, on a layer's tensors for TOKENS tokens; few tokens are one."""
     weight, few = nf4_inputs(HIDDEN, INTERMEDIATE), [((1, INTERMEDIATE), BF16)]
     norm: Inputs = [((TOKENS, HIDDEN), BF16), ((HIDDEN,), BF16)]
     mlp: Inputs = [((TOKENS, INTERMEDIATE), BF16)] * 2
+    logits: Inputs = [((FEWEST_ON_A_CARD, VOCABULARY), BF16)]
     head = HIDDEN // HEADS
     attention: Inputs = [((1, HEADS, TOKENS, head), BF16)] * 2 + [((1, TOKENS, head), BF16)] * 2
 
@@ -159,6 +176,9 @@ def operations() -> dict[str, Operation]:
             Work(our_rotary, attention, gradients=2),
             {"library": Work(library_rotary, attention, gradients=2)},
             a_layer=1,
+        ),
+        f"loss and gradient of {FEWEST_ON_A_CARD} tokens": Operation(
+            Work(our_loss, logits), {"library": Work(library_loss, logits)}
         ),
     }
 

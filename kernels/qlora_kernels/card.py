@@ -1,4 +1,4 @@
-"""Describe the CUDA card that attention is computed on, or planned for, and say what it takes there.
+"""Describe the CUDA card that is computed on, or planned for, and say what attention takes there.
 
 A plan has a card without having one: tensors without memory are then treated as if they were on it.
 """
@@ -144,7 +144,7 @@ _PLANNED_FOR: ContextVar[Card | None] = ContextVar("planned_for", default=None)
 
 @contextmanager
 def planned_for(card: Card | None) -> Iterator[None]:
-    """Make attention in the block treat tensors that are on no card, those of a plan, as it would on `card`.
+    """Make attention and loss in the block treat tensors that are on no card, those of a plan, as they would on `card`.
 
     Args:
         card: to plan for; None: a CPU.

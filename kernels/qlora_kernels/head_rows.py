@@ -3,8 +3,8 @@
 A head that is held in 4 or 8 bits is never whole in the dtype of computation: products with it go over blocks of at
 most BLOCK_ELEMENTS elements. A dense head in the dtype of computation is used as it is.
 
-fp32 logits of 16-bit products are widened in place, and their gradients narrowed in place, so that no second tensor of
-their size exists.
+Where fp32 logits of 16-bit products are wanted, as on a CPU, they are widened in place, and their gradients narrowed in
+place, so that no second tensor of their size exists.
 
 Legend: N tokens, H hidden size, V vocabulary.
 """
@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.products import linear
+from qlora_kernels.softmax_loss import FEWEST_PARTS
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the head made at once: 32 MiB in 16 bits."""
-
-FEWEST_BLOCKS = 16
-"""Into which a vocabulary is cut where it is not taken whole."""
 
 _READ_PAST = 64  # columns
 
@@ -87,21 +85,26 @@ def multiply_by_head(
     hidden: Tensor,  # (N, H)
     head: HeadRows,
     dtype: torch.dtype,  # hidden's, or fp32 where that has 16 bits
+    row_multiple: int = 1,
 ) -> Tensor:  # (N, V) in `dtype`
     """Compute hidden @ head.T, multiplied in hidden's dtype, without a second tensor of the result's size.
 
     Args:
         hidden: in the dtype of computation.
         head: the matrix.
-        dtype: of the result.
+        dtype: of the result; hidden's, if rows are to begin at multiples.
+        row_multiple: rows of the result begin at multiples of so many numbers; what lies between two is not set.
 
     Returns:
         The logits.
     """
     vocabulary, _ = head.shape
-    if _is_ready(head, hidden.dtype) and dtype == hidden.dtype:
+    step = -(vocabulary // -row_multiple) * row_multiple
+    if _is_ready(head, hidden.dtype) and dtype == hidden.dtype and step == vocabulary:
         return linear(hidden, head.rows(0, vocabulary, dtype))
-    out = hidden.new_empty((hidden.shape[0], vocabulary), dtype=dtype)
+    out = hidden.new_empty((hidden.shape[0], step), dtype=dtype)[:, :vocabulary]
+    if _is_ready(head, hidden.dtype) and dtype == hidden.dtype:
+        return torch.mm(hidden, head.rows(0, vocabulary, dtype).T, out=out)
     if _is_ready(head, hidden.dtype):
         product = out.view(hidden.dtype)[:, :vocabulary]
         torch.mm(hidden, head.rows(0, vocabulary, hidden.dtype).T, out=product)
@@ -126,10 +129,10 @@ def multiply_by_head_transposed_(
 ) -> Tensor:  # (N, H) in `dtype`
     """Compute grad @ head, multiplied in `dtype`, without a second tensor of grad's size.
 
-    Products of blocks are summed in grad's own dtype.
+    Products of blocks are summed in fp32, or in fp64.
 
     Args:
-        grad: of the logits.
+        grad: of the logits; rows may lie apart where it has `dtype`.
         head: the matrix.
         dtype: of the result.
 
@@ -139,14 +142,14 @@ def multiply_by_head_transposed_(
     vocabulary, hidden_size = head.shape
     if _is_ready(head, dtype):
         low = grad.view(dtype)[:, :vocabulary]
-        if low.dtype != grad.dtype:
+        if dtype != grad.dtype:
             for block in _cut(vocabulary):  # as above, from the left
                 low[:, block] = grad[:, block].to(dtype)
             # Some processors' products of 16 bits read past an odd number of columns, and multiply that by zero: bits
             # of old gradients may be NaN there.
             grad.view(dtype)[:, vocabulary : vocabulary + _READ_PAST] = 0
         return linear(low, head.rows(0, vocabulary, dtype).T)
-    total = grad.new_zeros((grad.shape[0], hidden_size))
+    total = grad.new_zeros((grad.shape[0], hidden_size), dtype=torch.promote_types(grad.dtype, torch.float32))
     for block in _cut(*head.shape):
         total += grad[:, block].to(dtype) @ head.rows(block.start, block.stop, dtype)
     return total.to(dtype)
@@ -158,7 +161,7 @@ def _is_ready(head: HeadRows, dtype: torch.dtype) -> bool:
 
 def _cut(vocabulary: int, hidden_size: int = 1) -> list[slice]:
     """Cut the vocabulary into blocks."""
-    rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -FEWEST_BLOCKS)), 1)
+    rows = max(min(BLOCK_ELEMENTS // hidden_size, -(vocabulary // -FEWEST_PARTS)), 1)
     return [slice(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
 
 

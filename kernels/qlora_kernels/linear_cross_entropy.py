@@ -1,10 +1,16 @@
 """Compute cross entropy straight from the hidden states, without ever holding the logits of all tokens.
 
-For a large vocabulary the logits (tokens x vocabulary, fp32, and their gradient) are the peak of a training step. Here
-only tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
-probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one fp32 tensor of the chunk's
-logits, products of lower precision too (head_rows.py). What is kept for backward is a tensor of the hidden states'
-size. The head is frozen, as everything in QLoRA but the adapters; it gets no gradient.
+For a large vocabulary the logits (tokens x vocabulary, and their gradient) are the peak of a training step. Here only
+tokens with a label take part, a chunk of them at a time, and each chunk's gradient is made in forward, while its
+probabilities exist: softmax - one_hot, times the head. All of it happens in place, in one tensor of the chunk's logits.
+What is kept for backward is a tensor of the hidden states' size. The head is frozen, as everything in QLoRA but the
+adapters; it gets no gradient.
+
+On a card the logits stay in the dtype of the products, which has rounded them: one kernel computes from them in fp32
+and rounds their gradient once, which the next product takes as it is. A logit is written, read twice, overwritten and
+read: 5 times its size, so 10 bytes moved in 16 bits, 20 in fp32. On a CPU the logits are fp32, products of lower
+precision are widened and narrowed in place (head_rows.py), and there are more passes: in 16 bits 56 bytes a logit, as
+once on a card too (`python -m benchmarks.bytes_moved`).
 
 Legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -15,19 +21,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.head_rows import FEWEST_BLOCKS, DenseRows, HeadRows, multiply_by_head, multiply_by_head_transposed_
+from qlora_kernels.card import card_of
+from qlora_kernels.head_rows import DenseRows, HeadRows, multiply_by_head, multiply_by_head_transposed_
 from qlora_kernels.registry import define
+from qlora_kernels.softmax_loss import softmax_loss_
 
 IGNORED = -100
 """The label of a token that is not trained, as in torch's cross_entropy and transformers."""
 
 CHUNK_BYTES = 32 * 2**20
-"""Of a chunk's logits in fp32, as far as FEWEST_TOKENS and MOST_TOKENS allow."""
+"""Of a chunk's logits, as far as the fewest and MOST_TOKENS allow."""
 
 FEWEST_TOKENS, MOST_TOKENS = 64, 1024
 
+FEWEST_ON_A_CARD = 256
+"""A chunk of C tokens reads the head twice, 2 V H numbers, for 4 C V H operations: in 16 bits that is C operations for
+each byte. A card that does R operations in the time in which its memory gives a byte waits for the head where C is less
+than R. By the rates that a step reaches, R is 47 (RTX 3060) to 267 (L4), so 256 tokens are bound by arithmetic. More
+would take memory and save little: all else that a chunk moves, LOGIT_PASSES for each logit, grows with its tokens."""
+
 MOST_CHUNKS = 64
 """Of one call: a long context takes larger chunks, which are little to it, and reads the head no more often."""
+
+ALIGNED = 16
+"""Numbers, at multiples of which a row of logits begins on a card: else its tensor cores take slower ways."""
+
+LOGIT_PASSES = 5
+"""How often a logit is read or written on a card: by the product, twice and once by the loss, by the next product."""
 
 
 def linear_cross_entropy(
@@ -46,7 +66,8 @@ def linear_cross_entropy(
     Logits are z = (hidden @ head.T + bias) * logit_scale, then softcap * tanh(z / softcap) where given. Products are in
     hidden's dtype, all else in fp32 (fp64 for fp64 input). The gradient goes to hidden only, in its dtype; rows without
     a label get zero and never enter the arithmetic. Backward can be called once. Memory beyond the hidden states and
-    their gradient: one (C, V) in fp32, and where the head or its products are not used as they are, a block of them.
+    their gradient: one (C, V), on a card in hidden's dtype, else in fp32, and where the head or its products are not
+    used as they are, a block of them.
 
     Args:
         hidden: of any number of documents.
@@ -64,7 +85,10 @@ def linear_cross_entropy(
     rows = DenseRows(head) if isinstance(head, Tensor) else head
     if label_rows is None:
         label_rows = torch.ops.qlora_kernels.label_rows(labels)
-    settings = (label_rows, softcap, logit_scale, chunk_tokens or tokens_of_a_chunk(rows.shape[0], hidden.shape[0]))
+    on_card = card_of(hidden) is not None
+    if chunk_tokens is None:
+        chunk_tokens = tokens_of_a_chunk(rows.shape[0], hidden.shape[0], hidden.element_size(), on_card=on_card)
+    settings = (label_rows, softcap, logit_scale, chunk_tokens, on_card)
     if not torch.is_grad_enabled():
         return _loss_and_gradient(hidden, rows, labels, bias, *settings, with_gradient=False)[0]
     frozen = not any(tensor.requires_grad for tensor in (head, bias) if isinstance(tensor, Tensor))
@@ -72,19 +96,22 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden, rows, labels, bias, *settings)
 
 
-def tokens_of_a_chunk(vocabulary: int, tokens: int) -> int:
-    """Choose how many tokens form a chunk, a multiple of FEWEST_TOKENS.
+def tokens_of_a_chunk(vocabulary: int, tokens: int, itemsize: int, *, on_card: bool) -> int:
+    """Choose how many tokens form a chunk, a multiple of the fewest: FEWEST_TOKENS, on a card FEWEST_ON_A_CARD.
 
     Args:
         vocabulary: V.
         tokens: T.
+        itemsize: bytes of a number of the hidden states.
+        on_card: hidden states are on a CUDA card, or planned for one.
 
     Returns:
         The number whose logits have about CHUNK_BYTES, or a MOST_CHUNKS-th of all tokens, whichever is more.
     """
-    fitting = CHUNK_BYTES // (4 * vocabulary) // FEWEST_TOKENS * FEWEST_TOKENS
-    share = -(-tokens // (MOST_CHUNKS * FEWEST_TOKENS)) * FEWEST_TOKENS
-    return max(min(max(fitting, FEWEST_TOKENS), MOST_TOKENS), share)
+    fewest = FEWEST_ON_A_CARD if on_card else FEWEST_TOKENS
+    fitting = CHUNK_BYTES // ((itemsize if on_card else 4) * vocabulary) // fewest * fewest
+    share = -(-tokens // (MOST_CHUNKS * fewest)) * fewest
+    return max(min(max(fitting, fewest), MOST_TOKENS), share)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -98,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradient, ctx.gradient = ctx.gradient, None
         assert gradient is not None, "linear_cross_entropy gives its gradient away in backward: it can be called once"
-        return (gradient.mul_(grad_loss), *([None] * 7))
+        return (gradient.mul_(grad_loss), *([None] * 8))
 
 
 def _loss_and_gradient(
@@ -110,59 +137,27 @@ def _loss_and_gradient(
     softcap: float | None,
     logit_scale: float,
     chunk_tokens: int,
+    on_card: bool,
     *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:  # () and (T, H)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits_dtype, row_multiple = (hidden.dtype, ALIGNED) if on_card else (dtype, 1)
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     gradient = torch.zeros_like(hidden) if with_gradient else None
     for rows in label_rows.split(chunk_tokens):
         targets = labels.index_select(0, rows).unsqueeze(1)  # (C, 1)
         chunk = hidden.index_select(0, rows)  # (C, H)
-        logits = multiply_by_head(chunk, head, dtype)  # (C, V)
+        logits = multiply_by_head(chunk, head, logits_dtype, row_multiple)  # (C, V)
         del chunk
-        if bias is not None:
-            logits += bias
-        if logit_scale != 1.0:
-            logits *= logit_scale
-        if softcap is not None:
-            logits.div_(softcap).tanh_().mul_(softcap)
-        target_logits = logits.gather(1, targets)  # (C, 1)
-        largest = logits.amax(dim=1, keepdim=True)
-        sums = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
-        log_normalizer = sums.log() + largest
-        loss += (log_normalizer - target_logits).sum()
-        if gradient is not None:
-            probabilities = logits.div_(sums)
-            if softcap is None:
-                probabilities.scatter_add_(1, targets, torch.full_like(sums, -1.0))
-            else:
-                _through_softcap_(probabilities, log_normalizer, targets, target_logits, softcap)
-            if logit_scale != 1.0:
-                probabilities *= logit_scale
-            gradient.index_copy_(0, rows, multiply_by_head_transposed_(probabilities, head, hidden.dtype))
-            del probabilities
+        losses = softmax_loss_(
+            logits, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, with_gradient=with_gradient
+        )
+        loss += losses.sum()
+        if gradient is not None:  # the logits are their gradient now
+            gradient.index_copy_(0, rows, multiply_by_head_transposed_(logits, head, hidden.dtype))
         del logits  # or they would still be there when the next chunk's are made
     return loss, gradient
-
-
-def _through_softcap_(
-    probabilities: Tensor,  # (C, V); becomes the gradient of the logits before the cap
-    log_normalizer: Tensor,  # (C, 1)
-    targets: Tensor,  # (C, 1)
-    target_logits: Tensor,  # (C, 1), capped
-    softcap: float,
-) -> None:
-    """Multiply (probabilities - one_hot) by the slope of softcap * tanh(z / softcap), 1 - (capped / softcap)^2.
-
-    The capped logits are read back from the probabilities, a few columns at a time, instead of being kept: where a
-    probability is too small for that, so is its product. The target's own is exact.
-    """
-    for part in probabilities.tensor_split(FEWEST_BLOCKS, dim=1):
-        capped = part.log().add_(log_normalizer).clamp_(-softcap, softcap)
-        part.mul_(capped.div_(softcap).square_().neg_().add_(1.0))
-        del capped
-    probabilities.scatter_add_(1, targets, (target_logits / softcap).square_().sub_(1.0))
 
 
 def _label_rows(labels: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class FakeRun:
     Training reads a loss, a norm, and whether it is finite; so a plan sees a finite loss and norm.
 
     Args:
-        card: attention goes as on this card; None: as where the tensors are.
+        card: attention and loss go as on this card; None: as where the tensors are.
     """
 
     def __init__(self, card: Card | None = None) -> None:

@@ -17,6 +17,7 @@ from qlora_kernels.blockwise_attention import blockwise_workspace_bytes
 from qlora_kernels.card import Card
 from qlora_kernels.rms_norm import norm_workspace_bytes
 from qlora_kernels.rotary import rotary_workspace_bytes
+from qlora_kernels.softmax_loss import softmax_loss_workspace_bytes
 from qlora_kernels.torch_features import varlen_attention_arguments
 from qlora_kernels.torch_internals import (
     OpOverload,
@@ -107,6 +108,7 @@ def workspaces_on_cpu() -> Workspaces:
         torch.ops.qlora_kernels.rms_norm.default: functools.partial(rms_norm_bytes, backward=False),
         torch.ops.qlora_kernels.rms_norm_backward.default: functools.partial(rms_norm_bytes, backward=True),
         torch.ops.qlora_kernels.rotate.default: lambda arguments: rotary_workspace_bytes(arguments[0]),
+        torch.ops.qlora_kernels.softmax_loss.default: softmax_loss_bytes,
         update_32bit: adamw_32bit_bytes,
         update_8bit: adamw_8bit_bytes,
     }
@@ -239,3 +241,16 @@ def rms_norm_bytes(arguments: tuple[Any, ...], *, backward: bool) -> int:
         Bytes.
     """
     return norm_workspace_bytes(arguments[1 if backward else 0], backward=backward)
+
+
+def softmax_loss_bytes(arguments: tuple[Any, ...]) -> int:
+    """Compute what the loss in plain torch uses inside; on CUDA one kernel keeps it in registers.
+
+    Args:
+        arguments: of the operation.
+
+    Returns:
+        Bytes.
+    """
+    logits, _, _, softcap, _, with_gradient = arguments
+    return softmax_loss_workspace_bytes(logits, softcap, with_gradient)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from benchmarks.bytes_moved import Moved, moved
+from benchmarks import bytes_moved
+from benchmarks.bytes_moved import Moved, logit_bytes, moved
+from qlora_kernels.linear_cross_entropy import LOGIT_PASSES
+from qlora_trainer.planning.speed.cost import LOGIT_BYTES_ON_CPU
 
 pytest.importorskip("triton")
 from benchmarks import kernels
@@ -26,6 +29,35 @@ def test_counting_follows_reads_writes_and_passes() -> None:
     assert moved(lambda x: x * 2.0, x, gradients=1) == Moved(128, 1)
 
 
+def test_counting_by_an_index_takes_as_many_numbers_as_the_index_has() -> None:
+    x, index = ((8, 4), BF16), ((8, 1), torch.int64)
+    assert moved(lambda x, index: x.gather(1, index), x, index) == Moved(8 * (8 + 2 + 2), 1)
+    assert moved(lambda x, i, y: x.scatter_add_(1, i, y), x, index, ((8, 1), BF16)) == Moved(8 * (8 + 3 * 2), 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"logit_scale": 0.1}])
+@pytest.mark.parametrize(("dtype", "expected"), [(BF16, 10), (torch.float16, 10), (torch.float32, 20)])
+def test_the_loss_moves_at_most_20_bytes_a_logit_on_a_card(
+    dtype: torch.dtype, expected: int, options: dict[str, float]
+) -> None:
+    """Of which the product writes and reads two: what is between them reads twice and writes once."""
+    assert expected == LOGIT_PASSES * dtype.itemsize
+    assert logit_bytes(dtype, on_card=True, **options) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_loss_moves_56_bytes_a_logit_of_16_bits_in_plain_torch() -> None:
+    """Product 2, widened 4 + 6, largest 4, less it 8, exponential 8, sum 4, divided 8, narrowed 6 + 4, product 2."""
+    assert logit_bytes(BF16, on_card=False) == pytest.approx(56, abs=0.01)
+    assert LOGIT_BYTES_ON_CPU == 56
+
+
+def test_the_losss_figures_are_printed_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    bytes_moved.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["bfloat16", "56.0", "10.0"] in lines
+    assert ["2,048", "64,", "31.3", "67.2", "256,", "62.6", "16.8"] in lines
+
+
 def test_dequantizing_reads_the_four_bits_and_their_scales_once_and_writes_once(rows: dict[str, kernels.Row]) -> None:
     elements = 4096 * 11008
     tables = elements // 2 + elements // 64 + 4 * elements // (64 * 256) + 4 * 256 + 4
@@ -39,6 +71,12 @@ def test_norms_read_and_write_their_rows_once(rows: dict[str, kernels.Row]) -> N
     rows_bytes, inverse, weight = 2 * 2048 * 4096, 4 * 2048, 2 * 4096
     assert rows["RMSNorm"].ours == Moved(2 * rows_bytes + inverse + weight, 1)
     assert rows["RMSNorm, backward"].ours == Moved(3 * rows_bytes + inverse + weight, 1)
+
+
+def test_the_loss_reads_its_logits_twice_and_writes_them_once(rows: dict[str, kernels.Row]) -> None:
+    logits, targets, losses = 2 * 256 * 32_000, 8 * 256, 4 * 256
+    # The targets are filled with zeros first.
+    assert rows["loss and gradient of 256 tokens"].ours == Moved(3 * logits + 2 * targets + losses, 2)
 
 
 def test_ours_moves_less_in_no_more_passes_wherever_it_is_used(rows: dict[str, kernels.Row]) -> None:

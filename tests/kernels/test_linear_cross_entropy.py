@@ -14,6 +14,7 @@ from qlora_kernels.head_rows import HeadRows, head_logits
 from qlora_kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
 from qlora_kernels.linear_cross_entropy import linear_cross_entropy, tokens_of_a_chunk
 from qlora_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
+from qlora_kernels.products import linear
 from qlora_kernels.torch_internals import FakeTensorMode
 from qlora_trainer.planning.live_bytes import LiveBytes
 
@@ -252,9 +253,75 @@ def test_what_is_left_of_wide_gradients_reaches_no_product(dtype: torch.dtype, v
     assert (found.double() - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_a_chunks_logits_take_about_32_mib() -> None:
-    assert [tokens_of_a_chunk(v, 2048) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
-    assert [tokens_of_a_chunk(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
+def test_a_cpus_chunks_logits_take_about_32_mib() -> None:
+    """Whatever the dtype of the hidden states, as its logits are fp32; and 64 chunks are the most."""
+    for itemsize in (2, 4, 8):
+
+        def tokens_of(vocabulary: int, tokens: int, itemsize: int = itemsize) -> int:
+            return tokens_of_a_chunk(vocabulary, tokens, itemsize, on_card=False)
+
+        assert [tokens_of(v, 2048) for v in (1000, 32_000, 49_152, 128_256, 256_000)] == [1024, 256, 128, 64, 64]
+        assert [tokens_of(128_256, tokens) for tokens in (4096, 4097, 131_072)] == [64, 128, 2048]
+
+
+def step_by_step(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    bias: Tensor | None,
+    softcap: Any,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum and its gradient by one operation after another, in the order that a CPU has always had."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    loss, gradient = torch.zeros((), dtype=dtype), torch.zeros_like(hidden)
+    for rows in (labels != -100).nonzero().squeeze(1).split(chunk_tokens):
+        targets, part = labels[rows].unsqueeze(1), hidden[rows]
+        narrow = torch.zeros(len(rows), 2 * len(head), dtype=hidden.dtype)[:, : len(head)]  # with its strides
+        logits = linear(part, head) if dtype == hidden.dtype else torch.mm(part, head.T, out=narrow).to(dtype)
+        logits = (logits if bias is None else logits + bias) * logit_scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        largest, target_logits = logits.amax(1, keepdim=True), logits.gather(1, targets)
+        exponentials = (logits - largest).exp()
+        sums = exponentials.sum(1, keepdim=True)
+        normalizer = sums.log() + largest
+        loss += (normalizer - target_logits).sum()
+        grad = exponentials / sums
+        if softcap is not None:
+            grad *= 1.0 - ((grad.log() + normalizer).clamp(-softcap, softcap) / softcap).square()
+            grad.scatter_add_(1, targets, (target_logits / softcap).square() - 1.0)
+        else:
+            grad.scatter_add_(1, targets, torch.full_like(sums, -1.0))
+        grad *= logit_scale
+        gradient[rows] = linear(grad if dtype == hidden.dtype else narrow.copy_(grad), head.T)
+    return loss, gradient
+
+
+BITS = [
+    (tokens, vocabulary, options, dtype)
+    for tokens, vocabulary in ((1, 5), (200, 3001))
+    for options in (*OPTIONS, {"softcap": 30.0})
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "options", "dtype"), [*BITS, (300, 32_000, {}, torch.float32)])
+def test_a_cpu_computes_the_bits_that_it_always_did(
+    tokens: int, vocabulary: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """In the chunks that it always took: 256 tokens of 32,000 logits."""
+    hidden, head = normal64(tokens, 24, seed=0, dtype=dtype), normal64(vocabulary, 24, seed=1, dtype=dtype)
+    labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(3))
+    labels[1::9] = -100
+    settings = {"softcap": None, "logit_scale": 1.0} | options
+    for bias in (None, normal64(vocabulary, seed=2, dtype=dtype)):
+        found = value_and_gradient(linear_cross_entropy, hidden, head, labels, bias=bias, **options)
+        chunk = 256 if vocabulary == 32_000 else 1024
+        wanted, gradient = step_by_step(hidden, head, labels, chunk, bias, **settings)
+        assert torch.equal(found[0], wanted)
+        assert torch.equal(found[1], 3 * gradient)  # as the incoming gradient there is 3
 
 
 def test_backward_scales_the_gradient_in_place_and_so_only_once() -> None:

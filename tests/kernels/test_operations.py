@@ -39,6 +39,7 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
     "rms_norm": lambda: [normal(3, 5), normal(5, seed=1), 1e-5, "scale_after_cast"],
     "rms_norm_backward": lambda: [normal(3, 5), normal(3, 5), normal(3, 1).exp(), normal(5), "scale_before_cast"],
     "rotate": lambda: [normal(2, 5, 3, 8).transpose(1, 2), normal(1, 5, 8), normal(1, 5, 8, seed=1), True],
+    "softmax_loss": lambda: [normal(3, 70), torch.tensor([[0], [69], [5]]), normal(70, seed=1), 2.0, 0.5, True],
     "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],
 }
 

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_kernels.linear_cross_entropy import tokens_of_a_chunk
+from qlora_kernels.linear_cross_entropy import LOGIT_PASSES, tokens_of_a_chunk
 from qlora_trainer.planning.speed.rates import HOST_OFFLOAD, Rates
 from qlora_trainer.planning.speed.rows import MicroBatches
 from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import TILES, Policy
 from qlora_trainer.training.patches import tile_tokens
 
-LOGIT_BYTES = 56  # moved for each logit of a label token: loss, softmax, gradient (python -m benchmarks.bytes_moved)
+LOGIT_BYTES_ON_CPU = 56  # moved for each logit of a label token in 16 bits (python -m benchmarks.bytes_moved)
 UPDATE_BYTES = 28  # moved for each number of the adapters: gradient, weight, two moments
 
 
@@ -103,9 +103,11 @@ def forward_seconds(shape: Shape, rates: Rates, layout: MicroBatches, trained: f
 
 def _forward(shape: Shape, rates: Rates, layout: MicroBatches, trained: float) -> np.ndarray:
     labels = trained * layout.tokens
-    chunks = np.array([-(-n // tokens_of_a_chunk(shape.vocabulary, int(n) or 1)) for n in labels])
+    on_card = rates.overlaps
+    taken = [tokens_of_a_chunk(shape.vocabulary, int(n) or 1, shape.itemsize, on_card=on_card) for n in labels]
+    logit_bytes = LOGIT_PASSES * shape.itemsize if on_card else LOGIT_BYTES_ON_CPU
     products = 4 * shape.head * labels
-    moved = 2 * chunks * shape.head * shape.itemsize + LOGIT_BYTES * shape.vocabulary * labels
+    moved = 2 * np.ceil(labels / taken) * shape.head * shape.itemsize + logit_bytes * shape.vocabulary * labels
     return _once(shape, rates, layout) + products / rates.products + moved / rates.bandwidth
 
 

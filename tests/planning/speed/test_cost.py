@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_kernels.linear_cross_entropy import FEWEST_ON_A_CARD
 from qlora_trainer.config.load import make_config
 from qlora_trainer.planning.speed.candidates import Pace, candidates, open_policies
 from qlora_trainer.planning.speed.cards import TABLE, card_named
@@ -98,6 +99,30 @@ def test_what_is_offloaded_goes_out_and_back(shape: Shape) -> None:
     assert extra <= expected
     assert seconds(shape, rates, Policy("offload")) == pytest.approx(expected, rel=0.1)
     assert seconds(shape, rates, Policy("full")) == 0
+
+
+@pytest.mark.parametrize(("on_card", "chunk_tokens", "logit_bytes"), [(True, 256, 10), (False, 64, 56)])
+def test_the_head_is_read_twice_a_chunk_and_logits_are_moved(
+    shape: Shape, on_card: bool, chunk_tokens: int, logit_bytes: int
+) -> None:
+    """Of a row of 2,048 tokens, where nothing but memory takes time, and nothing else of it: in 16 bits."""
+    bare = dataclasses.replace(shape, between=0.0, adapters=0)
+    rates = dataclasses.replace(INFINITE, bandwidth=1e12, overlaps=on_card)
+    head = 2 * 2048 / chunk_tokens * VOCABULARY * HIDDEN * 2
+    expected = (head + logit_bytes * 2048 * VOCABULARY) / 1e12
+    assert seconds(bare, rates, Policy("none")) == pytest.approx(expected)
+
+
+def test_by_a_cards_chunk_multiplying_takes_longer_than_reading_the_head() -> None:
+    """In 16 bits as many operations for each byte of the head as the chunk has tokens; on an L4 nearly as long."""
+    waits = {
+        card.name: rates.products / rates.bandwidth / FEWEST_ON_A_CARD
+        for card in TABLE
+        if (rates := rates_of_card(card)).products / rates.bandwidth > FEWEST_ON_A_CARD
+    }
+    assert waits == {"L4": pytest.approx(1.04, abs=0.01)}
+    least = min(rates_of_card(card).products / rates_of_card(card).bandwidth for card in TABLE)
+    assert round(least) == 47
 
 
 def test_one_h200_is_estimated_as_it_was_measured(shape: Shape) -> None:
