@@ -20,6 +20,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.speed import ways
+from qlora_trainer.planning.speed.cards import CAUTIOUS
+from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.run import Run
@@ -148,6 +150,15 @@ def test_a_base_too_small_to_be_planned_takes_one_longest_row_and_says_so(steppe
     assert dict(summarize(run))["micro-batches"] == (
         "of up to 64 tokens: one longest row, as a base this small is not planned"
     )
+
+
+def test_the_first_lines_say_why_no_time_is_estimated(stepped_config: Config) -> None:
+    run = start_run(stepped_config())
+    assert "note" not in dict(summarize(run))
+    run.pace = dataclasses.replace(run.pace, rates=rates_of_card(CAUTIOUS, "Nothing is known.", is_known=False))
+    shown = dict(summarize(run))
+    assert shown["note"] == "Nothing is known."
+    assert "duration" not in shown
 
 
 @pytest.mark.slow
