@@ -176,8 +176,8 @@ class Ways:
             note=" ".join(filter(None, (rates.note, self._pace.note))),
             has_rows=steps.count is not None,
             settings=choice_overrides(chosen.policy, chosen.micro_batch_tokens),
-            following=in_json(following),
-            faster=in_json(self._faster(chosen, card)),
+            following=in_json(following, self._config),
+            faster=in_json(self._faster(chosen, card), self._config),
         )
         return dataclasses.replace(plan, speed=speed)
 
