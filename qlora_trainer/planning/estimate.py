@@ -93,7 +93,7 @@ class FewLayers:
             Bytes; None if that is more than the budget.
         """
         least, most = self._ends
-        if self._of_kept_layers(policy, limit) > budget:
+        if self._of_uncheckpointed(policy, limit) > budget:
             return None
         at_least = self._at(policy, least)
         if at_least > budget:  # more tokens need no less: the larger one is not planned
@@ -115,7 +115,7 @@ class FewLayers:
         key = policy.level, policy.uncheckpointed_layers > 0
         self._corrections[key] = self._corrections.get(key, 0) + planned - estimated
 
-    def _of_kept_layers(self, policy: Policy, limit: int) -> int:
+    def _of_uncheckpointed(self, policy: Policy, limit: int) -> int:
         """Return what a policy needs at least for the layers that keep all, by plans that were made; else 0."""
         if not policy.uncheckpointed_layers or not self.is_planned(Policy("none")):
             return 0

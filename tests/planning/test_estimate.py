@@ -101,7 +101,7 @@ def few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FewLaye
     return FewLayers(ModelDirectory.open(tmp_path), config, [64, 640]), planned
 
 
-def test_kept_layers_that_alone_do_not_fit_need_no_plan_of_the_others(few_layers: Any) -> None:
+def test_uncheckpointed_layers_that_alone_do_not_fit_need_no_plan_of_the_others(few_layers: Any) -> None:
     """Four layers that keep all take 40 bytes a token."""
     estimates, planned = few_layers
     assert estimates.total(Policy("none"), 640, 10**6) == 8 * 10 * 640
@@ -122,7 +122,7 @@ def test_what_was_planned_is_not_planned_for_other_sizes_again(few_layers: Any) 
 
 
 @pytest.mark.slow
-def test_a_plan_never_needs_less_than_its_kept_layers_alone(tmp_path: Path) -> None:
+def test_a_plan_never_needs_less_than_its_uncheckpointed_layers_alone(tmp_path: Path) -> None:
     """Of a run on a CPU, where nothing is wasted."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | SHAPE | {"num_hidden_layers": 6, "vocab_size": 512}))
     config = make_config(
@@ -139,4 +139,4 @@ def test_a_plan_never_needs_less_than_its_kept_layers_alone(tmp_path: Path) -> N
         for tokens in (256, 640):
             policy = Policy("full", uncheckpointed_layers=kept)
             changed = {"training.uncheckpointed_layers": kept, "training.micro_batch_tokens": tokens}
-            assert estimates._of_kept_layers(policy, tokens) <= plan_memory(directory, config.replace(changed)).total
+            assert estimates._of_uncheckpointed(policy, tokens) <= plan_memory(directory, config.replace(changed)).total
