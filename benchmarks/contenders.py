@@ -36,6 +36,7 @@ class Job:
     batch_size: int
     rank: int
     work: str  # an empty directory for what is shared, and for runs
+    micro_batch_tokens: int | None = None  # of ours; None: auto
     device: str = "cpu"  # or cuda: all compute in bf16 there, in fp32 here, but for TRL
 
 
@@ -120,6 +121,7 @@ def ours(job: Job, activations: str) -> Result:
                 "max_steps": job.steps,
                 "global_batch_size": job.batch_size,
                 "activation_checkpointing": activations,
+                "micro_batch_tokens": job.micro_batch_tokens or "auto",
             },
         }
     )
@@ -137,7 +139,8 @@ def ours(job: Job, activations: str) -> Result:
     meter = Meter(job.device)
     run.train(lambda record: meter.note(record["loss"], record["tokens"] / record["tokens_per_second"]))
     packed = f"packed into micro-batches of up to {run.state.loader.micro_batch_tokens} tokens"
-    settings = f"{run.config.optimizer.name}, {packed}, {run.state.policy}, {_dtype(job)}"
+    at_once = f"parts of them at once on {run.state.workers} threads where they divide evenly"
+    settings = f"{run.config.optimizer.name}, {packed}, {at_once}, {run.state.policy}, {_dtype(job)}"
     return meter.result(rows, is_padded=False, settings=settings)
 
 

@@ -1,7 +1,8 @@
 """Measure trained tokens a second and peak private memory on a CPU: ours, a peft + bitsandbytes loop, and TRL.
 
-    python -m benchmarks.cpu_training MODEL ROWS [--steps N] [--batch-size N] [--rank R] [--threads N]
-                                      [--allocator returning|default] [--trl-python PYTHON] [--without NAME ...]
+    python -m benchmarks.cpu_training MODEL ROWS [--steps N] [--batch-size N] [--rank R] [--threads N ...]
+                                      [--micro-batch-tokens N] [--allocator returning|default] [--trl-python PYTHON]
+                                      [--without NAME ...]
 
 All three learn the same label tokens of the same rows in the same steps, on the same NF4 base with an adapter on every
 linear layer, each in a process of its own. Ours and the loop compute in fp32 from the same adapter at the same learning
@@ -15,6 +16,9 @@ warms up; per core-second is by the processor's time over all threads, which oth
 Peak memory is the peak resident set of the steps, less what files back. With `--allocator returning`, the default,
 every process gives freed blocks of 64 KiB and more back to the system at once, so that the peak is of what was in use,
 not of what the allocator kept; that costs all contenders time. `--allocator default` leaves glibc as it is.
+
+With several numbers of --threads all is measured with each, one after the other, and the last line says how many times
+as fast ours is with the last of them as with the first.
 """
 
 import argparse
@@ -104,7 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps, the first of them to warm up")
     parser.add_argument("--batch-size", type=int, default=8, help="rows of a step")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    parser.add_argument("--micro-batch-tokens", type=int, help="of ours; by default as `auto` chooses")
     parser.add_argument("--allocator", choices=["returning", "default"], default="returning")
     parser.add_argument("--trl-python", default=sys.executable, help="an interpreter that has TRL")
     parser.add_argument("--without", nargs="*", default=[], choices=[name for name in ON_CPU if name != "ours"])
@@ -112,12 +117,36 @@ def main() -> None:
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is left out")
 
-    environment = child_environment(options.threads, options.allocator)
+    rates, failed = [], False
+    for threads in options.threads:
+        results, holds = compare(options, threads)
+        failed |= not holds
+        if "ours" not in results:
+            sys.exit(1)  # the others read what it writes
+        rates.append(rate(results["ours"].tokens, results["ours"].seconds))
+    if len(rates) > 1:
+        print(
+            f"ours: {options.threads[-1]} threads are {rates[-1] / rates[0]:.2f} times as fast as {options.threads[0]}"
+        )
+    sys.exit(1 if failed else 0)
+
+
+def compare(options: argparse.Namespace, threads: int) -> tuple[dict[str, Result], bool]:
+    """Measure all contenders and print their table; return what was measured, and True if losses agree."""
+    environment = child_environment(threads, options.allocator)
     results: dict[str, Result] = {}
-    failed = False
+    holds = True
     with tempfile.TemporaryDirectory() as work:
         rows = str(options.rows.resolve())
-        job = Job(options.model, rows, options.steps, options.batch_size, options.rank, work)
+        job = Job(
+            options.model,
+            rows,
+            options.steps,
+            options.batch_size,
+            options.rank,
+            work,
+            micro_batch_tokens=options.micro_batch_tokens,
+        )
         for name in ON_CPU:
             python = options.trl_python if name == "TRL" else sys.executable
             if name in options.without:
@@ -127,14 +156,14 @@ def main() -> None:
                 continue
             if result := measure(name, job, python, environment):
                 results[name] = result
-            else:
-                failed = True
-                if name == "ours":
-                    sys.exit(1)  # the others read what it writes
+                continue
+            holds = False
+            if name == "ours":
+                return results, False
 
     mean = sum(results["ours"].tokens) / options.steps
     print(
-        f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}; {options.steps} steps of "
+        f"{cpu_name()}, {threads} threads, torch {torch.__version__}; {options.steps} steps of "
         f"{options.batch_size} rows, {mean:,.0f} tokens a step, rank {options.rank} on all linear layers, "
         f"{options.allocator} allocator"
     )
@@ -144,9 +173,9 @@ def main() -> None:
     if peer := results.get(PEER):
         for name in ("ours", "ours, full"):
             if name in results and not largest_difference(results[name], peer) <= TOLERANCE:
-                failed = True
+                holds = False
                 print(f"The losses of {name} differ from those of the {PEER} by more than {TOLERANCE:g}.")
-    sys.exit(1 if failed else 0)
+    return results, holds
 
 
 if __name__ == "__main__":

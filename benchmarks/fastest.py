@@ -46,6 +46,7 @@ from qlora_trainer.planning.speed.rows import full_rows
 from qlora_trainer.planning.speed.shape import count_shape
 from qlora_trainer.runs.pace import steps_to_take
 from qlora_trainer.runs.start import start_run
+from qlora_trainer.training.determinism import cpu_workers
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.recovery import take_step
 from qlora_trainer.training.state import with_micro_batch, with_policy
@@ -164,7 +165,8 @@ def compare_on_cpu(model: str, rows: Path, options: argparse.Namespace) -> bool:
         config = small.replace(
             {"training.output_dir": f"{work}/run", "training.global_batch_size": batch, "training.max_steps": 10_000}
         )
-        pace = Pace(rates_here(torch.device("cpu")), steps_to_take(config, first.prepared))
+        workers = cpu_workers(config.training)
+        pace = Pace(rates_here(torch.device("cpu")), steps_to_take(config, first.prepared), workers=workers)
         directory = first.base.directory
         first.release()
         shape = count_shape(directory, config, torch.float32)

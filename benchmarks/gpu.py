@@ -293,7 +293,7 @@ def main() -> int:
             options.batch_size,
             options.rank,
             work,
-            "cuda",
+            device="cuda",
         )
         results = train(job, names)
     print(f"\n{options.steps} steps of {options.batch_size} rows, rank {options.rank} on all linear layers")

@@ -182,7 +182,7 @@ def strip(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop("forward", None)
         if isinstance(module, NF4Linear):
-            module.workspace = None
+            module.workspaces = ()
     model.requires_grad_(False)
     model.eval()
 

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from qlora_kernels.registry import define
+from qlora_kernels.side_by_side import cpu_generator
 
 
 def draw_seed() -> Tensor:  # () int64, on the CPU
-    """Draw a seed from torch's global CPU generator, so that restoring the generator's state repeats it.
+    """Draw a seed from this thread's CPU generator, so that restoring the generator's state repeats it.
 
     It is a tensor and not an int so that nothing is read from it on fake tensors.
 
     Returns:
         The seed.
     """
-    return torch.randint(2**63 - 1, (), device="cpu")
+    return torch.randint(2**63 - 1, (), device="cpu", generator=cpu_generator())
 
 
 def keep_mask(

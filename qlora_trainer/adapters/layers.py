@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from qlora_kernels.adapter import Adapter
 from qlora_kernels.dropout import draw_seed
 from qlora_kernels.lora_linear import add_lora, nf4_linear
+from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
@@ -60,7 +61,7 @@ class LoRALinear(nn.Module):
         adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
         self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
         self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
-        self.prepared: Adapter | None = None  # for one step, while `adapters_prepared` holds
+        self.prepared: tuple[Adapter, ...] = ()  # by worker, for one step, while `adapters_prepared` holds
 
     @classmethod
     def from_base(
@@ -134,7 +135,11 @@ class LoRALinear(nn.Module):
         Returns:
             The adapter.
         """
-        prepared = self.prepared or Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
+        prepared = (
+            self.prepared[worker_number()]
+            if self.prepared
+            else Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
+        )
         if self.parts:
             casts = prepared.casts
             if casts is not None:

@@ -164,6 +164,11 @@ class TrainingConfig(Section):
     )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial adapters, dropout, and the order of rows.")
     deterministic: bool = Field(False, description="On CUDA too, repeat runs bit for bit; this takes time and memory.")
+    cpu_workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="On a CPU, into how many parts the rows of a micro-batch are divided, which run at once; 1: none, "
+        "and all cores work on each product. auto: a part for each core, up to 8, where rows divide evenly.",
+    )
     evaluate_every: int = Field(
         100, ge=1, description="Steps between measurements of the eval loss; the end is always measured."
     )

@@ -85,11 +85,11 @@ def persistent_tensors(state: TrainState, on_cuda: bool) -> dict[str, list[Tenso
     ]
     return {
         BASE: [buffer for layer in layers for buffer in layer.buffers()],
-        WORKSPACE: [layer.workspace for layer in layers if layer.workspace is not None],
+        WORKSPACE: [workspace for layer in layers for workspace in layer.workspaces],
         HOST: list(tensors_on_cpu(model)),
         HEAD: [t for m in embeddings if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())],
         ADAPTERS: [group.data for group in state.groups],
-        GRADIENTS: [group.grad for group in state.groups],
+        GRADIENTS: [grad for group in state.groups for grad in group.grads],
         STATE: [moment for moment, is_paged in moments if not is_paged],
         PAGED: [moment for moment, is_paged in moments if is_paged],
         DENSE: [*model.parameters(), *model.buffers()],  # what was not named above

@@ -31,6 +31,7 @@ _FREE_KEYS = {
     "model.revision",
     "model.verify_bytes",
     "training.activation_checkpointing",
+    "training.cpu_workers",
     "training.deterministic",
     "training.uncheckpointed_layers",
     "training.offload_every_n_layers",
@@ -42,6 +43,7 @@ _FREE_KEYS = {
 _REPORTED = {
     "data.packing": "a step's rows are summed in another order, so last bits may differ",
     "model.device": "its last bits may differ from an uninterrupted run's",
+    "training.cpu_workers": "a step's rows are summed in another order, so last bits may differ",
     "training.deterministic": "on CUDA sums are made in another order, so last bits may differ from here on",
     "training.micro_batch_tokens": "a step's rows are summed in another order, so last bits may differ",
 }

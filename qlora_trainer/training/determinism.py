@@ -1,23 +1,35 @@
-"""Make training on CUDA repeat bit for bit, where a run asks for it (training.deterministic).
+"""Make training on CUDA repeat bit for bit, where a run asks for it, and find what threads of a CPU cannot repeat.
 
-On a CPU a run repeats anyway. On CUDA torch's attention sums the gradients of the queries, and operations that add at
-indices their sums, in whatever order the threads come; torch has an ordered version of each, taken while deterministic
+On a CPU a run repeats anyway, as long as threads that run at once do nothing in an order of their own. On CUDA torch's
+attention sums the gradients of the queries, and operations that add at indices their sums, in whatever order the
+threads come; torch has an ordered version of each, taken while deterministic
 algorithms are asked for. cuBLAS repeats its results only under one of two sizes of its workspace, which it reads from
 the environment when it is first used. docs/decisions/0024 says what was examined. Left out: runs on another card, or
 under other versions, which add in other orders.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
 from qlora_trainer.common.errors import ConfigError, TrainingError
+from qlora_trainer.config.schema import TrainingConfig
+from qlora_trainer.model.modules.nf4_linear import NF4Linear
+from qlora_trainer.model.modules.row_positions import longest_with_own_positions
 
 CUBLAS_SETTING = "CUBLAS_WORKSPACE_CONFIG"
 CUBLAS_DETERMINISTIC = ":4096:8"  # of the two settings under which cuBLAS repeats its results, the faster one
+
+MOST_WORKERS = 8  # each takes a workspace of its own; more than two were not measured
+
+# In the names of settings by which a language model draws random numbers; other heads have dropout of their own.
+_RANDOM = re.compile("^(?!summary|classifier).*(drop|jitter|noise)")
 
 REPEATING = (CUBLAS_DETERMINISTIC, ":16:8")  # torch takes no others
 
@@ -89,3 +101,39 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(is_enabled, warn_only=only_warns)
         memory.fill_uninitialized_memory = fills
+
+
+def cpu_workers(settings: TrainingConfig) -> int:
+    """Return into how many parts a micro-batch is divided on this machine's CPU, where model and rows allow it.
+
+    Args:
+        settings: the config's section `training`.
+
+    Returns:
+        The number of parts.
+    """
+    return min(torch.get_num_threads(), MOST_WORKERS) if settings.cpu_workers == "auto" else settings.cpu_workers
+
+
+def repeats_side_by_side(model: Any) -> bool:
+    """Return True if several threads may train a model at once, and compute the same again.
+
+    They do not where the model draws random numbers, which go to whichever thread comes first (adapters draw from a
+    generator of each thread); where a module keeps what depends on a row's length; or where autograd, and no function
+    of ours, adds up gradients.
+
+    Args:
+        model: of transformers, with its adapters.
+
+    Returns:
+        True if they may.
+    """
+    config = model.config.get_text_config()
+    settings = config.to_dict().items()
+    draws = any(_RANDOM.match(name) and isinstance(value, int | float) and value > 0 for name, value in settings)
+    draws |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    layers = lora_layers(model).values()
+    ours = [layer for layer in layers if isinstance(layer.base, NF4Linear) and not layer.parts]
+    added_by_us = {id(p) for layer in ours for p in (layer.lora_A.weight, layer.lora_B.weight)}
+    all_by_us = all(id(p) in added_by_us for _, p in trainable_parameters(model))
+    return all_by_us and not draws and longest_with_own_positions(config) is None

@@ -7,18 +7,21 @@ Exact match is by real generation, since a low loss does not say that an answer 
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qlora_kernels.side_by_side import run_at_once
 from qlora_trainer.common.progress import Progress, silent
-from qlora_trainer.data.batching.packing import make_packs
+from qlora_trainer.data.batching.packing import Pack, make_packs
 from qlora_trainer.data.preparation.prepare import ExampleSet
 from qlora_trainer.data.rendering.renderer import Renderer
 from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
-from qlora_trainer.model.forward import ForwardPlan, loss_sum
+from qlora_trainer.model.forward import ForwardPlan, attention_for, loss_sum
 from qlora_trainer.training.generation import generate_answers
 
 
@@ -51,7 +54,12 @@ class Answer:
 
 @torch.no_grad()
 def eval_loss(
-    model: Any, examples: ExampleSet, forward: ForwardPlan, micro_batch_tokens: int, progress: Progress = silent
+    model: Any,
+    examples: ExampleSet,
+    forward: ForwardPlan,
+    micro_batch_tokens: int,
+    progress: Progress = silent,
+    workers: int = 1,
 ) -> float:
     """Compute the mean cross entropy over all label tokens of `examples`; the model's training mode is restored.
 
@@ -61,19 +69,28 @@ def eval_loss(
         forward: how the model is run.
         micro_batch_tokens: the most tokens of one forward pass.
         progress: is called for each pack.
+        workers: threads that may run the model at once.
 
     Returns:
         The loss in nats a token; 0 where no token has a label.
     """
-    packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack)
+    packs = make_packs([examples[i] for i in range(len(examples))], micro_batch_tokens, forward.can_pack, workers)
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64)
     with evaluation_mode(model):
         for done, pack in enumerate(packs):
             progress("eval loss", done, len(packs))
-            total += loss_sum(model, pack.to(device), forward.loss_path).double().cpu()
+            with attention_for(model, pack):
+                parts = pack.parts or (pack,)
+                losses = run_at_once([partial(_loss, model, part.to(device), forward) for part in parts])
+            total += sum(loss.double().cpu() for loss in losses)
     progress("eval loss", len(packs), len(packs))
     return float(total) / max(sum(pack.label_tokens for pack in packs), 1)
+
+
+@torch.no_grad()  # in each thread anew
+def _loss(model: Any, pack: Pack, forward: ForwardPlan) -> Tensor:
+    return loss_sum(model, pack, forward.loss_path)
 
 
 def perplexity(loss: float) -> float:

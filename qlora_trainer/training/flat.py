@@ -33,6 +33,16 @@ class FlatGroup:
     weight_decay: float
     parameters: dict[str, nn.Parameter]  # in the order of the buffer
     slices: dict[str, slice]  # where each parameter is in the buffer
+    other_grads: tuple[Tensor, ...] = ()  # (N,) each: of the workers after the first
+
+    @property
+    def grads(self) -> tuple[Tensor, ...]:
+        """Return the flat gradient of each worker, the first of them `grad`.
+
+        Returns:
+            (N,) each.
+        """
+        return self.grad, *self.other_grads
 
     @property
     def grad(self) -> Tensor:
@@ -46,7 +56,13 @@ class FlatGroup:
 
     def zero_grad(self) -> None:
         """Zero all gradients in place: set to None they would stop being views."""
-        self.grad.zero_()
+        for grad in self.grads:
+            grad.zero_()
+
+    def add_other_grads(self) -> None:
+        """Add what the other workers found to the gradient, in their order."""
+        for grad in self.other_grads:
+            self.grad.add_(grad)
 
     def layout(self) -> list[dict[str, object]]:
         """List names and shapes in the order of the buffer; with ALIGNMENT and dtype they give every offset.
@@ -76,6 +92,7 @@ def flatten_parameters(
     *,
     name: str,
     weight_decay: float,
+    workers: int = 1,
 ) -> FlatGroup:
     """Move parameters into one flat buffer, keeping their values; gradients start at zero.
 
@@ -83,6 +100,7 @@ def flatten_parameters(
         named: trainable parameters by name, on one device, all fp32 or all bf16; their order stays.
         name: of the group.
         weight_decay: of the group.
+        workers: threads that add gradients at once.
 
     Returns:
         The group.
@@ -113,7 +131,8 @@ def flatten_parameters(
         view.copy_(parameter.detach())
         parameter.data = view
         parameter.grad = flat.grad[where].view(parameter.shape)
-    return FlatGroup(name, flat, weight_decay, parameters, slices)
+    others = tuple(torch.zeros_like(flat.grad) for _ in range(workers - 1))
+    return FlatGroup(name, flat, weight_decay, parameters, slices, others)
 
 
 def grad_norm(groups: Sequence[FlatGroup]) -> Tensor:  # () fp32
@@ -151,6 +170,7 @@ def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]
     """Hold the adapters in `dtype` too in the block, cast a whole group at once, and let backward add to their grads.
 
     For a training step's forward and backward passes: the adapters must not change inside, nor lose their gradients.
+    Each worker adds to gradients of its own, which are added up after the block.
 
     Args:
         adapted: the model's layers with adapters.
@@ -165,14 +185,27 @@ def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]
         flat = group.data.detach().to(dtype)
         for name, p in group.parameters.items():
             casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
+    grads = _grads_of_workers(groups)
     for layer in adapted:
         A, B = layer.lora_A.weight, layer.lora_B.weight
         cast = (casts[id(A)], casts[id(B)], casts[id(B)].T) if id(A) in casts else None
-        assert A.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
-        assert B.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
-        layer.prepared = Adapter(A, B, layer.scaling, casts=cast, grads=(A.grad, B.grad))
+        both = zip(grads[id(A)], grads[id(B)], strict=True)
+        layer.prepared = tuple(Adapter(A, B, layer.scaling, casts=cast, grads=pair) for pair in both)
     try:
         yield
+        for group in groups:
+            group.add_other_grads()
     finally:
         for layer in adapted:
-            layer.prepared = None
+            layer.prepared = ()
+
+
+def _grads_of_workers(groups: Sequence[FlatGroup]) -> dict[int, list[Tensor]]:
+    """Return the gradients of each parameter, by its id, of the first worker and of the others."""
+    found = {}
+    for group in groups:
+        for name, p in group.parameters.items():
+            assert p.grad is not None, "gradients are views of a flat buffer; see FlatGroup.check_views"
+            others = [grad[group.slices[name]].view(p.shape) for grad in group.other_grads]
+            found[id(p)] = [p.grad, *others]
+    return found

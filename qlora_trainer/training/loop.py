@@ -101,7 +101,8 @@ def measure_eval(state: TrainState, eval_set: ExampleSet) -> float:
     Returns:
         The loss in nats a token.
     """
-    return eval_loss(state.model, eval_set, state.forward, state.loader.micro_batch_tokens)
+    limit, workers = state.loader.micro_batch_tokens, state.workers
+    return eval_loss(state.model, eval_set, state.forward, limit, workers=workers)
 
 
 def check_skipped_steps(state: TrainState, metrics: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
+from qlora_trainer.training.determinism import repeats_side_by_side
 from qlora_trainer.training.flat import FlatGroup, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
@@ -45,6 +46,7 @@ class TrainState:
     total_steps: int
     policy: Policy  # in force on the model; with loader.micro_batch_tokens, what a micro-batch's memory depends on
     patches: PatchReport
+    workers: int = 1  # threads that run the model at once, each on a part of a micro-batch
     step: int = 0  # optimizer steps taken or skipped
     updates: int = 0  # optimizer steps taken; the schedule follows these
     skipped_in_a_row: int = 0  # steps without an update because the gradient was not finite
@@ -71,7 +73,7 @@ class TrainState:
             policy: what backward keeps.
         """
         if policy != self.policy:
-            apply_policy(self.model, policy)
+            apply_policy(self.model, policy, self.workers)
         self.loader.micro_batch_tokens, self.policy = micro_batch_tokens, policy
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -137,6 +139,7 @@ def build_state(
     compute_dtype: torch.dtype,
     policy: Policy,
     mixture: Mixture | None = None,
+    workers: int = 1,
 ) -> TrainState:
     """Build a run's state before its first step: flat groups of adapters, their optimizer, the order of the rows.
 
@@ -147,17 +150,19 @@ def build_state(
         compute_dtype: fp16 has its loss scaled.
         policy: what backward keeps.
         mixture: of several sources, or None.
+        workers: most threads that may run the model at once; one, where this model cannot be run so.
 
     Returns:
         The state.
     """
     patches = patch_model(model)
-    apply_policy(model, policy)
+    workers = workers if repeats_side_by_side(model) else 1
+    apply_policy(model, policy, workers)
     forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))
     weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
     biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
-    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay)]
+    groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay, workers=workers)]
     if biases:
         groups.append(flatten_parameters(biases, name="bias", weight_decay=0.0))
     loader = StepLoader(
@@ -167,6 +172,7 @@ def build_state(
         packing=config.data.packing and forward.can_pack,
         seed=config.training.seed,
         mixture=mixture,
+        workers=workers,
     )
     return TrainState(
         model=model,
@@ -180,6 +186,7 @@ def build_state(
         total_steps=total_steps(config, loader),
         policy=policy,
         patches=patches,
+        workers=workers,
     )
 
 

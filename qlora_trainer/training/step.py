@@ -5,11 +5,13 @@ is the same in one micro-batch or many, packed or padded.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.common.errors import MicroBatchError, is_out_of_memory
+from qlora_kernels.side_by_side import DrewRandomNumbersError, run_at_once
+from qlora_trainer.common.errors import MicroBatchError, TrainingError, is_out_of_memory
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.forward import attention_for, loss_sum
 from qlora_trainer.training.flat import adapters_prepared, clip_, grad_norm
@@ -75,7 +77,7 @@ def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, 
 
 
 def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
-    """Run forward and backward of one micro-batch.
+    """Run forward and backward of one micro-batch, its parts at once.
 
     Args:
         state: of the run.
@@ -87,14 +89,27 @@ def add_gradient(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
 
     Raises:
         MicroBatchError: memory ran out.
+        TrainingError: its parts run at once, and the model draws random numbers.
     """
     try:
-        on_device = pack.to(state.device)
-        with attention_for(state.model, on_device):
-            part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
-            state.grad_scale.scale(part).backward()
-        return part.detach()
+        with attention_for(state.model, pack):
+            parts = [part for part in pack.parts or (pack,) if part.label_tokens]
+            losses = run_at_once([partial(_run, state, part, label_tokens) for part in parts], draws=True)
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    except DrewRandomNumbersError as error:
+        raise TrainingError(
+            "This model draws random numbers in its forward pass, which parts of a micro-batch that run at once cannot "
+            "repeat. No step was taken. Set training.cpu_workers=1."
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise MicroBatchError(pack.row_lengths, error) from error
+
+
+def _run(state: TrainState, pack: Pack, label_tokens: int) -> Tensor:
+    """Run forward and backward of a micro-batch, or of a part of one, and return its part of the loss, ()."""
+    on_device = pack.to(state.device)
+    part = loss_sum(state.model, on_device, state.forward.loss_path) / label_tokens
+    state.grad_scale.scale(part).backward()
+    return part.detach()

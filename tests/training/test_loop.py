@@ -276,7 +276,7 @@ def test_eval_rows_are_measured_in_micro_batches_of_the_size_in_force(
     run = started(wide_config())
     limits: list[int] = []
 
-    def noting(model: Any, examples: Any, forward: Any, micro_batch_tokens: int) -> float:
+    def noting(model: Any, examples: Any, forward: Any, micro_batch_tokens: int, workers: int) -> float:
         limits.append(micro_batch_tokens)
         return 1.0
 

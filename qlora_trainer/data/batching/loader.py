@@ -38,6 +38,7 @@ class StepLoader:
         packing: lay rows end to end; else pad them.
         seed: chooses the order of every epoch.
         mixture: what an epoch takes of each source; None: every row once.
+        workers: threads among which the rows of a micro-batch are divided.
 
     Raises:
         DataError: there are no rows.
@@ -51,6 +52,7 @@ class StepLoader:
         packing: bool,
         seed: int,
         mixture: Mixture | None = None,
+        workers: int = 1,
     ) -> None:
         if len(examples) == 0:
             raise DataError("There are no rows to train on.")
@@ -60,6 +62,7 @@ class StepLoader:
         self.packing = packing
         self.seed = seed
         self.mixture = mixture
+        self.workers = workers
         self.epoch_rows = len(mixture or examples)
         self.epoch = 0
         self.step = 0
@@ -189,7 +192,7 @@ class StepLoader:
         self._move_to(state["epoch"], state["step"])
 
     def _packs(self, rows: np.ndarray, micro_batch_tokens: int) -> list[Pack]:
-        return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing)
+        return make_packs([self.examples[int(row)] for row in rows], micro_batch_tokens, self.packing, self.workers)
 
     def _move_to(self, epoch: int, step: int) -> None:
         self._order = self.order(epoch)

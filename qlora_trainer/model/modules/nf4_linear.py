@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qlora_kernels.lora_linear import nf4_linear
 from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.nf4_reference import BLOCK_SIZE, NESTED_BLOCK_SIZE
+from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.transformers_internals import modules_kept_in_fp32, tied_weight_names
 from qlora_trainer.common.units import counted
@@ -56,8 +57,8 @@ class NF4Linear(nn.Module):
         for name in WEIGHT_TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._weight: NF4Weight | None = None  # kept, as making it at each use costs as much as an operation
-        self.workspace = None
+        self._weights: dict[int, NF4Weight] = {}  # kept, as making it at each use costs as much as an operation
+        self.workspaces = ()
 
     def take(self, weight: NF4Weight) -> None:
         """Replace the weight by another one of the same shape.
@@ -66,28 +67,32 @@ class NF4Linear(nn.Module):
             weight: held without a copy.
         """
         assert weight.shape == (self.out_features, self.in_features)
-        self._weight = None
+        self._weights = {}
         for name in WEIGHT_TENSORS:
             setattr(self, name, getattr(weight, name))
 
     @property
-    def workspace(self) -> Tensor | None:
-        """Return what the weight is dequantized into; see `share_workspace`. No buffer, as all layers share it."""
-        return self._workspace
+    def workspaces(self) -> tuple[Tensor, ...]:
+        """Return what the weight is dequantized into, by worker; see `share_workspaces`.
 
-    @workspace.setter
-    def workspace(
+        They are no buffers, as all layers share them.
+        """
+        return self._workspaces
+
+    @workspaces.setter
+    def workspaces(
         self,
-        workspace: Tensor | None,  # (any,)
+        workspaces: tuple[Tensor, ...],  # each (any,)
     ) -> None:
-        self._weight, self._workspace = None, workspace
+        self._weights, self._workspaces = {}, workspaces
 
     @property
     def nf4_weight(self) -> NF4Weight:
-        """Return the weight in the form that the kernels take; it shares memory with this module's buffers."""
-        packed, kept = self.packed, self._weight
+        """Return the weight in the form that the kernels take, for this thread; it shares this module's buffers."""
+        packed, number = self.packed, worker_number()
+        kept = self._weights.get(number)
         if kept is None or kept.packed is not packed:  # another one since `take`, or since the module was moved
-            kept = self._weight = NF4Weight(
+            kept = self._weights[number] = NF4Weight(
                 packed=packed,
                 absmax=self.absmax,
                 nested_absmax=self.nested_absmax,
@@ -96,7 +101,7 @@ class NF4Linear(nn.Module):
                 shape=(self.out_features, self.in_features),
                 block_size=BLOCK_SIZE,
                 nested_block_size=NESTED_BLOCK_SIZE,
-                workspace=self.workspace,
+                workspace=self.workspaces[number] if number < len(self.workspaces) else None,
             )
         return kept
 
@@ -136,24 +141,26 @@ class _NoWeightError(ModelError, AttributeError):
     """Make hasattr(layer, "weight") False, and end a forward that needs the weight with an error message."""
 
 
-def share_workspace(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None) -> None:
-    """Give a model's 4-bit layers one buffer to dequantize into, and drop any they had.
+def share_workspaces(model: nn.Module, dtype: torch.dtype, most_elements: int | None = None, workers: int = 1) -> None:
+    """Give a model's 4-bit layers one buffer for each worker to dequantize into, and drop any they had.
 
     Args:
         model: any.
         dtype: of computation.
-        most_elements: limit of the buffer, never below one row; larger weights are dequantized in parts; by
+        most_elements: limit of a buffer, never below one row; larger weights are dequantized in parts; by
             default none, and it holds the largest weight.
+        workers: threads that run the model at once.
     """
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     for layer in layers:
-        layer.workspace = None  # free the old one before the new one is made
+        layer.workspaces = ()  # free the old ones before the new ones are made
     largest = max((layer.out_features * layer.in_features for layer in layers), default=0)
     widest_row = max((layer.in_features for layer in layers), default=0)
     elements = largest if most_elements is None else min(largest, max(most_elements, widest_row))
-    workspace = torch.empty(elements, dtype=dtype, device=layers[0].packed.device if layers else None)
+    device = layers[0].packed.device if layers else None
+    workspaces = tuple(torch.empty(elements, dtype=dtype, device=device) for _ in range(workers))
     for layer in layers:
-        layer.workspace = workspace
+        layer.workspaces = workspaces
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

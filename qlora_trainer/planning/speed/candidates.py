@@ -12,7 +12,7 @@ import torch
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.speed.cost import step_seconds
 from qlora_trainer.planning.speed.rates import Rates
-from qlora_trainer.planning.speed.rows import Steps, ladder, micro_batches_of
+from qlora_trainer.planning.speed.rows import MicroBatches, Steps, ladder, micro_batches_of
 from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import LEVELS, MOST_BETWEEN_OFFLOADED, Policy, choose_policy
 
@@ -40,6 +40,19 @@ class Pace:
     steps: Steps
     note: str = ""  # on the rows
     names_faster: bool = True  # where the config sets a policy or size itself, what would be faster is looked for
+    workers: int = 1  # on a CPU, most parts of a micro-batch that run at once
+
+    def layout(self, limit: int, steps: Steps | None = None) -> MicroBatches:
+        """Lay steps out in micro-batches, as this device runs them.
+
+        Args:
+            limit: most tokens of a micro-batch.
+            steps: other ones than the run's.
+
+        Returns:
+            The micro-batches.
+        """
+        return micro_batches_of(steps or self.steps, limit, self.workers, self.rates.threads)
 
 
 def open_policies(layers: int) -> list[Policy]:
@@ -76,7 +89,7 @@ def candidates(shape: Shape, pace: Pace, policies: Sequence[Policy], limits: Seq
     """
     found = []
     for limit in limits:
-        layout = micro_batches_of(pace.steps, limit)
+        layout = pace.layout(limit)
         for policy in policies:
             seconds = step_seconds(shape, pace.rates, policy, layout, pace.steps.trained)
             found.append(Candidate(policy, limit, seconds.step, seconds.waiting))

@@ -68,8 +68,10 @@ def step_seconds(shape: Shape, rates: Rates, policy: Policy, layout: MicroBatche
     Returns:
         The seconds, on average over the steps.
     """
-    forward, backward = _forward(shape, rates, layout, trained), _backward(shape, rates, policy, layout)
-    copies = _copies(shape, rates, policy, layout.tokens)
+    threads = rates.speedup(layout.threads)
+    forward = _forward(shape, rates, layout, trained) / threads
+    backward = _backward(shape, rates, policy, layout) / threads
+    copies = _copies(shape, rates, policy, layout.tokens) / threads
     host = _host(shape, rates, policy)
     if rates.overlaps:
         busy = np.maximum(forward, copies) + np.maximum(backward, copies)
@@ -94,7 +96,8 @@ def forward_seconds(shape: Shape, rates: Rates, layout: MicroBatches, trained: f
     Returns:
         The seconds of all micro-batches.
     """
-    device, host = _forward(shape, rates, layout, trained), rates.host[0] * shape.layers
+    device = _forward(shape, rates, layout, trained) / rates.speedup(layout.threads)
+    host = rates.host[0] * shape.layers
     return float((np.maximum(device, host) if rates.overlaps else device + host).sum())
 
 

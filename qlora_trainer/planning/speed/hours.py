@@ -11,7 +11,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.speed.candidates import Pace
 from qlora_trainer.planning.speed.cost import UPDATE_BYTES, forward_seconds, step_seconds
 from qlora_trainer.planning.speed.rates import Rates
-from qlora_trainer.planning.speed.rows import Steps, micro_batches_of
+from qlora_trainer.planning.speed.rows import Steps
 from qlora_trainer.planning.speed.shape import Shape
 from qlora_trainer.training.memory.activations import Policy
 
@@ -65,11 +65,11 @@ def run_hours(
     if steps.count is None or not rates.is_known:
         return None
     left = max(steps.count - taken, 0)
-    of_a_step = step_seconds(shape, rates, policy, micro_batches_of(steps, micro_batch_tokens), steps.trained).step
+    of_a_step = step_seconds(shape, rates, policy, pace.layout(micro_batch_tokens), steps.trained).step
     evaluation = 0.0
     if steps.eval_lengths:
         rows = Steps((steps.eval_lengths,), max(steps.eval_lengths), steps.packing)
-        once = forward_seconds(shape, rates, micro_batches_of(rows, micro_batch_tokens), steps.trained)
+        once = forward_seconds(shape, rates, pace.layout(micro_batch_tokens, rows), steps.trained)
         evaluation = once * -(-left // config.training.evaluate_every)
     saved = -(-left // config.training.save_every) + (taken == 0)
     return Hours(

@@ -7,6 +7,7 @@ Left out: what is done at these rates (cost.py).
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from qlora_kernels.products import library
@@ -41,7 +42,7 @@ CPU_PARALLEL = 2 / 3  # of the work: two threads were 1.5 times as fast as one; 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Say what a device does in a second, and what a layer takes of the host."""
+    """Say what a device does in a second, and what a layer takes of the host; of a processor, what one thread does."""
 
     name: str  # of the device, for people
     products: float  # operations a second
@@ -52,7 +53,20 @@ class Rates:
     host_tiled: float  # times as much of the host in tiles
     overlaps: bool  # the host runs ahead of the device, and copies go on meanwhile
     note: str = ""  # where the figures come from, if that must be said
+    threads: int = 1  # of a processor
+    parallel: float = 0.0  # share of the work of which several threads each do a part
     is_known: bool = True  # False: only the order of policies is taken from these, and one longest row
+
+    def speedup(self, threads: np.ndarray) -> np.ndarray:
+        """Compute how many times as fast several threads are as one (Amdahl's law).
+
+        Args:
+            threads: that work on one operation, (any,).
+
+        Returns:
+            Times, (any,).
+        """
+        return 1 / (1 - self.parallel + self.parallel / threads)
 
 
 def rates_of_card(card: CardFigures, note: str = "", *, is_known: bool = True) -> Rates:
@@ -92,12 +106,19 @@ def rates_of_processor(threads: int | None = None) -> Rates:
     capability = torch.backends.cpu.get_cpu_capability()
     kind = "oneDNN" if library() == "oneDNN" else capability.split("_")[0]
     threads = threads or torch.get_num_threads()
-    faster = 1 / (1 - CPU_PARALLEL + CPU_PARALLEL / threads)
     name = f"a CPU with {capability}, {threads} {'thread' if threads == 1 else 'threads'}"
-    products = CPU_PRODUCTS.get(kind, CPU_PRODUCTS[""]) * faster
-    memory = CPU_BANDWIDTH * faster
-    host = CPU_HOST, CPU_HOST, CPU_HOST
-    return Rates(name, products, memory, memory, CPU_EXPANSION / faster, host, host_tiled=1.0, overlaps=False)
+    return Rates(
+        name,
+        CPU_PRODUCTS.get(kind, CPU_PRODUCTS[""]),
+        CPU_BANDWIDTH,
+        CPU_BANDWIDTH,
+        CPU_EXPANSION,
+        (CPU_HOST, CPU_HOST, CPU_HOST),
+        host_tiled=1.0,
+        overlaps=False,
+        threads=threads,
+        parallel=CPU_PARALLEL,
+    )
 
 
 def rates_here(device: torch.device) -> Rates:

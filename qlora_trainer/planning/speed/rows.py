@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlora_trainer.data.batching.loader import StepLoader
-from qlora_trainer.data.batching.packing import group_rows, laid_out_tokens
+from qlora_trainer.data.batching.packing import divide_rows, group_rows, laid_out_tokens
 
 STEPS_LOOKED_AT = 64  # of the first epoch, evenly; to lay out one takes some 50 microseconds
 TOKENS_APART = 64  # of the last size; a CPU multiplies numbers of tokens in steps of so many
@@ -115,28 +115,37 @@ def ladder(longest: int, steps: Steps) -> list[int]:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Hold the micro-batches of some steps: tokens, padding counted, and squares of the lengths that attend."""
+    """Hold the micro-batches of some steps: tokens, padding counted, and squares of the lengths that attend.
+
+    Of a micro-batch whose parts run at once, these are the part that takes longest.
+    """
 
     tokens: np.ndarray  # (micro-batches,)
     squares: np.ndarray  # (micro-batches,) sum over rows of tokens squared
+    threads: np.ndarray  # (micro-batches,) of the processor, that work on it, or on each of its parts
     steps: int
 
 
-def micro_batches_of(steps: Steps, limit: int) -> MicroBatches:
+def micro_batches_of(steps: Steps, limit: int, workers: int = 1, threads: int = 1) -> MicroBatches:
     """Lay steps out in micro-batches.
 
     Args:
         steps: of the run.
         limit: most tokens of a micro-batch.
+        workers: most parts of a micro-batch that run at once.
+        threads: of the processor.
 
     Returns:
         The micro-batches.
     """
-    tokens, squares = [], []
+    found = []
     for lengths in steps.rows:
         for group in group_rows(lengths, limit, steps.packing):
             rows = [lengths[index] for index in group]
-            longest = max(rows)
-            tokens.append(laid_out_tokens(rows, steps.packing))
-            squares.append(sum((row if steps.packing else longest) ** 2 for row in rows))
-    return MicroBatches(np.array(tokens, float), np.array(squares, float), len(steps.rows))
+            parts = [[rows[index] for index in part] for part in divide_rows(rows, steps.packing, workers)]
+            largest = max(parts, key=lambda part: laid_out_tokens(part, steps.packing))
+            longest = max(largest)
+            squares = sum((row if steps.packing else longest) ** 2 for row in largest)
+            found.append((laid_out_tokens(largest, steps.packing), squares, max(threads // len(parts), 1)))
+    tokens, squares, share = np.array(found, float).T
+    return MicroBatches(tokens, squares, share, len(steps.rows))

@@ -21,7 +21,7 @@ from qlora_kernels.host_copy import pinned_bytes
 from qlora_trainer.common.errors import ModelError
 from qlora_trainer.common.machine import host_memory
 from qlora_trainer.config.schema import TrainingConfig
-from qlora_trainer.model.modules.nf4_linear import share_workspace
+from qlora_trainer.model.modules.nf4_linear import share_workspaces
 from qlora_trainer.training.memory.offload import OffloadedInputs, RecomputedLayer
 from qlora_trainer.training.patches import tile_mlps
 
@@ -96,12 +96,13 @@ def choose_policy(settings: TrainingConfig, device: torch.device) -> Policy:
     return Policy(settings.activation_checkpointing, settings.uncheckpointed_layers, settings.offload_every_n_layers)
 
 
-def apply_policy(model: Any, policy: Policy) -> None:
+def apply_policy(model: Any, policy: Policy, workers: int = 1) -> None:
     """Set the policy on a model, in the place of another; it holds in training mode.
 
     Args:
         model: of transformers, patched.
         policy: to set.
+        workers: threads that run the model at once.
 
     Raises:
         ModelError: the model's layers cannot be recomputed; nothing was changed.
@@ -114,7 +115,7 @@ def apply_policy(model: Any, policy: Policy) -> None:
     for layer in layers:
         layer.__dict__.pop("forward", None)
     tile_mlps(model, TILES if policy.level == "tiled" else 1)
-    share_workspace(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tiled" else None)
+    share_workspaces(model, model.config.dtype, TILED_WORKSPACE if policy.level == "tiled" else None, workers)
     if policy.level == "none":
         return
     inputs = OffloadedInputs(policy.offload_every_n_layers) if policy.offloads else None

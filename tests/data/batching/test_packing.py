@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.batching import packing
-from qlora_trainer.data.batching.packing import group_for_packing, make_packs
+from qlora_trainer.data.batching.packing import (
+    EVEN,
+    FEWEST_OF_A_PART,
+    divide_rows,
+    group_for_packing,
+    laid_out_tokens,
+    make_packs,
+)
 from qlora_trainer.data.types import Example
 
 LIMIT = 32
@@ -130,3 +137,24 @@ def test_packs_are_as_few_as_possible_and_balanced():
     assert sorted(sum([6, 6, 6, 6, 4, 4, 4, 4][i] for i in group) for group in groups) == [20, 20]
     totals = [sum([5] * len(group)) for group in group_for_packing([5] * 9, 22)]
     assert totals == [15, 15, 15]
+
+
+@given(lengths=st.lists(st.integers(1, 900), min_size=1, max_size=20), workers=st.integers(1, 8), packing=st.booleans())
+def test_rows_of_a_micro_batch_are_divided_evenly_or_not_at_all(
+    lengths: list[int], workers: int, packing: bool
+) -> None:
+    parts = divide_rows(lengths, packing, workers)
+    assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+    assert divide_rows(lengths, packing, workers) == parts
+    sizes = [laid_out_tokens([lengths[index] for index in part], packing) for part in parts]
+    if len(parts) > 1:
+        assert workers % len(parts) == 0  # each has as many threads as the others
+        assert min(sizes) >= FEWEST_OF_A_PART
+        assert sum(sizes) >= EVEN * len(parts) * max(sizes)
+
+
+def test_equal_rows_are_divided_among_all_workers() -> None:
+    assert divide_rows([300, 300], True, 2) == [[0], [1]]
+    assert divide_rows([300] * 8, True, 4) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert divide_rows([300, 300, 300], True, 2) == [[0, 1, 2]]  # two would do twice as much as one
+    assert divide_rows([20, 20], True, 2) == [[0, 1]]  # too few to be worth it

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,8 @@ def test_a_card_in_the_table_goes_by_it_whatever_its_driver_says(rates_of: Calla
 
 def test_a_processor_is_rated_by_its_kind_and_threads() -> None:
     one, two = rates_of_processor(1), rates_of_processor(2)
-    assert two.products == pytest.approx(1.5 * one.products), "as measured: decision 0045"
+    assert (one.threads, two.threads) == (1, 2)
+    assert two.products == one.products, "of one thread"
+    assert two.speedup(np.array([1, 2])) == pytest.approx([1.0, 1.5]), "as measured: decision 0045"
     assert not one.overlaps
     assert PRODUCTS_SHARE < 1

@@ -132,3 +132,22 @@ def test_the_order_is_that_of_the_seconds_and_of_nothing_else(shape: Shape, card
     assert [one.seconds for one in ordered] == sorted(one.seconds for one in ordered)
     assert ordered == candidates(shape, pace, open_policies(LAYERS)[::-1], limits[::-1])
     assert ordered[0].policy == Policy("none")
+
+
+def test_parts_that_run_at_once_take_as_long_as_the_longest_does_on_its_threads(shape: Shape) -> None:
+    """Two rows on two threads: a row on each; three rows cannot be divided, and both threads work on all of them."""
+    processor = dataclasses.replace(INFINITE, products=1e12, overlaps=False, threads=2, parallel=0.5)
+    times = {
+        (rows, workers): step_seconds(
+            shape,
+            processor,
+            Policy("none"),
+            micro_batches_of(full_rows(2048, rows, packing=True), rows * 2048, workers, threads=2),
+        ).step
+        for rows in (1, 2, 3)
+        for workers in (1, 2)
+    }
+    one_row = times[1, 1] * (1 / 0.75)  # on one thread: two are 1 / 0.75 times as fast
+    assert times[2, 2] == pytest.approx(one_row)
+    assert times[2, 1] == pytest.approx(2 * times[1, 1])
+    assert times[3, 2] == times[3, 1] == pytest.approx(3 * times[1, 1])
