@@ -21,6 +21,7 @@ from qlora_trainer.common.units import counted, gib
 
 if TYPE_CHECKING:
     from qlora_trainer.planning.memory_plan import Budget, MemoryPlan
+    from qlora_trainer.planning.speed.candidates import Pace
     from qlora_trainer.planning.speed.hours import Hours
 
 
@@ -57,13 +58,15 @@ def plan(
     the config and the tokenizer can be had too, they say how long the run will take.
     """
     options = {"model.name": model, "adapter.rank": rank, "data.max_length": max_length}
-    has_rows = model is None and config is not None and config.exists()
-    unread = [] if has_rows else ["data.train=rows.jsonl"]  # a config needs rows, and a plan reads none
+    is_file = config is not None and config.exists()
+    words = [*([str(config)] if config and not is_file else []), *(overrides or [])]
+    has_rows = is_file or any(word.startswith("data.train=") for word in words)
+    unread = [] if has_rows else ["data.train=rows.jsonl"]  # a config needs rows, and a plan can do without
     settings = read_settings("plan", config, [*unread, *(overrides or [])], options)
     check_model(settings)
 
     from qlora_trainer.common.cache import user_cache
-    from qlora_trainer.common.errors import missing_files_name
+    from qlora_trainer.common.errors import ConfigError, missing_files_name
     from qlora_trainer.common.units import parse_bytes
     from qlora_trainer.model.source import CONFIG_FILES, TOKENIZER_FILES, resolve_model
     from qlora_trainer.planning import fit as fitting
@@ -74,10 +77,12 @@ def plan(
     from qlora_trainer.runs.pace import hours_to_plan, knows_device, pace_to_plan
     from qlora_trainer.training.memory.activations import spare_host_memory
 
+    on_cpu = settings.model.device == "cpu"
+    if gpu and on_cpu:
+        raise ConfigError("--gpu names a GPU, and model.device=cpu plans host memory: leave one of them out.")
     named = card_named(gpu) if gpu else None
     card = parse_bytes(gpu_memory) if gpu_memory else named.memory if named else fitting.memory_here(settings)
     host = parse_bytes(host_memory) if host_memory else spare_host_memory()
-    on_cpu = settings.model.device == "cpu"
     budget = Budget(card, host, fitting.reserve_of(card, on_cpu=on_cpu)) if card else None
     planned = longest = largest = pace = hours = None
     with ProgressBars("Nothing was changed.") as progress:
@@ -105,7 +110,7 @@ def plan(
         }
         write_out(json.dumps(answer) + "\n")
         return
-    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest, hours))
+    print_table(f"Memory of {settings.model.name}", describe(planned, budget, longest, largest, hours, pace))
     header, *parts = side_by_side({"this run": parts_of(planned.components), **planned.elsewhere})
     print_table("Next to other ways of training it", parts, header=header)
     answers.print(f"{FULL[0].upper()}{FULL[1:]}, before activations: {estimate_in_words(planned.base_parameters)}.")
@@ -119,6 +124,7 @@ def describe(
     longest: "MemoryPlan | None" = None,
     largest: "MemoryPlan | None" = None,
     hours: "Hours | None" = None,
+    pace: "Pace | None" = None,
 ) -> list[tuple[str, str]]:
     """Describe a plan for people.
 
@@ -128,6 +134,7 @@ def describe(
         longest: the plan with the longest rows that fit.
         largest: the plan with the largest micro-batch that fits.
         hours: that the run takes, if its rows are known.
+        pace: device and rows; None if no device is known.
 
     Returns:
         (name, value) pairs.
@@ -162,7 +169,9 @@ def describe(
             rows.append((f"in {gib(budget.host)} of host memory", "the offloaded tensors do not fit"))
     if plan.speed:
         rows += speed_in_words(plan.speed)
-    elif budget and on_card:
+    elif pace and not pace.rates.is_known:
+        rows.append(("note", pace.rates.note))
+    elif not pace and on_card and plan.micro_batch_tokens <= plan.max_length:
         rows.append(("micro-batches", "one longest row, as no GPU is known: --gpu names one, such as 'RTX 4090'"))
     if hours:
         rows.append(("duration", str(hours)))

@@ -56,13 +56,17 @@ class FewLayers:
         directory: holds the base's config.json.
         config: of the run, with its options.
         limits: the sizes of a micro-batch, rising.
+        known: of the same directory and options, for other sizes; what it has planned is not planned again.
     """
 
-    def __init__(self, directory: ModelDirectory, config: RunConfig, limits: Sequence[int]) -> None:
+    def __init__(
+        self, directory: ModelDirectory, config: RunConfig, limits: Sequence[int], known: "FewLayers | None" = None
+    ) -> None:
         self._directory = directory
         self._config = config
         self._ends = limits[0], limits[-1]
-        self._planned: dict[tuple[Level, int], tuple[int, int]] = {}  # total with no layer kept, and of one layer
+        # (level, size of a micro-batch) -> (total with no layer kept, bytes that a layer adds)
+        self._planned: dict[tuple[Level, int], tuple[int, int]] = known._planned if known else {}
         self._corrections: dict[tuple[Level, bool], int] = {}  # by level, and whether some layers are kept
 
     def is_planned(self, policy: Policy) -> bool:
@@ -89,6 +93,8 @@ class FewLayers:
             Bytes; None if that is more than the budget.
         """
         least, most = self._ends
+        if self._of_uncheckpointed(policy, limit) > budget:
+            return None
         at_least = self._at(policy, least)
         if at_least > budget:  # more tokens need no less: the larger one is not planned
             return None
@@ -108,6 +114,15 @@ class FewLayers:
         assert estimated is not None
         key = policy.level, policy.uncheckpointed_layers > 0
         self._corrections[key] = self._corrections.get(key, 0) + planned - estimated
+
+    def _of_uncheckpointed(self, policy: Policy, limit: int) -> int:
+        """Return what a policy needs at least for the layers that keep all, by plans that were made; else 0."""
+        if not policy.uncheckpointed_layers or not self.is_planned(Policy("none")):
+            return 0
+        others = max(len(self._directory.facts.layer_kinds) - policy.uncheckpointed_layers, 0)
+        sizes = [total - others * of_a_layer for total, of_a_layer in (self._plans("none", end) for end in self._ends)]
+        least, most = self._ends
+        return sizes[0] + (limit - least) * (sizes[1] - sizes[0]) // max(most - least, 1)
 
     def _at(self, policy: Policy, limit: int) -> int:
         total, of_a_layer = self._plans(policy.level, limit)

@@ -231,8 +231,6 @@ def check_fits(
     fitting = fastest_plan(directory, config, budget, progress, pace)
     if fitting is not None:
         return fitting
-    open_policy = config.training.activation_checkpointing == "auto"
-    fastest = None if open_policy else fastest_plan(directory, with_open_policy(config), budget, progress)
     plan = plan_memory(directory, with_least_memory(directory, config))
     found = (
         f"This run needs {gib(plan.total)} {_place(config)} under training.activation_checkpointing={plan.policy.level}"
@@ -241,17 +239,39 @@ def check_fits(
     )
     if plan.host > budget.host:
         found += f" It would keep {gib(plan.host)} in host memory, where {gib(budget.host)} are free."
-    if fastest is not None:
-        raise InsufficientMemoryError(f"{found} It fits with {policy_overrides(fastest.policy, config)}.")
-    shorter = longest_context(directory, with_policy(config, Policy("tiled")), budget.card, progress)
-    if shorter is not None:
-        raise InsufficientMemoryError(
-            f"{found} It fits with data.max_length={shorter.max_length} training.micro_batch_tokens=auto "
-            f"{policy_overrides(shorter.policy, config)}."
-        )
+    settings = _settings_to_fit(directory, config, budget, progress)
+    if settings is not None:
+        raise InsufficientMemoryError(f"{found} It fits with {settings}.")
     unused = {key: value for key, value in STEPS if plan.options[key] not in (value, "4bit")}
     others = f", set {options_in_words(unused)}" if unused else ""
     raise InsufficientMemoryError(f"{found} No row length fits. Choose a smaller base{others}, or lower adapter.rank.")
+
+
+def _settings_to_fit(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Progress) -> str | None:
+    """Find settings with which a run fits that does not: another policy or size of a micro-batch, or shorter rows.
+
+    Returns:
+        What to write on the command line; None where not even a short row fits.
+    """
+    has_policy = config.training.activation_checkpointing != "auto"
+    size = "training.micro_batch_tokens=auto"
+    smaller = with_length(config, config.data.max_length)
+    has_size = config.training.micro_batch_tokens != "auto"
+    if has_policy and (other := fastest_plan(directory, with_open_policy(config), budget, progress)) is not None:
+        return policy_overrides(other.policy, config)
+    if has_size and fastest_plan(directory, smaller, budget, progress) is not None:
+        return size
+    if has_policy and has_size:
+        other = fastest_plan(directory, with_open_policy(smaller), budget, progress)
+        if other is not None:
+            return f"{size} {policy_overrides(other.policy, config)}"
+    for level in ("tiled", "full"):  # the second where the host has no space for what the first offloads
+        shorter = longest_context(directory, with_policy(config, Policy(level)), budget.card, progress)
+        if shorter is not None and budget.holds(shorter):
+            policy = policy_overrides(shorter.policy, config) if has_policy else ""
+            words = f"data.max_length={shorter.max_length}", size if has_size else "", policy
+            return " ".join(filter(None, words))
+    return None
 
 
 def memory_here(config: RunConfig) -> int | None:

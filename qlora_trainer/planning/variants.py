@@ -64,6 +64,22 @@ def policy_overrides(policy: Policy, config: RunConfig) -> str:
     return " ".join(f"training.{name}={value}" for name, value in wanted if getattr(config.training, name) != value)
 
 
+def way_overrides(policy: Policy, micro_batch_tokens: int, config: RunConfig) -> str:
+    """Return what to write on the command line to have a policy and size of a micro-batch instead of the config's.
+
+    Args:
+        policy: to have.
+        micro_batch_tokens: most tokens of a micro-batch.
+        config: of the run.
+
+    Returns:
+        Such as "training.activation_checkpointing=none training.micro_batch_tokens=4096".
+    """
+    size = f"training.micro_batch_tokens={micro_batch_tokens}"
+    is_set = config.training.micro_batch_tokens == micro_batch_tokens
+    return " ".join(filter(None, (policy_overrides(policy, config), "" if is_set else size)))
+
+
 def choice_overrides(policy: Policy, micro_batch_tokens: int) -> str:
     """Return what to write on the command line to pin a policy and the size of a micro-batch.
 

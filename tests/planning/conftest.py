@@ -9,6 +9,7 @@ import pytest
 from large_models import LLAMA_8B
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batching.loader import micro_batch_tokens
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import MemoryPlan, plan_memory
@@ -44,7 +45,10 @@ def plans_once(monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[tuple[Path, str, int | None], MemoryPlan] = {}
 
     def remembered(directory: ModelDirectory, config: RunConfig, layers: int | None = None) -> MemoryPlan:
-        key = directory.path, config.model_dump_json(exclude={"training": {"output_dir"}}), layers
+        same = config.replace({"training.micro_batch_tokens": micro_batch_tokens(config)})
+        whole = layers in (None, len(directory.facts.layer_kinds))
+        left_out = {"training": {"output_dir"}}
+        key = directory.path, same.model_dump_json(exclude=left_out), None if whole else layers
         if key not in known:
             known[key] = plan_memory(directory, config, layers)
         return known[key]

@@ -14,8 +14,9 @@ from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import estimate as estimating
 from qlora_trainer.planning.allocator import MIB
-from qlora_trainer.planning.estimate import estimate, largest_that_fits
+from qlora_trainer.planning.estimate import FewLayers, estimate, largest_that_fits
 from qlora_trainer.planning.memory_plan import plan_memory
+from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
 NOWHERE = ModelDirectory(Path())
@@ -80,3 +81,62 @@ def test_a_search_needs_no_estimate_to_say_that_nothing_fits(tmp_path: Path) -> 
         return config
 
     assert largest_that_fits(ModelDirectory.open(tmp_path), [64], sized, 1) is None
+
+
+@pytest.fixture
+def few_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FewLayers, list[tuple[str, int | str]]]:
+    """Estimates of 8 layers that take 10 bytes a token where all is kept, else 1; and what was planned for them."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | SHAPE | {"num_hidden_layers": 8}))
+    data = {"train": "rows.jsonl", "max_length": 64}
+    planned: list[tuple[str, int | str]] = []
+
+    def plan(_: ModelDirectory, config: RunConfig) -> tuple[int, int]:
+        training = config.training
+        planned.append((training.activation_checkpointing, training.micro_batch_tokens))
+        of_a_layer = int(training.micro_batch_tokens) * (10 if training.activation_checkpointing == "none" else 1)
+        return 8 * of_a_layer, of_a_layer
+
+    monkeypatch.setattr(estimating, "_total_and_layer", plan)
+    config = make_config({"model": {"name": str(tmp_path)}, "data": data})
+    return FewLayers(ModelDirectory.open(tmp_path), config, [64, 640]), planned
+
+
+def test_uncheckpointed_layers_that_alone_do_not_fit_need_no_plan_of_the_others(few_layers: Any) -> None:
+    """Four layers that keep all take 40 bytes a token."""
+    estimates, planned = few_layers
+    assert estimates.total(Policy("none"), 640, 10**6) == 8 * 10 * 640
+    kept = Policy("full", uncheckpointed_layers=4)
+    for tokens in (64, 320, 640):
+        assert estimates.total(kept, tokens, 40 * tokens - 1) is None
+    assert {level for level, _ in planned} == {"none"}
+    assert estimates.total(kept, 320, 10**6) == (8 + 3 * 9) * 320
+    assert {level for level, _ in planned} == {"none", "full"}
+
+
+def test_what_was_planned_is_not_planned_for_other_sizes_again(few_layers: Any) -> None:
+    estimates, planned = few_layers
+    estimates.total(Policy("none"), 640, 10**6)
+    others = FewLayers(estimates._directory, estimates._config, [64, 320], estimates)
+    assert others.total(Policy("none"), 320, 10**6) == 8 * 10 * 320
+    assert planned == [("none", 64), ("none", 640), ("none", 320)]
+
+
+@pytest.mark.slow
+def test_a_plan_never_needs_less_than_its_uncheckpointed_layers_alone(tmp_path: Path) -> None:
+    """Of a run on a CPU, where nothing is wasted."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | SHAPE | {"num_hidden_layers": 6, "vocab_size": 512}))
+    config = make_config(
+        {
+            "model": {"name": str(tmp_path), "device": "cpu"},
+            "data": {"train": "rows.jsonl", "max_length": 256},
+            "training": {"activation_checkpointing": "full"},
+        }
+    )
+    directory = ModelDirectory.open(tmp_path)
+    estimates = FewLayers(directory, config, [256, 1024])
+    estimates.total(Policy("none"), 1024, 2**40)
+    for kept in (1, 5):
+        for tokens in (256, 640):
+            policy = Policy("full", uncheckpointed_layers=kept)
+            changed = {"training.uncheckpointed_layers": kept, "training.micro_batch_tokens": tokens}
+            assert estimates._of_uncheckpointed(policy, tokens) <= plan_memory(directory, config.replace(changed)).total

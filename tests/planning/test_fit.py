@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,11 @@ import psutil
 import pytest
 import torch
 from large_models import LLAMA_8B
-from marks import slow
+from marks import slow, slow_but
 
 from qlora_trainer.common import machine
 from qlora_trainer.common.errors import InsufficientMemoryError
-from qlora_trainer.config.load import make_config
+from qlora_trainer.config.load import load_config, make_config, save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.fit import (
@@ -123,35 +124,79 @@ def test_short_host_memory_keeps_every_second_or_third_input_there(narrow_8b: Pa
         ) == every  # a third of four layers' inputs: two are needed
 
 
-@pytest.mark.slow
+def refused(directory: ModelDirectory, config: RunConfig, budget: Budget) -> str:
+    """The message with which a run is refused."""
+    with pytest.raises(InsufficientMemoryError) as raised:
+        check_fits(directory, config, budget)
+    return str(raised.value)
+
+
 @pytest.mark.usefixtures("plans_once")
-def test_a_run_that_cannot_fit_is_refused_with_what_would(tiny_config: Config, tiny_llama: Path) -> None:
-    keeping = tiny_config(**PLAIN, data={"max_length": 512}, training={"activation_checkpointing": "none"})
-    kept, host = plan_memory(ModelDirectory.open(tiny_llama), keeping), 2**40
-    assert check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total, host)) == kept
-    with pytest.raises(InsufficientMemoryError, match=r"fits with training\.activation_checkpointing=\w+"):
-        check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(kept.total - 1, host))
-    rows = {**PLAIN, "data": {"max_length": 512}, "training": {"micro_batch_tokens": 1024}}  # two rows at once
-    tiled = plan_memory(
-        ModelDirectory.open(tiny_llama),
-        tiny_config(**{**rows, "training": {**rows["training"], "activation_checkpointing": "tiled"}}),
-    )
-    with pytest.raises(InsufficientMemoryError, match=r"data\.max_length=\d+ training\.micro_batch_tokens=auto"):
-        check_fits(ModelDirectory.open(tiny_llama), tiny_config(**rows), Budget(tiled.total - 1, host))
-    with pytest.raises(InsufficientMemoryError, match="No row length fits"):
-        check_fits(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, host))
+@pytest.mark.parametrize(
+    ("training", "tokens", "advice"),
+    slow_but(
+        [
+            ({"activation_checkpointing": "none"}, 512, ["activation_checkpointing"]),
+            (
+                {"activation_checkpointing": "full", "uncheckpointed_layers": 2},
+                512,
+                ["uncheckpointed_layers"],
+            ),
+            ({"micro_batch_tokens": 1024}, 512, ["micro_batch_tokens"]),
+            (
+                {"activation_checkpointing": "none", "micro_batch_tokens": 1024},
+                512,
+                ["micro_batch_tokens", "activation_checkpointing"],
+            ),
+            ({}, 256, ["max_length"]),
+            (
+                {"activation_checkpointing": "none", "micro_batch_tokens": 1024},
+                256,
+                ["max_length", "micro_batch_tokens", "activation_checkpointing"],
+            ),
+        ],
+        ({"activation_checkpointing": "none"}, 512, ["activation_checkpointing"]),
+    ),
+    ids=str,
+)
+def test_a_run_that_cannot_fit_is_refused_with_what_would(
+    tiny_config: Config, tiny_llama: Path, tmp_path: Path, training: dict[str, Any], tokens: int, advice: list[str]
+) -> None:
+    """With what rows of 512 tokens, or of 256, need where layers are recomputed; the message's settings, followed."""
+    directory = ModelDirectory.open(tiny_llama)
+    settings = {**PLAIN, "model": {**PLAIN["model"], "device": "cpu"}}
+    config = tiny_config(**settings, data={"max_length": 512}, training=training)
+    least = tiny_config(**settings, data={"max_length": tokens}, training={"activation_checkpointing": "full"})
+    budget = Budget(fitting.plan_memory(directory, least).total, 0)
+    message = refused(directory, config, budget)
+    found = re.search(r" It fits with ([^ ]+=[^ ]+(?: [^ ]+=[^ ]+)*)\.$", message)
+    assert found, message
+    words = found[1].split()
+    named = [word.partition("=")[0].partition(".")[2] for word in words]
+    assert named[: len(advice)] == advice
+    assert ("data.max_length=256" in words) == (tokens == 256)
+    save_config(config, tmp_path / "config.yaml")
+    followed = load_config(tmp_path / "config.yaml", words)
+    assert budget.holds(check_fits(directory, followed, budget))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("plans_once")
-def test_a_message_names_every_setting_that_must_change(tiny_config: Config, tiny_llama: Path) -> None:
-    """A kept layer that the config asks for would be kept under a level with less memory too."""
-    keeping = tiny_config(
-        **PLAIN, data={"max_length": 512}, training={"activation_checkpointing": "full", "uncheckpointed_layers": 1}
-    )
-    needed = plan_memory(ModelDirectory.open(tiny_llama), keeping)
-    with pytest.raises(InsufficientMemoryError, match=r"fits with .*training\.uncheckpointed_layers=0"):
-        check_fits(ModelDirectory.open(tiny_llama), keeping, Budget(needed.total - 1, 2**40))
+def test_where_no_row_fits_that_is_said(tiny_config: Config, tiny_llama: Path) -> None:
+    assert "No row length fits" in refused(ModelDirectory.open(tiny_llama), tiny_config(), Budget(2**20, 2**40))
+
+
+@pytest.mark.slow
+def test_rows_are_no_longer_than_what_fits_without_the_hosts_memory(narrow_8b: Path) -> None:
+    """On a card, where longer rows would fit if their inputs were offloaded."""
+    directory = ModelDirectory.open(narrow_8b)
+    config = named(narrow_8b).replace({"data.max_length": 4096})
+    whole = fitting.plan_memory(directory, named(narrow_8b, activation_checkpointing="full"))
+    budget = Budget(whole.total, 0)
+    found = re.search(r"It fits with data\.max_length=(\d+)\.$", refused(directory, config, budget))
+    assert found
+    assert int(found[1]) >= 2048
+    assert budget.holds(check_fits(directory, with_length(config, int(found[1])), budget))
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ TABLE = (
     CardFigures("H100 PCIe", 756e12, 2000e9, 80 * 10**9, 16, 5, _SHEET),
     CardFigures("H200", 989.4e12, 4800e9, 141 * 10**9, 16, 5, _SHEET, ("h200 sxm",)),
 )
-CAUTIOUS = TABLE[2]  # for a card whose properties cannot be: of the table, the one with the least bandwidth and lanes
+CAUTIOUS = TABLE[2]  # for an unknown card, to put policies in order: of the table, that with least bandwidth and lanes
 
 
 def find_card(name: str) -> CardFigures | None:
@@ -121,7 +121,7 @@ def card_named(name: str) -> CardFigures:
     )
 
 
-def derive_card(name: str, properties: Any) -> tuple[CardFigures, str]:
+def derive_card(name: str, properties: Any) -> tuple[CardFigures | None, str]:
     """Derive a card's figures from what CUDA says of it.
 
     Args:
@@ -129,15 +129,16 @@ def derive_card(name: str, properties: Any) -> tuple[CardFigures, str]:
         properties: torch.cuda.get_device_properties' result.
 
     Returns:
-        The figures, and a sentence that says where they come from. Where the properties cannot be those of a card, the
-        figures are CAUTIOUS's, under its own name.
+        The figures, None where the properties are missing or cannot be those of a card; and a sentence that says where
+        the figures come from, or what is taken without them.
     """
     read = {key: _number(properties, key) for key in _LIMITS}
-    if absurd := [key for key, (least, most) in _LIMITS.items() if not least <= read[key] <= most]:
-        said = ", ".join(f"{key} {read[key]:g}" for key in absurd)
-        return CAUTIOUS, (
-            f"{name} is not in the table of cards, and what CUDA says of it cannot be ({said}): the time of a step is "
-            f"not estimated, and a micro-batch is one longest row."
+    if absurd := {key: value for key, value in read.items() if value is None or not _is_within(value, *_LIMITS[key])}:
+        said = ", ".join(f"{key} {'unknown' if value is None else f'{value:g}'}" for key, value in absurd.items())
+        return None, (
+            f"{name} is not in the table of cards, and by what CUDA says of it ({said}) nothing can be computed: the "
+            "time of a step is not estimated, and where training.micro_batch_tokens is auto, a micro-batch is one "
+            "longest row."
         )
     clock, bandwidth = 1e3 * read["clock_rate"], 1e3 * read["memory_clock_rate"] * 2 * read["memory_bus_width"] / 8
     is_geforce = "geforce" in name.lower()
@@ -164,10 +165,14 @@ _LIMITS: Mapping[str, tuple[float, float]] = {  # of what a card can be
 }
 
 
-def _number(properties: Any, key: str) -> float:
-    """Return a property; -1 where it is missing or no number."""
-    value = getattr(properties, key, -1)
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else -1
+def _number(properties: Any, key: str) -> Any:
+    """Return a property; None where it is missing or no number."""
+    value = getattr(properties, key, None)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _is_within(value: float, least: float, most: float) -> bool:
+    return least <= value <= most
 
 
 def _plain(name: str) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.speed.candidates import Candidate
+from qlora_trainer.planning.variants import way_overrides
 
 AS_FAST = 1.03  # times the fastest's seconds
 SMALLER = 0.95  # times the bytes of what ran out of memory
@@ -29,7 +31,7 @@ class Speed:
     note: str  # on the device's figures, or on what was left out; may be empty
     has_rows: bool  # the run's own rows were laid out; else rows of full length
     settings: str  # that make a run take the same again
-    following: dict[str, Any] | None  # what came next: activation_checkpointing, micro_batch_tokens, seconds
+    following: dict[str, Any] | None  # what came next: activation_checkpointing, micro_batch_tokens, seconds, settings
     faster: dict[str, Any] | None  # what would be faster than the user's settings, and fits by estimate
 
     @property
@@ -74,7 +76,7 @@ def speed_in_words(speed: Speed) -> list[tuple[str, str]]:
         (
             name,
             f"{one['activation_checkpointing']}, micro-batches of up to {one['micro_batch_tokens']:,} tokens: "
-            f"{one['seconds']:.2f} s a step",
+            f"{one['seconds']:.2f} s a step, by {one['settings']}",
         )
         for name, one in named.items()
         if one
@@ -151,11 +153,12 @@ def next_smaller(
     return None
 
 
-def in_json(candidate: Candidate | None) -> dict[str, Any] | None:
+def in_json(candidate: Candidate | None, config: RunConfig) -> dict[str, Any] | None:
     """Write a candidate as JSON types.
 
     Args:
         candidate: or None.
+        config: of the run, which the settings change.
 
     Returns:
         Values by name.
@@ -166,4 +169,5 @@ def in_json(candidate: Candidate | None) -> dict[str, Any] | None:
         "activation_checkpointing": str(candidate.policy),
         "micro_batch_tokens": candidate.micro_batch_tokens,
         "seconds": candidate.seconds,
+        "settings": way_overrides(candidate.policy, candidate.micro_batch_tokens, config),
     }

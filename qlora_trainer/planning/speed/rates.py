@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qlora_kernels.products import library
-from qlora_trainer.planning.speed.cards import CardFigures, derive_card, find_card
+from qlora_trainer.planning.speed.cards import CAUTIOUS, CardFigures, derive_card, find_card
 
 # On a card. Measured on one H200 (docs/benchmarks.md, "One H200", 29 November 2026): a recomputed step of an 8B in one
 # row of 16,384 tokens took 2.34 s, the card busy for 98 % of it, of which by this formula products are 2.0 s.
@@ -128,13 +128,15 @@ def rates_here(device: torch.device) -> Rates:
         device: that a run uses.
 
     Returns:
-        The rates; of a card that is not in the table by its properties, and the note says so.
+        The rates; of a card that is not in the table by its properties, and the note says so. Where these cannot be
+        those of a card, the cautious ones, which are not known.
     """
     if device.type == "cpu":
         return rates_of_processor()
     properties = torch.cuda.get_device_properties(device)
-    name = getattr(properties, "name", "This GPU")
+    name = getattr(properties, "name", None)
+    name = name if isinstance(name, str) and name else "This GPU"
     if card := find_card(name):
         return rates_of_card(card)
     figures, note = derive_card(name, properties)
-    return rates_of_card(figures, note, is_known=figures.name == name)
+    return rates_of_card(figures or CAUTIOUS, note, is_known=figures is not None)

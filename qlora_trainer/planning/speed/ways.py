@@ -20,7 +20,7 @@ from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.planning.speed.rows import full_rows, ladder
 from qlora_trainer.planning.speed.shape import Shape, count_shape
 from qlora_trainer.planning.variants import choice_overrides
-from qlora_trainer.training.memory.activations import Policy, bytes_of_inputs
+from qlora_trainer.training.memory.activations import LEVELS, Policy, bytes_of_inputs
 from qlora_trainer.training.state import with_micro_batch, with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
 
@@ -176,8 +176,8 @@ class Ways:
             note=" ".join(filter(None, (rates.note, self._pace.note))),
             has_rows=steps.count is not None,
             settings=choice_overrides(chosen.policy, chosen.micro_batch_tokens),
-            following=in_json(following),
-            faster=in_json(self._faster(chosen, card)),
+            following=in_json(following, self._config),
+            faster=in_json(self._faster(chosen, card), self._config),
         )
         return dataclasses.replace(plan, speed=speed)
 
@@ -190,9 +190,13 @@ class Ways:
         policies = open_policies(self.shape.layers)
         limits = ladder(self._config.data.max_length, self._pace.steps)
         others = candidates(self.shape, self._pace, policies, limits)
-        others = [one for one in others if AS_FAST * one.seconds < chosen.seconds]
-        memory = FewLayers(self._directory, self._config, limits)
-        return next((one for one in others if self._estimated(memory, one, card) is not None), None)
+        memory = FewLayers(self._directory, self._config, limits, self._memory)
+        found, fastest = None, chosen
+        for level in LEVELS:  # plans of a level that would hardly be faster are not made
+            faster = [one for one in others if one.policy.level == level and AS_FAST * one.seconds < fastest.seconds]
+            found = next((one for one in faster if self._estimated(memory, one, card) is not None), found)
+            fastest = found or chosen
+        return found
 
     def smaller(self, policy: Policy, limit: int, row_lengths: list[int]) -> Candidate | None:
         """Find the fastest way with less memory than the one that ran out of it.

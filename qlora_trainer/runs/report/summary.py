@@ -74,7 +74,8 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     limit = f"of up to {counted(run.state.loader.micro_batch_tokens, 'token')}"
     is_auto = run.config.training.micro_batch_tokens == "auto"
     why = "" if run.plan else ", as a base this small is not planned"
-    return [("micro-batches", f"{limit}: one longest row{why}" if is_auto else limit), *duration]
+    note = [] if run.pace.rates.is_known else [("note", run.pace.rates.note)]
+    return [("micro-batches", f"{limit}: one longest row{why}" if is_auto else limit), *duration, *note]
 
 
 def next_to_full(run: Run) -> dict[str, Parts]:

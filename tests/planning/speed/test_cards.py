@@ -1,14 +1,28 @@
 """The table of cards names its sources, and a card that is not in it is derived, cautiously, in words."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qlora_trainer.common.errors import ConfigError
+from qlora_trainer.config.load import make_config
+from qlora_trainer.planning.speed.candidates import Pace, choices_left
 from qlora_trainer.planning.speed.cards import CAUTIOUS, TABLE, card_named, derive_card, find_card
-from qlora_trainer.planning.speed.rates import LINK_SHARE, PRODUCTS_SHARE, rates_of_card, rates_of_processor
+from qlora_trainer.planning.speed.rates import (
+    LINK_SHARE,
+    PRODUCTS_SHARE,
+    Rates,
+    rates_here,
+    rates_of_card,
+    rates_of_processor,
+)
+from qlora_trainer.planning.speed.rows import full_rows
+
+CONFIG = make_config({"model": {"name": "m"}, "data": {"train": "rows.jsonl", "max_length": 64}})
 
 AN_A6000: dict[str, Any] = {  # as CUDA describes it: 84 processors at 1.8 GHz, 384 bits at 2 x 8 GHz
     "major": 8,
@@ -67,6 +81,7 @@ def test_an_unknown_name_is_refused_with_those_known() -> None:
 def test_a_card_that_is_not_in_the_table_goes_by_its_properties(name: str, share: float) -> None:
     """NVIDIA says 154.8 TFLOPS of its A6000; a GeForce of the same properties does half; PCIe is taken for 3.0 x8."""
     card, said = derive_card(name, SimpleNamespace(**AN_A6000))
+    assert card is not None
     assert card.flops == pytest.approx(share * 154.8e12, rel=1e-3)
     assert card.bandwidth == pytest.approx(768e9, rel=1e-3)
     assert card.link == 8 * 0.985e9
@@ -76,22 +91,67 @@ def test_a_card_that_is_not_in_the_table_goes_by_its_properties(name: str, share
     assert rates_of_card(card).link == LINK_SHARE * card.link
 
 
+@pytest.fixture
+def rates_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Rates]:
+    """The rates of this machine's GPU, of which CUDA says what an A6000's driver does, but for some properties."""
+
+    def rates(**changed: Any) -> Rates:
+        properties = SimpleNamespace(**({"name": "Some GPU"} | AN_A6000 | changed))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        return rates_here(torch.device("cuda", 0))
+
+    return rates
+
+
 @pytest.mark.parametrize(
-    "changed",
+    ("key", "value", "said"),
     [
-        {"multi_processor_count": 0},
-        {"clock_rate": -1},
-        {"memory_bus_width": None},
-        {"memory_clock_rate": float("nan")},
-        {"total_memory": 2**60},
+        ("multi_processor_count", 0, "multi_processor_count 0"),
+        ("multi_processor_count", None, "multi_processor_count unknown"),
+        ("multi_processor_count", 10**6, "multi_processor_count 1e+06"),
+        ("clock_rate", 0, "clock_rate 0"),
+        ("clock_rate", -1, "clock_rate -1"),
+        ("memory_clock_rate", float("nan"), "memory_clock_rate unknown"),
+        ("memory_bus_width", None, "memory_bus_width unknown"),
+        ("memory_bus_width", "384", "memory_bus_width unknown"),
+        ("total_memory", 0, "total_memory 0"),
+        ("total_memory", -(2**33), "total_memory -8.58993e+09"),
+        ("total_memory", 2**60, "total_memory 1.15292e+18"),
+        ("major", 0, "major 0"),
     ],
-    ids=str,
 )
-def test_absurd_properties_get_a_word_and_the_cautious_choice(changed: dict[str, Any]) -> None:
-    card, said = derive_card("Some GPU", SimpleNamespace(**(AN_A6000 | changed)))
-    assert card == CAUTIOUS
-    assert next(iter(changed)) in said
-    assert "a micro-batch is one longest row" in said
+def test_absurd_properties_get_a_word_and_the_cautious_choice(
+    rates_of: Callable[..., Rates], key: str, value: Any, said: str
+) -> None:
+    """One longest row, and policies in the order of a slow card: nothing is computed from what cannot be."""
+    rates = rates_of(**{key: value})
+    assert not rates.is_known
+    assert rates == rates_of_card(CAUTIOUS, rates.note, is_known=False)
+    assert rates.note.startswith(f"Some GPU is not in the table of cards, and by what CUDA says of it ({said})")
+    assert "a micro-batch is one longest row" in rates.note
+    limits = choices_left(CONFIG, Pace(rates, full_rows(64, 8, packing=True)), 2)[1]
+    assert limits == [64]
+
+
+def test_a_driver_that_says_nothing_gets_a_word_and_the_cautious_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    rates = rates_here(torch.device("cuda", 0))
+    assert not rates.is_known
+    assert all(f"{key} unknown" in rates.note for key in AN_A6000)
+
+
+@pytest.mark.parametrize("name", [None, "", 7])
+def test_a_card_without_a_name_goes_by_its_properties(rates_of: Callable[..., Rates], name: Any) -> None:
+    rates = rates_of(name=name)
+    assert rates.is_known
+    assert rates.name == "This GPU"
+    assert rates.note.startswith("This GPU is not in the table of cards: by its properties it does 155 TFLOP/s")
+    assert choices_left(CONFIG, Pace(rates, full_rows(64, 8, packing=True)), 2)[1] == [64, 128, 192, 256, 384, 512]
+
+
+def test_a_card_in_the_table_goes_by_it_whatever_its_driver_says(rates_of: Callable[..., Rates]) -> None:
+    rates = rates_of(name="NVIDIA GeForce RTX 4090", clock_rate=0, total_memory=-1)
+    assert rates == rates_of_card(card_named("RTX 4090"))
 
 
 def test_a_processor_is_rated_by_its_kind_and_threads() -> None:

@@ -16,10 +16,14 @@ from scarcity import Scarcity, same_end
 from tiny_runs import quiet
 
 from qlora_trainer.common import machine
+from qlora_trainer.config.load import load_config, save_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import plan_memory
-from qlora_trainer.planning.speed import ways
+from qlora_trainer.planning.speed import candidates, ways
+from qlora_trainer.planning.speed.cards import CAUTIOUS
+from qlora_trainer.planning.speed.choice import AS_FAST
+from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.run import Run
@@ -42,6 +46,13 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
+def two_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the policies only two, so that a choice is planned in half the time."""
+    monkeypatch.setattr(ways, "open_policies", lambda layers: [Policy("none"), Policy("full")])
+    monkeypatch.setattr(candidates, "open_policies", lambda layers: [Policy("none"), Policy("full")])
+
+
+@pytest.fixture
 def stepped_config(tiny_config: Config) -> Config:
     def config(output: str = "run", **changes: dict) -> RunConfig:
         own = {"global_batch_size": 12, "max_steps": 4, "evaluate_every": 4, "save_every": 2}
@@ -56,6 +67,7 @@ def in_force(run: Run) -> tuple[Policy, int]:
     return run.state.policy, run.state.loader.micro_batch_tokens
 
 
+@pytest.mark.usefixtures("two_levels")
 def test_a_choice_is_kept_from_step_0_and_resumed_with_half_the_memory_goes_further_down(
     stepped_config: Config, memory: SimpleNamespace
 ) -> None:
@@ -114,13 +126,48 @@ def test_what_no_longer_fits_may_give_way_to_smaller_micro_batches_that_keep_mor
     assert in_force(resume_run(run.directory))[0] == Policy("none")
 
 
-def test_what_the_user_set_is_kept_and_the_faster_is_named(stepped_config: Config, memory: SimpleNamespace) -> None:
-    run = start_run(stepped_config(training={"activation_checkpointing": "full", "micro_batch_tokens": 64}))
-    assert in_force(run) == (Policy("full"), 64)
+@pytest.mark.parametrize(
+    "set_by_user",
+    slow_but(
+        [
+            {"activation_checkpointing": "full", "micro_batch_tokens": 64},
+            {"micro_batch_tokens": 64},
+            {"activation_checkpointing": "full", "uncheckpointed_layers": 1},
+        ],
+        {"activation_checkpointing": "full", "micro_batch_tokens": 64},
+    ),
+    ids=str,
+)
+@pytest.mark.usefixtures("two_levels")
+def test_what_the_user_set_is_kept_and_the_faster_is_named(
+    stepped_config: Config, memory: SimpleNamespace, set_by_user: dict[str, Any]
+) -> None:
+    """Followed as it is written, the advice gives what it names, next to which nothing is faster."""
+    config = stepped_config(training=set_by_user)
+    run = start_run(config)
+    assert run.plan is not None
+    assert run.plan.speed is not None
+    own = run.state.policy.as_settings() | {"micro_batch_tokens": run.state.loader.micro_batch_tokens}
+    assert set_by_user.items() <= own.items()
     shown = dict(summarize(run))
-    assert shown["faster, and fits by estimate"].startswith("none, micro-batches of up to ")
-    assert shown["to keep this choice"] == "training.activation_checkpointing=full training.micro_batch_tokens=64"
+    assert shown["to keep this choice"].startswith(f"training.activation_checkpointing={run.state.policy.level}")
     assert "estimated" in shown["duration"]
+    named = run.plan.speed.faster
+    assert named is not None
+    assert named["seconds"] < run.plan.speed.seconds / AS_FAST
+    advice = shown["faster, and fits by estimate"]
+    assert advice.endswith(f" s a step, by {named['settings']}")
+    save_config(config, run.directory.parent / "followed.yaml")
+    words = [*advice.rpartition(" by ")[2].split(), f"training.output_dir={run.directory.parent / 'followed'}"]
+    followed = start_run(load_config(run.directory.parent / "followed.yaml", words))
+    assert (str(followed.state.policy), in_force(followed)[1]) == (
+        named["activation_checkpointing"],
+        named["micro_batch_tokens"],
+    )
+    assert followed.plan is not None
+    assert followed.plan.speed is not None
+    assert followed.plan.speed.seconds == pytest.approx(named["seconds"])
+    assert followed.plan.speed.faster is None
 
 
 @pytest.mark.slow
@@ -148,6 +195,15 @@ def test_a_base_too_small_to_be_planned_takes_one_longest_row_and_says_so(steppe
     assert dict(summarize(run))["micro-batches"] == (
         "of up to 64 tokens: one longest row, as a base this small is not planned"
     )
+
+
+def test_the_first_lines_say_why_no_time_is_estimated(stepped_config: Config) -> None:
+    run = start_run(stepped_config())
+    assert "note" not in dict(summarize(run))
+    run.pace = dataclasses.replace(run.pace, rates=rates_of_card(CAUTIOUS, "Nothing is known.", is_known=False))
+    shown = dict(summarize(run))
+    assert shown["note"] == "Nothing is known."
+    assert "duration" not in shown
 
 
 @pytest.mark.slow
