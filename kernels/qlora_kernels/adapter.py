@@ -1,16 +1,32 @@
-"""Hold a LoRA adapter as the kernels take it, and say what autograd sees of it.
+"""Hold a layer and its LoRA adapter as the kernels take them, and say what autograd sees of them.
 
-Left out: what is computed with it (lora_linear.py, gated_linear.py).
+Adapters over the same input whose A's lie below each other in memory are a stack: x A^T of all is one product, and so
+is the gradient of their A's.
 
-Legend: N tokens, I in features, O out features, R rank.
+Left out: what is computed with them (lora_linear.py, adapter_gradients.py, gated_linear.py).
+
+Legend: N tokens, I in features, O out features, R rank, S ranks of a stack together.
 """
 
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora_kernels.dropout import keep_mask
+from qlora_kernels.nf4 import NF4Weight
+
+
+@dataclass(frozen=True, eq=False)
+class StackedA:
+    """Hold the A's of several adapters without dropout, below each other, and their gradients."""
+
+    count: int  # of the adapters, in the order of their layers
+    A: Tensor  # (S, I), in the dtype of x
+    grad: Tensor  # (S, I), in the dtype of the A's: backward adds to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +39,8 @@ class Adapter:
     dropout: float = 0.0  # a probability below 1, of the adapter's input
     dropout_seed: Tensor | None = None  # () int64 on the CPU, as `draw_seed` gives it; needed where dropout is not 0
     casts: tuple[Tensor, Tensor, Tensor] | None = None  # A, B and B^T in the dtype of x, where somebody has cast them
-    grads: tuple[Tensor, Tensor] | None = None  # of A and B: backward adds to these, and gives autograd none
+    grads: tuple[Tensor, Tensor] | None = None  # of A and B^T: backward adds to these, and gives autograd none
+    stacked: StackedA | None = None  # with those of adapters over the same input; only with `grads`
 
     def __post_init__(self) -> None:
         assert not self.dropout or self.dropout_seed is not None, "dropout needs a seed"
@@ -37,8 +54,8 @@ class Adapter:
         Returns:
             A.
         """
-        cast = self._cast_to(dtype)
-        return self.lora_A.to(dtype) if cast is None else cast[0]
+        cast = self.casts
+        return cast[0] if cast is not None and cast[0].dtype == dtype else self.lora_A.to(dtype)
 
     def B_in(self, dtype: torch.dtype) -> Tensor:  # (O, R)
         """Return B in a dtype, from `casts` where they are of that one.
@@ -49,8 +66,8 @@ class Adapter:
         Returns:
             B.
         """
-        cast = self._cast_to(dtype)
-        return self.lora_B.to(dtype) if cast is None else cast[1]
+        cast = self.casts
+        return cast[1] if cast is not None and cast[0].dtype == dtype else self.lora_B.to(dtype)
 
     def transposed_B_in(self, dtype: torch.dtype) -> Tensor:  # (R, O)
         """Return the transpose of `B_in`.
@@ -61,13 +78,10 @@ class Adapter:
         Returns:
             A view of B.
         """
-        cast = self._cast_to(dtype)
-        return self.lora_B.to(dtype).T if cast is None else cast[2]
+        cast = self.casts
+        return cast[2] if cast is not None and cast[0].dtype == dtype else self.lora_B.to(dtype).T
 
-    def _cast_to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        return self.casts if self.casts is not None and self.casts[0].dtype == dtype else None
-
-    @property
+    @functools.cached_property
     def factor(self) -> float:
         """Return the scaling and dropout's own factor together, to be applied where the tensor is small.
 
@@ -88,29 +102,133 @@ class Adapter:
         return keep_mask(like, self.lora_A.shape[1], self.dropout, self.dropout_seed) if self.dropout else None
 
 
-def shown_to_autograd(adapter: Adapter | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return the inputs by which autograd knows that an adapter trains.
+class Projection(NamedTuple):
+    """Hold a layer over an input: x W^T + bias, and its adapter."""
+
+    weight: NF4Weight  # (O, I), frozen
+    bias: Tensor | None = None  # (O,)
+    adapter: Adapter | None = None
+
+
+class Stack:
+    """Hold adapters over the same input as one; an adapter alone is a stack too.
 
     Args:
-        adapter: on the layer, or None.
-
-    Returns:
-        A and B; of an adapter with `grads`, A alone, which is enough to be called back.
+        members: with their places among the layers over this input; what scales one scales all, all train or none
+            does, and of several none has dropout.
+        A: (S, I), in the dtype of x.
+        grad: (S, I), in the dtype of the A's: backward adds to it; None: autograd is given one.
     """
-    if adapter is None:
-        return None, None
-    return adapter.lora_A, None if adapter.grads is not None else adapter.lora_B
+
+    def __init__(self, members: Sequence[tuple[int, Adapter]], A: Tensor, grad: Tensor | None) -> None:
+        self.members, self.A, self.grad = members, A, grad
+        self.place, self.first = members[0]
+
+    def split(self, low_rank: Tensor, dim: int) -> Sequence[Tensor]:
+        """Cut a tensor into the members' parts.
+
+        Args:
+            low_rank: (N, S), or (S, N).
+            dim: of the members: 1, or 0.
+
+        Returns:
+            A view for each member.
+        """
+        if len(self.members) == 1:
+            return (low_rank,)
+        return low_rank.split_with_sizes([adapter.lora_A.shape[0] for _, adapter in self.members], dim)
 
 
-def trains_B(adapter: Adapter | None, needs_A: bool, needs_B: bool) -> bool:
-    """Say whether backward computes a gradient of B.
+def stacks_of(projections: Sequence[Projection], dtype: torch.dtype) -> list[Stack]:
+    """Make one stack of the adapters of layers over one input where their A's are in one matrix, else one each.
 
     Args:
-        adapter: on the layer, or None.
-        needs_A: whether autograd asks for A's.
-        needs_B: whether autograd asks for B's.
+        projections: the layers.
+        dtype: of the products.
 
     Returns:
-        True if it does.
+        The stacks.
     """
-    return needs_A if adapter is not None and adapter.grads is not None else needs_B
+    members = [(place, p.adapter) for place, p in enumerate(projections) if p.adapter is not None]
+    stacked = members[0][1].stacked if members else None
+    if stacked is not None and stacked.A.dtype == dtype and stacked.count == len(members):
+        for _, adapter in members:
+            if adapter.stacked is not stacked or adapter.dropout:
+                break
+        else:
+            return [Stack(members, stacked.A, stacked.grad)]
+    return [Stack((m,), m[1].A_in(dtype), None if m[1].grads is None else m[1].grads[0]) for m in members]
+
+
+class Shown:
+    """Hold what autograd sees of layers, but for their input: the parameters that it is to give gradients.
+
+    Adapters with `grads` are none of them, but for one where nothing else makes autograd call the function back.
+
+    Args:
+        projections: the layers.
+        is_called_back: their input needs a gradient.
+    """
+
+    def __init__(self, projections: Sequence[Projection], *, is_called_back: bool) -> None:
+        self.tensors: list[Tensor] = []
+        self.names: list[tuple[str, int]] = []  # "bias", "A" or "B", and the place of the layer
+        self.trains_A: set[int] = set()  # places of layers
+        self.trains_B: set[int] = set()
+        if not torch.is_grad_enabled():
+            return
+        for place, (_, bias, adapter) in enumerate(projections):
+            if bias is not None and bias.requires_grad:
+                self._show("bias", place, bias)
+            if adapter is not None and adapter.grads is not None:
+                self.trains_A.add(place)
+                self.trains_B.add(place)
+            elif adapter is not None:
+                if adapter.lora_A.requires_grad:
+                    self.trains_A.add(place)
+                    self._show("A", place, adapter.lora_A)
+                if adapter.lora_B.requires_grad:
+                    self.trains_B.add(place)
+                    self._show("B", place, adapter.lora_B)
+        if self.trains_A and not self.tensors and not is_called_back:
+            place = min(self.trains_A)
+            adapter = projections[place].adapter
+            assert adapter is not None
+            self._show("A", place, adapter.lora_A)
+
+    def _show(self, name: str, place: int, tensor: Tensor) -> None:
+        self.tensors.append(tensor)
+        self.names.append((name, place))
+
+    def needed_for_B(self, stacks: Sequence[Stack], low_ranks: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return what backward needs of x A^T.
+
+        Args:
+            stacks: on the layers.
+            low_ranks: x A^T (N, S) of each.
+
+        Returns:
+            Of each stack x A^T, or None where B needs no gradient.
+        """
+        return [low if stack.place in self.trains_B else None for stack, low in zip(stacks, low_ranks, strict=True)]
+
+    def gradients(
+        self, grads: Sequence[Tensor], grads_A: Mapping[int, Tensor], grads_B: Mapping[int, Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients of what was shown, a bias' computed here.
+
+        Args:
+            grads: (N, O), of each layer's output.
+            grads_A: by the layer's place.
+            grads_B: by the layer's place.
+
+        Returns:
+            In the order of `tensors`.
+        """
+        found: list[Tensor | None] = []
+        for (name, place), tensor in zip(self.names, self.tensors, strict=True):
+            if name == "bias":
+                found.append(grads[place].sum(0, dtype=tensor.dtype))
+            else:
+                found.append((grads_A if name == "A" else grads_B).get(place))
+        return found

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_kernels.adapter import Projection
 from qlora_kernels.gated import Activation, gated_gradients, gated_product
 from qlora_kernels.lora_linear import input_gradient, nf4_linear
 from qlora_kernels.nf4 import NF4Weight
@@ -94,13 +95,13 @@ class _GatedExperts(torch.autograd.Function):
             inputs = x[tokens]
             gate, up = nf4_linear(inputs, expert.gate, None), nf4_linear(inputs, expert.up, None)
             # d output / d routing is down(product), and grad . down(product) = (grad W_down) . product
-            grad_product = input_gradient(grad[tokens], expert.down)
+            grad_product = input_gradient([grad[tokens]], [Projection(expert.down)])
             product = gated_product(gate, up, ctx.activation)
             grad_weights[slots] = torch.linalg.vecdot(grad_product.to(wide), product.to(wide)).to(weights.dtype)
             del product
             grad_product = (grad_product * weights[slots, None]).to(x.dtype)
             grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
-            grad_inputs = input_gradient(grad_gate, expert.gate).add_(input_gradient(grad_up, expert.up))
+            grad_inputs = input_gradient([grad_gate, grad_up], [Projection(expert.gate), Projection(expert.up)])
             grad_x.index_add_(0, tokens, grad_inputs)
         return grad_x, grad_weights.view_as(routing), None, None, None
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.adapter import Adapter, shown_to_autograd, trains_B
+from qlora_kernels.adapter import Adapter, Projection, Shown, stacks_of
+from qlora_kernels.adapter_gradients import AdapterBackward
 from qlora_kernels.gated import Activation, gated_gradients, gated_product
-from qlora_kernels.lora_linear import AdapterBackward, as_tokens, input_gradient, low_rank_of, output_of, shaped_as
+from qlora_kernels.lora_linear import as_tokens, input_gradient, low_rank_of, output_of, shaped_as
 from qlora_kernels.nf4 import NF4Weight
 from qlora_kernels.saved_tensors import fetch, keep, visible
 
@@ -40,49 +41,48 @@ def gated_nf4_linear(
     Returns:
         The output, in gate's dtype.
     """
-    A, B = shown_to_autograd(adapter)
-    return _GatedNF4Linear.apply(*visible(gate, up, bias, A, B), activation, weight, adapter)
+    projection = Projection(weight, bias, adapter)
+    shown = Shown((projection,), is_called_back=gate.requires_grad or up.requires_grad)
+    return _GatedNF4Linear.apply(projection, activation, shown, *visible(gate, up, *shown.tensors))
 
 
 class _GatedNF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        projection: Projection,
+        activation: Activation,
+        shown: Shown,
         gate: Tensor,
         up: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        activation: Activation,
-        weight: NF4Weight,
-        adapter: Adapter | None,
+        *parameters: Tensor,
     ) -> Tensor:
-        product = as_tokens(gated_product(gate, up, activation))
-        low_rank = None if adapter is None else low_rank_of(product, adapter)
-        if any(ctx.needs_input_grad):
-            needs_B = trains_B(adapter, *ctx.needs_input_grad[3:5])
-            keep(ctx, gate, up, low_rank if needs_B else None)
-        ctx.activation, ctx.weight, ctx.adapter = activation, weight, adapter
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        output = output_of(product, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
-        return shaped_as(output, gate)
+        product, is_trained = as_tokens(gated_product(gate, up, activation)), any(ctx.needs_input_grad)
+        stacks = stacks_of((projection,), product.dtype)
+        low_ranks = [low_rank_of(product, stack) for stack in stacks]
+        if is_trained:
+            keep(ctx, gate, up, *shown.needed_for_B(stacks, low_ranks))
+        ctx.projection, ctx.activation, ctx.shown = projection, activation, shown
+        low_rank = low_ranks[0] if low_ranks else None
+        return shaped_as(output_of(product, projection, low_rank, is_inference=not is_trained), gate)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
-        needs_gate, needs_up, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        needs_B = trains_B(ctx.adapter, needs_A, needs_B)
-        gate, up, low_rank = fetch(ctx)
+        _, _, _, needs_gate, needs_up, *_ = ctx.needs_input_grad
+        needs_input, shown, projections = needs_gate or needs_up, ctx.shown, (ctx.projection,)
+        gate, up, *low_ranks = fetch(ctx)
         assert gate is not None
         assert up is not None
-        tokens_grad = as_tokens(grad)
-        adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
-        grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
-        del low_rank
-        grad_bias = tokens_grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
-        grad_A = adapter.grad_A(as_tokens(gated_product(gate, up, ctx.activation))) if adapter and needs_A else None
+        grads = (as_tokens(grad),)
+        adapters = AdapterBackward(grads, projections, needs_x=needs_input)
+        grads_B = adapters.grads_B(low_ranks)
+        del low_ranks
+        product = as_tokens(gated_product(gate, up, ctx.activation)) if shown.trains_A else None
+        grads_A = adapters.grads_A(product, shown.trains_A)
+        del product
         grad_gate = grad_up = None
-        if needs_gate or needs_up:
-            grad_product = shaped_as(input_gradient(tokens_grad, ctx.weight, adapter), gate)
+        if needs_input:
+            grad_product = shaped_as(input_gradient(grads, projections, adapters), gate)
             grad_gate, grad_up = gated_gradients(grad_product, gate, up, ctx.activation)
-        return grad_gate, grad_up, grad_bias, grad_A, grad_B, None, None, None
+        return None, None, None, grad_gate, grad_up, *shown.gradients(grads, grads_A, grads_B)

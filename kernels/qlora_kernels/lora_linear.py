@@ -1,10 +1,11 @@
-"""Compute linear layers over a frozen NF4 weight, with their LoRA adapters, as autograd functions that keep little.
+"""Compute linear layers over a frozen NF4 weight, with their LoRA adapters, as one autograd function that keeps little.
 
 The weight gets no gradient, so backward needs no dequantized copy of it: it dequantizes the four-bit weight again, into
 the same workspace, and multiplies, grad_x = grad_y @ W. What a plain `F.linear` would keep alive for each layer, the
 16-bit weight, is what QLoRA exists to avoid. The adapter's gradients need x and the rank-sized x A^T, and nothing else
 is kept: no cast of A or B, no input after dropout, no mask. The adapter's part is added to the base's output in place,
-and so is its part of grad_x: neither is ever a second tensor of that size.
+and so is its part of grad_x: neither is ever a second tensor of that size. Layers over one input are one function: the
+input is a matrix of tokens once and kept once, and their parts of its gradient are added in place.
 
 Tensors are saved for backward before the large product is made. So where a layer is recomputed (torch's checkpointing
 stops once it has what backward needs) a layer's last product is not made again.
@@ -15,6 +16,7 @@ Left out: gradients of gradients, autocast, and the end of a gated MLP (gated_li
 Legend: N tokens, I in features, O out features, R rank.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora_kernels.adapter import Adapter, shown_to_autograd, trains_B
+from qlora_kernels.adapter import Adapter, Projection, Shown, Stack, stacks_of
+from qlora_kernels.adapter_gradients import AdapterBackward
 from qlora_kernels.nf4 import NF4Weight, dequantized_blocks
 from qlora_kernels.nf4_matmul import MOST_FEW, multiply, multiply_few
 from qlora_kernels.products import linear, product
@@ -52,8 +55,24 @@ def nf4_linear(
     Returns:
         The output.
     """
-    A, B = shown_to_autograd(adapter)
-    return _NF4Linear.apply(*visible(x, bias, A, B), weight, adapter)
+    return nf4_linears(x, (Projection(weight, bias, adapter),))[0]
+
+
+def nf4_linears(
+    x: Tensor,  # (..., I)
+    projections: Sequence[Projection],
+) -> tuple[Tensor, ...]:  # (..., O) of each
+    """Compute `nf4_linear` of several layers over one input, which is saved once.
+
+    Args:
+        x: the input.
+        projections: the layers.
+
+    Returns:
+        Their outputs.
+    """
+    shown = Shown(projections, is_called_back=x.requires_grad)
+    return _NF4Linears.apply(projections, shown, *visible(x, *shown.tensors))
 
 
 def add_lora(
@@ -79,90 +98,40 @@ def add_lora(
     return base_output + F.linear(low_rank * scaling, lora_B.to(x.dtype))
 
 
-class _NF4Linear(torch.autograd.Function):
+class _NF4Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        weight: NF4Weight,
-        adapter: Adapter | None,
-    ) -> Tensor:
-        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        needs_B = trains_B(adapter, needs_A, needs_B)
-        tokens = as_tokens(x)
-        low_rank = None if adapter is None else low_rank_of(tokens, adapter)
-        if needs_A or needs_B:
-            keep(ctx, x if needs_A else None, low_rank if needs_B else None)
-        # Not as saved tensors: hooks that offload or recompute those must leave weight and adapter alone.
-        ctx.weight, ctx.adapter = weight, adapter
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        output = output_of(tokens, weight, bias, adapter, low_rank, is_inference=not any(ctx.needs_input_grad))
-        return shaped_as(output, x)
+        ctx: Any, projections: Sequence[Projection], shown: Shown, x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        tokens, is_trained = as_tokens(x), any(ctx.needs_input_grad)
+        stacks = stacks_of(projections, x.dtype)
+        low_ranks = [low_rank_of(tokens, stack) for stack in stacks]
+        if is_trained:
+            keep(ctx, x if shown.trains_A else None, *shown.needed_for_B(stacks, low_ranks))
+        # Not as saved tensors: hooks that offload or recompute those must leave weights and adapters alone.
+        ctx.projections, ctx.shown = projections, shown
+        parts: list[Tensor | None] = [None] * len(projections)
+        for stack, of_stack in zip(stacks, low_ranks, strict=True):
+            for (place, _), part in zip(stack.members, stack.split(of_stack, 1), strict=True):
+                parts[place] = part
+        outputs = []
+        for projection, low_rank in zip(projections, parts, strict=True):
+            outputs.append(shaped_as(output_of(tokens, projection, low_rank, is_inference=not is_trained), x))
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., O)
-        needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        needs_B = trains_B(ctx.adapter, needs_A, needs_B)
-        x, low_rank = fetch(ctx) if needs_A or needs_B else (None, None)
-        tokens_grad = as_tokens(grad)
-        adapter = AdapterBackward(tokens_grad, ctx.adapter) if ctx.adapter is not None else None
-        grad_B = adapter.grad_B(low_rank) if adapter and needs_B and low_rank is not None else None
-        del low_rank
-        grad_A = adapter.grad_A(as_tokens(x)) if adapter and needs_A and x is not None else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # (..., O) each
+        projections, shown, needs_x = ctx.projections, ctx.shown, ctx.needs_input_grad[2]
+        x, *low_ranks = fetch(ctx)
+        tokens_grads = [as_tokens(grad) for grad in grads]
+        adapters = AdapterBackward(tokens_grads, projections, needs_x=needs_x)
+        grads_B = adapters.grads_B(low_ranks)
+        del low_ranks
+        grads_A = adapters.grads_A(None if x is None else as_tokens(x), shown.trains_A)
         del x
-        grad_x = input_gradient(tokens_grad, ctx.weight, adapter) if needs_x else None
-        grad_bias = tokens_grad.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
-        return None if grad_x is None else shaped_as(grad_x, grad), grad_bias, grad_A, grad_B, None, None
-
-
-class AdapterBackward:
-    """Compute the adapter's gradients from one output gradient, in the order in which memory is least.
-
-    Args:
-        tokens_grad: (N, O), of the layer's output.
-        adapter: as given to forward.
-    """
-
-    def __init__(self, tokens_grad: Tensor, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.tokens_grad = tokens_grad
-        self.A = adapter.A_in(tokens_grad.dtype)
-        self.low_rank_grad = product(tokens_grad, adapter.B_in(tokens_grad.dtype))  # (N, R), not yet scaled
-        self.mask = adapter.keep_mask(tokens_grad)
-
-    def grad_B(self, low_rank: Tensor) -> Tensor | None:
-        """Compute the gradient of B.
-
-        Args:
-            low_rank: x A^T (N, R), as forward had it.
-
-        Returns:
-            (O, R), in the dtype of B; None where it was added to the adapter's `grads`.
-        """
-        return self._scaled(product(low_rank.T, self.tokens_grad).T, 1, self.adapter.lora_B.dtype)
-
-    def grad_A(self, tokens: Tensor) -> Tensor | None:
-        """Compute the gradient of A.
-
-        Args:
-            tokens: (N, I), the layer's input.
-
-        Returns:
-            (R, I), in the dtype of A; None where it was added to the adapter's `grads`.
-        """
-        dropped = tokens if self.mask is None else self.mask * tokens
-        return self._scaled(product(self.low_rank_grad.T, dropped), 0, self.adapter.lora_A.dtype)
-
-    def _scaled(self, found: Tensor, place: int, dtype: torch.dtype) -> Tensor | None:
-        """Scale a gradient, and add it where the adapter keeps its own."""
-        if self.adapter.grads is None:
-            return found.to(dtype).mul_(self.adapter.factor)
-        self.adapter.grads[place].add_(found, alpha=self.adapter.factor)
-        return None
+        grad_x = shaped_as(input_gradient(tokens_grads, projections, adapters), grads[0]) if needs_x else None
+        return None, None, grad_x, *shown.gradients(tokens_grads, grads_A, grads_B)
 
 
 def as_tokens(x: Tensor) -> Tensor:  # (N, W)
@@ -191,25 +160,23 @@ def shaped_as(matrix: Tensor, like: Tensor) -> Tensor:  # (..., W)
     return matrix if like.dim() == 2 else reshaped_without_view(matrix, [*like.shape[:-1], matrix.shape[1]])
 
 
-def low_rank_of(tokens: Tensor, adapter: Adapter) -> Tensor:  # (N, R)
+def low_rank_of(tokens: Tensor, stack: Stack) -> Tensor:  # (N, S)
     """Compute dropout(x) A^T, not scaled.
 
     Args:
-        tokens: (N, I), the layer's input.
-        adapter: on the layer.
+        tokens: (N, I), the layers' input.
+        stack: on the layers.
 
     Returns:
         The product.
     """
-    mask = adapter.keep_mask(tokens)
-    return linear(tokens if mask is None else mask.mul_(tokens), adapter.A_in(tokens.dtype))
+    mask = stack.first.keep_mask(tokens) if stack.first.dropout else None
+    return linear(tokens if mask is None else mask.mul_(tokens), stack.A)
 
 
 def output_of(
     tokens: Tensor,
-    weight: NF4Weight,
-    bias: Tensor | None,
-    adapter: Adapter | None,
+    projection: Projection,
     low_rank: Tensor | None,
     *,
     is_inference: bool,
@@ -218,16 +185,15 @@ def output_of(
 
     Args:
         tokens: (N, I), the layer's input.
-        weight: (O, I).
-        bias: (O,), or None.
-        adapter: on the layer, or None.
-        low_rank: (N, R), as `low_rank_of` gives it; None without an adapter.
+        projection: the layer.
+        low_rank: (N, R), the adapter's part of what `low_rank_of` gives; None without an adapter.
         is_inference: take the product for few tokens where there are few.
 
     Returns:
         The output.
     """
-    multiplied = multiply_few if is_inference and len(tokens) <= MOST_FEW else multiply
+    weight, bias, adapter = projection
+    multiplied = multiply_few if is_inference and tokens.shape[0] <= MOST_FEW else multiply
     output = multiplied(tokens, weight, None if bias is None else bias.to(tokens.dtype))
     if adapter is not None and low_rank is not None:
         output.addmm_(low_rank, adapter.transposed_B_in(tokens.dtype), alpha=adapter.factor)
@@ -235,32 +201,26 @@ def output_of(
 
 
 def input_gradient(
-    tokens_grad: Tensor,  # (N, O)
-    weight: NF4Weight,  # (O, I)
-    adapter: AdapterBackward | None = None,
+    grads: Sequence[Tensor],  # (N, O) each
+    projections: Sequence[Projection],
+    adapters: AdapterBackward | None = None,
 ) -> Tensor:  # (N, I)
-    """Compute the gradient of a layer's input: grad W, and the adapter's part.
+    """Compute the gradient of the input of layers: the sum of grad W, and the adapters' part.
 
     Args:
-        tokens_grad: of the output.
-        weight: frozen.
-        adapter: None without an adapter; its mask is used up.
+        grads: of each layer's output.
+        projections: the layers.
+        adapters: None without any; their `grads_A` was called.
 
     Returns:
-        The gradient.
+        The gradient, a new tensor.
     """
-    grad_x = None
-    if adapter is not None and adapter.mask is not None:  # first, so that the mask goes before the weight comes
-        grad_x = (
-            (adapter.low_rank_grad @ adapter.adapter.A_in(tokens_grad.dtype))
-            .mul_(adapter.mask)
-            .mul_(adapter.adapter.factor)
-        )
-        adapter.mask = None
-    for rows, values in dequantized_blocks(weight, tokens_grad.dtype):
-        part = tokens_grad if len(values) == weight.shape[0] else tokens_grad[:, rows]
-        grad_x = product(part, values) if grad_x is None else grad_x.addmm_(part, values)
+    grad_x = None if adapters is None else adapters.with_dropout()
+    for grad, projection in zip(grads, projections, strict=True):
+        for rows, values in dequantized_blocks(projection.weight, grad.dtype):
+            part = grad if values.shape[0] == grad.shape[1] else grad[:, rows]
+            grad_x = product(part, values) if grad_x is None else grad_x.addmm_(part, values)
     assert grad_x is not None
-    if adapter is not None and not adapter.adapter.dropout:
-        grad_x.addmm_(adapter.low_rank_grad, adapter.A, alpha=adapter.adapter.factor)
+    if adapters is not None:
+        adapters.add_without_dropout(grad_x)
     return grad_x

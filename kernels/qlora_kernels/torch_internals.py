@@ -173,6 +173,20 @@ def copy_with(
     return copied
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if something is to be called with the module: its outputs must then come from its own call.
+
+    Args:
+        module: any; hooks of torch for all modules are not asked for.
+
+    Returns:
+        True if it has a hook.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def has_onednn_linear() -> bool:
     """Return True where torch has `onednn_linear`.
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora_kernels.adapter import Adapter
+from qlora_kernels.adapter import Adapter, Projection
 from qlora_kernels.dropout import draw_seed
-from qlora_kernels.lora_linear import add_lora, nf4_linear
+from qlora_kernels.lora_linear import add_lora, nf4_linears
 from qlora_kernels.side_by_side import worker_number
 from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
@@ -62,6 +62,7 @@ class LoRALinear(nn.Module):
         self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
         self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
         self.prepared: tuple[Adapter, ...] = ()  # by worker, for one step, while `adapters_prepared` holds
+        self.joint: tuple[LoRALinear, ...] = ()  # itself and others that always have the same input; see joint.py
 
     @classmethod
     def from_base(
@@ -111,7 +112,7 @@ class LoRALinear(nn.Module):
         """
         base = self.base
         if isinstance(base, NF4Linear):
-            return nf4_linear(x, base.nf4_weight, base.bias, self.adapter())
+            return nf4_linears(x, (projection_of(self),))[0]
         dropped = F.dropout(x, self.dropout, self.training)
         return add_lora(base(x), dropped, self.lora_A.weight, self.whole_B(self.lora_B.weight), self.scaling)
 
@@ -185,6 +186,22 @@ class TrainableBias(nn.Module):
         """
         bias = self.bias.to(self.base.get_parameter("bias").dtype)
         return torch.func.functional_call(self.base, {"bias": bias}, inputs, named)
+
+
+def projection_of(layer: NF4Linear | LoRALinear) -> Projection:
+    """Return a layer as the kernels take it, for one call.
+
+    Args:
+        layer: 4-bit, adapted or not.
+
+    Returns:
+        Weight, bias and adapter.
+    """
+    if isinstance(layer, NF4Linear):
+        return Projection(layer.nf4_weight, layer.bias)
+    base = layer.base
+    assert isinstance(base, NF4Linear), "the kernels take 4-bit layers"
+    return Projection(base.nf4_weight, base.bias, layer.adapter())
 
 
 def linear_facts(base: nn.Module) -> tuple[int, int, torch.device]:

@@ -11,14 +11,14 @@ its moments are zero. Left out: anything about what the parameters mean (inject.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qlora_kernels.adapter import Adapter
+from qlora_kernels.adapter import Adapter, StackedA
 from qlora_trainer.adapters.layers import LoRALinear
 
 ALIGNMENT = 16  # bytes
@@ -186,11 +186,17 @@ def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]
         for name, p in group.parameters.items():
             casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
     grads = _grads_of_workers(groups)
+    stacks: dict[int, list[StackedA]] = {}
     for layer in adapted:
         A, B = layer.lora_A.weight, layer.lora_B.weight
         cast = (casts[id(A)], casts[id(B)], casts[id(B)].T) if id(A) in casts else None
-        both = zip(grads[id(A)], grads[id(B)], strict=True)
-        layer.prepared = tuple(Adapter(A, B, layer.scaling, casts=cast, grads=pair) for pair in both)
+        if layer.joint and layer is layer.joint[0]:
+            stacks.update(_stacked(layer.joint, casts, grads))
+        stacked: Sequence[StackedA | None] = stacks.get(id(layer)) or [None] * len(grads[id(A)])
+        layer.prepared = tuple(
+            Adapter(A, B, layer.scaling, casts=cast, grads=(grad_A, grad_B.T), stacked=one)
+            for grad_A, grad_B, one in zip(grads[id(A)], grads[id(B)], stacked, strict=True)
+        )
     try:
         yield
         for group in groups:
@@ -209,3 +215,29 @@ def _grads_of_workers(groups: Sequence[FlatGroup]) -> dict[int, list[Tensor]]:
             others = [grad[group.slices[name]].view(p.shape) for grad in group.other_grads]
             found[id(p)] = [p.grad, *others]
     return found
+
+
+def _stacked(
+    joint: Sequence[LoRALinear], casts: Mapping[int, Tensor], grads: Mapping[int, Sequence[Tensor]]
+) -> dict[int, list[StackedA]]:
+    """Find the A's of layers over one input as one matrix, for each worker; by the layers' ids.
+
+    None are found where they are scaled apart, or lie apart in memory.
+    """
+    parameters = [layer.lora_A.weight for layer in joint]
+    A = _below_each_other([casts.get(id(parameter), parameter.detach()) for parameter in parameters])
+    of_workers = [_below_each_other(of) for of in zip(*(grads[id(p)] for p in parameters), strict=True)]
+    if A is None or len({layer.scaling for layer in joint}) > 1:
+        return {}
+    stacked = [StackedA(len(joint), A, grad) for grad in of_workers if grad is not None]
+    return {id(layer): stacked for layer in joint}
+
+
+def _below_each_other(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Return matrices of the same width as one, without a copy; None where they do not follow each other in memory."""
+    first, end = matrices[0], matrices[0].storage_offset()
+    for matrix in matrices:
+        if matrix.storage_offset() != end or matrix.untyped_storage() is not first.untyped_storage():
+            return None
+        end += matrix.numel()
+    return first.as_strided((sum(map(len, matrices)), first.shape[1]), first.stride())

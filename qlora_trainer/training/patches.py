@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from qlora_kernels.gated_linear import gated_nf4_linear
 from qlora_kernels.rms_norm import Form, rms_norm
 from qlora_kernels.tiling import tiled
 from qlora_kernels.torch_internals import copy_with, with_real_tensors
-from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.joint import JointLayers, join_layers, may_join
+from qlora_trainer.adapters.layers import LoRALinear, projection_of
 from qlora_trainer.common.units import counted
 from qlora_trainer.model.modules.experts import SplitExperts
 from qlora_trainer.model.modules.nf4_linear import NF4Linear, is_linear
@@ -85,11 +87,7 @@ class GatedMLP:
             (..., hidden size).
         """
         gate, up = self.gate_and_up(x)
-        base, adapter = (
-            (self.down.base, self.down.adapter()) if isinstance(self.down, LoRALinear) else (self.down, None)
-        )
-        assert isinstance(base, NF4Linear)
-        return gated_nf4_linear(gate, up, self.activation, base.nf4_weight, base.bias, adapter)
+        return gated_nf4_linear(gate, up, self.activation, *projection_of(self.down))
 
 
 def tile_tokens(tokens: int, tiles: int) -> int:
@@ -118,7 +116,6 @@ def patch_model(model: nn.Module) -> PatchReport:
         What keeps little for backward now.
     """
     modules = list(model.modules())
-    patch_rotary(modules)
     linear = [module for module in modules if isinstance(module, LoRALinear)]
     norms = [module for module in modules if _is_norm(module)]
     mlps = [module for module in modules if _is_mlp(module)]
@@ -135,6 +132,8 @@ def patch_model(model: nn.Module) -> PatchReport:
         if gated is not None:
             mlp.forward = gated
             patched_mlps += 1
+    patch_rotary(modules)
+    join_layers(modules)
     return PatchReport(
         projections=(sum(isinstance(layer.base, NF4Linear) for layer in linear), len(linear)),
         mlps=(patched_mlps, len(mlps) + len(experts)),
@@ -215,7 +214,9 @@ def gated_mlp(mlp: nn.Module) -> GatedMLP | None:
         down = linear[names[-1]]
         is_4bit = isinstance(down.base if isinstance(down, LoRALinear) else down, NF4Linear)
         if is_4bit and len(names) in (2, 3) and _computes_gated(mlp, names, activation):
-            split = _split([linear[name] for name in names[:-1]])
+            inside = [linear[name] for name in names[:-1]]
+            is_joint = len(inside) == 2 and all(may_join(layer) for layer in inside)
+            split: Any = JointLayers(inside) if is_joint else _split(inside)
             return GatedMLP(split, named_activation(activation), down)  # type: ignore[arg-type]
     return None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.adapters.inject import lora_layers, trainable_parameters
+from qlora_trainer.adapters.joint import with_stacks_together
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch_tokens
@@ -160,7 +161,8 @@ def build_state(
     apply_policy(model, policy, workers)
     forward = examine_forward(model, config.data.max_length)
     trainable = list(trainable_parameters(model))
-    weights = [(name, p) for name, p in trainable if not name.endswith(".bias")]
+    adapted = list(lora_layers(model).values())
+    weights = with_stacks_together([(name, p) for name, p in trainable if not name.endswith(".bias")], adapted)
     biases = [(name, p) for name, p in trainable if name.endswith(".bias")]
     groups = [flatten_parameters(weights, name="lora", weight_decay=config.optimizer.weight_decay, workers=workers)]
     if biases:
@@ -176,7 +178,7 @@ def build_state(
     )
     return TrainState(
         model=model,
-        adapted=list(lora_layers(model).values()),
+        adapted=adapted,
         groups=groups,
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),

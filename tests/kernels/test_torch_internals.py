@@ -117,6 +117,24 @@ def test_torch_has_tables_of_parameters_and_modules() -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_torch_has_lists_of_a_modules_hooks(register: str) -> None:
+    module = nn.Linear(2, 2)
+    assert not torch_internals.has_hooks(module)
+    handle = getattr(module, register)(lambda *_: None)
+    assert torch_internals.has_hooks(module)
+    handle.remove()
+    assert not torch_internals.has_hooks(module)
+
+
 def test_torch_has_onednn_linear() -> None:
     assert torch_internals.has_onednn_linear()
     x, weight, bias = torch.randn(64, 8), torch.randn(16, 8), torch.randn(16)

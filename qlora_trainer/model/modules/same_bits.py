@@ -16,8 +16,8 @@ from qlora_kernels.torch_internals import with_real_tensors
 SIZES = torch.logspace(-4, 4, 32)
 """Sizes of the values that modules are tried on; from small to large, since some modules clip only large ones."""
 
-# Errors of code that is called in a way it is not made for.
-_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ERRORS_OF_A_CALL = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of code that is called in a way it is not made for."""
 
 
 def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
@@ -32,7 +32,7 @@ def agree(theirs: Callable[[], Any], ours: Callable[[], Tensor]) -> bool:
     """
     try:
         result = theirs()
-    except _ERRORS:
+    except ERRORS_OF_A_CALL:
         return False
     expected = ours()
     return isinstance(result, Tensor) and result.dtype == expected.dtype and torch.equal(result, expected)
