@@ -62,10 +62,14 @@ def run_at_once(tasks: Sequence[Callable[[], _Result]], *, draws: bool = False) 
 
     Raises:
         DrewRandomNumbersError: they drew from torch's global one.
-        BaseException: of the first function that raised, once all have ended.
+        Exception: of the first function that raised, once all have ended.
     """
     if len(tasks) == 1:
         return [tasks[0]()]
+    name = f"part, begun by thread {threading.get_ident()}"
+    for thread in threading.enumerate():
+        if thread.name == name:  # it was left alone when a signal ended an earlier call
+            thread.join()
     threads = torch.get_num_threads()
     seeds = torch.randint(2**63 - 1, (len(tasks),), device="cpu").tolist() if draws else [None] * len(tasks)
     random = torch.get_rng_state()
@@ -76,11 +80,11 @@ def run_at_once(tasks: Sequence[Callable[[], _Result]], *, draws: bool = False) 
         with _as_worker(number, seeds[number]):
             try:
                 outcomes[number] = True, tasks[number]()
-            except BaseException as error:  # it is raised below, where somebody waits for it
+            except Exception as error:  # it is raised below, when all have ended; Ctrl-C waits for nothing
                 outcomes[number] = False, error
 
     # Daemons: a second Ctrl-C ends the program while they compute.
-    others = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(1, len(tasks))]
+    others = [threading.Thread(target=work, args=(number,), name=name, daemon=True) for number in range(1, len(tasks))]
     try:
         for thread in others:
             thread.start()

@@ -76,3 +76,23 @@ def test_functions_that_draw_none_leave_the_generator_alone() -> None:
     before = torch.get_rng_state()
     run_at_once([lambda: torch.ones(1)] * 2)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_interruption_waits_for_no_other_function_and_the_next_call_does() -> None:
+    """As a second Ctrl-C, which Python raises in the main thread."""
+    may_end, ended = threading.Event(), threading.Event()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def computes_on() -> None:
+        may_end.wait(60)
+        ended.set()
+
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        run_at_once([interrupted, computes_on])
+    assert not ended.is_set()
+    assert (worker_number(), torch.get_num_threads()) == (0, before)
+    may_end.set()
+    assert run_at_once([ended.is_set] * 2) == [True, True]
