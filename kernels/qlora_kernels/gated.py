@@ -55,7 +55,9 @@ def gated_product(
     """
     if not isinstance(activation, str):
         return activation(gate).mul_(up)
-    return torch.ops.qlora_kernels.gated_product(gate.detach(), up.detach(), activation)
+    if torch.is_grad_enabled():
+        gate, up = gate.detach(), up.detach()
+    return torch.ops.qlora_kernels.gated_product(gate, up, activation)
 
 
 def gated_gradients(
@@ -82,7 +84,9 @@ def gated_gradients(
         grad_up = grad * activated.detach()
         (grad_gate,) = torch.autograd.grad(activated, input, grad.mul_(up))
         return grad_gate, grad_up
-    grad_up = torch.ops.qlora_kernels.gated_gradients(grad, gate.detach(), up.detach(), activation)
+    if torch.is_grad_enabled():
+        gate, up = gate.detach(), up.detach()
+    grad_up = torch.ops.qlora_kernels.gated_gradients(grad, gate, up, activation)
     return grad, grad_up
 
 

@@ -14,7 +14,7 @@ block formats (fp4).
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +144,7 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, rows: slice | None 
     return out
 
 
-def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
     """Dequantize from the first row to the last, in as few blocks of rows as the weight's workspace allows.
 
     With a workspace of this dtype each block overwrites the one before it: use it at once. Without one the whole weight
@@ -154,18 +154,21 @@ def dequantized_blocks(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[
         weight: quantized.
         dtype: any floating one.
 
-    Yields:
-        (rows, their values (rows, I)).
+    Returns:
+        (rows, their values (rows, I)) of each block.
     """
     workspace, (out_features, in_features) = weight.workspace, weight.shape
     if workspace is None or workspace.dtype != dtype or workspace.numel() < in_features:
-        yield slice(0, out_features), dequantize_nf4(weight, dtype)
-        return
+        return ((slice(0, out_features), dequantize_nf4(weight, dtype)),)
     whole = weight.whole_block
-    if whole is not None:
-        _dequantize_into(whole, weight, 0)
-        yield slice(0, out_features), whole
-        return
+    if whole is None:
+        return _blocks_in(workspace, weight)
+    _dequantize_into(whole, weight, 0)
+    return ((slice(0, out_features), whole),)
+
+
+def _blocks_in(workspace: Tensor, weight: NF4Weight) -> Iterator[tuple[slice, Tensor]]:
+    out_features, in_features = weight.shape
     rows = workspace.numel() // in_features
     rows = rows // BLOCK_SIZE * BLOCK_SIZE or rows  # so that a block of rows begins at a block of the format
     for start in range(0, out_features, rows):

@@ -38,7 +38,7 @@ def multiply(
     """
     output, out_features = None, weight.shape[0]
     for rows, values in dequantized_blocks(weight, x.dtype):
-        if len(values) == out_features:
+        if values.shape[0] == out_features:
             return linear(x, values, bias)
         output = x.new_empty(len(x), out_features) if output is None else output
         torch.mm(x, values.T, out=output[:, rows])

@@ -53,33 +53,29 @@ def rms_norm(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, form: Form) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        output, inverse = torch.ops.qlora_kernels.rms_norm(rows, weight, eps, form)
+        output, inverse = torch.ops.qlora_kernels.rms_norm(x, weight, eps, form)
         if ctx.needs_input_grad[0]:
             keep(ctx, x, inverse)
         ctx.weight, ctx.form = weight, form
-        return output.view(x.shape)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # grad: (..., H)
         x, inverse = fetch(ctx)
-        assert x is not None
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-        grad_x = torch.ops.qlora_kernels.rms_norm_backward(grads, rows, inverse, ctx.weight, ctx.form)
-        return grad_x.view(x.shape), None, None, None
+        return torch.ops.qlora_kernels.rms_norm_backward(grad, x, inverse, ctx.weight, ctx.form), None, None, None
 
 
 def normalize_torch(
-    rows: Tensor,  # (N, H)
+    x: Tensor,  # (..., H), of N rows
     weight: Tensor,  # (H,)
     eps: float,
     form: Form,
-) -> tuple[Tensor, Tensor]:  # (N, H), and (N, 1): one over each row's root mean square, fp32 or wider
+) -> tuple[Tensor, Tensor]:  # (..., H), and (N, 1): one over each row's root mean square, fp32 or wider
     """Define the forward pass in plain torch.
 
     Args:
-        rows: the input.
+        x: the input.
         weight: the scale.
         eps: added to the mean square.
         form: where to round.
@@ -87,55 +83,57 @@ def normalize_torch(
     Returns:
         The output, and one over each row's root mean square.
     """
-    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    inverse = rows.new_empty(len(rows), 1, dtype=_wide(rows))
-    for part in _chunks(rows):
+    output, rows = x.new_empty(x.shape), x.reshape(-1, x.shape[-1])
+    output_rows, inverse = output.view(rows.shape), rows.new_empty(len(rows), 1, dtype=_wide(x))
+    for part in _chunks(*rows.shape):
         inverse[part] = torch.rsqrt(rows[part].to(inverse.dtype).pow(2).mean(-1, keepdim=True) + eps)
-        output[part] = _scaled(rows[part] * inverse[part], weight, form)
+        output_rows[part] = _scaled(rows[part] * inverse[part], weight, form)
     return output, inverse
 
 
 def backward_torch(
-    grads: Tensor,  # (N, H) of the output
-    rows: Tensor,  # (N, H)
+    grad: Tensor,  # (..., H) of the output
+    x: Tensor,  # (..., H), of N rows
     inverse: Tensor,  # (N, 1)
     weight: Tensor,  # (H,)
     form: Form,
-) -> Tensor:  # (N, H)
+) -> Tensor:  # (..., H)
     """Define the backward pass in plain torch.
 
     Args:
-        grads: of the output.
-        rows: the input.
+        grad: of the output.
+        x: the input.
         inverse: as forward gives it.
         weight: the scale.
         form: where to round.
 
     Returns:
-        The gradient of the rows.
+        The gradient of the input.
     """
-    grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    for part in _chunks(rows):
+    grad_x, rows = x.new_empty(x.shape), x.reshape(-1, x.shape[-1])
+    grad_rows, grads = grad_x.view(rows.shape), grad.reshape(rows.shape)
+    for part in _chunks(*rows.shape):
         x_hat = rows[part] * inverse[part]
         grad_hat = _scaled_gradient(grads[part], weight, form)
         along = (grad_hat * x_hat).mean(-1, keepdim=True)
-        grad_x[part] = (grad_hat - x_hat.mul_(along)).mul_(inverse[part])
+        grad_rows[part] = (grad_hat - x_hat.mul_(along)).mul_(inverse[part])
     return grad_x
 
 
-def norm_workspace_bytes(rows: Tensor, *, backward: bool) -> int:  # (N, H)
+def norm_workspace_bytes(x: Tensor, *, backward: bool) -> int:
     """Compute what plain torch uses inside and frees again: two fp32 tensors of a chunk of rows, in backward three.
 
     Args:
-        rows: (N, H), the input.
+        x: (..., H), the input.
         backward: count backward instead of forward.
 
     Returns:
         Bytes, beyond inputs and results.
     """
-    chunk = max((part.stop - part.start for part in _chunks(rows)), default=0)
-    elements = min(chunk, len(rows)) * rows.shape[-1]
-    return (3 if backward else 2) * elements * _wide(rows).itemsize
+    features = x.shape[-1]
+    rows = x.numel() // features
+    chunk = max((part.stop - part.start for part in _chunks(rows, features)), default=0)
+    return (3 if backward else 2) * min(chunk, rows) * features * _wide(x).itemsize
 
 
 def _scaled(x_hat: Tensor, weight: Tensor, form: Form) -> Tensor:
@@ -158,24 +156,24 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    size = max(NORM_CHUNK_ELEMENTS // rows.shape[-1], -(-len(rows) // NORM_MOST_CHUNKS), 1)
-    return [slice(start, start + size) for start in range(0, len(rows), size)]
+def _chunks(rows: int, features: int) -> list[slice]:
+    size = max(NORM_CHUNK_ELEMENTS // features, -(-rows // NORM_MOST_CHUNKS), 1)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _normalize_fake(rows: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(rows.shape), rows.new_empty(rows.shape[0], 1, dtype=_wide(rows))
+def _normalize_fake(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], 1, dtype=_wide(x))
 
 
 define(
-    "rms_norm(Tensor rows, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
     normalize_torch,
     _normalize_fake,
     cuda=from_triton("rms_norm_triton", "normalize_triton"),
 )
 define(
-    "rms_norm_backward(Tensor grads, Tensor rows, Tensor inverse, Tensor weight, str form) -> Tensor",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor weight, str form) -> Tensor",
     backward_torch,
-    lambda grads, rows, *others: rows.new_empty(rows.shape),
+    lambda grad, x, *others: x.new_empty(x.shape),
     cuda=from_triton("rms_norm_triton", "backward_triton"),
 )

@@ -96,25 +96,25 @@ def tile(features: int) -> dict[str, Any]:
     return {"ROWS": rows, "FEATURES": padded, "num_warps": max(padded * rows // 1024, 4)}
 
 
-def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
+def normalize_triton(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
     """Compute `rms_norm.normalize_torch` in one pass.
 
     Args:
-        rows: (N, H).
+        x: (..., H), of N rows.
         weight: (H,).
         eps: added to the mean square.
         form: where to round.
 
     Returns:
-        The output (N, H), and one over each row's root mean square (N, 1), fp32.
+        The output (..., H), and one over each row's root mean square (N, 1), fp32.
     """
-    count, features = rows.shape
-    if features > MOST_FEATURES or rows.dtype == torch.float64:
-        return rms_norm.normalize_torch(rows, weight, eps, form)
-    rows = _dense(rows)
-    output, inverse = rows.new_empty(rows.shape), rows.new_empty(count, 1, dtype=torch.float32)
-    if rows.numel():
-        launch = tile(features)
+    features = x.shape[-1]
+    count = x.numel() // features
+    if features > MOST_FEATURES or x.dtype == torch.float64:
+        return rms_norm.normalize_torch(x, weight, eps, form)
+    output, inverse = x.new_empty(x.shape), x.new_empty(count, 1, dtype=torch.float32)
+    if count:
+        launch, (rows, stride) = tile(features), _rows(x)
         with torch.cuda.device_of(rows):  # Triton launches on the current device
             normalize_kernel[(triton.cdiv(count, launch["ROWS"]),)](
                 rows,
@@ -124,7 +124,7 @@ def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tu
                 eps,
                 count,
                 features,
-                rows.stride(0),
+                stride,
                 CAST_FIRST=form == "scale_after_cast",
                 SHIFT=float(form == "scale_before_cast"),
                 **launch,
@@ -133,26 +133,26 @@ def normalize_triton(rows: Tensor, weight: Tensor, eps: float, form: Form) -> tu
     return output, inverse
 
 
-def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
+def backward_triton(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, form: Form) -> Tensor:
     """Compute `rms_norm.backward_torch` in one pass.
 
     Args:
-        grads: (N, H).
-        rows: (N, H).
+        grad: (..., H).
+        x: (..., H), of N rows.
         inverse: (N, 1).
         weight: (H,).
         form: where to round.
 
     Returns:
-        The gradient of the rows (N, H).
+        The gradient of the input (..., H).
     """
-    count, features = rows.shape
-    if features > MOST_FEATURES or rows.dtype == torch.float64:
-        return rms_norm.backward_torch(grads, rows, inverse, weight, form)
-    grads, rows = _dense(grads), _dense(rows)
-    grad_x = rows.new_empty(rows.shape)
-    if rows.numel():
-        launch = tile(features)
+    features = x.shape[-1]
+    count = x.numel() // features
+    if features > MOST_FEATURES or x.dtype == torch.float64:
+        return rms_norm.backward_torch(grad, x, inverse, weight, form)
+    grad_x = x.new_empty(x.shape)
+    if count:
+        launch, (grads, grad_stride), (rows, stride) = tile(features), _rows(grad), _rows(x)
         with torch.cuda.device_of(rows):
             backward_kernel[(triton.cdiv(count, launch["ROWS"]),)](
                 grads,
@@ -162,8 +162,8 @@ def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor
                 grad_x,
                 count,
                 features,
-                grads.stride(0),
-                rows.stride(0),
+                grad_stride,
+                stride,
                 CAST_FIRST=form == "scale_after_cast",
                 SHIFT=float(form == "scale_before_cast"),
                 **launch,
@@ -172,6 +172,10 @@ def backward_triton(grads: Tensor, rows: Tensor, inverse: Tensor, weight: Tensor
     return grad_x
 
 
-def _dense(rows: Tensor) -> Tensor:
-    """Return the rows with each of them in one piece; they may lie apart."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """Return a tensor whose rows, each in one piece, are at equal distances in memory, and the distance."""
+    if x.is_contiguous():
+        return x, x.shape[-1]  # as it is: a view of it as a matrix would be an operation
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlora_kernels.registry import define, from_triton
-from qlora_kernels.saved_tensors import visible
+from qlora_kernels.saved_tensors import fetch, keep, visible
 
 
 def rotate(
@@ -45,13 +45,14 @@ def rotate(
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+        if ctx.needs_input_grad[0]:
+            keep(ctx, cos, sin)
         return torch.ops.qlora_kernels.rotate(x, cos, sin, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # grad: (B, H, T, D)
-        return torch.ops.qlora_kernels.rotate(grad, *ctx.saved_tensors, True), None, None
+        return torch.ops.qlora_kernels.rotate(grad, *fetch(ctx), True), None, None
 
 
 def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:

@@ -1,13 +1,12 @@
 """Save tensors for backward, and show autograd only what it needs: for the functions of this package.
 
-A function that is run again in backward only to have its saved tensors is ended as soon as the last is there (see
-`collected_by`). So `keep` hands them over at once then, where autograd would take them when the function ends: a layer
-that ends with a large product does not make it again.
+A layer that is run again in backward keeps other things instead of its tensors (see `KeptBy`). Autograd's own hooks
+would do it for these functions too, with an operation for each tensor, and only once a function ends: what is handed
+over by `keep` is there at once, so a layer that ends with a large product does not make it again.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,19 @@ from torch import Tensor
 
 from qlora_kernels.torch_internals import release_saved_tensors
 
-
-class _Collecting(threading.local):
-    """Hold what takes tensors in this thread, as backward of a card runs in a thread of its own."""
-
-    take: Callable[[Tensor], object] | None = None
+Saved = tuple[Tensor | None, ...]
+Put = Callable[[Saved], Any]
+Give = Callable[[Any], Saved]
 
 
-_COLLECTING = _Collecting()
+class _Instead(threading.local):
+    """Hold what this thread keeps in the place of tensors, as backward of a card runs in a thread of its own."""
+
+    put: Put | None = None
+    give: Give | None = None
+
+
+_INSTEAD = _Instead()
 
 
 def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -41,18 +45,24 @@ def visible(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
-@contextmanager
-def collected_by(take: Callable[[Tensor], object]) -> Iterator[None]:
-    """Give what `keep` is given in the block to a function, at once, and save nothing.
+class KeptBy:
+    """Keep something else in the place of the tensors that functions of this package save in the block.
 
     Args:
-        take: is called with each tensor, in the order in which they would be saved; it may raise to end the work.
+        put: is called with the tensors of one function, in the order in which they would be saved, and returns what is
+            kept; it may raise to end the work.
+        give: is called in backward with what was kept, and returns the tensors.
     """
-    before, _COLLECTING.take = _COLLECTING.take, take
-    try:
-        yield
-    finally:
-        _COLLECTING.take = before
+
+    def __init__(self, put: Put, give: Give) -> None:
+        self._put, self._give = put, give
+
+    def __enter__(self) -> None:
+        self._before = _INSTEAD.put, _INSTEAD.give
+        _INSTEAD.put, _INSTEAD.give = self._put, self._give
+
+    def __exit__(self, *_: object) -> None:
+        _INSTEAD.put, _INSTEAD.give = self._before
 
 
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -62,15 +72,14 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
         ctx: of the function.
         *tensors: to be saved.
     """
-    if _COLLECTING.take is None:
+    put = _INSTEAD.put
+    if put is None:
         ctx.save_for_backward(*tensors)
         return
-    for tensor in tensors:
-        if tensor is not None:
-            _COLLECTING.take(tensor)
+    ctx.kept, ctx.give = put(tensors), _INSTEAD.give
 
 
-def fetch(ctx: Any) -> tuple[Tensor | None, ...]:
+def fetch(ctx: Any) -> Saved:
     """Return what `keep` saved, and let go of it, unless the graph is to be used again.
 
     Args:
@@ -79,6 +88,9 @@ def fetch(ctx: Any) -> tuple[Tensor | None, ...]:
     Returns:
         The tensors.
     """
+    give = getattr(ctx, "give", None)
+    if give is not None:
+        return give(ctx.kept)
     tensors = ctx.saved_tensors
     release_saved_tensors(ctx)
     return tensors

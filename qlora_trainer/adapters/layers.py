@@ -29,6 +29,12 @@ from qlora_trainer.adapters.formulas import lora_scaling, with_zero_blocks
 from qlora_trainer.model.modules.nf4_linear import NF4Linear
 
 
+class Switch:
+    """Say to many layers at once whether what was prepared for them is to be taken."""
+
+    is_on = False
+
+
 class LoRALinear(nn.Module):
     """Add an adapter's output to that of a linear layer.
 
@@ -61,7 +67,10 @@ class LoRALinear(nn.Module):
         adapted_rows = sum(part.stop - part.start for part in parts) if parts else self.out_features
         self.lora_A = _uninitialized(in_features, rank * (len(parts) or 1), device)  # weight (R, I), or (P * R, I)
         self.lora_B = _uninitialized(rank, adapted_rows, device)  # weight (O, R), or (S, R)
-        self.prepared: tuple[Adapter, ...] = ()  # by worker, for one step, while `adapters_prepared` holds
+        self.prepared: tuple[Switch, Sequence[Adapter]] = (
+            Switch(),
+            (),
+        )  # by worker, to be taken while the switch is on
         self.joint: tuple[LoRALinear, ...] = ()  # itself and others that always have the same input; see joint.py
 
     @classmethod
@@ -136,9 +145,10 @@ class LoRALinear(nn.Module):
         Returns:
             The adapter.
         """
+        switch, by_worker = self.prepared
         prepared = (
-            self.prepared[worker_number()]
-            if self.prepared
+            by_worker[worker_number()]
+            if switch.is_on
             else Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
         )
         if self.parts:

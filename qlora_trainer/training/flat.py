@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kernels.adapter import Adapter, StackedA
-from qlora_trainer.adapters.layers import LoRALinear
+from qlora_trainer.adapters.layers import LoRALinear, Switch
 
 ALIGNMENT = 16  # bytes
 
@@ -165,45 +165,68 @@ def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
     return tensor.untyped_storage() is flat.untyped_storage() and tensor.storage_offset() == offset
 
 
-@contextmanager
-def adapters_prepared(adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype) -> Iterator[None]:
-    """Hold the adapters in `dtype` too in the block, cast a whole group at once, and let backward add to their grads.
+class PreparedAdapters:
+    """Hold adapters as a training step takes them: in the dtype of computation too, with places for their gradients.
 
-    For a training step's forward and backward passes: the adapters must not change inside, nor lose their gradients.
-    Each worker adds to gradients of its own, which are added up after the block.
+    All views are made at the first step and kept, as hundreds of them cost a step as many operations; a step casts a
+    whole group at once. Backward adds to the gradients, and each worker to gradients of its own.
 
     Args:
         adapted: the model's layers with adapters.
         groups: that hold them.
-        dtype: of computation.
     """
-    casts: dict[int, Tensor] = {}
-    trained = {id(layer.lora_A.weight) for layer in adapted}
-    for group in groups:
-        if group.data.dtype == dtype or trained.isdisjoint(map(id, group.parameters.values())):
-            continue
-        flat = group.data.detach().to(dtype)
-        for name, p in group.parameters.items():
-            casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
-    grads = _grads_of_workers(groups)
-    stacks: dict[int, list[StackedA]] = {}
-    for layer in adapted:
-        A, B = layer.lora_A.weight, layer.lora_B.weight
-        cast = (casts[id(A)], casts[id(B)], casts[id(B)].T) if id(A) in casts else None
-        if layer.joint and layer is layer.joint[0]:
-            stacks.update(_stacked(layer.joint, casts, grads))
-        stacked: Sequence[StackedA | None] = stacks.get(id(layer)) or [None] * len(grads[id(A)])
-        layer.prepared = tuple(
-            Adapter(A, B, layer.scaling, casts=cast, grads=(grad_A, grad_B.T), stacked=one)
-            for grad_A, grad_B, one in zip(grads[id(A)], grads[id(B)], stacked, strict=True)
-        )
-    try:
-        yield
-        for group in groups:
-            group.add_other_grads()
-    finally:
-        for layer in adapted:
-            layer.prepared = ()
+
+    def __init__(self, adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]) -> None:
+        self.adapted, self.groups = adapted, groups
+        self.switch = Switch()
+        self._dtype: torch.dtype | None = None
+        self._casts: list[tuple[Tensor, Tensor]] = []  # (N,) of a group, as trained and as computed with
+
+    @contextmanager
+    def for_a_step(self, dtype: torch.dtype) -> Iterator[None]:
+        """Let layers take their adapters so in the block; gradients of all workers are added up after it.
+
+        For forward and backward passes: the adapters must not change inside, nor lose their gradients.
+
+        Args:
+            dtype: of computation.
+        """
+        if dtype != self._dtype:
+            self._make(dtype)
+        for trained, cast in self._casts:
+            cast.copy_(trained)
+        self.switch.is_on = True
+        try:
+            yield
+            for group in self.groups:
+                group.add_other_grads()
+        finally:
+            self.switch.is_on = False
+
+    def _make(self, dtype: torch.dtype) -> None:
+        self._dtype, self._casts = dtype, []
+        casts: dict[int, Tensor] = {}
+        trained = {id(layer.lora_A.weight) for layer in self.adapted}
+        for group in self.groups:
+            if group.data.dtype == dtype or trained.isdisjoint(map(id, group.parameters.values())):
+                continue
+            flat = torch.empty_like(group.data, dtype=dtype, requires_grad=False)
+            self._casts.append((group.data.detach(), flat))
+            for name, p in group.parameters.items():
+                casts[id(p)] = flat.as_strided(p.shape, p.stride(), group.slices[name].start)
+        grads = _grads_of_workers(self.groups)
+        stacks: dict[int, list[StackedA]] = {}
+        for layer in self.adapted:
+            A, B = layer.lora_A.weight, layer.lora_B.weight
+            cast = (casts[id(A)], casts[id(B)], casts[id(B)].T) if id(A) in casts else None
+            if layer.joint and layer is layer.joint[0]:
+                stacks.update(_stacked(layer.joint, casts, grads))
+            stacked: Sequence[StackedA | None] = stacks.get(id(layer)) or [None] * len(grads[id(A)])
+            by_worker = [
+                Adapter(A, B, layer.scaling, casts=cast, grads=(grad_A, grad_B.T), stacked=one)
+                for grad_A, grad_B, one in zip(grads[id(A)], grads[id(B)], stacked, strict=True)
+            ]
+            layer.prepared = self.switch, by_worker
 
 
 def _grads_of_workers(groups: Sequence[FlatGroup]) -> dict[int, list[Tensor]]:

@@ -19,7 +19,7 @@ from qlora_trainer.data.batching.loader import Examples, StepLoader, micro_batch
 from qlora_trainer.data.batching.mixing import Mixture
 from qlora_trainer.model.forward import ForwardPlan, examine_forward
 from qlora_trainer.training.determinism import repeats_side_by_side
-from qlora_trainer.training.flat import FlatGroup, flatten_parameters
+from qlora_trainer.training.flat import FlatGroup, PreparedAdapters, flatten_parameters
 from qlora_trainer.training.loss_scale import GradScale
 from qlora_trainer.training.memory.activations import LEVELS, Policy, apply_policy
 from qlora_trainer.training.optimizer import Optimizer, build_optimizer
@@ -39,6 +39,7 @@ class TrainState:
     model: Any
     adapted: list[LoRALinear]
     groups: list[FlatGroup]
+    prepared: PreparedAdapters
     optimizer: Optimizer
     grad_scale: GradScale
     loader: StepLoader
@@ -180,6 +181,7 @@ def build_state(
         model=model,
         adapted=adapted,
         groups=groups,
+        prepared=PreparedAdapters(adapted, groups),
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),
         loader=loader,

@@ -14,7 +14,7 @@ from qlora_kernels.side_by_side import DrewRandomNumbersError, run_at_once
 from qlora_trainer.common.errors import MicroBatchError, TrainingError, is_out_of_memory
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.model.forward import attention_for, loss_sum
-from qlora_trainer.training.flat import adapters_prepared, clip_, grad_norm
+from qlora_trainer.training.flat import clip_, grad_norm
 from qlora_trainer.training.schedule import learning_rate
 from qlora_trainer.training.state import TrainState
 
@@ -67,7 +67,7 @@ def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, 
     label_tokens = sum(pack.label_tokens for pack in packs)
     state.optimizer.zero_grad()
     loss = torch.zeros((), device=state.device)
-    with adapters_prepared(state.adapted, state.groups, state.model.config.dtype):
+    with state.prepared.for_a_step(state.model.config.dtype):
         for pack in packs:
             if pack.label_tokens:
                 # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.

@@ -36,8 +36,8 @@ SAMPLES: dict[str, Callable[[], list[Any]]] = {
     "label_rows": lambda: [torch.tensor([4, 5, 6])],  # a label on every row: else a fake one has more
     "nf4_matmul_few": lambda: [normal(3, 64), *nf4_tables(), normal(6), torch.zeros(200), 6, 64, 256],
     "product": lambda: [normal(9, 5), normal(7, 5, seed=1).T],
-    "rms_norm": lambda: [normal(3, 5), normal(5, seed=1), 1e-5, "scale_after_cast"],
-    "rms_norm_backward": lambda: [normal(3, 5), normal(3, 5), normal(3, 1).exp(), normal(5), "scale_before_cast"],
+    "rms_norm": lambda: [normal(2, 3, 5), normal(5, seed=1), 1e-5, "scale_after_cast"],
+    "rms_norm_backward": lambda: [*(2 * [normal(2, 3, 5)]), normal(6, 1).exp(), normal(5), "scale_before_cast"],
     "rotate": lambda: [normal(2, 5, 3, 8).transpose(1, 2), normal(1, 5, 8), normal(1, 5, 8, seed=1), True],
     "softmax_loss": lambda: [normal(3, 70), torch.tensor([[0], [69], [5]]), normal(70, seed=1), 2.0, 0.5, True],
     "quantize_nf4": lambda: [normal(130), torch.empty(65, dtype=torch.uint8), torch.empty(3)],

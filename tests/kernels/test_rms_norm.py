@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from random_tensors import normal
-from spying import noting, unchanged
+from spying import Operations, noting, unchanged
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -92,6 +92,16 @@ def test_the_input_and_one_number_a_row_are_all_that_is_saved() -> None:
     assert output.grad_fn is not None
     assert [tensor.shape for tensor in kept] == [(4, 5, 96), (20, 1)]
     assert kept[0].data_ptr() == x.data_ptr()
+
+
+def test_a_norm_is_one_operation_in_each_direction() -> None:
+    """Rows need not be a matrix; what autograd does with what it saved is not counted."""
+    weight, x = normal(96, seed=1), normal(2, 3, 96).requires_grad_()
+    grad = normal(2, 3, 96, seed=2)
+    with Operations() as seen:
+        torch.autograd.grad(rms_norm(x, weight, EPS, "scale_after_cast"), x, grad)
+    ours = ["qlora_kernels::rms_norm", "qlora_kernels::rms_norm_backward"]
+    assert [name for name in seen.names if name != "aten::detach"] == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from marks import slow_but
+from spying import Operations
 from torch import Tensor
 
 from qlora_trainer.adapters.layers import LoRALinear
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Pack
 from qlora_trainer.runs.start import start_run
-from qlora_trainer.training import step
-from qlora_trainer.training.flat import adapters_prepared
+from qlora_trainer.training.flat import PreparedAdapters
 from qlora_trainer.training.state import TrainState
 from qlora_trainer.training.step import accumulate_gradients
 
@@ -22,7 +22,7 @@ Config = Callable[..., RunConfig]
 
 
 @contextmanager
-def nothing_prepared(*_arguments: object) -> Iterator[None]:
+def nothing_prepared(*_: object) -> Iterator[None]:
     yield
 
 
@@ -69,17 +69,24 @@ def test_the_gradient_is_that_of_autograd(
         training={"activation_checkpointing": policy},
     )
     state, packs = state_of(config)
-    prepared = gradient(state, packs)
-    monkeypatch.setattr(step, "adapters_prepared", nothing_prepared)
-    expected = gradient(state, packs)
-    assert expected.norm() > 0
-    assert (prepared - expected).norm() <= tolerance * expected.norm()
+    prepared = [gradient(state, packs)]
+    with torch.no_grad():
+        state.groups[0].data.mul_(2.0)  # as by a step of the optimizer
+    prepared.append(gradient(state, packs))
+    monkeypatch.setattr(PreparedAdapters, "for_a_step", nothing_prepared)
+    expected = [gradient(state, packs)]
+    with torch.no_grad():
+        state.groups[0].data.div_(2.0)
+    expected.insert(0, gradient(state, packs))
+    for found, wanted in zip(prepared, expected, strict=True):
+        assert wanted.norm() > 0
+        assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 def stacks_in(state: TrainState) -> list[list[LoRALinear]]:
     """Layers by the matrix that holds their A's."""
     found: dict[int, list[LoRALinear]] = {}
-    with adapters_prepared(state.adapted, state.groups, torch.bfloat16):
+    with state.prepared.for_a_step(torch.bfloat16):
         for layer in state.adapted:
             stacked = layer.adapter().stacked
             if stacked is not None:
@@ -94,7 +101,7 @@ def test_the_as_of_layers_over_one_input_are_one_matrix_without_a_copy(tiny_conf
     found = stacks_in(state)
     assert [len(layers) for layers in found] == [3, 2] * 2, "q, k and v; gate and up"
     for layers in found:
-        with adapters_prepared(state.adapted, state.groups, torch.bfloat16):
+        with state.prepared.for_a_step(torch.bfloat16):
             stacked = layers[0].adapter().stacked
             assert stacked is not None
             assert stacked.grad.data_ptr() == layers[0].lora_A.weight.grad.data_ptr()  # type: ignore[union-attr]
@@ -114,3 +121,13 @@ def test_nothing_is_prepared_after_the_step(tiny_config: Config) -> None:
     accumulate_gradients(state, packs)
     assert all(layer.adapter().casts is layer.adapter().grads is None for layer in state.adapted)
     assert all(layer.adapter().stacked is None for layer in state.adapted)
+
+
+def test_from_the_second_step_on_a_group_is_cast_at_once_and_no_view_is_made(tiny_config: Config) -> None:
+    state, _ = state_of(tiny_config())
+    for dtype, expected in ((torch.bfloat16, ["aten::copy_"]), (torch.float32, [])):
+        with state.prepared.for_a_step(dtype):
+            pass
+        with Operations() as seen, state.prepared.for_a_step(dtype):
+            pass
+        assert seen.names == expected

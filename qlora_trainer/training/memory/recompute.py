@@ -1,14 +1,14 @@
 """Run a function so that backward keeps its input alone, and runs it again for what it needs.
 
-Autograd's hooks for saved tensors do it (as in torch.utils.checkpoint without reentry): in forward each tensor that
-would be saved is numbered and let go; in backward the first one that is asked for has the function run again, which
-stops as soon as all are there. So nothing after the last saved tensor, such as a layer's last product, is made twice,
-and a function whose input needs no gradient (above a frozen embedding) keeps its parameters' ones. torch's own does the
-same for nested regions and for several threads at once, in five times as many Python calls; a layer has some thirty
-saved tensors. Left out: where the input waits (offload.py).
+Hooks for saved tensors do it, autograd's (as in torch.utils.checkpoint without reentry) and those of our own functions:
+in forward each tensor that would be saved is numbered and let go; in backward the first one that is asked for has the
+function run again, which stops as soon as all are there. So nothing after the last saved tensor, such as a layer's last
+product, is made twice, and a function whose input needs no gradient (above a frozen embedding) keeps its parameters'
+ones. torch's own does the same for nested regions and for several threads at once, in five times as many Python calls;
+a layer has some twenty saved tensors. Left out: where the input waits (offload.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_kernels.random_state import RandomState
-from qlora_kernels.saved_tensors import collected_by
+from qlora_kernels.saved_tensors import KeptBy, Saved
 from qlora_kernels.torch_internals import version_of
 from qlora_trainer.common.errors import ModelError
 
@@ -54,12 +54,20 @@ class Recomputation:
         Returns:
             Its result, whose graph keeps none of its tensors.
         """
-        with saved_tensors_hooks(self._number, self._take):
+        with saved_tensors_hooks(self._number, self._take), KeptBy(self._number_all, self._take_all):
             return self._function(source)
 
     def _number(self, tensor: Tensor) -> int:
         self._kinds.append((tensor.shape, tensor.dtype))
         return len(self._kinds) - 1
+
+    def _number_all(self, tensors: Saved) -> list[int | None]:
+        numbers: list[int | None] = []
+        for tensor in tensors:
+            numbers.append(None if tensor is None else len(self._kinds))
+            if tensor is not None:
+                self._kinds.append((tensor.shape, tensor.dtype))
+        return numbers
 
     def _take(self, number: int) -> Tensor:
         """Give backward a tensor, and let go of it; a graph that is used again has the function run again."""
@@ -71,6 +79,12 @@ class Recomputation:
         self._made[number] = None
         return tensor
 
+    def _take_all(self, numbers: Sequence[int | None]) -> Saved:
+        found = []
+        for number in numbers:
+            found.append(None if number is None else self._take(number))
+        return tuple(found)
+
     def _run_again(self) -> None:
         self._made = []
         source = self._input().detach().requires_grad_(self._needs_gradient)
@@ -79,7 +93,7 @@ class Recomputation:
                 torch.enable_grad(),
                 self._random.restored(),
                 saved_tensors_hooks(self._collect, _refuse),
-                collected_by(self._collect),
+                KeptBy(self._collect_all, _refuse),
             ):
                 self._function(source)
         except _AllThereError:
@@ -98,12 +112,19 @@ class Recomputation:
         return self._source
 
     def _collect(self, tensor: Tensor) -> None:
-        if (tensor.shape, tensor.dtype) != self._kinds[len(self._made)]:
-            raise self._other()
-        # Without its history: that would keep all of this graph, which is thrown away.
-        self._made.append(tensor.detach() if tensor.requires_grad else tensor)
-        if len(self._made) == len(self._kinds):
-            raise _AllThereError
+        # Without its history: autograd asks it of what it is given back.
+        self._collect_all((tensor.detach() if tensor.requires_grad else tensor,))
+
+    def _collect_all(self, tensors: Saved) -> None:
+        """Collect tensors with their history: that of a graph which holds no tensors, and goes with them."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if (tensor.shape, tensor.dtype) != self._kinds[len(self._made)]:
+                raise self._other()
+            self._made.append(tensor)
+            if len(self._made) == len(self._kinds):
+                raise _AllThereError
 
     def _other(self) -> ModelError:
         return ModelError(
@@ -112,5 +133,5 @@ class Recomputation:
         )
 
 
-def _refuse(packed: object) -> Tensor:
+def _refuse(packed: object) -> Any:
     raise AssertionError("a graph that is thrown away was used")

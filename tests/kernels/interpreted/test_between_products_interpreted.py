@@ -65,7 +65,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def test_norm_of_rows_that_lie_apart_or_of_none() -> None:
     x, weight = normal(7, 130)[:, :64], normal(64, seed=1)
-    for rows in (x, x.T.contiguous().T, x[:0]):
+    for rows in (x, x.T.contiguous().T, x[:0], normal(2, 3, 64), normal(2, 64, 3).transpose(1, 2), normal(2, 0, 64)):
         apart = normalize_triton(rows, weight, 1e-5, "scale_after_cast")
         together = normalize_triton(rows.clone(), weight, 1e-5, "scale_after_cast")
         assert all(torch.equal(one, other) for one, other in zip(apart, together, strict=True))
