@@ -99,15 +99,16 @@ def lowered_warning(plan: MemoryPlan | None, in_force: RunConfig) -> str | None:
     """
     if plan is None:
         return None
-    limit = in_force.training.micro_batch_tokens
+    limit, policy = in_force.training.micro_batch_tokens, _policy(in_force)
     same_limit = plan.speed is None or limit in ("auto", plan.speed.micro_batch_tokens)
-    if same_limit and _policy(in_force) in (None, plan.policy):
+    if same_limit and policy in (None, plan.policy):
         return None
+    was = [f"activation checkpointing {policy}"] if policy else []
+    was += [f"micro-batches of up to {limit:,} tokens"] if limit != "auto" else []
     now = f", micro-batches of up to {plan.speed.micro_batch_tokens:,} tokens" if plan.speed else ""
     return (
-        f"The choice in force at the checkpoint (activation checkpointing {_policy(in_force)}, micro-batches of up to "
-        f"{limit} tokens) no longer fits the free memory. The run goes on with {plan.policy}{now}: it trains on the "
-        "same rows, and its last bits may differ from an uninterrupted run's."
+        f"The choice in force at the checkpoint ({', '.join(was)}) no longer fits the free memory. The run goes on with "
+        f"{plan.policy}{now}: it trains on the same rows, and its last bits may differ from an uninterrupted run's."
     )
 
 

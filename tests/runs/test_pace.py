@@ -70,6 +70,14 @@ def test_a_choice_that_was_lowered_is_warned_of(tiny_config: Config) -> None:
         warning = lowered_warning(planned(policy, limit), saved)
         assert warning is not None
         assert f"goes on with {policy}, micro-batches of up to {limit} tokens" in warning
+        assert "(activation checkpointing none, micro-batches of up to 512 tokens) no longer fits" in warning
+    open_policy = saved.replace({"training.activation_checkpointing": "auto"})
+    warning = lowered_warning(planned(Policy("full"), 256), open_policy)
+    assert warning is not None
+    assert "(micro-batches of up to 512 tokens) no longer fits" in warning
+    warning = lowered_warning(planned(Policy("full"), 256), saved.replace({"training.micro_batch_tokens": "auto"}))
+    assert warning is not None
+    assert "(activation checkpointing none) no longer fits" in warning
     left_open = saved.replace({"training.activation_checkpointing": "auto", "training.micro_batch_tokens": "auto"})
     assert lowered_warning(planned(Policy("full"), 256), left_open) is None
 
