@@ -107,8 +107,9 @@ def lowered_warning(plan: MemoryPlan | None, in_force: RunConfig) -> str | None:
     was += [f"micro-batches of up to {limit:,} tokens"] if limit != "auto" else []
     now = f", micro-batches of up to {plan.speed.micro_batch_tokens:,} tokens" if plan.speed else ""
     return (
-        f"The choice in force at the checkpoint ({', '.join(was)}) no longer fits the free memory. The run goes on with "
-        f"{plan.policy}{now}: it trains on the same rows, and its last bits may differ from an uninterrupted run's."
+        f"The choice in force at the checkpoint ({', '.join(was)}) no longer fits the free memory. The run goes on "
+        f"with {plan.policy}{now}: it trains on the same rows, and its last bits may differ from an uninterrupted "
+        "run's."
     )
 
 
