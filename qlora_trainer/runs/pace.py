@@ -3,6 +3,7 @@
 The formula is in planning/speed.
 """
 
+import numpy as np
 import torch
 
 from qlora_trainer.common.errors import QLoRATrainerError, first_line
@@ -35,7 +36,7 @@ def steps_to_take(config: RunConfig, prepared: Prepared) -> Steps:
 
     Args:
         config: of the run.
-        prepared: its rows.
+        prepared: its rows; those longer than the config's data.max_length are taken as cut there.
 
     Returns:
         The steps, packed where the config says so; whether the model can keep packed rows apart is not known yet.
@@ -51,8 +52,10 @@ def steps_to_take(config: RunConfig, prepared: Prepared) -> Steps:
     )
     train = prepared.report.train
     trained = train.trained_tokens / train.tokens if train.tokens else 1.0
-    lengths = prepared.train.lengths
-    return steps_of(loader, lengths, total_steps(config, loader), trained, prepared.eval.lengths.tolist())
+    lengths, eval_lengths = (
+        np.minimum(examples.lengths, config.data.max_length) for examples in (prepared.train, prepared.eval)
+    )
+    return steps_of(loader, lengths, total_steps(config, loader), trained, eval_lengths.tolist())
 
 
 def pace_here(config: RunConfig, prepared: Prepared, device: torch.device) -> Pace:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def test_a_runs_steps_are_those_of_its_rows_and_settings(tiny_config: Config) ->
     trained = sum(pack.label_tokens for step in packs[:6] for pack in step)
     assert 0 < trained < steps.trained * sum(map(sum, steps.rows)) * 1.01, "the first epoch's, less each row's first"
     assert steps.eval_lengths == tuple(run.prepared.eval.lengths.tolist())
+
+
+def test_rows_that_a_config_cuts_are_taken_as_cut(tiny_config: Config) -> None:
+    run = start_run(tiny_config(training={"global_batch_size": 3}))
+    lengths = [*run.prepared.train.lengths, *run.prepared.eval.lengths]
+    shorter = int(np.median(lengths))
+    steps = steps_to_take(run.config.replace({"data.max_length": shorter}), run.prepared)
+    assert max(map(max, steps.rows)) == max(steps.eval_lengths) == shorter < max(lengths)
+    assert steps.largest <= 3 * shorter
 
 
 def test_the_time_left_is_that_of_the_steps_left(tiny_config: Config) -> None:
