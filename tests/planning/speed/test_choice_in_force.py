@@ -22,7 +22,7 @@ from qlora_trainer.planning import fit as fitting
 from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.speed import candidates, ways
 from qlora_trainer.planning.speed.cards import CAUTIOUS
-from qlora_trainer.planning.speed.choice import AS_FAST
+from qlora_trainer.planning.speed.choice import AS_FAST, SMALLER
 from qlora_trainer.planning.speed.rates import rates_of_card
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.report.summary import summarize
@@ -225,7 +225,7 @@ def test_where_memory_runs_out_the_fastest_smaller_way_by_plan_is_next(
     assert lower(run.state, tokens)
     after = in_force(run)
     assert after != before
-    assert needed(*after) <= 0.97 * needed(*before)
+    assert needed(*after) <= SMALLER * needed(*before)
     lowered = [before, after]
     while lower(run.state, [64]) and len(lowered) < 30:
         lowered.append(in_force(run))
