@@ -10,6 +10,9 @@ has it, on fake tensors planned for a card. A layer's share is the difference of
 - Python calls: of functions, those of the fake tensors themselves left out.
 - autograd nodes: in the graph of the loss, with those made for recomputation.
 
+What a card waits for in generating an answer is counted too: the forward of one token of each of four answers, next to
+training's forward alone.
+
 Peers are peft + bitsandbytes (peer_memory.py) and transformers' own model in bf16, all weights trained, both with every
 layer recomputed, by the same counts. `--seconds` measures the processor time of so many steps too, on real
 tensors of a CPU with what is for CPUs left out (QLORA_KERNELS=reference, set by the caller): for two commits in turn.
@@ -17,18 +20,19 @@ tensors of a CPU with what is for CPUs left out (QLORA_KERNELS=reference, set by
 
 import argparse
 import dataclasses
+import functools
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.peer_memory import fill, model_without_weights
 from qlora_kernels.torch_internals import TorchDispatchMode
@@ -36,6 +40,7 @@ from qlora_trainer.adapters.inject import add_adapters
 from qlora_trainer.config.load import make_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batching.packing import Example
+from qlora_trainer.model.forward import loss_sum
 from qlora_trainer.planning.empty_run import ASSUMED_CARD, empty_run
 from qlora_trainer.planning.fake_tensors import FakeRun
 from qlora_trainer.planning.skeleton import build_skeleton, fill_skeleton
@@ -134,6 +139,38 @@ def count_ours(directory: ModelDirectory, layers: int, policy: str) -> Counts:
         with counted(counts), _watching_backward(counts):
             accumulate_gradients(state, [pack])
     return counts
+
+
+def count_forward(directory: ModelDirectory, layers: int, is_answer: bool) -> Counts:
+    """Count a forward of training, or that of one token of four answers."""
+    counts = Counts()
+    config = _config(directory, "none")
+    kept = choose_policy(config.training, torch.device("cuda"))
+    state, pack, fake = empty_run(directory, config, torch.bfloat16, kept, layers, ASSUMED_CARD)
+    with fake:
+        state.model.train()
+        accumulate_gradients(state, [pack])  # what is made once
+        forward: Callable[[], object] = functools.partial(loss_sum, state.model, pack, state.forward.loss_path)
+        if is_answer:
+            forward = _forward_of_a_token(state.model)
+        with counted(counts):
+            forward()
+    return counts
+
+
+def _forward_of_a_token(model: Any) -> Callable[[], None]:
+    """Begin four answers, and return what takes the next token of each."""
+    cache = DynamicCache(config=model.config)
+
+    def take(tokens: int) -> None:
+        with torch.no_grad():
+            ids = torch.ones((4, tokens), dtype=torch.int64)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    model.eval()
+    take(10)
+    take(1)
+    return functools.partial(take, 1)
 
 
 def count_peer(directory: ModelDirectory, layers: int, is_plain: bool) -> Counts:
@@ -240,6 +277,10 @@ def main() -> None:
         for policy in options.policies:
             found[f"ours, {policy}"] = count_ours(directory, more, policy).less(
                 count_ours(directory, few, policy), more - few
+            )
+        for name, is_answer in (("ours, forward alone", False), ("ours, a token of answers", True)):
+            found[name] = count_forward(directory, more, is_answer).less(
+                count_forward(directory, few, is_answer), more - few
             )
         for name, is_plain in (("peft + bitsandbytes, full", False), ("transformers, bf16, full", True)):
             found[name] = count_peer(directory, more, is_plain).less(count_peer(directory, few, is_plain), more - few)

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from qlora_trainer.cli.stopping import Work, doing
 from qlora_trainer.common.errors import DiskError
-from qlora_trainer.common.units import gibibytes
+from qlora_trainer.common.units import duration, gibibytes
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -166,6 +166,7 @@ class ProgressBars:
 class TrainingBar:
     """Show loss, learning rate, tokens per second, peak memory and time left, updated at each step.
 
+    The time left is that of the steps that were taken, but for the first, which also prepares what later ones have.
     Called with the metrics of each step, as metrics.jsonl has them.
 
     Args:
@@ -183,6 +184,7 @@ class TrainingBar:
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total_steps, completed=first_step)
         self._last_line = 0.0
+        self._first: tuple[int, float] | None = None  # step that ended first, and when
 
     def __enter__(self) -> Self:
         if console.is_terminal:
@@ -205,14 +207,24 @@ class TrainingBar:
         )
         if console.is_terminal:
             self._bar.update(self._task, completed=record["step"], description=line)
-        is_due = time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or record["step"] == self.total_steps
+        step, now = record["step"], time.monotonic()
+        is_due = now - self._last_line > SECONDS_BETWEEN_LINES or step == self.total_steps
         if not console.is_terminal and is_due:
-            self._last_line = time.monotonic()
-            console.print(f"step {record['step']}/{self.total_steps}  {line}", soft_wrap=True)  # one line of a log
+            self._last_line = now
+            left = self._left(step, now)
+            console.print(f"step {step}/{self.total_steps}  {line}{left}", soft_wrap=True)  # one line of a log
+        self._first = self._first or (step, now)
         if "recovered" in record:
             print_warnings([record["recovered"]])
         if "eval_loss" in record:
             console.print(f"step {record['step']}  eval loss {record['eval_loss']:.4f}")
+
+    def _left(self, step: int, now: float) -> str:
+        """Write how long the steps to come take by those since the first; empty where none are left or known."""
+        if self._first is None or not self._first[0] < step < self.total_steps:
+            return ""
+        seconds = (now - self._first[1]) / (step - self._first[0])
+        return f"  about {duration(seconds * (self.total_steps - step))} left"
 
 
 def print_table(title: str, rows: Sequence[tuple[str, ...]], to: Console = answers, header: Sequence[str] = ()) -> None:

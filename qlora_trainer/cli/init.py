@@ -10,7 +10,9 @@ from qlora_trainer.cli.console import ProgressBars, answers, say
 from qlora_trainer.common.units import counted, gib
 
 if TYPE_CHECKING:
+    from qlora_trainer.config.schema import RunConfig
     from qlora_trainer.planning.memory_plan import MemoryPlan
+    from qlora_trainer.planning.speed.candidates import Pace
 
 
 def init(
@@ -48,9 +50,10 @@ def init(
     from qlora_trainer.model.source import TOKENIZER_FILES, resolve_model
     from qlora_trainer.model.tokenizer import load_tokenizer
     from qlora_trainer.planning.first_config import settings_that_fit
-    from qlora_trainer.planning.fit import LONGEST_SEARCHED, budget_here
+    from qlora_trainer.planning.fit import LONGEST_SEARCHED, budget_here, reserve_of
     from qlora_trainer.planning.memory_plan import Budget
     from qlora_trainer.runs.directory import prepare_data
+    from qlora_trainer.runs.pace import knows_device, pace_here
     from qlora_trainer.training.memory.activations import spare_host_memory
 
     with ProgressBars("No config is written.") as progress:
@@ -58,12 +61,18 @@ def init(
             directory = resolve_model(settings.model.name, None, user_cache(), progress, files=TOKENIZER_FILES)
         limit = directory.facts.positions or LONGEST_SEARCHED
         uncut = settings.replace({"data.max_length": limit})
-        report = prepare_data(uncut, load_tokenizer(directory), directory, progress).report
+        prepared = prepare_data(uncut, load_tokenizer(directory), directory, progress)
+        report = prepared.report
         device = torch.device("cuda") if card else choose_device(settings.model.device)
-        budget = Budget(card, spare_host_memory()) if card else budget_here(device)
+        budget = Budget(card, spare_host_memory(), reserve_of(card)) if card else budget_here(device)
         longest = max(report.train.longest, report.eval.longest)
         planned_for = settings.replace({"model.device": device.type})
-        chosen, plan = settings_that_fit(directory, planned_for, longest, budget, progress)
+        is_known = knows_device(planned_for, None)
+
+        def pace_of(config: "RunConfig") -> "Pace | None":
+            return pace_here(config, prepared, device) if is_known else None
+
+        chosen, plan = settings_that_fit(directory, planned_for, longest, budget, progress, pace_of)
     chosen = chosen.replace({"model.device": settings.model.device})
     paragraphs = heading(plan, budget.card, longest, report.train.examples)
     write_text(config, commented_yaml(chosen, paragraphs))
@@ -90,11 +99,12 @@ def heading(plan: "MemoryPlan", memory: int, longest: int, rows: int) -> list[st
     place = "GPU memory" if plan.card else "memory"
     cut = "" if longest <= plan.max_length else f"; longer ones are cut at {plan.max_length:,}, as no more fits"
     options = options_of(plan)
+    size = f"of up to {plan.speed.micro_batch_tokens:,} tokens" if plan.speed else "of one longest row"
     return [
         "Written by `qlora init`; docs/reference/config.md of the project has all keys, with those that are not here.",
         f"{counted(rows, 'training row')}, the longest of {counted(longest, 'token')}{cut}.",
         f"By plan it takes {gib(plan.total)} of {gib(memory)} of {place}"
         + (f", and {gib(plan.host)} of the host's" if plan.host else "")
-        + f", under activation checkpointing {plan.policy}, which auto chooses anew at each start.",
+        + f", under activation checkpointing {plan.policy}, in micro-batches {size}: auto chooses both at each start.",
         *([f"It fits with memory-efficient options: {options}."] if options else []),
     ]

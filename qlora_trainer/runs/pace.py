@@ -3,6 +3,7 @@
 The formula is in planning/speed.
 """
 
+import numpy as np
 import torch
 
 from qlora_trainer.common.errors import QLoRATrainerError, first_line
@@ -35,7 +36,7 @@ def steps_to_take(config: RunConfig, prepared: Prepared) -> Steps:
 
     Args:
         config: of the run.
-        prepared: its rows.
+        prepared: its rows; those longer than the config's data.max_length are taken as cut there.
 
     Returns:
         The steps, packed where the config says so; whether the model can keep packed rows apart is not known yet.
@@ -51,8 +52,10 @@ def steps_to_take(config: RunConfig, prepared: Prepared) -> Steps:
     )
     train = prepared.report.train
     trained = train.trained_tokens / train.tokens if train.tokens else 1.0
-    lengths = prepared.train.lengths
-    return steps_of(loader, lengths, total_steps(config, loader), trained, prepared.eval.lengths.tolist())
+    lengths, eval_lengths = (
+        np.minimum(examples.lengths, config.data.max_length) for examples in (prepared.train, prepared.eval)
+    )
+    return steps_of(loader, lengths, total_steps(config, loader), trained, eval_lengths.tolist())
 
 
 def pace_here(config: RunConfig, prepared: Prepared, device: torch.device) -> Pace:
@@ -99,15 +102,17 @@ def lowered_warning(plan: MemoryPlan | None, in_force: RunConfig) -> str | None:
     """
     if plan is None:
         return None
-    limit = in_force.training.micro_batch_tokens
+    limit, policy = in_force.training.micro_batch_tokens, _policy(in_force)
     same_limit = plan.speed is None or limit in ("auto", plan.speed.micro_batch_tokens)
-    if same_limit and _policy(in_force) in (None, plan.policy):
+    if same_limit and policy in (None, plan.policy):
         return None
+    was = [f"activation checkpointing {policy}"] if policy else []
+    was += [f"micro-batches of up to {limit:,} tokens"] if limit != "auto" else []
     now = f", micro-batches of up to {plan.speed.micro_batch_tokens:,} tokens" if plan.speed else ""
     return (
-        f"The choice in force at the checkpoint (activation checkpointing {_policy(in_force)}, micro-batches of up to "
-        f"{limit} tokens) no longer fits the free memory. The run goes on with {plan.policy}{now}: it trains on the "
-        "same rows, and its last bits may differ from an uninterrupted run's."
+        f"The choice in force at the checkpoint ({', '.join(was)}) no longer fits the free memory. The run goes on "
+        f"with {plan.policy}{now}: it trains on the same rows, and its last bits may differ from an uninterrupted "
+        "run's."
     )
 
 

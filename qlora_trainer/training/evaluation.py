@@ -22,7 +22,7 @@ from qlora_trainer.data.rendering.targets import reference_answer
 from qlora_trainer.data.types import PromptTokens
 from qlora_trainer.model.evaluation_mode import evaluation_mode
 from qlora_trainer.model.forward import ForwardPlan, attention_for, loss_sum
-from qlora_trainer.training.generation import generate_answers
+from qlora_trainer.training.generation import TOGETHER, generate_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def answer_prompts(
     prompts: Sequence[EvalPrompt],
     *,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int = TOGETHER,
     progress: Progress = silent,
 ) -> list[Answer]:
     """Generate an answer to each prompt, in order.

@@ -20,6 +20,7 @@ from qlora_trainer.model.evaluation_mode import evaluation_mode
 
 # Of a batch's mask, at most. Attention makes another of it in the dtype of computation, two to four times as large.
 MASK_BYTES = 2**26
+TOGETHER = 16  # prompts that are answered in a batch, at most; so many tokens are multiplied without a 16-bit weight
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def generate_answers(
     prompts: Sequence[PromptTokens],
     *,
     max_new_tokens: int,
-    batch_size: int = 16,
+    batch_size: int = TOGETHER,
     progress: Progress = silent,
 ) -> list[str]:
     """Answer each prompt greedily, as text without the token that ends the answer; the model's mode is restored.

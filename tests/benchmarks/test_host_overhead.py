@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.host_overhead import Counts, count_ours, count_peer, tiny_directory
+from benchmarks.host_overhead import Counts, count_forward, count_ours, count_peer, tiny_directory
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +57,14 @@ def test_what_is_counted_is_what_is_called(tmp_path: Path) -> None:
         three()
     assert counts.operations["aten.add_.Tensor"] == 3
     assert sum(times for name, times in counts.calls.items() if name.endswith(".inner")) == 3
+
+
+def test_a_token_of_an_answer_asks_of_the_host_what_a_forward_of_training_does(tmp_path: Path) -> None:
+    """By which a run's hours are estimated."""
+    directory = tiny_directory(tmp_path, layers=2)
+    token, forward = (
+        count_forward(directory, 2, is_answer).less(count_forward(directory, 1, is_answer), 1)
+        for is_answer in (True, False)
+    )
+    assert token.operations.total() == pytest.approx(forward.operations.total(), rel=0.2)
+    assert token.calls.total() == pytest.approx(forward.calls.total(), rel=0.2)

@@ -1,10 +1,13 @@
 """qlora init asks nothing, and writes a config that is read as what it planned and fits the card it was written for."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qlora_trainer.cli.init import heading
 from qlora_trainer.config.commented import FIRST_KEYS, commented_yaml
@@ -12,7 +15,12 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning import first_config
 from qlora_trainer.planning.first_config import settings_that_fit
+from qlora_trainer.planning.fit import reserve_of
 from qlora_trainer.planning.memory_plan import Budget, MemoryPlan, plan_memory
+from qlora_trainer.planning.speed.cards import card_named
+from qlora_trainer.planning.speed.choice import Speed
+from qlora_trainer.planning.speed.rates import rates_of_card
+from qlora_trainer.runs import pace as pacing
 from qlora_trainer.training.memory.activations import Policy
 from qlora_trainer.training.state import with_policy
 from qlora_trainer.weights.model_directory import ModelDirectory
@@ -87,6 +95,52 @@ def test_where_the_longest_row_does_not_fit_the_longest_that_does_is_taken(
     said = " ".join(heading(plan, shorter.total, 400, 20))
     assert "the longest of 400 tokens; longer ones are cut at 256, as no more fits" in said
     assert "memory-efficient options: model.lm_head=4bit" in said
+
+
+@pytest.mark.parametrize("is_here", [True, False], ids=["a GPU is here", "no GPU is here"])
+def test_init_plans_as_plan_and_train_do(
+    qlora: Qlora,
+    tiny_config: Config,
+    tiny_llama: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_here: bool,
+) -> None:
+    """A card's reserve is left free, and the way is the fastest for the rows, if the card is known."""
+    config = tiny_config(model={"device": "auto"}, training={"activation_checkpointing": "full"})
+    plan = plan_memory(ModelDirectory.open(tiny_llama), config)
+    asked = []
+
+    def planned(directory: ModelDirectory, config: RunConfig, budget: Budget, progress: Any, pace: Any) -> MemoryPlan:
+        asked.append((config, budget, pace))
+        return plan
+
+    monkeypatch.setattr(first_config, "fastest_plan", planned)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_here)
+    monkeypatch.setattr(pacing, "rates_here", lambda device: rates_of_card(card_named("4090")))
+    code, _, reported = qlora(
+        "init", tmp_path / "c.yaml", "--model", tiny_llama, "--data", rows, "--gpu-memory", "16GB"
+    )
+    assert code == 0, reported
+    ((config, budget, pace),) = asked
+    assert budget.reserve == reserve_of(16 * 10**9) > 0
+    if not is_here:
+        assert pace is None
+        return
+    assert pace.rates.name == "RTX 4090"
+    lengths = [length for step in pace.steps.rows for length in step]
+    assert sum(lengths) < len(lengths) * config.data.max_length, "the rows' own lengths"
+    assert pace.steps.count == config.training.epochs * len(pace.steps.rows)
+
+
+def test_a_config_says_which_micro_batches_it_was_planned_with(tiny_config: Config, tiny_llama: Path) -> None:
+    directory = ModelDirectory.open(tiny_llama)
+    fixed = tiny_config(model={"device": "cpu"}, training={"activation_checkpointing": "full"})
+    plan = plan_memory(directory, fixed)
+    assert "in micro-batches of one longest row: auto" in " ".join(heading(plan, plan.total, 40, 20))
+    timed = dataclasses.replace(plan, speed=Speed(1.0, 0.0, 1.0, 4096, "a card", "", True, "", None, None))
+    assert "in micro-batches of up to 4,096 tokens: auto" in " ".join(heading(timed, plan.total, 40, 20))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_trainer.cli import console as printing
 from qlora_trainer.cli.console import TrainingBar, console
 from qlora_trainer.planning import fit
 
@@ -48,3 +49,17 @@ def test_a_step_is_one_line_of_a_log_however_narrow(monkeypatch: pytest.MonkeyPa
         TrainingBar(3, memory="memory of the process")(record)
     line = "step 3/3  loss 1.5000  lr 1.0e-03  71 tokens/s  peak memory of the process 2.0 GiB\n"
     assert captured.get() == line
+
+
+def test_a_log_says_how_long_the_steps_to_come_take_by_those_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step, which also prepares what later ones have, is left out; so is what a resumed run took before."""
+    now = 1000.0
+    monkeypatch.setattr(printing.time, "monotonic", lambda: now)
+    record = {"loss": 1.5, "learning_rate": 1e-3, "tokens_per_second": 71.0, "peak_memory_bytes": 2**31}
+    bar, lines = TrainingBar(10, first_step=4), []
+    for step, seconds in ((5, 90), (6, 10), (7, 20), (10, 60)):
+        now += seconds
+        with console.capture() as captured:
+            bar({**record, "step": step})
+        lines.append(captured.get().rstrip("\n").partition("GiB")[2])
+    assert lines == ["", "  about 40 s left", "  about 45 s left", ""]

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,15 @@ def test_a_runs_steps_are_those_of_its_rows_and_settings(tiny_config: Config) ->
     trained = sum(pack.label_tokens for step in packs[:6] for pack in step)
     assert 0 < trained < steps.trained * sum(map(sum, steps.rows)) * 1.01, "the first epoch's, less each row's first"
     assert steps.eval_lengths == tuple(run.prepared.eval.lengths.tolist())
+
+
+def test_rows_that_a_config_cuts_are_taken_as_cut(tiny_config: Config) -> None:
+    run = start_run(tiny_config(training={"global_batch_size": 3}))
+    lengths = [*run.prepared.train.lengths, *run.prepared.eval.lengths]
+    shorter = int(np.median(lengths))
+    steps = steps_to_take(run.config.replace({"data.max_length": shorter}), run.prepared)
+    assert max(map(max, steps.rows)) == max(steps.eval_lengths) == shorter < max(lengths)
+    assert steps.largest <= 3 * shorter
 
 
 def test_the_time_left_is_that_of_the_steps_left(tiny_config: Config) -> None:
@@ -70,6 +80,14 @@ def test_a_choice_that_was_lowered_is_warned_of(tiny_config: Config) -> None:
         warning = lowered_warning(planned(policy, limit), saved)
         assert warning is not None
         assert f"goes on with {policy}, micro-batches of up to {limit} tokens" in warning
+        assert "(activation checkpointing none, micro-batches of up to 512 tokens) no longer fits" in warning
+    open_policy = saved.replace({"training.activation_checkpointing": "auto"})
+    warning = lowered_warning(planned(Policy("full"), 256), open_policy)
+    assert warning is not None
+    assert "(micro-batches of up to 512 tokens) no longer fits" in warning
+    warning = lowered_warning(planned(Policy("full"), 256), saved.replace({"training.micro_batch_tokens": "auto"}))
+    assert warning is not None
+    assert "(activation checkpointing none) no longer fits" in warning
     left_open = saved.replace({"training.activation_checkpointing": "auto", "training.micro_batch_tokens": "auto"})
     assert lowered_warning(planned(Policy("full"), 256), left_open) is None
 

@@ -26,7 +26,8 @@ HOST_AGAIN = 9.1e-3  # a layer's forward in backward, with what checkpointing ad
 HOST_OFFLOAD = 1e-3  # the copies of a layer's input; not measured
 HOST_TILED = 3.8  # times as much in tiles
 
-NF4_BYTES = 0.52 + 2 * 2  # of a number: in NF4 with its statistics, written in 16 bits, and read again
+PACKED_BYTES = 0.52  # of a number in NF4, with its statistics
+NF4_BYTES = PACKED_BYTES + 2 * 2  # of a number that is read, written in 16 bits, and read again
 
 # On a CPU, of fp32 products a second and thread (decision 0023: 410 GFLOP/s on two cores by oneDNN, 174 by MKL without
 # AVX-512; what an adapter multiplies goes at half of that). A processor without AVX2 was not measured.
