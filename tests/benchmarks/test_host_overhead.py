@@ -17,22 +17,22 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
     }
 
 
-def test_a_recomputed_layer_sends_half_the_operations_of_peft_and_fewer_than_a_dense_one(
+def test_a_recomputed_layer_sends_little_more_than_a_third_of_the_operations_of_peft_and_two_thirds_of_a_dense_one(
     layer: dict[str, Counts],
 ) -> None:
     ours, peft, dense = (layer[name].operations.total() for name in ("ours", "peft", "dense"))
-    assert 0 < ours <= peft / 2
-    assert ours < dense
+    assert 0 < ours <= 0.37 * peft
+    assert ours <= 2 / 3 * dense
 
 
-def test_a_recomputed_layer_makes_little_more_than_half_the_calls_of_peft(layer: dict[str, Counts]) -> None:
+def test_a_recomputed_layer_makes_less_than_half_the_calls_of_peft(layer: dict[str, Counts]) -> None:
     ours, peft = layer["ours"].calls.total(), layer["peft"].calls.total()
-    assert 0 < ours <= 0.55 * peft
+    assert 0 < ours <= 0.45 * peft
 
 
-def test_a_layers_graph_has_half_the_nodes_of_a_dense_one(layer: dict[str, Counts]) -> None:
+def test_a_layers_graph_has_a_third_of_the_nodes_of_a_dense_one(layer: dict[str, Counts]) -> None:
     ours, dense = layer["ours"].nodes.total(), layer["dense"].nodes.total()
-    assert 0 < ours <= dense / 2
+    assert 0 < ours <= 0.34 * dense
     # A node for q, k and v, for gate and up, and for o: what is counted is the graph of the step.
     assert layer["ours"].nodes["_NF4LinearsBackward"] == 3
     assert layer["ours"].nodes["_GatedNF4LinearBackward"] == 1
