@@ -20,7 +20,8 @@ from qlora_kernels.torch_internals import has_onednn_linear, onednn_linear
 
 STEP = 64
 """oneDNN makes code for each shape it meets, up to a megabyte, whose memory is badly used again. Tokens come in any
-number, so it is given numbers in steps: of STEP, and from 2,048 on of a 32nd to a 16th of the number."""
+number, so it is given numbers in steps: of STEP, of half of it up to four of it, as ranks of layers over one input are
+together, and from 2,048 on of a 32nd to a 16th of the number."""
 
 FEW_STEP = 8
 """Fewer rows than STEP go to oneDNN where they are a multiple of this, as ranks are, and else to MKL."""
@@ -107,9 +108,9 @@ def step_of(number: int) -> int:
         number: of rows, or of terms.
 
     Returns:
-        A multiple of STEP.
+        A multiple of STEP, or half of it.
     """
-    return max(STEP, 1 << max(number.bit_length() - 5, 0))
+    return STEP // 2 if number < 4 * STEP else max(STEP, 1 << max(number.bit_length() - 5, 0))
 
 
 def _filled_up(x: Tensor) -> Tensor:  # (N, I) -> (N to the next step, I)

@@ -54,7 +54,7 @@ def track_steps(
     persistent = {
         kind: live.watch(tensors, kind) for kind, tensors in persistent_tensors(state, card is not None).items()
     }
-    live.watch([pack.input_ids, pack.labels, pack.position_ids], ACTIVATIONS)
+    live.watch([pack.input_ids, pack.labels, pack.position_ids, *state.prepared.casts], ACTIVATIONS)
     state.model.train()
     with live:
         for _ in range(steps):

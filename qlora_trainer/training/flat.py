@@ -168,31 +168,36 @@ def _is_view(tensor: Tensor, flat: Tensor, offset: int) -> bool:
 class PreparedAdapters:
     """Hold adapters as a training step takes them: in the dtype of computation too, with places for their gradients.
 
-    All views are made at the first step and kept, as hundreds of them cost a step as many operations; a step casts a
-    whole group at once. Backward adds to the gradients, and each worker to gradients of its own.
+    All views are made once, as hundreds of them cost a step as many operations; a step casts a whole group at once.
+    Backward adds to the gradients, and each worker to gradients of its own.
 
     Args:
         adapted: the model's layers with adapters.
         groups: that hold them.
+        dtype: of computation.
     """
 
-    def __init__(self, adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup]) -> None:
+    def __init__(self, adapted: Sequence[LoRALinear], groups: Sequence[FlatGroup], dtype: torch.dtype) -> None:
         self.adapted, self.groups = adapted, groups
         self.switch = Switch()
-        self._dtype: torch.dtype | None = None
         self._casts: list[tuple[Tensor, Tensor]] = []  # (N,) of a group, as trained and as computed with
+        self._make(dtype)
+
+    @property
+    def casts(self) -> list[Tensor]:
+        """Return the groups in the dtype of computation, as far as they train in another.
+
+        Returns:
+            (N,) each.
+        """
+        return [cast for _, cast in self._casts]
 
     @contextmanager
-    def for_a_step(self, dtype: torch.dtype) -> Iterator[None]:
+    def for_a_step(self) -> Iterator[None]:
         """Let layers take their adapters so in the block; gradients of all workers are added up after it.
 
         For forward and backward passes: the adapters must not change inside, nor lose their gradients.
-
-        Args:
-            dtype: of computation.
         """
-        if dtype != self._dtype:
-            self._make(dtype)
         for trained, cast in self._casts:
             cast.copy_(trained)
         self.switch.is_on = True
@@ -204,7 +209,6 @@ class PreparedAdapters:
             self.switch.is_on = False
 
     def _make(self, dtype: torch.dtype) -> None:
-        self._dtype, self._casts = dtype, []
         casts: dict[int, Tensor] = {}
         trained = {id(layer.lora_A.weight) for layer in self.adapted}
         for group in self.groups:

@@ -181,7 +181,7 @@ def build_state(
         model=model,
         adapted=adapted,
         groups=groups,
-        prepared=PreparedAdapters(adapted, groups),
+        prepared=PreparedAdapters(adapted, groups, model.config.dtype),
         optimizer=build_optimizer(config.optimizer, groups),
         grad_scale=GradScale(enabled=compute_dtype == torch.float16),
         loader=loader,

@@ -67,7 +67,7 @@ def accumulate_gradients(state: TrainState, packs: list[Pack]) -> tuple[Tensor, 
     label_tokens = sum(pack.label_tokens for pack in packs)
     state.optimizer.zero_grad()
     loss = torch.zeros((), device=state.device)
-    with state.prepared.for_a_step(state.model.config.dtype):
+    with state.prepared.for_a_step():
         for pack in packs:
             if pack.label_tokens:
                 # Summed over the step's label tokens, not averaged a micro-batch: they hold different numbers of them.

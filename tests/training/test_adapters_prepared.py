@@ -86,12 +86,12 @@ def test_the_gradient_is_that_of_autograd(
 def stacks_in(state: TrainState) -> list[list[LoRALinear]]:
     """Layers by the matrix that holds their A's."""
     found: dict[int, list[LoRALinear]] = {}
-    with state.prepared.for_a_step(torch.bfloat16):
+    with state.prepared.for_a_step():
         for layer in state.adapted:
             stacked = layer.adapter().stacked
             if stacked is not None:
                 found.setdefault(id(stacked), []).append(layer)
-                cast = torch.cat([one.lora_A.weight for one in found[id(stacked)]]).to(torch.bfloat16)
+                cast = torch.cat([one.lora_A.weight for one in found[id(stacked)]]).to(stacked.A.dtype)
                 assert torch.equal(stacked.A[: len(cast)], cast)
     return list(found.values())
 
@@ -101,7 +101,7 @@ def test_the_as_of_layers_over_one_input_are_one_matrix_without_a_copy(tiny_conf
     found = stacks_in(state)
     assert [len(layers) for layers in found] == [3, 2] * 2, "q, k and v; gate and up"
     for layers in found:
-        with state.prepared.for_a_step(torch.bfloat16):
+        with state.prepared.for_a_step():
             stacked = layers[0].adapter().stacked
             assert stacked is not None
             assert stacked.grad.data_ptr() == layers[0].lora_A.weight.grad.data_ptr()  # type: ignore[union-attr]
@@ -112,6 +112,7 @@ def test_adapters_that_are_scaled_apart_are_not_stacked(tiny_config: Config) -> 
     state, _ = state_of(tiny_config())
     first = state.adapted[0]
     first.scaling *= 2
+    state.prepared = PreparedAdapters(state.adapted, state.groups, torch.bfloat16)
     assert not any(first in layers for layers in stacks_in(state))
 
 
@@ -123,11 +124,10 @@ def test_nothing_is_prepared_after_the_step(tiny_config: Config) -> None:
     assert all(layer.adapter().stacked is None for layer in state.adapted)
 
 
-def test_from_the_second_step_on_a_group_is_cast_at_once_and_no_view_is_made(tiny_config: Config) -> None:
-    state, _ = state_of(tiny_config())
-    for dtype, expected in ((torch.bfloat16, ["aten::copy_"]), (torch.float32, [])):
-        with state.prepared.for_a_step(dtype):
-            pass
-        with Operations() as seen, state.prepared.for_a_step(dtype):
-            pass
-        assert seen.names == expected
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", ["aten::copy_"]), ("float32", [])])
+def test_a_step_casts_a_group_at_once_and_makes_no_view(tiny_config: Config, dtype: str, expected: list[str]) -> None:
+    name = tiny_config().model.name
+    state, _ = state_of(tiny_config(model={"compute_dtype": dtype, "device": "cpu", "name": name}))
+    with Operations() as seen, state.prepared.for_a_step():
+        pass
+    assert seen.names == expected
