@@ -20,10 +20,10 @@ from qlora_trainer.training.memory.activations import Policy
 
 DISK = 200e6  # bytes a second that a checkpoint is written, read back and hashed with; not measured
 TIMES_SAMPLED = 2  # before and after training
-# A token of an answer asks as much of the host as a forward of training: 107 operations and 483 Python calls a layer,
-# next to 94 and 525 (python -m benchmarks.host_overhead). On a CPU that is lost in what else a token takes:
-# SmolLM2-135M on one thread of a Zen 5 processor (30 November 2026), seconds of the processor a token: 0.14 for one
-# answer, 0.17 for 4 at once, 0.26 for 16; by this formula 0.15, 0.18 and 0.28.
+# A token of an answer asks about as much of the host as a forward of training does (python -m benchmarks.host_overhead
+# counts both). On a CPU that is lost in what else a token takes: SmolLM2-135M on one thread of a Zen 5 processor (30
+# November 2026), seconds of the processor a token: 0.14 for one answer, 0.17 for 4 at once, 0.26 for 16; by this
+# formula 0.15, 0.18 and 0.28.
 CPU_FEW_TOKENS = 6.0  # times as long products of so few tokens take as those of many
 
 

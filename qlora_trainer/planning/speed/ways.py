@@ -111,13 +111,16 @@ class Ways:
         if any(one.policy != Policy("none") for one in as_fast):
             return None
         chosen = min(as_fast, key=lambda one: one.micro_batch_tokens)
-        others = [one for one in self.ordered if one is not chosen]
         plan = self._plan(chosen, card)
-        return plan and self._with_speed(plan, chosen, others[0] if others else None, card)
+        if plan is None:
+            return None
+        others = (one for one in self.ordered if one is not chosen and self._also_fits(one, chosen, card))
+        return self._with_speed(plan, chosen, next(others, None), card)
 
     def _also_fits(self, one: Candidate, chosen: Candidate, card: int) -> bool:
         """Return True if a candidate takes no more than the chosen one, or fits by an estimate that is made already."""
-        if one.micro_batch_tokens <= chosen.micro_batch_tokens and keeps_less(one.policy, chosen.policy):
+        keeps_no_more = one.policy == chosen.policy or keeps_less(one.policy, chosen.policy)
+        if one.micro_batch_tokens <= chosen.micro_batch_tokens and keeps_no_more:
             return self.host_bytes(one) <= self._budget.host
         return self._memory.is_planned(one.policy) and self._estimated(self._memory, one, card) is not None
 
@@ -141,7 +144,8 @@ class Ways:
         if self._config.model.device == "cpu":
             return 0
         shape = self.shape
-        return bytes_of_inputs(shape.layers, shape.hidden * shape.itemsize, one.policy, one.micro_batch_tokens)
+        tokens = min(one.micro_batch_tokens, self._config.data.max_length * self._config.training.global_batch_size)
+        return bytes_of_inputs(shape.layers, shape.hidden * shape.itemsize, one.policy, tokens)
 
     def _plan(self, one: Candidate, card: int) -> MemoryPlan | None:
         """Plan a candidate whole; None where it does not fit."""

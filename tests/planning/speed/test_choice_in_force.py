@@ -23,7 +23,8 @@ from qlora_trainer.planning.memory_plan import plan_memory
 from qlora_trainer.planning.speed import candidates, ways
 from qlora_trainer.planning.speed.cards import CAUTIOUS
 from qlora_trainer.planning.speed.choice import AS_FAST, SMALLER
-from qlora_trainer.planning.speed.rates import rates_of_card
+from qlora_trainer.planning.speed.rates import rates_of_card, rates_of_processor
+from qlora_trainer.planning.speed.rows import full_rows
 from qlora_trainer.runs.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_trainer.runs.report.summary import summarize
 from qlora_trainer.runs.run import Run
@@ -261,3 +262,28 @@ def test_without_a_pace_a_micro_batch_is_one_longest_row(stepped_config: Config,
     plan = plain.fastest(2**40)
     assert plan is not None
     assert (plan.policy, plan.speed) == (Policy("none"), None)
+
+
+def test_a_size_beyond_a_steps_rows_offloads_no_more_than_these(stepped_config: Config, tiny_llama: Path) -> None:
+    config = stepped_config().replace({"model.device": "auto"})
+    found = ways.Ways(ways.ModelDirectory.open(tiny_llama), config, fitting.Budget(2**40, 2**40))
+    offloaded = [found.host_bytes(candidates.Candidate(Policy("offload"), size, 0.0)) for size in (64, 12 * 64, 10**9)]
+    assert 0 < offloaded[0] < offloaded[1] == offloaded[2]
+
+
+def test_what_came_next_is_no_larger_than_what_is_known_to_fit(
+    stepped_config: Config, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is ample nothing but what is taken is planned."""
+    config = stepped_config()
+    pace = candidates.Pace(rates_of_processor(1), full_rows(64, 12, packing=True))
+    found = ways.Ways(ways.ModelDirectory.open(tiny_llama), config, fitting.Budget(2**40, 2**40), pace=pace)
+    sizes = {64: 1.04, 128: 1.02, 256: 1.0}
+    ordered = [candidates.Candidate(Policy("none"), size, sizes[size]) for size in sorted(sizes, reverse=True)]
+    monkeypatch.setitem(found.__dict__, "ordered", ordered)
+    plan = found.fastest(2**40)
+    assert plan is not None
+    assert plan.speed is not None
+    assert plan.speed.micro_batch_tokens == 128
+    assert plan.speed.following is not None
+    assert plan.speed.following["micro_batch_tokens"] == 64
