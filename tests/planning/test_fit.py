@@ -57,7 +57,7 @@ def test_a_search_finds_the_last_size_that_fits(llama_8b: Path) -> None:
         }
     )
     near = plan_memory(ModelDirectory.open(llama_8b), config)
-    budget = near.total + 500 * 2**20
+    budget = near.total + 300 * 2**20
     longest = longest_context(ModelDirectory.open(llama_8b), config, budget)
     assert longest is not None
     assert 512 < longest.max_length < 1536
